@@ -1,0 +1,35 @@
+"""Errors a user can act on. The command line prints each as one line and exits with a non-zero status."""
+
+
+class UserError(Exception):
+    """Something the user can mend. Its message is one line: what is wrong, where, what to do."""
+
+    exit_code = 2
+
+
+class StoreError(UserError):
+    """The store refuses: damaged, foreign, of a newer format, or not there."""
+
+
+class SpaceMismatch(StoreError):
+    """A feature space was asked for and only others exist; the message names each differing field and both values."""
+
+
+class MissingStates(StoreError):
+    """Samples or hidden states that were asked for are not in the store.
+
+    `samples` is the number of keys not stored at all, `states` the names absent for some stored key.
+    """
+
+    def __init__(self, message: str, samples: int = 0, states: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.samples = samples
+        self.states = states
+
+
+class NonFinite(UserError):
+    """A hidden state holds NaN or infinity. `row` is the first offending row of the array that was encoded."""
+
+    def __init__(self, message: str, row: int = 0) -> None:
+        super().__init__(message)
+        self.row = row

@@ -1,0 +1,140 @@
+"""`Manifest`: what a sealed segment holds. Written last, so that its presence is the seal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from store.document import dump_document, load_document
+from store.errors import StoreError
+from store.formats import FORMATS
+from store.names import (
+    FORMAT,
+    MAX_LENGTH,
+    MAX_WIDTH,
+    are_keys,
+    is_key,
+    is_relative,
+    is_segment,
+    is_state,
+    is_stream,
+    stream_of,
+)
+
+KIND = "activation-segment"
+
+
+@dataclass(frozen=True)
+class StateInfo:
+    """How one state is stored: `width` channels, number `format`, and whether `<state>.scale` is there."""
+
+    width: int
+    format: str
+    scale: bool
+
+    @property
+    def row_bytes(self) -> int:
+        value = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}[self.format]
+        return self.width * value + (0 if not self.scale else 4 if self.format == "int8" else 1)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`lengths`: stream → (n,) int64, one for each of `keys`. `files`: path below the segment → (size, xxh3-128).
+
+    `base` is the segment whose samples a supplement repeats, in order, with further states; None for a base segment.
+    """
+
+    id: str
+    space: str
+    base: str | None
+    keys: list[str]
+    lengths: dict[str, np.ndarray]
+    states: dict[str, StateInfo]
+    columns: tuple[str, ...]
+    files: dict[str, tuple[int, str]]
+    provenance: dict[str, Any] = field(default_factory=dict)
+    created: str = ""
+
+    def dump(self) -> bytes:
+        return dump_document(
+            {
+                "kind": KIND,
+                "format": FORMAT,
+                "id": self.id,
+                "space": self.space,
+                "base": self.base,
+                "samples": {"keys": self.keys, "lengths": {k: v.tolist() for k, v in self.lengths.items()}},
+                "states": {
+                    name: {"stream": stream_of(name), "width": s.width, "format": s.format, "scale": s.scale}
+                    for name, s in self.states.items()
+                },
+                "columns": list(self.columns),
+                "files": [{"name": n, "size": s, "xxh3": d} for n, (s, d) in sorted(self.files.items())],
+                "provenance": self.provenance,
+                "created": self.created,
+            }
+        )
+
+
+def load_manifest(data: bytes, where: str | Path, space: str, segment: str) -> Manifest:
+    """The manifest of `segment` in `space`, every field checked before anything is allocated from it.
+
+    Raises StoreError naming `where` and the field that is wrong.
+    """
+    document = load_document(data, where, KIND)
+
+    def need(condition: object, what: str) -> None:
+        if not condition:
+            raise StoreError(
+                f"{where} is damaged or foreign: {what}; restore it from another copy or delete the segment"
+            )
+
+    base = document.get("base")
+    need(document.get("id") == segment, f"its id is not {segment}")
+    need(document.get("space") == space, f"it belongs to another feature space than {space}")
+    need(base is None or (is_segment(base) and base != segment), "base is not a segment id")
+
+    samples: Any = document.get("samples")
+    need(isinstance(samples, dict), "samples is missing")
+    keys: Any = samples.get("keys")
+    listed: Any = samples.get("lengths")
+    need(isinstance(keys, list) and are_keys(keys), "samples.keys are not xxh3-128 digests")
+    need(len(set(keys)) == len(keys), "a sample key occurs twice")
+    need(isinstance(listed, dict) and all(is_stream(s) for s in listed), "samples.lengths is malformed")
+    lengths = {}
+    for stream, values in listed.items():
+        sound = isinstance(values, list) and len(values) == len(keys)
+        sound = sound and all(type(v) is int and 0 <= v < MAX_LENGTH for v in values)
+        need(sound, f"samples.lengths.{stream} is malformed")
+        lengths[stream] = np.array(values, np.int64)
+
+    states = {}
+    listed = document.get("states")
+    need(isinstance(listed, dict), "states is missing")
+    for name, info in listed.items():
+        sound = is_state(name) and stream_of(name) in lengths and isinstance(info, dict)
+        sound = sound and type(info.get("width")) is int and 1 <= info["width"] <= MAX_WIDTH
+        sound = sound and info.get("format") in FORMATS and type(info.get("scale")) is bool
+        need(sound, f"states[{name[:80]!r}] is malformed")
+        states[name] = StateInfo(info["width"], info["format"], info["scale"])
+    columns: Any = document.get("columns")
+    need(isinstance(columns, list), "columns is missing")
+    need(all(is_state(c) and stream_of(c) in lengths and c not in states for c in columns), "columns is malformed")
+
+    files = {}
+    listed = document.get("files")
+    need(isinstance(listed, list), "files is missing")
+    for entry in listed:
+        sound = isinstance(entry, dict) and is_relative(entry.get("name")) and is_key(entry.get("xxh3"))
+        need(
+            sound and type(entry.get("size")) is int and 0 <= entry["size"] < 1 << 50, "an entry of files is malformed"
+        )
+        files[entry["name"]] = (entry["size"], entry["xxh3"])
+    provenance: Any = document.get("provenance")
+    created: Any = document.get("created")
+    need(isinstance(provenance, dict) and isinstance(created, str), "provenance or created is malformed")
+    return Manifest(segment, space, base, keys, lengths, states, tuple(columns), files, provenance, created)

@@ -1,0 +1,55 @@
+"""Where a store can live: a folder, an S3 bucket (`s3://`), a read-only mirror (`http://`, `https://`)."""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from store.errors import UserError
+from store.files import Files
+
+CACHE_BYTES = 20 * 10**9
+
+
+def is_remote(where: str | Path) -> bool:
+    """Whether `where` is a URL."""
+    return "://" in str(where)
+
+
+def absolute(where: str | Path) -> str:
+    """The same place whatever the working directory; a URL stays as it is."""
+    return str(where) if is_remote(where) else os.path.abspath(where)  # noqa: PTH100 (links stay as they are)
+
+
+def open_files(where: str | Path) -> Files:
+    """Access to the files of the store at `where`, be it there or not. Raises UserError for an unknown protocol."""
+    if not is_remote(where):
+        return Files(where)
+    folder = os.environ.get("PIPELINE_CACHE") or str(Path.home() / ".cache" / "activation-pipeline")
+    return _remote(str(where), folder, cache_bytes(), os.getpid())
+
+
+def cache_bytes() -> int:
+    """$PIPELINE_CACHE_SIZE ("50GB"; 0 is off), else 20 GB."""
+    from dask.utils import parse_bytes
+
+    text = os.environ.get("PIPELINE_CACHE_SIZE", "")
+    try:
+        return int(parse_bytes(text)) if text else CACHE_BYTES
+    except ValueError:
+        raise UserError(f"PIPELINE_CACHE_SIZE={text}: expected a size such as 50GB, or 0 for no cache") from None
+
+
+@lru_cache(maxsize=64)
+def _remote(where: str, folder: str, limit: int, process: int) -> Files:
+    """One for each place, so that connections are shared; `process`: a fork must not share them."""
+    from store.cache import Cache
+    from store.remote import HttpFiles, S3Files
+
+    kinds = {"s3": S3Files, "http": HttpFiles, "https": HttpFiles}
+    scheme = urlsplit(where).scheme
+    if scheme not in kinds:
+        raise UserError(f"{scheme}://: a store is a folder, s3://BUCKET/FOLDER, or http(s)://HOST/FOLDER (read-only)")
+    return kinds[scheme](where, Cache(folder, limit) if limit else None)

@@ -1,0 +1,329 @@
+"""Stores that are not on a disk: S3-compatible buckets, and read-only mirrors over HTTP(S), through fsspec.
+
+Credentials come from where the protocol's own tools take them (AWS_* variables, ~/.aws, ~/.netrc), never from the URL,
+so they reach no recipe, manifest, log or message. Objects appear whole or not at all, so a manifest written last seals
+a segment here as it does on a disk. What never changes is kept in the local cache (`store.cache`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import re
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from email.utils import parsedate_to_datetime
+from functools import partial
+from typing import Any, TypeVar
+from urllib.parse import unquote, urlsplit
+
+from store.cache import Cache
+from store.digest import digest_bytes
+from store.errors import StoreError, UserError
+from store.files import Files
+
+T = TypeVar("T")
+_TRIES = 4
+_SECRET = re.compile(r"(?i)((?:signature|credential|security-token|password|secret\w*)\W{1,3})[^\s&\"',]+")
+_SECRETS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "FSSPEC_S3_KEY", "FSSPEC_S3_SECRET")
+
+
+def redact(text: str) -> str:
+    """`text` without anything that looks like a credential."""
+    for name in _SECRETS:
+        if len(os.environ.get(name, "")) > 3:
+            text = text.replace(os.environ[name], "***")
+    return _SECRET.sub(r"\1***", re.sub(r"://[^/\s@]*@", "://***@", text))
+
+
+def check_url(url: str) -> str:
+    """`url` without its last slashes. Raises UserError for one with credentials or a query in it."""
+    parts = urlsplit(url)
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        raise UserError(
+            f"{parts.scheme}://…{parts.path}: a store's URL holds no credentials and no query, since URLs end up in "
+            "recipes and logs: give them by AWS_* variables, ~/.aws or ~/.netrc"
+        )
+    if not parts.netloc:
+        raise UserError(f"{url}: the bucket or host is missing")
+    return url.rstrip("/")
+
+
+class RemoteFiles(Files):
+    """What an S3 bucket and an HTTP mirror share; `name` is relative to the store as everywhere."""
+
+    local = False
+
+    def __init__(self, url: str, cache: Cache | None = None) -> None:
+        self.root = check_url(url)
+        self.cache = cache
+        self.fetched = 0  # bytes that came from the other side
+
+    def where(self, name: str) -> str:
+        return f"{self.root}/{name}".rstrip("/")
+
+    def path(self, name: str) -> Any:
+        raise StoreError(f"{self.where(name)} is not a file on this machine")
+
+    def read(self, name: str, limit: int) -> bytes:
+        if self.cache is None or not is_immutable(name):
+            return self._checked(name, limit)
+        data = self.cache.get(self.where(name))
+        if data is None:
+            data = self._checked(name, limit)
+            self.cache.put(self.where(name), data)
+        if len(data) > limit:
+            raise StoreError(f"{self.where(name)} has {len(data)} bytes, more than the {limit} allowed: refused")
+        return data
+
+    def read_into(self, name: str, buffers: Sequence[Any]) -> None:
+        total = sum(memoryview(b).nbytes for b in buffers)
+        try:
+            data = memoryview(self.read(name, total))
+        except StoreError as error:
+            if "more than the" in str(error):
+                raise EOFError(f"has more than {total} bytes") from None
+            raise
+        if data.nbytes != total:
+            raise EOFError(f"has {data.nbytes} bytes instead of {total}")
+        for buffer in buffers:
+            view = memoryview(buffer).cast("B")
+            view[:] = data[: view.nbytes]
+            data = data[view.nbytes :]
+
+    def forget(self, name: str) -> bool:
+        if self.cache is not None:
+            self.cache.forget(self.where(name))
+        return True
+
+    def _checked(self, name: str, limit: int) -> bytes:
+        data = self._ask("reading", name, lambda: self._get(name, limit + 1))
+        self.fetched += len(data)
+        if len(data) > limit:
+            raise StoreError(f"{self.where(name)} has more than the {limit} bytes allowed: refused")
+        return data
+
+    def _get(self, name: str, most: int) -> bytes:
+        raise NotImplementedError
+
+    def _ask(self, doing: str, name: str, call: Callable[[], T]) -> T:
+        """`call`, tried again where the network failed; every failure becomes one line without credentials."""
+        for attempt in range(_TRIES):
+            try:
+                return call()
+            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+                raise FileNotFoundError(self.where(name)) from None
+            except UserError:
+                raise
+            except Exception as error:
+                known = redact(" ".join(str(error).split())[:300]) or type(error).__name__
+                if isinstance(error, PermissionError) or "credentials" in known.lower():
+                    raise StoreError(f"no permission while {doing} {self.where(name)}: {known}") from None
+                if attempt + 1 == _TRIES:
+                    raise StoreError(f"{known} while {doing} {self.where(name)}: check network and address") from None
+                time.sleep(0.1 * 4**attempt)
+        raise AssertionError
+
+    def make(self, folder: str) -> None:
+        """Folders need no making here."""
+
+    def sync(self, names: Iterable[str]) -> None:
+        """What was written is durable already."""
+
+    def free(self) -> int:
+        return 1 << 62
+
+
+class S3Files(RemoteFiles):
+    """A store in a bucket: `s3://bucket/folder`. Needs the extra `s3`."""
+
+    def __init__(self, url: str, cache: Cache | None = None) -> None:
+        super().__init__(url, cache)
+        try:
+            import s3fs
+        except ImportError:
+            raise UserError("s3:// needs s3fs: pip install 'activation-pipeline[s3]'") from None
+        # Checksums of our own are checked on both ends; those sent as trailers upset many compatible servers.
+        plain = {"request_checksum_calculation": "when_required", "response_checksum_validation": "when_required"}
+        self.fs = s3fs.S3FileSystem(
+            use_listings_cache=False, default_fill_cache=False, skip_instance_cache=True, config_kwargs=plain
+        )
+
+    def size(self, name: str) -> int | None:
+        try:
+            info = self._ask("looking for", name, lambda: self.fs.info(self.where(name), refresh=True))
+        except FileNotFoundError:
+            return None
+        return int(info["size"]) if info["type"] == "file" else None
+
+    def sizes(self, folder: str, names: Iterable[str]) -> dict[str, int | None]:
+        found = self._find(folder)
+        return {name: found[name]["size"] if name in found else None for name in names}
+
+    def modified(self, name: str) -> float:
+        try:
+            info = self._ask("looking for", name, lambda: self.fs.info(self.where(name), refresh=True))
+        except FileNotFoundError:
+            info = {"type": "directory"}
+        if info["type"] == "file":
+            return float(info["LastModified"].timestamp())
+        return max((e["LastModified"].timestamp() for e in self._find(name).values()), default=0.0)
+
+    def names(self, folder: str) -> list[str]:
+        try:
+            found = self._ask("listing", folder, lambda: self.fs.ls(self.where(folder), detail=False, refresh=True))
+        except FileNotFoundError:
+            return []
+        return sorted({path.rstrip("/").rsplit("/", 1)[-1] for path in found})
+
+    def walk(self, folder: str) -> list[str]:
+        return sorted(self._find(folder))
+
+    def _find(self, folder: str) -> dict[str, dict[str, Any]]:
+        found = self._ask("listing", folder, lambda: self.fs.find(self.where(folder), detail=True))
+        top = self.where(folder).split("://", 1)[1] + "/"
+        return {path[len(top) :]: info for path, info in found.items() if path.startswith(top)}
+
+    def _get(self, name: str, most: int) -> bytes:
+        if not self.size(name):
+            if self.size(name) is None:
+                raise FileNotFoundError(name)
+            return b""  # A range of nothing is an error to S3.
+        return bytes(self.fs.cat_file(self.where(name), start=0, end=most))
+
+    def write(self, name: str, buffers: Sequence[Any]) -> tuple[int, str]:
+        data = b"".join(bytes(memoryview(b).cast("B")) for b in buffers)
+        self.publish(name, data)
+        return len(data), digest_bytes(data)
+
+    def publish(self, name: str, data: bytes) -> None:
+        """Put the object and make sure that it arrived: by its ETag where that is the MD5, else by reading it back."""
+        for attempt in range(_TRIES):
+            self._ask("writing", name, lambda: self.fs.pipe_file(self.where(name), data))
+            info = self._ask("looking for", name, lambda: self.fs.info(self.where(name), refresh=True))
+            etag = str(info.get("ETag", "")).strip('"')
+            if etag == hashlib.md5(data, usedforsecurity=False).hexdigest():
+                return
+            if self._ask("reading", name, lambda: self._get(name, len(data) + 1)) == data:
+                return
+            if attempt + 1 == _TRIES:
+                raise StoreError(f"{self.where(name)} does not arrive as it was sent: check the network and the server")
+
+    def remove(self, name: str) -> None:
+        with suppress(FileNotFoundError):
+            self._ask("removing", name, lambda: self.fs.rm_file(self.where(name)))
+
+    def remove_tree(self, folder: str, last: str = "") -> None:
+        names = [name for name in self.walk(folder) if name != last]
+        for name in [*names, *([last] if last else [])]:
+            self.remove(f"{folder}/{name}")
+
+    def move(self, source: str, target: str) -> None:
+        for name in self.walk(source):
+            old, new = self.where(f"{source}/{name}"), self.where(f"{target}/{name}")
+            self._ask("moving", name, partial(self.fs.cp_file, old, new))
+        self.remove_tree(source)
+
+
+class HttpFiles(RemoteFiles):
+    """A read-only mirror: a store's folder served by any web server that lists folders (nginx: `autoindex on`)."""
+
+    searchable = False
+
+    def __init__(self, url: str, cache: Cache | None = None) -> None:
+        super().__init__(url, cache)
+        import fsspec
+
+        self.fs: Any = fsspec.filesystem("http", client_kwargs={"trust_env": True})
+
+    def size(self, name: str) -> int | None:
+        head = self._head(name)
+        return None if head is None else int(head.get("Content-Length", 0))
+
+    def sizes(self, folder: str, names: Iterable[str]) -> dict[str, int | None]:
+        from concurrent.futures import ThreadPoolExecutor
+
+        names = list(names)
+        with ThreadPoolExecutor(16) as pool:
+            return dict(zip(names, pool.map(lambda n: self.size(f"{folder}/{n}"), names), strict=True))
+
+    def modified(self, name: str) -> float:
+        head = self._head(name) or {}
+        try:
+            return parsedate_to_datetime(head["Last-Modified"]).timestamp()
+        except (KeyError, ValueError):
+            return 0.0
+
+    def names(self, folder: str) -> list[str]:
+        top = self.where(folder) + "/"
+        try:
+            found = self._ask("listing", folder, lambda: self.fs.ls(top, detail=False))
+        except FileNotFoundError:
+            return []
+        names = {unquote(url[len(top) :].rstrip("/")) for url in found if url.startswith(top)}
+        return sorted(n for n in names if n and not set(n) & set("/?#") and n not in (".", ".."))
+
+    def walk(self, folder: str) -> list[str]:
+        raise StoreError(f"{self.where(folder)}: an HTTP mirror cannot be searched; pull it and look at the copy")
+
+    def _head(self, name: str) -> dict[str, str] | None:
+        async def head() -> dict[str, str]:
+            session = await self.fs.set_session()
+            async with session.head(self.where(name), allow_redirects=False) as answer:
+                self._judge(answer)
+                return dict(answer.headers)
+
+        try:
+            return self._ask("looking for", name, lambda: self._run(head))
+        except FileNotFoundError:
+            return None
+
+    def _get(self, name: str, most: int) -> bytes:
+        async def get() -> bytes:
+            session = await self.fs.set_session()
+            headers = {"Accept-Encoding": "identity"}
+            async with session.get(self.where(name), headers=headers, allow_redirects=False) as answer:
+                self._judge(answer)
+                # Never more than was asked for, whatever the server says or sends.
+                parts, left = [], most
+                async for part in answer.content.iter_chunked(1 << 20):
+                    parts.append(part[:left])
+                    left -= len(parts[-1])
+                    if not left:
+                        break
+                else:
+                    size = answer.content_length
+                    if size is not None and size != most - left:
+                        raise OSError(f"the answer broke off after {most - left} of {size} bytes")
+                return b"".join(parts)
+
+        return self._run(get)
+
+    def _run(self, call: Callable[[], Any]) -> Any:
+        from fsspec.asyn import sync
+
+        return sync(self.fs.loop, asyncio.wait_for, call(), 300)
+
+    @staticmethod
+    def _judge(answer: Any) -> None:
+        if answer.status in (404, 410) or 300 <= answer.status < 400:
+            raise FileNotFoundError
+        if answer.status in (401, 403):
+            raise PermissionError(f"the server answers {answer.status}")
+        if answer.status >= 400:
+            raise OSError(f"the server answers {answer.status}")
+
+    def _refuse(self, *args: Any, **options: Any) -> Any:
+        raise StoreError(f"{self.root} is a read-only mirror: write to the store it is a mirror of, or pull it")
+
+    write = publish = remove = remove_tree = move = make = _refuse
+
+
+def is_immutable(name: str) -> bool:
+    """Whether a file never changes once it is there, so that a copy of it is good for ever."""
+    parts = name.split("/")
+    if parts[0] == "weights":
+        return parts[-1] != "manifest.json"
+    return len(parts) > 3 and parts[0] == "spaces" and parts[2] in ("segments", "tasks") and parts[-1] != "writer.json"

@@ -1,0 +1,141 @@
+"""Putting damage aside, so that the next `extract` fills exactly the hole.
+
+What is sound of a damaged segment is written anew first; the damaged one then moves to `quarantine/`, where no reader
+looks and a person may. A damaged `space.json`, task table or weights folder moves there too: extracting again writes
+them anew, and the segments of the space are found again. `store.json` is the same in every store and is written anew.
+"""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass, field
+from typing import Any
+
+from store import weights
+from store.document import dump_document, load_document
+from store.errors import StoreError
+from store.files import Files
+from store.index import Family, families
+from store.names import FORMAT, MAX_SMALL_JSON, is_key, segment_path, space_path
+from store.places import open_files
+from store.rewrite import salvage
+from store.segment import Problem, Segment
+from store.space import Space
+from store.store import KIND
+
+QUARANTINE = "quarantine"
+
+
+@dataclass
+class Repaired:
+    """What was done. `lost`: samples that lost a state, `absent`: that lost all; `moved`: what is in quarantine."""
+
+    problems: list[dict[str, Any]] = field(default_factory=list)
+    moved: list[str] = field(default_factory=list)
+    rewritten: int = 0
+    lost: int = 0
+    absent: int = 0
+
+
+def repair(where: str, dry_run: bool = False) -> Repaired:
+    """Look at every byte of the store at `where` and put aside what is damaged; with `dry_run` only say what is."""
+    files = open_files(where)
+    done = Repaired()
+    if not _store_file(files, done, dry_run):
+        return done
+    for name in files.names("spaces"):
+        if not is_key(name):
+            continue
+        try:
+            space = Space(files, name)
+        except StoreError as error:
+            done.problems.append({"file": f"{space_path(name)}/space.json", "what": str(error)})
+            _aside(files, f"{space_path(name)}/space.json", done, dry_run)
+            continue
+        _repair_space(space, done, dry_run)
+    for digest in files.names("weights"):
+        found = weights.verify(files, digest, deep=True)
+        done.problems += [{"file": file, "what": what} for file, what in found]
+        if found:
+            _aside(files, f"weights/{digest}", done, dry_run)
+    return done
+
+
+def damage(segment: Segment, problems: list[Problem]) -> dict[str, Any]:
+    """What a damaged segment's problems mean: its states and how many of its samples."""
+    states = sorted({p.file.split("/", 1)[0].removesuffix(".scale") for p in problems if "/" in p.file})
+    return {"segment": segment.id, "states": states, "samples": len(segment), "what": [p.what for p in problems]}
+
+
+def _store_file(files: Files, done: Repaired, dry_run: bool) -> bool:
+    try:
+        load_document(files.read("store.json", MAX_SMALL_JSON), files.where("store.json"), KIND)
+        return True
+    except (StoreError, FileNotFoundError) as error:
+        if "newer version" in str(error) or not files.names("spaces"):
+            raise StoreError(f"{files.root} is not a store that this version can repair") from None
+        done.problems.append({"file": "store.json", "what": str(error) or "is missing"})
+        if not dry_run:
+            _aside(files, "store.json", done, dry_run)
+            files.publish("store.json", dump_document({"kind": KIND, "format": FORMAT}))
+        return not dry_run
+
+
+def _repair_space(space: Space, done: Repaired, dry_run: bool) -> None:
+    files, bad = space.files, {}
+    opened: list[Segment] = []
+    superseded = set(space.superseded())
+    for name in files.names(f"{space_path(space.id)}/segments"):
+        folder = segment_path(space.id, name)
+        if name.startswith(".") or files.size(f"{folder}/manifest.json") is None:
+            continue
+        try:
+            segment = Segment(files, space.id, name)
+        except StoreError as error:
+            done.problems.append({"segment": name, "file": f"{folder}/manifest.json", "what": str(error)})
+            _aside(files, folder, done, dry_run)
+            continue
+        problems = segment.verify(deep=True)
+        if problems:
+            bad[name] = problems
+            done.problems.append(damage(segment, problems))
+        if name not in superseded:
+            opened.append(segment)
+        elif problems:
+            _aside(files, folder, done, dry_run)
+    for family in families(opened):
+        members = [family.base, *family.supplements]
+        if not dry_run and any(s.id in bad for s in members):
+            _repair_family(space, family, done)
+    for table in space.tables():
+        try:
+            space.load_table(table.task, table.split, path=table.path)
+        except StoreError as error:
+            done.problems.append({"file": table.path, "what": str(error)})
+            _aside(files, table.path, done, dry_run)
+
+
+def _repair_family(space: Space, family: Family, done: Repaired) -> None:
+    written, lost, absent = salvage(space, family)
+    done.rewritten += len(written)
+    done.lost += lost
+    done.absent += absent
+    for segment in (*reversed(family.supplements), family.base):
+        _aside(space.files, segment.folder, done, False)
+
+
+def _aside(files: Files, name: str, done: Repaired, dry_run: bool) -> None:
+    """Move a file or folder to the quarantine."""
+    if dry_run:
+        return
+    files.make(QUARANTINE)
+    place = f"{QUARANTINE}/{name.replace('/', '--')}-{secrets.token_hex(3)}"
+    if files.local or files.size(name) is None:
+        try:
+            files.move(name, place)
+        except FileNotFoundError:
+            return
+    else:
+        files.publish(place, files.read(name, MAX_SMALL_JSON * 256))
+        files.remove(name)
+    done.moved.append(place)

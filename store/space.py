@@ -1,0 +1,176 @@
+"""`Space`: one feature space of a store. States of two spaces never mix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from store.blocks import BlockPlan, plan_blocks
+from store.digest import digest_json
+from store.document import load_document
+from store.errors import StoreError
+from store.files import Files
+from store.index import Index, Lookup
+from store.names import FORMAT, MAX_SMALL_JSON, SEGMENT_BYTES, is_key, is_segment, segment_path, space_path
+from store.segment import NotSealed, Problem, Segment
+from store.sweep import sweep
+from store.tables import TableInfo, TaskTable, list_tables, load_table, save_table
+from store.writer import SegmentWriter
+
+KIND = "activation-space"
+
+
+class Space:
+    """An opened feature space: `id`, the `identity` it is the digest of, and its folder `path`.
+
+    Raises StoreError if it is damaged, or its identity is not the one its id names.
+    """
+
+    def __init__(self, files: Files, space: str) -> None:
+        self.files, self.id = files, space
+        name = f"{space_path(space)}/space.json"
+        where = files.where(name)
+        if not is_key(space) or files.size(name) is None:
+            raise StoreError(f"there is no feature space {space} in {files.root}")
+        document = load_document(files.read(name, MAX_SMALL_JSON), where, KIND)
+        identity = document.get("identity")
+        if not isinstance(identity, dict) or document.get("id") != space or digest_json(identity) != space:
+            raise StoreError(f"{where} is damaged or foreign: its identity is not that of {space}; restore it")
+        version = identity.get("format_version")
+        if type(version) is int and version > FORMAT:
+            raise StoreError(
+                f"{where} is of format {version}, this version reads up to {FORMAT}: install a newer version"
+            )
+        self.identity: dict[str, Any] = identity
+        self._opened: dict[str, Segment] = {}
+        self._index: tuple[tuple[str, ...], Index] | None = None
+
+    def __repr__(self) -> str:
+        return f"Space({self.id})"
+
+    @property
+    def path(self) -> Path:
+        return Path(self.files.where(space_path(self.id)))
+
+    @property
+    def format(self) -> str | None:
+        """The number format of its states."""
+        value = self.identity.get("format")
+        return value if isinstance(value, str) else None
+
+    def segments(self) -> list[Segment]:
+        """Sealed segments by id, which sorts by time. Asks the disk each time; an opened segment is kept.
+
+        Raises StoreError for a sealed segment whose manifest is damaged.
+        """
+        opened = {}
+        names = self._segment_names()
+        fresh = [name for name in names if name not in self._opened]
+        if self.files.local:
+            found = [self._open(name) for name in fresh]
+        else:
+            with ThreadPoolExecutor(16) as pool:
+                found = list(pool.map(self._open, fresh))
+        new = dict(zip(fresh, found, strict=True))
+        for name in names:
+            segment = self._opened.get(name) or new[name]
+            if segment is not None:
+                opened[name] = segment
+        self._opened = opened
+        hidden = set(self.superseded())
+        # A supplement sealed while its base was being compacted still needs it.
+        hidden -= {s.base for s in opened.values() if s.base in hidden and s.id not in hidden}
+        return [segment for name, segment in opened.items() if name not in hidden]
+
+    def superseded(self) -> list[str]:
+        """Segments whose samples `compact` has written anew; still there for those who read them now."""
+        names = self.files.names(f"{space_path(self.id)}/superseded")
+        return [name for name in names if is_segment(name)]
+
+    def _open(self, name: str) -> Segment | None:
+        """The segment `name` if it is sealed."""
+        try:
+            if self.files.local and self.files.size(f"{segment_path(self.id, name)}/manifest.json") is None:
+                return None
+            return Segment(self.files, self.id, name)
+        except NotSealed:
+            return None
+
+    def writer(self, provenance: dict[str, Any], base: Segment | None = None) -> SegmentWriter:
+        """A writer for one segment after another; with `base`, for a supplement of that segment."""
+        return SegmentWriter(self.files, self.id, self.format, provenance, base)
+
+    def sweep(self, older_than: float | None = None) -> int:
+        """Remove unsealed segments whose writer is dead on this host; returns how many.
+
+        With `older_than` (seconds) also those that nothing was written to for so long, of whatever host.
+        """
+        return sweep(self.files, self.id, self._segment_names(), older_than)
+
+    def index(self) -> Index:
+        """The key index over the segments sealed now."""
+        segments = self.segments()
+        ids = tuple(segment.id for segment in segments)
+        if self._index is None or self._index[0] != ids:
+            self._index = (ids, Index(segments))
+        return self._index[1]
+
+    def stored(self) -> dict[str, frozenset[str]]:
+        """Sample key → states and columns stored of it."""
+        return self.index().states()
+
+    def lookup(self, keys: Sequence[str], states: Sequence[str], columns: Sequence[str] = ()) -> Lookup:
+        """Which of `keys` are stored with all `states` and `columns`, which not at all, and what the others lack."""
+        return self.index().lookup(keys, [*states, *columns])
+
+    def plan(
+        self,
+        keys: Sequence[str],
+        states: Sequence[str],
+        columns: Sequence[str] = (),
+        max_block_bytes: int = SEGMENT_BYTES,
+    ) -> BlockPlan:
+        """Blocks that cover `keys`. Raises MissingStates if a sample or a state of one is not stored."""
+        return plan_blocks(self.files, self.id, self.index(), keys, states, columns, max_block_bytes)
+
+    def verify(self, deep: bool = False) -> list[Problem]:
+        """What is wrong with any sealed segment or table: names and sizes, with `deep` every digest."""
+        found = []
+        for name in self._segment_names():
+            if self.files.size(f"{segment_path(self.id, name)}/manifest.json") is None:
+                continue
+            try:
+                found += Segment(self.files, self.id, name).verify(deep)
+            except StoreError as error:
+                found.append(Problem(name, "manifest.json", str(error)))
+        for table in self.tables() if deep else []:
+            try:
+                self.load_table(table.task, table.split, path=table.path)
+            except StoreError as error:
+                found.append(Problem("", table.path, str(error)))
+        return found
+
+    def save_table(self, table: TaskTable) -> Path:
+        """Store a task table; returns its path. Never changes or removes another."""
+        return Path(self.files.where(save_table(self.files, self._tasks, table)))
+
+    def tables(self) -> list[TableInfo]:
+        """Every stored task table, by task, split and rows."""
+        return list_tables(self.files, self._tasks)
+
+    def load_table(self, task: str, split: str, rows: int | None = None, path: str | None = None) -> TaskTable:
+        """The table with `rows` rows, or the largest, of equals the newest; or the one at `path` (a TableInfo's).
+
+        Raises MissingStates if there is none, StoreError if it is damaged.
+        """
+        return load_table(self.files, self._tasks, task, split, rows, path)
+
+    @cached_property
+    def _tasks(self) -> str:
+        return f"{space_path(self.id)}/tasks"
+
+    def _segment_names(self) -> list[str]:
+        return [name for name in self.files.names(f"{space_path(self.id)}/segments") if is_segment(name)]

@@ -1,0 +1,46 @@
+"""Removing what killed writers left: segments without a manifest."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+
+from store.alive import is_dead
+from store.document import load_document
+from store.errors import StoreError
+from store.files import Files
+from store.names import MAX_SMALL_JSON, segment_path
+
+# A folder with nothing in it but temporary files is what a writer leaves that was killed before it said who it is.
+_EMPTY_SECONDS = 3600.0
+
+
+def sweep(files: Files, space: str, segments: Iterable[str], older_than: float | None = None) -> int:
+    """Remove unsealed segments whose writer is dead; returns how many. See `Space.sweep`."""
+    removed = 0
+    for segment in segments:
+        folder = segment_path(space, segment)
+        # The writer is judged before the seal is looked for: a dead one can no longer seal in between.
+        if _is_litter(files, folder, older_than) and files.size(f"{folder}/manifest.json") is None:
+            files.remove_tree(folder, last="writer.json")
+            removed += 1
+    return removed
+
+
+def _is_litter(files: Files, folder: str, older_than: float | None) -> bool:
+    names = files.names(folder)
+    if "manifest.json" in names:
+        return False
+    try:
+        touched = max(files.modified(f"{folder}/{name}".rstrip("/")) for name in ("", *names))
+        age = time.time() - touched
+        if older_than is not None and age > older_than:
+            return True
+        if all(name.startswith(".") for name in names):
+            return age > _EMPTY_SECONDS
+        if "writer.json" not in names:
+            return False
+        data = files.read(f"{folder}/writer.json", MAX_SMALL_JSON)
+        return is_dead(load_document(data, folder, "activation-writer"))
+    except (FileNotFoundError, StoreError):
+        return False  # Another sweep is at it, or it is not ours to judge.

@@ -1,0 +1,160 @@
+"""Tail weights, kept once a checkpoint for all its feature spaces: `weights/<digest>/*.safetensors` and `*.json`.
+
+A manifest, written last, lists each file's size and xxh3-128; both are checked before a byte is parsed. Files are only
+ever added, and writing the same ones again changes nothing, so any number of processes may do it at once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from store.digest import digest_bytes
+from store.document import dump_document, load_document, parse_json
+from store.errors import MissingStates, StoreError
+from store.files import Files, explain
+from store.names import FORMAT, MAX_SMALL_JSON, is_file, is_key
+
+_KIND = "activation-weights"
+
+
+def save_weights(files: Files, digest: str, contents: Mapping[str, Mapping[str, Any]]) -> None:
+    """Store `contents`: `name.safetensors` → tensors, `name.json` → JSON object. Names already there are kept as is.
+
+    Raises ValueError for other names, StoreError if they cannot be written.
+    """
+    for name in contents:
+        if not is_file(name) or not name.endswith((".safetensors", ".json")) or name == "manifest.json":
+            raise ValueError(f"a weights file is called NAME.safetensors or NAME.json, not {name!r}")
+    there = listed(files, digest) or {}
+    new = {name: content for name, content in contents.items() if name not in there}
+    if new or not there:
+        dump = {".safetensors": _dump_tensors, ".json": _dump_json}
+        add_bytes(files, digest, {name: dump[name[name.rindex(".") :]](content) for name, content in new.items()})
+
+
+def add_bytes(files: Files, digest: str, contents: Mapping[str, bytes]) -> None:
+    """Store files as they are, beside those that are there. Raises StoreError if they cannot be written."""
+    folder = _folder(digest)
+    there = listed(files, digest) or {}
+    needed = 0
+    try:
+        files.make(folder)
+        for name, data in contents.items():
+            needed = len(data)
+            files.publish(f"{folder}/{name}", data)
+            there[name] = (len(data), digest_bytes(data))
+        entries = [{"name": n, "size": s, "xxh3": d} for n, (s, d) in sorted(there.items())]
+        document = {"kind": _KIND, "format": FORMAT, "digest": digest, "files": entries}
+        files.publish(f"{folder}/manifest.json", dump_document(document))
+        files.sync(["weights"])
+    except OSError as error:
+        raise explain(error, "writing weights to", files.root, needed, files.free) from error
+
+
+def has_weights(files: Files, digest: str, names: tuple[str, ...] = ()) -> bool:
+    """Whether weights of `digest` are stored, all of `names` among them."""
+    there = listed(files, digest)
+    return there is not None and all(name in there for name in names)
+
+
+def load_tensors(files: Files, digest: str, name: str) -> dict[str, torch.Tensor]:
+    """The tensors of `name`, on the CPU. Raises MissingStates, or StoreError if the file is damaged."""
+    try:
+        return load(_load(files, digest, name))
+    except SafetensorError as error:
+        raise StoreError(f"weights/{digest}/{name} is not a safetensors file: {error}") from error
+
+
+def load_json(files: Files, digest: str, name: str) -> dict[str, Any]:
+    """The JSON object of `name`. Raises MissingStates, or StoreError if the file is damaged."""
+    return parse_json(_load(files, digest, name), files.where(f"{_folder(digest)}/{name}"))
+
+
+def verify(files: Files, digest: str, deep: bool) -> list[tuple[str, str]]:
+    """What is wrong with the weights of `digest`: (path, what) each."""
+    found = []
+    try:
+        for name, (size, _) in (listed(files, digest) or {}).items() if is_key(digest) else ():
+            if deep or files.size(f"weights/{digest}/{name}") != size:
+                try:
+                    _load(files, digest, name)
+                except StoreError as error:
+                    found.append((f"weights/{digest}/{name}", str(error)))
+    except StoreError as error:
+        found.append((f"weights/{digest}/manifest.json", str(error)))
+    return found
+
+
+def _folder(digest: str) -> str:
+    if not is_key(digest):
+        raise ValueError(f"a weights digest is 32 lower hex characters, not {digest!r}")
+    return f"weights/{digest}"
+
+
+def stored_bytes(files: Files, digest: str, without: Mapping[str, Any] | None) -> dict[str, bytes]:
+    """The files of `digest` as they are, but for those named in `without`. Raises StoreError if one is damaged."""
+    there = listed(files, digest) if is_key(digest) else None
+    return {name: _load(files, digest, name) for name in there or () if name not in (without or ())}
+
+
+def listed(files: Files, digest: str) -> dict[str, tuple[int, str]] | None:
+    """Name → (size, xxh3-128) as the manifest says; None if there is none."""
+    folder = _folder(digest)
+    where = f"{folder}/manifest.json"
+    if files.size(where) is None:
+        return None
+    path = files.where(where)
+    document = load_document(files.read(where, MAX_SMALL_JSON), path, _KIND)
+    entries: Any = document.get("files")
+    out = {}
+    for entry in entries if isinstance(entries, list) else [{}]:
+        sound = isinstance(entry, dict) and is_file(entry.get("name")) and is_key(entry.get("xxh3"))
+        if not sound or type(entry.get("size")) is not int or document.get("digest") != digest:
+            raise StoreError(
+                f"{path} is malformed: restore it from another copy, or delete the folder and extract again"
+            )
+        out[entry["name"]] = (entry["size"], entry["xxh3"])
+    return out
+
+
+def _load(files: Files, digest: str, name: str) -> bytes:
+    there = listed(files, digest)
+    if there is None or name not in there:
+        raise MissingStates(f"weights/{digest}/{name} is not in the store: extract with this checkpoint first")
+    path = f"{_folder(digest)}/{name}"
+    size, expected = there[name]
+    found = files.size(path)
+    if found != size:
+        what = "is missing" if found is None else f"has {found} bytes instead of {size}"
+    else:
+        for _ in range(2):
+            data = files.read(path, size)
+            if digest_bytes(data) == expected:
+                return data
+            if not files.forget(path):
+                break
+        what = "differs from its digest"
+    raise StoreError(
+        f"{files.where(path)} {what}: restore it from another copy, or delete the folder and extract again"
+    )
+
+
+def _dump_tensors(content: Mapping[str, Any]) -> bytes:
+    seen: set[int] = set()
+    out = {}
+    for name, tensor in content.items():
+        tensor = tensor.detach().cpu().contiguous()
+        # Tied weights share memory, which safetensors refuses.
+        out[name] = tensor.clone() if tensor.untyped_storage().data_ptr() in seen else tensor
+        seen.add(tensor.untyped_storage().data_ptr())
+    return save(out)
+
+
+def _dump_json(content: Mapping[str, Any]) -> bytes:
+    return json.dumps(content, sort_keys=True, indent=1, allow_nan=False).encode()
