@@ -1,0 +1,1 @@
+"""Extraction: tasks, backbones, the identity of a feature space, and the run that fills a store."""

@@ -1,0 +1,291 @@
+"""What one backbone architecture has to say, and the register of those that do.
+
+A `Family` knows, from a checkpoint's `config.json` alone, which states exist and how wide they are; how to turn text
+into `Inputs`; how to run the frozen part and collect states; and how to build the `Tail`, the live last layer with
+what it needs to reach an output, from weights kept in the store. Adding a backbone means adding one file that defines
+one subclass under `@register`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from extract.backbones.batch import Batch, Layout
+from extract.backbones.inputs import Inputs
+from store.errors import UserError
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """How text becomes input ids. `prompt` is used by text-to-text families only; "" elsewhere.
+
+    Of image families: `root`, the folder that file names are relative to; `skip_bad`, leave out pictures that cannot be
+    read; `image_size`, "HEIGHTxWIDTH" of what the backbone sees, "own" for each
+    picture's own, "" for the checkpoint's; `views`, how many fixed
+    augmented views of a training picture there are (1: the plain one alone), and `view_seed`, which draws them.
+    """
+
+    prompt: str = ""
+    max_length: int = 128
+    truncation_side: Literal["left", "right"] = "right"
+    root: str = ""
+    skip_bad: bool = False
+    image_size: str = ""
+    views: int = 1
+    view_seed: int = 0
+
+
+class Tail(nn.Module, ABC):
+    """The frozen live end of a backbone: gradients flow through it, its weights never change.
+
+    `forward(hidden, batch)` runs the live last layer. `hidden`: stream → (rows, width); the last stream's rows enter
+    the layer, those of earlier streams are what it attends to. Returns (rows of the last stream, width).
+    """
+
+    @abstractmethod
+    def embed(self, batch: Batch, stream: str) -> Tensor:
+        """The backbone's embedding output (rows, width), looked up from ids rather than stored."""
+
+    @abstractmethod
+    def forward(self, hidden: dict[str, Tensor], batch: Batch) -> Tensor: ...
+
+    def final_norm(self, rows: Tensor, stream: str) -> Tensor:
+        """The backbone's own frozen norm after the last block of `stream`; the identity where it has none."""
+        return rows
+
+    def logits(self, rows: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """Frozen language-model head: (rows, width) → (rows, vocabulary), or only the columns `tokens`."""
+        raise NotImplementedError
+
+
+class SideStack(nn.Module, ABC):
+    """Trainable blocks of the backbone's own kind at a fraction of its width, one for each kept layer (LST §3)."""
+
+    width: int
+
+    @abstractmethod
+    def context(self, batch: Batch, stream: str, memory: Tensor | None) -> Any:
+        """Masks and position biases, made once a forward pass. `memory`: (rows, width) of the stream before."""
+
+    @abstractmethod
+    def block(self, index: int, grid: Tensor, context: Any) -> Tensor:
+        """Block number `index` of the kept ones on a padded grid (B, L, width)."""
+
+    @abstractmethod
+    def final(self, rows: Tensor) -> Tensor:
+        """The norm after the last block."""
+
+
+class Family(ABC):
+    """One architecture at one shape. `config` is the checkpoint's Hugging Face configuration."""
+
+    name: ClassVar[str]
+    model_types: ClassVar[tuple[str, ...]]
+    description: ClassVar[str]
+    readout: ClassVar[Literal["lm", "pooled"]]
+    attentions: ClassVar[tuple[str, ...]] = ("sdpa", "eager")
+    modality: ClassVar[Literal["text", "image"]] = "text"
+    # "sequence": every stream has one width and a block's output keeps its positions. "pyramid": a stream a stage, each
+    # coarser and wider than the one before; the last stage's last block is the live one.
+    shape: ClassVar[Literal["sequence", "pyramid"]] = "sequence"
+    timm_names: ClassVar[tuple[str, ...]] = ()  # beginnings of timm architecture names
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    # -- shape ---------------------------------------------------------------------------------------------------
+    streams: ClassVar[tuple[str, ...]]
+
+    @property
+    @abstractmethod
+    def width(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def dropout(self) -> float: ...
+
+    @abstractmethod
+    def depth(self, stream: str) -> int:
+        """Number of blocks of `stream`."""
+
+    def states(self) -> list[str]:
+        """Every state that can be collected: the output of each block of each stream."""
+        return [f"{s}.{i}" for s in self.streams for i in range(self.depth(s))]
+
+    def width_of(self, stream: str) -> int:
+        """The width of the states of `stream`."""
+        return self.width
+
+    def embedding(self, stream: str) -> list[str]:
+        """The states that `Tail.embed` reads; none where the embedding is looked up from ids."""
+        return []
+
+    def kept_layers(self, method: str, stream: str) -> list[int]:
+        """The layers whose states a method uses by default, 0-based, ascending; the paper's choice where it has one."""
+        return list(range(self.depth(stream)))
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Per-row integer inputs kept beside the states."""
+        return tuple(f"{s}.ids" for s in self.streams)
+
+    def processor(self, folder: Path) -> Any:
+        """What turns a sample into inputs where that is not a tokenizer (images); None otherwise."""
+        return None
+
+    # -- input ---------------------------------------------------------------------------------------------------
+    @abstractmethod
+    def prepare(
+        self,
+        tokenizer: Any,
+        texts: Sequence[Sequence[str]],
+        options: TextOptions,
+        candidates: Sequence[Sequence[int]] = (),
+        gold: Sequence[int] | None = None,
+    ) -> Inputs:
+        """Text → inputs. `candidates`: token ids of each target of a text-to-text family; `gold`: the index of each
+        sample's own target when its states are for training, None when they are for scoring."""
+
+    def candidates(self, tokenizer: Any, targets: Sequence[str]) -> list[list[int]]:
+        """Token ids of each target text; empty for families that do not write text."""
+        return []
+
+    def with_decoder(self, inputs: Inputs, chains: Sequence[Sequence[int]]) -> Inputs:
+        """`inputs` with the decoder positions replaced by the given input ids, one chain a sample (free generation).
+        Families that do not write text have none."""
+        raise NotImplementedError(f"{self.name} does not generate text")
+
+    # -- the frozen part -----------------------------------------------------------------------------------------
+    @abstractmethod
+    def load(self, folder: Path, dtype: torch.dtype, attention: str, device: torch.device | str) -> nn.Module:
+        """The backbone in eval mode, no parameter trainable. Raises UserError when weights are missing."""
+
+    @abstractmethod
+    def run(self, model: nn.Module, batch: Batch, states: Sequence[str]) -> dict[str, Tensor]:
+        """Collect `states` of `batch` (columns filled in), each (rows, width) in the backbone's own precision.
+
+        Gradients flow where a parameter asks for them: live counterparts (LoRA and the like) train through this."""
+
+    def last_block(self, model: Any) -> nn.Module:
+        """The last block of a loaded backbone, for counterparts that train it."""
+        raise NotImplementedError(f"{self.name} backbones have no live counterparts yet")
+
+    def finish(self, model: Any, rows: Tensor) -> Tensor:
+        """The loaded backbone's own final norm on the rows of its last state; nothing where it has none."""
+        return rows
+
+    # -- the live part -------------------------------------------------------------------------------------------
+    @abstractmethod
+    def tail_weights(self, model: nn.Module) -> dict[str, Tensor]:
+        """What `tail` needs, from a loaded backbone; float32 on the host."""
+
+    @abstractmethod
+    def tail(self, weights: dict[str, Tensor] | None, attention: str) -> Tail:
+        """The tail from `weights` alone; None gives the shape only (for counting, on the meta device)."""
+
+    @abstractmethod
+    def norm(self, stream: str) -> nn.Module:
+        """A fresh trainable norm of the kind the backbone puts after its last block; Identity where it has none."""
+
+    @abstractmethod
+    def side_stack(self, stream: str, layers: Sequence[int], reduction: int) -> SideStack: ...
+
+
+_FAMILIES: dict[str, type[Family]] = {}
+
+
+def register(cls: type[Family]) -> type[Family]:
+    """Class decorator: make a family known by its model types. Raises ValueError when one is taken."""
+    for kind in cls.model_types:
+        if kind in _FAMILIES:
+            raise ValueError(f"model type {kind!r} is already served by {_FAMILIES[kind].__name__}")
+        _FAMILIES[kind] = cls
+    for name in cls.timm_names:
+        _FAMILIES[f"timm:{name}"] = cls
+    return cls
+
+
+def families() -> list[type[Family]]:
+    """Every registered family once, in order of registration."""
+    return list(dict.fromkeys(_FAMILIES.values()))
+
+
+def family_for(config: Any) -> Family:
+    """The family that serves a configuration's model type; UserError naming those that exist otherwise."""
+    cls = _FAMILIES.get(config.model_type)
+    if config.model_type == "timm_wrapper":
+        name = str(config.architecture)
+        cls = next((f for f in families() if f.timm_names and name.startswith(f.timm_names)), None)
+        if cls is None:
+            known = ", ".join(f"{n}*" for f in families() for n in f.timm_names)
+            raise UserError(f"no backbone family for timm's {name!r}; there is one for: {known}")
+    if cls is None:
+        known = ", ".join(sorted(k for k in _FAMILIES if not k.startswith("timm:")))
+        raise UserError(f"no backbone family for model type {config.model_type!r}; there is one for: {known}")
+    return cls(config)
+
+
+@contextmanager
+def collect(blocks: Sequence[tuple[str, nn.Module]], keep: Callable[[str, Tensor], None]):  # type: ignore[no-untyped-def]
+    """Forward hooks on named blocks for the length of the context; `keep(name, output)` is called for each."""
+
+    def hook(name: str) -> Callable[..., None]:
+        def inner(_module: nn.Module, _args: Any, output: Any) -> None:
+            keep(name, output[0] if isinstance(output, tuple) else output)
+
+        return inner
+
+    handles = [module.register_forward_hook(hook(name)) for name, module in blocks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def attention_mask(allowed: Tensor, attention: str, dtype: torch.dtype) -> Tensor:
+    """Bool (…, L) mask in the form the attention implementation takes: bool for sdpa, additive for eager."""
+    if attention == "sdpa":
+        return allowed
+    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, torch.finfo(dtype).min)
+
+
+def key_mask(layout: Layout, attention: str, dtype: torch.dtype) -> Tensor:
+    """(B, 1, 1, L): every position may attend to every real position."""
+    return attention_mask(layout.mask[:, None, None, :], attention, dtype)
+
+
+def load_frozen(cls: Any, folder: Path, dtype: torch.dtype, attention: str, device: torch.device | str) -> nn.Module:
+    """`cls.from_pretrained` from safetensors only, refusing a checkpoint that lacks a weight the states depend on."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model, info = cls.from_pretrained(
+        folder,
+        dtype=dtype,
+        attn_implementation=attention,
+        use_safetensors=True,
+        local_files_only=True,
+        output_loading_info=True,
+    )
+    missing = sorted(k for k in info["missing_keys"] if "pooler" not in k)
+    wrong = sorted(str(k) for k in info["mismatched_keys"])
+    if missing or wrong:
+        raise UserError(
+            f"checkpoint {folder}: {len(missing)} weights missing, {len(wrong)} of the wrong shape "
+            f"(first: {(missing + wrong)[0]}); the backbone would run on random weights, so nothing was done"
+        )
+    return model.to(device).eval().requires_grad_(False)
+
+
+def freeze(module: nn.Module) -> nn.Module:
+    """No gradient on the module's own weights; gradients still flow through it."""
+    return module.requires_grad_(False)

@@ -1,0 +1,110 @@
+"""`Batch`: named hidden states of a few samples, packed row after row, from the store or from the live backbone.
+
+A *stream* is a sequence of positions of a sample: `encoder` (tokens or patches), `decoder` (positions of a text
+decoder). A state or column is named `<stream>.<what>`: `encoder.3` is the output of encoder block 3, `decoder.ids` the
+decoder's input ids. All arrays of one stream have the same rows, sample after sample, without padding; a tuner pads
+only where attention needs it, and only at the width it works in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def stream_of(name: str) -> str:
+    """The stream a state or column belongs to: the part of its name before the first dot."""
+    return name.split(".", 1)[0]
+
+
+@dataclass
+class Layout:
+    """Where each packed row of a stream lies in the padded (batch, length) grid.
+
+    `lengths`: (B,) int64 on the batch's device. `mask`: (B, L) bool, true at real positions. `flat`: (rows,) int64,
+    the row's place in the flattened grid. `sample`: (rows,) int64, the sample each row belongs to. `first`: (B,) int64,
+    the first row of each sample.
+    """
+
+    lengths: Tensor
+    mask: Tensor
+    flat: Tensor
+    sample: Tensor
+    first: Tensor
+
+    @classmethod
+    def of(cls, lengths: np.ndarray, device: torch.device | str = "cpu") -> Layout:
+        """Built on the host from `lengths` (B,), so that no device synchronisation is needed."""
+        lengths = np.asarray(lengths, dtype=np.int64)
+        batch, longest = len(lengths), int(lengths.max(initial=0))
+        first = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64) if batch else np.zeros(0, np.int64)
+        sample = np.repeat(np.arange(batch, dtype=np.int64), lengths)
+        within = np.arange(int(lengths.sum()), dtype=np.int64) - first[sample]
+        mask = np.arange(longest)[None, :] < lengths[:, None]
+
+        def put(a: np.ndarray) -> Tensor:
+            return torch.from_numpy(a).to(device, non_blocking=True)
+
+        return cls(put(lengths), put(mask), put(sample * longest + within), put(sample), put(first))
+
+    def pad(self, rows: Tensor, value: float = 0.0) -> Tensor:
+        """(rows, …) → (B, L, …), the gaps filled with `value`."""
+        batch, longest = self.mask.shape
+        out = rows.new_full((batch * longest, *rows.shape[1:]), value)
+        return out.index_copy(0, self.flat, rows).view(batch, longest, *rows.shape[1:])
+
+    def unpad(self, grid: Tensor) -> Tensor:
+        """(B, L, …) → (rows, …)."""
+        return grid.flatten(0, 1).index_select(0, self.flat)
+
+
+@dataclass
+class Batch:
+    """States of B samples. Nothing in it says whether they came from the store or from the backbone.
+
+    `states`: name → (rows of its stream, width), floating point. `columns`: name → (rows,) int64 side inputs (token
+    ids and the like). `lengths`: stream → (B,) int64 on the host. `labels`: (B,) int64 classes or float32 values, or
+    None. `index`: (B,) int64, the place of each sample in its split's task table. `wait_seconds`: how long the
+    consumer waited for this batch. `pictures`: what a live image backbone reads pixels from; None from the store.
+    """
+
+    states: dict[str, Tensor]
+    columns: dict[str, Tensor]
+    lengths: dict[str, np.ndarray]
+    labels: Tensor | None = None
+    index: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    wait_seconds: float = 0.0
+    pictures: Sequence[Any] | None = None
+    _layouts: dict[str, Layout] = field(default_factory=dict, repr=False)
+
+    def __len__(self) -> int:
+        return len(next(iter(self.lengths.values())))
+
+    @property
+    def device(self) -> torch.device:
+        for tensor in (*self.states.values(), *self.columns.values()):
+            return tensor.device
+        return torch.device("cpu")
+
+    def layout(self, stream: str) -> Layout:
+        """The padded grid of `stream`, made once a batch."""
+        if stream not in self._layouts:
+            self._layouts[stream] = Layout.of(self.lengths[stream], self.device)
+        return self._layouts[stream]
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on `device`; copies are asynchronous where the memory is pinned."""
+        if torch.device(device) == self.device:
+            return self
+        return replace(
+            self,
+            states={k: v.to(device, non_blocking=True) for k, v in self.states.items()},
+            columns={k: v.to(device, non_blocking=True) for k, v in self.columns.items()},
+            labels=None if self.labels is None else self.labels.to(device, non_blocking=True),
+            _layouts={},
+        )

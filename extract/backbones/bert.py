@@ -1,0 +1,187 @@
+"""BERT-like encoders: BERT, RoBERTa, XLM-RoBERTa, CamemBERT, MiniLM. Post-norm blocks, one stream `encoder`.
+
+The live layer is the last block. Its output is already normalised (post-LN), so there is no final norm.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers.models.bert.modeling_bert import BertEmbeddings, BertLayer, BertModel
+from transformers.models.camembert.modeling_camembert import CamembertModel
+from transformers.models.roberta.modeling_roberta import RobertaEmbeddings, RobertaLayer, RobertaModel
+from transformers.models.xlm_roberta.modeling_xlm_roberta import XLMRobertaModel
+
+from extract.backbones.base import (
+    Family,
+    SideStack,
+    Tail,
+    TextOptions,
+    collect,
+    freeze,
+    key_mask,
+    load_frozen,
+    register,
+)
+from extract.backbones.batch import Batch
+from extract.backbones.inputs import Inputs, ragged
+from extract.backbones.text import tokenize
+
+_MODELS: dict[str, Any] = {
+    "bert": BertModel,
+    "roberta": RobertaModel,
+    "xlm-roberta": XLMRobertaModel,
+    "camembert": CamembertModel,
+}
+
+
+class BertTail(Tail):
+    """Embeddings and the last block (SHERL on single-stream encoders: the live layer)."""
+
+    def __init__(self, config: Any, attention: str) -> None:
+        super().__init__()
+        self.config = copy.deepcopy(config)
+        self.config._attn_implementation = attention
+        bert = config.model_type == "bert"
+        self.embeddings: nn.Module = (BertEmbeddings if bert else RobertaEmbeddings)(self.config)
+        self.layer: nn.Module = (BertLayer if bert else RobertaLayer)(self.config)
+        freeze(self)
+
+    def embed(self, batch: Batch, stream: str = "encoder") -> Tensor:
+        return batch.layout(stream).unpad(self.embeddings(**_padded(self.config, batch)))
+
+    def forward(self, hidden: dict[str, Tensor], batch: Batch) -> Tensor:
+        layout = batch.layout("encoder")
+        rows = hidden["encoder"]
+        mask = key_mask(layout, self.config._attn_implementation, rows.dtype)
+        return layout.unpad(self.layer(layout.pad(rows), mask))
+
+
+class BertSideStack(SideStack):
+    """Post-norm encoder blocks of width D / r, intermediate size / r, the backbone's number of heads; a final
+    LayerNorm. Initialised as BERT is, N(0, 0.02²)."""
+
+    def __init__(self, config: Any, layers: Sequence[int], reduction: int) -> None:
+        super().__init__()
+        self.width = config.hidden_size // reduction
+        side = copy.deepcopy(config)
+        side.hidden_size = self.width
+        side.intermediate_size = config.intermediate_size // reduction
+        side._attn_implementation = "sdpa"
+        block = BertLayer if config.model_type == "bert" else RobertaLayer
+        self.blocks = nn.ModuleList(block(side) for _ in layers)
+        self.norm = nn.LayerNorm(self.width, eps=config.layer_norm_eps)
+        for module in self.blocks.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=config.initializer_range)
+                nn.init.zeros_(module.bias)
+
+    def context(self, batch: Batch, stream: str, memory: Tensor | None) -> Tensor:
+        return key_mask(batch.layout(stream), "sdpa", torch.float32)
+
+    def block(self, index: int, grid: Tensor, context: Tensor) -> Tensor:
+        return self.blocks[index](grid, context)
+
+    def final(self, rows: Tensor) -> Tensor:
+        return self.norm(rows)
+
+
+def _padded(config: Any, batch: Batch) -> dict[str, Tensor]:
+    layout = batch.layout("encoder")
+    pad = config.pad_token_id if config.pad_token_id is not None else 0
+    inputs = {"input_ids": layout.pad(batch.columns["encoder.ids"], pad)}
+    if "encoder.types" in batch.columns:
+        inputs["token_type_ids"] = layout.pad(batch.columns["encoder.types"])
+    return inputs
+
+
+@register
+class Bert(Family):
+    """See the module's docstring."""
+
+    name = "bert"
+    model_types = ("bert", "roberta", "xlm-roberta", "camembert")
+    description = "BERT-like encoders: BERT, RoBERTa, XLM-R, CamemBERT, MiniLM"
+    readout: ClassVar[Literal["lm", "pooled"]] = "pooled"
+    streams = ("encoder",)
+
+    @property
+    def width(self) -> int:
+        return self.config.hidden_size
+
+    @property
+    def dropout(self) -> float:
+        return self.config.hidden_dropout_prob
+
+    def depth(self, stream: str) -> int:
+        return self.config.num_hidden_layers
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return ("encoder.ids", "encoder.types") if self.config.type_vocab_size > 1 else ("encoder.ids",)
+
+    def prepare(
+        self,
+        tokenizer: Any,
+        texts: Sequence[Sequence[str]],
+        options: TextOptions,
+        candidates: Sequence[Sequence[int]] = (),
+        gold: Sequence[int] | None = None,
+    ) -> Inputs:
+        """Single sentences or pairs, joined the tokenizer's own way. Labels play no part."""
+        limit = min(options.max_length, self._longest())
+        second = [t[1] for t in texts] if texts and len(texts[0]) > 1 else None
+        encoded, cut = tokenize(tokenizer, [t[0] for t in texts], second, limit, options.truncation_side)
+        ids, lengths = ragged(encoded["input_ids"])
+        columns = {"encoder.ids": ids}
+        if "encoder.types" in self.columns:
+            types = encoded.get("token_type_ids")
+            columns["encoder.types"] = ragged(types)[0] if types is not None else np.zeros_like(ids)
+        return Inputs({"encoder": lengths}, columns, cut)
+
+    def _longest(self) -> int:
+        # RoBERTa keeps the first padding_idx + 1 positions for padding.
+        reserved = 0 if self.config.model_type == "bert" else self.config.pad_token_id + 1
+        return self.config.max_position_embeddings - reserved
+
+    def last_block(self, model: Any) -> nn.Module:
+        return model.encoder.layer[-1]
+
+    def load(self, folder: Path, dtype: torch.dtype, attention: str, device: torch.device | str) -> nn.Module:
+        return load_frozen(_MODELS[self.config.model_type], folder, dtype, attention, device)
+
+    def run(self, model: Any, batch: Batch, states: Sequence[str]) -> dict[str, Tensor]:
+        layout = batch.layout("encoder")
+        out: dict[str, Tensor] = {}
+        blocks = [(s, model.encoder.layer[int(s.split(".")[1])]) for s in states]
+        with collect(blocks, lambda name, x: out.__setitem__(name, layout.unpad(x))):
+            model(**_padded(self.config, batch), attention_mask=layout.mask.long())
+        return out
+
+    def tail_weights(self, model: nn.Module) -> dict[str, Tensor]:
+        last = f"encoder.layer.{self.config.num_hidden_layers - 1}."
+        out = {}
+        for name, tensor in model.state_dict().items():
+            if name.startswith("embeddings."):
+                out[name] = tensor
+            elif name.startswith(last):
+                out["layer." + name.removeprefix(last)] = tensor
+        return {k: v.detach().float().cpu().contiguous() for k, v in out.items() if v.is_floating_point()}
+
+    def tail(self, weights: dict[str, Tensor] | None, attention: str) -> BertTail:
+        tail = BertTail(self.config, attention)
+        if weights is not None:
+            tail.load_state_dict(weights)
+        return tail
+
+    def norm(self, stream: str) -> nn.Module:
+        return nn.Identity()
+
+    def side_stack(self, stream: str, layers: Sequence[int], reduction: int) -> BertSideStack:
+        return BertSideStack(self.config, layers, reduction)

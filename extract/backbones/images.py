@@ -1,0 +1,205 @@
+"""Pictures: from a file to the pixels a backbone is fed, the same ones every time.
+
+`Preprocess` is the backbone's own (size, crop, interpolation, normalisation). A `Picture` is one file under one
+preprocessing and one *view*: view 0 is the plain picture, the others are fixed random crops, flips and colour changes
+drawn from (seed, view, file). Its key is the xxh3-128 of the file's bytes, the preprocessing and the view.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from PIL import Image, ImageEnhance, UnidentifiedImageError
+from torch import Tensor
+
+from store.errors import UserError
+
+INTERPOLATIONS = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+_PIL_NAMES = {int(v): k for k, v in INTERPOLATIONS.items()}
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm")
+VIEW_POLICY = "crop0.6-1,flip0.5,color0.2"
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """`size`: (height, width) of what the backbone sees, or () to keep each picture's own. The short side is resized
+    to size / `crop` and the middle cut out; with `crop` 0 the picture is stretched to `size`. `mean`, `std`: of the
+    three channels, in 0..1."""
+
+    size: tuple[int, ...] = (224, 224)
+    crop: float = 1.0
+    interpolation: str = "bicubic"
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+
+    @classmethod
+    def of(cls, folder: Path, config: Any) -> Preprocess:
+        """What a checkpoint folder says: timm's `pretrained_cfg`, or `preprocessor_config.json`; else ImageNet's at the
+        configuration's own size. Raises UserError for values that make no sense."""
+        raw = getattr(config, "pretrained_cfg", None)
+        file = folder / "preprocessor_config.json"
+        try:
+            if raw:
+                size = tuple(raw.get("input_size", (3, 224, 224)))[1:]
+                found = cls(size, float(raw.get("crop_pct") or 1.0), raw.get("interpolation", "bicubic"))
+                return replace(found, mean=tuple(raw.get("mean", cls.mean)), std=tuple(raw.get("std", cls.std)))
+            if file.is_file():
+                return cls._hugging_face(json.loads(file.read_text(encoding="utf-8")))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UserError(f"{folder}: preprocessing cannot be read: {error}") from None
+        side = getattr(config, "image_size", 224)
+        return cls((side, side) if isinstance(side, int) else tuple(side))
+
+    @classmethod
+    def _hugging_face(cls, raw: dict[str, Any]) -> Preprocess:
+        size, crop = raw.get("size", 224), raw.get("crop_size")
+        if not raw.get("do_resize", True) and not raw.get("do_center_crop"):
+            target: tuple[int, ...] = ()
+            share = 1.0
+        else:
+            short = size if isinstance(size, int) else size.get("shortest_edge")
+            final = crop if raw.get("do_center_crop") and crop else size
+            edge = final if isinstance(final, int) else final.get("shortest_edge")
+            target = (edge, edge) if edge else (final["height"], final["width"])
+            share = target[0] / short if raw.get("do_center_crop") and short else 0.0
+        name = _PIL_NAMES.get(int(raw.get("resample", 2)), "bilinear")
+        normal = raw.get("do_normalize", True)
+        mean, std = (tuple(raw.get(k, d)) if normal else n for k, d, n in
+                     (("image_mean", cls.mean, (0.0,) * 3), ("image_std", cls.std, (1.0,) * 3)))  # fmt: skip
+        return cls(target, share, name, mean, std)
+
+    @property
+    def extent_text(self) -> str:
+        """`size` as text: "224x224", or "own"."""
+        return "x".join(map(str, self.size)) or "own"
+
+    def sized(self, text: str) -> Preprocess:
+        """The same at another size as `extent_text` writes it; "" changes nothing. Raises UserError otherwise."""
+        if not text:
+            return self
+        parts = text.split("x")
+        if text != "own" and not (len(parts) == 2 and all(p.isdigit() and int(p) for p in parts)):
+            raise UserError(f"image-size: a number, HEIGHTxWIDTH, or own, not {text!r}")
+        return replace(self, size=() if text == "own" else tuple(int(p) for p in parts))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    @cached_property
+    def digest(self) -> str:
+        """xxh3-128 over every field."""
+        return xxhash.xxh3_128_hexdigest(json.dumps(self.to_dict(), sort_keys=True).encode())
+
+    def extent(self, width: int, height: int) -> tuple[int, int]:
+        """(height, width) that a picture of this size has after preprocessing."""
+        return (self.size[0], self.size[1]) if self.size else (height, width)
+
+    def frame(self, image: Image.Image) -> Image.Image:
+        """The picture at its final extent."""
+        if not self.size:
+            return image
+        height, width = self.size
+        how = INTERPOLATIONS[self.interpolation]
+        if not self.crop:
+            return image.resize((width, height), how)
+        scale = max(height / image.height, width / image.width) / self.crop
+        tall, wide = max(height, round(image.height * scale)), max(width, round(image.width * scale))
+        if (wide, tall) != image.size:
+            image = image.resize((wide, tall), how)
+        left, top = (wide - width) // 2, (tall - height) // 2
+        return image.crop((left, top, left + width, top + height))
+
+    def pixels(self, image: Image.Image) -> Tensor:
+        """(3, height, width) float32, normalised."""
+        values = torch.from_numpy(np.asarray(image, np.uint8).copy()).permute(2, 0, 1).float().div_(255)
+        return (values - torch.tensor(self.mean)[:, None, None]) / torch.tensor(self.std)[:, None, None]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One file under one preprocessing and one view."""
+
+    path: Path
+    preprocess: Preprocess
+    view: int
+    seed: int
+    key: str
+    extent: tuple[int, int]
+
+    def pixels(self) -> Tensor:
+        """(3, height, width) float32. Raises UserError for a file that cannot be read any more."""
+        image = open_image(self.path)
+        if self.view:
+            image = augmented(image, np.random.default_rng(int(self.key[:16], 16)))
+        return self.preprocess.pixels(self.preprocess.frame(image))
+
+
+def open_image(path: Path) -> Image.Image:
+    """An RGB picture, decoded whole. Raises UserError naming the file that is absent, damaged or not RGB."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            if image.mode != "RGB":
+                raise UserError(f"{path}: not an RGB picture but {image.mode}; convert it, or leave it out: --skip-bad")
+            return image.copy()
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        why = "no such file" if isinstance(error, FileNotFoundError) else f"damaged picture ({_short(error)})"
+        raise UserError(f"{path}: {why}; repair it, or leave it out: --skip-bad") from None
+
+
+def look(path: Path, preprocess: Preprocess, view: int, seed: int) -> Picture | UserError:
+    """The picture at `path`, decoded once to be sure that it can be; or what is wrong with it."""
+    try:
+        image = open_image(path)
+    except UserError as error:
+        return error
+    what = f"{preprocess.digest}:view {view}" + (f" of {VIEW_POLICY}, seed {seed}" if view else "")
+    h = xxhash.xxh3_128(path.read_bytes())
+    h.update(what.encode())
+    return Picture(path, preprocess, view, seed, h.hexdigest(), preprocess.extent(*image.size))
+
+
+def look_all(paths: Sequence[Path], preprocess: Preprocess, views: Sequence[int], seed: int) -> list[Any]:
+    """`look` at many, on a few threads, in order."""
+    with ThreadPoolExecutor(4) as pool:
+        return list(pool.map(lambda p: look(p[0], preprocess, p[1], seed), zip(paths, views, strict=True)))
+
+
+def load_pixels(pictures: Sequence[Picture]) -> list[Tensor]:
+    """Pixels of many, on a few threads, in order."""
+    with ThreadPoolExecutor(4) as pool:
+        return list(pool.map(Picture.pixels, pictures))
+
+
+def augmented(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """`VIEW_POLICY`: a crop of 0.6 to 1 of the area, a flip half of the time, brightness, contrast and colour within
+    0.8 to 1.2."""
+    share, ratio = rng.uniform(0.6, 1.0), np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
+    wide = min(image.width, max(1, round(image.width * (share * ratio) ** 0.5)))
+    tall = min(image.height, max(1, round(image.height * (share / ratio) ** 0.5)))
+    left, top = int(rng.integers(image.width - wide + 1)), int(rng.integers(image.height - tall + 1))
+    out = image.crop((left, top, left + wide, top + tall)).resize(image.size, Image.Resampling.BILINEAR)
+    if rng.random() < 0.5:
+        out = out.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
+        out = enhance(out).enhance(float(rng.uniform(0.8, 1.2)))
+    return out
+
+
+def _short(error: BaseException) -> str:
+    return str(error).split("\n")[0].replace(str(getattr(error, "filename", "") or ""), "")[:80] or type(error).__name__

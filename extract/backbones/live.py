@@ -1,0 +1,37 @@
+"""`Backbone`: a family's frozen module on a device, loaded when first used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from extract.backbones.base import Family
+from extract.backbones.batch import Batch
+from extract.backbones.inputs import Inputs
+
+
+@dataclass
+class Backbone:
+    """A backbone ready to run. `load` is called once, at the first use of `model`."""
+
+    family: Family
+    load: Callable[[], Any]
+    device: torch.device
+    _model: Any = None
+
+    @property
+    def model(self) -> Any:
+        if self._model is None:
+            self._model = self.load()
+        return self._model
+
+    def states(self, inputs: Inputs, states: Sequence[str], dtype: torch.dtype | None = None) -> Batch:
+        """Run `inputs` and collect `states`, in `dtype` if given; no labels."""
+        batch = inputs.batch(self.device)
+        with torch.no_grad():
+            rows = self.family.run(self.model, batch, states)
+        batch.states = {k: rows[k] if dtype is None else rows[k].to(dtype) for k in states}
+        return batch

@@ -1,0 +1,149 @@
+"""Backbones in stages: a stream a stage (`stage1`, `stage2`, …), a state a block (`stage3.1`).
+
+Rows of a picture in a stream are the positions of its map, row by row. The tail is the last block of the last stage and
+the norm after it, if there is one.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from extract.backbones.base import Tail, collect, freeze
+from extract.backbones.batch import Batch
+from extract.backbones.grids import per_size
+from extract.backbones.vision import Vision, fill, in_order, keep, map_sizes, pixel_groups
+
+
+class PyramidTail(Tail):
+    """The last block, on maps, and the final norm. `channels_last`: whether the block takes (b, H, W, C)."""
+
+    def __init__(self, family: Pyramid, block: nn.Module, norm: nn.Module) -> None:
+        super().__init__()
+        object.__setattr__(self, "family", family)
+        self.block, self.norm = block, norm
+        freeze(self)
+
+    family: Pyramid
+
+    def embed(self, batch: Batch, stream: str) -> Tensor:
+        raise NotImplementedError("a staged backbone has no embedding of its own width")
+
+    def forward(self, hidden: dict[str, Tensor], batch: Batch) -> Tensor:
+        stream = self.family.streams[-1]
+        return self.apply_to(self.block, hidden[stream], map_sizes(self.family, batch, stream))
+
+    def apply_to(self, module: nn.Module, rows: Tensor, shapes: np.ndarray) -> Tensor:
+        """A module of the backbone on packed rows of maps of `shapes` (B, 2)."""
+        if self.family.channels_last:
+            return per_size(rows, shapes, module)
+        return per_size(rows, shapes, lambda x: module(x.permute(0, 3, 1, 2).contiguous()).permute(0, 2, 3, 1))
+
+    def final_norm(self, rows: Tensor, stream: str) -> Tensor:
+        return self.norm(rows) if stream == self.family.streams[-1] else rows
+
+    def train(self, mode: bool = True) -> PyramidTail:
+        # Batch norm stays in eval mode: its statistics are frozen, and so is nothing else here that has a mode.
+        return super().train(False)
+
+
+class Pyramid(Vision):
+    """What staged families share. Subclasses give `stem`, `stages`, `channels` and `grid`."""
+
+    shape: ClassVar[Literal["sequence", "pyramid"]] = "pyramid"
+    channels_last: ClassVar[bool] = False
+
+    @abstractmethod
+    def stem(self, model: Any, pixels: Tensor) -> Tensor:
+        """(b, 3, H, W) → the map that enters stage 1."""
+
+    @abstractmethod
+    def stages(self, model: Any) -> list[list[nn.Module]]:
+        """The blocks of each stage, in order; applied one after the other they are the backbone."""
+
+    @abstractmethod
+    def channels(self, stage: int) -> int:
+        """Width of the states of a stage, from 0."""
+
+    def final(self, model: Any) -> nn.Module:
+        """The norm after the last block; Identity where there is none."""
+        return nn.Identity()
+
+    @cached_property
+    def _depths(self) -> list[int]:
+        return [len(blocks) for blocks in self.stages(self.skeleton)]
+
+    @property
+    def streams(self) -> tuple[str, ...]:  # type: ignore[override]
+        return tuple(f"stage{i + 1}" for i in range(len(self._depths)))
+
+    @property
+    def width(self) -> int:
+        return self.channels(len(self._depths) - 1)
+
+    def width_of(self, stream: str) -> int:
+        return self.channels(self.streams.index(stream))
+
+    def depth(self, stream: str) -> int:
+        return self._depths[self.streams.index(stream)]
+
+    def last_block(self, model: Any) -> nn.Module:
+        return self.stages(model)[-1][-1]
+
+    def finish(self, model: Any, rows: Tensor) -> Tensor:
+        return self.final(model)(rows)
+
+    def run(self, model: Any, batch: Batch, states: Sequence[str]) -> dict[str, Tensor]:
+        stages = self.stages(model)
+        named = [(s, self.module_of(model, s)) for s in states]
+        last = max(self.streams.index(s.split(".")[0]) for s in states)
+        dtype = next(model.parameters()).dtype
+        parts: dict[str, list[tuple[list[int], Tensor]]] = {s: [] for s in states}
+
+        def flat(x: Tensor) -> Tensor:
+            if x.ndim == 3:
+                return x
+            return x.flatten(1, 2) if self.channels_last else x.flatten(2).transpose(1, 2)
+
+        for places, pixels in pixel_groups(batch):
+            with collect(named, lambda name, x, at=places: parts[name].append((at, flat(x)))):  # type: ignore[misc]
+                grid = self.stem(model, pixels.to(dtype))
+                for number, blocks in enumerate(stages[: last + 1]):
+                    for block in (*self.before(model, number), *blocks):
+                        grid = block(grid)
+        return {s: in_order([(at, x.reshape(len(at), -1, x.shape[-1])) for at, x in parts[s]]) for s in states}
+
+    def before(self, model: Any, stage: int) -> list[nn.Module]:
+        """Modules between a stage and the one before it that are not blocks (Swin's patch merging)."""
+        return []
+
+    def module_of(self, model: Any, state: str) -> nn.Module:
+        """The module whose output a state is."""
+        stream, number = state.split(".")
+        return self.stages(model)[self.streams.index(stream)][int(number)]
+
+    def tail_parts(self, model: Any) -> dict[str, nn.Module]:
+        """Modules whose weights the tail keeps."""
+        return {"block": self.stages(model)[-1][-1], "norm": self.final(model)}
+
+    def tail_weights(self, model: Any) -> dict[str, Tensor]:
+        return keep(self.tail_parts(model))
+
+    def tail(self, weights: dict[str, Tensor] | None, attention: str) -> PyramidTail:
+        with torch.device("meta"):
+            model = self.make(attention).eval()
+        parts = self.tail_parts(model)
+        fill(parts, weights)
+        return self.build_tail(parts)
+
+    def build_tail(self, parts: dict[str, nn.Module]) -> PyramidTail:
+        return PyramidTail(self, parts["block"], parts["norm"])
+
+    def norm(self, stream: str) -> nn.Module:
+        return nn.Identity()

@@ -1,0 +1,317 @@
+"""T5 encoder-decoders: v1.0, v1.1 and flan, tied and untied heads. Streams `encoder` and `decoder`.
+
+Feature i is the output of block i before any final norm. The tail is the last decoder block, the relative position
+bias of decoder block 0, the encoder's final norm, the embedding table and the language-model head.
+
+Decoder positions of a sample form a trie (`decoder.parent`: the position before, -1 at the root): a plain chain when
+training on a target, the prefixes where targets part when scoring. A position attends to its ancestors and has their
+count as its place, so a chain is exactly the causal decoder.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers.models.t5.modeling_t5 import T5Attention, T5Block, T5ForConditionalGeneration, T5LayerNorm, T5Stack
+
+from extract.backbones.base import (
+    Family,
+    SideStack,
+    Tail,
+    TextOptions,
+    attention_mask,
+    collect,
+    freeze,
+    key_mask,
+    load_frozen,
+    register,
+)
+from extract.backbones.batch import Batch
+from extract.backbones.inputs import Inputs, ragged
+from extract.backbones.t5_attention import cross_attend, is_cheaper
+from extract.backbones.text import decision_trie, gold_chain, tokenize
+
+# Kept layers of the papers (0-based), by number of blocks; LST Table 1 and SHERL's released scripts. T5-large keeps 13
+# in SHERL (layer 22 is the decoder's guide), 12 in LST; the largest models keep the last one or two.
+_BASE = [1, 2, 3, 5, 6, 7, 9, 10, 11]
+_ODD = list(range(1, 24, 2))
+
+
+def ancestors(parent: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """`parent` (B, P) places within the sample, -1 at roots → (B, P, P) bool self-or-ancestor, (B, P) int64 depth."""
+    batch, length = parent.shape
+    seen = torch.eye(length, dtype=torch.bool, device=parent.device).expand(batch, -1, -1).clone()
+    current = parent.masked_fill(~mask, -1)
+    for _ in range(length - 1):
+        live = current >= 0
+        seen |= torch.zeros_like(seen).scatter_(2, current.clamp(min=0)[..., None], live[..., None])
+        current = torch.where(live, parent.gather(1, current.clamp(min=0)), current)
+    return seen, seen.sum(-1) - 1
+
+
+def tree_bias(table: nn.Embedding, depth: Tensor, config: Any) -> Tensor:
+    """Relative position bias of decoder positions at the given depths: (B, P) → (B, heads, P, P)."""
+    bucket = T5Attention._relative_position_bucket(
+        depth[:, None, :] - depth[:, :, None],
+        bidirectional=False,
+        num_buckets=config.relative_attention_num_buckets,
+        max_distance=config.relative_attention_max_distance,
+    )
+    return table(bucket).permute(0, 3, 1, 2)
+
+
+def decoder_context(batch: Batch, table: nn.Embedding, config: Any, attention: str, dtype: torch.dtype) -> Any:
+    """(self mask, self bias, cross mask, cross bias) for decoder blocks over the batch's tries."""
+    layout = batch.layout("decoder")
+    seen, depth = ancestors(layout.pad(batch.columns["decoder.parent"], -1), layout.mask)
+    cross = key_mask(batch.layout("encoder"), attention, dtype)
+    zero = torch.zeros((1, config.num_heads, 1, cross.shape[-1]), dtype=dtype, device=cross.device)
+    own = attention_mask(seen[:, None], attention, dtype)
+    return own, tree_bias(table, depth, config).to(dtype), cross, zero.expand(-1, -1, depth.shape[1], -1)
+
+
+def run_decoder_block(block: nn.Module, grid: Tensor, memory: Tensor, context: Any) -> Tensor:
+    """One decoder block on padded grids (B, P, width), attending to `memory` (B, L, width)."""
+    own_mask, own_bias, cross_mask, cross_bias = context
+    return block(grid, own_mask, own_bias, memory, cross_mask, cross_bias)[0]
+
+
+class T5Tail(Tail):
+    """See the module's docstring."""
+
+    def __init__(self, config: Any, attention: str, tied: bool) -> None:
+        super().__init__()
+        self.config = _decoder_config(config, attention)
+        self.scale = config.d_model**-0.5 if _scales_outputs(config) else 1.0
+        self.shared = nn.Embedding(config.vocab_size, config.d_model)
+        self.block = T5Block(self.config, has_relative_attention_bias=False, layer_idx=config.num_decoder_layers - 1)
+        self.relative_attention_bias = nn.Embedding(config.relative_attention_num_buckets, config.num_heads)
+        self.encoder_norm = T5LayerNorm(config.d_model, eps=config.layer_norm_epsilon)
+        self.decoder_norm = T5LayerNorm(config.d_model, eps=config.layer_norm_epsilon)
+        self.lm_head = None if tied else nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.dropout = nn.Dropout(config.dropout_rate)
+        freeze(self)
+
+    def embed(self, batch: Batch, stream: str) -> Tensor:
+        return self.dropout(self.shared(batch.columns[f"{stream}.ids"]))
+
+    def forward(self, hidden: dict[str, Tensor], batch: Batch) -> Tensor:
+        rows, memory = hidden["decoder"], hidden["encoder"]
+        attention = self.config._attn_implementation
+        context = decoder_context(batch, self.relative_attention_bias, self.config, attention, rows.dtype)
+        layout = batch.layout("decoder")
+        grid, padded = layout.pad(rows), batch.layout("encoder").pad(memory)
+        # Evaluation runs the block as it is, so that it equals the backbone bit for bit.
+        if self.training and is_cheaper(self.block.layer[1], grid.shape[1]):
+            grid = self.block.layer[0](grid, context[0], context[1])[0]
+            grid = cross_attend(self.block.layer[1], grid, padded, context[2])
+            return layout.unpad(self.block.layer[2](grid))
+        return layout.unpad(run_decoder_block(self.block, grid, padded, context))
+
+    def final_norm(self, rows: Tensor, stream: str) -> Tensor:
+        return (self.encoder_norm if stream == "encoder" else self.decoder_norm)(rows)
+
+    def logits(self, rows: Tensor, tokens: Tensor | None = None) -> Tensor:
+        table = self.shared.weight if self.lm_head is None else self.lm_head.weight
+        return (rows * self.scale) @ (table if tokens is None else table[tokens]).t()
+
+
+class T5SideStack(SideStack):
+    """T5 blocks with d_model, d_ff and d_kv over r and the number of heads unchanged; the first owns the relative
+    position bias, a T5 norm ends the stack (LST §3.2). Random initialisation is T5's own."""
+
+    def __init__(self, config: Any, stream: str, layers: Sequence[int], reduction: int) -> None:
+        super().__init__()
+        side = _decoder_config(config, "sdpa") if stream == "decoder" else _encoder_config(config, "sdpa")
+        side.d_model, side.d_ff, side.d_kv = (n // reduction for n in (config.d_model, config.d_ff, config.d_kv))
+        side.num_layers = len(layers)
+        side.vocab_size = 1  # the stack's own embedding is thrown away below
+        stack = T5Stack(side)
+        self.width, self.config, self.stream = side.d_model, side, stream
+        self.blocks, self.norm = stack.block, stack.final_layer_norm
+        self.dropout = nn.Dropout(config.dropout_rate)
+
+    @property
+    def _attention(self) -> Any:
+        first: Any = self.blocks[0]
+        return first.layer[0].SelfAttention
+
+    def context(self, batch: Batch, stream: str, memory: Tensor | None) -> Any:
+        table, layout = self._attention.relative_attention_bias, batch.layout(stream)
+        if self.stream == "decoder":
+            assert memory is not None
+            context = decoder_context(batch, table, self.config, "sdpa", torch.float32)
+            return context, batch.layout("encoder").pad(memory)
+        longest = layout.mask.shape[1]
+        return key_mask(layout, "sdpa", torch.float32), self._attention.compute_bias(longest, longest)
+
+    def block(self, index: int, grid: Tensor, context: Any) -> Tensor:
+        if self.stream == "decoder":
+            return run_decoder_block(self.blocks[index], grid, context[1], context[0])
+        return self.blocks[index](grid, context[0], context[1])[0]
+
+    def final(self, rows: Tensor) -> Tensor:
+        return self.dropout(self.norm(rows))
+
+
+@register
+class T5(Family):
+    """See the module's docstring."""
+
+    name = "t5"
+    model_types = ("t5",)
+    description = "T5 encoder-decoders: v1.0, v1.1, flan"
+    readout: ClassVar[Literal["lm", "pooled"]] = "lm"
+    streams = ("encoder", "decoder")
+
+    @property
+    def width(self) -> int:
+        return self.config.d_model
+
+    @property
+    def dropout(self) -> float:
+        return self.config.dropout_rate
+
+    def depth(self, stream: str) -> int:
+        return self.config.num_layers if stream == "encoder" else self.config.num_decoder_layers
+
+    def kept_layers(self, method: str, stream: str) -> list[int]:
+        depth = self.depth(stream)
+        huge = self.config.d_ff >= 16384 or self.config.d_model >= 2048
+        if depth == 12:
+            return list(_BASE)
+        if depth == 24 and huge:
+            return [22, 23] if method == "sherl" else [23]
+        if depth == 24:
+            return sorted({*_ODD, 22}) if method == "sherl" else list(_ODD)
+        return list(range(depth))
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return ("encoder.ids", "decoder.ids", "decoder.parent")
+
+    def candidates(self, tokenizer: Any, targets: Sequence[str]) -> list[list[int]]:
+        return [list(ids) for ids in tokenizer(list(targets))["input_ids"]] if targets else []
+
+    def prepare(
+        self,
+        tokenizer: Any,
+        texts: Sequence[Sequence[str]],
+        options: TextOptions,
+        candidates: Sequence[Sequence[int]] = (),
+        gold: Sequence[int] | None = None,
+    ) -> Inputs:
+        """Source text from the prompt; decoder positions from the sample's own target or, without `gold`, from the
+        trie of all candidates."""
+        sources = [options.prompt.format(*t) for t in texts]
+        encoded, cut = tokenize(tokenizer, sources, None, options.max_length, options.truncation_side)
+        ids, lengths = ragged(encoded["input_ids"])
+        if gold is None:
+            tries = [decision_trie(candidates, self.start_id)] * len(texts)
+        else:
+            chains = [gold_chain(c, self.start_id) for c in candidates]
+            tries = [chains[g] for g in gold]
+        return Inputs({"encoder": lengths, **_lengths(tries)}, {"encoder.ids": ids, **_columns(tries)}, cut)
+
+    @property
+    def start_id(self) -> int:
+        """The id every decoder input begins with."""
+        start = self.config.decoder_start_token_id
+        return int(self.config.pad_token_id if start is None else start)
+
+    def with_decoder(self, inputs: Inputs, chains: Sequence[Sequence[int]]) -> Inputs:
+        tries = [(list(c), list(range(-1, len(c) - 1))) for c in chains]
+        return Inputs(
+            {"encoder": inputs.lengths["encoder"], **_lengths(tries)},
+            {"encoder.ids": inputs.columns["encoder.ids"], **_columns(tries)},
+            inputs.truncated,
+        )
+
+    def load(self, folder: Path, dtype: torch.dtype, attention: str, device: torch.device | str) -> nn.Module:
+        return load_frozen(T5ForConditionalGeneration, folder, dtype, attention, device)
+
+    @torch.no_grad()
+    def run(self, model: Any, batch: Batch, states: Sequence[str]) -> dict[str, Tensor]:
+        out: dict[str, Tensor] = {}
+        encoder, decoder = batch.layout("encoder"), batch.layout("decoder")
+        layers: dict[str, list[int]] = {
+            s: sorted(int(n.split(".")[1]) for n in states if n.startswith(s)) for s in self.streams
+        }
+        blocks = [(f"encoder.{i}", model.encoder.block[i]) for i in layers["encoder"]]
+        with collect(blocks, lambda name, x: out.__setitem__(name, encoder.unpad(x))):
+            memory = model.encoder(
+                input_ids=encoder.pad(batch.columns["encoder.ids"], self.config.pad_token_id),
+                attention_mask=encoder.mask.long(),
+            ).last_hidden_state
+        if not layers["decoder"]:
+            return out
+        stack = model.decoder
+        table = stack.block[0].layer[0].SelfAttention.relative_attention_bias
+        attention = stack.config._attn_implementation
+        context = decoder_context(batch, table, self.config, attention, memory.dtype)
+        grid = stack.embed_tokens(decoder.pad(batch.columns["decoder.ids"], self.config.pad_token_id))
+        blocks = [(f"decoder.{i}", stack.block[i]) for i in layers["decoder"]]
+        with collect(blocks, lambda name, x: out.__setitem__(name, decoder.unpad(x))):
+            for block in stack.block[: layers["decoder"][-1] + 1]:
+                grid = run_decoder_block(block, grid, memory, context)
+        return out
+
+    def tail_weights(self, model: Any) -> dict[str, Tensor]:
+        weights = {
+            "shared.weight": model.shared.weight,
+            "relative_attention_bias.weight": model.decoder.block[0]
+            .layer[0]
+            .SelfAttention.relative_attention_bias.weight,
+            "encoder_norm.weight": model.encoder.final_layer_norm.weight,
+            "decoder_norm.weight": model.decoder.final_layer_norm.weight,
+            **{f"block.{k}": v for k, v in model.decoder.block[-1].state_dict().items()},
+        }
+        if not torch.equal(model.lm_head.weight, model.shared.weight):
+            weights["lm_head.weight"] = model.lm_head.weight
+        return {k: v.detach().float().cpu().contiguous() for k, v in weights.items()}
+
+    def tail(self, weights: dict[str, Tensor] | None, attention: str) -> T5Tail:
+        tail = T5Tail(self.config, attention, tied=weights is None or "lm_head.weight" not in weights)
+        if weights is not None:
+            tail.load_state_dict(weights)
+        return tail
+
+    def norm(self, stream: str) -> nn.Module:
+        return T5LayerNorm(self.config.d_model, eps=self.config.layer_norm_epsilon)
+
+    def side_stack(self, stream: str, layers: Sequence[int], reduction: int) -> T5SideStack:
+        return T5SideStack(self.config, stream, layers, reduction)
+
+
+Trie = tuple[list[int], list[int]]
+
+
+def _lengths(tries: Sequence[Trie]) -> dict[str, np.ndarray]:
+    return {"decoder": np.asarray([len(t[0]) for t in tries], np.int64)}
+
+
+def _columns(tries: Sequence[Trie]) -> dict[str, np.ndarray]:
+    return {"decoder.ids": ragged([t[0] for t in tries])[0], "decoder.parent": ragged([t[1] for t in tries])[0]}
+
+
+def _scales_outputs(config: Any) -> bool:
+    # transformers ties the head itself and remembers in this flag whether the checkpoint was a tied one (v1.0).
+    return bool(getattr(config, "scale_decoder_outputs", config.tie_word_embeddings))
+
+
+def _decoder_config(config: Any, attention: str) -> Any:
+    out = copy.deepcopy(config)
+    out.is_decoder, out.num_layers, out._attn_implementation = True, config.num_decoder_layers, attention
+    return out
+
+
+def _encoder_config(config: Any, attention: str) -> Any:
+    out = copy.deepcopy(config)
+    out.is_decoder, out.use_cache, out._attn_implementation = False, False, attention
+    return out

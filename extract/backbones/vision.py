@@ -1,0 +1,195 @@
+"""What image backbones have in common: pictures as inputs, modules from timm or transformers, tails cut out of them.
+
+A tail is built without knowing an architecture's arguments: the whole backbone is made on the meta device, which costs
+no memory, the live part is taken out of it and filled with the weights kept in the store.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from extract.backbones.base import Family, SideStack, TextOptions, load_frozen
+from extract.backbones.batch import Batch
+from extract.backbones.grids import COLUMN, sizes
+from extract.backbones.images import Preprocess, load_pixels, look_all
+from extract.backbones.inputs import Inputs
+from store.errors import UserError
+
+_HEADS = ("head.", "head_dist.", "fc.", "classifier.", "fc_norm.", "norm_head.", "linear.", "pooler.")
+
+
+class Vision(Family):
+    """A family whose samples are pictures. Subclasses say how large each stream's map is and how to run."""
+
+    modality: ClassVar[Literal["text", "image"]] = "image"
+    readout: ClassVar[Literal["lm", "pooled"]] = "pooled"
+    hf_classes: ClassVar[dict[str, Any]] = {}  # model type → class of transformers
+    timm_options: ClassVar[dict[str, Any]] = {}
+    hf_attention: ClassVar[str] = ""  # where transformers takes one attention only
+    extra_rows: int = 0  # rows before those of the map: class and distillation tokens
+
+    @property
+    def dropout(self) -> float:
+        return 0.0
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return (COLUMN,)
+
+    @abstractmethod
+    def grid(self, stream: str, height: int, width: int) -> tuple[int, int]:
+        """Height and width of the map of `stream` for a picture of this extent."""
+
+    # -- input ---------------------------------------------------------------------------------------------------
+    def processor(self, folder: Path) -> Preprocess:
+        """The checkpoint's preprocessing."""
+        return Preprocess.of(folder, self.config)
+
+    def prepare(
+        self,
+        tokenizer: Any,
+        texts: Sequence[Sequence[str]],
+        options: TextOptions,
+        candidates: Sequence[Sequence[int]] = (),
+        gold: Sequence[int] | None = None,
+    ) -> Inputs:
+        """File names, each with a view's number if there are views, → inputs. `tokenizer`: a `Preprocess`.
+
+        Every picture is decoded once here. Raises UserError naming the first that cannot be read; with
+        `options.skip_bad` those are left out and listed in `skipped`.
+        """
+        preprocess = tokenizer.sized(options.image_size)
+        paths, views = [Path(options.root) / t[0] for t in texts], [int(t[1]) if len(t) > 1 else 0 for t in texts]
+        found = look_all(paths, preprocess, views, options.view_seed)
+        bad = {i: str(p) for i, p in enumerate(found) if isinstance(p, UserError)}
+        if bad and not options.skip_bad:
+            more = f" (and {len(bad) - 1} more like it)" if len(bad) > 1 else ""
+            raise UserError(f"{next(iter(bad.values()))}{more}")
+        good = [p for p in found if not isinstance(p, UserError)]
+        pictures = np.empty(len(good), object)
+        pictures[:] = good
+        grids = np.array([[self.grid(s, *p.extent) for s in self.streams] for p in good], np.int64)
+        grids = grids.reshape(len(good), len(self.streams), 2)
+        lengths = {s: grids[:, i].prod(1) + self.extra_rows for i, s in enumerate(self.streams)}
+        lengths["grid"] = np.full(len(good), 2 * len(self.streams), np.int64)
+        columns = {COLUMN: grids.reshape(-1).astype(np.int32)}
+        return Inputs(lengths, columns, np.zeros(len(good), bool), pictures, bad)
+
+    # -- modules -------------------------------------------------------------------------------------------------
+    def make(self, attention: str = "sdpa") -> Any:
+        """The backbone with fresh weights, on the present default device."""
+        if self.config.model_type == "timm_wrapper":
+            import timm
+
+            options = {**self.timm_options, **(self.config.model_args or {})}
+            model = timm.create_model(self.config.architecture, pretrained=False, num_classes=0, **options)
+            return with_attention(model, attention)
+        config = copy.deepcopy(self.config)
+        return self.hf_classes[config.model_type]._from_config(
+            config, attn_implementation=self.hf_attention or attention
+        )
+
+    @cached_property
+    def skeleton(self) -> Any:
+        """The backbone without values, to read shapes from."""
+        with torch.device("meta"):
+            return self.make().eval()
+
+    def load(self, folder: Path, dtype: torch.dtype, attention: str, device: torch.device | str) -> nn.Module:
+        if self.config.model_type != "timm_wrapper":
+            cls = self.hf_classes[self.config.model_type]
+            return load_frozen(cls, folder, dtype, self.hf_attention or attention, device)
+        model = self.make(attention)
+        load_timm(model, folder)
+        return model.to(device, dtype).eval().requires_grad_(False)
+
+    def norm(self, stream: str) -> nn.Module:
+        return nn.LayerNorm(self.width, eps=1e-6)
+
+    def side_stack(self, stream: str, layers: Sequence[int], reduction: int) -> SideStack:
+        raise UserError(f"the {self.name} family has no side blocks of its own kind; LST works on transformers")
+
+
+def with_attention(model: Any, attention: str) -> Any:
+    """timm chooses its attention by a flag of each module."""
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = attention == "sdpa"
+    return model
+
+
+def load_timm(model: nn.Module, folder: Path) -> None:
+    """Fill `model` from the folder's safetensors. Raises UserError for damaged, missing or unknown weights."""
+    state: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            state |= {k.removeprefix("timm_model."): v for k, v in load_file(file).items()}
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file}: damaged weights: {str(error).splitlines()[0]}") from None
+    state = {k: v for k, v in state.items() if not k.startswith(_HEADS)}
+    try:
+        missing, unknown = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        why = str(error).splitlines()[-1].strip()
+        raise UserError(f"{folder}: weights do not fit the architecture: {why}") from None
+    missing = [k for k in missing if not k.startswith(_HEADS)]
+    if missing or unknown:
+        raise UserError(
+            f"checkpoint {folder}: {len(missing)} weights missing, {len(unknown)} unknown "
+            f"(first: {[*missing, *unknown][0]}); the backbone would run on random weights, so nothing was done"
+        )
+
+
+def keep(parts: dict[str, nn.Module]) -> dict[str, Tensor]:
+    """Every parameter and buffer of named modules, on the host, floating-point ones as float32."""
+    out = {}
+    for prefix, module in parts.items():
+        for name, value in (*module.named_parameters(), *module.named_buffers()):
+            value = value.detach().float() if value.is_floating_point() else value.detach()
+            out[f"{prefix}.{name}"] = value.cpu().contiguous().clone()
+    return out
+
+
+def fill(parts: dict[str, nn.Module], weights: dict[str, Tensor] | None) -> None:
+    """Put what `keep` gave into modules made on the meta device; None leaves them there."""
+    if weights is None:
+        return
+    for prefix, module in parts.items():
+        module.to_empty(device="cpu")
+        for name, value in (*module.named_parameters(), *module.named_buffers()):
+            value.data.copy_(weights[f"{prefix}.{name}"])
+
+
+def pixel_groups(batch: Batch) -> list[tuple[list[int], Tensor]]:
+    """Pictures of equal extent together: (places in the batch, (b, 3, H, W) float32 on the batch's device)."""
+    if batch.pictures is None:
+        raise ValueError("a batch from the store has no pixels")
+    pixels = load_pixels(batch.pictures)
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i, p in enumerate(pixels):
+        groups.setdefault(tuple(p.shape), []).append(i)
+    return [(places, torch.stack([pixels[i] for i in places]).to(batch.device)) for places in groups.values()]
+
+
+def in_order(parts: Sequence[tuple[list[int], Tensor]]) -> Tensor:
+    """Results of groups, each (b, rows of a sample, C), → packed rows in the batch's order."""
+    if len(parts) == 1:
+        return parts[0][1].flatten(0, 1)
+    done = {i: rows for places, grid in parts for i, rows in zip(places, grid, strict=True)}
+    return torch.cat([done[i] for i in sorted(done)])
+
+
+def map_sizes(family: Family, batch: Batch, stream: str) -> np.ndarray:
+    """(B, 2) int64: the extents of each sample's map of `stream`."""
+    return sizes(batch, family.streams, stream)

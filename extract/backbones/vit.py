@@ -1,0 +1,173 @@
+"""Plain vision transformers: ViT and DeiT of timm, ViT and the CLIP vision tower of transformers. One stream `encoder`.
+
+Rows of a picture: class (and distillation) tokens first, then patches row by row. Blocks are pre-norm: a state is the
+block's output before the final norm. The embedding output (patches with positions) is a state of its own,
+`encoder.embed`: pixels are not kept. The tail is the last block and the final norm.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import CLIPVisionModel, ViTModel
+
+from extract.backbones.base import SideStack, Tail, collect, freeze, key_mask, register
+from extract.backbones.batch import Batch
+from extract.backbones.vision import Vision, fill, in_order, keep, pixel_groups
+from store.errors import UserError
+
+EMBED = "encoder.embed"
+
+
+class VitTail(Tail):
+    """The last block and the final norm."""
+
+    def __init__(self, block: nn.Module, norm: nn.Module, timm: bool, attention: str) -> None:
+        super().__init__()
+        self.block, self.norm, self.timm, self.attention = block, norm, timm, attention
+        freeze(self)
+
+    def embed(self, batch: Batch, stream: str = "encoder") -> Tensor:
+        return batch.states[EMBED]
+
+    def forward(self, hidden: dict[str, Tensor], batch: Batch) -> Tensor:
+        layout, rows = batch.layout("encoder"), hidden["encoder"]
+        lengths = batch.lengths["encoder"]
+        # Pictures of one extent need no mask, and get the very computation the backbone did.
+        mask = None if (lengths == lengths[0]).all() else key_mask(layout, self.attention, rows.dtype)
+        grid = layout.pad(rows)
+        out = self.block(grid, attn_mask=mask) if self.timm else self.block(grid, mask)
+        return layout.unpad(out[0] if isinstance(out, tuple) else out)
+
+    def final_norm(self, rows: Tensor, stream: str) -> Tensor:
+        return self.norm(rows)
+
+
+class VitSideStack(SideStack):
+    """Pre-norm transformer blocks of width D / r, MLP four times that, as many heads of the backbone as divide it; a
+    final LayerNorm."""
+
+    def __init__(self, width: int, heads: int, blocks: int) -> None:
+        super().__init__()
+        self.width = width
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(
+                width, math.gcd(width, heads), 4 * width, 0.0, "gelu", batch_first=True, norm_first=True
+            )
+            for _ in range(blocks)
+        )
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+
+    def context(self, batch: Batch, stream: str, memory: Tensor | None) -> Tensor:
+        return ~batch.layout(stream).mask
+
+    def block(self, index: int, grid: Tensor, context: Tensor) -> Tensor:
+        return self.blocks[index](grid, src_key_padding_mask=context)
+
+    def final(self, rows: Tensor) -> Tensor:
+        return self.norm(rows)
+
+
+@register
+class Vit(Vision):
+    """See the module's docstring."""
+
+    name = "vit"
+    model_types = ("vit", "clip_vision_model")
+    timm_names = ("vit_", "deit_", "deit3_")
+    description = "vision transformers: ViT, DeiT (timm), ViT, CLIP vision tower (transformers)"
+    streams = ("encoder",)
+    hf_classes = {"vit": ViTModel, "clip_vision_model": CLIPVisionModel}  # noqa: RUF012
+    timm_options = {"dynamic_img_size": True}  # noqa: RUF012
+
+    @property
+    def is_timm(self) -> bool:
+        return self.config.model_type == "timm_wrapper"
+
+    @property
+    def width(self) -> int:
+        return self.skeleton.embed_dim if self.is_timm else self.config.hidden_size
+
+    @property
+    def extra_rows(self) -> int:  # type: ignore[override]
+        return self.skeleton.num_prefix_tokens if self.is_timm else 1
+
+    def depth(self, stream: str) -> int:
+        return len(self.blocks(self.skeleton))
+
+    def states(self) -> list[str]:
+        return [EMBED, *(f"encoder.{i}" for i in range(self.depth("encoder")))]
+
+    def embedding(self, stream: str) -> list[str]:
+        return [EMBED]
+
+    def grid(self, stream: str, height: int, width: int) -> tuple[int, int]:
+        patch = self.skeleton.patch_embed.patch_size if self.is_timm else (self.config.patch_size,) * 2
+        if height % patch[0] or width % patch[1]:
+            raise UserError(f"pictures of {height}x{width} have no whole {patch[0]}x{patch[1]} patches: --image-size")
+        return height // patch[0], width // patch[1]
+
+    def blocks(self, model: Any) -> Any:
+        """The list of blocks."""
+        if self.is_timm:
+            return model.blocks
+        return model.layers if self.config.model_type == "vit" else model.encoder.layers
+
+    def last_norm(self, model: Any) -> nn.Module:
+        """The norm after the last block."""
+        if self.is_timm:
+            return model.norm
+        return model.layernorm if self.config.model_type == "vit" else model.post_layernorm
+
+    def embedded(self, model: Any, pixels: Tensor) -> Tensor:
+        """(b, 3, H, W) → what enters block 0, (b, rows, D)."""
+        if self.is_timm:
+            return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(pixels))))
+        own = self.config.image_size
+        other = tuple(pixels.shape[-2:]) != ((own, own) if isinstance(own, int) else tuple(own))
+        grid = model.embeddings(pixels, interpolate_pos_encoding=other)
+        return grid if self.config.model_type == "vit" else model.pre_layrnorm(grid)
+
+    def last_block(self, model: Any) -> nn.Module:
+        return self.blocks(model)[-1]
+
+    def finish(self, model: Any, rows: Tensor) -> Tensor:
+        return self.last_norm(model)(rows)
+
+    def run(self, model: Any, batch: Batch, states: Sequence[str]) -> dict[str, Tensor]:
+        blocks = self.blocks(model)
+        wanted = [int(s.split(".")[1]) for s in states if s != EMBED]
+        dtype = next(model.parameters()).dtype
+        parts: dict[str, list[tuple[list[int], Tensor]]] = {s: [] for s in states}
+        for places, pixels in pixel_groups(batch):
+            grid = self.embedded(model, pixels.to(dtype))
+            if EMBED in parts:
+                parts[EMBED].append((places, grid))
+            named = [(f"encoder.{i}", blocks[i]) for i in wanted]
+            with collect(named, lambda name, x, at=places: parts[name].append((at, x))):  # type: ignore[misc]
+                for block in blocks[: max(wanted, default=-1) + 1]:
+                    grid = block(grid) if self.is_timm else _first(block(grid, None))
+        return {s: in_order(parts[s]) for s in states}
+
+    def tail_weights(self, model: Any) -> dict[str, Tensor]:
+        return keep({"block": self.blocks(model)[-1], "norm": self.last_norm(model)})
+
+    def tail(self, weights: dict[str, Tensor] | None, attention: str) -> VitTail:
+        with torch.device("meta"):
+            model = self.make(attention).eval()
+        block, norm = self.blocks(model)[-1], self.last_norm(model)
+        fill({"block": block, "norm": norm}, weights)
+        return VitTail(block, norm, self.is_timm, attention)
+
+    def side_stack(self, stream: str, layers: Sequence[int], reduction: int) -> VitSideStack:
+        model = self.skeleton
+        heads = model.blocks[0].attn.num_heads if self.is_timm else self.config.num_attention_heads
+        return VitSideStack(self.width // reduction, heads, len(layers))
+
+
+def _first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output

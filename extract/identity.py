@@ -1,0 +1,82 @@
+"""The identity of a feature space: everything its numbers depend on, and nothing else.
+
+Two spaces that differ in any field never mix. Device, batch size, worker count, sample limit, row order, task name and
+which states were asked for are not part of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from extract.backbones.base import TextOptions
+from extract.backbones.images import VIEW_POLICY
+from extract.checkpoint import Checkpoint
+from store.errors import UserError
+
+FORMAT_VERSION = 1
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class SpaceOptions:
+    """The user's choices that are part of a feature space. `format`: how states are stored; `precision`: how the
+    backbone computes; `attention`: which implementation of attention it uses."""
+
+    format: str = "float16"
+    projection: str = "none"
+    precision: str = "float32"
+    attention: str = "sdpa"
+    text: TextOptions = field(default_factory=TextOptions)
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise UserError(f"precision: one of {', '.join(PRECISIONS)}, not {self.precision!r}")
+        if self.text.max_length < 1:
+            raise UserError(f"max-length: at least 1, not {self.text.max_length}")
+        if self.text.truncation_side not in ("left", "right"):
+            raise UserError(f"truncation-side: left or right, not {self.text.truncation_side!r}")
+
+
+def space_identity(checkpoint: Checkpoint, options: SpaceOptions) -> dict[str, Any]:
+    """The identity of the space that `checkpoint` makes under `options`: a flat dictionary of JSON scalars.
+
+    A prompt is part of it only where the family reads one; single-stream encoders join text pairs their tokenizer's
+    way. Raises UserError for an attention implementation the family does not have.
+    """
+    family = checkpoint.family
+    if options.attention not in family.attentions:
+        raise UserError(f"attention: one of {', '.join(family.attentions)}, not {options.attention!r}")
+    return {
+        **_image_fields(checkpoint, options),
+        "format_version": FORMAT_VERSION,
+        "family": family.name,
+        "weights": checkpoint.weights_digest,
+        "config": checkpoint.config_digest,
+        "tokenizer": checkpoint.tokenizer_digest,
+        "prompt": options.text.prompt if family.readout == "lm" else "",
+        "max_length": options.text.max_length,
+        "truncation_side": options.text.truncation_side,
+        "format": options.format,
+        "projection": options.projection,
+        "precision": options.precision,
+        "attention": options.attention,
+        "mode": "eval",
+        "views": f"{VIEW_POLICY};seed {options.text.view_seed}" if options.text.views > 1 else "none",
+    }
+
+
+def _image_fields(checkpoint: Checkpoint, options: SpaceOptions) -> dict[str, Any]:
+    """What pictures are made of, in words beside the preprocessing's digest; nothing for text."""
+    if checkpoint.family.modality == "text":
+        return {}
+    made = checkpoint.tokenizer.sized(options.text.image_size)
+    mean, std = (",".join(f"{v:g}" for v in values) for values in (made.mean, made.std))
+    return {
+        "image_size": made.extent_text,
+        "resize": f"{made.interpolation}, crop {made.crop:g}",
+        "mean": mean,
+        "std": std,
+    }

@@ -1,0 +1,86 @@
+"""A folder of pictures as a task: one subfolder a class.
+
+    FOLDER/CLASS/*.png                                     a tenth of the rows each is held out, as of a table
+    FOLDER/train/CLASS/*.png, FOLDER/validation/…, …/test  splits as they are; val, valid and dev mean validation
+
+A table of file names with labels is a task like any other table; its first text column holds the names.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import xxhash
+
+from extract.backbones.images import SUFFIXES
+from extract.tasks.base import SPLITS, Rows, Task, TaskError, TaskSpec, fixed_order
+from extract.tasks.table import HELD_OUT, table_name
+
+SPLIT_NAMES: dict[str, str] = {"train": "train", "validation": "validation", "val": "validation", "valid": "validation",
+               "dev": "validation", "test": "test"}  # fmt: skip
+
+
+def pictures(folder: Path) -> list[Path]:
+    """Every picture below `folder` by its suffix, sorted; hidden ones are left out."""
+    found = (p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    return sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts))
+
+
+def load_folder(folder: Path, name: str | None = None) -> Task:
+    """The pictures of `folder` as a classification task named after it. Rows hold names relative to the folder.
+
+    Raises `TaskError` where there are no class folders, one class only, a test class that training does not have, or
+    too few pictures to hold any out.
+    """
+    subfolders = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    by_split = {SPLIT_NAMES[p.name]: p for p in subfolders if p.name in SPLIT_NAMES}
+    if "train" in by_split:
+        classes = _classes(by_split["train"])
+        splits = {s: _rows(folder, p, classes) for s, p in by_split.items()}
+        rule = "folders"
+        absent = {s: f"no folder {s} in {folder}" for s in ("validation", "test") if s not in splits}
+    else:
+        classes = _classes(folder)
+        everything = _rows(folder, folder, classes)
+        held = max(1, int(len(everything) * HELD_OUT))
+        if len(everything) < 3:
+            raise TaskError(f"{folder} has {len(everything)} pictures, too few to hold any out; add some")
+        order, rule, absent = fixed_order(len(everything)), "held-out", {}
+        parts = (("train", order[2 * held :]), ("validation", order[:held]), ("test", order[held : 2 * held]))
+        splits = {s: everything.take(places) for s, places in parts}
+    if rule == "folders":
+        # A fair sample at any --limit: class folders would come one after the other.
+        splits = {s: rows.take(fixed_order(len(rows))) for s, rows in splits.items()}
+    names = [
+        (s, *t, str(label)) for s, rows in splits.items() for t, label in zip(rows.texts, rows.labels, strict=True)
+    ]
+    task = table_name(name or folder.resolve().name)
+    targets = tuple(str(i) for i in range(len(classes)))
+    spec = TaskSpec(task, "classification", classes, ("accuracy",), ("image",), f"{task} image: {{0}}", targets)
+    provenance = {
+        "dataset": folder.resolve().name,
+        "revision": xxhash.xxh3_128_hexdigest(repr(sorted(names)).encode()),
+        "licence": "not stated",
+        "source": "image folder",
+        "splits": rule,
+    }
+    ordered = {s: splits[s] for s in SPLITS if s in splits}
+    return Task(spec, ordered, provenance, absent)
+
+
+def _classes(folder: Path) -> tuple[str, ...]:
+    names = [p.name for p in sorted(folder.iterdir()) if p.is_dir() and not p.name.startswith(".") and pictures(p)]
+    if len(names) < 2:
+        raise TaskError(f"{folder}: expected a folder of pictures for each of at least two classes, found {len(names)}")
+    return tuple(names)
+
+
+def _rows(root: Path, folder: Path, classes: tuple[str, ...]) -> Rows:
+    rows = Rows([], [])
+    for path in pictures(folder):
+        name = path.relative_to(folder).parts[0]
+        if name not in classes:
+            raise TaskError(f"{path}: no class folder of the training pictures is called {name!r}")
+        rows.texts.append((path.relative_to(root).as_posix(),))
+        rows.labels.append(classes.index(name))
+    return rows

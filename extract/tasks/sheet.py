@@ -1,0 +1,163 @@
+"""Reads a table of text (CSV, TSV, JSON lines) whole, and names file and line for everything that is wrong with it.
+
+TSV is read as GLUE writes it: no quoting, a quote is a character like any other. CSV follows RFC 4180; where the header
+has no comma but a semicolon or a tab, that is the separator. A byte-order mark is dropped. Blank lines are skipped.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from extract.tasks.base import TaskError
+
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".json")
+LONGEST_FIELD = 16 << 20  # characters; Python's own limit of 131,072 is less than a long document
+
+
+@dataclass
+class Sheet:
+    """`rows[i][j]` is the value of `columns[j]`; text, or any JSON scalar, None where a JSON object lacks the key.
+
+    `lines[i]` is the 1-based line row i ends on. `digest` is the xxh3-128 of the file's bytes. `dropped` counts rows
+    left out because they were broken (only where that was allowed).
+    """
+
+    path: Path
+    columns: list[str]
+    rows: list[list[Any]]
+    lines: list[int]
+    digest: str
+    dropped: int = 0
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def where(self, row: int) -> str:
+        """`file, row N (line M)`, 1-based, for messages."""
+        return f"{self.path}, row {row + 1} (line {self.lines[row]})"
+
+    def column(self, name: str) -> list[Any]:
+        """All values of a column. `TaskError` where there is none of that name, or more than one."""
+        if name not in self.columns:
+            raise TaskError(f"{self.path}: no column {name!r}; columns there: {', '.join(self.columns)}")
+        if self.columns.count(name) > 1:
+            raise TaskError(f"{self.path}: {self.columns.count(name)} columns are named {name!r}; rename all but one")
+        place = self.columns.index(name)
+        return [row[place] for row in self.rows]
+
+
+def read_sheet(path: Path, columns: list[str] | None = None, drop_broken: bool = False) -> Sheet:
+    """Reads `path` by its suffix. `columns`: names for a file without a header line. `drop_broken`: leave out rows with
+    a wrong number of fields and count them.
+
+    Raises `TaskError` for: no such file, empty file, no rows, not UTF-8, wrong number of fields, broken JSON or quotes.
+    """
+    raw = _read(path)
+    digest = xxhash.xxh3_128_hexdigest(raw)
+    text = _decode(path, raw)
+    if not text.strip():
+        raise TaskError(f"{path} is empty; a table needs a header line and rows")
+    if path.suffix.lower() in (".jsonl", ".json"):
+        names, rows, lines = _json_rows(path, text)
+        dropped = 0
+    else:
+        names, rows, lines, dropped = _delimited_rows(path, text, columns, drop_broken)
+    if not rows:
+        raise TaskError(f"{path} has a header but no rows")
+    return Sheet(path, names, rows, lines, digest, dropped)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise TaskError(f"no such file: {path}") from None
+    except OSError as error:
+        raise TaskError(f"cannot read {path}: {error.strerror or error}") from None
+
+
+def _decode(path: Path, raw: bytes) -> str:
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        # error.start counts from after a byte-order mark, hence from the end of what was being decoded
+        at = error.start + len(raw) - len(error.object)
+        line = raw.count(b"\n", 0, at) + 1
+        raise TaskError(
+            f"{path} is not UTF-8: byte 0x{raw[at]:02x} at offset {at} (line {line}); save the file as UTF-8"
+        ) from None
+
+
+def _delimited_rows(
+    path: Path, text: str, columns: list[str] | None, drop_broken: bool
+) -> tuple[list[str], list[list[Any]], list[int], int]:
+    records = _tsv_records(text) if path.suffix.lower() == ".tsv" else _csv_records(path, text)
+    names = columns
+    rows: list[list[Any]] = []
+    lines: list[int] = []
+    dropped = 0
+    for line, record in records:
+        if names is None:
+            names = [name.strip() for name in record]
+        elif len(record) == len(names):
+            rows.append(record)
+            lines.append(line)
+        elif drop_broken:
+            dropped += 1
+        else:
+            raise TaskError(
+                f"{path}, line {line}: {len(record)} fields where {len(names)} are expected ({', '.join(names)})"
+            )
+    return names or [], rows, lines, dropped
+
+
+def _tsv_records(text: str) -> Iterator[tuple[int, list[str]]]:
+    # split at newlines only: str.splitlines would also cut at U+0085 and U+2028 inside a sentence
+    for number, line in enumerate(text.split("\n"), 1):
+        line = line.removesuffix("\r")
+        if line:
+            yield number, line.split("\t")
+
+
+def _csv_records(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
+    header = text.split("\n", 1)[0]
+    separator = next((s for s in ",;\t" if s in header), ",")
+    csv.field_size_limit(max(csv.field_size_limit(), LONGEST_FIELD))
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    try:
+        for record in reader:
+            if record:
+                yield reader.line_num, record
+    except csv.Error as error:
+        raise TaskError(f"{path}, line {reader.line_num}: {error}; check the quotes") from None
+
+
+def _json_rows(path: Path, text: str) -> tuple[list[str], list[list[Any]], list[int]]:
+    objects: list[tuple[int, Any]] = []
+    if path.suffix.lower() == ".json" and text.lstrip().startswith("["):
+        try:
+            whole = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise TaskError(f"{path} is not valid JSON: {error}") from None
+        objects = list(enumerate(whole, 1))
+    else:
+        for number, line in enumerate(text.split("\n"), 1):
+            if not line.strip():
+                continue
+            try:
+                objects.append((number, json.loads(line)))
+            except (ValueError, RecursionError) as error:
+                raise TaskError(f"{path}, line {number}: not valid JSON: {error}") from None
+    for number, item in objects:
+        if not isinstance(item, dict):
+            raise TaskError(f"{path}, line {number}: a JSON object is expected, not {type(item).__name__}")
+    names = list(dict.fromkeys(key for _, item in objects for key in item))
+    return names, [[item.get(name) for name in names] for _, item in objects], [number for number, _ in objects]
