@@ -1,0 +1,113 @@
+"""Batches from blocks: the rows of the wanted samples are gathered as stored, then decoded once.
+
+Everything is vectorised over samples; Python runs once per block and state. Price: each value is read once from its
+block, written once as stored and once decoded (the last is saved for float32).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from extract.backbones.batch import Batch, stream_of
+from store.formats import Encoded, decode
+from store.samples import Samples
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A block in memory. `offsets`: stream → (samples + 1,) int64 row offsets. `columns`: as (rows,) int32 tensors."""
+
+    samples: Samples
+    offsets: dict[str, np.ndarray]
+    columns: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, samples: Samples) -> Loaded:
+        return cls(
+            samples,
+            {stream: samples.offsets(stream) for stream in samples.lengths},
+            {name: torch.from_numpy(np.ascontiguousarray(column)) for name, column in samples.columns.items()},
+        )
+
+
+@dataclass(frozen=True)
+class Part:
+    """The samples of a batch that lie in one block: its samples `slot` (m,) int64."""
+
+    block: Loaded
+    slot: np.ndarray
+
+
+def rows_of(offsets: np.ndarray, slot: np.ndarray) -> np.ndarray:
+    """The rows of the samples `slot`, one sample after another, (rows,) int64."""
+    start = offsets[slot]
+    lengths = offsets[slot + 1] - start
+    shift = start - (np.cumsum(lengths) - lengths)
+    return np.arange(int(lengths.sum()), dtype=np.int64) + np.repeat(shift, lengths)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which rows of each of several sources follow each other: `begin`, `end` in the result, and the rows, int64."""
+
+    runs: list[tuple[int, int, Tensor]]
+
+    @classmethod
+    def of(cls, rows: Sequence[np.ndarray]) -> Rows:
+        runs, at = [], 0
+        for wanted in rows:
+            runs.append((at, at + len(wanted), torch.from_numpy(wanted)))
+            at += len(wanted)
+        return cls(runs)
+
+    def take(self, sources: Sequence[Tensor]) -> Tensor:
+        """The rows of all sources, copied once into one tensor."""
+        if len(sources) == 1:
+            return sources[0].index_select(0, self.runs[0][2])
+        out = sources[0].new_empty(self.runs[-1][1], *sources[0].shape[1:])
+        for source, (begin, end, wanted) in zip(sources, self.runs, strict=True):
+            torch.index_select(source, 0, wanted, out=out[begin:end])
+        return out
+
+
+def assemble(
+    parts: Sequence[Part],
+    states: Sequence[str],
+    columns: Sequence[str],
+    dtype: torch.dtype = torch.float32,
+    pin: bool = False,
+) -> Batch:
+    """The samples of all `parts`, in their order, as a Batch without labels and index. At least one part is needed;
+    its slot may be empty. States are decoded to `dtype`; `pin` puts them in page-locked memory."""
+    streams = list(dict.fromkeys(stream_of(name) for name in (*states, *columns))) or list(parts[0].block.offsets)
+    rows = {s: Rows.of([rows_of(p.block.offsets[s], p.slot) for p in parts]) for s in streams}
+    lengths = {s: np.concatenate([p.block.samples.lengths[s][p.slot] for p in parts]).astype(np.int64) for s in streams}
+
+    def place(tensor: Tensor) -> Tensor:
+        return tensor.pin_memory() if pin else tensor
+
+    out: dict[str, Tensor] = {}
+    for name in states:
+        picked = gather([p.block.samples.states[name] for p in parts], rows[stream_of(name)])
+        out[name] = place(decode(picked, dtype))
+    side: dict[str, Tensor] = {}
+    for name in columns:
+        side[name] = place(rows[stream_of(name)].take([p.block.columns[name] for p in parts]).long())
+    return Batch(out, side, lengths)
+
+
+def gather(sources: Sequence[Encoded], rows: Rows) -> Encoded:
+    """The given rows of each source, one source after another, copied once. Sources share one number format."""
+    values = rows.take([e.values for e in sources])
+    scales = [e.scale for e in sources]
+    known = next((s for s in scales if s is not None), None)
+    if known is None:
+        return Encoded(values)
+    # A block in which no float16 row needed scaling has no exponents; beside one that has, they are 0.
+    filled = [known.new_zeros(len(e.values)) if s is None else s for e, s in zip(sources, scales, strict=True)]
+    return Encoded(values, rows.take(filled))

@@ -1,0 +1,1 @@
+"""Readouts: from a tuner's rows to a loss and a prediction."""

@@ -1,0 +1,51 @@
+"""`LiveSource`: the backbone in the loop. The parity reference, and the baseline of every speed claim."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from extract.backbones.batch import Batch
+from extract.backbones.inputs import Inputs
+from extract.backbones.live import Backbone
+from train.order import Order
+
+
+class LiveSource:
+    """The batches a `StoreSource` of the same `order` hands out, their states computed now, in float32.
+
+    `labels`: (n,) int64 classes or float values. `wait_seconds` of a batch is the time the backbone took.
+    """
+
+    def __init__(
+        self, backbone: Backbone, inputs: Inputs, labels: np.ndarray | None, states: Sequence[str], order: Order
+    ) -> None:
+        self.backbone, self.inputs, self.states, self.order = backbone, inputs, list(states), order
+        self.labels = None if labels is None else torch.from_numpy(np.asarray(labels))
+
+    @property
+    def n(self) -> int:
+        return self.order.n
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        for index in self.order.epoch(epoch)[start:]:
+            yield self._batch(index)
+
+    def sequential(self) -> Iterator[Batch]:
+        for index in self.order.sequential():
+            yield self._batch(index)
+
+    def _batch(self, index: np.ndarray) -> Batch:
+        began = time.perf_counter()
+        batch = self.backbone.states(self.inputs.take(index), self.states, torch.float32)
+        batch.index = index
+        if self.labels is not None:
+            batch.labels = self.labels[torch.from_numpy(index)].to(self.backbone.device)
+        batch.wait_seconds = time.perf_counter() - began
+        return batch

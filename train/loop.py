@@ -1,0 +1,335 @@
+"""`fit`: train a tuner, keep its best epoch, survive a kill.
+
+After every `checkpoint_every` steps and every epoch `resume.safetensors` holds the weights, the optimizer and the
+place (epoch, batch, step). Randomness is reseeded from (seed, step) before each step and the order of samples follows
+from (seed, epoch), so a run that was killed anywhere and started again gives the losses of one that was not, bit for
+bit on the same machine. Price of a checkpoint: four times the trainable parameters in float32, written and synced.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from extract.backbones.batch import Batch
+from store.errors import UserError
+from train import checkpoint
+from train.evaluate import Score, Trainable, autocast, closing, evaluate
+from train.interrupt import Interrupt, Interrupted
+from train.optim import adamw, reseed
+from train.options import FitOptions
+from train.ranks import Ranks
+from train.runlog import RunLog, finite, write_json
+from train.schedule import scheduler
+from train.source import Source
+from train.state import State, refuse_other_run
+
+__all__ = ["FitOptions", "Interrupted", "NotFinite", "Trainable", "evaluate", "fit"]
+
+
+class NotFinite(UserError):
+    """The loss or its gradient became NaN or infinite."""
+
+
+def fit(
+    model: nn.Module,
+    train_source: Source,
+    validation_source: Source | None,
+    test_source: Source | None,
+    options: FitOptions,
+    run_dir: str | Path,
+    score: Score,
+    device: torch.device | str = "cpu",
+    progress: bool = True,
+    resume: bool = True,
+    info: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Train `model` (see `Trainable`) and return what also goes to `run_dir/metrics.json`.
+
+    The epoch with the best validation "average" is restored at the end and scored on `test_source`; without a
+    validation source that is the last epoch. `score(predictions, labels)` gives the metrics. With `resume`, a
+    `resume.safetensors` in `run_dir` is continued; it is removed when training is done. `info` goes into the header of
+    `tuner.safetensors`. Raises NotFinite, Interrupted (the run can be resumed), UserError for options or files that
+    do not fit.
+    """
+    run = _Run(model, train_source, validation_source, test_source, options, Path(run_dir), score, torch.device(device))
+    run.info = dict(info or {})
+    run.ranks.begin(run.device)
+    forked = [run.device] if run.device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=forked), Interrupt() as run.interrupt:
+            return run.all(progress and run.ranks.rank == 0, resume)
+    finally:
+        run.ranks.end()
+
+
+class _Run:
+    """One call of `fit`."""
+
+    log: RunLog
+    bar: Any
+    interrupt: Interrupt
+    info: dict[str, Any]
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train: Source,
+        validation: Source | None,
+        test: Source | None,
+        options: FitOptions,
+        run_dir: Path,
+        score: Score,
+        device: torch.device,
+    ) -> None:
+        self.ranks = Ranks.from_environment()
+        self.saved = run_dir / checkpoint.RESUME
+        if self.ranks.rank:
+            # The others train alike and write where nobody looks.
+            self.elsewhere = tempfile.TemporaryDirectory()
+            run_dir = Path(self.elsewhere.name)
+        self.model: Any = model.to(device)
+        self.train, self.validation, self.test = train, validation, test
+        self.options, self.run_dir, self.score, self.device = options, run_dir, score, device
+        if not len(train):
+            raise UserError("the training split has no samples: give another split or a larger limit")
+        self.optimizer, self.names = adamw(model, options)
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.scaler = torch.amp.GradScaler(device.type, enabled=options.precision == "float16")
+        self.total = options.steps(len(train))
+        self.state = State()
+        self.best: dict[str, Tensor] = {}
+
+    def all(self, progress: bool, resume: bool) -> dict[str, Any]:
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        found = resume and self.saved.exists()
+        if found:
+            self.restore(self.saved)
+        self.ranks.wait()  # Before rank 0 changes what the others read.
+        if not found:
+            for name in (checkpoint.RESUME, checkpoint.TUNER, "metrics.json"):
+                (self.run_dir / name).unlink(missing_ok=True)
+        state, options = self.state, self.options
+        self.schedule = scheduler(
+            self.optimizer, options.schedule, options.warmup(self.total), self.total, step=state.step
+        )
+        self.log = RunLog(self.run_dir, state.step, state.evaluations, options.tensorboard)
+        self.bar = tqdm(
+            total=self.total,
+            initial=state.step,
+            disable=not progress,
+            unit="step",
+            file=sys.stderr,
+            mininterval=0.5 if sys.stderr.isatty() else 30.0,
+        )
+        try:
+            while state.stopped is None:
+                self.epoch()
+                self.close_epoch()
+            return self.finish()
+        finally:
+            self.bar.close()
+            self.log.close()
+
+    def epoch(self) -> None:
+        """The steps left of the current epoch."""
+        state, options, batches = self.state, self.options, len(self.train)
+        self.model.train()
+        group: list[Batch] = []
+        begun = time.perf_counter()
+        if state.batch == batches or state.step == self.total:
+            return
+        with closing(self.train.epoch(state.epoch, state.batch)) as stream:
+            for place, batch in enumerate(stream, start=state.batch + 1):
+                group.append(batch)
+                if len(group) < options.accumulate and place < batches:
+                    continue
+                try:
+                    entry = self.step(group)
+                except NotFinite:
+                    # Resuming would end here again, and only stand in the way of a run with other options.
+                    (self.run_dir / checkpoint.RESUME).unlink(missing_ok=True)
+                    raise
+                state.step, state.batch = state.step + 1, place
+                group = []
+                now = time.perf_counter()
+                entry["seconds"] = now - begun
+                begun = now
+                state.seconds += entry["seconds"]
+                state.wait_seconds += entry["wait_seconds"]
+                self.log.step(entry)
+                self.bar.set_postfix(epoch=state.epoch + 1, loss=f"{entry['loss']:.4f}", refresh=False)
+                self.bar.update()
+                if state.step % options.checkpoint_every == 0 and place < batches:
+                    self.save()
+                    begun = time.perf_counter()
+                self.check()
+                if state.step == self.total:
+                    return
+
+    def step(self, group: list[Batch]) -> dict[str, Any]:
+        """One optimizer step on the mean loss over all samples of `group`."""
+        state, options = self.state, self.options
+        number, lr = state.step + 1, self.optimizer.param_groups[0]["lr"]
+        reseed(options.seed + 1_000_003 * self.ranks.rank, state.step, self.device)
+        self.optimizer.zero_grad(set_to_none=True)
+        samples = sum(len(b) for b in group)
+        mean = 0.0
+        for batch in group:
+            if not len(batch):
+                continue  # This rank's share of a last, small batch.
+            on_device = batch.to(self.device)
+            share = len(batch) / samples
+            with autocast(self.device, options.precision):
+                loss = self.model.loss(on_device)
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                raise NotFinite(self.advice(f"the loss is {value}", number, lr))
+            self.scaler.scale(loss if len(group) == 1 else loss * share).backward()
+            mean += value * share
+        mean, self.interrupt.asked = self.ranks.average(self.parameters, samples, mean, self.interrupt.asked)
+        self.scaler.unscale_(self.optimizer)
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, options.clip or math.inf))
+        if not math.isfinite(norm) and not self.scaler.is_enabled():
+            raise NotFinite(self.advice(f"the gradient's norm is {norm}", number, lr))
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.schedule.step()
+        return {
+            "step": number,
+            "epoch": state.epoch + 1,
+            "loss": mean,
+            "lr": lr,
+            "grad_norm": norm,
+            "seconds": 0.0,
+            "wait_seconds": sum(b.wait_seconds for b in group),
+        }
+
+    def advice(self, what: str, number: int, lr: float) -> str:
+        options = self.options
+        precise = "" if options.precision == "float32" else f", precision float32 instead of {options.precision}"
+        clip = ", clip 1.0" if not options.clip else ""
+        return (
+            f"{what} at step {number} (epoch {self.state.epoch + 1}, lr {lr:.3g}); training stopped before this step: "
+            f"try a smaller lr than {options.lr:g}, a longer warm-up{clip}{precise}"
+        )
+
+    def close_epoch(self) -> None:
+        """Evaluate where due, remember the best, move on to the next epoch or stop."""
+        state, options = self.state, self.options
+        last = state.epoch + 1 == options.epochs or state.step == self.total
+        if self.validation is not None and (last or (state.epoch + 1) % options.eval_every == 0):
+            begun = time.perf_counter()
+            metrics = evaluate(self.model, self.validation, self.score, self.device, options.precision, self.check)
+            state.evaluations += 1
+            self.log.evaluation(
+                {
+                    "step": state.step,
+                    "epoch": state.epoch + 1,
+                    "validation": metrics,
+                    "seconds": time.perf_counter() - begun,
+                }
+            )
+            shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+            if not self.bar.disable:
+                self.bar.write(f"epoch {state.epoch + 1}/{options.epochs}  {shown}", file=sys.stderr)
+            state.since_best += 1
+            if state.best_epoch is None or _better(metrics["average"], state.best.get("average")):
+                self.keep(metrics)
+            if options.patience is not None and state.since_best >= options.patience:
+                state.stopped = "patience"
+        elif self.validation is None and last:
+            self.keep({})
+        if last:
+            state.stopped = "max_steps" if state.epoch + 1 < options.epochs or state.batch < len(self.train) else "done"
+        state.epoch, state.batch = state.epoch + 1, 0
+        self.save()
+
+    def keep(self, metrics: dict[str, float]) -> None:
+        """The present weights are the best so far."""
+        state = self.state
+        state.best_epoch, state.best, state.since_best = state.epoch + 1, metrics, 0
+        self.best = {name: t.detach().cpu().clone() for name, t in self.model.trainable_state().items()}
+        about = {**self.info, "epoch": state.best_epoch, "step": state.step, "validation": finite(metrics)}
+        checkpoint.save_tuner(self.run_dir / checkpoint.TUNER, self.best, about)
+
+    def finish(self) -> dict[str, Any]:
+        """Restore the best epoch, score the test split, write metrics.json."""
+        state = self.state
+        self.model.load_trainable(self.best)
+        test = None
+        if self.test is not None:
+            test = evaluate(self.model, self.test, self.score, self.device, self.options.precision, self.check)
+            self.log.evaluation({"step": state.step, "epoch": state.best_epoch, "test": test})
+        batches = len(self.train)
+        steps_an_epoch = -(-batches // self.options.accumulate)
+        result = {
+            "best_epoch": state.best_epoch,
+            "validation": state.best or None,
+            "test": test,
+            "trainable_parameters": sum(p.numel() for p in self.parameters),
+            "epochs": state.epoch,
+            "steps": state.step,
+            "stopped": state.stopped,
+            "seconds": state.seconds,
+            "seconds_per_epoch": state.seconds / max(1, state.step) * steps_an_epoch,
+            "wait_share": state.wait_seconds / state.seconds if state.seconds else 0.0,
+        }
+        write_json(self.run_dir / "metrics.json", result)
+        (self.run_dir / checkpoint.RESUME).unlink(missing_ok=True)
+        return finite(result)
+
+    def check(self) -> None:
+        """Between two steps or evaluation batches: stop here if asked to."""
+        if self.interrupt.asked:
+            self.save()
+            raise Interrupted(
+                f"interrupted at step {self.state.step} of {self.total}; {self.run_dir} can be resumed: "
+                "give the same command again"
+            )
+
+    def save(self) -> None:
+        self.state.scaler = self.scaler.state_dict()
+        checkpoint.save_run(
+            self.run_dir / checkpoint.RESUME,
+            self.model.trainable_state(),
+            self.best,
+            checkpoint.optimizer_state(self.optimizer, self.names),
+            {"state": finite(asdict(self.state)), "run": self.identity()},
+        )
+
+    def restore(self, path: Path) -> None:
+        """Undo `save`. Raises UserError naming an option that has changed since."""
+        model, best, optimizer, about = checkpoint.load_run(path)
+        try:
+            state, saved = State(**about["state"]), dict(about["run"])
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{path} is not a checkpoint of this version ({error}): choose another --out") from None
+        refuse_other_run(saved, self.identity(), self.run_dir)
+        checkpoint.check(model, self.model.trainable_state(), path)
+        self.model.load_trainable(model)
+        checkpoint.load_optimizer_state(self.optimizer, self.names, optimizer)
+        self.scaler.load_state_dict(state.scaler)
+        self.state, self.best = state, best
+
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for a run to be resumed, as JSON gives it back."""
+        options = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.options).items()}
+        order = self.train.order
+        sizes = {"samples": order.n, "batch_size": order.batch_size, "order_seed": order.seed}
+        return {**options, **sizes, "order": order.digest()}
+
+
+def _better(new: float, best: float | None) -> bool:
+    """A NaN is never better, and anything is better than a NaN (which JSON gave back as None)."""
+    return not math.isnan(new) and (best is None or not new <= best)

@@ -1,0 +1,39 @@
+"""The optimizer of a tuner, and the random numbers of a step."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import nn
+
+from store.errors import UserError
+from train.options import FitOptions
+
+
+def adamw(model: nn.Module, options: FitOptions) -> tuple[torch.optim.AdamW, list[str]]:
+    """AdamW over the trainable parameters, and their names in the order of its groups.
+
+    Biases, norms and gates (fewer than two dimensions) are not decayed, as everywhere in the field. Raises UserError
+    if nothing is trainable.
+    """
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not parameters:
+        raise UserError("the model has no trainable parameters")
+    decayed = [name for name, p in parameters.items() if p.ndim >= 2]
+    others = [name for name, p in parameters.items() if p.ndim < 2]
+    groups = [
+        {"params": [parameters[n] for n in names], "weight_decay": decay, "initial_lr": options.lr}
+        for names, decay in ((decayed, options.weight_decay), (others, 0.0))
+        if names
+    ]
+    return torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, eps=options.eps), decayed + others
+
+
+def reseed(seed: int, step: int, device: torch.device) -> None:
+    """Seed the random numbers of one step, unrelated to those of its neighbours."""
+    value = int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    # torch.manual_seed also queues a call, with a stack trace, for each kind of device that is not in use.
+    torch.default_generator.manual_seed(value)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(value)

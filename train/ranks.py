@@ -1,0 +1,77 @@
+"""Several training processes, as `torchrun` starts them: each reads its share of every batch, gradients are averaged.
+
+The environment says which process this is (RANK, WORLD_SIZE, LOCAL_RANK). Every gradient is weighted by the samples it
+comes from, so the step is the one that a single process would make, up to rounding. Only rank 0 writes to the run's
+folder; all ranks evaluate alike, so that they agree on the best epoch without a word.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from store.errors import UserError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process is `rank` of `world`."""
+
+    rank: int = 0
+    world: int = 1
+
+    @classmethod
+    def from_environment(cls) -> Ranks:
+        """What torchrun says; one process alone without it. Raises UserError for numbers that make no sense."""
+        try:
+            rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        except ValueError:
+            raise UserError("RANK and WORLD_SIZE in the environment must be integers, as torchrun sets them") from None
+        if not 0 <= rank < world:
+            raise UserError(f"RANK={rank} WORLD_SIZE={world} in the environment: start the processes with torchrun")
+        return cls(rank, world)
+
+    def begin(self, device: torch.device) -> None:
+        """Meet the other processes: over NCCL on GPUs, else gloo. Nothing where there is one process."""
+        if self.world == 1 or dist.is_initialized():
+            return
+        if device.type == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+    def end(self) -> None:
+        """Leave the group."""
+        if self.world > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.world > 1:
+            dist.barrier()
+
+    def average(self, parameters: Sequence[Tensor], samples: int, loss: float, stop: bool) -> tuple[float, bool]:
+        """Replace each gradient by its mean over the samples of all ranks.
+
+        `samples`, `loss`: how many this rank had, and their mean loss. Returns the mean loss over all, and whether any
+        rank was asked to `stop`.
+        """
+        if self.world == 1:
+            return loss, stop
+        device = parameters[0].device
+        facts = torch.tensor([loss * samples if samples else 0.0, samples, stop], dtype=torch.float64, device=device)
+        dist.all_reduce(facts)
+        total = float(facts[1])
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        flat = torch.cat([g.reshape(-1).float() for g in grads]) * (samples / total)
+        dist.all_reduce(flat)
+        at = 0
+        for parameter, grad in zip(parameters, grads, strict=True):
+            grad.copy_(flat[at : at + grad.numel()].view_as(grad))
+            parameter.grad = grad
+            at += grad.numel()
+        return float(facts[0]) / total, bool(facts[2])

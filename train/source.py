@@ -1,0 +1,35 @@
+"""`Source`: what the loop asks of anything that hands out batches, be it the store or the live backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+from extract.backbones.batch import Batch
+from train.order import Order
+
+
+class Source(Protocol):
+    """Samples of one split. Two sources with equal `Order`s hand out the same samples in the same batches."""
+
+    @property
+    def order(self) -> Order:
+        """Which samples make up which batch."""
+        ...
+
+    @property
+    def n(self) -> int:
+        """Samples of the split."""
+        ...
+
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+        ...
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The shuffled batches of `epoch` (from 0), from batch `start` on; closing the iterator frees everything."""
+        ...
+
+    def sequential(self) -> Iterator[Batch]:
+        """Every sample once, in an order that is always the same; `Batch.index` tells which."""
+        ...

@@ -1,0 +1,47 @@
+"""`State`: where a run stands."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from store.errors import UserError
+
+# Options that may differ when a run is resumed: they change no step.
+_FREE = {"patience", "checkpoint_every", "tensorboard"}
+
+
+@dataclass
+class State:
+    """Goes to the checkpoint as JSON. `epoch`, `batch`, `step` count from 0 and are the next to do; `best_epoch` counts
+    from 1. `seconds` and `wait_seconds` are those of all steps so far, evaluation and checkpoints apart."""
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    evaluations: int = 0
+    since_best: int = 0
+    best_epoch: int | None = None
+    best: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+    wait_seconds: float = 0.0
+    stopped: str | None = None
+    scaler: dict[str, Any] = field(default_factory=dict)
+
+
+def refuse_other_run(saved: Mapping[str, Any], now: Mapping[str, Any], run_dir: Path) -> None:
+    """Raises UserError naming what differs between the unfinished run in `run_dir` and the one asked for `now`."""
+    for name, value in now.items():
+        if name in _FREE or saved.get(name) == value:
+            continue
+        if name == "order":
+            raise UserError(
+                f"{run_dir} holds an unfinished run over other blocks of samples: the store's segments or the window "
+                "have changed since; choose another --out"
+            )
+        raise UserError(
+            f"{run_dir} holds an unfinished run with {name} {saved.get(name)!r}, now {value!r}: "
+            "give the same to resume it, or choose another --out"
+        )

@@ -1,0 +1,196 @@
+"""`StoreSource`: shuffled, resumable batches from the store.
+
+Blocks (runs of whole samples, tens of megabytes) are read by Dask tasks a bounded number of bytes ahead, batches are
+gathered from the open blocks and decoded one batch ahead of the step, in a background thread. Which samples stand in
+which batch follows from (seed, epoch) alone (`train.order`): not from the tier, the number of threads or ranks.
+
+Memory: about 1.5 · `window` blocks plus `lookahead_bytes` as stored, plus two decoded batches; in the host tier, all
+blocks as stored. Nothing outlives an iterator but the blocks of the host tier: no process, thread, lock or file.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from extract.backbones.batch import Batch
+from store import SEGMENT_BYTES
+from store.errors import UserError
+from train.assemble import Loaded, Part, assemble
+from train.lookahead import LookAhead
+from train.order import Order, rank_slice
+from train.readers import make_reader
+from train.tiers import choose
+
+
+class StoreSource:
+    """The samples `keys` of a feature space, with `states` and `columns`, as batches of `batch_size`.
+
+    `labels`: one per key, all int (classes) or else float; None everywhere for no labels. `batch_size`: over all
+    ranks; this rank gets its share of each batch. `seed`, `window` (blocks mixed with each other), `block_bytes` (at
+    least a whole segment by default, since cutting one means reading the chunks at the cut twice) and
+    `group_by_length` (batches of like length, see `Order`) decide the order. `lookahead_bytes`: read beyond the present
+    batch. `host_bytes`: keep the blocks in memory if they take no more (None: half of the memory free at the first
+    epoch; 0: never). `scheduler`: address of a `distributed` scheduler, else `workers` threads. `ahead`: batches made
+    before they are asked for, in a thread (0: none, no thread). `pin`: page-locked batches, for copies to a GPU.
+    `dtype`: of the decoded states.
+
+    Raises MissingStates if something is not stored, UserError for wrong options or labels.
+    """
+
+    def __init__(
+        self,
+        space: Any,
+        keys: Sequence[str],
+        labels: Sequence[int | float | None] | np.ndarray | None,
+        states: Sequence[str],
+        columns: Sequence[str] = (),
+        *,
+        batch_size: int,
+        seed: int = 0,
+        window: int = 4,
+        group_by_length: bool = False,
+        block_bytes: int = 3 * SEGMENT_BYTES // 2,
+        lookahead_bytes: int = 2 * SEGMENT_BYTES,
+        host_bytes: int | None = None,
+        scheduler: str | None = None,
+        workers: int | None = None,
+        rank: int = 0,
+        world: int = 1,
+        ahead: int = 1,
+        pin: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        if not 0 <= rank < world:
+            raise UserError(f"rank must be in [0, {world}), got {rank}")
+        for name, value, least in (
+            ("lookahead_bytes", lookahead_bytes, 0),
+            ("ahead", ahead, 0),
+            ("block_bytes", block_bytes, 1),
+        ):
+            if value < least:
+                raise UserError(f"{name} must be at least {least}, got {value}")
+        if not keys:
+            raise UserError("there are no samples to stream: the split is empty, or the limit is 0")
+        self.labels = label_tensor(labels, len(keys))
+        self.states, self.columns = list(states), list(columns)
+        self.plan = space.plan(keys, self.states, self.columns, max_block_bytes=block_bytes)
+        try:
+            rows = np.sum(list(self.plan.lengths.values()), axis=0) if group_by_length else None
+            self.order = Order(np.asarray(self.plan.block), batch_size, seed, window, rows)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        self._slot = np.asarray(self.plan.slot)
+        self._rank, self._world = rank, world
+        self._lookahead, self._host_bytes = lookahead_bytes, host_bytes
+        self._scheduler, self._workers = scheduler, workers
+        self._ahead, self._pin, self._dtype = ahead, pin, dtype
+        self._kept: dict[int, Loaded] = {}
+        self._tier: str | None = None
+
+    @property
+    def n(self) -> int:
+        return self.order.n
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all blocks as stored: what an epoch reads, and what the host tier keeps."""
+        return sum(block.nbytes for block in self.plan.blocks)
+
+    @property
+    def tier(self) -> str:
+        """ "host" or "disk"; decided when first asked for, by the memory that is free then."""
+        if self._tier is None:
+            self._tier = choose(self.nbytes, self._host_bytes)
+        return self._tier
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of `epoch` from batch `start` on; close the iterator to stop early."""
+        if not 0 <= start <= len(self):
+            raise UserError(f"start must be in [0, {len(self)}], the batches of an epoch; got {start}")
+        return self._run(self.order.epoch(epoch)[start:])
+
+    def sequential(self) -> Iterator[Batch]:
+        """Every sample once, block after block."""
+        return self._run(self.order.sequential())
+
+    def forget(self) -> None:
+        """Give back the memory of the host tier."""
+        self._kept.clear()
+
+    def _run(self, batches: list[np.ndarray]) -> Iterator[Batch]:
+        if not batches:
+            return
+        begun = time.perf_counter()
+        shares = [rank_slice(b, self._rank, self._world) for b in batches]
+        # A rank whose share of a last, small batch is empty still makes the step: it needs a block for the widths.
+        uses = [
+            np.unique(self.order.block[share if len(share) else batch[:1]])
+            for share, batch in zip(shares, batches, strict=True)
+        ]
+        reader = make_reader(self._scheduler, self._workers)
+        blocks = LookAhead(uses, self.plan.blocks, reader, self._lookahead, self._kept, self.tier == "host")
+        maker = ThreadPoolExecutor(1, thread_name_prefix="make-batch") if self._ahead else None
+        pending: deque[Future[Batch]] = deque()
+        try:
+            for number, share in enumerate(shares):
+                if maker is None:
+                    batch = self._make(share, blocks.take(number))
+                else:
+                    while len(pending) <= self._ahead and number + len(pending) < len(shares):
+                        pending.append(maker.submit(self._make_next, shares, blocks, number + len(pending)))
+                    batch = pending.popleft().result()
+                batch.wait_seconds = time.perf_counter() - begun
+                yield batch
+                del batch
+                begun = time.perf_counter()
+        finally:
+            for future in pending:
+                future.cancel()
+            blocks.cancel()
+            if maker is not None:
+                maker.shutdown(wait=True, cancel_futures=True)
+            reader.close()
+
+    def _make_next(self, shares: list[np.ndarray], blocks: LookAhead, number: int) -> Batch:
+        return self._make(shares[number], blocks.take(number))
+
+    def _make(self, index: np.ndarray, blocks: dict[int, Loaded]) -> Batch:
+        """The samples `index` (B,), which stand by block."""
+        block = self.order.block[index]
+        parts = [Part(loaded, self._slot[index[block == number]]) for number, loaded in blocks.items()]
+        batch = assemble(parts, self.states, self.columns, self._dtype, self._pin)
+        batch.index = index
+        if self.labels is not None:
+            batch.labels = self.labels[torch.from_numpy(index)]
+            if self._pin:
+                batch.labels = batch.labels.pin_memory()
+        return batch
+
+
+def label_tensor(labels: Sequence[int | float | None] | np.ndarray | None, n: int) -> Tensor | None:
+    """(n,) int64 if all labels are int, else float64; None if there are none. Raises UserError if some are missing.
+
+    Double precision because a text-to-text target is found by rounding the label, and float32 would round some apart.
+    """
+    if labels is None or all(label is None for label in labels):
+        return None
+    if len(labels) != n:
+        raise UserError(f"{len(labels)} labels for {n} samples: one each is needed")
+    missing = [i for i, label in enumerate(labels) if label is None]
+    if missing:
+        raise UserError(
+            f"{len(missing)} of {n} samples have no label, the first is row {missing[0]}: drop or label them"
+        )
+    kind = torch.int64 if all(isinstance(label, int | np.integer) for label in labels) else torch.float64
+    return torch.tensor(labels, dtype=kind)

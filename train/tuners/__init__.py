@@ -1,0 +1,22 @@
+"""Tuners: one file a method. Import a method's module here to register it."""
+
+from train.tuners import clip, conv, e3va, lst, probe, sherl, sidetuning, unipt
+from train.tuners.base import Tuner, TunerConfig, form, register, tuner_class, tuner_config, tuner_names
+
+__all__ = [
+    "Tuner",
+    "TunerConfig",
+    "clip",
+    "conv",
+    "e3va",
+    "form",
+    "lst",
+    "probe",
+    "register",
+    "sherl",
+    "sidetuning",
+    "tuner_class",
+    "tuner_config",
+    "tuner_names",
+    "unipt",
+]

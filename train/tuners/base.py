@@ -1,0 +1,177 @@
+"""What a tuner is, and the register of tuners.
+
+A tuner is a typed config that validates itself and a module that turns a `Batch` of named states into rows for a
+readout. It says which states it reads and whether it needs the live tail; it cannot tell a cached batch from a live
+one. Adding a tuner means adding one file with a config, a module and `@register("name", ConfigClass)`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from extract.backbones.base import Family, Tail
+from extract.backbones.batch import Batch
+from store.errors import UserError
+
+
+@dataclass(frozen=True)
+class TunerConfig:
+    """Options common to tuners. `layers`: the 0-based blocks whose states are used; empty means the method's own
+    choice for the backbone (the papers' where they give one)."""
+
+    layers: tuple[int, ...] = ()
+
+    def kept(self, family: Family, method: str, stream: str) -> list[int]:
+        """The layers used on `stream`. Raises UserError for one that the backbone does not have."""
+        if not self.layers:
+            return family.kept_layers(method, stream)
+        depth = family.depth(stream)
+        bad = [i for i in self.layers if not 0 <= i < depth]
+        if bad:
+            raise UserError(f"layers: the backbone's {stream} has blocks 0 to {depth - 1}, not {bad[0]}")
+        return sorted(set(self.layers))
+
+
+class Tuner(nn.Module):
+    """A side network. `forward(batch)` gives (rows of `stream`, `output_width`) for the readout.
+
+    `tail` is the frozen live end of the backbone; its parameters are not the tuner's and are never saved with it.
+    """
+
+    name: ClassVar[str]
+    description: ClassVar[str]
+    config_class: ClassVar[type[TunerConfig]]
+    shapes: ClassVar[tuple[str, ...]] = ("sequence",)  # shapes of families this class works on, see `Family.shape`
+    families: ClassVar[tuple[str, ...]] = ()  # names of the only families it works on; empty for any
+    pooled: ClassVar[bool] = False  # True: always read out by pooling, even on a text-to-text backbone
+    # Learning rates that `train` starts from: the papers' on text-to-text backbones, measured ones on encoders.
+    lr_lm: ClassVar[float] = 3e-3
+    lr_pooled: ClassVar[float] = 1e-3
+
+    output_width: int
+    stream: str  # whose rows `forward` returns; "" when it returns one row a sample
+
+    def __init__(self, config: Any, family: Family, tail: Tail) -> None:
+        super().__init__()
+        self.config, self.family = config, family
+        # Hidden from parameters(): the tail is shared, frozen and belongs to the feature space.
+        object.__setattr__(self, "tail", tail)
+
+    tail: Tail
+
+    @classmethod
+    def states(cls, config: Any, family: Family) -> list[str]:
+        """The states this tuner reads, in store order."""
+        raise NotImplementedError
+
+    def forward(self, batch: Batch) -> Tensor:
+        raise NotImplementedError
+
+    def train(self, mode: bool = True) -> Tuner:
+        # Dropout inside the live layer is on while training, as in the official code (methods §6.1).
+        self.tail.train(mode)
+        return super().train(mode)
+
+    def default_lr(self) -> float:
+        """The learning rate used when none is given."""
+        return self.lr_lm if self.readout() == "lm" else self.lr_pooled
+
+    def readout(self) -> Literal["lm", "pooled"]:
+        return "pooled" if self.pooled else self.family.readout
+
+
+_TUNERS: dict[str, type[Tuner]] = {}
+_FORMS: dict[tuple[str, str], type[Tuner]] = {}
+
+
+def register(name: str, config_class: type[TunerConfig]) -> Callable[[type[Tuner]], type[Tuner]]:
+    """Class decorator: make a tuner known by `name`. Raises ValueError for a taken name or a malformed class."""
+
+    def inner(cls: type[Tuner]) -> type[Tuner]:
+        if name in _TUNERS:
+            raise ValueError(f"tuner {name!r} is already registered by {_TUNERS[name].__name__}")
+        if not issubclass(cls, Tuner) or "states" not in cls.__dict__ or not getattr(cls, "description", ""):
+            raise ValueError(f"{cls.__name__} must subclass Tuner and define `states` and `description`")
+        if any(f.default is MISSING and f.default_factory is MISSING for f in fields(config_class)):
+            raise ValueError(f"{config_class.__name__}: every option of a tuner needs a default")
+        cls.name, cls.config_class = name, config_class
+        _TUNERS[name] = cls
+        return cls
+
+    return inner
+
+
+def form(name: str, shape: str) -> Callable[[type[Tuner]], type[Tuner]]:
+    """Class decorator: the form that tuner `name` has on families of another shape. It shares the tuner's config."""
+
+    def inner(cls: type[Tuner]) -> type[Tuner]:
+        if (name, shape) in _FORMS or name not in _TUNERS:
+            raise ValueError(f"{cls.__name__}: tuner {name!r} is unknown, or has a {shape} form already")
+        cls.name, cls.config_class, cls.shapes = name, _TUNERS[name].config_class, (shape,)
+        _FORMS[name, shape] = cls
+        return cls
+
+    return inner
+
+
+def tuner_names(family: Family | None = None) -> list[str]:
+    """Registered names, in order of registration; with `family`, of those that work on it."""
+    return [n for n in _TUNERS if family is None or _form_for(n, family) is not None]
+
+
+def _form_for(name: str, family: Family) -> type[Tuner] | None:
+    cls = _FORMS.get((name, family.shape), _TUNERS[name])
+    fits = family.shape in cls.shapes and (not cls.families or family.name in cls.families)
+    return cls if fits else None
+
+
+def tuner_class(name: str, family: Family | None = None) -> type[Tuner]:
+    """The tuner called `name`, in its form for `family` if given.
+
+    UserError offering the nearest names for an unknown one, or naming those that work on `family`.
+    """
+    if name in _TUNERS:
+        if family is None:
+            return _TUNERS[name]
+        if cls := _form_for(name, family):
+            return cls
+        others = ", ".join(tuner_names(family))
+        raise UserError(f"tuner {name!r} has no form for {family.name} backbones; those that have one: {others}")
+    near = difflib.get_close_matches(name, _TUNERS, n=3, cutoff=0.4) or list(_TUNERS)
+    raise UserError(f"unknown tuner {name!r}; did you mean {' or '.join(near)}? `pipeline tuners` lists them")
+
+
+def tuner_config(name: str, options: dict[str, Any]) -> TunerConfig:
+    """A tuner's config from plain options; UserError naming one that the tuner does not have or refuses."""
+    cls = tuner_class(name).config_class
+    known = {f.name for f in fields(cls)}
+    for key in options:
+        if key not in known:
+            raise UserError(f"tuner {name!r} has no option {key!r}; it has: {', '.join(sorted(known))}")
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+    try:
+        return cls(**values)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"tuner {name!r}: {error}") from None
+
+
+def checked_reduction(reduction: int, width: int) -> int:
+    """width / reduction, the side network's width. Raises UserError unless it divides."""
+    if reduction < 1 or width % reduction:
+        raise UserError(f"reduction: must be a divisor of the backbone's width {width}, not {reduction}")
+    return width // reduction
+
+
+def linear(inputs: int, outputs: int, std: float = 0.01) -> nn.Linear:
+    """A linear map initialised N(0, std²) with zero bias, as the official SHERL and LST code does on T5."""
+    layer = nn.Linear(inputs, outputs)
+    with torch.no_grad():
+        layer.weight.normal_(std=std)
+        layer.bias.zero_()
+    return layer

@@ -1,0 +1,143 @@
+"""SHERL and UniPT in the form of CLIP4Clip: a correction of the pooled embedding, no live layer (methods §1.5, §3).
+
+    f: the normalised class token;  g = Lin(ReLU f);  Tᵢ = Linᵢ(ReLU hᵢ) for the embedding and every block
+    pᵢ = Σ weights · Tᵢ + Tᵢ[class token];  out = f + Lin(ReLU(blend of the pᵢ))
+
+The released code works on both towers of CLIP at the joint width 512 after CLIP's projection (`Tower(768, 512, 13)` and
+`Tower(512, 512, 13)`: 9,597,980 parameters for SHERL and 9,584,642 for UniPT, which are the published 9.6 M). As tuners
+of one vision transformer they work at its own width and on its own class token, for classes or values; the retrieval
+loss, and the gate γ that the released code has on one data set only, are not here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from extract.backbones.base import Family, Tail
+from extract.backbones.batch import Batch, Layout
+from train.heads.pooled import pool
+from train.tuners.base import Tuner, TunerConfig, checked_reduction, register
+from train.tuners.mtsa import EPSILON, mix
+
+
+@dataclass(frozen=True)
+class ClipConfig(TunerConfig):
+    """`reduction`: side width is the backbone's over this. 1 is what the published counts need, though the paper says
+    2. `layers`: blocks that are read beside the embedding; all by default."""
+
+    reduction: int = 1
+
+
+class Tower(nn.Module):
+    """One tower: `states` states of `width` and a pooled embedding of `joint` → a corrected embedding.
+
+    Parameters: states (width · d + d) + 2 (joint · d) + d + joint + what a subclass adds, with d the side width.
+    """
+
+    def __init__(self, width: int, joint: int, states: int, inner: int) -> None:
+        super().__init__()
+        self.guide = nn.Linear(joint, inner)
+        self.down = nn.ModuleList(nn.Linear(width, inner) for _ in range(states))
+        self.score = nn.Linear(inner, 1)
+        self.up = nn.Linear(inner, joint)
+
+    def forward(self, pooled: Tensor, states: Sequence[Tensor], layout: Layout, base: Tensor) -> Tensor:
+        """`pooled` (B, joint), each of `states` (rows, width), `base` (B,): the row of each sample's pooled token."""
+        with torch.autocast(pooled.device.type, enabled=False):
+            pooled = pooled.float()
+            guide = self.guide(F.relu(pooled))
+            low = [down(F.relu(h.float())) for down, h in zip(self.down, states, strict=True)]
+            return pooled + self.up(F.relu(self.blend(guide, low, layout, base)))
+
+    def blend(self, guide: Tensor, low: list[Tensor], layout: Layout, base: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class SherlTower(Tower):
+    """SHERL: learned scores within each state, then redundancy and layer attention. Adds states (d + 1) + (d + 1)."""
+
+    def __init__(self, width: int, joint: int, states: int, inner: int) -> None:
+        super().__init__(width, joint, states, inner)
+        self.spatial = nn.ModuleList(nn.Linear(inner, 1) for _ in range(states))
+
+    def blend(self, guide: Tensor, low: list[Tensor], layout: Layout, base: Tensor) -> Tensor:
+        around = guide[layout.sample]
+        tokens = [_gather(F.relu(s(around * t)), t, layout, base) for s, t in zip(self.spatial, low, strict=True)]
+        return mix(torch.stack(tokens, 1), guide, self.score, "redundancy")
+
+
+class UniptTower(Tower):
+    """UniPT: products with the guide within each state, softmax confidence over states. Adds d + 1."""
+
+    def blend(self, guide: Tensor, low: list[Tensor], layout: Layout, base: Tensor) -> Tensor:
+        around = guide[layout.sample]
+        products = [F.relu((around * t).sum(-1, keepdim=True)) for t in low]
+        tokens = torch.stack([_gather(p, t, layout, base) for p, t in zip(products, low, strict=True)], 1)
+        scores = torch.cat([self.score(guide * pool(t, layout)) for t in low], dim=1)
+        return (scores.softmax(1).unsqueeze(-1) * tokens).sum(1)
+
+
+def _gather(weights: Tensor, rows: Tensor, layout: Layout, base: Tensor) -> Tensor:
+    """(rows, 1) weights ≥ 0, l1-normalised within each sample; their weighted sum of rows and the base row. (B, d)."""
+    zero = rows.new_zeros(len(layout.lengths), 1)
+    total = zero.index_add(0, layout.sample, weights) + EPSILON
+    share = weights / total[layout.sample]
+    return rows.new_zeros(len(base), rows.shape[1]).index_add(0, layout.sample, share * rows) + rows[base]
+
+
+class ClipTuner(Tuner):
+    """What the two forms share."""
+
+    families = ("vit",)
+    pooled = True
+    tower: type[Tower]
+
+    def __init__(self, config: ClipConfig, family: Family, tail: Tail) -> None:
+        super().__init__(config, family, tail)
+        inner = checked_reduction(config.reduction, family.width)
+        self.names = _names(config, family)
+        self.side = self.tower(family.width, family.width, len(self.names), inner)
+        self.stream, self.output_width = "", family.width
+
+    def forward(self, batch: Batch) -> Tensor:
+        """(B, width): one row a sample."""
+        layout, last = batch.layout("encoder"), f"encoder.{self.family.depth('encoder') - 1}"
+        first = layout.first
+        pooled = self.tail.final_norm(batch.states[last].float().index_select(0, first), "encoder")
+        return self.side(pooled, [batch.states[n] for n in self.names], layout, first)
+
+
+def _names(config: ClipConfig, family: Family) -> list[str]:
+    layers = [f"encoder.{i}" for i in config.kept(family, "clip", "encoder")]
+    return [*family.embedding("encoder"), *layers]
+
+
+def _read(config: ClipConfig, family: Family) -> list[str]:
+    last = f"encoder.{family.depth('encoder') - 1}"
+    names = _names(config, family)
+    return names if last in names else [*names, last]
+
+
+@register("sherl-clip", ClipConfig)
+class SherlClip(ClipTuner):
+    description = "SHERL as on CLIP4Clip: a correction of the class token, no live layer"
+    tower = SherlTower
+
+    @classmethod
+    def states(cls, config: ClipConfig, family: Family) -> list[str]:
+        return _read(config, family)
+
+
+@register("unipt-clip", ClipConfig)
+class UniptClip(ClipTuner):
+    description = "UniPT as on CLIP4Clip: a correction of the class token"
+    tower = UniptTower
+
+    @classmethod
+    def states(cls, config: ClipConfig, family: Family) -> list[str]:
+        return _read(config, family)

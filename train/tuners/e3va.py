@@ -1,0 +1,135 @@
+"""E³VA (Yin et al., 2023): a gradient highway beside a frozen Swin; nothing of the backbone is live.
+
+    e ← e + A₁(f₁) + A₂(f₂)        at each block; f₁, f₂: what attention and MLP add to the backbone's stream
+    e ← PatchMerging(e)            between stages, the backbone's own, frozen
+    A(x) = x + U GELU(D x + b) + c, D and U sums of two low-rank products (rank α = 8, 16 or 32: E³VA, +, ++)
+
+Because A holds x itself, e follows the backbone's stream plus corrections; with e₀ = the patch embedding and no
+corrections it is that stream. There is no public code. What the paper leaves open is decided so (methods §4.1):
+
+- e₀: the patch embedding by default, zero as the alternative (`start`).
+- How highway and backbone meet before the neck: norm(l + e) by default, norm(e) as the alternative (`fusion`).
+- Initialisation: the author's LoRand code draws every factor (Kaiming uniform). Here the last factor starts at zero by
+  default, so that training starts from the pretrained network; `zero_init` false gives the author's. A deviation.
+- The paper's tasks are dense, with a neck over all stages. A class is read here from the mean of every stage's norm,
+  joined; all norms take part, and the counts are the paper's.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from extract.backbones.base import Family, Tail
+from extract.backbones.batch import Batch
+from extract.backbones.swin import SwinTail
+from store.errors import UserError
+from train.heads.pooled import pool
+from train.tuners.base import Tuner, TunerConfig, register
+
+
+@dataclass(frozen=True)
+class E3vaConfig(TunerConfig):
+    """`alpha`: rank of the factors, 8 (E³VA), 16 (+) or 32 (++). `start`: e₀, "embedding" or "zero". `fusion`: "sum" is
+    norm(l + e), "highway" norm(e). `zero_init`: start the last factor of each adapter at zero."""
+
+    alpha: int = 8
+    start: str = "embedding"
+    fusion: str = "sum"
+    zero_init: bool = True
+
+    def __post_init__(self) -> None:
+        if self.alpha < 1:
+            raise ValueError(f"alpha: at least 1, not {self.alpha}")
+        if self.start not in ("embedding", "zero"):
+            raise ValueError(f"start: embedding or zero, not {self.start!r}")
+        if self.fusion not in ("sum", "highway"):
+            raise ValueError(f"fusion: sum or highway, not {self.fusion!r}")
+
+
+class LowRank(nn.Module):
+    """x ↦ Σₖ x (Tₖ Sₖ) + b, k = 1, 2. Parameters: 2 α (inputs + outputs) + outputs."""
+
+    def __init__(self, inputs: int, outputs: int, alpha: int, zero: bool = False) -> None:
+        super().__init__()
+        # The two products side by side are one of rank 2 α: the sum is over both.
+        self.first = nn.Parameter(torch.empty(2 * alpha, inputs))
+        self.second = nn.Parameter(torch.empty(outputs, 2 * alpha))
+        self.bias = nn.Parameter(torch.empty(outputs).uniform_(-1, 1) / math.sqrt(inputs))
+        nn.init.kaiming_uniform_(self.first, a=math.sqrt(5))
+        for half in self.second.data.chunk(2, dim=1):
+            half.copy_(nn.init.kaiming_uniform_(torch.empty_like(half), a=math.sqrt(5)))
+        if zero:
+            nn.init.zeros_(self.second)
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.linear(x, self.first), self.second, self.bias)
+
+
+class LowRankAdapter(nn.Module):
+    """A(x) = x + U GELU(D x + b) + c through half the width. Parameters: 6 α C + 3 C / 2."""
+
+    def __init__(self, width: int, alpha: int, zero: bool) -> None:
+        super().__init__()
+        self.down = LowRank(width, width // 2, alpha)
+        self.up = LowRank(width // 2, width, alpha, zero)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.up(F.gelu(self.down(x)))
+
+
+@register("e3va", E3vaConfig)
+class E3va(Tuner):
+    """Parameters: 12 α Σ C + 3 Σ C over blocks of width C, and 2 C for each stage's norm."""
+
+    description = "E³VA: low-rank adapters on a highway beside a Swin; alpha 8, 16, 32 for E³VA, +, ++"
+    shapes = ("pyramid",)
+    families = ("swin",)
+    pooled = True
+    tail: SwinTail
+
+    def __init__(self, config: E3vaConfig, family: Family, tail: Tail) -> None:
+        super().__init__(config, family, tail)
+        self.states(config, family)
+        self.adapters = nn.ModuleDict()
+        for stream in family.streams:
+            for i in range(family.depth(stream)):
+                for branch in ("msa", "mlp"):
+                    adapter = LowRankAdapter(family.width_of(stream), config.alpha, config.zero_init)
+                    self.adapters[f"{stream}_{i}_{branch}"] = adapter
+        self.norms = nn.ModuleDict({s: nn.LayerNorm(family.width_of(s)) for s in family.streams})
+        self.stream, self.output_width = "", sum(family.width_of(s) for s in family.streams)
+
+    @classmethod
+    def states(cls, config: E3vaConfig, family: Family) -> list[str]:
+        if config.layers:
+            raise UserError("layers: E³VA has adapters at every block; there is nothing to choose")
+        names = ["stage1.in"] if config.start == "embedding" else []
+        for stream in family.streams:
+            for i in range(family.depth(stream)):
+                names += [f"{stream}.{i}.msa", f"{stream}.{i}.mlp"]
+            if config.fusion == "sum":
+                names.append(f"{stream}.{family.depth(stream) - 1}")
+        return names
+
+    def forward(self, batch: Batch) -> Tensor:
+        """(B, sum of stage widths): one row a sample."""
+        start = batch.states["stage1.0.msa"].float()
+        e = batch.states["stage1.in"].float() if self.config.start == "embedding" else torch.zeros_like(start)
+        out = []
+        for number, stream in enumerate(self.family.streams):
+            if number:
+                e = self.tail.merge(e, number - 1, batch)
+            for i in range(self.family.depth(stream)):
+                for branch in ("msa", "mlp"):
+                    tap = batch.states[f"{stream}.{i}.{branch}"].float()
+                    e = e + self.adapters[f"{stream}_{i}_{branch}"](tap)
+            last = f"{stream}.{self.family.depth(stream) - 1}"
+            met = e + batch.states[last].float() if self.config.fusion == "sum" else e
+            out.append(pool(self.norms[stream](met), batch.layout(stream)))
+        return torch.cat(out, dim=1)

@@ -1,0 +1,96 @@
+"""Multi-tiered sensing adapter (MTSA), the core of SHERL §3.2, in the form of the released T5 and CLIP-ViL code.
+
+Token-wise: it works on packed rows and never sees padding. Everything is computed in float32, whatever the
+surrounding precision, because the paper's epsilon of 1e-6 vanishes in float16.
+
+Where the released code and the paper differ the code is followed: the score is a learned weighted inner product, all
+maps have biases, and ReLU precedes the up-projection. Two guards are ours: the norm has 1e-6 inside the root, so that
+its gradient at an all-zero row is finite, and redundancy is at least 1 (the paper states r ≥ 1; the code gives 0/0).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from train.tuners.base import linear
+
+EPSILON = 1e-6
+
+
+def redundancy(features: Tensor) -> Tensor:
+    """Summed rectified cosine similarity of each layer's feature to all of them, SHERL eq. 2.
+
+    `features`: (rows, layers, width) float32. Returns (rows, layers), each ≥ 1. A zero row counts as redundancy 1.
+    """
+    unit = features * (features.square().sum(-1, keepdim=True) + EPSILON).rsqrt()
+    return torch.bmm(unit, unit.transpose(1, 2)).relu_().sum(-1).clamp(min=1.0)
+
+
+def layer_weights(scores: Tensor, redundant: Tensor) -> Tensor:
+    """Rectified scores over redundancy, normalised to sum 1 over layers (SHERL eq. 3). Both (rows, layers)."""
+    weights = F.relu(scores) / redundant
+    return weights / (weights.sum(-1, keepdim=True) + EPSILON)
+
+
+# How the layers are blended; the first is SHERL's, the others its ablations (Fig. 4): the learned attention without
+# redundancy, softmax attention from the guide, and no attention at all.
+BLENDS = ("redundancy", "linear", "attention", "average", "max")
+
+
+def mix(layers: Tensor, guide: Tensor, score: nn.Linear | None, how: str) -> Tensor:
+    """Blend `layers` (rows, layers, d) into (rows, d), the guide (rows, d) added. `score`: the learned product w, c."""
+    if how == "max":
+        return layers.amax(1) + guide
+    if how == "average":
+        return layers.mean(1) + guide
+    if score is None:
+        weights = (torch.bmm(layers, guide.unsqueeze(-1)).squeeze(-1) / layers.shape[-1] ** 0.5).softmax(-1)
+    else:
+        # The learned score w·(E ∘ e) + c is one product of E with w ∘ e.
+        query = guide * score.weight[0]
+        scores = torch.bmm(layers, query.unsqueeze(-1)).squeeze(-1) + score.bias
+        redundant = redundancy(layers) if how == "redundancy" else torch.ones_like(scores)
+        weights = layer_weights(scores, redundant)
+    return torch.bmm(weights.unsqueeze(1), layers).squeeze(1) + guide
+
+
+class MTSA(nn.Module):
+    """n sets of features (rows, width), the last one the guide → (rows, width). `blend`: one of `BLENDS`.
+
+    Parameters per set: width·d + d and 2(d² + d); in all d + 1 for the score, d·width + width for the way up and 1 for
+    the gate (methods §1.6 without the norm that follows).
+    """
+
+    def __init__(
+        self, sets: int, width: int, inner: int, gate: float = 0.0, temperature: float = 0.1, blend: str = "redundancy"
+    ) -> None:
+        super().__init__()
+        if sets < 2:
+            raise ValueError(f"MTSA needs a guide and at least one more set of features, not {sets}")
+        self.temperature, self.blend = temperature, blend
+        self.down = nn.ModuleList(linear(width, inner) for _ in range(sets))
+        # The two d × d maps of each set, W' (mix) and W (gate), side by side: one batched product serves all sets.
+        self.mix_weight = nn.Parameter(torch.empty(sets, inner, 2 * inner).normal_(std=0.01))
+        self.mix_bias = nn.Parameter(torch.zeros(sets, 1, 2 * inner))
+        self.score = linear(inner, 1) if blend in ("redundancy", "linear") else None
+        self.up = linear(inner, width)
+        self.gate = nn.Parameter(torch.full((), float(gate)))
+
+    def ratio(self) -> Tensor:
+        """The mixing ratio u = tanh(alpha / T), 0 at the paper's start."""
+        return torch.tanh(self.gate / self.temperature)
+
+    def forward(self, features: Sequence[Tensor], last: Tensor) -> Tensor:
+        """`features`: n tensors (rows, width), the guide last; `last`: the feature the gate lets through."""
+        # Autocast knows no meta device, on which the shapes alone are run to count operations.
+        with torch.autocast("cpu" if last.is_meta else last.device.type, enabled=False):
+            low = torch.stack([F.relu(d(h.float())) for d, h in zip(self.down, features, strict=True)])
+            mixed, gated = torch.baddbmm(self.mix_bias, low, self.mix_weight).chunk(2, dim=-1)
+            refined = (mixed + low) * torch.sigmoid(gated)
+            layers, guide = refined[:-1].transpose(0, 1), refined[-1]
+            blended = mix(layers, guide, self.score, self.blend)
+            return self.up(F.relu(blended)) + self.ratio() * last.float()

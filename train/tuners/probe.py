@@ -1,0 +1,50 @@
+"""Linear probe: a linear map on the mean of the backbone's last state. The floor every side network must beat."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from extract.backbones.base import Family, Tail
+from extract.backbones.batch import Batch
+from train.tuners.base import Tuner, TunerConfig, register
+
+
+@dataclass(frozen=True)
+class ProbeConfig(TunerConfig):
+    """`layers`: at most one block, whose output is probed; the last by default."""
+
+    def __post_init__(self) -> None:
+        if len(self.layers) > 1:
+            raise ValueError(f"layers: a probe reads one layer, not {len(self.layers)}")
+
+
+@register("probe", ProbeConfig)
+class Probe(Tuner):
+    """No parameters of its own; the pooled head is all that trains. Reads a T5's encoder, the last stage of a staged
+    backbone."""
+
+    description = "linear probe on the mean of the last state: the floor"
+    lr_pooled = 1e-2
+    pooled = True
+    shapes = ("sequence", "pyramid")
+
+    def __init__(self, config: ProbeConfig, family: Family, tail: Tail) -> None:
+        super().__init__(config, family, tail)
+        self.stream, self.output_width = _stream(family), family.width
+        (self.state,) = self.states(config, family)
+
+    @classmethod
+    def states(cls, config: ProbeConfig, family: Family) -> list[str]:
+        stream = _stream(family)
+        layer = config.kept(family, "probe", stream)[0] if config.layers else family.depth(stream) - 1
+        return [f"{stream}.{layer}"]
+
+    def forward(self, batch: Batch) -> Tensor:
+        return self.tail.final_norm(batch.states[self.state].float(), self.stream)
+
+
+def _stream(family: Family) -> str:
+    # A text-to-text backbone is read at its encoder, a staged one at its last stage.
+    return family.streams[-1 if family.shape == "pyramid" else 0]

@@ -1,0 +1,86 @@
+"""SHERL (Diao et al., ECCV 2024): blend the shallow features, then run the last backbone layer live on the blend."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from extract.backbones.base import Family, Tail
+from extract.backbones.batch import Batch
+from train.tuners.base import Tuner, TunerConfig, checked_reduction, register
+from train.tuners.mtsa import BLENDS, MTSA
+
+
+@dataclass(frozen=True)
+class SherlConfig(TunerConfig):
+    """`reduction`: r, side width is D / r. `gate`: start of alpha; 0 is the paper's (the live layer then sees the
+    blend only), 0.1 starts the gate at u = 0.76. None: 0 on text-to-text backbones, 0.1 on encoders, where the paper's
+    start is fragile (methods §8; a deviation, and the papers have no such rows). `temperature`: T of the gate.
+    `blend`: "redundancy" is SHERL; "linear", "attention", "average" and "max" are the ablations of its Fig. 4."""
+
+    reduction: int = 8
+    gate: float | None = None
+    temperature: float = 0.1
+    blend: str = "redundancy"
+
+    def __post_init__(self) -> None:
+        if self.blend not in BLENDS:
+            raise ValueError(f"blend: one of {', '.join(BLENDS)}, not {self.blend!r}")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature: must be above 0, not {self.temperature}")
+
+
+@register("sherl", SherlConfig)
+class Sherl(Tuner):
+    """One MTSA a stream over the embedding and the kept layers; the last stream's blend replaces the input of the live
+    layer, earlier streams' blends are what it attends to (methods §1.3, §1.4).
+
+    The guide is the deepest feature before the live layer. On BERT-like encoders the T5 form is used (the released
+    BERT code has a form of its own for image–text retrieval) with the embedding and all layers before the live one.
+    """
+
+    description = "SHERL: multi-tiered sensing over all layers, then the live last layer"
+    lr_pooled = 2e-3
+
+    def __init__(self, config: SherlConfig, family: Family, tail: Tail) -> None:
+        super().__init__(config, family, tail)
+        inner = checked_reduction(config.reduction, family.width)
+        gate = (0.0 if family.readout == "lm" else 0.1) if config.gate is None else config.gate
+        self.names = {s: _names(config, family, s) for s in family.streams}
+        self.mtsa = nn.ModuleDict(
+            {
+                s: MTSA(len(n) + 1, family.width, inner, gate, config.temperature, config.blend)
+                for s, n in self.names.items()
+            }
+        )
+        self.norm = nn.ModuleDict({s: family.norm(s) for s in family.streams})
+        self.dropout = nn.Dropout(family.dropout)
+        self.stream, self.output_width = family.streams[-1], family.width
+
+    @classmethod
+    def states(cls, config: SherlConfig, family: Family) -> list[str]:
+        return [n for s in family.streams for n in (*family.embedding(s), *_names(config, family, s))]
+
+    def forward(self, batch: Batch) -> Tensor:
+        hidden: dict[str, Tensor] = {}
+        for stream, names in self.names.items():
+            features = [self.tail.embed(batch, stream), *(batch.states[n] for n in names)]
+            blend = self.mtsa[stream](features, features[-1])
+            # The blend of the last stream enters the live layer as it is; what it attends to is normalised.
+            hidden[stream] = blend if stream == self.stream else self._finish(blend, stream)
+        return self._finish(self.tail(hidden, batch), self.stream)
+
+    def _finish(self, rows: Tensor, stream: str) -> Tensor:
+        norm = self.norm[stream]
+        # A post-norm block has already normalised and dropped out its own output.
+        return rows if isinstance(norm, nn.Identity) else self.dropout(norm(rows))
+
+
+def _names(config: SherlConfig, family: Family, stream: str) -> list[str]:
+    layers = config.kept(family, "sherl", stream)
+    if stream == family.streams[-1]:
+        layers = [i for i in layers if i < family.depth(stream) - 1]
+    if not layers:
+        layers = [family.depth(stream) - 2]
+    return [f"{stream}.{i}" for i in layers]

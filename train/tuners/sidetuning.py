@@ -1,0 +1,57 @@
+"""Side-Tuning (Zhang et al., ECCV 2020): the frozen last state blended with a small network on the input.
+
+R = α B(x) + (1 − α) S(x), α = sigmoid(a), a learned from 0. S works on the backbone's own embedding output, one
+position at a time: Linear, GELU, Linear through width D / r. The paper's S is a small convolutional or recurrent
+network that it distils from the backbone; this one starts at random.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from extract.backbones.base import Family, Tail
+from extract.backbones.batch import Batch
+from train.tuners.base import Tuner, TunerConfig, checked_reduction, register
+
+
+@dataclass(frozen=True)
+class SideTuningConfig(TunerConfig):
+    """`reduction`: r, the side network's width is D / r. `layers`: at most one block, the frozen output; the last by
+    default."""
+
+    reduction: int = 8
+
+    def __post_init__(self) -> None:
+        if len(self.layers) > 1:
+            raise ValueError(f"layers: side-tuning blends with one layer, not {len(self.layers)}")
+
+
+@register("side-tuning", SideTuningConfig)
+class SideTuning(Tuner):
+    """Parameters: 2 D d + d + D + 1. Reads the first stream (a T5's encoder), pooled."""
+
+    description = "Side-Tuning: the last state blended with a small network on the embedding"
+    lr_pooled = 3e-3
+    pooled = True
+
+    def __init__(self, config: SideTuningConfig, family: Family, tail: Tail) -> None:
+        super().__init__(config, family, tail)
+        self.stream, self.output_width = family.streams[0], family.width
+        self.state = self.states(config, family)[-1]
+        inner = checked_reduction(config.reduction, family.width)
+        self.side = nn.Sequential(nn.Linear(family.width, inner), nn.GELU(), nn.Linear(inner, family.width))
+        self.blend = nn.Parameter(torch.zeros(()))
+
+    @classmethod
+    def states(cls, config: SideTuningConfig, family: Family) -> list[str]:
+        stream = family.streams[0]
+        layer = config.kept(family, "side-tuning", stream)[0] if config.layers else family.depth(stream) - 1
+        return [*family.embedding(stream), f"{stream}.{layer}"]
+
+    def forward(self, batch: Batch) -> Tensor:
+        base = self.tail.final_norm(batch.states[self.state].float(), self.stream)
+        share = torch.sigmoid(self.blend)
+        return share * base + (1 - share) * self.side(self.tail.embed(batch, self.stream).float())

@@ -1,0 +1,110 @@
+"""UniPT (Diao et al., CVPR 2024): shallow layers are read through attention to the last one; nothing is live.
+
+The last state is the anchor, every earlier one (the embedding included) a target. Each target is mixed by an
+attention without parameters from the anchor, the mixes are weighted by a learned confidence a layer, and their sum is
+added to the anchor. The form for encoders is that of the released BERT code (methods §3).
+
+The authors give no form for encoder-decoders. On a T5 the tuner reads the encoder alone and a trainable head pools it:
+ours, not theirs, and to be named as such beside published numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from extract.backbones.base import Family, Tail
+from extract.backbones.batch import Batch, Layout
+from train.heads.pooled import pool
+from train.tuners.base import Tuner, TunerConfig, checked_reduction, register
+
+EPSILON = 1e-6
+
+
+@dataclass(frozen=True)
+class UniptConfig(TunerConfig):
+    """`reduction`: r, side width is D / r. `layers`: blocks that are read; the deepest of them is the anchor."""
+
+    reduction: int = 8
+
+
+def attend(anchor: Tensor, target: Tensor) -> Tensor:
+    """Mix `target` by rectified, l1-normalised products with `anchor`, plus itself (UniPT eq. 3 and 4).
+
+    Both (B, L, d), zero at padding. Returns (B, L, d). A row whose products are all negative keeps itself alone.
+    """
+    weights = F.relu(anchor @ target.transpose(1, 2))
+    weights = weights / (weights.sum(-1, keepdim=True) + EPSILON)
+    return weights @ target + target
+
+
+class Aggregate(nn.Module):
+    """Targets and anchor at side width → the anchor with the confidence-weighted sum of mixed targets added to it.
+
+    confᵢ = Lin(mean(anchor) ∘ mean(targetᵢ)), softmax over layers; the sum goes through LayerNorm(Linear d → d).
+    Everything is in float32. Parameters: d + 1 for the confidence, d² + 3d for the map.
+    """
+
+    def __init__(self, inner: int) -> None:
+        super().__init__()
+        self.confidence = nn.Linear(inner, 1)
+        self.project = nn.Sequential(nn.Linear(inner, inner), nn.LayerNorm(inner))
+
+    def forward(self, anchor: Tensor, targets: Sequence[Tensor], layout: Layout) -> Tensor:
+        """`anchor` and each of `targets`: (rows, d). Returns (rows, d)."""
+        with torch.autocast(anchor.device.type, enabled=False):
+            anchor = anchor.float()
+            targets = [t.float() for t in targets]
+            summary = pool(anchor, layout)
+            scores = torch.cat([self.confidence(summary * pool(t, layout)) for t in targets], dim=1)
+            share = scores.softmax(1)
+            grid = layout.pad(anchor)
+            mixed = anchor.new_zeros(grid.shape)
+            for i, target in enumerate(targets):
+                mixed = mixed + share[:, i, None, None] * attend(grid, layout.pad(target))
+            return anchor + self.project(layout.unpad(mixed))
+
+
+class Down(nn.Sequential):
+    """LayerNorm(Linear(h)), width → d."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__(nn.Linear(width, inner), nn.LayerNorm(inner))
+
+
+@register("unipt", UniptConfig)
+class Unipt(Tuner):
+    """Parameters with n states of width D, embedding and anchor counted: n (Dd + 3d) + (d + 1) + (d² + 3d) + dD + D."""
+
+    description = "UniPT: parallel attention from the last state to all earlier ones; no live layer"
+    lr_pooled = 3e-3
+    pooled = True
+
+    def __init__(self, config: UniptConfig, family: Family, tail: Tail) -> None:
+        super().__init__(config, family, tail)
+        self.stream, self.output_width = family.streams[0], family.width
+        inner = checked_reduction(config.reduction, family.width)
+        self.names = [f"{self.stream}.{i}" for i in _layers(config, family)]
+        self.down = nn.ModuleList(Down(family.width, inner) for _ in range(len(self.names) + 1))
+        self.aggregate = Aggregate(inner)
+        self.up = nn.Linear(inner, family.width)
+
+    @classmethod
+    def states(cls, config: UniptConfig, family: Family) -> list[str]:
+        stream = family.streams[0]
+        return [*family.embedding(stream), *(f"{stream}.{i}" for i in _layers(config, family))]
+
+    def forward(self, batch: Batch) -> Tensor:
+        sources = [self.tail.embed(batch, self.stream), *(batch.states[n] for n in self.names)]
+        low = [down(h.float()) for down, h in zip(self.down, sources, strict=True)]
+        return self.up(F.relu(self.aggregate(low[-1], low[:-1], batch.layout(self.stream))))
+
+
+def _layers(config: UniptConfig, family: Family) -> list[int]:
+    stream = family.streams[0]
+    layers = config.kept(family, "unipt", stream) if config.layers else list(range(family.depth(stream)))
+    return layers
