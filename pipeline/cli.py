@@ -1,0 +1,226 @@
+"""The command line: one function a command, no logic."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pipeline.command import command, say
+from pipeline.options import build_recipe, recipe_options
+from pipeline.store_commands import store
+
+EPILOG = """\b
+Start here (no network needed after installation):
+  pipeline demo
+\b
+Your own table on a small real encoder:
+  pipeline extract --model minilm --task my.csv --text sentence --label label
+  pipeline train   --model minilm --task my.csv --tuner lst
+\b
+A paper's setting, on the machine with the big GPU, then anywhere:
+  pipeline extract --model t5-base --task rte
+  pipeline train   --recipe configs/sherl-t5-base.yaml --task rte
+"""
+
+
+def _quiet_libraries() -> None:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+def _voice(as_json: bool) -> Callable[[str], None]:
+    return (lambda text: None) if as_json else say
+
+
+@click.group(epilog=EPILOG, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="activation-pipeline", prog_name="pipeline")
+@click.pass_context
+def main(context: click.Context) -> None:
+    """Extract once on the big GPU, train anywhere.
+
+    Runs a frozen backbone once over a task, keeps its hidden states in a shared store, and trains side networks (SHERL,
+    LST) from the store, as often as you like, on any machine.
+    """
+    _quiet_libraries()
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
+
+
+@main.command(short_help="Run the backbone once, store its states.")
+@recipe_options("extract")
+@command
+def extract(as_json: bool, recipe_file: str | None, **options: Any) -> tuple[Any, str]:
+    """Run the backbone once over a task and store its hidden states."""
+    from pipeline.extracting import run_extract
+
+    return run_extract(build_recipe(options, recipe_file), _voice(as_json), quiet=as_json), ""
+
+
+@main.command(short_help="Train a tuner from the store.")
+@recipe_options("train")
+@command
+def train(as_json: bool, recipe_file: str | None, **options: Any) -> tuple[Any, str]:
+    """Train a tuner from the store; the backbone is not loaded."""
+    from pipeline.report import metrics_text
+    from pipeline.training import run_train
+
+    result = run_train(build_recipe(options, recipe_file), _voice(as_json), quiet=as_json)
+    return result, metrics_text(result)
+
+
+@main.command(short_help="What a run will cost, before it is paid.")
+@recipe_options("train")
+@click.option("--budget", default=None, help="Disk that the states may take, such as 100GB.", metavar="SIZE")
+@click.option("--memory", default=None, help="Memory that training may take, such as 8GB.", metavar="SIZE")
+@command
+def plan(
+    as_json: bool, recipe_file: str | None, budget: str | None, memory: str | None, **options: Any
+) -> tuple[Any, str]:
+    """Bytes, seconds, memory and break-even of caching, from a config.json and rates measured on this machine."""
+    from pipeline.job import parse_size
+    from pipeline.plan import run_plan
+
+    sizes = [None if size is None else float(parse_size(size)) for size in (budget, memory)]
+    return run_plan(build_recipe(options, recipe_file), *sizes)
+
+
+@main.command(short_help="Measure what plan predicted.")
+@recipe_options("train")
+@command
+def bench(as_json: bool, recipe_file: str | None, **options: Any) -> tuple[Any, str]:
+    """A small run of the same work: predicted, measured and their ratio. At most 128 rows unless --limit says more."""
+    from pipeline.bench import run_bench
+
+    return run_bench(build_recipe(options, recipe_file), _voice(as_json))
+
+
+@main.command(short_help="Tuners and live counterparts in one table.")
+@recipe_options("train")
+@click.option(
+    "--tuners",
+    "methods",
+    default="probe,sherl,lst,unipt,lora,full",
+    show_default=True,
+    help="Tuners, and live counterparts: full, lora, adapter, bitfit, norm-tuning, partial-1.",
+    metavar="NAMES",
+)
+@click.option("--seeds", default="0", show_default=True, help="Seeds of each, with commas between.", metavar="NUMBERS")
+@click.option("--csv", "csv_file", default=None, help="Also write the table here.", metavar="FILE")
+@command
+def compare(
+    as_json: bool, recipe_file: str | None, methods: str, seeds: str, csv_file: str | None, **options: Any
+) -> tuple[Any, str]:
+    """Train several methods on one task and print trainable parameters, memory, seconds an epoch and the metric."""
+    from pipeline.compare import default_folder, run_compare
+
+    recipe = build_recipe(options, recipe_file)
+    names = [m.strip() for m in methods.split(",") if m.strip()]
+    numbers = [int(s) for s in seeds.split(",") if s.strip().isdigit()]
+    return run_compare(recipe, names, numbers, default_folder(recipe), csv_file, _voice(as_json))
+
+
+@main.command()
+@click.argument("run", metavar="RUN")
+@click.option("--split", default=None, help="Split to score. Default: test, else validation.")
+@click.option("--generate", is_flag=True, help="Also generate freely with the frozen decoder live; exact match (T5).")
+@click.option("--store", default=None, help="The store, where it is not the run's own.", metavar="FOLDER")
+@click.option("--model", default=None, help="Checkpoint for --generate, where it has moved.", metavar="NAME")
+@click.option("--device", default=None, type=click.Choice(["auto", "cpu", "cuda"]), help="Where to compute.")
+@command
+def evaluate(as_json: bool, run: str, split: str | None, generate: bool, **overrides: Any) -> tuple[Any, str]:
+    """Score a finished run from the store."""
+    from pipeline.report import scores_text
+    from pipeline.runs import load_run
+
+    loaded = load_run(run, **overrides)
+    split = split or ("test" if "test" in loaded.job.tables else "validation")
+    result: dict[str, Any] = {"run": run, "split": split, **loaded.evaluate(split)}
+    if generate:
+        result["generated"] = loaded.generate(split)
+    return result, scores_text(result)
+
+
+@main.command(short_help="Predict on new inputs, the backbone live.")
+@click.argument("run", metavar="RUN")
+@click.option(
+    "--input",
+    "input_file",
+    required=True,
+    help="File with new rows (.csv, .tsv, .jsonl), or a folder of pictures.",
+    metavar="FILE",
+)
+@click.option("--text", default=None, help="Column with the text. Default: the task's own.", metavar="COLUMN")
+@click.option("--text-pair", default=None, help="Column with the second text.", metavar="COLUMN")
+@click.option("--output", default=None, help="Write predictions here, one a line. Default: stdout.", metavar="FILE")
+@click.option("--store", default=None, help="The store, where it is not the run's own.", metavar="FOLDER")
+@click.option("--model", default=None, help="The checkpoint, where it has moved.", metavar="NAME")
+@click.option("--device", default=None, type=click.Choice(["auto", "cpu", "cuda"]), help="Where to compute.")
+@command
+def predict(
+    as_json: bool, run: str, input_file: str, text: str | None, text_pair: str | None, output: str | None, **over: Any
+) -> tuple[Any, str]:
+    """Predict on inputs never seen: the backbone runs live, the tuner cannot tell."""
+    from pipeline.report import write_lines
+    from pipeline.runs import load_run, read_texts
+
+    loaded = load_run(run, **over)
+    given = Path(input_file)
+    root = given if given.is_dir() else given.parent
+    found = loaded.predict(read_texts(given, loaded.spec, text, text_pair), root)
+    if output:
+        write_lines(Path(output), found)
+        return {"run": run, "rows": len(found), "output": output}, f"{len(found):,} predictions in {output}"
+    return {"run": run, "rows": len(found), "predictions": found}, "\n".join(str(p) for p in found)
+
+
+@main.command(short_help="The whole way on a generated task, in minutes.")
+@click.option(
+    "--out", default="demo", show_default=True, help="Folder for the demo's store and runs.", metavar="FOLDER"
+)
+@click.option("--seed", default=0, show_default=True, help="Seed of the training.")
+@command
+def demo(as_json: bool, out: str, seed: int) -> tuple[Any, str]:
+    """Extract, train and compare on a generated task with a real encoder; a few minutes on two cores, no network."""
+    from pipeline.demo import run_demo
+
+    return run_demo(Path(out), seed, _voice(as_json), quiet=as_json)
+
+
+@main.command()
+@command
+def models(as_json: bool) -> tuple[Any, str]:
+    """Backbones: families and short names."""
+    from pipeline.report import models_text, models_what
+
+    return models_what(), models_text()
+
+
+@main.command(short_help="Named tasks.")
+@command
+def tasks(as_json: bool) -> tuple[Any, str]:
+    """Named tasks; a table of your own is a task too."""
+    from extract.tasks import task_names
+    from pipeline.report import pairs_text
+
+    listed = task_names()
+    more = "\n\nYour own table: --task my.csv --text COLUMN [--text-pair COLUMN] --label COLUMN (.csv, .tsv, .jsonl)"
+    return {"tasks": dict(listed)}, pairs_text(listed) + more
+
+
+@main.command()
+@command
+def tuners(as_json: bool) -> tuple[Any, str]:
+    """Tuners and their options."""
+    from pipeline.report import pairs_text
+    from train.tuners import tuner_class, tuner_names
+
+    listed = [(n, tuner_class(n).description) for n in tuner_names()]
+    return {"tuners": dict(listed)}, pairs_text(listed)
+
+
+main.add_command(store)

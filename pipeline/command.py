@@ -1,0 +1,44 @@
+"""What all commands share: `--json`, one line for an error, results on stdout and talk on stderr."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from store.errors import UserError
+
+
+def say(text: str) -> None:
+    """A line for a person; stdout is kept for results."""
+    click.echo(text, err=True)
+
+
+def command(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds --json, prints what the command returns, and turns an error a user can mend into one line."""
+
+    @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout and nothing else.")
+    @functools.wraps(function)
+    def wrapper(as_json: bool, **options: Any) -> None:
+        try:
+            result, text = function(as_json=as_json, **options)
+        except UserError as error:
+            click.echo(f"error: {' '.join(str(error).split())}", err=True)
+            sys.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("stopped", err=True)
+            sys.exit(130)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(141)
+        if as_json:
+            click.echo(json.dumps(result, ensure_ascii=False, default=str))
+        elif text:
+            click.echo(text)
+
+    return wrapper

@@ -1,0 +1,190 @@
+"""`pipeline compare`: tuners from the store and live counterparts side by side, one table."""
+
+from __future__ import annotations
+
+import csv
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from extract.backbones import Batch, Family
+from extract.identity import PRECISIONS
+from pipeline.extracting import Say
+from pipeline.job import Job, batch_size_of, live_backbone, live_source, load_job, sources
+from pipeline.operations import backbone_model
+from pipeline.recipe import Recipe
+from pipeline.report import size_text, table_text
+from pipeline.training import fit_options, run_train
+from store.errors import UserError
+from train.counterparts import COUNTERPARTS, CounterpartModel, counterpart, input_source
+from train.loop import fit
+from train.metrics import score
+from train.tuners import tuner_names
+
+HEAD = ("method", "trainable", "share", "memory", "s/epoch", "metric", "spread", "seeds")
+
+
+def run_compare(
+    recipe: Recipe, methods: Sequence[str], seeds: Sequence[int], folder: Path, csv_file: str | None, say: Say
+) -> tuple[dict[str, Any], str]:
+    """Train each of `methods` once for each of `seeds` and tabulate. Runs go to `folder`/METHOD-sSEED.
+
+    The metric is the task's average on the test split, else on validation; the spread is the standard deviation over
+    seeds. Memory of one training step: on a GPU the measured peak; on a CPU the tensors counted, that is weights,
+    gradients, Adam's two moments, the batch, and what the backward pass keeps.
+    """
+    unknown = [m for m in methods if m not in COUNTERPARTS and m not in tuner_names()]
+    if not methods or unknown:
+        known = ", ".join([*tuner_names(), *COUNTERPARTS])
+        raise UserError(
+            f"--tuners: {'name at least one' if not unknown else f'unknown {unknown[0]!r}'}; there are: {known}"
+        )
+    if not seeds:
+        raise UserError("--seeds: name at least one")
+    rows, total = [], None
+    for method in methods:
+        runs = []
+        for seed in seeds:
+            one = replace(recipe, seed=seed, out=str(folder / f"{method}-s{seed}"), overwrite=True)
+            runs.append(_counterpart(one, method) if method in COUNTERPARTS else _tuner(one, method))
+            say(f"{method}, seed {seed}: {runs[-1]['metric']:.4f}, {runs[-1]['seconds_per_epoch']:.2f} s an epoch")
+        total = total or runs[0]["backbone"]
+        metrics = [r["metric"] for r in runs]
+        rows.append(
+            {
+                "method": method,
+                "trainable": runs[0]["trainable"],
+                "share": runs[0]["trainable"] / total,
+                "memory_bytes": max(r["memory"] for r in runs),
+                "seconds_per_epoch": statistics.median(r["seconds_per_epoch"] for r in runs),
+                "metric": statistics.mean(metrics),
+                "spread": statistics.stdev(metrics) if len(metrics) > 1 else None,
+                "seeds": len(metrics),
+                "live": method in COUNTERPARTS or recipe.live,
+            }
+        )
+    if csv_file:
+        with Path(csv_file).open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    return {"task": recipe.task, "backbone_parameters": total, "rows": rows}, _text(rows)
+
+
+def _text(rows: Sequence[dict[str, Any]]) -> str:
+    cells = [
+        (
+            r["method"] + (" (live)" if r["live"] else ""),
+            f"{r['trainable']:,}",
+            f"{100 * r['share']:.2f} %",
+            size_text(r["memory_bytes"]),
+            f"{r['seconds_per_epoch']:.2f}",
+            f"{100 * r['metric']:.1f}",
+            "" if r["spread"] is None else f"± {100 * r['spread']:.1f}",
+            str(r["seeds"]),
+        )
+        for r in rows
+    ]
+    return table_text(HEAD, cells)
+
+
+def _tuner(recipe: Recipe, name: str) -> dict[str, Any]:
+    recipe = replace(recipe, tuner=name)
+    metrics = run_train(recipe, lambda text: None, quiet=True)
+    job = load_job(recipe)
+    model = job.model(recipe.seed).to(job.device)
+    backbone, checkpoint = live_backbone(job) if recipe.live else (None, None)
+    batch = next(iter(sources(job, backbone, checkpoint)["train"].epoch(0)))
+    return _summary(job, model, batch, metrics, [model.tuner.tail])
+
+
+def _counterpart(recipe: Recipe, name: str) -> dict[str, Any]:
+    """Train a counterpart with the splits, the order and the options of a probe's run on the same store."""
+    method = counterpart(name)
+    job = load_job(replace(recipe, tuner="probe", live=True, layers=()))
+    backbone, checkpoint = live_backbone(job)
+    identity = job.found.space.identity
+    module = job.found.family.load(
+        checkpoint.folder, PRECISIONS[identity["precision"]], identity["attention"], job.device
+    )
+    model = CounterpartModel(method, job.found.family, module, job.target, recipe.seed).to(job.device)
+    size = batch_size_of(recipe, job.model_readout())
+    parts = {
+        split: input_source(live_source(job, split, backbone, checkpoint, size), backbone)
+        for split, table in job.tables.items()
+        if split == "train" or all(label is not None for label in table.labels)
+    }
+    options = replace(fit_options(recipe, job.spec, job.model(recipe.seed)), lr=recipe.lr or method.lr)
+    folder = Path(recipe.out or f"runs/{name}")
+    metrics = fit(
+        model,
+        parts["train"],
+        parts.get("validation"),
+        parts.get("test"),
+        options,
+        folder,
+        partial(score, job.spec.metrics),
+        job.device,
+        progress=False,
+        resume=False,
+        info={"counterpart": name, "space": job.found.space.id},
+    )
+    return _summary(job, model, next(iter(parts["train"].epoch(0))), metrics, [])
+
+
+def _summary(job: Job, model: Any, batch: Batch, metrics: dict[str, Any], more: list[nn.Module]) -> dict[str, Any]:
+    scores = metrics["test"] or metrics["validation"]
+    if scores is None:
+        raise UserError(f"task {job.spec.name} has neither test nor validation labels: there is nothing to compare")
+    return {
+        "metric": scores["average"],
+        "seconds_per_epoch": metrics["seconds_per_epoch"],
+        "trainable": metrics["trainable_parameters"],
+        "memory": step_memory(model, batch.to(job.device), more),
+        "backbone": backbone_parameters(job.found.family),
+    }
+
+
+def backbone_parameters(family: Family) -> int:
+    """Parameters of the whole backbone without a task head, counted without loading it."""
+    model = getattr(family, "skeleton", None) or backbone_model(family)
+    return sum(p.numel() for n, p in model.named_parameters() if "pooler" not in n)
+
+
+def step_memory(model: Any, batch: Batch, more: Sequence[nn.Module] = ()) -> float:
+    """Bytes of one training step on `batch` with Adam; see `run_compare`. `more`: modules that are not among the
+    model's own (a tail). The model must not be trained afterwards: it has gradients."""
+    model.train()
+    modules = [model, *more]
+    weights = {p.untyped_storage().data_ptr() for m in modules for p in (*m.parameters(), *m.buffers())}
+    if batch.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(batch.device)
+        model.loss(batch).backward()
+        torch.cuda.synchronize(batch.device)
+        return float(torch.cuda.max_memory_allocated(batch.device)) + 8.0 * model.trainable_parameters()
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        place = tensor.untyped_storage()
+        if place.data_ptr() not in weights:
+            kept[place.data_ptr()] = place.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model.loss(batch)
+    del loss
+    own = sum(p.numel() * p.element_size() for m in modules for p in (*m.parameters(), *m.buffers()))
+    inputs = sum(t.numel() * t.element_size() for t in (*batch.states.values(), *batch.columns.values()))
+    return float(own + 12 * model.trainable_parameters() + sum(kept.values()) + inputs)
+
+
+def default_folder(recipe: Recipe) -> Path:
+    """Where runs go when no folder is given."""
+    return Path(recipe.out or f"runs/compare-{time.strftime('%Y%m%d-%H%M%S')}")

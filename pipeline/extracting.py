@@ -1,0 +1,258 @@
+"""`pipeline extract`: a task's rows through the frozen backbone once, into the store."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from extract.backbones import Family, Inputs, TextOptions, stream_of
+from extract.backbones.live import Backbone
+from extract.checkpoint import Checkpoint, resolve
+from extract.identity import PRECISIONS, space_identity
+from extract.run import Report, compute, provenance_of
+from extract.tasks.base import SPLITS, Rows, Task, TaskSpec
+from pipeline.recipe import Recipe
+from pipeline.resolve import device_of, need, open_task, space_options, store_path, wanted_states
+from store import Space, Store, TaskTable, bytes_per_value
+from store.errors import UserError
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class Split:
+    """One split ready for the backbone. `inputs` and `keys` are in the order of `rows`; `total` before any limit."""
+
+    name: str
+    rows: Rows
+    inputs: Inputs
+    keys: list[str]
+    total: int
+
+
+def prepare_split(
+    family: Family,
+    tokenizer: Any,
+    spec: TaskSpec,
+    name: str,
+    rows: Rows,
+    options: TextOptions,
+    candidates: Sequence[Sequence[int]],
+    total: int | None = None,
+) -> Split:
+    """Tokenise a split. Training rows of a text-to-text backbone get their own target's decoder positions, other rows
+    those that scoring all targets needs."""
+    gold = None
+    if options.views > 1 and name == "train":
+        rows = with_views(rows, options.views)
+    if name == "train" and candidates:
+        gold = [spec.target_index(label) for label in rows.labels if label is not None]
+    inputs = family.prepare(tokenizer, rows.texts, options, candidates, gold)
+    if inputs.skipped:
+        rows = rows.take([i for i in range(len(rows)) if i not in inputs.skipped])
+    return Split(name, rows, inputs, inputs.keys(), len(rows) if total is None else total)
+
+
+def with_views(rows: Rows, views: int) -> Rows:
+    """Each picture `views` times, with the number of the view as a second field: 0 is the plain picture."""
+    several = Rows([], [])
+    for (name, *_), label in zip(rows.texts, rows.labels, strict=True):
+        several.texts += [(name, str(view)) for view in range(views)]
+        several.labels += [label] * views
+    return several
+
+
+def load_backbone(checkpoint: Checkpoint, precision: str, attention: str, device: torch.device) -> Backbone:
+    """The checkpoint's backbone, loaded when first used."""
+    family = checkpoint.family
+    return Backbone(family, lambda: family.load(checkpoint.folder, PRECISIONS[precision], attention, device), device)
+
+
+def run_extract(recipe: Recipe, say: Say, quiet: bool = False, task: Task | None = None) -> dict[str, Any]:
+    """Extract what `recipe` asks for; `say` takes the lines a person reads. `task`: rows at hand, instead of those the
+    recipe names. Returns what was done, for `--json`."""
+    need(recipe, "model", "task")
+    started = time.perf_counter()
+    device = device_of(recipe)
+    checkpoint = resolve(recipe.model)
+    family, states = checkpoint.family, wanted_states(recipe, checkpoint.family)
+    task = task or open_task(recipe)
+    options = space_options(recipe, task.spec)
+    identity = space_identity(checkpoint, options)
+    candidates = family.candidates(checkpoint.tokenizer, task.spec.targets) if family.readout == "lm" else []
+    splits = [
+        _split(family, checkpoint, task, name, recipe.limit, options.text, candidates) for name in _splits(task, recipe)
+    ]
+    inputs = Inputs.concat([s.inputs for s in splits])
+    keys = [k for s in splits for k in s.keys]
+    backbone = load_backbone(checkpoint, options.precision, options.attention, device)
+    where, digest = store_path(recipe), identity["weights"]
+    if "://" not in where and not Path(where).exists():
+        _ = backbone.model  # a checkpoint that cannot run leaves no trace
+    store = Store.open(where, create=True)
+    if not store.has_weights(digest):
+        store.save_weights(digest, _keepsakes(checkpoint, backbone, task))
+    space = store.create_space(identity)
+    _announce(say, space, splits, inputs, keys, states, family, options.format)
+    how: dict[str, Any] = {
+        "tokens": recipe.batch_tokens or (32768 if device.type == "cuda" else 4096),
+        "batch_size": recipe.batch_size,
+        "seed": recipe.seed,
+        "provenance": provenance_of(checkpoint.name, checkpoint.revision, identity, device, task.provenance),
+        "quiet": quiet,
+    }
+    if recipe.scheduler:
+        from extract.distributed import compute_on
+
+        each = estimated_bytes(inputs, states, family, options.format) / len(keys)
+        model = os.path.abspath(recipe.model) if Path(recipe.model).is_dir() else recipe.model  # noqa: PTH100
+        report = compute_on(recipe.scheduler, space, inputs, keys, states, model, recipe.device, each, **how)
+    else:
+        report = compute(space, inputs, keys, states, backbone, describe=_describer(splits), **how)
+    for split in splits:
+        space.save_table(_table(task, split, candidates, checkpoint))
+    report.seconds = time.perf_counter() - started
+    return _finish(say, store, space, task, splits, states, report)
+
+
+def _splits(task: Task, recipe: Recipe) -> list[str]:
+    names = list(recipe.split) or [s for s in SPLITS if s in task.splits]
+    if not names:
+        raise UserError(f"task {task.spec.name} has no rows to extract: {'; '.join(task.absent.values())}")
+    for name in names:
+        task.rows(name)
+    return names
+
+
+def _split(
+    family: Family,
+    checkpoint: Checkpoint,
+    task: Task,
+    name: str,
+    limit: int | None,
+    options: TextOptions,
+    candidates: Sequence[Sequence[int]],
+) -> Split:
+    rows = task.rows(name)
+    if not len(rows):
+        raise UserError(f"task {task.spec.name}: the {name} split is empty")
+    head = rows.head(limit)
+    return prepare_split(family, checkpoint.tokenizer, task.spec, name, head, options, candidates, len(rows))
+
+
+def estimated_bytes(inputs: Inputs, states: Sequence[str], family: Family, fmt: str) -> float:
+    """Bytes of `states` of `inputs` (methods §6.2): positions × width × bytes a value, summed over states."""
+    values = sum(float(inputs.lengths[s := stream_of(n)].sum()) * family.width_of(s) for n in states)
+    return values * bytes_per_value(fmt)
+
+
+def _announce(
+    say: Say,
+    space: Space,
+    splits: Sequence[Split],
+    inputs: Inputs,
+    keys: Sequence[str],
+    states: Sequence[str],
+    family: Family,
+    fmt: str,
+) -> None:
+    rows = ", ".join(
+        f"{s.name} {len(s.rows):,}" + (f" of {s.total:,}" if len(s.rows) < s.total else "") for s in splits
+    )
+    stored = space.lookup(list(dict.fromkeys(keys)), states)
+    todo = int((~stored.present).sum())
+    size = estimated_bytes(inputs, states, family, fmt)
+    say(f"rows: {rows}")
+    say(
+        f"space {space.id[:12]}: {len(states)} states of width {family.width} as {fmt}, "
+        f"{size / len(keys) / 1e3:,.1f} kB a sample, {size / 1e9:.3f} GB in all"
+    )
+    say(
+        f"to compute: {todo:,} of {len(set(keys)):,} distinct samples"
+        + ("" if todo else ", everything is in the store already")
+    )
+    for split in splits:
+        if bad := split.inputs.skipped:
+            say(f"warning: {split.name}: {len(bad):,} pictures left out, first: {next(iter(bad.values()))}")
+    if cut := int(inputs.truncated.sum()):
+        say(f"warning: {cut:,} of {len(keys):,} texts are longer than --max-length and were cut")
+
+
+def _describer(splits: Sequence[Split]) -> Callable[[str], str]:
+    def describe(key: str) -> str:
+        for split in splits:
+            if key in split.keys:
+                row = split.keys.index(key)
+                text = " | ".join(split.rows.texts[row])
+                return f"{split.name} row {row} ({text[:60]!r}{'…' if len(text) > 60 else ''})"
+        return f"sample {key}"
+
+    return describe
+
+
+def _keepsakes(checkpoint: Checkpoint, backbone: Backbone, task: Task) -> dict[str, Any]:
+    """What training needs of a checkpoint: tail weights and configuration, and the names it goes by."""
+    config = {**checkpoint.config.to_dict(), "model_type": checkpoint.config.model_type}
+    source = {"names": sorted({checkpoint.name}), "revision": checkpoint.revision, "family": checkpoint.family.name}
+    return {
+        "tail.safetensors": backbone.family.tail_weights(backbone.model),
+        "config.json": config,
+        "source.json": source,
+    }
+
+
+def task_tables(checkpoint: Checkpoint, task: Task, recipe: Recipe, options: TextOptions) -> dict[str, TaskTable]:
+    """The task tables an extraction would store, without one."""
+    family = checkpoint.family
+    candidates = family.candidates(checkpoint.tokenizer, task.spec.targets) if family.readout == "lm" else []
+    names = [s for s in SPLITS if s in task.splits]
+    splits = [_split(family, checkpoint, task, name, recipe.limit, options, candidates) for name in names]
+    return {s.name: _table(task, s, candidates, checkpoint) for s in splits}
+
+
+def _table(task: Task, split: Split, candidates: Sequence[Sequence[int]], checkpoint: Checkpoint) -> TaskTable:
+    header = {
+        "task": task.spec.name,
+        "split": split.name,
+        "rows": len(split.rows),
+        "total": split.total,
+        "spec": task.spec.to_dict(),
+        "candidates": [list(c) for c in candidates],
+        "decoder": "gold" if split.name == "train" and candidates else "trie" if candidates else "",
+        "model": checkpoint.name,
+        "provenance": task.provenance,
+        "truncated": int(split.inputs.truncated.sum()),
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    return TaskTable(header, split.keys, list(split.rows.labels), [list(t) for t in split.rows.texts])
+
+
+def _finish(
+    say: Say, store: Store, space: Space, task: Task, splits: Sequence[Split], states: Sequence[str], report: Report
+) -> dict[str, Any]:
+    rate = report.computed / report.seconds if report.seconds else 0.0
+    where = os.path.relpath(store.path) if store.files.local else store.where
+    say(
+        f"done: {report.computed:,} samples computed, {report.bytes / 1e9:.3f} GB in {report.segments} segments, "
+        f"{report.seconds:.1f} s ({rate:,.0f} samples/s); store {where}"
+    )
+    return {
+        "store": store.where,
+        "space": space.id,
+        "task": task.spec.name,
+        "rows": {s.name: len(s.rows) for s in splits},
+        "states": list(states),
+        "samples": report.samples,
+        "computed": report.computed,
+        "bytes": report.bytes,
+        "segments": report.segments,
+        "truncated": report.truncated,
+        "skipped": sum(len(s.inputs.skipped) for s in splits),
+        "seconds": round(report.seconds, 3),
+    }

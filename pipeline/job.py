@@ -1,0 +1,247 @@
+"""`Job`: a recipe with its feature space, task tables, tuner and sources looked up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from dask.utils import parse_bytes
+
+from extract.backbones import TextOptions
+from extract.backbones.live import Backbone
+from extract.checkpoint import Checkpoint, resolve
+from extract.identity import space_identity
+from extract.tasks import canonical_name
+from extract.tasks.base import Rows, TaskSpec
+from pipeline.extracting import Split, load_backbone, prepare_split, task_tables
+from pipeline.recipe import Recipe
+from pipeline.resolve import (
+    Found,
+    Unstored,
+    device_of,
+    extract_command,
+    find_space,
+    need,
+    open_task,
+    picture_root,
+    space_options,
+    tuner_options,
+)
+from store import Space, TaskTable, digest_json
+from store.errors import MissingStates, StoreError, UserError
+from train.live import LiveSource
+from train.model import Model, Target
+from train.order import Order
+from train.ranks import Ranks
+from train.source import Source
+from train.stream import StoreSource
+from train.tuners import TunerConfig, tuner_class
+
+
+@dataclass
+class Job:
+    """A recipe with everything it names looked up."""
+
+    recipe: Recipe
+    found: Found
+    tables: dict[str, TaskTable]
+    spec: TaskSpec
+    config: TunerConfig
+    states: list[str]
+    device: torch.device
+    live: tuple[Backbone, Checkpoint] | None = None
+
+    @property
+    def target(self) -> Target:
+        header = next(iter(self.tables.values())).header
+        return Target(
+            self.spec.kind,
+            len(self.spec.labels),
+            tuple(tuple(c) for c in header.get("candidates", ())),
+            self.spec.values,
+            "first" if self.recipe.pooling == "first" else "mean",
+        )
+
+    def model_readout(self) -> str:
+        """How the space's family is read out: "lm" or "pooled"."""
+        return self.found.family.readout
+
+    def model(self, seed: int | None = None) -> Model:
+        """The tuner on the space's tail, weights drawn from `seed`."""
+        family = self.found.family
+        tail = family.tail(self.found.tail, self.found.space.identity["attention"])
+        return Model.build(self.recipe.tuner, self.config, family, tail, self.target, seed)
+
+
+def load_job(recipe: Recipe) -> Job:
+    """Look up space, task tables, tuner. A live run needs no store: what is not there is made from the checkpoint and
+    the task's own files. Raises UserError for whatever does not fit."""
+    need(recipe, "task")
+    tuner_class(recipe.tuner)
+    try:
+        found = find_space(recipe)
+    except StoreError:
+        if not recipe.live:
+            raise
+        return unstored_job(recipe)
+    assert isinstance(found.space, Space)
+    task = canonical_name(recipe.task)
+    splits = sorted({t.split for t in found.space.tables() if t.task == task})
+    tables = {s: found.space.load_table(task, s) for s in splits}
+    return make_job(recipe, found, tables)
+
+
+def make_job(
+    recipe: Recipe,
+    found: Found,
+    tables: dict[str, TaskTable],
+    live: tuple[Backbone, Checkpoint] | None = None,
+) -> Job:
+    """A job on tables at hand; the recipe's limit is for its training rows."""
+    if "train" in tables:
+        tables = {**tables, "train": limited(tables["train"], recipe.limit)}
+    spec = TaskSpec.from_dict(next(iter(tables.values())).header["spec"])
+    config = tuner_options(recipe, recipe.tuner)
+    states = tuner_class(recipe.tuner, found.family).states(config, found.family)
+    return Job(recipe, found, tables, spec, config, states, device_of(recipe), live)
+
+
+def unstored_job(recipe: Recipe) -> Job:
+    """A live job without a store: tables and tail come from the task's files and the checkpoint."""
+    need(recipe, "model", "task")
+    checkpoint, task = resolve(recipe.model), open_task(recipe)
+    options = space_options(recipe, task.spec)
+    identity = space_identity(checkpoint, options)
+    backbone = load_backbone(checkpoint, options.precision, options.attention, device_of(recipe))
+    tables = task_tables(checkpoint, task, recipe, options.text)
+    tail = checkpoint.family.tail_weights(backbone.model)
+    found = Found(Unstored(digest_json(identity), identity), checkpoint.family, tail, {"names": [checkpoint.name]})
+    return make_job(recipe, found, tables, (backbone, checkpoint))
+
+
+def limited(table: TaskTable, limit: int | None) -> TaskTable:
+    """The first `limit` rows."""
+    if limit is None or limit >= len(table.keys):
+        return table
+    return replace(table, keys=table.keys[:limit], labels=table.labels[:limit], texts=table.texts[:limit])
+
+
+def batch_size_of(recipe: Recipe, readout: str) -> int:
+    """Training batch size: 100 for text-to-text (the papers'), 64 for encoders."""
+    return recipe.batch_size or (100 if readout == "lm" else 64)
+
+
+def grouped(recipe: Recipe, readout: str) -> bool:
+    """Whether batches hold samples of like length: by default on encoders, not under T5's protocol."""
+    return readout != "lm" if recipe.group_by_length is None else recipe.group_by_length
+
+
+def store_source(job: Job, split: str, batch_size: int) -> StoreSource:
+    """Batches of `split` from the store. Raises UserError with the command to run when something is not there."""
+    table, recipe = job.tables[split], job.recipe
+    if isinstance(job.found.space, Unstored):
+        raise StoreError(f"nothing of {job.spec.name} is in a store yet; run: {extract_command(recipe)}")
+    ranks = Ranks.from_environment()
+    # Every rank evaluates alike; of training batches each reads its share.
+    options: dict[str, Any] = {"rank": ranks.rank, "world": ranks.world} if split == "train" else {}
+    if recipe.host_memory is not None:
+        options["host_bytes"] = parse_size(recipe.host_memory)
+    try:
+        return StoreSource(
+            job.found.space,
+            table.keys,
+            labels_of(table, job.spec),
+            job.states,
+            list(job.found.family.columns),
+            batch_size=batch_size,
+            seed=recipe.seed,
+            window=recipe.window,
+            group_by_length=grouped(recipe, job.model_readout()),
+            scheduler=recipe.scheduler,
+            **options,
+        )
+    except MissingStates as error:
+        # The recipe of the extraction: what the space says wins over what was left to be found.
+        known = replace(recipe, model=recipe.model or job.found.source["names"][0])
+        raise MissingStates(f"{split}: {error}; run: {extract_command(known)}", error.samples, error.states) from None
+
+
+def labels_of(table: TaskTable, spec: TaskSpec) -> np.ndarray | None:
+    """(n,) int64 classes or float64 values; None where a row has no label."""
+    if any(label is None for label in table.labels):
+        return None
+    return np.asarray(table.labels, np.int64 if spec.kind == "classification" else np.float64)
+
+
+def sources(job: Job, backbone: Backbone | None, checkpoint: Checkpoint | None = None) -> dict[str, Source]:
+    """A source for each split: from the store, or live when there is a backbone. Both give the same batches."""
+    size = batch_size_of(job.recipe, job.model_readout())
+    out: dict[str, Source] = {}
+    for split in job.tables:
+        if split == "train" or labels_of(job.tables[split], job.spec) is not None:
+            if backbone is None:
+                out[split] = store_source(job, split, size)
+            else:
+                assert checkpoint is not None
+                out[split] = live_source(job, split, backbone, checkpoint, size)
+    return out
+
+
+def live_source(job: Job, split: str, backbone: Backbone, checkpoint: Checkpoint, batch_size: int) -> LiveSource:
+    """Batches computed now from the texts of the task table, in the order of the store where it holds the samples."""
+    part = relive(job, split, checkpoint)
+    if part.keys != list(job.tables[split].keys):
+        raise StoreError(f"{split}: the checkpoint's tokenizer gives other inputs than the store holds")
+    try:
+        stored = isinstance(job.found.space, Space)
+        order = store_source(job, split, batch_size).order if stored else None
+    except MissingStates:
+        order = None
+    if order is None:
+        lengths = part.inputs.tokens() if grouped(job.recipe, job.model_readout()) else None
+        recipe = job.recipe
+        order = Order(np.zeros(len(part.keys), np.int64), batch_size, recipe.seed, recipe.window, lengths)
+    return LiveSource(backbone, part.inputs, labels_of(job.tables[split], job.spec), job.states, order)
+
+
+def relive(job: Job, split: str, checkpoint: Checkpoint) -> Split:
+    """A stored split prepared again from its texts."""
+    table = job.tables[split]
+    rows = Rows([tuple(t) for t in table.texts], list(table.labels))
+    candidates = table.header.get("candidates", [])
+    options = replace(text_options(job.found), root=picture_root(job.recipe))
+    return prepare_split(job.found.family, checkpoint.tokenizer, job.spec, split, rows, options, candidates)
+
+
+def text_options(found: Found) -> TextOptions:
+    """How the space's texts were made into inputs."""
+    identity = found.space.identity
+    options = TextOptions(identity["prompt"], identity["max_length"], identity["truncation_side"])
+    if "image_size" not in identity:
+        return options
+    seed = identity["views"].rpartition("seed ")[2]
+    return replace(options, image_size=identity["image_size"], view_seed=int(seed) if seed.isdigit() else 0)
+
+
+def live_backbone(job: Job) -> tuple[Backbone, Checkpoint]:
+    """The backbone of the job's space. Raises UserError when the checkpoint at hand is another one."""
+    if job.live is not None:
+        return job.live
+    identity = job.found.space.identity
+    checkpoint = resolve(job.recipe.model or job.found.source["names"][0])
+    if checkpoint.weights_digest != identity["weights"]:
+        raise UserError(
+            f"{job.recipe.model}: weights {checkpoint.weights_digest[:12]} are not those of the feature space "
+            f"({identity['weights'][:12]}); give the checkpoint that was extracted"
+        )
+    return load_backbone(checkpoint, identity["precision"], identity["attention"], job.device), checkpoint
+
+
+def parse_size(text: str) -> int:
+    """ "4GB", "500 MB", "0" → bytes (decimal units). UserError otherwise."""
+    try:
+        return int(parse_bytes(text))
+    except ValueError:
+        raise UserError(f"size {text!r}: expected something like 4GB or 500MB") from None

@@ -1,0 +1,130 @@
+"""Floating-point operations of the frozen backbone and of a training step, counted by torch's own flop counter.
+
+Everything runs on the meta device: shapes only, no weights, no time. A T5-11B is counted on a laptop in a second.
+Counted are matrix products and attention, a multiplication and an addition being two operations; what a training step
+does besides (norms, dropout, the optimizer) moves memory rather than computes, and is not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from extract.backbones.base import Family
+from extract.backbones.batch import Batch
+from train.model import Model, Target
+from train.tuners import TunerConfig, tuner_class
+
+
+@dataclass(frozen=True)
+class Operations:
+    """Operations of one batch. `backbone`: the frozen forward pass up to the last state that is wanted; `step`: the
+    tuner's forward and backward pass with the live tail. `live`: both."""
+
+    backbone: float
+    step: float
+
+    @property
+    def live(self) -> float:
+        return self.backbone + self.step
+
+    def __add__(self, other: Operations) -> Operations:
+        return Operations(self.backbone + other.backbone, self.step + other.step)
+
+    @property
+    def ratio(self) -> float:
+        """Live over cached: what caching would gain if only operations cost time."""
+        return self.live / self.step
+
+
+class NoValues(TorchDispatchMode):
+    """Answers 0 where a model looks at a value, which meta tensors do not have (transformers asks whether a mask may be
+    left out)."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 0
+        return func(*args, **(kwargs or {}))
+
+
+def backbone_model(family: Family, attention: str = "eager") -> nn.Module:
+    """The backbone's module on the meta device: shapes without weights."""
+    from transformers import AutoModel, AutoModelForSeq2SeqLM
+
+    maker: Any = AutoModelForSeq2SeqLM if family.readout == "lm" else AutoModel
+    with torch.device("meta"):
+        return maker.from_config(family.config, attn_implementation=attention).eval()
+
+
+def tuner_model(family: Family, name: str, config: TunerConfig, classes: int = 2) -> Model:
+    """A tuner with its tail and readout on the meta device."""
+    target = Target("classification", classes, tuple((i, 1) for i in range(classes)))
+    with torch.device("meta"):
+        return Model.build(name, config, family, family.tail(None, "sdpa"), target).train()
+
+
+def meta_batch(family: Family, lengths: dict[str, np.ndarray], states: list[str]) -> Batch:
+    """A batch of the given lengths (stream → (B,)) with `states`, on the meta device."""
+    rows = {s: int(n.sum()) for s, n in lengths.items()}
+    columns = {c: torch.zeros(rows[c.split(".")[0]], dtype=torch.long, device="meta") for c in family.columns}
+    tensors = {n: torch.zeros(rows[n.split(".")[0]], family.width, device="meta") for n in states}
+    batch = Batch(tensors, columns, lengths)
+    batch.labels = torch.zeros(len(batch), dtype=torch.long, device="meta")
+    return batch
+
+
+def backbone_operations(
+    family: Family, lengths: dict[str, np.ndarray], states: list[str], model: nn.Module | None = None
+) -> float:
+    """Operations of the frozen forward pass over one batch, up to the last of `states`. `model`: a `backbone_model`
+    made before."""
+    model = backbone_model(family) if model is None else model
+    with FlopCounterMode(display=False) as counter, NoValues(), torch.no_grad():
+        family.run(model, meta_batch(family, lengths, []), states)
+    return float(counter.get_total_flops())
+
+
+def saved_bytes(family: Family, name: str, config: TunerConfig, lengths: dict[str, np.ndarray], classes: int) -> int:
+    """Bytes that a step keeps for its backward pass, each tensor once; weights and the batch's own states left out."""
+    batch = meta_batch(family, lengths, tuner_class(name, family).states(config, family))
+    model = tuner_model(family, name, config, classes)
+    given = (*model.parameters(), *model.tuner.tail.parameters(), *batch.states.values())
+    known = {t.untyped_storage()._cdata for t in given}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage()._cdata not in known:
+            kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        surrogate_loss(model, batch)
+    return sum(t.untyped_storage().nbytes() for t in kept.values())
+
+
+def count(
+    family: Family, name: str, config: TunerConfig, lengths: dict[str, np.ndarray], classes: int = 2
+) -> Operations:
+    """Operations of one batch of samples of `lengths` (stream → (B,) int64) with tuner `name`."""
+    states = tuner_class(name, family).states(config, family)
+    batch = meta_batch(family, lengths, states)
+    model = tuner_model(family, name, config, classes)
+    with FlopCounterMode(display=False) as step:
+        surrogate_loss(model, batch).backward()
+    return Operations(backbone_operations(family, lengths, states), float(step.get_total_flops()))
+
+
+def surrogate_loss(model: Model, batch: Batch) -> torch.Tensor:
+    """The model's loss with every row a target row: the same products as the real one, without looking at values."""
+    rows = model(batch)
+    if model.tuner.readout() == "pooled":
+        return model.head.loss(rows, batch)
+    tokens = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
+    return F.cross_entropy(model.tuner.tail.logits(rows).float(), tokens)

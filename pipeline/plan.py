@@ -1,0 +1,393 @@
+"""`pipeline plan`: what a run will cost, before anything is spent.
+
+The model, in full. A sample has n positions in each stream; S states of width D are kept.
+
+    bytes a sample      Σ over streams of S · n · (D · bytes a value + scale) + 4 · columns · n
+    extraction          operations of the forward pass ÷ measured FLOP/s, or bytes ÷ disk, whichever is longer
+    live epoch          batches · (padded forward pass + step)
+    cached epoch        batches · step + bytes ÷ decoding rate        host memory (on a CPU both take the same cores)
+                        the same, or bytes ÷ rate of the tier         disk, remote: whichever is longer
+    break-even          extraction ÷ (live epoch − cached epoch)
+    training memory     tail + 16 bytes a trainable value + what a step keeps + two batches + blocks in flight
+
+Operations are counted on the meta device, so a `config.json` is enough: no weights are loaded.
+"""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from extract.backbones.base import Family, family_for
+from extract.backbones.batch import stream_of
+from extract.checkpoint import Checkpoint, local
+from extract.order import extraction_batches
+from extract.tasks import Task
+from pipeline import rates as measured
+from pipeline.job import batch_size_of, grouped
+from pipeline.operations import Operations, backbone_model, backbone_operations, count, saved_bytes, tuner_model
+from pipeline.recipe import Recipe, option_name
+from pipeline.report import size_text, table_text
+from pipeline.resolve import device_of, need, open_task, space_options, store_path, tuner_options
+from pipeline.shapes import known_config
+from store import FORMATS, SEGMENT_BYTES, bytes_per_value
+from store.errors import UserError
+from train.order import Order
+from train.tiers import available_memory
+from train.tuners import TunerConfig, tuner_class
+
+SAMPLED = 2000  # rows whose lengths stand for all
+REMOTE = 125e6  # bytes a second of a remote store: 1 Gbit/s, assumed
+TOKENS_A_WORD = {"t5": 1.45, "bert": 1.3}
+VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
+LARGE_TASKS = ("mnli", "qnli", "qqp", "sst2")
+
+
+@dataclass
+class Workload:
+    """What is to be run. `lengths`: split → stream → (n,) positions of sampled rows; `rows`: split → rows in all."""
+
+    family: Family
+    tuner: str
+    config: TunerConfig
+    states: list[str]
+    classes: int
+    lengths: dict[str, dict[str, np.ndarray]]
+    rows: dict[str, int]
+    batch_size: int
+    grouped: bool
+    epochs: int
+    estimated: bool
+
+    @property
+    def samples(self) -> int:
+        return sum(self.rows.values())
+
+    def positions(self, split: str) -> dict[str, float]:
+        """Mean positions of a sample in each stream."""
+        return {s: float(n.mean()) for s, n in self.lengths[split].items()}
+
+    def sample_bytes(self, fmt: str, split: str) -> float:
+        """Bytes of one sample as stored, the mean over a split."""
+        row = self.family.width * bytes_per_value(fmt) + (4 if fmt == "int8" else 0)
+        n = self.positions(split)
+        columns = sum(4 * n[stream_of(c)] for c in self.family.columns)
+        return sum(row * n[stream_of(s)] for s in self.states) + columns
+
+    def bytes(self, fmt: str) -> float:
+        """Bytes of all splits."""
+        return sum(self.rows[s] * self.sample_bytes(fmt, s) for s in self.rows)
+
+    def training_batch(self) -> dict[str, np.ndarray]:
+        """Lengths of a typical training batch: of an epoch's batches, the one of about the mean padded size."""
+        part = self.lengths["train" if "train" in self.rows else next(iter(self.rows))]
+        longest, rows = part[self.family.streams[0]], np.sum(list(part.values()), axis=0)
+        size = min(self.batch_size, len(longest))
+        order = Order(np.zeros(len(longest), np.int64), size, lengths=rows if self.grouped else None)
+        batches = [b for b in order.epoch(0) if len(b) == size]
+        padded = np.asarray([int(longest[b].max()) for b in batches])
+        pick = batches[int(np.abs(padded - padded.mean()).argmin())]
+        return {s: n[pick] for s, n in part.items()}
+
+
+@dataclass
+class Plan:
+    """Everything predicted; see the module for how. Seconds, bytes; `epochs` is what break-even is compared with."""
+
+    samples: int
+    rows: dict[str, int]
+    positions: dict[str, float]
+    estimated_lengths: bool
+    states: list[str]
+    formats: dict[str, dict[str, float]]
+    extraction_seconds: float
+    live_epoch: float
+    cached_epoch: dict[str, float | None]
+    break_even: dict[str, float | None]
+    memory: dict[str, float]
+    operations: dict[str, float]
+    rates: dict[str, float | None]
+    epochs: int
+    format: str
+    tier: str
+    pays: bool
+    recommendation: str = ""
+    commands: list[str] = field(default_factory=list)
+
+
+def family_and_tokenizer(model: str) -> tuple[Family, Any | None]:
+    """The family from a `config.json` alone, and a tokenizer where there is one. Nothing is downloaded."""
+    folder = Path(model).expanduser()
+    if folder.name == "config.json":
+        folder = folder.parent
+    point = Checkpoint(folder, folder.name) if (folder / "config.json").is_file() else local(model)
+    if point is not None:
+        # Asked for the tokenizer of a folder that has none, transformers makes an empty one up.
+        has_words = any((point.folder / name).is_file() for name in VOCABULARIES)
+        return point.family, point.tokenizer if has_words else None
+    config = known_config(model)
+    if config is None:
+        raise UserError(f"{model}: not on this machine and its shape is not known; give a folder with its config.json")
+    return family_for(config), None
+
+
+def sample_lengths(
+    family: Family, tokenizer: Any | None, task: Task, split: str, recipe: Recipe
+) -> dict[str, np.ndarray]:
+    """Positions of up to `SAMPLED` rows of a split: tokenised, or estimated from words."""
+    spec, rows = task.spec, task.rows(split).head(min(SAMPLED, recipe.limit or SAMPLED))
+    text = space_options(recipe, spec).text
+    if tokenizer is not None:
+        candidates = family.candidates(tokenizer, spec.targets) if family.readout == "lm" else []
+        gold = None
+        if split == "train" and candidates:
+            gold = [spec.target_index(label) for label in rows.labels if label is not None]
+        return family.prepare(tokenizer, rows.texts, text, candidates, gold).lengths
+    prompted = [text.prompt.format(*t) if family.readout == "lm" else " ".join(t) for t in rows.texts]
+    words = np.asarray([len(p.split()) for p in prompted], float)
+    special = 1 if family.readout == "lm" else 1 + len(spec.fields)
+    tokens = np.ceil(words * TOKENS_A_WORD.get(family.name, 1.4)).astype(np.int64) + special
+    out = {family.streams[0]: np.clip(tokens, 1, text.max_length)}
+    for stream in family.streams[1:]:
+        out[stream] = np.full(len(words), 2 if split == "train" else 1, np.int64)
+    return out
+
+
+def workload(recipe: Recipe, task: Task | None = None) -> Workload:
+    """The recipe's task and model as numbers."""
+    need(recipe, "model", "task")
+    family, tokenizer = family_and_tokenizer(recipe.model)
+    task = task or open_task(recipe)
+    config = tuner_options(recipe, recipe.tuner)
+    splits = [s for s in (recipe.split or task.splits) if len(task.rows(s))]
+    rows = {s: min(len(task.rows(s)), recipe.limit or len(task.rows(s))) for s in splits}
+    readout = "pooled" if tuner_class(recipe.tuner).pooled else family.readout
+    return Workload(
+        family,
+        recipe.tuner,
+        config,
+        tuner_class(recipe.tuner).states(config, family),
+        max(2, len(task.spec.labels)),
+        {s: sample_lengths(family, tokenizer, task, s, recipe) for s in splits},
+        rows,
+        batch_size_of(recipe, readout),
+        grouped(recipe, readout),
+        recipe.epochs or (10 if task.spec.name in LARGE_TASKS else 20),
+        tokenizer is None,
+    )
+
+
+def forward_operations(work: Workload, tokens: int) -> float:
+    """Operations of extracting every sample: batches bucketed by length, as extraction makes them."""
+    total, model = 0.0, backbone_model(work.family)
+    for split, lengths in work.lengths.items():
+        positions = np.sum(list(lengths.values()), axis=0)
+        batches = extraction_batches(positions, 0, tokens)
+        # A few batches over the middle of the range of lengths stand for all.
+        ascending = sorted(batches, key=lambda b: int(positions[b].max()))
+        picks = [ascending[i] for i in np.unique(np.linspace(0, len(batches) - 1, 6).astype(int)[1:-1])]
+        found = sum(
+            backbone_operations(work.family, {s: n[b] for s, n in lengths.items()}, work.states, model) for b in picks
+        )
+        share = sum(int(positions[b].sum()) for b in picks) / float(positions.sum())
+        total += found / share * work.rows[split] / len(positions)
+    return total
+
+
+def training_memory(work: Workload, batch: dict[str, np.ndarray], fmt: str, held: float) -> dict[str, float]:
+    """Bytes by what they are for, computed from the tensors. `held`: the tier's blocks, or those in flight."""
+    model = tuner_model(work.family, work.tuner, work.config, work.classes)
+    rows = {s: int(n.sum()) for s, n in batch.items()}
+    states = sum(rows[stream_of(s)] * work.family.width * 4 for s in work.states)
+    parts = {
+        "tail": sum(p.numel() * 4 for p in model.tuner.tail.parameters()),
+        "trainable, gradients, Adam": model.trainable_parameters() * 16,
+        "kept for the backward pass": saved_bytes(work.family, work.tuner, work.config, batch, work.classes),
+        "two batches": 2 * states,
+        "blocks": held,
+    }
+    return {k: float(v) for k, v in parts.items()} | {"total": float(sum(parts.values()))}
+
+
+def predict(work: Workload, recipe: Recipe, budget: float | None = None, memory: float | None = None) -> Plan:
+    """Measure this machine and predict. `budget`: bytes of disk, `memory`: bytes of memory that may be taken."""
+    device, batch = device_of(recipe), work.training_batch()
+    fmt = recipe.format or choose_format(work, budget)
+    speed = measured.Rates(
+        measured.backbone_rate(work.family, batch, device),
+        measured.step_seconds(work.family, work.tuner, work.config, batch, work.classes, device),
+        measured.decode_rate(work.family.width, fmt),
+        *measured.disk_rates(Path(store_path(recipe))),
+    )
+    ops = count(work.family, work.tuner, work.config, batch, work.classes)
+    train = "train" if "train" in work.rows else next(iter(work.rows))
+    batches = -(-work.rows[train] // work.batch_size)
+    full = work.rows[train] / work.batch_size  # a last, smaller batch costs its share
+    epoch_bytes = work.rows[train] * work.sample_bytes(fmt, train)
+    tokens = recipe.batch_tokens or (32768 if device.type == "cuda" else 4096)
+    extraction = max(forward_operations(work, tokens) / speed.backbone, work.bytes(fmt) / speed.disk_write)
+    live = full * (ops.backbone / speed.backbone + speed.step)
+    room = min(memory or np.inf, available_memory()) / 2
+    cached = cached_epochs(full * speed.step, epoch_bytes, speed, device, room)
+    gains = {tier: None if s is None or s >= live else extraction / (live - s) for tier, s in cached.items()}
+    tier = next(t for t in ("device memory", "host memory", "disk") if cached[t] is not None)
+    even = gains[tier]
+    held = epoch_bytes if tier == "host memory" else min(epoch_bytes, 12 * SEGMENT_BYTES)
+    plan = Plan(
+        samples=work.samples,
+        rows=work.rows,
+        positions=work.positions(train),
+        estimated_lengths=work.estimated,
+        states=work.states,
+        formats={f: {"bytes a sample": work.bytes(f) / work.samples, "total": work.bytes(f)} for f in FORMATS},
+        extraction_seconds=extraction,
+        live_epoch=live,
+        cached_epoch=cached,
+        break_even=gains,
+        memory=training_memory(work, batch, fmt, held),
+        operations=described(ops, batches),
+        rates=asdict(speed),
+        epochs=work.epochs,
+        format=fmt,
+        tier=tier,
+        pays=even is not None and even <= work.epochs,
+    )
+    recommend(plan, work, recipe, budget, memory)
+    return plan
+
+
+def described(ops: Operations, batches: int) -> dict[str, float]:
+    return {"backbone a step": ops.backbone, "tuner a step": ops.step, "ratio": ops.ratio, "steps an epoch": batches}
+
+
+def cached_epochs(
+    steps: float, size: float, speed: measured.Rates, device: torch.device, room: float
+) -> dict[str, float | None]:
+    """Seconds of an epoch from each tier; None where the states do not fit or there is no such tier."""
+    gpu = device.type == "cuda"
+    decode = size / speed.decode
+    # On a CPU the batch is made by the cores that compute; on a GPU beside it.
+    busy = max(steps, decode) if gpu else steps + decode
+    fits_device = gpu and size < torch.cuda.mem_get_info(device)[0] / 2
+    return {
+        "device memory": steps if fits_device else None,
+        "host memory": busy if size < room else None,
+        "disk": max(busy, size / (speed.disk_warm if size < room else speed.disk_cold or speed.disk_warm)),
+        "remote": max(busy, size / REMOTE),
+    }
+
+
+def choose_format(work: Workload, budget: float | None) -> str:
+    """float16, or int8 when only that fits the budget."""
+    return "int8" if budget is not None and work.bytes("float16") > budget else "float16"
+
+
+def command(name: str, recipe: Recipe, **options: Any) -> str:
+    """A command line with the recipe's own options and `options`."""
+    words = ["pipeline", name]
+    shared = ("model", "task", "data", "text", "text_pair", "label", "store", "limit", "max_length", "layers")
+    for key, value in {**{k: getattr(recipe, k) for k in shared}, **options}.items():
+        if value not in (None, "", (), False):
+            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            words += [option_name(key)] if value is True else [option_name(key), shlex.quote(text)]
+    return " ".join(words)
+
+
+def recommend(plan: Plan, work: Workload, recipe: Recipe, budget: float | None, memory: float | None) -> None:
+    """Fill in `recommendation` and `commands`."""
+    total = plan.formats[plan.format]["total"]
+    train = command("train", recipe, tuner=work.tuner, batch_size=recipe.batch_size)
+    extract = command("extract", recipe, format=plan.format, tuners=(work.tuner,))
+    plan.commands = [extract, train]
+    if budget is not None and total > budget:
+        rows = int(work.samples * budget / total)
+        plan.recommendation = (
+            f"{size_text(total)} as {plan.format} is over the budget of {size_text(budget)}: "
+            f"it holds about {rows:,} rows; keep fewer --layers or set --limit"
+        )
+        plan.commands = [
+            command("extract", replace(recipe, limit=rows), format=plan.format, tuners=(work.tuner,)),
+            train,
+        ]
+    elif memory is not None and plan.memory["total"] > memory:
+        size = max(1, int(work.batch_size * memory / plan.memory["total"]))
+        plan.recommendation = (
+            f"training takes {size_text(plan.memory['total'])}, over {size_text(memory)}: a batch of {size} and "
+            f"--accumulate {-(-work.batch_size // size)} do the same with less"
+        )
+        more = {"tuner": work.tuner, "batch_size": size, "accumulate": -(-work.batch_size // size), "host_memory": "0"}
+        plan.commands = [extract, command("train", recipe, **more)]
+    elif plan.pays:
+        plan.recommendation = (
+            f"cache: extraction is paid back after {plan.break_even[plan.tier]:.1f} of {plan.epochs} epochs, and every "
+            f"further epoch, seed or tuner is {plan.live_epoch / (plan.cached_epoch[plan.tier] or 1):.1f} times faster"
+        )
+    else:
+        cached = plan.cached_epoch[plan.tier] or 0.0
+        even = plan.break_even[plan.tier]
+        why = (
+            f"an epoch from {plan.tier} takes {cached:.3g} s, with the backbone live {plan.live_epoch:.3g} s"
+            if even is None
+            else f"extraction is paid back only after {even:.0f} epochs, you plan {plan.epochs}"
+        )
+        plan.recommendation = (
+            f"caching does not pay in time here: {why}. It still saves the backbone's memory, and pays "
+            "when several seeds or tuners share the states"
+        )
+        plan.commands = [extract, command("train", recipe, tuner=work.tuner, live=True)]
+
+
+def run_plan(recipe: Recipe, budget: float | None, memory: float | None) -> tuple[dict[str, Any], str]:
+    """The plan as a mapping and as text."""
+    work = workload(recipe)
+    plan = predict(work, recipe, budget, memory)
+    return asdict(plan), plan_text(plan, work)
+
+
+def plan_text(plan: Plan, work: Workload) -> str:
+    """What a person reads."""
+
+    def seconds(value: float | None) -> str:
+        return "–" if value is None else f"{value:,.3g} s" if value < 7200 else f"{value / 3600:,.1f} h"
+
+    rows = ", ".join(f"{s} {n:,}" for s, n in plan.rows.items())
+    lengths = ", ".join(f"{s} {n:.1f}" for s, n in plan.positions.items())
+    how = " (estimated from words: no tokenizer at hand)" if plan.estimated_lengths else ""
+    even = plan.break_even
+    tiers = [
+        [
+            tier + (" (1 Gbit/s assumed)" if tier == "remote" else ""),
+            seconds(s),
+            "–" if s is None else f"{plan.live_epoch / s:.1f}",
+            "–" if even[tier] is None else f"{even[tier]:.1f}",
+        ]
+        for tier, s in plan.cached_epoch.items()
+    ]
+    formats = [[f, f"{v['bytes a sample'] / 1e3:,.1f} kB", size_text(v["total"])] for f, v in plan.formats.items()]
+    memory = ", ".join(f"{k} {size_text(v)}" for k, v in plan.memory.items() if k != "total")
+    r = plan.rates
+    cold = "cold not measurable" if r["disk_cold"] is None else f"cold {size_text(r['disk_cold'])}/s"
+    return "\n".join(
+        [
+            f"{plan.samples:,} samples ({rows}); mean positions of a training sample: {lengths}{how}",
+            f"{work.tuner} reads {len(plan.states)} states of width {work.family.width}",
+            "",
+            table_text(["format", "a sample", "in all"], formats),
+            "",
+            f"extraction: {seconds(plan.extraction_seconds)}, once; live epoch: {seconds(plan.live_epoch)}",
+            table_text(["cached epoch from", "seconds", "live ÷ cached", "break-even epochs"], tiers),
+            f"operations live ÷ cached: {plan.operations['ratio']:.1f}",
+            f"training memory: {size_text(plan.memory['total'])} ({memory}), computed from tensors",
+            f"measured here: backbone {(r['backbone'] or 0) / 1e9:,.0f} GFLOP/s, step {r['step']:.3g} s, decoding "
+            f"{size_text(r['decode'] or 0)}/s, disk written {size_text(r['disk_write'] or 0)}/s, warm "
+            f"{size_text(r['disk_warm'] or 0)}/s, {cold}",
+            "",
+            plan.recommendation,
+            *(f"  {line}" for line in plan.commands),
+        ]
+    )

@@ -1,0 +1,188 @@
+"""Rates of this machine, measured in a few seconds at the shapes that matter.
+
+The backbone's rate comes from a backbone of the real width with two blocks and random weights; the step's time from the
+real tuner with random weights on random states of the real shape; both are the best of a few runs.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from extract.backbones.base import Family
+from extract.backbones.batch import Batch
+from pipeline.operations import backbone_operations
+from store.formats import decode, encode
+from train.model import Model, Target
+from train.optim import adamw
+from train.options import FitOptions
+from train.tuners import TunerConfig, tuner_class
+
+DISK_SAMPLE = 256 << 20
+
+
+@dataclass(frozen=True)
+class Rates:
+    """`backbone`: FLOP/s of the frozen forward pass. `step`: seconds of one training step on states at hand, for the
+    batch it was measured on. `decode`: bytes as stored a second, gathered and decoded. `disk_write` (with fsync),
+    `disk_warm`, `disk_cold`: bytes a second; cold is None where the page cache cannot be dropped."""
+
+    backbone: float
+    step: float
+    decode: float
+    disk_write: float
+    disk_warm: float
+    disk_cold: float | None
+
+
+def best(run: Callable[[], Any], device: torch.device, seconds: float = 1.0, least: int = 2) -> float:
+    """Seconds of the fastest run, after one that does not count; stops after `seconds`."""
+    run()
+    found: list[float] = []
+    while len(found) < least or (sum(found) < seconds and len(found) < 20):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        begun = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        found.append(time.perf_counter() - begun)
+    return min(found)
+
+
+def shallow(family: Family, blocks: int) -> Family:
+    """The same family at the same width with few blocks."""
+    config = copy.deepcopy(family.config)
+    for name in ("num_layers", "num_decoder_layers", "num_hidden_layers"):
+        if hasattr(config, name):
+            setattr(config, name, blocks)
+    return type(family)(config)
+
+
+def head(lengths: dict[str, np.ndarray], samples: int) -> dict[str, np.ndarray]:
+    """The lengths of some `samples`, evenly over the sorted ones."""
+    longest = next(iter(lengths.values()))
+    pick = np.argsort(longest, kind="stable")[np.linspace(0, len(longest) - 1, min(samples, len(longest))).astype(int)]
+    return {s: n[pick] for s, n in lengths.items()}
+
+
+def random_batch(
+    family: Family, lengths: dict[str, np.ndarray], states: list[str], classes: int, device: torch.device
+) -> Batch:
+    """A batch of random states; decoder positions are chains, as those of one target a sample."""
+    g = torch.Generator().manual_seed(0)
+    rows = {s: int(n.sum()) for s, n in lengths.items()}
+    columns = {}
+    for name in family.columns:
+        stream, what = name.split(".")
+        if what == "parent":
+            columns[name] = torch.from_numpy(np.concatenate([np.arange(n) - 1 for n in lengths[stream]]))
+        else:
+            columns[name] = torch.zeros(rows[stream], dtype=torch.long)
+            if what == "ids":
+                columns[name].random_(2, min(1000, family.config.vocab_size), generator=g)
+    tensors = {n: torch.randn(rows[n.split(".")[0]], family.width, generator=g) for n in states}
+    batch = Batch(tensors, columns, lengths)
+    batch.labels = torch.randint(classes, (len(batch),), generator=g)
+    return batch.to(device)
+
+
+def backbone_rate(family: Family, lengths: dict[str, np.ndarray], device: torch.device) -> float:
+    """FLOP/s of the frozen forward pass of two blocks."""
+    from transformers import AutoModel, AutoModelForSeq2SeqLM
+
+    small, lengths = shallow(family, 2), head(lengths, 16)
+    maker: Any = AutoModelForSeq2SeqLM if family.readout == "lm" else AutoModel
+    small.config.vocab_size = min(small.config.vocab_size, 1024)
+    model = maker.from_config(small.config, attn_implementation="sdpa").eval().to(device)
+    batch = random_batch(small, lengths, [], 2, device)
+    states = small.states()
+    with torch.inference_mode():
+        seconds = best(lambda: small.run(model, batch, states), device)
+    return backbone_operations(small, lengths, states) / seconds
+
+
+def step_seconds(
+    family: Family, name: str, config: TunerConfig, lengths: dict[str, np.ndarray], classes: int, device: torch.device
+) -> float:
+    """Seconds of one training step as the loop makes it, the fixed cost of a step included."""
+    batch = random_batch(family, lengths, tuner_class(name, family).states(config, family), classes, device)
+    chains = tuple((2 + i, 1) for i in range(classes)) if family.readout == "lm" else ()
+    if chains:
+        # Inputs of the target's own chain, so that every row is a target row, as in training.
+        assert batch.labels is not None
+        batch.columns["decoder.ids"][1::2] = 2 + batch.labels
+    target = Target("classification", classes, chains)
+    tail = family.tail(None, "sdpa")
+    for parameter in tail.parameters():
+        parameter.data.normal_(std=0.02)
+    model = Model.build(name, config, family, tail, target, 0).to(device).train()
+    options = FitOptions(lr=1e-6)
+    optimizer, _ = adamw(model, options)
+
+    def seconds(part: dict[str, np.ndarray]) -> float:
+        batch = random_batch(family, part, tuner_class(name).states(config, family), classes, device)
+        if chains:
+            # Inputs of the target's own chain, so that every row is a target row, as in training.
+            assert batch.labels is not None
+            batch.columns["decoder.ids"][batch.columns["decoder.parent"] == 0] = 2 + batch.labels
+
+        def step() -> None:
+            optimizer.zero_grad(set_to_none=True)
+            model.loss(batch).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+
+        return best(step, device)
+
+    samples = len(next(iter(lengths.values())))
+    if device.type != "cpu" or samples <= 32:
+        return seconds(lengths)
+    small, large = head(lengths, 8), head(lengths, 24)
+    sizes = [sum(int(n.sum()) for n in part.values()) for part in (small, large, lengths)]
+    first, second = seconds(small), seconds(large)
+    return second + max(0.0, second - first) / (sizes[1] - sizes[0]) * (sizes[2] - sizes[1])
+
+
+def decode_rate(width: int, fmt: str) -> float:
+    """Bytes as stored a second: rows gathered in random order and decoded to float32, as a batch is made."""
+    rows = max(1, (32 << 20) // (width * 4))
+    encoded = encode(torch.randn(rows, width), fmt)
+    order = torch.randperm(rows)
+    return encoded.nbytes / best(lambda: decode(encoded.take(order)), torch.device("cpu"), 0.3)
+
+
+def disk_rates(folder: Path) -> tuple[float, float, float | None]:
+    """Bytes a second written with fsync, read from the page cache, and read past it, in `folder`'s file system."""
+    while not folder.exists():
+        folder = folder.resolve().parent
+    data = np.random.default_rng(0).integers(0, 256, DISK_SAMPLE, np.uint8)
+    out = np.empty_like(data)
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".pipeline-plan-") as file:
+        begun = time.perf_counter()
+        file.write(data.data)
+        file.flush()
+        os.fsync(file.fileno())
+        written = time.perf_counter() - begun
+
+        def read() -> None:
+            file.seek(0)
+            file.readinto(out.data)
+
+        warm = best(read, torch.device("cpu"), 0.3)
+        cold = None
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            begun = time.perf_counter()
+            read()
+            cold = max(time.perf_counter() - begun, warm)
+    return DISK_SAMPLE / written, DISK_SAMPLE / warm, None if cold is None else DISK_SAMPLE / cold

@@ -1,0 +1,365 @@
+"""`Recipe`: every option of a run, typed and validated, to and from YAML.
+
+The command line is made from these fields: a field's metadata says which commands take it and what its help says. A
+recipe file holds the same names; what is given on the command line wins.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import yaml
+
+from store.errors import UserError
+
+FORMATS = ("float32", "bfloat16", "float16", "int8")
+PRECISIONS = ("float32", "bfloat16", "float16")
+DEVICES = ("auto", "cpu", "cuda")
+
+
+def _option(
+    default: Any, help: str, on: str, choices: tuple[str, ...] = (), many: bool = False, metavar: str = ""
+) -> Any:
+    """A field; `on` names the commands that take it. `many`: a list, written with commas on the command line."""
+    meta = {"help": help, "on": on.split(), "choices": choices, "many": many, "metavar": metavar}
+    return field(default=default, metadata=meta)
+
+
+@dataclass
+class Recipe:
+    """Options of `extract`, `train` and the commands around them. None means: chosen from the task, the backbone or
+    the tuner, as the help says. Raises UserError naming the option that is wrong."""
+
+    # what
+    model: str = _option(
+        "",
+        "Backbone: a short name (see `pipeline models`), a hub id, or a checkpoint folder.",
+        "extract train",
+        metavar="NAME",
+    )
+    task: str = _option(
+        "",
+        "Task: a GLUE name (see `pipeline tasks`), your own .csv, .tsv or .jsonl file, or a folder of pictures.",
+        "extract train",
+        metavar="NAME",
+    )
+    tuner: str = _option("sherl", "Tuner to train (see `pipeline tuners`).", "train", metavar="NAME")
+    store: str = _option(
+        "", "The store's folder. Default: $PIPELINE_STORE, else ./activations.", "extract train", metavar="FOLDER"
+    )
+    # the task's data
+    data: str | None = _option(
+        None,
+        "Folder with the task's files in GLUE's own layout; without it, Hugging Face datasets.",
+        "extract train",
+        metavar="FOLDER",
+    )
+    text: str | None = _option(None, "Own table: column with the text.", "extract train", metavar="COLUMN")
+    text_pair: str | None = _option(
+        None, "Own table: column with the second text of a pair.", "extract train", metavar="COLUMN"
+    )
+    label: str | None = _option(None, "Own table: column with the label.", "extract train", metavar="COLUMN")
+    kind: str | None = _option(
+        None,
+        "Own table: what the label is. Default: regression if every label is a non-integer number.",
+        "extract train",
+        choices=("classification", "regression"),
+    )
+    validation: str | None = _option(
+        None,
+        "Own table: file with validation rows. Default: a fixed tenth of the rows.",
+        "extract train",
+        metavar="FILE",
+    )
+    test: str | None = _option(None, "Own table: file with test rows.", "extract train", metavar="FILE")
+    grid: float = _option(
+        0.1,
+        "Regression with a text-to-text backbone: step of the target numbers. 0.1 is what the papers' code does on "
+        "STS-B (T5 itself used 0.2).",
+        "extract train",
+    )
+    limit: int | None = _option(
+        None,
+        "At most this many rows: of each split when extracting, of the training split when training. A fixed fair "
+        "sample; a smaller limit is a prefix of a larger one.",
+        "extract train",
+    )
+    # the feature space
+    space: str | None = _option(
+        None,
+        "Feature space to train from, by id or its first characters, where several would do.",
+        "train",
+        metavar="ID",
+    )
+    format: str | None = _option(
+        None,
+        "How states are stored. Default: float16 (range-safe); train takes what the store has.",
+        "extract train",
+        choices=FORMATS,
+    )
+    precision: str | None = _option(
+        None, "How the backbone computes. Default: float32.", "extract train", choices=PRECISIONS
+    )
+    attention: str | None = _option(
+        None, "Attention implementation of the backbone. Default: sdpa.", "extract train", choices=("sdpa", "eager")
+    )
+    prompt: str | None = _option(
+        None,
+        "Text-to-text source with {0} and {1} for the text fields. Default: the task's own.",
+        "extract train",
+        metavar="TEXT",
+    )
+    max_length: int | None = _option(
+        None,
+        "Longest text in tokens; longer ones are cut and counted. Default: 128, as in the papers.",
+        "extract train",
+    )
+    truncation_side: str | None = _option(
+        None, "Side on which long texts are cut. Default: right.", "extract train", choices=("left", "right")
+    )
+    image_size: str | None = _option(
+        None,
+        "Pictures: side (or HEIGHTxWIDTH) of what the backbone sees; own keeps each picture's. Default: the model's.",
+        "extract train",
+        metavar="SIZE",
+    )
+    views: int = _option(
+        1,
+        "Pictures: fixed views of each training picture, the plain one and augmented ones (crop, flip, colour).",
+        "extract train",
+    )
+    view_seed: int = _option(0, "Pictures: seed that draws the augmented views.", "extract train")
+    skip_bad: bool = _option(
+        False, "Pictures: leave out files that are damaged or not RGB, and count them.", "extract train"
+    )
+    # extraction
+    tuners: tuple[str, ...] = _option(
+        ("sherl", "lst", "probe"), "Tuners whose states to extract.", "extract", many=True, metavar="NAMES"
+    )
+    split: tuple[str, ...] = _option(
+        (), "Splits to extract. Default: all there are.", "extract", many=True, metavar="NAMES"
+    )
+    batch_tokens: int | None = _option(
+        None, "Extraction: padded tokens of a batch. Default: 4096 on a CPU, 32768 on a GPU.", "extract"
+    )
+    # the tuner
+    reduction: int | None = _option(None, "Side width is the backbone's over this. Default: 8.", "train")
+    layers: tuple[int, ...] = _option(
+        (),
+        "Blocks (from 0) whose states the tuner uses. Default: the paper's choice for the backbone.",
+        "extract train",
+        many=True,
+        metavar="NUMBERS",
+    )
+    gate: float | None = _option(
+        None,
+        "SHERL: start of the gate alpha. Default: 0, the paper's, on T5; 0.1 on encoders, where that is calmer.",
+        "train",
+    )
+    blend: str | None = _option(
+        None,
+        "SHERL: how layers are blended. Default: redundancy, the method; the others are the ablations of its Fig. 4.",
+        "train",
+        choices=("redundancy", "linear", "attention", "average", "max"),
+    )
+    alpha: int | None = _option(None, "E3VA: rank of the adapters; 8, 16, 32 are E3VA, +, ++. Default: 8.", "train")
+    start: str | None = _option(
+        None,
+        "E3VA: what the highway starts from. Default: embedding.",
+        "extract train",
+        choices=("embedding", "zero"),
+    )
+    fusion: str | None = _option(
+        None,
+        "E3VA: what the norms read, the sum of highway and backbone or the highway. Default: sum.",
+        "extract train",
+        choices=("sum", "highway"),
+    )
+    zero_init: bool | None = _option(
+        None, "E3VA: start the last factor of each adapter at zero (ours) or at random. Default: at zero.", "train"
+    )
+    pooling: str = _option(
+        "mean",
+        "Encoders: what the head reads, the mean of the tokens or the first one.",
+        "train",
+        choices=("mean", "first"),
+    )
+    # training
+    batch_size: int | None = _option(
+        None,
+        "Samples a batch. Training default: 100 for T5 (the papers'), else 64; extraction: see --batch-tokens.",
+        "extract train",
+    )
+    epochs: int | None = _option(
+        None,
+        "Epochs. Default, the papers': 20 on cola, mrpc, rte, stsb and own tables, 10 on mnli, qnli, qqp, sst2.",
+        "train",
+    )
+    max_steps: int | None = _option(None, "Stop after this many optimizer steps.", "train")
+    lr: float | None = _option(None, "Learning rate. Default: the tuner's (3e-3 on T5, the papers').", "train")
+    weight_decay: float = _option(0.0, "AdamW weight decay.", "train")
+    schedule: str = _option(
+        "linear", "Learning-rate schedule after the warm-up.", "train", choices=("linear", "cosine", "constant")
+    )
+    warmup_steps: int | None = _option(
+        None,
+        "Warm-up steps. Default for T5: 500, the papers', though that is all of training on RTE and most on MRPC; "
+        "see --warmup-ratio.",
+        "train",
+    )
+    warmup_ratio: float | None = _option(
+        None,
+        "Warm-up as a share of all steps; wins over the default of --warmup-steps. Default for encoders: 0.1.",
+        "train",
+    )
+    clip: float = _option(1.0, "Clip the gradient's norm at this; 0 is off.", "train")
+    accumulate: int = _option(1, "Batches an optimizer step.", "train")
+    train_precision: str = _option(
+        "float32", "Precision of training (autocast); SHERL's MTSA stays in float32.", "train", choices=PRECISIONS
+    )
+    patience: int | None = _option(None, "Stop after this many evaluations without a better one.", "train")
+    seed: int = _option(
+        0, "Seed of weights, order and dropout (extraction: of the visiting order only).", "extract train"
+    )
+    device: str = _option("auto", "Where to compute.", "extract train", choices=DEVICES)
+    live: bool = _option(
+        False, "Run the backbone in the loop instead of reading the store: the reference and the baseline.", "train"
+    )
+    host_memory: str | None = _option(
+        None,
+        "Memory for keeping states after the first epoch, such as 4GB. Default: half of what is free.",
+        "train",
+        metavar="SIZE",
+    )
+    scheduler: str | None = _option(
+        None,
+        "Address of a Dask distributed scheduler whose workers extract, or read blocks. Default: this machine.",
+        "extract train",
+        metavar="ADDRESS",
+    )
+    window: int = _option(4, "Blocks whose samples are mixed with each other.", "train")
+    group_by_length: bool | None = _option(
+        None,
+        "Batches of samples of like length: less padding in the live layer. Default: on for encoders, off for T5, "
+        "whose protocol draws batches at random.",
+        "train",
+    )
+    out: str | None = _option(None, "Run folder. Default: runs/TASK-TUNER-MODEL-sSEED.", "train", metavar="FOLDER")
+    overwrite: bool = _option(False, "Replace a finished run in the same folder.", "train")
+    tensorboard: bool = _option(False, "Also write TensorBoard events (extra `tensorboard`).", "train")
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value, choices = getattr(self, f.name), f.metadata["choices"]
+            if value is not None and choices and value not in choices:
+                raise UserError(f"{option_name(f.name)}: one of {', '.join(choices)}, not {value!r}")
+        for name in (
+            "limit",
+            "max_length",
+            "batch_size",
+            "epochs",
+            "max_steps",
+            "accumulate",
+            "reduction",
+            "alpha",
+            "window",
+            "patience",
+            "batch_tokens",
+            "views",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{option_name(name)}: at least 1, not {value}")
+        for name in ("lr", "grid"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UserError(f"{option_name(name)}: above 0, not {value}")
+        for name in ("weight_decay", "clip", "seed", "warmup_steps", "view_seed"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise UserError(f"{option_name(name)}: not below 0, was {value}")
+        if self.warmup_ratio is not None and not 0 <= self.warmup_ratio <= 1:
+            raise UserError(f"--warmup-ratio: between 0 and 1, not {self.warmup_ratio}")
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any], where: str = "recipe") -> Recipe:
+        """From plain values, each checked against its field's type. Raises UserError naming the option and `where`."""
+        return cls(**{k: _checked(k, v, where) for k, v in checked_names(values, where).items()})
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Plain values, ready for YAML or JSON."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+    def to_yaml(self, header: str = "") -> str:
+        """YAML that `read_recipe` takes back, below a comment."""
+        comment = "".join(f"# {line}\n" for line in header.splitlines())
+        return comment + yaml.safe_dump(self.to_mapping(), sort_keys=False)
+
+
+def option_name(name: str) -> str:
+    """The spelling on the command line: max_length → --max-length; `tuners` is spelled --for."""
+    return "--for" if name == "tuners" else "--" + name.replace("_", "-")
+
+
+def field_names() -> list[str]:
+    """Every option's name, in order."""
+    return [f.name for f in fields(Recipe)]
+
+
+def checked_names(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """`values` with dashes as underscores and `for` as `tuners`. UserError naming the nearest option for an unknown."""
+    known, out = field_names(), {}
+    for key, value in values.items():
+        name = "tuners" if key == "for" else str(key).replace("-", "_")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise UserError(f"{where}: unknown option {key!r}{hint}")
+        out[name] = value
+    return out
+
+
+def read_recipe(path: str | Path) -> dict[str, Any]:
+    """The options a recipe file sets. UserError when it is absent, not YAML, or has an unknown or ill-typed option."""
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {path}: cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"recipe {path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"recipe {path}: expected `option: value` lines")
+    return {k: _checked(k, v, f"recipe {path}") for k, v in checked_names(values, f"recipe {path}").items()}
+
+
+_HINTS = get_type_hints(Recipe)
+
+
+def _checked(name: str, value: Any, where: str) -> Any:
+    hint = _HINTS[name]
+    kinds = get_args(hint) if get_args(hint) and hint.__class__.__name__ == "UnionType" else (hint,)
+    if value is None and type(None) in kinds:
+        return None
+    kind = next(k for k in kinds if k is not type(None))
+    if args := get_args(kind):
+        values = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+        try:
+            return tuple(args[0](str(v).strip()) for v in values if str(v).strip())
+        except ValueError:
+            raise UserError(f"{where}: {name}: expected {args[0].__name__} values, not {value!r}") from None
+    if (kind is bool and isinstance(value, bool)) or (kind is str and isinstance(value, str)):
+        return value
+    if kind is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    # YAML reads 3e-3 as text; a number is a number.
+    if kind is float and not isinstance(value, bool):
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            pass
+    raise UserError(f"{where}: {name}: expected {kind.__name__}, not {value!r}")

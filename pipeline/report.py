@@ -1,0 +1,146 @@
+"""What the command line prints: plain tables, and the same facts for `--json`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from extract.backbones import families
+from extract.checkpoint import SHORT_NAMES
+from pipeline.recipe import Recipe
+from pipeline.resolve import store_path
+from store import Store
+from store.errors import UserError
+
+
+def pairs_text(pairs: Sequence[tuple[str, str]]) -> str:
+    """Two columns."""
+    wide = max(len(a) for a, _ in pairs)
+    return "\n".join(f"{a:<{wide}}  {b}" for a, b in pairs)
+
+
+def table_text(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table, first column to the left, the others to the right."""
+    widths = [max(len(str(r[i])) for r in (head, *rows)) for i in range(len(head))]
+
+    def line(cells: Sequence[str]) -> str:
+        first = f"{cells[0]:<{widths[0]}}"
+        return "  ".join([first, *(f"{c:>{w}}" for c, w in zip(cells[1:], widths[1:], strict=True))]).rstrip()
+
+    return "\n".join([line(head), line(["-" * w for w in widths]), *(line(r) for r in rows)])
+
+
+def size_text(n: float) -> str:
+    """Bytes in decimal units."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if n < 1000 or unit == "TB":
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1000
+    raise AssertionError
+
+
+def _metrics(metrics: dict[str, Any] | None) -> str:
+    if not metrics:
+        return "none"
+    return "  ".join(f"{k} {v:.4f}" for k, v in metrics.items() if k != "average" or len(metrics) != 2)
+
+
+def metrics_text(result: dict[str, Any]) -> str:
+    """The end of a training."""
+    return "\n".join(
+        [
+            f"best epoch {result['best_epoch']}, validation: {_metrics(result['validation'])}",
+            f"test: {_metrics(result['test'])}",
+            f"{result['trainable_parameters']:,} trainable parameters, {result['seconds_per_epoch']:.1f} s an epoch "
+            f"({100 * result['wait_share']:.0f} % of it waiting for data)",
+            f"run: {result['run']}",
+        ]
+    )
+
+
+def scores_text(result: dict[str, Any]) -> str:
+    """Scores of one split."""
+    plain = {k: v for k, v in result.items() if isinstance(v, float)}
+    lines = [f"{result['split']}: {_metrics(plain)}"]
+    if "generated" in result:
+        generated = dict(result["generated"])
+        share = generated.pop("in_targets")
+        lines.append(
+            f"{result['split']}, free generation, exact match: {_metrics(generated)} ({share:.1%} answers are targets)"
+        )
+    return "\n".join(lines)
+
+
+def models_what() -> dict[str, Any]:
+    """Families and short names."""
+    return {"families": {f.name: f.description for f in families()}, "names": SHORT_NAMES}
+
+
+def models_text() -> str:
+    """The same as text."""
+    kinds = [(f.name, f"{f.description} (model types: {', '.join(f.model_types)})") for f in families()]
+    return (
+        "families\n" + pairs_text(kinds) + "\n\nshort names\n" + pairs_text(list(SHORT_NAMES.items()))
+        + "\n\nAny checkpoint folder or hub id of these families will do: --model FOLDER or --model OWNER/NAME"
+    )  # fmt: skip
+
+
+def write_lines(path: Path, values: Sequence[Any]) -> None:
+    """One value a line, the file replaced at once. Raises UserError when it cannot be written."""
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_text("".join(f"{v}\n" for v in values), encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        raise UserError(f"--output {path}: cannot be written: {error.strerror or error}") from None
+
+
+def status_what(where: str) -> dict[str, Any]:
+    """Facts about a store: its spaces with tasks, samples, states, bytes."""
+    store = Store.open(store_path(Recipe(store=where)))
+    spaces = []
+    for space in store.spaces():
+        segments = space.segments()
+        keys = {k for s in segments for k in s.keys}
+        source = (
+            store.load_json(space.identity["weights"], "source.json")
+            if store.has_weights(space.identity["weights"])
+            else {}
+        )
+        tasks: dict[str, dict[str, int]] = {}
+        for table in space.tables():
+            rows = tasks.setdefault(table.task, {})
+            rows[table.split] = max(rows.get(table.split, 0), table.rows)
+        spaces.append(
+            {
+                "space": space.id,
+                "model": ", ".join(source.get("names", ["?"])),
+                "identity": space.identity,
+                "samples": len(keys),
+                "segments": len(segments),
+                "states": sorted({n for s in segments for n in s.states}),
+                "bytes": sum(s.nbytes for s in segments),
+                "tasks": tasks,
+                "unsealed": sum(not (d / "manifest.json").exists() for d in (space.path / "segments").glob("*")),
+            }
+        )
+    return {"store": str(store.path), "spaces": spaces}
+
+
+def status_text(what: dict[str, Any]) -> str:
+    """The same as text."""
+    lines = [f"store {what['store']}: {len(what['spaces'])} feature space{'s' * (len(what['spaces']) != 1)}"]
+    for s in what["spaces"]:
+        identity = s["identity"]
+        lines += [
+            "",
+            f"space {s['space'][:12]}  {s['model']}  {identity['format']}, computed in {identity['precision']}, "
+            f"up to {identity['max_length']} tokens",
+            f"  {s['samples']:,} samples, {len(s['states'])} states, {size_text(s['bytes'])}, {s['segments']} segments"
+            + (f", {s['unsealed']} unsealed" if s["unsealed"] else ""),
+            *(f"  {task}: " + ", ".join(f"{k} {v:,}" for k, v in rows.items()) for task, rows in s["tasks"].items()),
+        ]
+        if identity.get("prompt"):
+            lines.append(f"  prompt: {identity['prompt']}")
+    return "\n".join(lines)

@@ -1,0 +1,214 @@
+"""From a recipe to the things it names: store, task, checkpoint, feature-space options, tuner configs, device."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from extract.backbones import Family, TextOptions
+from extract.checkpoint import Checkpoint, local
+from extract.identity import SpaceOptions, space_identity
+from extract.tasks import Task, canonical_name, load_task
+from extract.tasks.base import TaskSpec
+from pipeline.recipe import Recipe, option_name
+from store import Space, Store
+from store.errors import SpaceMismatch, StoreError, UserError
+from store.resolve import resolve as resolve_space
+from train.model import union_states
+from train.tuners import TunerConfig, tuner_class, tuner_config, tuner_names
+
+DEFAULT_STORE = "activations"
+# Options of a recipe that are fields of a feature space.
+SPACE_FIELDS = ("format", "precision", "attention", "prompt", "max_length", "truncation_side")
+
+
+def store_path(recipe: Recipe) -> str:
+    """--store, else $PIPELINE_STORE, else ./activations."""
+    return recipe.store or os.environ.get("PIPELINE_STORE") or DEFAULT_STORE
+
+
+def need(recipe: Recipe, *names: str) -> None:
+    """Raises UserError for the first of `names` that is not given."""
+    for name in names:
+        if not getattr(recipe, name):
+            raise UserError(f"{option_name(name)} is missing; `pipeline {name}s` lists what there is")
+
+
+def device_of(recipe: Recipe) -> torch.device:
+    """The device to compute on. UserError when a GPU is asked for and there is none."""
+    if recipe.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU here; use --device cpu or auto")
+    use_gpu = recipe.device != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda" if use_gpu else "cpu")
+
+
+def open_task(recipe: Recipe) -> Task:
+    """The task with its rows, from a folder, a table or the hub."""
+    need(recipe, "task")
+    return load_task(
+        recipe.task,
+        Path(recipe.data) if recipe.data else None,
+        text=recipe.text,
+        text_pair=recipe.text_pair,
+        label=recipe.label,
+        kind=recipe.kind,
+        validation=Path(recipe.validation) if recipe.validation else None,
+        test=Path(recipe.test) if recipe.test else None,
+        grid=recipe.grid,
+    )
+
+
+def space_options(recipe: Recipe, spec: TaskSpec) -> SpaceOptions:
+    """The feature space a recipe asks for, defaults filled in."""
+    text = TextOptions(
+        prompt=spec.prompt if recipe.prompt is None else recipe.prompt,
+        max_length=recipe.max_length or 128,
+        truncation_side="left" if recipe.truncation_side == "left" else "right",
+        root=picture_root(recipe),
+        skip_bad=recipe.skip_bad,
+        image_size=size_text(recipe.image_size),
+        views=recipe.views,
+        view_seed=recipe.view_seed,
+    )
+    return SpaceOptions(
+        format=recipe.format or "float16",
+        precision=recipe.precision or "float32",
+        attention=recipe.attention or "sdpa",
+        text=text,
+    )
+
+
+def picture_root(recipe: Recipe) -> str:
+    """The folder that the file names of a task with pictures are relative to."""
+    if recipe.data:
+        return recipe.data
+    path = Path(recipe.task)
+    return str(path if path.is_dir() else path.parent)
+
+
+def size_text(size: str | None) -> str:
+    """--image-size as the feature space has it: 224 is 224x224."""
+    return f"{size}x{size}" if size and size.isdigit() else size or ""
+
+
+def tuner_options(recipe: Recipe, name: str, strict: bool = True) -> TunerConfig:
+    """The config of tuner `name`: those of the recipe's options that it has. With `strict`, `layers` given to a tuner
+    that reads a single layer must be one layer; without (several tuners at once), it is not applied to that tuner."""
+    known = {f.name for f in fields(tuner_class(name).config_class)}
+    options = {k: getattr(recipe, k) for k in known if hasattr(recipe, k) and getattr(recipe, k) not in (None, ())}
+    if not strict and tuner_class(name).pooled:
+        options.pop("layers", None)
+    return tuner_config(name, options)
+
+
+def wanted_states(recipe: Recipe, family: Family) -> list[str]:
+    """The states that the tuners of `--for` read between them."""
+    if not recipe.tuners:
+        raise UserError("--for: name at least one tuner; `pipeline tuners` lists them")
+    names = recipe.tuners
+    if names == Recipe().tuners:  # nobody asked for these by name: those of them that there are
+        names = tuple(n for n in names if n in tuner_names(family))
+    return union_states([(name, tuner_options(recipe, name, strict=False)) for name in names], family)
+
+
+@dataclass
+class Unstored:
+    """A feature space that is in no store: what a live run without one computes in."""
+
+    id: str
+    identity: dict[str, Any]
+
+
+@dataclass
+class Found:
+    """A feature space and the family that made it, rebuilt from what the store keeps (or, unstored, from the
+    checkpoint)."""
+
+    space: Space | Unstored
+    family: Family
+    tail: dict[str, torch.Tensor]
+    source: dict[str, Any]
+
+
+def family_from(store: Store, space: Space) -> Family:
+    """The family of a space, from the configuration kept beside its tail weights."""
+    from transformers import AutoConfig
+
+    from extract.backbones import family_for
+
+    raw = dict(store.load_json(space.identity["weights"], "config.json"))
+    return family_for(AutoConfig.for_model(raw.pop("model_type"), **raw))
+
+
+def find_space(recipe: Recipe) -> Found:
+    """The one feature space of the store that fits the recipe's model, task and explicit options.
+
+    When the checkpoint is at hand its digests must match, so that a changed checkpoint is noticed; when it is not, the
+    name it was extracted under decides. Raises StoreError saying which command to run, or SpaceMismatch naming the
+    fields in which what is there differs from what was asked.
+    """
+    need(recipe, "task")
+    store = Store.open(store_path(recipe))
+    task = canonical_name(recipe.task)
+    spaces = [s for s in store.spaces() if any(t.task == task for t in s.tables())]
+    if not spaces:
+        raise StoreError(f"the store {store.where} holds no states of task {task!r}; run: {extract_command(recipe)}")
+    if recipe.space:
+        spaces = [s for s in spaces if s.id.startswith(recipe.space)]
+        if len(spaces) != 1:
+            raise StoreError(f"--space {recipe.space}: fits {len(spaces)} spaces with task {task!r}, must fit one")
+    wanted: dict[str, Any] = {k: v for k in SPACE_FIELDS if (v := getattr(recipe, k)) is not None}
+    if recipe.model and not recipe.space:
+        checkpoint = local(recipe.model)
+        if checkpoint is not None:
+            wanted.update(
+                weights=checkpoint.weights_digest,
+                config=checkpoint.config_digest,
+                tokenizer=checkpoint.tokenizer_digest,
+            )
+        else:
+            name = Path(recipe.model).name if "/" in recipe.model else recipe.model
+            named = [s for s in spaces if name in names_of(store, s)]
+            if not named:
+                there = ", ".join(sorted({n for s in spaces for n in names_of(store, s)}))
+                raise SpaceMismatch(
+                    f"no states of task {task!r} by model {name!r} in {store.where}; there are some by: {there}; "
+                    f"to add this model run: {extract_command(recipe)}"
+                )
+            spaces = named
+    space = resolve_space(spaces, wanted)
+    digest = space.identity["weights"]
+    return Found(
+        space,
+        family_from(store, space),
+        store.load_tensors(digest, "tail.safetensors"),
+        store.load_json(digest, "source.json"),
+    )
+
+
+def names_of(store: Store, space: Space) -> list[str]:
+    """The names a space's model goes by."""
+    return list(store.load_json(space.identity["weights"], "source.json").get("names", []))
+
+
+def extract_command(recipe: Recipe, tuner: str | None = None) -> str:
+    """The command that would put into the store what `recipe` needs."""
+    parts = ["pipeline extract"]
+    for name in ("model", "task", "data", "text", "text_pair", "label", "store", *SPACE_FIELDS, "limit"):
+        value = getattr(recipe, name)
+        if value not in (None, ""):
+            text = str(value)
+            parts.append(f"{option_name(name)} {text if ' ' not in text else repr(text)}")
+    parts.append(f"--for {tuner or recipe.tuner}")
+    if recipe.layers:
+        parts.append(f"--layers {','.join(map(str, recipe.layers))}")
+    return " ".join(parts)
+
+
+def expected_identity(checkpoint: Checkpoint, recipe: Recipe, spec: TaskSpec) -> dict[str, Any]:
+    """The identity of the space `recipe` asks for."""
+    return space_identity(checkpoint, space_options(recipe, spec))

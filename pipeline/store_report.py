@@ -1,0 +1,118 @@
+"""What `pipeline store …` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from pipeline.report import pairs_text, size_text, table_text
+from store import Segment, Space, Store
+from store.names import is_segment, space_path
+
+
+def status_what(store: Store) -> dict[str, Any]:
+    """Facts about a store: its spaces with model, tasks, samples, states, bytes, and who wrote what when."""
+    spaces = [_space_what(store, space) for space in store.spaces()]
+    return {"store": store.where, "spaces": spaces}
+
+
+def _space_what(store: Store, space: Space) -> dict[str, Any]:
+    segments = space.segments()
+    digest = str(space.identity.get("weights", ""))
+    known = store.has_weights(digest, "source.json") if digest else False
+    source = store.load_json(digest, "source.json") if known else {}
+    tasks: dict[str, dict[str, int]] = {}
+    for table in space.tables():
+        rows = tasks.setdefault(table.task, {})
+        rows[table.split] = max(rows.get(table.split, 0), table.rows)
+    names = [n for n in space.files.names(f"{space_path(space.id)}/segments") if is_segment(n)]
+    superseded = space.superseded()
+    return {
+        "space": space.id,
+        "model": ", ".join(source.get("names", ["?"])),
+        "revision": source.get("revision", ""),
+        "identity": space.identity,
+        "samples": len({k for s in segments for k in s.keys}),
+        "segments": len(segments),
+        "states": sorted({n for s in segments for n in s.states}),
+        "bytes": sum(s.nbytes for s in segments),
+        "tasks": tasks,
+        "unsealed": len(set(names) - {s.id for s in segments} - set(superseded)),
+        "superseded": len(superseded),
+        "written": _written(segments),
+    }
+
+
+def _written(segments: Sequence[Segment]) -> dict[str, Any]:
+    """Who wrote the segments, when, from which data, with what."""
+    found = [p for s in segments for p in (s.provenance, *s.provenance.get("rewritten", {}).get("others", []))]
+    when = sorted(s.created for s in segments)
+
+    def distinct(*path: str) -> list[str]:
+        values: dict[str, None] = {}
+        for provenance in found:
+            value: Any = provenance
+            for part in path:
+                value = value.get(part) if isinstance(value, dict) else None
+            if value not in (None, "", [], {}):
+                values[str(value)] = None
+        return sorted(values)
+
+    return {
+        "first": when[0] if when else None,
+        "last": when[-1] if when else None,
+        "by": distinct("user"),
+        "datasets": distinct("dataset", "dataset"),
+        "licences": distinct("dataset", "licence") or distinct("dataset", "license"),
+        "devices": distinct("device", "name"),
+        "torch": distinct("libraries", "torch"),
+        "project": distinct("project"),
+    }
+
+
+def status_text(what: dict[str, Any]) -> str:
+    """The same as text."""
+    lines = [f"store {what['store']}: {len(what['spaces'])} feature space{'s' * (len(what['spaces']) != 1)}"]
+    for s in what["spaces"]:
+        i, w = s["identity"], s["written"]
+        more = [f"{s[k]} {k}" for k in ("unsealed", "superseded") if s[k]]
+        length = f", up to {i['max_length']} tokens" if i.get("max_length") else ""
+        lines += [
+            "",
+            f"space {s['space'][:12]}  {s['model']}  {i.get('format')}, computed in {i.get('precision')}{length}",
+            f"  {s['samples']:,} samples, {len(s['states'])} states, {size_text(s['bytes'])}, {s['segments']} segments"
+            + "".join(f", {m}" for m in more),
+            *(f"  {task}: " + ", ".join(f"{k} {v:,}" for k, v in rows.items()) for task, rows in s["tasks"].items()),
+        ]
+        if w["first"]:
+            by = f" by {', '.join(w['by'])}" if w["by"] else ""
+            lines.append(f"  written {w['first']} to {w['last']}{by} on {', '.join(w['devices']) or '?'}")
+        if w["datasets"] or w["licences"]:
+            lines.append(
+                f"  data: {', '.join(w['datasets']) or '?'}; licence: {', '.join(w['licences']) or 'not stated'}"
+            )
+        if i.get("prompt"):
+            lines.append(f"  prompt: {i['prompt']}")
+    return "\n".join(lines)
+
+
+def usage_text(what: dict[str, Any]) -> str:
+    """`du` as a table."""
+    rows = []
+    for s in what["spaces"]:
+        rows.append((f"space {s['space'][:12]}", size_text(s["bytes"])))
+        rows += [(f"  {name}", size_text(size)) for name, size in s["states"].items()]
+        rows += [(f"  {name}", size_text(s[name])) for name in ("tables",) if s[name]]
+        if s["other"]:
+            rows.append(("  unsealed or superseded", size_text(s["other"])))
+    rows += [(name, size_text(what[name])) for name in ("weights", "quarantine") if what[name]]
+    return table_text(("what", "bytes"), rows) if rows else "nothing"
+
+
+def litter_text(found: Sequence[Any], deleted: bool) -> str:
+    """What `gc` found."""
+    if not found:
+        return "nothing to remove"
+    total = size_text(sum(f.bytes for f in found))
+    end = f"removed {len(found)}, {total}" if deleted else f"{len(found)} to remove, {total}; --delete removes them"
+    return pairs_text([(f.path, f"{size_text(f.bytes)}, {f.why}") for f in found]) + f"\n{end}"
