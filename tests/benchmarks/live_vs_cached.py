@@ -1,0 +1,209 @@
+"""Seconds per epoch with the backbone live and from the store, and the ratio of operations, which is its limit.
+
+    python tests/benchmarks/live_vs_cached.py [--shape t5-base] [--tuners sherl,lst,probe] [--samples 256]
+
+The real training loop runs on the same samples in the same batches, live and from the store in turn; each figure is the
+best of its epochs. Beside the ratio of seconds stands that of processor seconds, which other programs on the machine
+hardly disturb. `host`: blocks kept in memory after the first epoch. `disk`:
+read again in every epoch, from a warm page cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from pipeline.job import Job, live_backbone, load_job, sources
+from pipeline.operations import Operations, count
+from pipeline.report import table_text
+from store import bytes_per_value
+from tests.benchmarks import results, setting
+from train.loop import FitOptions, fit
+
+
+@dataclass
+class Timed:
+    """Best seconds and processor seconds of an epoch, and the share of the best one spent waiting for data."""
+
+    seconds: float = float("inf")
+    waiting: float = 0.0
+    processor: float = float("inf")
+
+    def add(self, epochs: list[tuple[float, float, float]]) -> None:
+        for seconds, waited, processor in epochs:
+            self.processor = min(self.processor, processor)
+            if seconds < self.seconds:
+                self.seconds, self.waiting = seconds, waited / seconds
+
+
+class Clocked:
+    """A source that notes the processor seconds of each epoch, all threads and the steps between batches included."""
+
+    def __init__(self, source: Any) -> None:
+        self.source, self.seconds = source, []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.source, name)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Any]:
+        begun = time.process_time()
+        stream = self.source.epoch(epoch, start)
+        try:
+            yield from stream
+        finally:  # the loop closes the last epoch of a run early
+            self.seconds.append(time.process_time() - begun)
+
+
+def epochs_of(job: Job, source: Any, epochs: int, folder: Path) -> list[tuple[float, float, float]]:
+    """Train `epochs` epochs as `pipeline train` does; (seconds, those waiting for data, processor seconds) of each."""
+    source = Clocked(source)
+    options = FitOptions(epochs=epochs, lr=1e-4, seed=0)
+    fit(job.model(0), source, None, None, options, folder, lambda p, t: {}, "cpu", progress=False)
+    steps = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    steps = [s for s in steps if "loss" in s]
+    shutil.rmtree(folder)
+    return [
+        (sum(s["seconds"] for s in part), sum(s["wait_seconds"] for s in part), source.seconds[e])
+        for e, part in enumerate([s for s in steps if s["epoch"] == e + 1] for e in range(epochs))
+    ]
+
+
+def operations(job: Job, source: Any) -> Operations:
+    """Of one epoch, summed over its batches with their padding."""
+    total = Operations(0.0, 0.0)
+    for index in source.order.epoch(0):
+        lengths = {s: source.plan.lengths[s][index] for s in source.plan.lengths}
+        total += count(job.found.family, job.recipe.tuner, job.config, lengths, len(job.spec.labels))
+    return total
+
+
+def formula_bytes(job: Job, source: Any) -> float:
+    """methods §6.2: bytes a value · width · (states of each stream · positions of it), the mean over samples."""
+    family, fmt = job.found.family, job.found.space.identity["format"]
+    states = {s: sum(n.startswith(s) for n in job.states) for s in family.streams}
+    return sum(
+        bytes_per_value(fmt) * family.width * states[s] * float(np.mean(source.plan.lengths[s]))
+        for s in family.streams
+        if states[s]
+    )
+
+
+def measure(job: Job, rounds: int, folder: Path, say: Any) -> dict[str, Any]:
+    """All figures of one tuner."""
+    backbone, point = live_backbone(job)
+    live = sources(job, backbone, point)["train"]
+    host = sources(replace(job, recipe=replace(job.recipe, host_memory="1TB")), None)["train"]
+    disk = sources(replace(job, recipe=replace(job.recipe, host_memory="0")), None)["train"]
+    timed = {"live": Timed(), "host": Timed(), "disk": Timed()}
+    for number in range(rounds):
+        timed["live"].add(epochs_of(job, live, 1, folder / "run"))
+        timed["disk"].add(epochs_of(job, disk, 2, folder / "run"))
+        # The first epoch fills the tier; only those that find it filled count.
+        timed["host"].add(epochs_of(job, host, 3 + (number == 0), folder / "run")[number == 0 :])
+        say(f"  round {number + 1}: " + ", ".join(f"{k} {t.seconds:.2f} s" for k, t in timed.items()))
+    ops = operations(job, host)
+    sizes = sum(
+        f.stat().st_size for s in job.found.space.segments() for n in job.states for f in (s.path / n).glob("c.*")
+    )
+    return {
+        "tuner": job.recipe.tuner,
+        "live": timed["live"].seconds,
+        "host": timed["host"].seconds,
+        "disk": timed["disk"].seconds,
+        "ratio_host": timed["live"].seconds / timed["host"].seconds,
+        "ratio_disk": timed["live"].seconds / timed["disk"].seconds,
+        "ratio_processor": timed["live"].processor / timed["host"].processor,
+        "operations_ratio": ops.ratio,
+        "operations": {"backbone": ops.backbone, "step": ops.step},
+        "waiting_host": timed["host"].waiting,
+        "waiting_disk": timed["disk"].waiting,
+        "bytes": sizes / host.n,
+        "bytes_formula": formula_bytes(job, host),
+        "lengths": {s: float(np.mean(v)) for s, v in host.plan.lengths.items()},
+    }
+
+
+HEAD = [
+    "tuner", "live s/epoch", "host s/epoch", "disk s/epoch", "live ÷ host", "live ÷ disk", "processor ÷",
+    "operations ÷", "waits host", "waits disk", "bytes a sample", "÷ formula",
+]  # fmt: skip
+
+
+def row(r: dict[str, Any]) -> list[str]:
+    ratio = r["operations_ratio"]
+    return [
+        r["tuner"],
+        f"{r['live']:.2f}",
+        f"{r['host']:.3f}",
+        f"{r['disk']:.3f}",
+        f"{r['ratio_host']:.1f}",
+        f"{r['ratio_disk']:.1f}",
+        f"{r['ratio_processor']:.1f}",
+        f"{ratio:.1f}" if ratio < 1e4 else f"{ratio:.1e}",
+        f"{r['waiting_host']:.1%}",
+        f"{r['waiting_disk']:.1%}",
+        f"{r['bytes']:,.0f}",
+        f"{r['bytes'] / r['bytes_formula']:.3f}",
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="t5-base", choices=list(setting.SHAPES))
+    parser.add_argument("--tuners", default="sherl,lst,probe")
+    parser.add_argument("--samples", type=int, default=256)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--format", default="float16")
+    parser.add_argument("--rounds", type=int, default=2, help="live and cached in turn, this many times")
+    parser.add_argument("--threads", type=int, default=None, help="threads of torch; its own choice by default")
+    parser.add_argument("--folder", default=None, help="where the temporary store is made: the disk that is measured")
+    parser.add_argument("--dry", action="store_true", help="do not write RESULTS.md")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    folder = Path(tempfile.mkdtemp(dir=args.folder))
+    try:
+        tuners = tuple(args.tuners.split(","))
+        print(f"{args.shape}: making a checkpoint of random weights and extracting {args.samples} samples", flush=True)
+        recipe, report, words = setting.extracted(args.shape, args.samples, tuners, folder, args.format)
+        print(f"extracted {words} in {report['seconds']:.0f} s, {report['bytes'] / 1e6:.0f} MB", flush=True)
+        rows = []
+        for tuner in tuners:
+            job = load_job(replace(recipe, tuner=tuner, batch_size=args.batch_size))
+            print(f"{tuner}:", flush=True)
+            rows.append(measure(job, args.rounds, folder, lambda line: print(line, flush=True)))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    lengths = ", ".join(f"{s} {n:.1f}" for s, n in rows[0]["lengths"].items())
+    about = (
+        f"Shape {args.shape}, random weights; {words}, mean positions {lengths}; batch {args.batch_size}, "
+        f"{args.format}, {torch.get_num_threads()} threads; "
+        f"best of {args.rounds} live and {2 * args.rounds} or more cached epochs."
+    )
+    print(f"\n{about}\n" + table_text(HEAD, [row(r) for r in rows]))
+    if not args.dry:
+        command = " ".join(["python tests/benchmarks/live_vs_cached.py", *sys.argv[1:]])
+        losses = [r["tuner"] for r in rows if min(r["ratio_host"], r["ratio_disk"]) < 1]
+        note = f"Caching loses for: {', '.join(losses)}." if losses else "Caching wins in every row."
+        table = results.markdown(HEAD, [row(r) for r in rows])
+        results.write(f"Live and cached epochs, {args.shape}", command, f"{about} {note}\n\n{table}")
+
+
+if __name__ == "__main__":
+    main()

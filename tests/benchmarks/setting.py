@@ -1,0 +1,86 @@
+"""What the benchmarks run on: checkpoints of real shapes with random weights, real or made-up texts, one shared run.
+
+Speed and memory do not depend on the weights, so no download is needed. The tokenizer is trained on the spot on the
+texts themselves; lengths are what it gives, and are printed.
+"""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoModel, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
+
+from pipeline.extracting import run_extract
+from pipeline.recipe import Recipe
+from pipeline.shapes import known_config
+
+GLUE = Path(__file__).resolve().parents[3] / "shared" / "data" / "glue"
+SHAPES = {"t5-base": "t5-base", "t5-large": "t5-large", "bert-base": "bert-base", "small": "minilm"}
+WORDS = ("cat", "dog", "house", "river", "stone", "paper", "light", "water", "north", "green", "old", "never", "always")
+LENGTH = 60
+
+
+def texts_and_task(samples: int, folder: Path) -> tuple[list[str], dict[str, Any], str]:
+    """Texts to train a tokenizer on, the recipe's options for a task of `samples` rows, and what they are in words."""
+    if (GLUE / "RTE" / "train.tsv").is_file():
+        rows = (GLUE / "RTE" / "train.tsv").read_text(encoding="utf-8-sig").splitlines()[1:]
+        return rows, {"task": "rte", "data": str(GLUE), "limit": samples}, f"{samples} training rows of RTE"
+    g = torch.Generator().manual_seed(0)
+    rows = []
+    for _ in range(samples):
+        picks = torch.randint(len(WORDS), (LENGTH,), generator=g).tolist()
+        rows.append(" ".join(WORDS[i] for i in picks))
+    path = folder / "made_up.tsv"
+    with path.open("w", encoding="utf-8", newline="") as file:
+        out = csv.writer(file, delimiter="\t", lineterminator="\n")
+        out.writerows([("text", "label"), *((text, ("yes", "no")[i % 2]) for i, text in enumerate(rows))])
+    options = {"task": str(path), "text": "text", "label": "label", "kind": "classification"}
+    return rows, options, f"{samples} made-up texts of {LENGTH} words"
+
+
+def checkpoint(shape: str, folder: Path, texts: list[str]) -> Path:
+    """A checkpoint folder of a real shape: seeded random weights, and a tokenizer trained on `texts`."""
+    config = known_config(SHAPES[shape])
+    t5 = config.model_type == "t5"
+    special = ["<pad>", "</s>", "<unk>"] if t5 else ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>" if t5 else "[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=8000, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    if t5:
+        tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+        names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    else:
+        pair = "[CLS] $A [SEP] $B:1 [SEP]:1"
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]", pair=pair, special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+        )
+        names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+    if not t5:
+        fast.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    torch.manual_seed(0)
+    maker: Any = AutoModelForSeq2SeqLM if t5 else AutoModel
+    maker.from_config(config).save_pretrained(folder)
+    fast.save_pretrained(folder)
+    return folder
+
+
+def extracted(
+    shape: str, samples: int, tuners: tuple[str, ...], folder: Path, fmt: str
+) -> tuple[Recipe, dict[str, Any], str]:
+    """A store in `folder` with the states of `tuners` for `samples` texts. Returns the recipe to train from it, what
+    the extraction reported, and what the texts are."""
+    texts, task, words = texts_and_task(samples, folder)
+    model = checkpoint(shape, folder / "checkpoint", texts)
+    base: dict[str, Any] = {"model": str(model), "store": str(folder / "store"), "format": fmt, "device": "cpu", **task}
+    report = run_extract(Recipe(**base, tuners=tuners, split=("train",)), lambda line: None, quiet=True)
+    return Recipe(**base), report, words

@@ -1,0 +1,52 @@
+"""Shared fixtures. Tests run on one thread: they are small, and CI has two cores."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import torch
+
+from tests import tiny, vision
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """family → folder of a small checkpoint, made when first asked for."""
+    base = tmp_path_factory.mktemp("checkpoints")
+
+    class Made(dict[str, Path]):
+        def __missing__(self, name: str) -> Path:
+            self[name] = {**tiny.CHECKPOINTS, **vision.CHECKPOINTS}[name](base / name)
+            return self[name]
+
+    return Made()
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 60 pictures in two classes."""
+    return vision.write_folder(tmp_path_factory.mktemp("pictures") / "halves")
+
+
+@pytest.fixture(scope="session")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small two-class sentence-pair table."""
+    return tiny.write_table(tmp_path_factory.mktemp("table") / "pairs.tsv", 120)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder with real data; skips where it is absent."""
+    folder = Path(__file__).resolve().parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("../shared/data is not there: real data not tested")
+    return folder

@@ -1,0 +1,26 @@
+"""Every family of the tests and every tuner that works on it, known without making a checkpoint."""
+
+from __future__ import annotations
+
+from extract.backbones.base import Family
+from extract.backbones.bert import Bert
+from extract.backbones.clip_text import ClipText
+from extract.backbones.resnet import ResNet
+from extract.backbones.swin import Swin
+from extract.backbones.t5 import T5
+from extract.backbones.vit import Vit
+from train.tuners import tuner_names
+
+TEXT: dict[str, type[Family]] = {"t5": T5, "bert": Bert, "roberta": Bert, "clip_text": ClipText}
+IMAGES: dict[str, type[Family]] = {
+    "vit": Vit, "vit_hf": Vit, "clip": Vit, "resnet": ResNet, "resnext": ResNet, "resnet_hf": ResNet, "cifar": ResNet,
+    "swin": Swin,
+}  # fmt: skip
+
+# What goes through the long suites: each family, each library and each kind of block once.
+SUITE = {**TEXT, **{name: IMAGES[name] for name in ("vit", "clip", "resnext", "cifar", "swin")}}
+
+
+def pairs(families: dict[str, type[Family]]) -> list[tuple[str, str]]:
+    """(family, tuner) for every tuner registered now."""
+    return [(name, tuner) for name, cls in families.items() for tuner in tuner_names(cls)]  # type: ignore[arg-type]

@@ -1,0 +1,137 @@
+"""Plan: bytes agree with what is stored, a config.json is enough, recommendations follow from the figures."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from extract.backbones import family_for
+from extract.checkpoint import Checkpoint
+from pipeline import plan as planning
+from pipeline.extracting import run_extract
+from pipeline.operations import count, saved_bytes
+from pipeline.plan import predict, run_plan, workload
+from pipeline.rates import Rates, random_batch
+from pipeline.recipe import Recipe
+from pipeline.shapes import known_config
+from store.errors import UserError
+from train.model import Model, Target
+from train.tuners import tuner_class, tuner_config
+
+FAST = Rates(backbone=1e9, step=0.01, decode=1e9, disk_write=1e9, disk_warm=1e9, disk_cold=1e9)
+
+
+@pytest.fixture
+def no_measuring(monkeypatch):
+    """Fixed rates: a plan must be right given the rates, whatever machine the tests run on."""
+    rates = FAST
+
+    def use(new):
+        nonlocal rates
+        rates = new
+
+    monkeypatch.setattr(planning.measured, "backbone_rate", lambda *a: rates.backbone)
+    monkeypatch.setattr(planning.measured, "step_seconds", lambda *a: rates.step)
+    monkeypatch.setattr(planning.measured, "decode_rate", lambda *a: rates.decode)
+    monkeypatch.setattr(
+        planning.measured, "disk_rates", lambda *a: (rates.disk_write, rates.disk_warm, rates.disk_cold)
+    )
+    return use
+
+
+def recipe_for(model, table, tmp_path, **more):
+    options = {"text": "first", "text_pair": "second", "label": "label", "store": str(tmp_path / "store")}
+    return Recipe(model=str(model), task=str(table), device="cpu", batch_size=16, **{**options, **more})
+
+
+@pytest.mark.parametrize("kind", ["t5", "bert"])
+@pytest.mark.parametrize("fmt", ["float16", "int8"])
+def test_predicted_bytes_are_those_stored(kind, fmt, checkpoints, table, tmp_path, no_measuring):
+    recipe = recipe_for(checkpoints[kind], table, tmp_path, tuner="lst", tuners=("lst",), format=fmt)
+    plan = predict(workload(recipe), recipe)
+    assert not plan.estimated_lengths
+    report = run_extract(recipe, lambda line: None, quiet=True)
+    assert plan.formats[fmt]["total"] == pytest.approx(report["bytes"], rel=0.05)
+
+
+def test_a_config_alone_is_enough(checkpoints, table, tmp_path, no_measuring):
+    folder = tmp_path / "shape"
+    folder.mkdir()
+    shutil.copy(checkpoints["t5"] / "config.json", folder)
+    for given in (folder, folder / "config.json"):
+        plan, text = run_plan(recipe_for(given, table, tmp_path), None, None)
+        assert plan["estimated_lengths"]
+        assert "estimated from words" in text
+        json.dumps(plan)
+
+
+def test_an_unknown_model_says_what_to_give(table, tmp_path):
+    with pytest.raises(UserError, match=r"config\.json"):
+        workload(recipe_for("nobody/nothing", table, tmp_path))
+
+
+@pytest.mark.parametrize(("rates", "pays"), [(FAST, True), (replace(FAST, backbone=1e18, decode=1e6), False)])
+def test_it_says_whether_caching_pays(rates, pays, checkpoints, table, tmp_path, no_measuring):
+    no_measuring(rates)
+    plan, text = run_plan(recipe_for(checkpoints["bert"], table, tmp_path), None, None)
+    assert plan["pays"] is pays
+    assert ("caching does not pay" in text) is not pays
+    assert ("--live" in plan["commands"][-1]) is not pays
+
+
+def test_a_budget_chooses_the_format_or_fewer_rows(checkpoints, table, tmp_path, no_measuring):
+    recipe = recipe_for(checkpoints["bert"], table, tmp_path)
+    sizes = {f: v["total"] for f, v in predict(workload(recipe), recipe).formats.items()}
+    assert predict(workload(recipe), recipe, budget=sizes["float16"]).format == "float16"
+    assert predict(workload(recipe), recipe, budget=sizes["float16"] - 1).format == "int8"
+    small = predict(workload(recipe), recipe, budget=sizes["int8"] / 2)
+    assert "--limit" in small.commands[0]
+    assert "budget" in small.recommendation
+
+
+def test_too_little_memory_makes_smaller_batches(checkpoints, table, tmp_path, no_measuring):
+    recipe = recipe_for(checkpoints["bert"], table, tmp_path)
+    need = predict(workload(recipe), recipe).memory["total"]
+    plan = predict(workload(recipe), recipe, memory=need / 2)
+    assert "--accumulate" in plan.commands[1]
+
+
+def lengths(family, n=32):
+    return {s: np.full(n, 70 if s == family.streams[0] else 2) for s in family.streams}
+
+
+def test_operations_at_the_papers_shapes():
+    """The two products of a plain encoder layer are 24 · n · D² and attention 4 · n² · D."""
+    family = family_for(known_config("bert-base"))
+    one = {"encoder": np.asarray([70])}
+    found = count(family, "probe", tuner_config("probe", {}), one)
+    pooler = 2 * 768**2  # which the model also runs
+    assert found.backbone == 12 * (24 * 70 * 768**2 + 4 * 70**2 * 768) + pooler
+    t5 = family_for(known_config("t5-base"))
+    assert count(t5, "sherl", tuner_config("sherl", {}), lengths(t5)).ratio > 15
+
+
+def test_memory_kept_is_that_of_the_real_step(checkpoints):
+    """Computed on the meta device = counted on a real step."""
+    family, config = Checkpoint(checkpoints["bert"], "bert").family, tuner_config("sherl", {})
+    states = tuner_class("sherl").states(config, family)
+    model = Model.build("sherl", config, family, family.tail(None, "sdpa"), Target("classification", 2)).train()
+    batch = random_batch(family, lengths(family, 4), states, 2, torch.device("cpu"))
+    given = (*model.parameters(), *model.tuner.tail.parameters(), *batch.states.values())
+    known, kept = {t.untyped_storage().data_ptr() for t in given}, {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model.loss(batch)
+    found = saved_bytes(family, "sherl", config, lengths(family, 4), 2)
+    assert found == pytest.approx(sum(n for n, _ in kept.values()), rel=0.25)

@@ -1,0 +1,65 @@
+"""Regression: a table of numbers on both kinds of backbone, and STS-B's grid of target texts on T5."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from store import Store
+from tests import tiny
+from tests.pipeline.test_errors import run
+
+
+@pytest.fixture(scope="module")
+def numbers(tmp_path_factory):
+    path = tmp_path_factory.mktemp("numbers") / "numbers.csv"
+    texts = tiny.sentences(80, longest=8)
+    path.write_text("words,score\n" + "".join(f"{t},{0.25 + t.count('cat') + 0.5 * t.count('the')}\n" for t in texts))
+    return path
+
+
+@pytest.mark.parametrize("family", ["t5", "bert"])
+def test_a_table_of_numbers(checkpoints, numbers, tmp_path, family):
+    options = ["--model", checkpoints[family], "--task", numbers, "--store", tmp_path / "store"]
+    assert run("extract", *options, "--text", "words", "--label", "score", "--for", "lst").exit_code == 0
+    train = ["--tuner", "lst", "--reduction", 4, "--epochs", 2, "--batch-size", 16, "--out", tmp_path / "run"]
+    result = run("train", *options, *train, "--json")
+    assert result.exit_code == 0, result.output
+    assert {"pearson", "spearman", "average"} == set(json.loads(result.stdout)["test"])
+    (tmp_path / "new.jsonl").write_text('{"words": "the cat"}\n{"words": "a dog"}\n')
+    found = run("predict", tmp_path / "run", "--input", tmp_path / "new.jsonl", "--json")
+    assert found.exit_code == 0, found.output
+    assert all(np.isfinite(p) for p in json.loads(found.stdout)["predictions"])
+
+
+def test_stsb_on_t5_scores_the_whole_grid(checkpoints, shared_data, tmp_path):
+    options = ["--model", checkpoints["t5"], "--task", "stsb", "--store", tmp_path / "store"]
+    extracted = run("extract", *options, "--data", shared_data / "glue", "--limit", 40, "--for", "sherl")
+    assert extracted.exit_code == 0, extracted.output
+    (space,) = Store.open(tmp_path / "store").spaces()
+    tables = {s: space.load_table("stsb", s) for s in ("train", "validation", "test")}
+    assert len(tables["train"].header["candidates"]) == 51
+    # Training rows hold their own target's positions, scored rows every prefix at which two targets part.
+    lengths = {s: space.plan(t.keys, ["decoder.0"], ["decoder.ids"]).lengths["decoder"] for s, t in tables.items()}
+    longest = max(len(c) for c in tables["train"].header["candidates"])
+    assert lengths["train"].max() <= longest and len(set(lengths["test"].tolist())) == 1
+    assert lengths["test"][0] > longest
+    train = ["--tuner", "sherl", "--reduction", 4, "--epochs", 1, "--batch-size", 16, "--warmup-ratio", 0.1]
+    result = run("train", *options, *train, "--out", tmp_path / "run", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["test"].keys() == {"pearson", "spearman", "average"}
+
+
+def test_real_glue_folders_run_on_a_real_encoder(shared_data, tmp_path):
+    """RTE is a smoke test: with this encoder nothing beats chance."""
+    from extract.checkpoint import local
+
+    if local("minilm") is None:
+        pytest.skip("the extra `demo` is not installed: no real encoder to test with")
+    options = ["--model", "minilm", "--task", "rte", "--store", tmp_path / "store"]
+    assert run("extract", *options, "--data", shared_data / "glue", "--limit", 48, "--for", "probe,lst").exit_code == 0
+    result = run("train", *options, "--tuner", "lst", "--epochs", 1, "--out", tmp_path / "run", "--json")
+    assert result.exit_code == 0, result.output
+    assert 0 <= json.loads(result.stdout)["test"]["accuracy"] <= 1

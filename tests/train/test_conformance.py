@@ -1,0 +1,52 @@
+"""Every tuner on every family it works on goes through the same suite; a new one does by being registered."""
+
+from __future__ import annotations
+
+import pytest
+
+from extract.checkpoint import Checkpoint
+from store import UserError
+from tests.pairs import SUITE, pairs
+from tests.train.conformance import CHECKS, Case
+from train.tuners import base, tuner_class, tuner_names
+
+
+@pytest.fixture(scope="module")
+def cases(checkpoints, pictures):
+    made: dict[tuple[str, str], Case] = {}
+
+    def get(family: str, tuner: str) -> Case:
+        if (family, tuner) not in made:
+            made[family, tuner] = Case(Checkpoint(checkpoints[family], family), tuner, pictures)
+        return made[family, tuner]
+
+    return get
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda c: c.__name__)
+@pytest.mark.parametrize(("family", "tuner"), pairs(SUITE))
+def test_pair(cases, family, tuner, check):
+    check(cases(family, tuner))
+
+
+def test_a_new_tuner_is_one_file_and_one_registering_call(cases, monkeypatch):
+    monkeypatch.setattr(base, "_TUNERS", dict(base._TUNERS))
+    from tests.train import toy_tuner  # the one file; importing it registers the tuner
+
+    monkeypatch.setitem(base._TUNERS, "toy", toy_tuner.Toy)
+    new = [p for p in pairs(SUITE) if p[1] == "toy"]
+    sequences = ["t5", "bert", "roberta", "clip_text", "vit", "clip"]
+    assert [family for family, _ in new] == sequences
+    for family, tuner in new:
+        for check in CHECKS:
+            check(cases(family, tuner))
+
+
+def test_the_toy_is_gone():
+    assert "toy" not in tuner_names()
+
+
+def test_a_tuner_without_a_form_for_a_family_says_so(checkpoints):
+    family = Checkpoint(checkpoints["cifar"], "cifar").family
+    with pytest.raises(UserError, match=r"'lst' has no form for resnet backbones.*sherl, unipt, probe"):
+        tuner_class("lst", family)

@@ -1,0 +1,105 @@
+"""Readouts: teacher-forced loss and greedy choice among targets, against the plain way of doing both."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from extract.backbones.inputs import Inputs
+from extract.backbones.text import decision_trie, gold_chain
+from train.heads.lm import LMHead
+from train.heads.pooled import PooledHead, pool
+
+VOCABULARY = 12
+
+
+class ToyTail(torch.nn.Module):
+    """A head that reads logits straight off the rows."""
+
+    def logits(self, rows, tokens=None):
+        return rows if tokens is None else rows[:, tokens]
+
+
+def batch_of(tries, labels):
+    lengths = np.asarray([len(t[0]) for t in tries])
+    columns = {
+        "decoder.ids": np.concatenate([t[0] for t in tries]).astype(np.int32),
+        "decoder.parent": np.concatenate([t[1] for t in tries]).astype(np.int32),
+    }
+    batch = Inputs({"decoder": lengths}, columns).batch()
+    batch.labels = labels
+    return batch
+
+
+TARGETS = [[3, 4, 1], [5, 1], [3, 6, 7, 1], [3, 6, 8, 1], [9, 9, 1]]
+
+
+def test_loss_is_cross_entropy_on_the_own_target():
+    head = LMHead(ToyTail(), TARGETS)
+    labels = torch.tensor([2, 1, 0, 4])
+    batch = batch_of([gold_chain(TARGETS[i], 0) for i in labels], labels)
+    rows = torch.randn(int(batch.lengths["decoder"].sum()), VOCABULARY)
+    expected = F.cross_entropy(rows, torch.tensor([t for i in labels for t in TARGETS[i]]))
+    torch.testing.assert_close(head.loss(rows, batch), expected)
+
+
+def greedy(logits_of, targets):
+    """Plain greedy decoding restricted to `targets`: the index it ends in."""
+    alive, prefix = list(range(len(targets))), ()
+    while len(alive) > 1:
+        options = {targets[i][len(prefix)] for i in alive}
+        best = max(options, key=lambda t: float(logits_of(prefix)[t]))
+        prefix = (*prefix, best)
+        alive = [i for i in alive if tuple(targets[i][: len(prefix)]) == prefix]
+    return alive[0]
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [TARGETS, [[3, 1], [4, 1]], [[3, 4, 1], [3, 5, 1]], [[i, j, 1] for i in range(2, 6) for j in range(2, 9)]],
+)
+def test_choice_is_greedy_decoding_among_the_targets(targets):
+    head = LMHead(ToyTail(), targets)
+    ids, parents = decision_trie(targets, 0)
+    prefixes: list[tuple[int, ...]] = []
+    for token, parent in zip(ids, parents, strict=True):
+        prefixes.append(() if parent < 0 else (*prefixes[parent], token))
+    torch.manual_seed(0)
+    n = 40
+    batch = batch_of([(ids, parents)] * n, None)
+    rows = torch.randn(n * len(ids), VOCABULARY)
+    expected = []
+    for s in range(n):
+        mine = rows[s * len(ids) : (s + 1) * len(ids)]
+        expected.append(greedy(lambda p, mine=mine: mine[prefixes.index(p)], targets))
+    assert head.choose(rows, batch).tolist() == expected
+    assert len(set(expected)) > 1
+
+
+def test_regression_targets_round_half_to_even_as_the_inputs_were_made():
+    from extract.tasks.base import TaskSpec
+
+    values = tuple(round(0.1 * i, 1) for i in range(51))
+    spec = TaskSpec("stsb", "regression", (), ("pearson",), ("a",), "{0}", tuple(f"{v:.1f}" for v in values), values)
+    head = LMHead(ToyTail(), [[i + 2, 1] for i in range(51)], values)
+    labels = torch.tensor([4.25, 2.35, 0.05, 0.15, 5.0, 0.0, 3.333, 2.45], dtype=torch.float64)
+    assert head.target_of(labels).tolist() == [spec.target_index(v) for v in labels.tolist()]
+
+
+def test_pooling_is_the_mean_over_a_samples_own_rows():
+    batch = Inputs({"encoder": np.array([2, 1, 3])}, {"encoder.ids": np.zeros(6, np.int32)}).batch()
+    rows = torch.arange(12.0).view(6, 2)
+    layout = batch.layout("encoder")
+    torch.testing.assert_close(pool(rows, layout), torch.stack([rows[:2].mean(0), rows[2], rows[3:].mean(0)]))
+    torch.testing.assert_close(pool(rows, layout, "first"), rows[[0, 2, 3]])
+
+
+def test_pooled_regression_is_squared_error():
+    head = PooledHead(2, 1, "regression", "encoder", "mean")
+    batch = Inputs({"encoder": np.array([1, 1])}, {"encoder.ids": np.zeros(2, np.int32)}).batch()
+    batch.labels = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    rows = torch.randn(2, 2)
+    expected = ((head.linear(rows)[:, 0] - batch.labels.float()) ** 2).mean()
+    torch.testing.assert_close(head.loss(rows, batch), expected)

@@ -1,0 +1,81 @@
+"""Several training processes see the batches of one, and take the same steps."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from store.errors import UserError
+from tests.pipeline.test_errors import run
+from train.ranks import Ranks
+from train.stream import StoreSource
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory, checkpoints: Any, table: Path) -> Path:
+    store = tmp_path_factory.mktemp("ranks") / "store"
+    words = ["--text", "first", "--text-pair", "second", "--label", "label"]
+    result = run(
+        "extract", "--model", checkpoints["bert"], "--task", table, *words, "--for", "lst,probe", "--store", store
+    )
+    assert result.exit_code == 0, result.output
+    return store
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_ranks_see_together_what_one_process_sees(stored: Path, world: int, grouped: bool) -> None:
+    from store import Store
+
+    (space,) = Store.open(stored).spaces()
+    table = space.load_table("pairs", "train")
+    options: dict[str, Any] = {"batch_size": 10, "seed": 3, "block_bytes": 4000, "group_by_length": grouped}
+
+    def epoch(rank: int, of: int, number: int) -> list[np.ndarray]:
+        source = StoreSource(space, table.keys, table.labels, ["encoder.1"], rank=rank, world=of, **options)
+        return [batch.index for batch in source.epoch(number)]
+
+    for number in range(2):
+        alone = epoch(0, 1, number)
+        shares = [epoch(rank, world, number) for rank in range(world)]
+        assert all(len(s) == len(alone) for s in shares)
+        for place, batch in enumerate(alone):
+            assert np.concatenate([s[place] for s in shares]).tolist() == batch.tolist()
+        assert sorted(np.concatenate(alone).tolist()) == list(range(len(table.keys)))
+
+
+def test_two_processes_take_the_steps_of_one(stored: Path, tmp_path: Path, table: Path) -> None:
+    """`torchrun --nproc-per-node 2 -m pipeline train …`, with a last batch too small for both."""
+    options = ["train", "--task", table, "--tuner", "probe", "--epochs", 1, "--batch-size", 19,
+               "--store", stored, "--device", "cpu"]  # fmt: skip
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pipeline"]
+    command = [*launch, *map(str, options), "--out", str(tmp_path / "two"), "--json"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert run(*options, "--out", tmp_path / "one").exit_code == 0
+
+    def losses(out: str) -> list[float]:
+        lines = (tmp_path / out / "log.jsonl").read_text().splitlines()
+        return [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]
+
+    np.testing.assert_allclose(losses("two"), losses("one"), rtol=2e-4)
+    names = {p.name for p in (tmp_path / "one").iterdir()}
+    assert {p.name for p in (tmp_path / "two").iterdir()} == names
+
+
+def test_a_wrong_environment_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="torchrun"):
+        Ranks.from_environment()
+    monkeypatch.setenv("RANK", "two")
+    with pytest.raises(UserError, match="integers"):
+        Ranks.from_environment()

@@ -1,0 +1,234 @@
+"""Stream: right rows in right batches, bounded memory, exact resume, nothing left behind."""
+
+import threading
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import store
+from store.errors import MissingStates, StoreError, UserError
+from tests.train.toys import COLUMNS, STATES, WIDTH, ToySpace, check, key, samples
+from train.stream import StoreSource
+
+SIZES = [7, 3, 12, 1, 9, 5, 8, 11, 4, 6]
+
+
+def make(monkeypatch: pytest.MonkeyPatch, space: ToySpace | None = None, **options: object) -> tuple[StoreSource, list]:
+    """A source over two thirds of the space's samples, in mixed order, with one repeated."""
+    space = space or ToySpace(SIZES)
+    monkeypatch.setattr(store, "read_block", space.read_block)
+    ids = [i for i in np.random.default_rng(0).permutation(sum(space.sizes)).tolist() if i % 3]
+    ids.append(ids[0])
+    settings = {"batch_size": 6, "seed": 3, "window": 3, "lookahead_bytes": 2000, "host_bytes": 0, **options}
+    source = StoreSource(space, [key(i) for i in ids], [i % 2 for i in ids], STATES, COLUMNS, **settings)  # type: ignore[arg-type]
+    return source, ids
+
+
+def real_space(path: Path, fmt: str, segments: int = 4, each: int = 20) -> store.Space:
+    """A real store with samples 0 … in segments of `each`."""
+    space = store.Store.create(path).create_space({"format": fmt, "format_version": 1})
+    for number in range(segments):
+        writer = space.writer({})
+        writer.add(samples(list(range(number * each, (number + 1) * each)), fmt))
+        writer.seal()
+    return space
+
+
+def indices(batches: Iterator) -> list[list[int]]:
+    return [b.index.tolist() for b in batches]
+
+
+@pytest.mark.parametrize("fmt", ["float32", "bfloat16", "float16", "int8"])
+@pytest.mark.parametrize("host_bytes", [0, 1 << 30])
+def test_batches_hold_the_right_rows(monkeypatch: pytest.MonkeyPatch, fmt: str, host_bytes: int) -> None:
+    source, ids = make(monkeypatch, ToySpace(SIZES, fmt), host_bytes=host_bytes)
+    for epoch in range(2):
+        seen = []
+        for batch in source.epoch(epoch):
+            check(batch, ids, fmt)
+            assert batch.labels is not None
+            assert batch.labels.tolist() == [ids[i] % 2 for i in batch.index]
+            seen += batch.index.tolist()
+        assert sorted(seen) == list(range(len(ids)))
+    assert sorted(chain(*indices(source.sequential()))) == list(range(len(ids)))
+
+
+@pytest.mark.parametrize("fmt", ["float32", "bfloat16", "float16", "int8"])
+def test_a_real_store(tmp_path: Path, fmt: str) -> None:
+    space = real_space(tmp_path / "store", fmt)
+    ids = [i for i in np.random.default_rng(0).permutation(80).tolist() if i % 4]
+    runs = []
+    for options in ({"host_bytes": 0}, {"host_bytes": 1 << 30}):
+        source = StoreSource(
+            space, [key(i) for i in ids], None, STATES, COLUMNS, batch_size=7, window=3, block_bytes=2000, **options
+        )  # type: ignore[arg-type]
+        assert len(source.plan.blocks) > 4 and source.tier == ("host" if options["host_bytes"] else "disk")
+        runs.append([])
+        for epoch in range(2):
+            for batch in source.epoch(epoch):
+                check(batch, ids, fmt)
+                runs[-1].append(batch.index.tolist())
+    assert runs[0] == runs[1] and len(list(chain(*runs[0]))) == 2 * len(ids)
+
+
+def test_a_flipped_bit_stops_the_epoch(tmp_path: Path) -> None:
+    space = real_space(tmp_path / "store", "float32")
+    chunk = next(p for p in sorted((tmp_path / "store").rglob("encoder.2/c*")) if p.is_file())
+    raw = bytearray(chunk.read_bytes())
+    raw[5] ^= 1
+    chunk.write_bytes(raw)
+    source = StoreSource(space, [key(i) for i in range(80)], None, STATES, batch_size=8)
+    with pytest.raises(StoreError, match=r"encoder\.2"):
+        list(source.epoch(0))
+
+
+def test_what_is_not_stored_is_said(tmp_path: Path) -> None:
+    space = real_space(tmp_path / "store", "float32")
+    with pytest.raises(MissingStates) as caught:
+        StoreSource(space, [key(i) for i in range(70, 90)], None, ["encoder.0", "encoder.9"], batch_size=8)
+    assert caught.value.samples == 10 and caught.value.states == ("encoder.9",)
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 3])
+def test_resume_gives_the_remaining_batches(monkeypatch: pytest.MonkeyPatch, ahead: int) -> None:
+    source, _ = make(monkeypatch, ahead=ahead)
+    whole = list(source.epoch(4))
+    assert len(whole) == len(source)
+    for start in (0, 1, 4, len(source)):
+        rest = list(source.epoch(4, start))
+        assert [b.index.tolist() for b in rest] == [b.index.tolist() for b in whole[start:]]
+        for a, b in zip(rest, whole[start:], strict=True):
+            assert all(torch.equal(a.states[s], b.states[s]) for s in STATES)
+
+
+def test_the_tier_and_the_threads_do_not_change_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(**options: object) -> list[list[list[int]]]:
+        source, _ = make(monkeypatch, **options)
+        return [indices(source.epoch(e)) for e in range(2)]
+
+    base = run()
+    for options in ({"host_bytes": 1 << 30}, {"workers": 1}, {"lookahead_bytes": 0}, {"ahead": 0}):
+        assert run(**options) == base
+
+
+@pytest.mark.parametrize("world", [1, 2, 4, 8])
+def test_ranks_share_each_batch(monkeypatch: pytest.MonkeyPatch, world: int) -> None:
+    base = indices(make(monkeypatch)[0].epoch(1))
+    shares = []
+    for rank in range(world):
+        source, ids = make(monkeypatch, rank=rank, world=world)
+        batches = list(source.epoch(1))
+        for batch in batches:
+            assert all(batch.states[name].shape[1] == WIDTH for name in STATES)  # also of an empty share
+            if len(batch):
+                check(batch, ids)
+        shares.append([b.index.tolist() for b in batches])
+    assert [list(chain(*parts)) for parts in zip(*shares, strict=True)] == base
+
+
+def test_each_block_is_read_once_an_epoch_and_few_are_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    from train import stream
+
+    made = []
+
+    class Watched(stream.LookAhead):
+        def __init__(self, *args: object) -> None:
+            super().__init__(*args)  # type: ignore[arg-type]
+            made.append(self)
+
+    monkeypatch.setattr(stream, "LookAhead", Watched)
+    space = ToySpace([5] * 40)
+    source, _ = make(monkeypatch, space)
+    for _ in source.epoch(0):
+        pass
+    assert sorted(space.reads) == list(range(40))
+    assert made[0].most_open <= 1.5 * 3 + 2 + 3  # window, look-ahead of two blocks, those a batch opens at once
+
+
+def test_the_host_tier_reads_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    space = ToySpace(SIZES)
+    source, _ = make(monkeypatch, space, host_bytes=1 << 30)
+    assert source.tier == "host"
+    for epoch in range(3):
+        for _ in source.epoch(epoch):
+            pass
+    assert sorted(space.reads) == list(range(len(SIZES)))
+    source.forget()
+    list(source.sequential())
+    assert len(space.reads) == 2 * len(SIZES)
+
+
+def test_leaving_early_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = set(threading.enumerate())
+    space = ToySpace(SIZES, delay=0.01)
+    source, _ = make(monkeypatch, space)
+    batches = source.epoch(0)
+    next(batches)
+    assert set(threading.enumerate()) > before
+    batches.close()  # type: ignore[attr-defined]
+    assert set(threading.enumerate()) == before
+    for _ in source.epoch(1):
+        break
+    assert set(threading.enumerate()) == before
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_a_damaged_block_is_reported_and_ends_the_epoch(monkeypatch: pytest.MonkeyPatch, ahead: int) -> None:
+    before = set(threading.enumerate())
+    source, _ = make(monkeypatch, ToySpace(SIZES, fail=4), ahead=ahead)
+    with pytest.raises(StoreError, match="block 4 is damaged"):
+        list(source.epoch(0))
+    assert set(threading.enumerate()) == before
+
+
+def test_a_cluster_gives_the_same_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    distributed = pytest.importorskip("distributed")
+    base = indices(make(monkeypatch)[0].epoch(0))
+    with distributed.LocalCluster(
+        n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None, protocol="tcp", host="127.0.0.1"
+    ) as cluster:
+        source, ids = make(monkeypatch, scheduler=cluster.scheduler_address)
+        batches = list(source.epoch(0))
+        for batch in batches:
+            check(batch, ids)
+        assert indices(iter(batches)) == base
+        for _ in source.epoch(1):
+            break
+        clients = [c for c in cluster.scheduler.clients if c.startswith("Client-") and "worker" not in c]
+        assert len(cluster.scheduler.tasks) == 0
+        assert not clients
+
+
+def test_no_scheduler_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("distributed")
+    source, _ = make(monkeypatch, scheduler="not-an-address")
+    with pytest.raises(UserError, match="no Dask scheduler answers at not-an-address"):
+        next(source.epoch(0))
+
+
+@pytest.mark.parametrize(
+    ("labels", "kind"), [([0, 1, 2], torch.int64), ([0.5, 1, 2.0], torch.float32), ([None] * 3, None), (None, None)]
+)
+def test_labels(monkeypatch: pytest.MonkeyPatch, labels: list | None, kind: torch.dtype | None) -> None:
+    space = ToySpace([3])
+    monkeypatch.setattr(store, "read_block", space.read_block)
+    source = StoreSource(space, [key(i) for i in range(3)], labels, STATES, COLUMNS, batch_size=3)
+    (batch,) = source.sequential()
+    assert (None if batch.labels is None else batch.labels.dtype) == kind
+
+
+def test_wrong_options_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for options in ({"batch_size": 0}, {"window": 0}, {"seed": -1}, {"lookahead_bytes": -1}, {"rank": 1}):
+        with pytest.raises(UserError, match=next(iter(options))):
+            make(monkeypatch, **options)
+    space = ToySpace([3])
+    with pytest.raises(UserError, match="no samples"):
+        StoreSource(space, [], [], STATES, batch_size=2)
+    with pytest.raises(UserError, match="1 of 3 samples have no label, the first is row 1"):
+        StoreSource(space, [key(i) for i in range(3)], [0, None, 1], STATES, batch_size=2)
+    with pytest.raises(UserError, match="start"):
+        make(monkeypatch)[0].epoch(0, 99)

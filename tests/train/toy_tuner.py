@@ -1,0 +1,37 @@
+"""A tuner as small as they come: the last state scaled, channel by channel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from extract.backbones.base import Family, Tail
+from extract.backbones.batch import Batch
+from train.tuners import Tuner, TunerConfig, register
+
+
+@dataclass(frozen=True)
+class ToyConfig(TunerConfig):
+    """No options of its own."""
+
+
+@register("toy", ToyConfig)
+class Toy(Tuner):
+    description = "the last state, scaled"
+    pooled = True
+
+    def __init__(self, config: ToyConfig, family: Family, tail: Tail) -> None:
+        super().__init__(config, family, tail)
+        self.stream, self.output_width = family.streams[0], family.width
+        self.scale = nn.Parameter(torch.ones(family.width))
+        (self.state,) = self.states(config, family)
+
+    @classmethod
+    def states(cls, config: ToyConfig, family: Family) -> list[str]:
+        stream = family.streams[0]
+        return [f"{stream}.{family.depth(stream) - 1}"]
+
+    def forward(self, batch: Batch) -> Tensor:
+        return self.scale * batch.states[self.state].float()
