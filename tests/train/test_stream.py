@@ -211,7 +211,7 @@ def test_no_scheduler_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize(
-    ("labels", "kind"), [([0, 1, 2], torch.int64), ([0.5, 1, 2.0], torch.float32), ([None] * 3, None), (None, None)]
+    ("labels", "kind"), [([0, 1, 2], torch.int64), ([0.5, 1, 2.0], torch.float64), ([None] * 3, None), (None, None)]
 )
 def test_labels(monkeypatch: pytest.MonkeyPatch, labels: list | None, kind: torch.dtype | None) -> None:
     space = ToySpace([3])
