@@ -26,6 +26,7 @@ from extract.backbones.live import Backbone
 from extract.order import consecutive_batches, extraction_batches
 from store import SEGMENT_BYTES, SEGMENT_SECONDS, Encoded, Samples, Segment, SegmentWriter, Space, encode
 from store.errors import NonFinite, UserError
+from store.malloc import keep_freed_memory
 
 
 class Interrupted(UserError):
@@ -68,6 +69,7 @@ def compute(
     `describe(key)` names a sample in an error. Raises UserError for a non-finite state (naming sample and layer), a
     full disk, or Ctrl-C; whatever was finished before is sealed and never computed again.
     """
+    keep_freed_memory()
     space.sweep()
     report = Report(samples=len(set(keys)), truncated=int(inputs.truncated.sum()))
     work = plan_work(space, inputs, keys, states)

@@ -160,6 +160,12 @@ def chunk_buffers(array: ArraySpec, data: np.ndarray) -> Iterator[tuple[str, lis
         yield array.chunk_file(index), [flat, crc]
 
 
+def wanted_chunks(array: ArraySpec, runs: Runs) -> list[int]:
+    """The chunks that hold the rows of `runs`, ascending."""
+    step = array.chunk_rows
+    return sorted({c for a, b in runs if b > a for c in range(a // step, -(-b // step))})
+
+
 def read_rows(files: Files, folder: str, array: ArraySpec, runs: Runs, digests: Digests) -> np.ndarray:
     """The rows of `runs` (ascending, disjoint), back to back. Reads only the chunks that hold them.
 
@@ -173,8 +179,7 @@ def read_rows(files: Files, folder: str, array: ArraySpec, runs: Runs, digests: 
     out = np.empty((int(at[-1]), *array.shape[1:]), array.numpy)
     scratch: np.ndarray | None = None
     step = array.chunk_rows
-    wanted = {c for a, b in runs if b > a for c in range(a // step, -(-b // step))}
-    for index in sorted(wanted):
+    for index in wanted_chunks(array, runs):
         low, high = index * step, min((index + 1) * step, array.shape[0])
         first = int(np.searchsorted(stops, low, "right"))
         last = int(np.searchsorted(starts, high, "left"))

@@ -114,10 +114,14 @@ def decode(encoded: Encoded, dtype: torch.dtype = torch.float32) -> Tensor:
     values, scale = encoded.values, encoded.scale
     if scale is None:
         return values.to(dtype)
-    if encoded.format == "int8":
-        return values.to(torch.float32).mul_(scale[:, None]).to(dtype)
-    factor = torch.ldexp(torch.ones_like(scale, dtype=torch.float32), scale)
-    return values.to(torch.float32).mul_(factor[:, None]).to(dtype)
+    return rescale(values.to(torch.float32), scale).to(dtype)
+
+
+def rescale(values: Tensor, scale: Tensor) -> Tensor:
+    """`values` (rows, width) float32 times their rows' scales, in place: float32 factors, or int8 exponents of two."""
+    if scale.dtype == torch.int8:
+        scale = torch.ldexp(torch.ones_like(scale, dtype=torch.float32), scale)
+    return values.mul_(scale[:, None])
 
 
 def _peak(x: Tensor, limit: float) -> Tensor:

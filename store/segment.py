@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from store.arrays import ArraySpec, Runs, check_file, damaged, parse_group, read_rows
+from store.arrays import ArraySpec, Runs, check_file, damaged, parse_group, read_rows, wanted_chunks
 from store.document import parse_json
 from store.errors import MissingStates, StoreError
 from store.files import Files
@@ -129,6 +129,14 @@ class Segment:
         if absent:
             raise MissingStates(f"segment {self.id} does not hold {', '.join(absent)}", 0, absent)
         rows = {stream: [(int(o[a]), int(o[b])) for a, b in runs] for stream, o in self.offsets.items()}
+        if self.files.local:
+            arrays = [(self.arrays[name], rows[stream_of(name)]) for name in states]
+            self.files.will_need(
+                f"{self.folder}/{array.chunk_file(i)}"
+                for array, wanted in arrays
+                if not array.foreign_grid
+                for i in wanted_chunks(array, wanted)
+            )
         return Samples(
             [key for a, b in runs for key in self.keys[a:b]],
             {s: np.concatenate([v[a:b] for a, b in runs] or [v[:0]]) for s, v in self.lengths.items()},

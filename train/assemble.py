@@ -1,21 +1,24 @@
-"""Batches from blocks: the rows of the wanted samples are gathered as stored, then decoded once.
+"""Batches from blocks: the rows of the wanted samples, gathered and decoded.
 
-Everything is vectorised over samples; Python runs once per block and state. Price: each value is read once from its
-block, written once as stored and once decoded (the last is saved for float32).
+Long samples are copied whole, from the block into the batch's own memory, converted on the way: each value is read once
+and written once. Short ones (a decoder's few positions) are gathered by row and then decoded, since a copy a sample
+would cost more than what it moves. Python runs once per block and state.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from extract.backbones.batch import Batch, stream_of
-from store.formats import Encoded, decode
+from store.formats import Encoded, decode, rescale
 from store.samples import Samples
+
+LONG = 16  # rows a sample on average, from which on samples are copied one by one
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class Loaded:
     samples: Samples
     offsets: dict[str, np.ndarray]
     columns: dict[str, Tensor]
+    views: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, samples: Samples) -> Loaded:
@@ -33,6 +37,14 @@ class Loaded:
             {stream: samples.offsets(stream) for stream in samples.lengths},
             {name: torch.from_numpy(np.ascontiguousarray(column)) for name, column in samples.columns.items()},
         )
+
+    def pick(self, name: str, slot: np.ndarray) -> list[Tensor]:
+        """The rows of state `name` of the samples `slot`, as stored: views, not copies."""
+        if name not in self.views:
+            lengths = self.samples.lengths[stream_of(name)].tolist()
+            self.views[name] = self.samples.states[name].values.split(lengths)
+        views = self.views[name]
+        return [views[i] for i in slot.tolist()]
 
 
 @dataclass(frozen=True)
@@ -65,6 +77,10 @@ class Rows:
             at += len(wanted)
         return cls(runs)
 
+    @property
+    def total(self) -> int:
+        return self.runs[-1][1] if self.runs else 0
+
     def take(self, sources: Sequence[Tensor]) -> Tensor:
         """The rows of all sources, copied once into one tensor."""
         if len(sources) == 1:
@@ -93,21 +109,39 @@ def assemble(
 
     out: dict[str, Tensor] = {}
     for name in states:
-        picked = gather([p.block.samples.states[name] for p in parts], rows[stream_of(name)])
-        out[name] = place(decode(picked, dtype))
+        stream = stream_of(name)
+        if rows[stream].total > LONG * len(lengths[stream]):
+            out[name] = copied(parts, name, lengths[stream], rows[stream], dtype, pin)
+        else:
+            picked = gather([p.block.samples.states[name] for p in parts], rows[stream])
+            out[name] = place(decode(picked, dtype))
     side: dict[str, Tensor] = {}
     for name in columns:
         side[name] = place(rows[stream_of(name)].take([p.block.columns[name] for p in parts]).long())
     return Batch(out, side, lengths)
 
 
+def copied(parts: Sequence[Part], name: str, lengths: np.ndarray, rows: Rows, dtype: torch.dtype, pin: bool) -> Tensor:
+    """The state `name` of the samples of all parts, decoded: a copy a sample, all made in one call."""
+    sources = [p.block.samples.states[name] for p in parts]
+    scale = scales(sources, rows)
+    # Scaled rows are rebuilt in float32, as `decode` does.
+    kind = dtype if scale is None else torch.float32
+    out = torch.empty(rows.total, sources[0].width, dtype=kind, pin_memory=pin)
+    torch._foreach_copy_(out.split(lengths.tolist()), [v for p in parts for v in p.block.pick(name, p.slot)])
+    return out if scale is None else rescale(out, scale).to(dtype)
+
+
+def scales(sources: Sequence[Encoded], rows: Rows) -> Tensor | None:
+    """The scales of the given rows, None where no source has any."""
+    found = [e.scale for e in sources]
+    known = next((s for s in found if s is not None), None)
+    if known is None:
+        return None
+    # A block in which no float16 row needed scaling has no exponents; beside one that has, they are 0.
+    return rows.take([known.new_zeros(e.rows) if s is None else s for e, s in zip(sources, found, strict=True)])
+
+
 def gather(sources: Sequence[Encoded], rows: Rows) -> Encoded:
     """The given rows of each source, one source after another, copied once. Sources share one number format."""
-    values = rows.take([e.values for e in sources])
-    scales = [e.scale for e in sources]
-    known = next((s for s in scales if s is not None), None)
-    if known is None:
-        return Encoded(values)
-    # A block in which no float16 row needed scaling has no exponents; beside one that has, they are 0.
-    filled = [known.new_zeros(len(e.values)) if s is None else s for e, s in zip(sources, scales, strict=True)]
-    return Encoded(values, rows.take(filled))
+    return Encoded(rows.take([e.values for e in sources]), scales(sources, rows))

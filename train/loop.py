@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from extract.backbones.batch import Batch
 from store.errors import UserError
+from store.malloc import keep_freed_memory
 from train import checkpoint
 from train.evaluate import Score, Trainable, autocast, closing, evaluate
 from train.interrupt import Interrupt, Interrupted
@@ -62,6 +63,7 @@ def fit(
     `tuner.safetensors`. Raises NotFinite, Interrupted (the run can be resumed), UserError for options or files that
     do not fit.
     """
+    keep_freed_memory()
     run = _Run(model, train_source, validation_source, test_source, options, Path(run_dir), score, torch.device(device))
     run.info = dict(info or {})
     run.ranks.begin(run.device)

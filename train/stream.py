@@ -18,11 +18,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from extract.backbones.batch import Batch
 from store import SEGMENT_BYTES
 from store.errors import UserError
+from store.malloc import keep_freed_memory
 from train.assemble import Loaded, Part, assemble
 from train.lookahead import LookAhead
 from train.order import Order, rank_slice
@@ -131,6 +133,7 @@ class StoreSource:
     def _run(self, batches: list[np.ndarray]) -> Iterator[Batch]:
         if not batches:
             return
+        keep_freed_memory()
         begun = time.perf_counter()
         shares = [rank_slice(b, self._rank, self._world) for b in batches]
         # A rank whose share of a last, small batch is empty still makes the step: it needs a block for the widths.
@@ -140,7 +143,7 @@ class StoreSource:
         ]
         reader = make_reader(self._scheduler, self._workers)
         blocks = LookAhead(uses, self.plan.blocks, reader, self._lookahead, self._kept, self.tier == "host")
-        maker = ThreadPoolExecutor(1, thread_name_prefix="make-batch") if self._ahead else None
+        maker = ThreadPoolExecutor(1, "make-batch", _one_thread) if self._ahead else None
         pending: deque[Future[Batch]] = deque()
         try:
             for number, share in enumerate(shares):
@@ -176,6 +179,12 @@ class StoreSource:
             if self._pin:
                 batch.labels = batch.labels.pin_memory()
         return batch
+
+
+def _one_thread() -> None:
+    """The thread that makes batches computes alone: a second team of threads would fight that of the step."""
+    torch.get_num_threads()  # at its first use in a thread torch sets the thread's number of them, so that comes first
+    threadpool_limits(1, "openmp")  # of the calling thread; that of no other is touched
 
 
 def label_tensor(labels: Sequence[int | float | None] | np.ndarray | None, n: int) -> Tensor | None:

@@ -30,6 +30,7 @@ from extract.backbones.base import (
     register,
 )
 from extract.backbones.batch import Batch
+from extract.backbones.dropout import SIDE, use_fast_dropout
 from extract.backbones.inputs import Inputs, ragged
 from extract.backbones.text import tokenize
 
@@ -47,11 +48,11 @@ class BertTail(Tail):
     def __init__(self, config: Any, attention: str) -> None:
         super().__init__()
         self.config = copy.deepcopy(config)
-        self.config._attn_implementation = attention
+        self.attention = attention
         bert = config.model_type == "bert"
         self.embeddings: nn.Module = (BertEmbeddings if bert else RobertaEmbeddings)(self.config)
         self.layer: nn.Module = (BertLayer if bert else RobertaLayer)(self.config)
-        freeze(self)
+        use_fast_dropout(freeze(self))
 
     def embed(self, batch: Batch, stream: str = "encoder") -> Tensor:
         return batch.layout(stream).unpad(self.embeddings(**_padded(self.config, batch)))
@@ -59,7 +60,10 @@ class BertTail(Tail):
     def forward(self, hidden: dict[str, Tensor], batch: Batch) -> Tensor:
         layout = batch.layout("encoder")
         rows = hidden["encoder"]
-        mask = key_mask(layout, self.config._attn_implementation, rows.dtype)
+        # Evaluation computes as the backbone did, bit for bit. Training has attention dropout, which is slow in sdpa.
+        attention = SIDE if self.training and rows.device.type == "cpu" else self.attention
+        self.config._attn_implementation = attention
+        mask = key_mask(layout, attention, rows.dtype)
         return layout.unpad(self.layer(layout.pad(rows), mask))
 
 
@@ -73,9 +77,9 @@ class BertSideStack(SideStack):
         side = copy.deepcopy(config)
         side.hidden_size = self.width
         side.intermediate_size = config.intermediate_size // reduction
-        side._attn_implementation = "sdpa"
+        side._attn_implementation = SIDE
         block = BertLayer if config.model_type == "bert" else RobertaLayer
-        self.blocks = nn.ModuleList(block(side) for _ in layers)
+        self.blocks = nn.ModuleList(use_fast_dropout(block(side)) for _ in layers)
         self.norm = nn.LayerNorm(self.width, eps=config.layer_norm_eps)
         for module in self.blocks.modules():
             if isinstance(module, nn.Linear):
@@ -83,7 +87,7 @@ class BertSideStack(SideStack):
                 nn.init.zeros_(module.bias)
 
     def context(self, batch: Batch, stream: str, memory: Tensor | None) -> Tensor:
-        return key_mask(batch.layout(stream), "sdpa", torch.float32)
+        return key_mask(batch.layout(stream), SIDE, torch.float32)
 
     def block(self, index: int, grid: Tensor, context: Tensor) -> Tensor:
         return self.blocks[index](grid, context)

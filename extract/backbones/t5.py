@@ -33,6 +33,7 @@ from extract.backbones.base import (
     register,
 )
 from extract.backbones.batch import Batch
+from extract.backbones.dropout import SIDE, Dropout, use_fast_dropout
 from extract.backbones.inputs import Inputs, ragged
 from extract.backbones.t5_attention import cross_attend, is_cheaper
 from extract.backbones.text import decision_trie, gold_chain, tokenize
@@ -94,8 +95,9 @@ class T5Tail(Tail):
         self.relative_attention_bias = nn.Embedding(config.relative_attention_num_buckets, config.num_heads)
         self.encoder_norm = T5LayerNorm(config.d_model, eps=config.layer_norm_epsilon)
         self.decoder_norm = T5LayerNorm(config.d_model, eps=config.layer_norm_epsilon)
+        use_fast_dropout(self)
         self.lm_head = None if tied else nn.Linear(config.d_model, config.vocab_size, bias=False)
-        self.dropout = nn.Dropout(config.dropout_rate)
+        self.dropout = Dropout(config.dropout_rate)
         freeze(self)
 
     def embed(self, batch: Batch, stream: str) -> Tensor:
@@ -128,14 +130,14 @@ class T5SideStack(SideStack):
 
     def __init__(self, config: Any, stream: str, layers: Sequence[int], reduction: int) -> None:
         super().__init__()
-        side = _decoder_config(config, "sdpa") if stream == "decoder" else _encoder_config(config, "sdpa")
+        side = _decoder_config(config, SIDE) if stream == "decoder" else _encoder_config(config, SIDE)
         side.d_model, side.d_ff, side.d_kv = (n // reduction for n in (config.d_model, config.d_ff, config.d_kv))
         side.num_layers = len(layers)
         side.vocab_size = 1  # the stack's own embedding is thrown away below
         stack = T5Stack(side)
         self.width, self.config, self.stream = side.d_model, side, stream
-        self.blocks, self.norm = stack.block, stack.final_layer_norm
-        self.dropout = nn.Dropout(config.dropout_rate)
+        self.blocks, self.norm = use_fast_dropout(stack.block), stack.final_layer_norm
+        self.dropout = Dropout(config.dropout_rate)
 
     @property
     def _attention(self) -> Any:
@@ -146,10 +148,10 @@ class T5SideStack(SideStack):
         table, layout = self._attention.relative_attention_bias, batch.layout(stream)
         if self.stream == "decoder":
             assert memory is not None
-            context = decoder_context(batch, table, self.config, "sdpa", torch.float32)
+            context = decoder_context(batch, table, self.config, SIDE, torch.float32)
             return context, batch.layout("encoder").pad(memory)
         longest = layout.mask.shape[1]
-        return key_mask(layout, "sdpa", torch.float32), self._attention.compute_bias(longest, longest)
+        return key_mask(layout, SIDE, torch.float32), self._attention.compute_bias(longest, longest)
 
     def block(self, index: int, grid: Tensor, context: Any) -> Tensor:
         if self.stream == "decoder":

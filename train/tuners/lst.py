@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from extract.backbones.base import Family, Tail
 from extract.backbones.batch import Batch
+from extract.backbones.dropout import Dropout
 from train.tuners.base import Tuner, TunerConfig, checked_reduction, linear, register
 
 
@@ -42,7 +43,7 @@ class Ladder(nn.Module):
         self.down = nn.ModuleList(linear(family.width, inner) for _ in self.layers)
         self.gates = nn.Parameter(torch.zeros(family.depth(stream)))
         self.side = family.side_stack(stream, self.layers, config.reduction)
-        self.dropout = nn.Dropout(family.dropout)
+        self.dropout = Dropout(family.dropout)
 
     def forward(self, batch: Batch, embedding: Tensor, memory: Tensor | None) -> Tensor:
         """(rows, D) embedding → (rows, D / r), normalised. `memory`: the stream before, if any, (rows, D / r)."""

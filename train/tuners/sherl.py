@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from extract.backbones.base import Family, Tail
 from extract.backbones.batch import Batch
+from extract.backbones.dropout import Dropout
 from train.tuners.base import Tuner, TunerConfig, checked_reduction, register
 from train.tuners.mtsa import BLENDS, MTSA
 
@@ -55,7 +56,7 @@ class Sherl(Tuner):
             }
         )
         self.norm = nn.ModuleDict({s: family.norm(s) for s in family.streams})
-        self.dropout = nn.Dropout(family.dropout)
+        self.dropout = Dropout(family.dropout)
         self.stream, self.output_width = family.streams[-1], family.width
 
     @classmethod

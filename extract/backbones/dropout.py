@@ -1,0 +1,78 @@
+"""Dropout and attention for the trained part on a CPU, where torch's own dropout costs more than the products near it.
+
+A Bernoulli mask takes 5.7 ns a value there; 16 random bits a value, compared with a threshold, take 0.8 ns. Both draw
+from torch's generator. On any other device, and in eval mode, torch's own kernels run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface
+
+_LEVELS = 1 << 16
+SIDE = "side"  # the name of `side_attention` in a transformers configuration
+
+
+def kept(shape: torch.Size, p: float) -> tuple[Tensor, float]:
+    """(bool mask that is false with probability p, 1 / the probability of true) on the host. p counts in steps of
+    1 / 65,536; the factor belongs to the step that is used."""
+    cut, count = round(p * _LEVELS), shape.numel()
+    bits = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(1 << 63), None)
+    mask = bits.view(torch.int16)[:count].view(shape) >= cut - _LEVELS // 2
+    return mask, _LEVELS / max(1, _LEVELS - cut)
+
+
+def drop(x: Tensor, p: float, training: bool) -> Tensor:
+    """`x` with each value zero with probability `p` and the others scaled by 1 / (1 − p), while training."""
+    if not training or p == 0 or x.device.type != "cpu" or p == 1:
+        return F.dropout(x, p, training)
+    mask, factor = kept(x.shape, p)
+    return x * mask.to(x.dtype).mul_(factor)
+
+
+class Dropout(nn.Dropout):
+    """`nn.Dropout` with the mask of `drop`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return drop(input, self.p, self.training)
+
+
+def use_fast_dropout(module: nn.Module) -> nn.Module:
+    """Every `nn.Dropout` within `module` becomes a `Dropout`."""
+    for name, child in list(module.named_children()):
+        if type(child) is nn.Dropout:
+            setattr(module, name, Dropout(child.p))
+        else:
+            use_fast_dropout(child)
+    return module
+
+
+def side_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    position_bias: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention in plain products: (B, H, P, d) queries over (B, H, L, d) → (B, P, H, d).
+
+    `attention_mask` is additive, broadcast to (B, H, P, L). With attention dropout torch's fused kernel falls back to
+    a path of twice as many passes over the (B, H, P, L) weights.
+    """
+    scores = torch.matmul(query * (query.shape[-1] ** -0.5 if scaling is None else scaling), key.transpose(2, 3))
+    for term in (position_bias, attention_mask):
+        if term is not None:
+            scores += term
+    weights = drop(scores.softmax(-1), dropout, module.training)
+    return torch.matmul(weights, value).transpose(1, 2), None
+
+
+AttentionInterface.register(SIDE, side_attention)
