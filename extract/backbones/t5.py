@@ -139,6 +139,8 @@ class T5SideStack(SideStack):
         self.blocks, self.norm = use_fast_dropout(stack.block), stack.final_layer_norm
         self.dropout = Dropout(config.dropout_rate)
 
+    blocks: Any
+
     @property
     def _attention(self) -> Any:
         first: Any = self.blocks[0]
