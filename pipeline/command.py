@@ -28,7 +28,8 @@ def command(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             result, text = function(as_json=as_json, **options)
         except UserError as error:
-            click.echo(f"error: {' '.join(str(error).split())}", err=True)
+            if not error.everywhere or os.environ.get("RANK", "0") == "0":
+                click.echo(f"error: {' '.join(str(error).split())}", err=True)
             sys.exit(error.exit_code)
         except KeyboardInterrupt:
             click.echo("stopped", err=True)

@@ -116,7 +116,7 @@ def run_extract(recipe: Recipe, say: Say, quiet: bool = False, task: Task | None
     else:
         report = compute(space, inputs, keys, states, backbone, describe=_describer(splits), **how)
     for split in splits:
-        space.save_table(_table(task, split, candidates, checkpoint))
+        space.save_table(_table(task, split, candidates, checkpoint, splits))
     report.seconds = time.perf_counter() - started
     return _finish(say, store, space, task, splits, states, report)
 
@@ -213,10 +213,12 @@ def task_tables(checkpoint: Checkpoint, task: Task, recipe: Recipe, options: Tex
     candidates = family.candidates(checkpoint.tokenizer, task.spec.targets) if family.readout == "lm" else []
     names = [s for s in SPLITS if s in task.splits]
     splits = [_split(family, checkpoint, task, name, recipe.limit, options, candidates) for name in names]
-    return {s.name: _table(task, s, candidates, checkpoint) for s in splits}
+    return {s.name: _table(task, s, candidates, checkpoint, splits) for s in splits}
 
 
-def _table(task: Task, split: Split, candidates: Sequence[Sequence[int]], checkpoint: Checkpoint) -> TaskTable:
+def _table(
+    task: Task, split: Split, candidates: Sequence[Sequence[int]], checkpoint: Checkpoint, splits: Sequence[Split]
+) -> TaskTable:
     header = {
         "task": task.spec.name,
         "split": split.name,
@@ -226,6 +228,7 @@ def _table(task: Task, split: Split, candidates: Sequence[Sequence[int]], checkp
         "candidates": [list(c) for c in candidates],
         "decoder": "gold" if split.name == "train" and candidates else "trie" if candidates else "",
         "model": checkpoint.name,
+        "beside": {s.name: len(s.rows) for s in splits},
         "provenance": task.provenance,
         "truncated": int(split.inputs.truncated.sum()),
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

@@ -7,7 +7,8 @@ from typing import Any
 
 from pipeline.report import pairs_text, size_text, table_text
 from store import Segment, Space, Store
-from store.names import is_segment, space_path
+from store.names import is_segment, segment_path, space_path
+from store.sweep import lost_manifest
 
 
 def status_what(store: Store) -> dict[str, Any]:
@@ -27,6 +28,8 @@ def _space_what(store: Store, space: Space) -> dict[str, Any]:
         rows[table.split] = max(rows.get(table.split, 0), table.rows)
     names = [n for n in space.files.names(f"{space_path(space.id)}/segments") if is_segment(n)]
     superseded = space.superseded()
+    unsealed = set(names) - {s.id for s in segments} - set(superseded)
+    lost = [n for n in unsealed if lost_manifest(space.files, segment_path(space.id, n))]
     return {
         "space": space.id,
         "model": ", ".join(source.get("names", ["?"])),
@@ -37,7 +40,8 @@ def _space_what(store: Store, space: Space) -> dict[str, Any]:
         "states": sorted({n for s in segments for n in s.states}),
         "bytes": sum(s.nbytes for s in segments),
         "tasks": tasks,
-        "unsealed": len(set(names) - {s.id for s in segments} - set(superseded)),
+        "unsealed": len(unsealed) - len(lost),
+        "without a manifest": len(lost),
         "superseded": len(superseded),
         "written": _written(segments),
     }
@@ -75,7 +79,7 @@ def status_text(what: dict[str, Any]) -> str:
     lines = [f"store {what['store']}: {len(what['spaces'])} feature space{'s' * (len(what['spaces']) != 1)}"]
     for s in what["spaces"]:
         i, w = s["identity"], s["written"]
-        more = [f"{s[k]} {k}" for k in ("unsealed", "superseded") if s[k]]
+        more = [f"{s[k]} {k}" for k in ("unsealed", "without a manifest", "superseded") if s[k]]
         length = f", up to {i['max_length']} tokens" if i.get("max_length") else ""
         lines += [
             "",

@@ -5,6 +5,8 @@ class UserError(Exception):
     """Something the user can mend. Its message is one line: what is wrong, where, what to do."""
 
     exit_code = 2
+    # Whether every training process ends with it; then one of them says so.
+    everywhere = False
 
 
 class StoreError(UserError):

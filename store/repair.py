@@ -20,8 +20,10 @@ from store.names import FORMAT, MAX_SMALL_JSON, is_key, segment_path, space_path
 from store.places import open_files
 from store.rewrite import salvage
 from store.segment import Problem, Segment
-from store.space import Space
+from store.space import LOST, Space
 from store.store import KIND
+from store.sweep import lost_manifest
+from store.tables import verify_tables
 
 QUARANTINE = "quarantine"
 
@@ -74,7 +76,8 @@ def _store_file(files: Files, done: Repaired, dry_run: bool) -> bool:
     except (StoreError, FileNotFoundError) as error:
         if "newer version" in str(error) or not files.names("spaces"):
             raise StoreError(f"{files.root} is not a store that this version can repair") from None
-        done.problems.append({"file": "store.json", "what": str(error) or "is missing"})
+        what = str(error) if isinstance(error, StoreError) else "is missing"
+        done.problems.append({"file": "store.json", "what": what})
         if not dry_run:
             _aside(files, "store.json", done, dry_run)
             files.publish("store.json", dump_document({"kind": KIND, "format": FORMAT}))
@@ -87,7 +90,12 @@ def _repair_space(space: Space, done: Repaired, dry_run: bool) -> None:
     superseded = set(space.superseded())
     for name in files.names(f"{space_path(space.id)}/segments"):
         folder = segment_path(space.id, name)
-        if name.startswith(".") or files.size(f"{folder}/manifest.json") is None:
+        if name.startswith("."):
+            continue
+        if files.size(f"{folder}/manifest.json") is None:
+            if lost_manifest(files, folder):
+                done.problems.append({"segment": name, "file": f"{folder}/manifest.json", "what": LOST})
+                _aside(files, folder, done, dry_run)
             continue
         try:
             segment = Segment(files, space.id, name)
@@ -107,12 +115,10 @@ def _repair_space(space: Space, done: Repaired, dry_run: bool) -> None:
         members = [family.base, *family.supplements]
         if not dry_run and any(s.id in bad for s in members):
             _repair_family(space, family, done)
-    for table in space.tables():
-        try:
-            space.load_table(table.task, table.split, path=table.path)
-        except StoreError as error:
-            done.problems.append({"file": table.path, "what": str(error)})
-            _aside(files, table.path, done, dry_run)
+    for path, what in verify_tables(files, f"{space_path(space.id)}/tasks"):
+        done.problems.append({"file": path, "what": what})
+        _aside(files, path, done, dry_run)
+    _show_again(space, done, dry_run)
 
 
 def _repair_family(space: Space, family: Family, done: Repaired) -> None:
@@ -122,6 +128,20 @@ def _repair_family(space: Space, family: Family, done: Repaired) -> None:
     done.absent += absent
     for segment in (*reversed(family.supplements), family.base):
         _aside(space.files, segment.folder, done, False)
+
+
+def _show_again(space: Space, done: Repaired, dry_run: bool) -> None:
+    """Unhide the segments whose samples were written anew in what is now in quarantine: `gc` has not removed them."""
+    files, home = space.files, space_path(space.id)
+    there = set(files.names(f"{home}/segments"))
+    for name in space.superseded():
+        marker = f"{home}/superseded/{name}"
+        try:
+            if not dry_run and not there.issuperset(space.successors(name)):
+                files.remove(marker)
+        except StoreError as error:
+            done.problems.append({"file": marker, "what": str(error)})
+            _aside(files, marker, done, dry_run)
 
 
 def _aside(files: Files, name: str, done: Repaired, dry_run: bool) -> None:

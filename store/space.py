@@ -14,13 +14,14 @@ from store.document import load_document
 from store.errors import StoreError
 from store.files import Files
 from store.index import Index, Lookup
-from store.names import FORMAT, MAX_SMALL_JSON, SEGMENT_BYTES, is_key, is_segment, segment_path, space_path
+from store.names import FORMAT, MAX_JSON, MAX_SMALL_JSON, SEGMENT_BYTES, is_key, is_segment, segment_path, space_path
 from store.segment import NotSealed, Problem, Segment
-from store.sweep import sweep
-from store.tables import TableInfo, TaskTable, list_tables, load_table, save_table
+from store.sweep import lost_manifest, sweep
+from store.tables import TableInfo, TaskTable, list_tables, load_table, save_table, verify_tables
 from store.writer import SegmentWriter
 
 KIND = "activation-space"
+LOST = "is missing: it was deleted, or not all of the segment has been copied; restore it, or extract again"
 
 
 class Space:
@@ -90,6 +91,20 @@ class Space:
         names = self.files.names(f"{space_path(self.id)}/superseded")
         return [name for name in names if is_segment(name)]
 
+    def successors(self, segment: str) -> list[str]:
+        """The segments that hold the samples of a superseded one. Raises StoreError if its marker is damaged."""
+        name = self._marker(segment)
+        try:
+            by = load_document(self.files.read(name, MAX_JSON), self.files.where(name), "activation-superseded")["by"]
+        except (FileNotFoundError, KeyError):
+            by = None
+        if not isinstance(by, list) or not all(is_segment(s) for s in by):
+            raise StoreError(f"{self.files.where(name)} is malformed: delete it")
+        return by
+
+    def _marker(self, segment: str) -> str:
+        return f"{space_path(self.id)}/superseded/{segment}"
+
     def _open(self, name: str) -> Segment | None:
         """The segment `name` if it is sealed."""
         try:
@@ -141,17 +156,22 @@ class Space:
         found = []
         for name in self._segment_names():
             if self.files.size(f"{segment_path(self.id, name)}/manifest.json") is None:
+                if lost_manifest(self.files, segment_path(self.id, name)):
+                    found.append(Problem(name, "manifest.json", LOST))
                 continue
             try:
                 found += Segment(self.files, self.id, name).verify(deep)
             except StoreError as error:
                 found.append(Problem(name, "manifest.json", str(error)))
-        for table in self.tables() if deep else []:
+        if not deep:
+            return found
+        for name in self.superseded():
             try:
-                self.load_table(table.task, table.split, path=table.path)
+                self.successors(name)
             except StoreError as error:
-                found.append(Problem("", table.path, str(error)))
-        return found
+                found.append(Problem("", self._marker(name), str(error)))
+        tables = verify_tables(self.files, self._tasks)
+        return found + [Problem("", path, what) for path, what in tables]
 
     def save_table(self, table: TaskTable) -> Path:
         """Store a task table; returns its path. Never changes or removes another."""

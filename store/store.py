@@ -140,12 +140,18 @@ class Store:
         found = []
         for name in self.files.names("spaces"):
             try:
-                found += Space(self.files, name).verify(deep)
+                if self._has_space(name) or self._holds_anything(name):
+                    found += Space(self.files, name).verify(deep)
             except StoreError as error:
                 found.append(Problem("", f"{space_path(name)}/space.json", str(error)))
         for name in self.files.names("weights"):
             found += [Problem("", file, what) for file, what in weights.verify(self.files, name, deep)]
         return found
+
+    def _holds_anything(self, space: str) -> bool:
+        """False for a space that another process is just making."""
+        inside = self.files.names(space_path(space))
+        return any(self.files.names(f"{space_path(space)}/{name}") for name in inside)
 
     def _has_space(self, space: str) -> bool:
         return self.files.size(f"{space_path(space)}/space.json") is not None

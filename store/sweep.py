@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 
-from store.alive import is_dead
-from store.document import load_document
+from store.alive import describe_writer, is_dead
+from store.document import dump_document, load_document
 from store.errors import StoreError
 from store.files import Files
 from store.names import MAX_SMALL_JSON, segment_path
@@ -25,6 +26,29 @@ def sweep(files: Files, space: str, segments: Iterable[str], older_than: float |
             files.remove_tree(folder, last="writer.json")
             removed += 1
     return removed
+
+
+def lost_manifest(files: Files, folder: str) -> bool:
+    """Whether the segment's folder holds files, but neither a manifest nor the `writer.json` of somebody at work.
+
+    No writer of ours leaves it so, however it ends: a manifest was deleted, or a copy by other means is not complete.
+    """
+    names = set(files.names(folder))
+    if names & {"manifest.json", "writer.json"} or not any(name[0] != "." for name in names):
+        return False
+    # What is on its way out may have empty folders left.
+    if files.searchable and not any(name.rsplit("/", 1)[-1][0] != "." for name in files.walk(folder)):
+        return False
+    # It may have been sealed while we looked.
+    return all(files.size(f"{folder}/{name}") is None for name in ("manifest.json", "writer.json"))
+
+
+def disown(files: Files, folder: str) -> None:
+    """Take the seal off a segment that is to be removed, so that a kill leaves what the next sweep takes for a dead
+    writer's."""
+    with suppress(OSError, StoreError):  # A full disk must not keep anyone from making room.
+        files.publish(f"{folder}/writer.json", dump_document({"kind": "activation-writer", **describe_writer()}))
+    files.remove(f"{folder}/manifest.json")
 
 
 def _is_litter(files: Files, folder: str, older_than: float | None) -> bool:

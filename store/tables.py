@@ -119,6 +119,30 @@ def load_table(
     return _read(files, fitting[-1])
 
 
+def verify_tables(files: Files, folder: str) -> list[tuple[str, str]]:
+    """Damaged tables, and traces of those that are gone: (path, what) each. Reads every byte."""
+    found = []
+    infos = list_tables(files, folder)
+    there = {(t.task, t.split, t.rows) for t in infos}
+    gone: dict[tuple[str, str], str] = {}
+    for info in infos:
+        try:
+            table = _read(files, info)
+        except StoreError as error:
+            found.append((info.path, str(error)))
+            continue
+        beside = table.header.get("beside")
+        for split, rows in beside.items() if isinstance(beside, dict) else ():
+            if type(rows) is int and (info.task, split, rows) not in there:
+                gone[info.task, f"{split}-{rows}"] = f"is missing: it was written with {info.path}; extract again"
+    found += [(f"{folder}/{task}/{str(name)[:80]}", what) for (task, name), what in gone.items()]
+    tasks = {t.task for t in infos}
+    for task in files.names(folder):
+        if task not in tasks and all(name[0] == "." for name in files.names(f"{folder}/{task}")):
+            found.append((f"{folder}/{task}", "holds no table any more: extract again"))
+    return found
+
+
 def _read(files: Files, info: TableInfo) -> TaskTable:
     where = files.where(info.path)
 

@@ -18,7 +18,7 @@ from store.digest import digest_bytes
 from store.document import dump_document, load_document
 from store.errors import StoreError
 from store.files import Files, explain
-from store.names import MAX_JSON, MAX_SMALL_JSON, is_key
+from store.names import MAX_JSON, MAX_SMALL_JSON, is_key, segment_path
 from store.segment import Segment
 from store.space import Space
 from store.store import Store
@@ -68,7 +68,10 @@ def _copy_space(space: Space, target: Store, done: Copied, progress: Callable[[s
     known = {s.id for s in target.spaces()}
     mine = target.create_space(space.identity)
     done.spaces += mine.id not in known
-    hidden = set(mine.superseded())
+    # A note on a segment that is gone must not keep it from coming back with its supplements.
+    hidden = {
+        s for s in mine.superseded() if target.files.size(f"{segment_path(mine.id, s)}/manifest.json") is not None
+    }
     there = {s.id for s in mine.segments()} | hidden
     for segment in space.segments():
         if segment.id in there:
@@ -100,6 +103,8 @@ class Damaged(StoreError):
 
 def _copy_segment(segment: Segment, target: Files, done: Copied, progress: Callable[[str, int], None]) -> None:
     folder = _claim(target, segment) if target.local else segment.folder
+    if not target.local:
+        _sign(target, folder)
     there = target.sizes(folder, segment.manifest.files)
     made: set[str] = set()
     for name, (size, digest) in segment.manifest.files.items():
@@ -126,8 +131,8 @@ def _copy_segment(segment: Segment, target: Files, done: Copied, progress: Calla
             if _digest(target, f"{folder}/{name}", size) != digest:
                 raise StoreError(f"{target.where(f'{folder}/{name}')} is not what was written there: check the disk")
     target.publish(f"{folder}/manifest.json", segment.files.read(f"{segment.folder}/manifest.json", MAX_JSON))
+    target.remove(f"{folder}/writer.json")
     if target.local:
-        target.remove(f"{folder}/writer.json")
         _place(target, folder, segment.folder)
     done.segments += 1
 
@@ -144,8 +149,13 @@ def _claim(target: Files, segment: Segment) -> str:
                 target.move(f"{parent}/{name}", mine)
                 break
     target.make(mine)
-    target.publish(f"{mine}/writer.json", dump_document({"kind": "activation-writer", **describe_writer()}))
+    _sign(target, mine)
     return mine
+
+
+def _sign(target: Files, folder: str) -> None:
+    """Say who is at work in `folder`."""
+    target.publish(f"{folder}/writer.json", dump_document({"kind": "activation-writer", **describe_writer()}))
 
 
 def abandoned(files: Files, folder: str) -> bool:
@@ -166,7 +176,7 @@ def _place(target: Files, folder: str, final: str) -> None:
         except FileExistsError:
             if target.size(f"{final}/manifest.json") is not None:
                 break
-            target.remove_tree(final)
+            target.remove_tree(final, last="writer.json")
     target.remove_tree(folder)
 
 

@@ -15,6 +15,7 @@ from store.names import MAX_SMALL_JSON, is_segment, segment_path, space_path, st
 from store.repair import QUARANTINE
 from store.space import Space
 from store.store import Store
+from store.sweep import disown
 from store.transfer import INCOMING, abandoned
 
 DAY = 86400.0
@@ -53,9 +54,11 @@ def collect(store: Store, found: list[Litter]) -> None:
         if _is_file(store.files, item.path):
             store.files.remove(item.path)
         else:
-            # The manifest goes first, so that a segment that loses its files does not look sealed.
+            # The seal goes first, so that a segment that loses its files does not look sealed.
+            if is_segment(item.path.rsplit("/", 1)[-1]):
+                disown(store.files, item.path)
             store.files.remove(f"{item.path}/manifest.json")
-            store.files.remove_tree(item.path)
+            store.files.remove_tree(item.path, last="writer.json")
         if item.why == "written anew":
             space, segment = item.path.split("/")[1::2]
             store.files.remove(f"{space_path(space)}/superseded/{segment}")
@@ -83,6 +86,8 @@ def _of_space(space: Space, older_than: float) -> Iterator[Litter]:
         if why:
             size = size_of(files, folder)
             yield Litter(folder, size, why)
+    for name in superseded - set(files.names(f"{home}/segments")):
+        yield Litter(f"{home}/superseded/{name}", 0, "note on a segment that is gone")
     newest: dict[tuple[str, str, int], str] = {}
     for table in space.tables():
         before = newest.get((table.task, table.split, table.rows))
@@ -156,8 +161,9 @@ def usage(store: Store) -> dict[str, Any]:
 
 
 def remove_space(store: Store, space: Space) -> int:
-    """Remove a feature space with all its states; returns the bytes. From the first step on no reader finds it."""
-    size = sum(s.nbytes for s in space.segments())
-    store.files.remove(f"{space_path(space.id)}/space.json")
-    store.files.remove_tree(space_path(space.id))
-    return size
+    """Remove a feature space with all its states; returns the bytes. What a kill leaves, a second call removes."""
+    segments = space.segments()
+    for segment in segments:
+        disown(store.files, segment.folder)
+    store.files.remove_tree(space_path(space.id), last="space.json")
+    return sum(s.nbytes for s in segments)

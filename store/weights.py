@@ -80,7 +80,10 @@ def verify(files: Files, digest: str, deep: bool) -> list[tuple[str, str]]:
     """What is wrong with the weights of `digest`: (path, what) each."""
     found = []
     try:
-        for name, (size, _) in (listed(files, digest) or {}).items() if is_key(digest) else ():
+        there = listed(files, digest) if is_key(digest) else {}
+        if there is None and any(name[0] != "." for name in files.names(f"weights/{digest}")):
+            found.append((f"weights/{digest}/manifest.json", "is missing: extract again, which writes the folder anew"))
+        for name, (size, _) in (there or {}).items():
             if deep or files.size(f"weights/{digest}/{name}") != size:
                 try:
                     _load(files, digest, name)

@@ -39,7 +39,9 @@ __all__ = ["FitOptions", "Interrupted", "NotFinite", "Trainable", "evaluate", "f
 
 
 class NotFinite(UserError):
-    """The loss or its gradient became NaN or infinite."""
+    """The loss or its gradient became NaN or infinite; all ranks stop together."""
+
+    everywhere = True
 
 
 def fit(
@@ -186,7 +188,7 @@ class _Run:
         reseed(options.seed + 1_000_003 * self.ranks.rank, state.step, self.device)
         self.optimizer.zero_grad(set_to_none=True)
         samples = sum(len(b) for b in group)
-        mean = 0.0
+        mean, trouble = 0.0, ""
         for batch in group:
             if not len(batch):
                 continue  # This rank's share of a last, small batch.
@@ -196,9 +198,13 @@ class _Run:
                 loss = self.model.loss(on_device)
             value = float(loss.detach())
             if not math.isfinite(value):
-                raise NotFinite(self.advice(f"the loss is {value}", number, lr))
+                trouble = f"the loss is {value}"
+                break
             self.scaler.scale(loss if len(group) == 1 else loss * share).backward()
             mean += value * share
+        # A rank that stopped alone would leave the others waiting for its gradients.
+        if self.ranks.any(bool(trouble), self.device):
+            raise NotFinite(self.advice(trouble or "another rank's loss is not finite", number, lr))
         mean, self.interrupt.asked = self.ranks.average(self.parameters, samples, mean, self.interrupt.asked)
         self.scaler.unscale_(self.optimizer)
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, options.clip or math.inf))

@@ -54,6 +54,14 @@ class Ranks:
         if self.world > 1:
             dist.barrier()
 
+    def any(self, mine: bool, device: torch.device) -> bool:
+        """Whether it is so on any rank."""
+        if self.world == 1:
+            return mine
+        flag = torch.tensor(float(mine), device=device)
+        dist.all_reduce(flag)
+        return bool(flag)
+
     def average(self, parameters: Sequence[Tensor], samples: int, loss: float, stop: bool) -> tuple[float, bool]:
         """Replace each gradient by its mean over the samples of all ranks.
 

@@ -14,7 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -50,6 +50,51 @@ def _running(command: list[str], port: int) -> Iterator[None]:
     finally:
         process.terminate()
         process.wait(10)
+
+
+class Counter:
+    """Stands between a client and the server at `port`, and counts `sent`, the bytes that the server answers."""
+
+    def __init__(self, port: int) -> None:
+        self.behind, self.sent = port, 0
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = int(self.listener.getsockname()[1])
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self.listener.accept()
+            except OSError:
+                return
+            server = socket.create_connection(("127.0.0.1", self.behind))
+            for source, target, counted in ((client, server, False), (server, client, True)):
+                threading.Thread(target=self._copy, args=(source, target, counted), daemon=True).start()
+
+    def _copy(self, source: socket.socket, target: socket.socket, counted: bool) -> None:
+        with suppress(OSError):
+            while data := source.recv(1 << 16):
+                self.sent += len(data) if counted else 0
+                target.sendall(data)
+        for end in (source, target):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+
+    def close(self) -> None:
+        self.listener.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
+
+
+@contextmanager
+def counted(url: str) -> Iterator[tuple[str, Counter]]:
+    """`url` through a `Counter`."""
+    port = int(url.rsplit(":", 1)[1])
+    counter = Counter(port)
+    try:
+        yield url.replace(f":{port}", f":{counter.port}"), counter
+    finally:
+        counter.close()
 
 
 @contextmanager

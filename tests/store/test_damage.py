@@ -67,8 +67,7 @@ def test_every_single_byte_flip_is_found(tmp_path: Path) -> None:
         path.write_bytes(data + b"\0")
         _assert_found(home, expected, f"{path.name} lengthened")
         path.unlink()
-        if path.name not in ("manifest.json", "store.json") and not path.name.endswith(".gz"):
-            _assert_found(home, expected, f"{path.name} missing")
+        _assert_found(home, expected, f"{path.name} missing")
         path.write_bytes(data)
     assert Store.open(home.files.root).verify(deep=True) == []
     assert_equal(reopened(home).read(STATES, COLUMNS), expected)
@@ -78,6 +77,8 @@ def _assert_found(home: Space, expected: Samples, what: str) -> None:
     try:
         store = Store.open(home.files.root)
         assert store.verify(deep=True), what
+        if not store.space(home.id).segments():
+            return
         found = reopened(home).read(STATES, COLUMNS)
     except StoreError as error:
         assert "\n" not in str(error)

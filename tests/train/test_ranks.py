@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,10 @@ import pytest
 
 from store.errors import UserError
 from tests.pipeline.test_errors import run
+from tests.store.servers import free_port
+from tests.train.test_loop import SPACE, score, source
+from tests.train.toys import ToyModel
+from train.loop import FitOptions, NotFinite, fit
 from train.ranks import Ranks
 from train.stream import StoreSource
 
@@ -69,6 +74,35 @@ def test_two_processes_take_the_steps_of_one(stored: Path, tmp_path: Path, table
     np.testing.assert_allclose(losses("two"), losses("one"), rtol=2e-4)
     names = {p.name for p in (tmp_path / "one").iterdir()}
     assert {p.name for p in (tmp_path / "two").iterdir()} == names
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here: two ranks in one test not tested")
+def test_a_loss_that_is_not_finite_on_one_rank_stops_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither waits for the other; both say why."""
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("store.read_block", SPACE.read_block)
+    children = []
+    for rank in (0, 1):
+        child = os.fork()
+        if not child:
+            os.environ["RANK"] = str(rank)
+            signal.alarm(100)  # Waiting for ever ends here, with another status than 7.
+            code = 1
+            try:
+                options = FitOptions(epochs=2, lr=0.01)
+                model = ToyModel(poison=3 if rank else None)
+                fit(model, source(), None, None, options, tmp_path / "run", score, progress=False)
+            except NotFinite as error:
+                (tmp_path / f"{rank}").write_text(str(error))
+                code = 7
+            finally:
+                os._exit(code)
+        children.append(child)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [7, 7]
+    assert "another rank's loss is not finite at step 3" in (tmp_path / "0").read_text()
+    assert "the loss is nan at step 3" in (tmp_path / "1").read_text()
 
 
 def test_a_wrong_environment_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
