@@ -121,7 +121,8 @@ def _counterpart(recipe: Recipe, name: str) -> dict[str, Any]:
         for split, table in job.tables.items()
         if split == "train" or all(label is not None for label in table.labels)
     }
-    options = replace(fit_options(recipe, job.spec, job.model(recipe.seed)), lr=recipe.lr or method.lr)
+    rate = method.lr_lm if job.found.family.readout == "lm" else method.lr
+    options = replace(fit_options(recipe, job.spec, job.model(recipe.seed)), lr=recipe.lr or rate)
     folder = Path(recipe.out or f"runs/{name}")
     metrics = fit(
         model,

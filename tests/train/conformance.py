@@ -20,7 +20,7 @@ from extract.checkpoint import Checkpoint
 from extract.tasks import load_task
 from store import UserError, decode, encode
 from tests.extract.test_backbones import inputs_of
-from train.model import Model, Target, state_names
+from train.model import Model, Target, state_names, tail_for
 from train.tuners import tuner_class, tuner_config
 
 
@@ -65,7 +65,9 @@ class Case:
 
     @cached_property
     def tail(self) -> Any:
-        return self.family.tail(self.family.tail_weights(self.backbone), "sdpa")
+        own, family = tuner_class(self.tuner, self.family), self.family
+        late = {i: family.block_weights(self.backbone, i) for i in own.late_layers(self.config, family)}
+        return tail_for(self.tuner, self.config, family, "sdpa", family.tail_weights(self.backbone), late)
 
     def batch(self, inputs: Inputs | None = None) -> Batch:
         if inputs is None:
