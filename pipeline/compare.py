@@ -37,8 +37,9 @@ def run_compare(
     """Train each of `methods` once for each of `seeds` and tabulate. Runs go to `folder`/METHOD-sSEED.
 
     The metric is the task's average on the test split, else on validation; the spread is the standard deviation over
-    seeds. Memory of one training step: on a GPU the measured peak; on a CPU the tensors counted, that is weights,
-    gradients, Adam's two moments, the batch, and what the backward pass keeps.
+    seeds; seconds an epoch are the fastest seed's, which other work on the machine disturbed least. Memory of one
+    training step: on a GPU the measured peak; on a CPU the tensors counted, that is weights, gradients, Adam's two
+    moments, the batch, and what the backward pass keeps.
     """
     unknown = [m for m in methods if m not in COUNTERPARTS and m not in tuner_names()]
     if not methods or unknown:
@@ -63,7 +64,7 @@ def run_compare(
                 "trainable": runs[0]["trainable"],
                 "share": runs[0]["trainable"] / total,
                 "memory_bytes": max(r["memory"] for r in runs),
-                "seconds_per_epoch": statistics.median(r["seconds_per_epoch"] for r in runs),
+                "seconds_per_epoch": min(r["seconds_per_epoch"] for r in runs),
                 "metric": statistics.mean(metrics),
                 "spread": statistics.stdev(metrics) if len(metrics) > 1 else None,
                 "seeds": len(metrics),

@@ -62,8 +62,10 @@ class Model(nn.Module):
         return self.tuner(batch)
 
     def loss(self, batch: Batch) -> Tensor:
-        """Mean loss over the batch, a scalar."""
-        return self.head.loss(self.tuner(batch), batch)
+        """Mean loss over the batch, a scalar; in training mode with the tuner's penalty."""
+        loss = self.head.loss(self.tuner(batch), batch)
+        penalty = self.tuner.penalty(self.head) if self.training else None
+        return loss if penalty is None else loss + penalty
 
     def predict(self, batch: Batch) -> Tensor:
         """(B,) predicted class indices or values, on the host."""

@@ -57,8 +57,8 @@ def main() -> None:
     note = """all-MiniLM-L6-v2, batch 32, seeds 0 and 1, default learning rates, one thread. A subset and few epochs, so
 that full fine-tuning ends: scores order the methods under this budget and are no more than that; with about 120 steps
 the side networks are far from their best (see "Real tasks"), and 0.0 on CoLA is a method that still answers one class.
-RTE is at chance for every method with this encoder. Memory is counted, not measured, on a CPU. The machine was shared
-with other work: seconds are upper bounds."""
+RTE is at chance for every method with this encoder. Memory is counted, not measured, on a CPU. Seconds are the
+faster seed's; the machine was shared with other work, so they are upper bounds."""
     write(
         "Side by side", "python tests/benchmarks/side_by_side.py --data GLUE --out FOLDER", "\n".join([note, "", *body])
     )

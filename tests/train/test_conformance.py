@@ -48,5 +48,5 @@ def test_the_toy_is_gone():
 
 def test_a_tuner_without_a_form_for_a_family_says_so(checkpoints):
     family = Checkpoint(checkpoints["cifar"], "cifar").family
-    with pytest.raises(UserError, match=r"'lst' has no form for resnet backbones.*sherl, unipt, probe"):
+    with pytest.raises(UserError, match=r"'lst' has no form for resnet backbones.*sherl, unipt, head2toe, probe"):
         tuner_class("lst", family)

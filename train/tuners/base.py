@@ -101,6 +101,10 @@ class Tuner(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         raise NotImplementedError
 
+    def penalty(self, head: nn.Module) -> Tensor | None:
+        """What a training batch adds to the loss, from the weights of the readout; None for nothing."""
+        return None
+
     def train(self, mode: bool = True) -> Tuner:
         # Dropout inside the live layer is on while training, as in the official code (methods §6.1).
         self.tail.train(mode)
