@@ -26,7 +26,7 @@ def fisher(family: Family, model: nn.Module, target: Target, batches: Iterable[B
 
     `model` is left as it was: frozen, without gradients. Parameters that got none count 0.
     """
-    whole = CounterpartModel(counterpart("full"), family, model, target).eval()
+    whole = CounterpartModel(counterpart("full"), family, model, target).to(next(model.parameters()).device).eval()
     total = {n: torch.zeros(p.shape, device=p.device) for n, p in model.named_parameters()}
     for batch in batches:
         with torch.enable_grad():

@@ -134,3 +134,26 @@ def test_compare_prints_one_table(checkpoints, table, tmp_path):
     assert "method" in shown.stdout and "probe" in shown.stdout and shown.exit_code == 0
     refused = invoke(main, ["compare", *common, "--tuners", "probe,sherrl"])
     assert refused.exit_code != 0 and "unknown 'sherrl'" in refused.stderr
+
+
+def test_compare_sets_counterparts_beside_tuners_on_a_t5_too(checkpoints, table, tmp_path):
+    common = ["--model", str(checkpoints["t5"]), "--task", str(table), "--text", "first", "--text-pair", "second",
+              "--label", "label", "--store", str(tmp_path / "store")]  # fmt: skip
+    invoke = CliRunner().invoke
+    assert invoke(main, ["extract", *common, "--for", "sherl,probe"]).exit_code == 0
+    options = [
+        "--tuners",
+        "sherl,lora,prompt,full",
+        "--max-steps",
+        "2",
+        "--reduction",
+        "4",
+        "--out",
+        str(tmp_path / "runs"),
+    ]
+    result = invoke(main, ["compare", *common, *options, "--json"])
+    assert result.exit_code == 0, result.output
+    by = {r["method"]: r for r in json.loads(result.stdout)["rows"]}
+    assert by["prompt"]["trainable"] == 20 * 32 and by["full"]["share"] == 1.0
+    # Rank 8 on the queries and values of 4 encoder and 8 decoder attentions, no head of its own.
+    assert by["lora"]["trainable"] == 12 * 2 * 2 * 8 * 32
