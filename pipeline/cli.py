@@ -106,7 +106,7 @@ def bench(as_json: bool, recipe_file: str | None, **options: Any) -> tuple[Any, 
     "methods",
     default="probe,sherl,lst,unipt,lora,full",
     show_default=True,
-    help="Tuners, and live counterparts: full, lora, adapter, bitfit, norm-tuning, partial-1.",
+    help="Tuners, and live counterparts: full, lora, adapter, prompt, bitfit, norm-tuning, partial-1.",
     metavar="NAMES",
 )
 @click.option("--seeds", default="0", show_default=True, help="Seeds of each, with commas between.", metavar="NUMBERS")

@@ -37,8 +37,9 @@ def run_compare(
     """Train each of `methods` once for each of `seeds` and tabulate. Runs go to `folder`/METHOD-sSEED.
 
     The metric is the task's average on the test split, else on validation; the spread is the standard deviation over
-    seeds. Memory of one training step: on a GPU the measured peak; on a CPU the tensors counted, that is weights,
-    gradients, Adam's two moments, the batch, and what the backward pass keeps.
+    seeds; seconds an epoch are the fastest seed's, which other work on the machine disturbed least. Memory of one
+    training step: on a GPU the measured peak; on a CPU the tensors counted, that is weights, gradients, Adam's two
+    moments, the batch, and what the backward pass keeps.
     """
     unknown = [m for m in methods if m not in COUNTERPARTS and m not in tuner_names()]
     if not methods or unknown:
@@ -63,7 +64,7 @@ def run_compare(
                 "trainable": runs[0]["trainable"],
                 "share": runs[0]["trainable"] / total,
                 "memory_bytes": max(r["memory"] for r in runs),
-                "seconds_per_epoch": statistics.median(r["seconds_per_epoch"] for r in runs),
+                "seconds_per_epoch": min(r["seconds_per_epoch"] for r in runs),
                 "metric": statistics.mean(metrics),
                 "spread": statistics.stdev(metrics) if len(metrics) > 1 else None,
                 "seeds": len(metrics),
@@ -121,7 +122,8 @@ def _counterpart(recipe: Recipe, name: str) -> dict[str, Any]:
         for split, table in job.tables.items()
         if split == "train" or all(label is not None for label in table.labels)
     }
-    options = replace(fit_options(recipe, job.spec, job.model(recipe.seed)), lr=recipe.lr or method.lr)
+    rate = method.lr_lm if job.found.family.readout == "lm" else method.lr
+    options = replace(fit_options(recipe, job.spec, job.model(recipe.seed)), lr=recipe.lr or rate)
     folder = Path(recipe.out or f"runs/{name}")
     metrics = fit(
         model,

@@ -17,6 +17,7 @@ from extract.checkpoint import Checkpoint, resolve
 from extract.identity import PRECISIONS, space_identity
 from extract.run import Report, compute, provenance_of
 from extract.tasks.base import SPLITS, Rows, Task, TaskSpec
+from pipeline.keepsakes import keep
 from pipeline.recipe import Recipe
 from pipeline.resolve import device_of, need, open_task, space_options, store_path, wanted_states
 from store import Space, Store, TaskTable, bytes_per_value
@@ -100,6 +101,7 @@ def run_extract(recipe: Recipe, say: Say, quiet: bool = False, task: Task | None
         store.save_weights(digest, _keepsakes(checkpoint, backbone, task))
     space = store.create_space(identity)
     _announce(say, space, splits, inputs, keys, states, family, options.format)
+    keep(recipe, task.spec, store, identity, backbone, splits, candidates, say)
     how: dict[str, Any] = {
         "tokens": recipe.batch_tokens or (32768 if device.type == "cuda" else 4096),
         "batch_size": recipe.batch_size,

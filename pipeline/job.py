@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from extract.identity import space_identity
 from extract.tasks import canonical_name
 from extract.tasks.base import Rows, TaskSpec
 from pipeline.extracting import Split, load_backbone, prepare_split, task_tables
+from pipeline.keepsakes import make_start, start_file, stored_late, stored_start
 from pipeline.recipe import Recipe
 from pipeline.resolve import (
     Found,
@@ -27,12 +29,13 @@ from pipeline.resolve import (
     open_task,
     picture_root,
     space_options,
+    store_path,
     tuner_options,
 )
-from store import Space, TaskTable, digest_json
+from store import Space, Store, TaskTable, digest_json
 from store.errors import MissingStates, StoreError, UserError
 from train.live import LiveSource
-from train.model import Model, Target
+from train.model import Model, Target, tail_for
 from train.order import Order
 from train.ranks import Ranks
 from train.source import Source
@@ -52,6 +55,8 @@ class Job:
     states: list[str]
     device: torch.device
     live: tuple[Backbone, Checkpoint] | None = None
+    late: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)  # live layers before the last
+    first: Callable[[], dict[str, torch.Tensor]] | None = None  # weights that training starts from
 
     @property
     def target(self) -> Target:
@@ -70,9 +75,13 @@ class Job:
 
     def model(self, seed: int | None = None) -> Model:
         """The tuner on the space's tail, weights drawn from `seed`."""
-        family = self.found.family
-        tail = family.tail(self.found.tail, self.found.space.identity["attention"])
-        return Model.build(self.recipe.tuner, self.config, family, tail, self.target, seed)
+        name, family = self.recipe.tuner, self.found.family
+        attention = self.found.space.identity["attention"]
+        tail = tail_for(name, self.config, family, attention, self.found.tail, self.late)
+        model = Model.build(name, self.config, family, tail, self.target, seed)
+        if seed is not None and self.first is not None:
+            model.tuner.begin(self.first())
+        return model
 
 
 def load_job(recipe: Recipe) -> Job:
@@ -90,7 +99,16 @@ def load_job(recipe: Recipe) -> Job:
     task = canonical_name(recipe.task)
     splits = sorted({t.split for t in found.space.tables() if t.task == task})
     tables = {s: found.space.load_table(task, s) for s in splits}
-    return make_job(recipe, found, tables)
+    job = make_job(recipe, found, tables)
+    store, digest = Store.open(store_path(recipe)), found.space.identity["weights"]
+    named = replace(recipe, model=recipe.model or found.source["names"][0])
+    cls = tuner_class(recipe.tuner, found.family)
+    job.late = stored_late(named, store, digest, cls.late_layers(job.config, found.family))
+    if start := cls.start(job.config, found.family):
+        keys, labels = (tables["train"].keys, tables["train"].labels) if "train" in tables else ([], [])
+        file = start_file(start, recipe.task, keys, labels, found.space.identity["precision"])
+        job.first = lambda: stored_start(named, store, digest, start, file)
+    return job
 
 
 def make_job(
@@ -118,7 +136,13 @@ def unstored_job(recipe: Recipe) -> Job:
     tables = task_tables(checkpoint, task, recipe, options.text)
     tail = checkpoint.family.tail_weights(backbone.model)
     found = Found(Unstored(digest_json(identity), identity), checkpoint.family, tail, {"names": [checkpoint.name]})
-    return make_job(recipe, found, tables, (backbone, checkpoint))
+    job = make_job(recipe, found, tables, (backbone, checkpoint))
+    cls, family = tuner_class(recipe.tuner, found.family), found.family
+    job.late = {i: family.block_weights(backbone.model, i) for i in cls.late_layers(job.config, family)}
+    if start := cls.start(job.config, family):
+        train = relive(job, "train", checkpoint) if start.fisher else None
+        job.first = lambda: make_start(start, family, backbone.model, job.target, train, backbone.device)
+    return job
 
 
 def limited(table: TaskTable, limit: int | None) -> TaskTable:

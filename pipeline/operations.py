@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from extract.backbones.base import Family
 from extract.backbones.batch import Batch
-from train.model import Model, Target
+from train.model import Model, Target, tail_for
 from train.tuners import TunerConfig, tuner_class
 
 
@@ -67,7 +67,7 @@ def tuner_model(family: Family, name: str, config: TunerConfig, classes: int = 2
     """A tuner with its tail and readout on the meta device."""
     target = Target("classification", classes, tuple((i, 1) for i in range(classes)))
     with torch.device("meta"):
-        return Model.build(name, config, family, family.tail(None, "sdpa"), target).train()
+        return Model.build(name, config, family, tail_for(name, config, family, "sdpa"), target).train()
 
 
 def meta_batch(family: Family, lengths: dict[str, np.ndarray], states: list[str]) -> Batch:

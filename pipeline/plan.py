@@ -290,7 +290,19 @@ def choose_format(work: Workload, budget: float | None) -> str:
 def command(name: str, recipe: Recipe, **options: Any) -> str:
     """A command line with the recipe's own options and `options`."""
     words = ["pipeline", name]
-    shared = ("model", "task", "data", "text", "text_pair", "label", "store", "limit", "max_length", "layers")
+    shared: tuple[str, ...] = (
+        "model",
+        "task",
+        "data",
+        "text",
+        "text_pair",
+        "label",
+        "store",
+        "limit",
+        "max_length",
+        "layers",
+    )
+    shared += ("insert", "init", "prune", "reduction")  # what an extraction must know as well
     for key, value in {**{k: getattr(recipe, k) for k in shared}, **options}.items():
         if value not in (None, "", (), False):
             text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -22,7 +22,7 @@ from extract.backbones.base import Family
 from extract.backbones.batch import Batch
 from pipeline.operations import backbone_operations
 from store.formats import decode, encode
-from train.model import Model, Target
+from train.model import Model, Target, tail_for
 from train.optim import adamw
 from train.options import FitOptions
 from train.tuners import TunerConfig, tuner_class
@@ -122,7 +122,7 @@ def step_seconds(
         assert batch.labels is not None
         batch.columns["decoder.ids"][1::2] = 2 + batch.labels
     target = Target("classification", classes, chains)
-    tail = family.tail(None, "sdpa")
+    tail = tail_for(name, config, family, "sdpa")
     for parameter in tail.parameters():
         parameter.data.normal_(std=0.02)
     model = Model.build(name, config, family, tail, target, 0).to(device).train()

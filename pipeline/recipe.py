@@ -147,7 +147,11 @@ class Recipe:
         None, "Extraction: padded tokens of a batch. Default: 4096 on a CPU, 32768 on a GPU.", "extract"
     )
     # the tuner
-    reduction: int | None = _option(None, "Side width is the backbone's over this. Default: 8.", "train")
+    reduction: int | None = _option(
+        None,
+        "Side width is the backbone's over this. Default: 8. (Extraction: for the weights of --init.)",
+        "extract train",
+    )
     layers: tuple[int, ...] = _option(
         (),
         "Blocks (from 0) whose states the tuner uses. Default: the paper's choice for the backbone.",
@@ -166,6 +170,33 @@ class Recipe:
         "train",
         choices=("redundancy", "linear", "attention", "average", "max"),
     )
+    insert: str | None = _option(
+        None,
+        "SHERL: where the blend enters: last, the last layer; single:S, layer S, those after it as they are; multi:S, "
+        "each layer from S on gets a blend of its own (Figs 6 and 9). Default: last. Extract with the same.",
+        "extract train",
+        metavar="last|single:S|multi:S",
+    )
+    tail: str | None = _option(
+        None,
+        "SHERL: what trains inside the live layers (Fig 5). Default: frozen, nothing.",
+        "train",
+        choices=("frozen", "lora", "bitfit", "adapter", "prompt"),
+    )
+    init: str | None = _option(
+        None,
+        "LST: what side blocks start from: random, or the backbone pruned by magnitude or by Fisher information on the "
+        "task (T5 only). Default: random. Extract with the same --init, --prune and --reduction.",
+        "extract train",
+        choices=("random", "magnitude", "fisher"),
+    )
+    prune: str | None = _option(
+        None,
+        "LST: how --init chooses channels: running, sublayer by sublayer as released, or aligned, one set for the "
+        "residual stream (ours). Default: running.",
+        "extract train",
+        choices=("running", "aligned"),
+    )
     alpha: int | None = _option(None, "E3VA: rank of the adapters; 8, 16, 32 are E3VA, +, ++. Default: 8.", "train")
     start: str | None = _option(
         None,
@@ -181,6 +212,11 @@ class Recipe:
     )
     zero_init: bool | None = _option(
         None, "E3VA: start the last factor of each adapter at zero (ours) or at random. Default: at zero.", "train"
+    )
+    features: float | None = _option(None, "Head2Toe: share of the features that stay. Default: 0.1.", "train")
+    lasso: float | None = _option(None, "Head2Toe: weight of the group lasso. Default: 1e-4.", "train")
+    select_after: int | None = _option(
+        None, "Head2Toe: training batches before features are selected. Default: 100.", "train"
     )
     pooling: str = _option(
         "mean",

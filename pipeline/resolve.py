@@ -204,6 +204,10 @@ def extract_command(recipe: Recipe, tuner: str | None = None) -> str:
             text = str(value)
             parts.append(f"{option_name(name)} {text if ' ' not in text else repr(text)}")
     parts.append(f"--for {tuner or recipe.tuner}")
+    if recipe.init not in (None, "random"):
+        parts += [f"--{n} {v}" for n in ("init", "prune", "reduction") if (v := getattr(recipe, n)) is not None]
+    if recipe.insert is not None:
+        parts.append(f"--insert {recipe.insert}")
     if recipe.layers:
         parts.append(f"--layers {','.join(map(str, recipe.layers))}")
     return " ".join(parts)

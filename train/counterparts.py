@@ -1,7 +1,7 @@
 """Live counterparts: methods that train inside the backbone, for tables beside the tuners. Nothing of them is cached.
 
-Each is one function that makes some of a loaded backbone trainable; a pooled head reads the last state. They run on
-encoders (text and images); a text-to-text backbone has none here yet.
+Each is one function that makes some of a loaded backbone trainable. On encoders (text and images) a pooled head reads
+the last state; a text-to-text backbone is read by its own head and scored among the targets, as tuners are.
 """
 
 from __future__ import annotations
@@ -9,33 +9,39 @@ from __future__ import annotations
 import difflib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 from extract.backbones.base import Family
-from extract.backbones.batch import Batch
+from extract.backbones.batch import Batch, stream_of
 from extract.backbones.live import Backbone
 from store.errors import UserError
+from train.adapters import VirtualTokens, add_adapter, add_lora, free_biases
+from train.heads.lm import LMHead
 from train.heads.pooled import PooledHead
 from train.live import LiveSource
 from train.model import Target
 
-_NORMS = (nn.LayerNorm, nn.BatchNorm2d, nn.GroupNorm)
-_ATTENTION = ("query", "value", "qkv", "q_proj", "v_proj", "q", "v")  # what LoRA is put on, by module name
+_NORMS = (nn.LayerNorm, nn.BatchNorm2d, nn.GroupNorm, T5LayerNorm)
+PROMPT = 20  # virtual tokens of prompt tuning
 
 
 @dataclass(frozen=True)
 class Counterpart:
-    """`prepare(family, model)` makes parts of the model trainable or adds to it. `lr`: the rate used by default."""
+    """`prepare(family, model)` makes parts of the model trainable or adds to it. `lr`: the rate used by default,
+    `lr_lm` on text-to-text backbones. `virtual`: tokens put before every text."""
 
     name: str
     description: str
     lr: float
     prepare: Callable[[Family, nn.Module], None]
+    lr_lm: float = 1e-3
+    virtual: int = 0
 
 
 def _full(family: Family, model: nn.Module) -> None:
@@ -44,8 +50,7 @@ def _full(family: Family, model: nn.Module) -> None:
 
 
 def _bitfit(family: Family, model: nn.Module) -> None:
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.endswith("bias") and "pooler" not in name)
+    free_biases(model, f"a {family.name} backbone")
 
 
 def _norms(family: Family, model: nn.Module) -> None:
@@ -59,57 +64,30 @@ def _partial(family: Family, model: nn.Module) -> None:
 
 
 def _lora(family: Family, model: nn.Module) -> None:
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError:
-        raise UserError("lora needs the peft package: pip install 'activation-pipeline[counterparts]'") from None
-    names = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    targets = [n for n in _ATTENTION if n in names]
-    if not targets:
-        raise UserError(f"lora: {family.name} backbones have no attention to put it on")
-    inject_adapter_in_model(LoraConfig(r=8, lora_alpha=16, lora_dropout=0.1, target_modules=targets), model)
-
-
-class Bottleneck(nn.Module):
-    """x + up(GELU(down x)), the way up started at zero."""
-
-    def __init__(self, width: int, inner: int) -> None:
-        super().__init__()
-        self.down, self.up = nn.Linear(width, inner), nn.Linear(inner, width)
-        nn.init.zeros_(self.up.weight)
-        nn.init.zeros_(self.up.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.up(nn.functional.gelu(self.down(x)))
-
-
-class Adapted(nn.Module):
-    """A block with a bottleneck adapter on its output."""
-
-    def __init__(self, block: nn.Module, width: int) -> None:
-        super().__init__()
-        self.block, self.adapter = block, Bottleneck(width, max(1, width // 8))
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        out = self.block(*args, **kwargs)
-        return (self.adapter(out[0]), *out[1:]) if isinstance(out, tuple) else self.adapter(out)
+    add_lora(model, f"a {family.name} backbone")
 
 
 def _adapter(family: Family, model: nn.Module) -> None:
     if family.shape != "sequence":
         raise UserError(f"adapter: {family.name} backbones have no token blocks to put it on")
-    last = family.last_block(model)
-    blocks = next(m for m in model.modules() if isinstance(m, nn.ModuleList | nn.Sequential) and last in list(m))
-    for i, block in enumerate(blocks):
-        blocks[i] = Adapted(block, family.width)
+    for stream in family.streams:
+        for block in family.stack(model, stream):
+            add_adapter(block, family.width)
+
+
+def _prompt(family: Family, model: Any) -> None:
+    if family.modality != "text":
+        raise UserError(f"prompt: {family.name} backbones read no tokens that virtual ones could stand before")
+    model.set_input_embeddings(VirtualTokens(model.get_input_embeddings(), PROMPT))
 
 
 COUNTERPARTS = {
     c.name: c
     for c in (
-        Counterpart("full", "full fine-tuning", 5e-5, _full),
+        Counterpart("full", "full fine-tuning", 5e-5, _full, 3e-4),
         Counterpart("lora", "LoRA of rank 8 on the attention's queries and values (peft)", 1e-3, _lora),
         Counterpart("adapter", "a bottleneck adapter of width D / 8 after each block", 1e-3, _adapter),
+        Counterpart("prompt", f"prompt tuning: {PROMPT} virtual tokens before the text", 1e-2, _prompt, 0.3, PROMPT),
         Counterpart("bitfit", "BitFit: the biases", 1e-3, _bitfit),
         Counterpart("norm-tuning", "weights and biases of the norms", 1e-3, _norms),
         Counterpart("partial-1", "the last block", 2e-4, _partial),
@@ -126,19 +104,22 @@ def counterpart(name: str) -> Counterpart:
 
 
 class CounterpartModel(nn.Module):
-    """A backbone with something trainable in it and a pooled head; what the training loop needs of a model."""
+    """A backbone with something trainable in it and a readout; what the training loop needs of a model."""
+
+    head: LMHead | PooledHead
 
     def __init__(self, method: Counterpart, family: Family, model: nn.Module, target: Target, seed: int = 0) -> None:
         super().__init__()
-        if family.readout != "pooled":
-            raise UserError(f"{method.name}: live counterparts run on encoders; {family.name} writes text")
-        self.family, self.backbone, self.target = family, model, target
+        self.family, self.backbone, self.target, self.virtual = family, model, target, method.virtual
         model.requires_grad_(False)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             method.prepare(family, model)
-            self.stream = family.streams[-1 if family.shape == "pyramid" else 0]
-            self.head = PooledHead(family.width, target.classes, target.kind, self.stream, target.pooling)
+            self.stream = family.streams[-1]
+            if family.readout == "lm":
+                self.head = LMHead(self, target.candidates, target.values)
+            else:
+                self.head = PooledHead(family.width, target.classes, target.kind, self.stream, target.pooling)
 
     def train(self, mode: bool = True) -> CounterpartModel:
         super().train(mode)
@@ -148,10 +129,28 @@ class CounterpartModel(nn.Module):
         return self
 
     def forward(self, batch: Batch) -> Tensor:
-        """(rows, width) of the last state."""
-        state = f"{self.stream}.{self.family.depth(self.stream) - 1}"
-        rows = self.family.run(self.backbone, batch, [state])[state]
+        """(rows, width) of the last state, behind the backbone's final norm."""
+        state, first = f"{self.stream}.{self.family.depth(self.stream) - 1}", self.family.streams[0]
+        seen = self._prompted(batch, first) if self.virtual else batch
+        rows = self.family.run(self.backbone, seen, [state])[state]
+        if self.virtual and self.stream == first:
+            rows = rows[text_rows(batch.lengths[first], self.virtual)]
         return self.family.finish(self.backbone, rows)
+
+    def _prompted(self, batch: Batch, stream: str) -> Batch:
+        longest = int(batch.lengths[stream].max()) + self.virtual
+        most = getattr(self.family.config, "max_position_embeddings", None) or longest
+        if longest > most:
+            raise UserError(
+                f"prompt: a text and {self.virtual} virtual tokens need {longest} positions, the backbone has {most}; "
+                "extract with a smaller --max-length"
+            )
+        table: Any = self.backbone.get_input_embeddings()  # type: ignore[operator]
+        return with_virtual(batch, stream, self.virtual, table.size)
+
+    def logits(self, rows: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """(rows, width) → (rows, vocabulary), or only the columns `tokens`."""
+        return self.family.logits(self.backbone, rows, tokens)
 
     def loss(self, batch: Batch) -> Tensor:
         """Mean loss over the batch, a scalar."""
@@ -177,6 +176,28 @@ class CounterpartModel(nn.Module):
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(state[name])
+
+
+def text_rows(lengths: np.ndarray, virtual: int) -> Tensor:
+    """The rows that are not virtual, where each sample of `lengths` (B,) has `virtual` rows before its own."""
+    real = np.repeat(
+        np.tile([False, True], len(lengths)), np.stack([np.full_like(lengths, virtual), lengths], 1).ravel()
+    )
+    return torch.from_numpy(real.nonzero()[0])
+
+
+def with_virtual(batch: Batch, stream: str, virtual: int, size: int) -> Batch:
+    """`batch` with ids size, size + 1, … before each text of `stream`; its other columns are 0 there."""
+    lengths = batch.lengths[stream] + virtual
+    at = text_rows(batch.lengths[stream], virtual).to(batch.device)
+    columns = dict(batch.columns)
+    for name, column in batch.columns.items():
+        if stream_of(name) == stream:
+            columns[name] = column.new_zeros(int(lengths.sum())).index_copy(0, at, column)
+    ids = columns[f"{stream}.ids"]
+    fake = torch.ones_like(ids, dtype=torch.bool).index_fill(0, at, False)
+    ids[fake] = size + torch.arange(virtual, device=ids.device).repeat(len(lengths))
+    return replace(batch, columns=columns, lengths={**batch.lengths, stream: lengths}, _layouts={})
 
 
 class InputSource(LiveSource):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -62,8 +62,10 @@ class Model(nn.Module):
         return self.tuner(batch)
 
     def loss(self, batch: Batch) -> Tensor:
-        """Mean loss over the batch, a scalar."""
-        return self.head.loss(self.tuner(batch), batch)
+        """Mean loss over the batch, a scalar; in training mode with the tuner's penalty."""
+        loss = self.head.loss(self.tuner(batch), batch)
+        penalty = self.tuner.penalty(self.head) if self.training else None
+        return loss if penalty is None else loss + penalty
 
     def predict(self, batch: Batch) -> Tensor:
         """(B,) predicted class indices or values, on the host."""
@@ -78,16 +80,36 @@ class Model(nn.Module):
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
     def trainable_state(self) -> dict[str, Tensor]:
-        """Name → tensor of everything that was trained, on the host."""
-        return {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
+        """Name → tensor of everything that was trained, on the host. Frozen weights (of a live layer that something
+        trainable was put into) are not among it."""
+        return {k: v.detach().cpu().contiguous() for k, v in self._trained().items()}
+
+    def _trained(self) -> dict[str, Tensor]:
+        frozen = {n for n, p in self.named_parameters() if not p.requires_grad}
+        return {k: v for k, v in self.state_dict().items() if k not in frozen}
 
     def load_trainable(self, state: dict[str, Tensor]) -> None:
         """Put a saved state back. Raises UserError naming the first tensor that does not fit."""
-        own = self.state_dict()
+        own = self._trained()
         wrong = sorted(own.keys() ^ state.keys()) or [k for k in own if own[k].shape != state[k].shape]
         if wrong:
             raise UserError(f"saved tuner does not fit this model: {wrong[0]} is missing, unknown or of another shape")
-        self.load_state_dict(state)
+        self.load_state_dict(state, strict=False)
+
+
+def tail_for(
+    name: str,
+    config: TunerConfig,
+    family: Family,
+    attention: str,
+    weights: dict[str, Tensor] | None = None,
+    late: Mapping[int, dict[str, Tensor]] | None = None,
+) -> Tail:
+    """The tail that tuner `name` needs, with its late layers; without `weights` its shape only."""
+    tail = family.tail(weights, attention)
+    for i in tuner_class(name, family).late_layers(config, family):
+        tail.late[str(i)] = family.late_block(None if weights is None else (late or {})[i], attention)
+    return tail
 
 
 def state_names(name: str, config: TunerConfig, family: Family) -> list[str]:

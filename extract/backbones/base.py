@@ -48,14 +48,29 @@ class Tail(nn.Module, ABC):
 
     `forward(hidden, batch)` runs the live last layer. `hidden`: stream → (rows, width); the last stream's rows enter
     the layer, those of earlier streams are what it attends to. Returns (rows of the last stream, width).
+
+    `late`: further live layers before the last, by their number, where a tuner asks for them.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.late = nn.ModuleDict()
+
+    @property
+    @abstractmethod
+    def last(self) -> nn.Module:
+        """The live last layer."""
 
     @abstractmethod
     def embed(self, batch: Batch, stream: str) -> Tensor:
         """The backbone's embedding output (rows, width), looked up from ids rather than stored."""
 
     @abstractmethod
-    def forward(self, hidden: dict[str, Tensor], batch: Batch) -> Tensor: ...
+    def through(self, block: nn.Module, hidden: dict[str, Tensor], batch: Batch) -> Tensor:
+        """`forward` with `block`, a layer of the same kind, in place of the last."""
+
+    def forward(self, hidden: dict[str, Tensor], batch: Batch) -> Tensor:
+        return self.through(self.last, hidden, batch)
 
     def final_norm(self, rows: Tensor, stream: str) -> Tensor:
         """The backbone's own frozen norm after the last block of `stream`; the identity where it has none."""
@@ -82,6 +97,21 @@ class SideStack(nn.Module, ABC):
     @abstractmethod
     def final(self, rows: Tensor) -> Tensor:
         """The norm after the last block."""
+
+    def begin(self, weights: dict[str, Tensor], layers: Sequence[int]) -> None:
+        """Start from pruned blocks of the backbone, of which side block k is number `layers[k]`. `weights`: of one
+        stream, see `Family.pruned`. What is shared by all blocks is looked for in block 0; a norm that the backbone
+        does not have stays fresh."""
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                kind, _, rest = name.partition(".")
+                if kind != "blocks":
+                    if name in weights:
+                        parameter.copy_(weights[name])
+                    continue
+                number, _, rest = rest.partition(".")
+                own = f"{layers[int(number)]}.{rest}"
+                parameter.copy_(weights[own if own in weights else f"0.{rest}"])
 
 
 class Family(ABC):
@@ -174,9 +204,13 @@ class Family(ABC):
 
         Gradients flow where a parameter asks for them: live counterparts (LoRA and the like) train through this."""
 
+    def stack(self, model: Any, stream: str) -> Sequence[nn.Module]:
+        """The blocks of `stream` of a loaded backbone."""
+        raise UserError(f"{self.name} backbones have no single list of blocks")
+
     def last_block(self, model: Any) -> nn.Module:
         """The last block of a loaded backbone, for counterparts that train it."""
-        raise NotImplementedError(f"{self.name} backbones have no live counterparts yet")
+        return self.stack(model, self.streams[-1])[-1]
 
     def finish(self, model: Any, rows: Tensor) -> Tensor:
         """The loaded backbone's own final norm on the rows of its last state; nothing where it has none."""
@@ -197,6 +231,36 @@ class Family(ABC):
 
     @abstractmethod
     def side_stack(self, stream: str, layers: Sequence[int], reduction: int) -> SideStack: ...
+
+    # -- what a tuner may ask for beyond that -----------------------------------------------------------------------
+    def bare_block(self, attention: str) -> nn.Module:
+        """A block like those before the last of the last stream, frozen, with arbitrary weights or on the meta device.
+        Raises UserError where blocks differ."""
+        raise UserError(f"{self.name} backbones have no late layers that could be live")
+
+    def block_weights(self, model: Any, index: int) -> dict[str, Tensor]:
+        """The weights of block `index` of the last stream, float32 on the host."""
+        block = self.stack(model, self.streams[-1])[index]
+        return {k: v.detach().float().cpu().contiguous() for k, v in block.state_dict().items()}
+
+    def late_block(self, weights: dict[str, Tensor] | None, attention: str) -> nn.Module:
+        """A live block from what `block_weights` gave; None gives the shape only."""
+        block = self.bare_block(attention)
+        if weights is not None:
+            if next(block.parameters()).is_meta:
+                block = block.to_empty(device="cpu")
+            block.load_state_dict(weights)
+        return freeze(block)
+
+    def pruned(self, model: Any, importance: dict[str, Tensor], reduction: int, aligned: bool) -> dict[str, Tensor]:
+        """Every block cut to the shapes of `side_stack`, `<stream>.<block>.<name>` → tensor (LST §3.3).
+
+        `importance`: parameter name → non-negative tensor of its shape. See `extract.backbones.pruning`."""
+        raise UserError(f"init: {self.name} backbones have no pruning yet; use random")
+
+    def logits(self, model: Any, rows: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """The loaded backbone's own language-model head, as `Tail.logits`."""
+        raise NotImplementedError(f"{self.name} does not write text")
 
 
 _FAMILIES: dict[str, type[Family]] = {}

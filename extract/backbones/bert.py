@@ -32,6 +32,7 @@ from extract.backbones.base import (
 from extract.backbones.batch import Batch
 from extract.backbones.dropout import SIDE, use_fast_dropout
 from extract.backbones.inputs import Inputs, ragged
+from extract.backbones.pruning import prune_bert
 from extract.backbones.text import tokenize
 
 _MODELS: dict[str, Any] = {
@@ -57,14 +58,18 @@ class BertTail(Tail):
     def embed(self, batch: Batch, stream: str = "encoder") -> Tensor:
         return batch.layout(stream).unpad(self.embeddings(**_padded(self.config, batch)))
 
-    def forward(self, hidden: dict[str, Tensor], batch: Batch) -> Tensor:
+    @property
+    def last(self) -> nn.Module:
+        return self.layer
+
+    def through(self, block: nn.Module, hidden: dict[str, Tensor], batch: Batch) -> Tensor:
         layout = batch.layout("encoder")
         rows = hidden["encoder"]
         # Evaluation computes as the backbone did, bit for bit. Training has attention dropout, which is slow in sdpa.
         attention = SIDE if self.training and rows.device.type == "cpu" else self.attention
         self.config._attn_implementation = attention
         mask = key_mask(layout, attention, rows.dtype)
-        return layout.unpad(self.layer(layout.pad(rows), mask))
+        return layout.unpad(block(layout.pad(rows), mask))
 
 
 class BertSideStack(SideStack):
@@ -154,8 +159,16 @@ class Bert(Family):
         reserved = 0 if self.config.model_type == "bert" else self.config.pad_token_id + 1
         return self.config.max_position_embeddings - reserved
 
-    def last_block(self, model: Any) -> nn.Module:
-        return model.encoder.layer[-1]
+    def stack(self, model: Any, stream: str) -> Sequence[nn.Module]:
+        return list(model.encoder.layer)
+
+    def bare_block(self, attention: str) -> nn.Module:
+        config = copy.deepcopy(self.config)
+        config._attn_implementation = attention
+        return (BertLayer if config.model_type == "bert" else RobertaLayer)(config)
+
+    def pruned(self, model: Any, importance: dict[str, Tensor], reduction: int, aligned: bool) -> dict[str, Tensor]:
+        return prune_bert(self.config, dict(model.named_parameters()), importance, reduction, aligned)
 
     def load(self, folder: Path, dtype: torch.dtype, attention: str, device: torch.device | str) -> nn.Module:
         return load_frozen(_MODELS[self.config.model_type], folder, dtype, attention, device)

@@ -27,6 +27,7 @@ from extract.backbones.base import (
 )
 from extract.backbones.batch import Batch, Layout
 from extract.backbones.inputs import Inputs, ragged
+from extract.backbones.pruning import prune_vit
 from extract.backbones.text import tokenize
 from extract.backbones.vision import fill, keep
 from extract.backbones.vit import VitSideStack
@@ -62,9 +63,13 @@ class ClipTextTail(Tail):
         layout = batch.layout(stream)
         return layout.unpad(self.embeddings(layout.pad(batch.columns["encoder.ids"])))
 
-    def forward(self, hidden: dict[str, Tensor], batch: Batch) -> Tensor:
+    @property
+    def last(self) -> nn.Module:
+        return self.block
+
+    def through(self, block: nn.Module, hidden: dict[str, Tensor], batch: Batch) -> Tensor:
         layout, rows = batch.layout("encoder"), hidden["encoder"]
-        out = self.block(layout.pad(rows), causal_mask(layout, self.attention, rows.dtype))
+        out = block(layout.pad(rows), causal_mask(layout, self.attention, rows.dtype))
         return layout.unpad(out[0] if isinstance(out, tuple) else out)
 
     def final_norm(self, rows: Tensor, stream: str) -> Tensor:
@@ -123,8 +128,17 @@ class ClipText(Family):
                 grid = found[0] if isinstance(found, tuple) else found
         return out
 
-    def last_block(self, model: Any) -> nn.Module:
-        return model.encoder.layers[-1]
+    def stack(self, model: Any, stream: str) -> Sequence[nn.Module]:
+        return list(model.encoder.layers)
+
+    def bare_block(self, attention: str) -> nn.Module:
+        with torch.device("meta"):
+            model = CLIPTextModel._from_config(copy.deepcopy(self.config), attn_implementation=attention)
+        return model.encoder.layers[0].eval()
+
+    def pruned(self, model: Any, importance: dict[str, Tensor], reduction: int, aligned: bool) -> dict[str, Tensor]:
+        heads, own = self.config.num_attention_heads, dict(model.named_parameters())
+        return prune_vit(own, importance, "encoder.layers", "final_layer_norm", heads, reduction, aligned)
 
     def finish(self, model: Any, rows: Tensor) -> Tensor:
         return model.final_layer_norm(rows)

@@ -35,9 +35,13 @@ class PyramidTail(Tail):
     def embed(self, batch: Batch, stream: str) -> Tensor:
         raise NotImplementedError("a staged backbone has no embedding of its own width")
 
-    def forward(self, hidden: dict[str, Tensor], batch: Batch) -> Tensor:
+    @property
+    def last(self) -> nn.Module:
+        return self.block
+
+    def through(self, block: nn.Module, hidden: dict[str, Tensor], batch: Batch) -> Tensor:
         stream = self.family.streams[-1]
-        return self.apply_to(self.block, hidden[stream], map_sizes(self.family, batch, stream))
+        return self.apply_to(block, hidden[stream], map_sizes(self.family, batch, stream))
 
     def apply_to(self, module: nn.Module, rows: Tensor, shapes: np.ndarray) -> Tensor:
         """A module of the backbone on packed rows of maps of `shapes` (B, 2)."""

@@ -35,6 +35,7 @@ from extract.backbones.base import (
 from extract.backbones.batch import Batch
 from extract.backbones.dropout import SIDE, Dropout, use_fast_dropout
 from extract.backbones.inputs import Inputs, ragged
+from extract.backbones.pruning import prune_t5
 from extract.backbones.t5_attention import cross_attend, is_cheaper
 from extract.backbones.text import decision_trie, gold_chain, tokenize
 
@@ -103,18 +104,22 @@ class T5Tail(Tail):
     def embed(self, batch: Batch, stream: str) -> Tensor:
         return self.dropout(self.shared(batch.columns[f"{stream}.ids"]))
 
-    def forward(self, hidden: dict[str, Tensor], batch: Batch) -> Tensor:
+    @property
+    def last(self) -> nn.Module:
+        return self.block
+
+    def through(self, block: Any, hidden: dict[str, Tensor], batch: Batch) -> Tensor:
         rows, memory = hidden["decoder"], hidden["encoder"]
         attention = self.config._attn_implementation
         context = decoder_context(batch, self.relative_attention_bias, self.config, attention, rows.dtype)
         layout = batch.layout("decoder")
         grid, padded = layout.pad(rows), batch.layout("encoder").pad(memory)
         # Evaluation runs the block as it is, so that it equals the backbone bit for bit.
-        if self.training and is_cheaper(self.block.layer[1], grid.shape[1]):
-            grid = self.block.layer[0](grid, context[0], context[1])[0]
-            grid = cross_attend(self.block.layer[1], grid, padded, context[2])
-            return layout.unpad(self.block.layer[2](grid))
-        return layout.unpad(run_decoder_block(self.block, grid, padded, context))
+        if self.training and is_cheaper(block.layer[1], grid.shape[1]):
+            grid = block.layer[0](grid, context[0], context[1])[0]
+            grid = cross_attend(block.layer[1], grid, padded, context[2])
+            return layout.unpad(block.layer[2](grid))
+        return layout.unpad(run_decoder_block(block, grid, padded, context))
 
     def final_norm(self, rows: Tensor, stream: str) -> Tensor:
         return (self.encoder_norm if stream == "encoder" else self.decoder_norm)(rows)
@@ -240,7 +245,6 @@ class T5(Family):
     def load(self, folder: Path, dtype: torch.dtype, attention: str, device: torch.device | str) -> nn.Module:
         return load_frozen(T5ForConditionalGeneration, folder, dtype, attention, device)
 
-    @torch.no_grad()
     def run(self, model: Any, batch: Batch, states: Sequence[str]) -> dict[str, Tensor]:
         out: dict[str, Tensor] = {}
         encoder, decoder = batch.layout("encoder"), batch.layout("decoder")
@@ -259,12 +263,29 @@ class T5(Family):
         table = stack.block[0].layer[0].SelfAttention.relative_attention_bias
         attention = stack.config._attn_implementation
         context = decoder_context(batch, table, self.config, attention, memory.dtype)
-        grid = stack.embed_tokens(decoder.pad(batch.columns["decoder.ids"], self.config.pad_token_id))
+        grid = stack.dropout(stack.embed_tokens(decoder.pad(batch.columns["decoder.ids"], self.config.pad_token_id)))
         blocks = [(f"decoder.{i}", stack.block[i]) for i in layers["decoder"]]
         with collect(blocks, lambda name, x: out.__setitem__(name, decoder.unpad(x))):
             for block in stack.block[: layers["decoder"][-1] + 1]:
                 grid = run_decoder_block(block, grid, memory, context)
         return out
+
+    def stack(self, model: Any, stream: str) -> Sequence[nn.Module]:
+        return list((model.encoder if stream == "encoder" else model.decoder).block)
+
+    def finish(self, model: Any, rows: Tensor) -> Tensor:
+        return model.decoder.dropout(model.decoder.final_layer_norm(rows))
+
+    def logits(self, model: Any, rows: Tensor, tokens: Tensor | None = None) -> Tensor:
+        table = model.lm_head.weight
+        scale = self.config.d_model**-0.5 if _scales_outputs(self.config) else 1.0
+        return (rows * scale) @ (table if tokens is None else table[tokens]).t()
+
+    def bare_block(self, attention: str) -> nn.Module:
+        return T5Block(_decoder_config(self.config, attention), has_relative_attention_bias=False, layer_idx=1)
+
+    def pruned(self, model: Any, importance: dict[str, Tensor], reduction: int, aligned: bool) -> dict[str, Tensor]:
+        return prune_t5(self.config, dict(model.named_parameters()), importance, reduction, aligned)
 
     def tail_weights(self, model: Any) -> dict[str, Tensor]:
         weights = {

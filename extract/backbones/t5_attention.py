@@ -11,14 +11,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 
 def is_cheaper(layer: Any, queries: int) -> bool:
-    """Whether `queries` a sample are few enough: the products shrink by width / (queries · heads)."""
+    """Whether `queries` a sample are few enough: the products shrink by width / (queries · heads). Never where
+    something was put on the maps (LoRA): their weights are read here."""
     attention = layer.EncDecAttention
-    return 2 * queries * attention.n_heads <= attention.d_model
+    plain = type(attention.k) is nn.Linear and type(attention.v) is nn.Linear
+    return plain and 2 * queries * attention.n_heads <= attention.d_model
 
 
 def cross_attend(layer: Any, grid: Tensor, memory: Tensor, mask: Tensor) -> Tensor:

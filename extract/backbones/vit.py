@@ -17,6 +17,7 @@ from transformers import CLIPVisionModel, ViTModel
 
 from extract.backbones.base import SideStack, Tail, collect, freeze, key_mask, register
 from extract.backbones.batch import Batch
+from extract.backbones.pruning import prune_vit
 from extract.backbones.vision import Vision, fill, in_order, keep, pixel_groups
 from store.errors import UserError
 
@@ -34,13 +35,17 @@ class VitTail(Tail):
     def embed(self, batch: Batch, stream: str = "encoder") -> Tensor:
         return batch.states[EMBED]
 
-    def forward(self, hidden: dict[str, Tensor], batch: Batch) -> Tensor:
+    @property
+    def last(self) -> nn.Module:
+        return self.block
+
+    def through(self, block: nn.Module, hidden: dict[str, Tensor], batch: Batch) -> Tensor:
         layout, rows = batch.layout("encoder"), hidden["encoder"]
         lengths = batch.lengths["encoder"]
         # Pictures of one extent need no mask, and get the very computation the backbone did.
         mask = None if (lengths == lengths[0]).all() else key_mask(layout, self.attention, rows.dtype)
         grid = layout.pad(rows)
-        out = self.block(grid, attn_mask=mask) if self.timm else self.block(grid, mask)
+        out = block(grid, attn_mask=mask) if self.timm else block(grid, mask)
         return layout.unpad(out[0] if isinstance(out, tuple) else out)
 
     def final_norm(self, rows: Tensor, stream: str) -> Tensor:
@@ -132,8 +137,18 @@ class Vit(Vision):
         grid = model.embeddings(pixels, interpolate_pos_encoding=other)
         return grid if self.config.model_type == "vit" else model.pre_layrnorm(grid)
 
-    def last_block(self, model: Any) -> nn.Module:
-        return self.blocks(model)[-1]
+    def stack(self, model: Any, stream: str) -> Sequence[nn.Module]:
+        return list(self.blocks(model))
+
+    def bare_block(self, attention: str) -> nn.Module:
+        with torch.device("meta"):
+            return self.blocks(self.make(attention).eval())[0]
+
+    def pruned(self, model: Any, importance: dict[str, Tensor], reduction: int, aligned: bool) -> dict[str, Tensor]:
+        heads = model.blocks[0].attn.num_heads if self.is_timm else self.config.num_attention_heads
+        prefix = next(n for n, m in model.named_modules() if m is self.blocks(model))
+        final = next(n for n, m in model.named_modules() if m is self.last_norm(model))
+        return prune_vit(dict(model.named_parameters()), importance, prefix, final, heads, reduction, aligned)
 
     def finish(self, model: Any, rows: Tensor) -> Tensor:
         return self.last_norm(model)(rows)

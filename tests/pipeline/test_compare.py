@@ -28,7 +28,8 @@ def made(checkpoints, pictures, family: str, name: str):
 @pytest.mark.parametrize("name", COUNTERPARTS)
 @pytest.mark.parametrize("family", ["bert", "vit", "clip", "cifar", "swin"])
 def test_a_counterpart_trains_what_it_says_and_starts_at_the_backbone(checkpoints, pictures, family, name):
-    if (family == "cifar" and name in ("lora", "adapter")) or (family == "swin" and name == "adapter"):
+    refused = {"cifar": ("lora", "adapter"), "swin": ("adapter",)}.get(family, ())
+    if name in refused or (name == "prompt" and family != "bert"):
         with pytest.raises(UserError, match=name):
             made(checkpoints, pictures, family, name)
         return
@@ -37,10 +38,16 @@ def test_a_counterpart_trains_what_it_says_and_starts_at_the_backbone(checkpoint
     batch = inputs.batch()
     batch.labels = torch.arange(len(batch)) % 3
     probe = case.model().eval()
-    torch.testing.assert_close(model.eval()(batch), probe(case.batch()), rtol=1e-4, atol=1e-5)
+    if name != "prompt":
+        torch.testing.assert_close(model.eval()(batch), probe(case.batch()), rtol=1e-4, atol=1e-5)
+    trains_only_its_own(model, batch)
+    if name != "full":
+        assert model.trainable_parameters() < sum(p.numel() for p in model.parameters())
+
+
+def trains_only_its_own(model: CounterpartModel, batch) -> None:
     frozen = {k: p.detach().clone() for k, p in model.backbone.named_parameters() if not p.requires_grad}
-    before = model.trainable_state()
-    before = {k: v.clone() for k, v in before.items()}
+    before = {k: v.clone() for k, v in model.trainable_state().items()}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     for _ in range(2):  # a factor that starts at zero hides its partner's gradient in the first step
         optimizer.zero_grad()
@@ -50,17 +57,58 @@ def test_a_counterpart_trains_what_it_says_and_starts_at_the_backbone(checkpoint
     assert any(not torch.equal(before[k], after[k]) for k in before if k.startswith("backbone."))
     now = dict(model.backbone.named_parameters())
     assert all(torch.equal(now[k], v) for k, v in frozen.items())
-    if name != "full":
-        assert frozen and model.trainable_parameters() < sum(p.numel() for p in model.parameters())
     model.load_trainable(before)
     assert all(torch.equal(v, model.trainable_state()[k]) for k, v in before.items())
 
 
-def test_text_to_text_backbones_say_that_they_have_none(checkpoints):
-    checkpoint = Checkpoint(checkpoints["t5"], "t5")
-    backbone = checkpoint.family.load(checkpoint.folder, torch.float32, "sdpa", "cpu")
-    with pytest.raises(UserError, match="run on encoders"):
-        CounterpartModel(counterpart("full"), checkpoint.family, backbone, TWO)
+@pytest.mark.parametrize("name", COUNTERPARTS)
+def test_on_a_t5_they_start_at_its_own_loss(checkpoints, pictures, name):
+    case = Case(Checkpoint(checkpoints["t5"], "t5"), "sherl", pictures)
+    family = case.family
+    backbone = family.load(case.checkpoint.folder, torch.float32, "sdpa", "cpu")
+    if name == "bitfit":
+        with pytest.raises(UserError, match="no biases"):
+            CounterpartModel(counterpart(name), family, backbone, case.target)
+        return
+    model = CounterpartModel(counterpart(name), family, backbone, case.target, 0)
+    batch = case.inputs.batch()
+    batch.labels = torch.arange(len(batch)) % 3
+    chosen = model.eval().predict(batch)
+    assert chosen.shape == (len(batch),) and int(chosen.max()) < 3
+    # Teacher forcing on "2 3", by the model's own forward pass.
+    chains = [list(c) for c in case.target.candidates]
+    gold = family.with_decoder(case.inputs, [[family.start_id, *chains[2][:-1]]] * len(batch)).batch()
+    gold.labels = torch.full((len(batch),), 2)
+    if name != "prompt":
+        layout = gold.layout("encoder")
+        own = case.backbone(
+            input_ids=layout.pad(gold.columns["encoder.ids"]),
+            attention_mask=layout.mask.long(),
+            labels=torch.tensor([chains[2]] * len(batch)),
+        )
+        torch.testing.assert_close(model.loss(gold), own.loss, rtol=1e-5, atol=1e-6)
+    trains_only_its_own(model, gold)
+
+
+def test_prompt_tuning_is_tokens_before_the_text(checkpoints, pictures):
+    case, model = made(checkpoints, pictures, "bert", "prompt")
+    batch, virtual = case.inputs.batch(), model.virtual
+    table = model.backbone.get_input_embeddings()
+    assert table.prompt.shape == (virtual, 32)
+    # With the prompt's vectors those of real tokens, the same as a text that begins with these tokens.
+    picks = torch.arange(5, 5 + virtual)
+    table.prompt.data = table.table.weight[picks].clone()
+    found, at = model.eval()(batch), 0
+    for i, n in enumerate(batch.lengths["encoder"].tolist()):
+        start = int(batch.layout("encoder").first[i])
+        ids = torch.cat([picks, batch.columns["encoder.ids"][start : start + n]])[None]
+        types = torch.cat([torch.zeros(virtual).long(), batch.columns["encoder.types"][start : start + n]])[None]
+        own = case.backbone(input_ids=ids, token_type_ids=types).last_hidden_state[0, virtual:]
+        torch.testing.assert_close(found[at : at + n], own, rtol=1e-4, atol=1e-5)
+        at += n
+
+
+def test_an_unknown_counterpart_offers_the_nearest():
     with pytest.raises(UserError, match="did you mean lora"):
         counterpart("lorra")
 
@@ -86,3 +134,26 @@ def test_compare_prints_one_table(checkpoints, table, tmp_path):
     assert "method" in shown.stdout and "probe" in shown.stdout and shown.exit_code == 0
     refused = invoke(main, ["compare", *common, "--tuners", "probe,sherrl"])
     assert refused.exit_code != 0 and "unknown 'sherrl'" in refused.stderr
+
+
+def test_compare_sets_counterparts_beside_tuners_on_a_t5_too(checkpoints, table, tmp_path):
+    common = ["--model", str(checkpoints["t5"]), "--task", str(table), "--text", "first", "--text-pair", "second",
+              "--label", "label", "--store", str(tmp_path / "store")]  # fmt: skip
+    invoke = CliRunner().invoke
+    assert invoke(main, ["extract", *common, "--for", "sherl,probe"]).exit_code == 0
+    options = [
+        "--tuners",
+        "sherl,lora,prompt,full",
+        "--max-steps",
+        "2",
+        "--reduction",
+        "4",
+        "--out",
+        str(tmp_path / "runs"),
+    ]
+    result = invoke(main, ["compare", *common, *options, "--json"])
+    assert result.exit_code == 0, result.output
+    by = {r["method"]: r for r in json.loads(result.stdout)["rows"]}
+    assert by["prompt"]["trainable"] == 20 * 32 and by["full"]["share"] == 1.0
+    # Rank 8 on the queries and values of 4 encoder and 8 decoder attentions, no head of its own.
+    assert by["lora"]["trainable"] == 12 * 2 * 2 * 8 * 32

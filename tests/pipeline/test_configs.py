@@ -65,4 +65,5 @@ def test_commented_choices_are_options_too(path: Path) -> None:
     for line in path.read_text(encoding="utf-8").splitlines():
         if found := re.match(r"# (\w+: +\S+) +#", line):
             name, value = (part.strip() for part in found[1].split(":"))
-            Recipe.from_mapping({name: value if name == "format" else float(value) if "." in value else int(value)})
+            words = name in ("format", "init")
+            Recipe.from_mapping({name: value if words else float(value) if "." in value else int(value)})

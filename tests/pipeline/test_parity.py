@@ -11,7 +11,7 @@ from pipeline.extracting import run_extract
 from pipeline.recipe import Recipe
 from pipeline.training import run_train
 from tests.pairs import IMAGES, SUITE, TEXT, pairs
-from train.tuners import tuner_names
+from train.tuners import base, tuner_names
 
 STEPS = 20
 # Largest relative difference of a loss to the live one: of the first step (the direct effect of the format) and of any
@@ -86,3 +86,15 @@ def test_smaller_formats_stay_within_their_bound(stores, tmp_path, family, fmt):
     first, all_ = BOUNDS[fmt]
     assert worst_of(cached[:1], live[:1]) <= first
     assert 0 < worst_of(cached, live) <= all_
+
+
+@pytest.mark.parametrize("family", ["bert", "vit"])
+def test_a_new_tuner_is_live_as_cached_by_being_registered(stores, tmp_path, monkeypatch, family):
+    monkeypatch.setattr(base, "_TUNERS", dict(base._TUNERS))
+    from tests.train import toy_tuner
+
+    monkeypatch.setitem(base._TUNERS, "toy", toy_tuner.Toy)
+    options = stores(family, "float32")
+    run_extract(Recipe(**options, tuners=("toy",)), silent, quiet=True)
+    cached, live = train_both(options, "toy", tmp_path, 4)
+    assert len(cached) == 4 and worst_of(cached, live) <= BOUNDS["float32"][1]

@@ -20,7 +20,8 @@ from extract.checkpoint import Checkpoint
 from extract.tasks import load_task
 from store import UserError, decode, encode
 from tests.extract.test_backbones import inputs_of
-from train.model import Model, Target, state_names
+from tests.train.formulas import FORMULAS
+from train.model import Model, Target, state_names, tail_for
 from train.tuners import tuner_class, tuner_config
 
 
@@ -65,7 +66,9 @@ class Case:
 
     @cached_property
     def tail(self) -> Any:
-        return self.family.tail(self.family.tail_weights(self.backbone), "sdpa")
+        own, family = tuner_class(self.tuner, self.family), self.family
+        late = {i: family.block_weights(self.backbone, i) for i in own.late_layers(self.config, family)}
+        return tail_for(self.tuner, self.config, family, "sdpa", family.tail_weights(self.backbone), late)
 
     def batch(self, inputs: Inputs | None = None) -> Batch:
         if inputs is None:
@@ -171,6 +174,12 @@ def states_are_known_to_the_family(case: Case) -> None:
     assert all(v.shape[1] == case.family.width_of(stream_of(k)) for k, v in batch.states.items())
 
 
+def parameters_are_those_of_the_formula(case: Case) -> None:
+    found = sum(p.numel() for p in case.model().tuner.parameters() if p.requires_grad)
+    if formula := FORMULAS.get((case.tuner, case.family.shape)):  # a new tuner puts its own there
+        assert found == formula(case.config, case.family)
+
+
 CHECKS: list[Callable[[Case], None]] = [
     shapes,
     gradients_reach_the_tuner_and_never_the_frozen_weights,
@@ -181,4 +190,5 @@ CHECKS: list[Callable[[Case], None]] = [
     half_precision_training_stays_finite,
     a_sample_does_not_see_the_others,
     states_are_known_to_the_family,
+    parameters_are_those_of_the_formula,
 ]

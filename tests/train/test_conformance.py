@@ -8,6 +8,7 @@ from extract.checkpoint import Checkpoint
 from store import UserError
 from tests.pairs import SUITE, pairs
 from tests.train.conformance import CHECKS, Case
+from tests.train.formulas import FORMULAS
 from train.tuners import base, tuner_class, tuner_names
 
 
@@ -48,5 +49,9 @@ def test_the_toy_is_gone():
 
 def test_a_tuner_without_a_form_for_a_family_says_so(checkpoints):
     family = Checkpoint(checkpoints["cifar"], "cifar").family
-    with pytest.raises(UserError, match=r"'lst' has no form for resnet backbones.*sherl, unipt, probe"):
+    with pytest.raises(UserError, match=r"'lst' has no form for resnet backbones.*sherl, unipt, head2toe, probe"):
         tuner_class("lst", family)
+
+
+def test_every_tuner_has_a_formula_for_each_shape_it_works_on():
+    assert {(tuner, SUITE[family].shape) for family, tuner in pairs(SUITE)} == set(FORMULAS)

@@ -8,25 +8,32 @@ restricted to the targets, and equals free greedy decoding whenever that stays w
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from extract.backbones.base import Tail
 from extract.backbones.batch import Batch
 
 IGNORE = -100
 
 
+class Vocabulary(Protocol):
+    """What has a language-model head: a tail, or a live backbone."""
+
+    def logits(self, rows: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """(rows, width) → (rows, vocabulary), or only the columns `tokens`."""
+
+
 class LMHead(nn.Module):
-    """No parameters: logits come from the tail's frozen head. `candidates`: token ids of each target; `values`: the
+    """No parameters: logits come from the head of `tail`. `candidates`: token ids of each target; `values`: the
     number each target stands for, for a regression."""
 
     table: Tensor
     values: Tensor
 
-    def __init__(self, tail: Tail, candidates: Sequence[Sequence[int]], values: Sequence[float] = ()) -> None:
+    def __init__(self, tail: Vocabulary, candidates: Sequence[Sequence[int]], values: Sequence[float] = ()) -> None:
         super().__init__()
         object.__setattr__(self, "tail", tail)
         longest = max((len(c) for c in candidates), default=1)
@@ -36,7 +43,7 @@ class LMHead(nn.Module):
         self.register_buffer("table", table, persistent=False)
         self.register_buffer("values", torch.tensor(list(values), dtype=torch.float32), persistent=False)
 
-    tail: Tail
+    tail: Vocabulary
 
     def target_of(self, labels: Tensor) -> Tensor:
         """(B,) labels → (B,) index of each sample's target; for a regression the nearest value of the grid."""

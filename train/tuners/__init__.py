@@ -1,15 +1,17 @@
 """Tuners: one file a method. Import a method's module here to register it."""
 
-from train.tuners import clip, conv, e3va, lst, probe, sherl, sidetuning, unipt
-from train.tuners.base import Tuner, TunerConfig, form, register, tuner_class, tuner_config, tuner_names
+from train.tuners import clip, conv, e3va, head2toe, lst, probe, sherl, sidetuning, unipt
+from train.tuners.base import Start, Tuner, TunerConfig, form, register, tuner_class, tuner_config, tuner_names
 
 __all__ = [
+    "Start",
     "Tuner",
     "TunerConfig",
     "clip",
     "conv",
     "e3va",
     "form",
+    "head2toe",
     "lst",
     "probe",
     "register",

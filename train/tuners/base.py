@@ -38,6 +38,20 @@ class TunerConfig:
         return sorted(set(self.layers))
 
 
+@dataclass(frozen=True)
+class Start:
+    """First weights that come from the backbone rather than from the seed: made once at extraction, kept in the store.
+
+    `name`: of what is kept. `fisher`: whether importance is the Fisher information on the task's training rows (the
+    name is then completed with the task), else the size of the weights. `make(model, importance)`: the tensors that
+    `Tuner.begin` takes, from a loaded backbone and the importance of each of its parameters.
+    """
+
+    name: str
+    fisher: bool
+    make: Callable[[Any, dict[str, Tensor]], dict[str, Tensor]]
+
+
 class Tuner(nn.Module):
     """A side network. `forward(batch)` gives (rows of `stream`, `output_width`) for the readout.
 
@@ -70,8 +84,26 @@ class Tuner(nn.Module):
         """The states this tuner reads, in store order."""
         raise NotImplementedError
 
+    @classmethod
+    def start(cls, config: Any, family: Family) -> Start | None:
+        """First weights that must be in the store before training; None where the seed is enough."""
+        return None
+
+    def begin(self, weights: dict[str, Tensor]) -> None:
+        """Take the weights that `start` asked for."""
+        raise NotImplementedError
+
+    @classmethod
+    def late_layers(cls, config: Any, family: Family) -> list[int]:
+        """Live layers before the last one, which the tail must hold (`Tail.late`)."""
+        return []
+
     def forward(self, batch: Batch) -> Tensor:
         raise NotImplementedError
+
+    def penalty(self, head: nn.Module) -> Tensor | None:
+        """What a training batch adds to the loss, from the weights of the readout; None for nothing."""
+        return None
 
     def train(self, mode: bool = True) -> Tuner:
         # Dropout inside the live layer is on while training, as in the official code (methods §6.1).

@@ -17,6 +17,7 @@ from extract.backbones.batch import Batch
 from extract.backbones.grids import cells, max_cells, mean_cells, sizes, sum_cells
 from store.errors import UserError
 from train.tuners.base import Tuner, TunerConfig, checked_reduction, form
+from train.tuners.livelayers import refuse
 from train.tuners.mtsa import mix
 from train.tuners.sherl import SherlConfig
 from train.tuners.unipt import EPSILON, Aggregate, UniptConfig
@@ -75,6 +76,7 @@ class SherlConv(Tuner):
 
     def __init__(self, config: SherlConfig, family: Family, tail: Tail) -> None:
         super().__init__(config, family, tail)
+        refuse({"insert": config.insert, "tail": config.tail}, family)
         inner = checked_reduction(config.reduction, family.width)
         self.names = taps(config, family, "sherl", live=True)
         self.down = nn.ModuleList(ConvNorm(family.width_of(n.split(".")[0]), inner) for n in self.names)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,21 +11,31 @@ from torch import Tensor, nn
 from extract.backbones.base import Family, Tail
 from extract.backbones.batch import Batch
 from extract.backbones.dropout import Dropout
-from train.tuners.base import Tuner, TunerConfig, checked_reduction, linear, register
+from store.errors import UserError
+from train.tuners.base import Start, Tuner, TunerConfig, checked_reduction, linear, register
+
+INITS = ("random", "magnitude", "fisher")
+PRUNES = ("running", "aligned")
 
 
 @dataclass(frozen=True)
 class LstConfig(TunerConfig):
     """`reduction`: r, side width is D / r. `layers`: kept layers, the rest are dropped with their side blocks.
-    `temperature`: of the fusion gates. Side blocks start at random: pruning the backbone for them gave 0.2 points of
-    GLUE average (LST's own ablation)."""
+    `temperature`: of the fusion gates. `init`: what side blocks start from: "random", or the backbone pruned by
+    "magnitude" or by "fisher" information on the task (LST §3.3; 0.1 and 0.2 points of GLUE average in its ablation).
+    `prune`: "running" as in the released code, or "aligned", ours (see `extract.backbones.pruning`)."""
 
     reduction: int = 8
     temperature: float = 0.1
+    init: str = "random"
+    prune: str = "running"
 
     def __post_init__(self) -> None:
         if self.temperature <= 0:
             raise ValueError(f"temperature: must be above 0, not {self.temperature}")
+        for name, known in (("init", INITS), ("prune", PRUNES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}: one of {', '.join(known)}, not {getattr(self, name)!r}")
 
 
 class Ladder(nn.Module):
@@ -77,6 +88,28 @@ class Lst(Tuner):
         for s in family.streams:
             names += [*family.embedding(s), *(f"{s}.{i}" for i in config.kept(family, "lst", s))]
         return names
+
+    @classmethod
+    def start(cls, config: LstConfig, family: Family) -> Start | None:
+        if config.init == "random":
+            return None
+        checked_reduction(config.reduction, family.width)
+        if config.init == "fisher" and family.readout != "lm":
+            raise UserError(
+                f"init: fisher needs the gradient of a pretrained output on the task, and {family.name} backbones come "
+                "without a head; use --init magnitude"
+            )
+
+        def make(model: Any, importance: dict[str, Tensor]) -> dict[str, Tensor]:
+            return family.pruned(model, importance, config.reduction, config.prune == "aligned")
+
+        return Start(f"lst-{config.init}-{config.prune}-r{config.reduction}", config.init == "fisher", make)
+
+    def begin(self, weights: dict[str, Tensor]) -> None:
+        for stream, ladder in self.ladders.items():
+            assert isinstance(ladder, Ladder)
+            own = {k.removeprefix(f"{stream}."): v for k, v in weights.items() if k.startswith(f"{stream}.")}
+            ladder.side.begin(own, ladder.layers)
 
     def forward(self, batch: Batch) -> Tensor:
         rows: Tensor | None = None

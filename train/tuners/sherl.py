@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from extract.backbones.base import Family, Tail
 from extract.backbones.batch import Batch
 from extract.backbones.dropout import Dropout
+from store.errors import UserError
 from train.tuners.base import Tuner, TunerConfig, checked_reduction, register
+from train.tuners.livelayers import TAILS, LiveLayers
 from train.tuners.mtsa import BLENDS, MTSA
 
 
@@ -18,18 +20,39 @@ class SherlConfig(TunerConfig):
     """`reduction`: r, side width is D / r. `gate`: start of alpha; 0 is the paper's (the live layer then sees the
     blend only), 0.1 starts the gate at u = 0.76. None: 0 on text-to-text backbones, 0.1 on encoders, where the paper's
     start is fragile (methods §8; a deviation, and the papers have no such rows). `temperature`: T of the gate.
-    `blend`: "redundancy" is SHERL; "linear", "attention", "average" and "max" are the ablations of its Fig. 4."""
+    `blend`: "redundancy" is SHERL; "linear", "attention", "average" and "max" are the ablations of its Fig. 4.
+
+    `insert`: where the blend of the last stream enters. "last": the last layer. "single:S": layer S; those after it run
+    on its output. "multi:S": every layer from S on gets a blend of its own, of all features before it (Figs 6, 9).
+    `tail`: what trains inside the live layers (Fig. 5): "frozen", nothing; "lora", "bitfit", "adapter" or "prompt"."""
 
     reduction: int = 8
     gate: float | None = None
     temperature: float = 0.1
     blend: str = "redundancy"
+    insert: str = "last"
+    tail: str = "frozen"
 
     def __post_init__(self) -> None:
+        how, _, number = self.insert.partition(":")
+        if self.insert != "last" and (how not in ("single", "multi") or not number.isdigit()):
+            raise ValueError(f"insert: last, single:S or multi:S with a layer's number, not {self.insert!r}")
+        if self.tail not in TAILS:
+            raise ValueError(f"tail: one of {', '.join(TAILS)}, not {self.tail!r}")
         if self.blend not in BLENDS:
             raise ValueError(f"blend: one of {', '.join(BLENDS)}, not {self.blend!r}")
         if self.temperature <= 0:
             raise ValueError(f"temperature: must be above 0, not {self.temperature}")
+
+    def first_live(self, family: Family) -> int:
+        """The number of the first live layer. UserError for one that the backbone does not have."""
+        last = family.depth(family.streams[-1]) - 1
+        if self.insert == "last":
+            return last
+        number = int(self.insert.partition(":")[2])
+        if not 1 <= number <= last:
+            raise UserError(f"insert: the blend can enter layers 1 to {last} of this backbone, not {number}")
+        return number
 
 
 @register("sherl", SherlConfig)
@@ -49,15 +72,22 @@ class Sherl(Tuner):
         inner = checked_reduction(config.reduction, family.width)
         gate = (0.0 if family.readout == "lm" else 0.1) if config.gate is None else config.gate
         self.names = {s: _names(config, family, s) for s in family.streams}
+        self.stream, self.output_width = family.streams[-1], family.width
+        sets = {s: len(n) + 1 for s, n in self.names.items()}
+        first, last = config.first_live(family), family.depth(self.stream) - 1
+        if config.insert.startswith("multi"):
+            # Each later layer reads what the one before read, and that one's output.
+            sets |= {f"{self.stream}_{i}": sets[self.stream] + i - first for i in range(first + 1, last + 1)}
         self.mtsa = nn.ModuleDict(
-            {
-                s: MTSA(len(n) + 1, family.width, inner, gate, config.temperature, config.blend)
-                for s, n in self.names.items()
-            }
+            {k: MTSA(n, family.width, inner, gate, config.temperature, config.blend) for k, n in sets.items()}
         )
+        self.live = LiveLayers(tail, family, range(first, last + 1), config.tail)
         self.norm = nn.ModuleDict({s: family.norm(s) for s in family.streams})
         self.dropout = Dropout(family.dropout)
-        self.stream, self.output_width = family.streams[-1], family.width
+
+    @classmethod
+    def late_layers(cls, config: SherlConfig, family: Family) -> list[int]:
+        return list(range(config.first_live(family), family.depth(family.streams[-1]) - 1))
 
     @classmethod
     def states(cls, config: SherlConfig, family: Family) -> list[str]:
@@ -70,7 +100,13 @@ class Sherl(Tuner):
             blend = self.mtsa[stream](features, features[-1])
             # The blend of the last stream enters the live layer as it is; what it attends to is normalised.
             hidden[stream] = blend if stream == self.stream else self._finish(blend, stream)
-        return self._finish(self.tail(hidden, batch), self.stream)
+        rows = blend
+        for i in self.live.layers:
+            if f"{stream}_{i}" in self.mtsa:
+                features.append(rows)
+                rows = self.mtsa[f"{stream}_{i}"](features, rows)
+            rows = self.live(i, {**hidden, stream: rows}, batch)
+        return self._finish(rows, self.stream)
 
     def _finish(self, rows: Tensor, stream: str) -> Tensor:
         norm = self.norm[stream]
@@ -81,7 +117,8 @@ class Sherl(Tuner):
 def _names(config: SherlConfig, family: Family, stream: str) -> list[str]:
     layers = config.kept(family, "sherl", stream)
     if stream == family.streams[-1]:
-        layers = [i for i in layers if i < family.depth(stream) - 1]
-    if not layers:
-        layers = [family.depth(stream) - 2]
+        first = config.first_live(family)
+        layers = [i for i in layers if i < first]
+        if not layers or config.insert != "last":
+            layers = sorted({*layers, first - 1})  # the guide is what would enter the first live layer
     return [f"{stream}.{i}" for i in layers]

@@ -1,0 +1,114 @@
+"""What tuners want in the store beyond states and the tail: late live layers, and first weights made from the backbone.
+
+Both are files beside the tail weights of a checkpoint: `block-7.safetensors` is a late layer, and
+`lst-fisher-running-r8-rte-0123456789abcdef.safetensors` side weights. They are made when an extraction asks for them
+and are small, so training never needs the backbone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from extract.backbones import Batch, Family
+from extract.backbones.live import Backbone
+from extract.tasks import canonical_name
+from extract.tasks.base import TaskSpec
+from pipeline.recipe import Recipe
+from pipeline.resolve import extract_command, tuner_options
+from store import Store, digest_json
+from store.errors import MissingStates, UserError
+from train.importance import FISHER_SAMPLES, fisher, magnitude
+from train.model import Target
+from train.tuners import Start, tuner_class, tuner_names
+
+if TYPE_CHECKING:
+    from pipeline.extracting import Say, Split
+
+Weights = dict[str, torch.Tensor]
+
+
+def block_file(index: int) -> str:
+    """Where late layer `index` is kept."""
+    return f"block-{index}.safetensors"
+
+
+def start_file(start: Start, task: str, keys: Sequence[str], labels: Sequence[Any], precision: str) -> str:
+    """Where `start` is kept. Fisher information depends on the task's training rows, and so does the name."""
+    if not start.fisher:
+        return f"{start.name}.safetensors"
+    rows = {"keys": list(keys[:FISHER_SAMPLES]), "labels": list(labels[:FISHER_SAMPLES]), "precision": precision}
+    return f"{start.name}-{canonical_name(task)[:100]}-{digest_json(rows)[:16]}.safetensors"
+
+
+def make_start(
+    start: Start, family: Family, model: Any, target: Target, split: Split | None, device: torch.device
+) -> Weights:
+    """The weights of `start` from a loaded backbone. `split`: the training rows, for Fisher information."""
+    if not start.fisher:
+        return start.make(model, magnitude(model))
+    if split is None or not split.rows.labelled():
+        raise UserError("--init fisher needs labelled train rows: extract the train split with it")
+    return start.make(model, fisher(family, model, target, _singles(split, target.kind, device)))
+
+
+def _singles(split: Split, kind: str, device: torch.device) -> Iterator[Batch]:
+    for i in range(min(FISHER_SAMPLES, len(split.rows))):
+        batch = split.inputs.take(np.array([i])).batch(device)
+        batch.labels = torch.tensor([split.rows.labels[i]], device=device)
+        yield batch
+
+
+def target_of(spec: TaskSpec, candidates: Sequence[Sequence[int]]) -> Target:
+    """What a task's rows are to be predicted as."""
+    return Target(spec.kind, len(spec.labels), tuple(tuple(c) for c in candidates), spec.values)
+
+
+def keep(
+    recipe: Recipe,
+    spec: TaskSpec,
+    store: Store,
+    identity: dict[str, Any],
+    backbone: Backbone,
+    splits: Sequence[Split],
+    candidates: Sequence[Sequence[int]],
+    say: Say,
+) -> None:
+    """Put what the tuners of `--for` want of the backbone into the store, where it is not there already."""
+    family, digest = backbone.family, identity["weights"]
+    train = next((s for s in splits if s.name == "train"), None)
+    for name in recipe.tuners:
+        if name not in tuner_names(family):
+            continue
+        config, cls = tuner_options(recipe, name, strict=False), tuner_class(name, family)
+        blocks = {block_file(i): i for i in cls.late_layers(config, family)}
+        missing = [f for f in blocks if not store.has_weights(digest, f)]
+        if missing:
+            say(f"keeping {len(missing)} late layers for {name}")
+            store.save_weights(digest, {f: family.block_weights(backbone.model, blocks[f]) for f in missing})
+        if start := cls.start(config, family):
+            keys, labels = (train.keys, train.rows.labels) if train else ([], [])
+            file = start_file(start, recipe.task, keys, labels, identity["precision"])
+            if not store.has_weights(digest, file):
+                say(f"first weights of {name}: {start.name}")
+                target = target_of(spec, candidates)
+                made = make_start(start, family, backbone.model, target, train, backbone.device)
+                store.save_weights(digest, {file: made})
+
+
+def stored_late(recipe: Recipe, store: Store, digest: str, layers: Sequence[int]) -> dict[int, Weights]:
+    """The late layers that a tail needs. Raises MissingStates with the command that puts them there."""
+    absent = [i for i in layers if not store.has_weights(digest, block_file(i))]
+    if absent:
+        raise MissingStates(f"the store does not hold live layer {absent[0]}; run: {extract_command(recipe)}")
+    return {i: store.load_tensors(digest, block_file(i)) for i in layers}
+
+
+def stored_start(recipe: Recipe, store: Store, digest: str, start: Start, file: str) -> Weights:
+    """First weights from the store. Raises MissingStates with the command that puts them there."""
+    if not store.has_weights(digest, file):
+        raise MissingStates(f"the store does not hold {start.name} for this task; run: {extract_command(recipe)}")
+    return store.load_tensors(digest, file)

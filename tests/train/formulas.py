@@ -1,0 +1,99 @@
+"""Parameters of each tuner by its formula (methods §1.6, §2.4, §3, §4.2 and the tuners' own), from shapes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+
+def _norm(family: Any) -> int:
+    """What `Family.norm` has: a T5 norm has no bias, post-norm encoders and CNNs have none."""
+    D = family.width
+    return {"t5": D, "vit": 2 * D, "clip-text": 2 * D, "swin": 2 * D}.get(family.name, 0)
+
+
+def probe(config: Any, family: Any) -> int:
+    return 0
+
+
+def sherl(config: Any, family: Any) -> int:
+    D, d = family.width, family.width // config.reduction
+    total = 0
+    for stream in family.streams:
+        live = stream == family.streams[-1]
+        sets = 1 + len([i for i in family.kept_layers("sherl", stream) if not live or i < family.depth(stream) - 1])
+        total += sets * ((D * d + d) + 2 * (d * d + d)) + (d + 1) + 1 + (d * D + D) + _norm(family)
+    return total
+
+
+def sherl_conv(config: Any, family: Any) -> int:
+    D, d = family.width, family.width // config.reduction
+    taps = sum(family.width_of(s) * d + 3 * d for s in family.streams)
+    return taps + (d + 1) + (d * D + 3 * D) + 1 + _norm(family)
+
+
+def unipt(config: Any, family: Any) -> int:
+    D, d, n = family.width, family.width // config.reduction, family.depth(family.streams[0]) + 1
+    return n * (D * d + 3 * d) + (d + 1) + (d * d + 3 * d) + d * D + D
+
+
+def unipt_conv(config: Any, family: Any) -> int:
+    D, d = family.width, family.width // config.reduction
+    finer = sum(D * c + c + c * d + 3 * d for c in map(family.width_of, family.streams[:-1]))
+    return finer + (D * d + 3 * d) + (d + 1) + (d * d + 3 * d) + d * D + D
+
+
+def lst(config: Any, family: Any) -> int:
+    D, r = family.width, config.reduction
+    d, raw = D // r, family.config
+    total = 0
+    for stream in family.streams:
+        kept = family.kept_layers("lst", stream)
+        if family.name == "t5":
+            inner, f = raw.num_heads * (raw.d_kv // r), raw.d_ff // r
+            attentions = 2 if stream == "decoder" else 1
+            block, shared = attentions * (4 * d * inner + d) + 2 * d * f + d, 32 * raw.num_heads + d
+        elif family.name == "bert":
+            f = raw.intermediate_size // r
+            block, shared = 4 * (d * d + d) + (d * f + f) + (f * d + d) + 4 * d, 2 * d
+        else:
+            block, shared = 12 * d * d + 13 * d, 2 * d
+        total += (D * d + d) + len(kept) * (D * d + d + block) + family.depth(stream) + shared
+    return total + (d * D + D if family.readout == "lm" else 0)
+
+
+def side_tuning(config: Any, family: Any) -> int:
+    D, d = family.width, family.width // config.reduction
+    return 2 * D * d + d + D + 1
+
+
+def _tower(config: Any, family: Any) -> int:
+    D, d, n = family.width, family.width // config.reduction, family.depth("encoder") + 1
+    return n * (D * d + d) + 2 * D * d + d + D + (d + 1)
+
+
+def sherl_clip(config: Any, family: Any) -> int:
+    d, n = family.width // config.reduction, family.depth("encoder") + 1
+    return _tower(config, family) + n * (d + 1)
+
+
+def e3va(config: Any, family: Any) -> int:
+    blocks = sum(family.width_of(s) * family.depth(s) for s in family.streams)
+    return 12 * config.alpha * blocks + 3 * blocks + 2 * sum(map(family.width_of, family.streams))
+
+
+FORMULAS: dict[tuple[str, str], Callable[[Any, Any], int]] = {
+    ("probe", "sequence"): probe,
+    ("probe", "pyramid"): probe,
+    ("head2toe", "sequence"): probe,
+    ("head2toe", "pyramid"): probe,
+    ("sherl", "sequence"): sherl,
+    ("sherl", "pyramid"): sherl_conv,
+    ("unipt", "sequence"): unipt,
+    ("unipt", "pyramid"): unipt_conv,
+    ("lst", "sequence"): lst,
+    ("side-tuning", "sequence"): side_tuning,
+    ("sherl-clip", "sequence"): sherl_clip,
+    ("unipt-clip", "sequence"): _tower,
+    ("e3va", "pyramid"): e3va,
+}

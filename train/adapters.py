@@ -1,0 +1,80 @@
+"""Small trainable things put into a frozen backbone or block: LoRA, bottleneck adapters, biases, virtual tokens.
+
+Counterparts put them into the whole live backbone, SHERL into its live tail (Fig. 5).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from store.errors import UserError
+
+ATTENTION = ("query", "value", "qkv", "q_proj", "v_proj", "q", "v")  # what LoRA is put on, by module name
+
+
+def add_lora(module: nn.Module, what: str) -> None:
+    """LoRA of rank 8 on the queries and values in `module`, in place (`peft`). `what`: names the module in errors.
+
+    Raises UserError where peft is not installed, or the module has no attention.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError:
+        raise UserError("lora needs the peft package: pip install 'activation-pipeline[counterparts]'") from None
+    names = {n.rpartition(".")[2] for n, m in module.named_modules() if isinstance(m, nn.Linear)}
+    targets = [n for n in ATTENTION if n in names]
+    if not targets:
+        raise UserError(f"lora: {what} has no attention to put it on")
+    inject_adapter_in_model(LoraConfig(r=8, lora_alpha=16, lora_dropout=0.1, target_modules=targets), module)
+
+
+def free_biases(module: nn.Module, what: str) -> None:
+    """Make the biases in `module` trainable (BitFit). Raises UserError where there are none."""
+    biases = [p for n, p in module.named_parameters() if n.endswith("bias") and "pooler" not in n]
+    if not biases:
+        raise UserError(f"bitfit: {what} has no biases")
+    for p in biases:
+        p.requires_grad_(True)
+
+
+class Bottleneck(nn.Module):
+    """x + up(GELU(down x)), the way up started at zero."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(width, inner), nn.Linear(inner, width)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.up(nn.functional.gelu(self.down(x)))
+
+
+def add_adapter(block: nn.Module, width: int) -> None:
+    """A bottleneck of `width` / 8 on the block's output."""
+    adapter = Bottleneck(width, max(1, width // 8))
+    block.add_module("adapter", adapter)
+    block.register_forward_hook(
+        lambda _block, _args, out: (adapter(out[0]), *out[1:]) if isinstance(out, tuple) else adapter(out)
+    )
+
+
+class VirtualTokens(nn.Module):
+    """An embedding table whose ids from `size` on are trainable vectors, started at random rows of the table (prompt
+    tuning, Lester et al. 2021)."""
+
+    def __init__(self, table: nn.Embedding, count: int) -> None:
+        super().__init__()
+        self.table, self.size = table, table.num_embeddings
+        picks = torch.randint(self.size, (count,))
+        self.prompt = nn.Parameter(table.weight.detach()[picks.to(table.weight.device)].clone())
+
+    @property
+    def weight(self) -> Tensor:
+        return self.table.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        virtual = ids >= self.size
+        rows = self.prompt[(ids - self.size).clamp(min=0)]
+        return torch.where(virtual[..., None], rows, self.table(ids.masked_fill(virtual, 0)))

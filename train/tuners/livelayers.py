@@ -1,0 +1,79 @@
+"""The live layers of a tail, as they are or with something trainable in them (SHERL Fig. 5).
+
+LoRA and trainable biases go into copies of the layers, for the tail is shared and stays frozen. A bottleneck adapter
+works on a layer's output. Virtual rows (prompt) stand before what a layer reads first: the sequence itself on encoders;
+on a text-to-text backbone the encoder's positions, which its decoder layer attends to.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from extract.backbones.base import Family, Tail
+from extract.backbones.batch import Batch, Layout
+from store.errors import UserError
+from train.adapters import Bottleneck, add_lora, free_biases
+
+TAILS = ("frozen", "lora", "bitfit", "adapter", "prompt")
+PROMPT = 20  # virtual rows
+
+
+class LiveLayers(nn.Module):
+    """Calls live layer i of `layers` on `hidden` as a `Tail` does. `how`: one of `TAILS`."""
+
+    def __init__(self, tail: Tail, family: Family, layers: Sequence[int], how: str) -> None:
+        super().__init__()
+        object.__setattr__(self, "tail", tail)  # not this module's, see Tuner
+        self.layers, self.streams = list(layers), family.streams
+        self.copies, self.adapters, self.prompts = nn.ModuleDict(), nn.ModuleDict(), nn.ParameterDict()
+        for i in self.layers:
+            if how in ("lora", "bitfit"):
+                block = copy.deepcopy(self._block(i))
+                (add_lora if how == "lora" else free_biases)(block, f"the live layer of a {family.name} backbone")
+                self.copies[str(i)] = block
+            elif how == "adapter":
+                self.adapters[str(i)] = Bottleneck(family.width, max(1, family.width // 8))
+            elif how == "prompt":
+                self.prompts[str(i)] = nn.Parameter(0.02 * torch.randn(PROMPT, family.width))
+
+    tail: Tail
+
+    def _block(self, index: int) -> nn.Module:
+        return self.tail.last if index == self.layers[-1] else self.tail.late[str(index)]
+
+    def forward(self, index: int, hidden: dict[str, Tensor], batch: Batch) -> Tensor:
+        """`hidden`: stream → (rows, width). Returns (rows of the last stream, width)."""
+        key, first = str(index), self.streams[0]
+        block = self.copies[key] if key in self.copies else self._block(index)
+        if key in self.prompts:
+            rows, batch, real = prepend(hidden[first], batch, first, self.prompts[key])
+            out = self.tail.through(block, {**hidden, first: rows}, batch)
+            out = out.index_select(0, real) if first == self.streams[-1] else out
+        else:
+            out = self.tail.through(block, hidden, batch)
+        return self.adapters[key](out) if key in self.adapters else out
+
+
+def prepend(rows: Tensor, batch: Batch, stream: str, prompt: Tensor) -> tuple[Tensor, Batch, Tensor]:
+    """`prompt` (P, width) before each sample's `rows`: the longer rows, a batch of those lengths, and where the
+    sample's own rows are. The batch's columns of `stream` stay as they were."""
+    old = batch.layout(stream)
+    lengths = batch.lengths[stream] + len(prompt)
+    new = Layout.of(lengths, rows.device)
+    own = torch.arange(len(rows), device=rows.device) + len(prompt) * (old.sample + 1)
+    out = rows.new_zeros(len(new.sample), rows.shape[1])
+    virtual = (new.first[:, None] + torch.arange(len(prompt), device=rows.device)).flatten()
+    out = out.index_copy(0, own, rows).index_copy(0, virtual, prompt.to(rows.dtype).repeat(len(lengths), 1))
+    return out, replace(batch, lengths={**batch.lengths, stream: lengths}, _layouts={}), own
+
+
+def refuse(what: dict[str, str], family: Family) -> None:
+    """UserError for options that only backbones with one width have, naming the first that is set."""
+    for name, usual in (("insert", "last"), ("tail", "frozen")):
+        if what[name] != usual:
+            raise UserError(f"{name}: {family.name} backbones take {usual} only, not {what[name]}")
