@@ -25,6 +25,7 @@ from extract.backbones.inputs import Inputs
 from extract.backbones.live import Backbone
 from extract.identity import PRECISIONS
 from extract.order import extraction_batches
+from extract.projection import load_projection
 from extract.run import Interrupted, Report, compute, plan_work
 from store import SEGMENT_BYTES, Space, Store, stream_of
 from store.errors import StoreError, UserError
@@ -169,7 +170,8 @@ def _backbone(model: str, device: str, store: str, space: str) -> Backbone:
     """The backbone of a space, loaded once a worker. Raises StoreError if the checkpoint here is another one."""
     from extract.checkpoint import resolve
 
-    identity = Store.open(store).space(space).identity
+    opened = Store.open(store)
+    identity = opened.space(space).identity
     checkpoint = resolve(model)
     for name, found in (("weights", checkpoint.weights_digest), ("tokenizer", checkpoint.tokenizer_digest)):
         if found != identity[name]:
@@ -179,6 +181,7 @@ def _backbone(model: str, device: str, store: str, space: str) -> Backbone:
         raise UserError("--device cuda: torch sees no GPU on a worker; use --device cpu or auto")
     place = torch.device("cuda" if gpu else "cpu")
     family, precision = checkpoint.family, PRECISIONS[identity["precision"]]
+    family.projection = load_projection(opened, identity)
     return Backbone(family, lambda: family.load(checkpoint.folder, precision, identity["attention"], place), place)
 
 

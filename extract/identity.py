@@ -14,6 +14,7 @@ import torch
 from extract.backbones.base import TextOptions
 from extract.backbones.images import VIEW_POLICY
 from extract.checkpoint import Checkpoint
+from extract.projection import parse_projection
 from store.errors import UserError
 
 FORMAT_VERSION = 1
@@ -23,10 +24,12 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": t
 @dataclass(frozen=True)
 class SpaceOptions:
     """The user's choices that are part of a feature space. `format`: how states are stored; `precision`: how the
-    backbone computes; `attention`: which implementation of attention it uses."""
+    backbone computes; `attention`: which implementation of attention it uses; `projection`: none, pca:K or
+    orthogonal:K, and `projection_fit` the digest of what was fitted."""
 
     format: str = "float16"
     projection: str = "none"
+    projection_fit: str = ""
     precision: str = "float32"
     attention: str = "sdpa"
     text: TextOptions = field(default_factory=TextOptions)
@@ -34,6 +37,7 @@ class SpaceOptions:
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise UserError(f"precision: one of {', '.join(PRECISIONS)}, not {self.precision!r}")
+        parse_projection(self.projection)
         if self.text.max_length < 1:
             raise UserError(f"max-length: at least 1, not {self.text.max_length}")
         if self.text.truncation_side not in ("left", "right"):
@@ -49,6 +53,10 @@ def space_identity(checkpoint: Checkpoint, options: SpaceOptions) -> dict[str, A
     family = checkpoint.family
     if options.attention not in family.attentions:
         raise UserError(f"attention: one of {', '.join(family.attentions)}, not {options.attention!r}")
+    if options.projection != "none":
+        parse_projection(options.projection, family.width)
+        if family.shape != "sequence":
+            raise UserError(f"projection: {family.name} backbones have states of several widths; only none is possible")
     return {
         **_image_fields(checkpoint, options),
         "format_version": FORMAT_VERSION,
@@ -61,6 +69,7 @@ def space_identity(checkpoint: Checkpoint, options: SpaceOptions) -> dict[str, A
         "truncation_side": options.text.truncation_side,
         "format": options.format,
         "projection": options.projection,
+        "projection_fit": options.projection_fit,
         "precision": options.precision,
         "attention": options.attention,
         "mode": "eval",

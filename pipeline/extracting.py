@@ -18,6 +18,7 @@ from extract.identity import PRECISIONS, space_identity
 from extract.run import Report, compute, provenance_of
 from extract.tasks.base import SPLITS, Rows, Task, TaskSpec
 from pipeline.keepsakes import keep
+from pipeline.projecting import project, widths_text
 from pipeline.recipe import Recipe
 from pipeline.resolve import device_of, need, open_task, space_options, store_path, wanted_states
 from store import Space, Store, TaskTable, bytes_per_value
@@ -99,11 +100,14 @@ def run_extract(recipe: Recipe, say: Say, quiet: bool = False, task: Task | None
     store = Store.open(where, create=True)
     if not store.has_weights(digest):
         store.save_weights(digest, _keepsakes(checkpoint, backbone, task))
+    tokens = recipe.batch_tokens or (32768 if device.type == "cuda" else 4096)
+    fit_on = next((s.inputs for s in splits if s.name == "train"), inputs)
+    identity = project(store, identity, backbone, fit_on, recipe.seed, tokens, say)
     space = store.create_space(identity)
     _announce(say, space, splits, inputs, keys, states, family, options.format)
     keep(recipe, task.spec, store, identity, backbone, splits, candidates, say)
     how: dict[str, Any] = {
-        "tokens": recipe.batch_tokens or (32768 if device.type == "cuda" else 4096),
+        "tokens": tokens,
         "batch_size": recipe.batch_size,
         "seed": recipe.seed,
         "provenance": provenance_of(checkpoint.name, checkpoint.revision, identity, device, task.provenance),
@@ -150,7 +154,7 @@ def _split(
 
 def estimated_bytes(inputs: Inputs, states: Sequence[str], family: Family, fmt: str) -> float:
     """Bytes of `states` of `inputs` (methods §6.2): positions × width × bytes a value, summed over states."""
-    values = sum(float(inputs.lengths[s := stream_of(n)].sum()) * family.width_of(s) for n in states)
+    values = sum(float(inputs.lengths[stream_of(n)].sum()) * family.state_width(n) for n in states)
     return values * bytes_per_value(fmt)
 
 
@@ -172,7 +176,7 @@ def _announce(
     size = estimated_bytes(inputs, states, family, fmt)
     say(f"rows: {rows}")
     say(
-        f"space {space.id[:12]}: {len(states)} states of width {family.width} as {fmt}, "
+        f"space {space.id[:12]}: {widths_text(list(states), family.width, family.projection)} as {fmt}, "
         f"{size / len(keys) / 1e3:,.1f} kB a sample, {size / 1e9:.3f} GB in all"
     )
     say(

@@ -122,7 +122,12 @@ def make_job(
         tables = {**tables, "train": limited(tables["train"], recipe.limit)}
     spec = TaskSpec.from_dict(next(iter(tables.values())).header["spec"])
     config = tuner_options(recipe, recipe.tuner)
-    states = tuner_class(recipe.tuner, found.family).states(config, found.family)
+    tuner = tuner_class(recipe.tuner, found.family)
+    states = tuner.states(config, found.family)
+    projection = found.family.projection
+    if projection is not None and not tuner.projects and projection.basis.keys() & set(states):
+        kind = found.space.identity["projection"]
+        raise UserError(f"tuner {recipe.tuner} reads full states; this feature space keeps {kind}: extract without it")
     return Job(recipe, found, tables, spec, config, states, device_of(recipe), live)
 
 
@@ -131,6 +136,8 @@ def unstored_job(recipe: Recipe) -> Job:
     need(recipe, "model", "task")
     checkpoint, task = resolve(recipe.model), open_task(recipe)
     options = space_options(recipe, task.spec)
+    if options.projection != "none":
+        raise UserError("--projection: what extract fitted is kept in a store, and there is none here; extract first")
     identity = space_identity(checkpoint, options)
     backbone = load_backbone(checkpoint, options.precision, options.attention, device_of(recipe))
     tables = task_tables(checkpoint, task, recipe, options.text)
@@ -260,6 +267,7 @@ def live_backbone(job: Job) -> tuple[Backbone, Checkpoint]:
             f"{job.recipe.model}: weights {checkpoint.weights_digest[:12]} are not those of the feature space "
             f"({identity['weights'][:12]}); give the checkpoint that was extracted"
         )
+    checkpoint.family.projection = job.found.family.projection
     return load_backbone(checkpoint, identity["precision"], identity["attention"], job.device), checkpoint
 
 

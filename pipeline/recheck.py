@@ -36,6 +36,7 @@ def _recheck(store: Store, space: Space, count: int, model: str, pick: random.Ra
     if checkpoint.weights_digest != identity["weights"]:
         raise StoreError(f"{checkpoint.name}: not the weights that space {space.id[:12]} was extracted with")
     family = family_from(store, space)
+    checkpoint.family.projection = family.projection
     backbone = load_backbone(checkpoint, identity["precision"], identity["attention"], torch.device("cpu"))
     tolerance = FORMAT_TOLERANCE[identity["format"]] + PRECISION_TOLERANCE[identity["precision"]]
     found = families(space.segments())

@@ -101,6 +101,13 @@ class Recipe:
         "extract train",
         choices=FORMATS,
     )
+    projection: str | None = _option(
+        None,
+        "Keep states in K channels: pca:K or orthogonal:K, fitted once for a feature space. What feeds the live layer "
+        "stays full. Default: none; train takes what the store has.",
+        "extract train",
+        metavar="KIND:K",
+    )
     precision: str | None = _option(
         None, "How the backbone computes. Default: float32.", "extract train", choices=PRECISIONS
     )

@@ -12,6 +12,7 @@ import torch
 from extract.backbones import Family, TextOptions
 from extract.checkpoint import Checkpoint, local
 from extract.identity import SpaceOptions, space_identity
+from extract.projection import load_projection
 from extract.tasks import Task, canonical_name, load_task
 from extract.tasks.base import TaskSpec
 from pipeline.recipe import Recipe, option_name
@@ -23,7 +24,7 @@ from train.tuners import TunerConfig, tuner_class, tuner_config, tuner_names
 
 DEFAULT_STORE = "activations"
 # Options of a recipe that are fields of a feature space.
-SPACE_FIELDS = ("format", "precision", "attention", "prompt", "max_length", "truncation_side")
+SPACE_FIELDS = ("format", "projection", "precision", "attention", "prompt", "max_length", "truncation_side")
 
 
 def store_path(recipe: Recipe) -> str:
@@ -76,6 +77,7 @@ def space_options(recipe: Recipe, spec: TaskSpec) -> SpaceOptions:
     )
     return SpaceOptions(
         format=recipe.format or "float16",
+        projection=recipe.projection or "none",
         precision=recipe.precision or "float32",
         attention=recipe.attention or "sdpa",
         text=text,
@@ -141,7 +143,9 @@ def family_from(store: Store, space: Space) -> Family:
     from extract.backbones import family_for
 
     raw = dict(store.load_json(space.identity["weights"], "config.json"))
-    return family_for(AutoConfig.for_model(raw.pop("model_type"), **raw))
+    family = family_for(AutoConfig.for_model(raw.pop("model_type"), **raw))
+    family.projection = load_projection(store, space.identity)
+    return family
 
 
 def find_space(recipe: Recipe) -> Found:

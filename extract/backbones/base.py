@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from extract.backbones.batch import Batch, Layout
 from extract.backbones.inputs import Inputs
+from extract.projection import Projection
 from store.errors import UserError
 
 
@@ -130,6 +131,7 @@ class Family(ABC):
 
     def __init__(self, config: Any) -> None:
         self.config = config
+        self.projection: Projection | None = None  # of the feature space at hand
 
     # -- shape ---------------------------------------------------------------------------------------------------
     streams: ClassVar[tuple[str, ...]]
@@ -153,6 +155,18 @@ class Family(ABC):
     def width_of(self, stream: str) -> int:
         """The width of the states of `stream`."""
         return self.width
+
+    def state_width(self, state: str) -> int:
+        """The width of `state` as a tuner gets it: that of its stream, or less where the space has a projection."""
+        if self.projection is not None and state in self.projection.basis:
+            return self.projection.width
+        return self.width_of(state.split(".", 1)[0])
+
+    def full_states(self) -> list[str]:
+        """The states that no projection touches: what feeds the live layer, the last output of each stream, and what
+        embeddings are made of."""
+        last = [f"{s}.{i}" for s in self.streams for i in range(self.depth(s))[-2:]]
+        return [n for s in self.streams for n in self.embedding(s)] + last
 
     def embedding(self, stream: str) -> list[str]:
         """The states that `Tail.embed` reads; none where the embedding is looked up from ids."""

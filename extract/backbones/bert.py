@@ -49,7 +49,7 @@ class BertTail(Tail):
     def __init__(self, config: Any, attention: str) -> None:
         super().__init__()
         self.config = copy.deepcopy(config)
-        self.attention = attention
+        self.attention = self.config._attn_implementation = attention
         bert = config.model_type == "bert"
         self.embeddings: nn.Module = (BertEmbeddings if bert else RobertaEmbeddings)(self.config)
         self.layer: nn.Module = (BertLayer if bert else RobertaLayer)(self.config)

@@ -29,9 +29,12 @@ class Backbone:
         return self._model
 
     def states(self, inputs: Inputs, states: Sequence[str], dtype: torch.dtype | None = None) -> Batch:
-        """Run `inputs` and collect `states`, in `dtype` if given; no labels."""
+        """Run `inputs` and collect `states`, projected as the family's feature space is, in `dtype` if given; no
+        labels."""
         batch = inputs.batch(self.device)
         with torch.no_grad():
             rows = self.family.run(self.model, batch, states)
+            if self.family.projection is not None:
+                rows = self.family.projection.apply(rows)
         batch.states = {k: rows[k] if dtype is None else rows[k].to(dtype) for k in states}
         return batch

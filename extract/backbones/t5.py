@@ -201,6 +201,11 @@ class T5(Family):
             return sorted({*_ODD, 22}) if method == "sherl" else list(_ODD)
         return list(range(depth))
 
+    def full_states(self) -> list[str]:
+        # The encoder's last state is SHERL's guide; the decoder's guide is what enters its last block.
+        encoder, decoder = self.depth("encoder") - 1, self.depth("decoder") - 1
+        return [f"encoder.{encoder}", f"decoder.{decoder - 1}", f"decoder.{decoder}"]
+
     @property
     def columns(self) -> tuple[str, ...]:
         return ("encoder.ids", "decoder.ids", "decoder.parent")

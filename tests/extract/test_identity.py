@@ -122,6 +122,7 @@ TEXT: dict[str, Change] = {
     "truncation_side": text(truncation_side="left"),
     "format": option(format="bfloat16"),
     "projection": option(projection="pca:8"),
+    "projection_fit": option(projection_fit="0" * 32),  # what a seed or other samples change
     "precision": option(precision="bfloat16"),
     "attention": option(attention="eager"),
     "mode": constant("mode", "train"),

@@ -142,7 +142,7 @@ def mtsa_by_formula(m: MTSA, features: list[torch.Tensor], last: torch.Tensor) -
 
 def test_mtsa_is_the_formula():
     torch.manual_seed(0)
-    m = MTSA(5, 24, 6, gate=0.03)
+    m = MTSA([24] * 5, 6, gate=0.03)
     for p in m.parameters():
         if p.ndim:
             p.data = torch.randn_like(p) * 0.5
@@ -154,7 +154,7 @@ def test_mtsa_is_the_formula():
 @pytest.mark.parametrize("blend", BLENDS)
 def test_every_blend_trains_and_the_ablations_differ(blend):
     torch.manual_seed(0)
-    m = MTSA(4, 16, 4, blend=blend)
+    m = MTSA([16] * 4, 4, blend=blend)
     for p in m.parameters():
         p.data = torch.randn_like(p) * 0.5
     features = [torch.randn(9, 16) for _ in range(4)]
@@ -194,7 +194,7 @@ def test_unipt_is_the_formula(checkpoints):
 
 
 def test_mtsa_is_finite_at_zero_rows_with_finite_gradients():
-    m = MTSA(4, 8, 4)
+    m = MTSA([8] * 4, 4)
     features = [torch.zeros(3, 8, requires_grad=True) for _ in range(4)]
     out = m(features, features[-1])
     out.sum().backward()
@@ -211,7 +211,7 @@ def test_redundancy_of_equal_orthogonal_and_zero_features():
 
 
 def test_mtsa_stays_in_float32_under_autocast():
-    m = MTSA(3, 8, 4)
+    m = MTSA([8] * 3, 4)
     features = [torch.randn(5, 8).bfloat16() for _ in range(3)]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert m(features, features[-1]).dtype == torch.float32

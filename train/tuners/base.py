@@ -64,6 +64,7 @@ class Tuner(nn.Module):
     shapes: ClassVar[tuple[str, ...]] = ("sequence",)  # shapes of families this class works on, see `Family.shape`
     families: ClassVar[tuple[str, ...]] = ()  # names of the only families it works on; empty for any
     pooled: ClassVar[bool] = False  # True: always read out by pooling, even on a text-to-text backbone
+    projects: ClassVar[bool] = False  # True: its first maps take states of `family.state_width`, projected ones too
     # Learning rates that `train` starts from: the papers' on text-to-text backbones, measured ones on encoders.
     lr_lm: ClassVar[float] = 3e-3
     lr_pooled: ClassVar[float] = 1e-3

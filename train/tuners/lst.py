@@ -51,7 +51,7 @@ class Ladder(nn.Module):
         self.stream, self.temperature = stream, config.temperature
         self.layers = config.kept(family, "lst", stream)
         self.first = linear(family.width, inner)
-        self.down = nn.ModuleList(linear(family.width, inner) for _ in self.layers)
+        self.down = nn.ModuleList(linear(family.state_width(f"{stream}.{i}"), inner) for i in self.layers)
         self.gates = nn.Parameter(torch.zeros(family.depth(stream)))
         self.side = family.side_stack(stream, self.layers, config.reduction)
         self.dropout = Dropout(family.dropout)
@@ -73,6 +73,7 @@ class Lst(Tuner):
     trainable head reads the side width (methods §2.1)."""
 
     description = "LST: ladder side network, a narrow transformer fed from every kept layer"
+    projects = True
 
     def __init__(self, config: LstConfig, family: Family, tail: Tail) -> None:
         super().__init__(config, family, tail)

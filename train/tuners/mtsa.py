@@ -59,20 +59,22 @@ def mix(layers: Tensor, guide: Tensor, score: nn.Linear | None, how: str) -> Ten
 
 
 class MTSA(nn.Module):
-    """n sets of features (rows, width), the last one the guide → (rows, width). `blend`: one of `BLENDS`.
+    """n sets of features (rows, `widths[i]`), the last one the guide → (rows, width of the guide). `blend`: one of
+    `BLENDS`.
 
     Parameters per set: width·d + d and 2(d² + d); in all d + 1 for the score, d·width + width for the way up and 1 for
     the gate (methods §1.6 without the norm that follows).
     """
 
     def __init__(
-        self, sets: int, width: int, inner: int, gate: float = 0.0, temperature: float = 0.1, blend: str = "redundancy"
+        self, widths: Sequence[int], inner: int, gate: float = 0.0, temperature: float = 0.1, blend: str = "redundancy"
     ) -> None:
         super().__init__()
+        sets, width = len(widths), widths[-1]
         if sets < 2:
             raise ValueError(f"MTSA needs a guide and at least one more set of features, not {sets}")
         self.temperature, self.blend = temperature, blend
-        self.down = nn.ModuleList(linear(width, inner) for _ in range(sets))
+        self.down = nn.ModuleList(linear(n, inner) for n in widths)
         # The two d × d maps of each set, W' (mix) and W (gate), side by side: one batched product serves all sets.
         self.mix_weight = nn.Parameter(torch.empty(sets, inner, 2 * inner).normal_(std=0.01))
         self.mix_bias = nn.Parameter(torch.zeros(sets, 1, 2 * inner))

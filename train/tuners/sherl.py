@@ -66,6 +66,7 @@ class Sherl(Tuner):
 
     description = "SHERL: multi-tiered sensing over all layers, then the live last layer"
     lr_pooled = 2e-3
+    projects = True
 
     def __init__(self, config: SherlConfig, family: Family, tail: Tail) -> None:
         super().__init__(config, family, tail)
@@ -73,14 +74,18 @@ class Sherl(Tuner):
         gate = (0.0 if family.readout == "lm" else 0.1) if config.gate is None else config.gate
         self.names = {s: _names(config, family, s) for s in family.streams}
         self.stream, self.output_width = family.streams[-1], family.width
-        sets = {s: len(n) + 1 for s, n in self.names.items()}
+        sets = {s: [family.width, *map(family.state_width, n)] for s, n in self.names.items()}
+        for names in self.names.values():
+            if family.state_width(names[-1]) != family.width:
+                raise UserError(
+                    f"layers: {names[-1]} would feed the live layer, but this feature space keeps it projected"
+                )
         first, last = config.first_live(family), family.depth(self.stream) - 1
         if config.insert.startswith("multi"):
             # Each later layer reads what the one before read, and that one's output.
-            sets |= {f"{self.stream}_{i}": sets[self.stream] + i - first for i in range(first + 1, last + 1)}
-        self.mtsa = nn.ModuleDict(
-            {k: MTSA(n, family.width, inner, gate, config.temperature, config.blend) for k, n in sets.items()}
-        )
+            more = {i: [family.width] * (i - first) for i in range(first + 1, last + 1)}
+            sets |= {f"{self.stream}_{i}": sets[self.stream] + widths for i, widths in more.items()}
+        self.mtsa = nn.ModuleDict({k: MTSA(n, inner, gate, config.temperature, config.blend) for k, n in sets.items()})
         self.live = LiveLayers(tail, family, range(first, last + 1), config.tail)
         self.norm = nn.ModuleDict({s: family.norm(s) for s in family.streams})
         self.dropout = Dropout(family.dropout)

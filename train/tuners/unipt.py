@@ -82,6 +82,7 @@ class Unipt(Tuner):
 
     description = "UniPT: parallel attention from the last state to all earlier ones; no live layer"
     lr_pooled = 3e-3
+    projects = True
     pooled = True
 
     def __init__(self, config: UniptConfig, family: Family, tail: Tail) -> None:
@@ -89,7 +90,7 @@ class Unipt(Tuner):
         self.stream, self.output_width = family.streams[0], family.width
         inner = checked_reduction(config.reduction, family.width)
         self.names = [f"{self.stream}.{i}" for i in _layers(config, family)]
-        self.down = nn.ModuleList(Down(family.width, inner) for _ in range(len(self.names) + 1))
+        self.down = nn.ModuleList(Down(w, inner) for w in (family.width, *map(family.state_width, self.names)))
         self.aggregate = Aggregate(inner)
         self.up = nn.Linear(inner, family.width)
 

@@ -1,0 +1,68 @@
+"""The projection of the feature space that `extract` is asked for: the one the store has, else one fitted now."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from extract.backbones import Inputs
+from extract.backbones.live import Backbone
+from extract.order import consecutive_batches
+from extract.projection import Projection, file_name, fit, load_projection, parse_projection, sample
+from store import Store
+
+FIT_SAMPLES = 1024
+
+
+def project(
+    store: Store,
+    identity: dict[str, Any],
+    backbone: Backbone,
+    inputs: Inputs,
+    seed: int,
+    tokens: int,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """`identity` completed with the fit of its projection, which the backbone's family applies from now on.
+
+    A space of the store that differs in nothing but the fit gives its own, the largest if there are several, so that
+    the same command always goes on in one space; otherwise up to `FIT_SAMPLES` of `inputs` are run to fit one.
+    """
+    parsed = parse_projection(identity["projection"], backbone.family.width)
+    if parsed is None:
+        return identity
+    known = [s for s in store.spaces() if {**s.identity, "projection_fit": ""} == identity]
+    if known:
+        chosen = max(known, key=lambda s: (sum(len(part) for part in s.segments()), s.id))
+        found = load_projection(store, chosen.identity)
+        assert found is not None
+        say(f"projection {identity['projection']}: the one of feature space {chosen.id[:12]}")
+    else:
+        family = backbone.family
+        widths = {n: family.width for n in family.states() if n not in family.full_states()}
+        pick = inputs.take(sample(FIT_SAMPLES, len(inputs), seed))
+        if parsed[0] == "pca":
+            say(f"projection {identity['projection']}: fitting {len(widths)} states on {len(pick):,} samples")
+        found = fit(*parsed, seed, widths, _states(backbone, pick, list(widths), tokens))
+        store.save_weights(identity["weights"], {file_name(found.digest): found.tensors()})
+    backbone.family.projection = found
+    return {**identity, "projection_fit": found.digest}
+
+
+def _states(backbone: Backbone, inputs: Inputs, states: list[str], tokens: int) -> Iterator[dict[str, Tensor]]:
+    order = np.argsort(inputs.tokens(), kind="stable")
+    inputs = inputs.take(order)
+    for batch in consecutive_batches(inputs.tokens(), tokens, None):
+        yield backbone.states(inputs.take(batch), states).states
+
+
+def widths_text(states: list[str], width: int, projection: Projection | None) -> str:
+    """ "6 states of width 384", or how many are kept in how many channels."""
+    small = 0 if projection is None else sum(name in projection.basis for name in states)
+    if not small:
+        return f"{len(states)} states of width {width}"
+    assert projection is not None
+    return f"{len(states) - small} states of width {width} and {small} of {projection.width}"
