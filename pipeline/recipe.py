@@ -177,6 +177,9 @@ class Recipe:
         "train",
         choices=("redundancy", "linear", "attention", "average", "max"),
     )
+    recompute: bool = _option(
+        False, "SHERL: compute the blend again in the backward pass; less memory, a longer step.", "train"
+    )
     insert: str | None = _option(
         None,
         "SHERL: where the blend enters: last, the last layer; single:S, layer S, those after it as they are; multi:S, "

@@ -31,7 +31,8 @@ def drop(x: Tensor, p: float, training: bool) -> Tensor:
     if not training or p == 0 or x.device.type != "cpu" or p == 1:
         return F.dropout(x, p, training)
     mask, factor = kept(x.shape, p)
-    return x * mask.to(x.dtype).mul_(factor)
+    # Kept for the backward pass is the mask alone, a byte a value.
+    return torch.where(mask, x, x.new_zeros(())).mul_(factor)
 
 
 class Dropout(nn.Dropout):

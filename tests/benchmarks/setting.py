@@ -10,10 +10,12 @@ import csv
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModel, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
 
+from extract.tasks import load_task
 from pipeline.extracting import run_extract
 from pipeline.recipe import Recipe
 from pipeline.shapes import known_config
@@ -42,10 +44,8 @@ def texts_and_task(samples: int, folder: Path) -> tuple[list[str], dict[str, Any
     return rows, options, f"{samples} made-up texts of {LENGTH} words"
 
 
-def checkpoint(shape: str, folder: Path, texts: list[str]) -> Path:
-    """A checkpoint folder of a real shape: seeded random weights, and a tokenizer trained on `texts`."""
-    config = known_config(SHAPES[shape])
-    t5 = config.model_type == "t5"
+def trained_tokenizer(texts: list[str], t5: bool) -> PreTrainedTokenizerFast:
+    """A tokenizer of 8,000 pieces that closes texts as T5 does, or pairs them as BERT does."""
     special = ["<pad>", "</s>", "<unk>"] if t5 else ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>" if t5 else "[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
@@ -67,6 +67,27 @@ def checkpoint(shape: str, folder: Path, texts: list[str]) -> Path:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
     if not t5:
         fast.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    return fast
+
+
+def positions(samples: int) -> tuple[np.ndarray, str]:
+    """Encoder positions (samples,) of a T5's prompts for RTE, and what they are in words."""
+    if not (GLUE / "RTE" / "train.tsv").is_file():
+        return np.clip(
+            np.random.default_rng(0).lognormal(4.25, 0.45, samples).astype(np.int64), 20, 128
+        ), "made-up lengths"
+    task = load_task("rte", GLUE)
+    prompts = [task.spec.prompt.format(*t) for t in task.rows("train").texts]
+    fast = trained_tokenizer(prompts, True)
+    lengths = [len(ids) for ids in fast(prompts[:samples], truncation=True, max_length=128)["input_ids"]]
+    return np.asarray(lengths, np.int64), f"the first {samples} training rows of RTE"
+
+
+def checkpoint(shape: str, folder: Path, texts: list[str]) -> Path:
+    """A checkpoint folder of a real shape: seeded random weights, and a tokenizer trained on `texts`."""
+    config = known_config(SHAPES[shape])
+    t5 = config.model_type == "t5"
+    fast = trained_tokenizer(texts, t5)
     torch.manual_seed(0)
     maker: Any = AutoModelForSeq2SeqLM if t5 else AutoModel
     maker.from_config(config).save_pretrained(folder)

@@ -15,10 +15,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from train.tuners.base import linear
 
 EPSILON = 1e-6
+CHUNK_ROWS = 1024  # rows recomputed at a time
 
 
 def redundancy(features: Tensor) -> Tensor:
@@ -67,13 +69,19 @@ class MTSA(nn.Module):
     """
 
     def __init__(
-        self, widths: Sequence[int], inner: int, gate: float = 0.0, temperature: float = 0.1, blend: str = "redundancy"
+        self,
+        widths: Sequence[int],
+        inner: int,
+        gate: float = 0.0,
+        temperature: float = 0.1,
+        blend: str = "redundancy",
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         sets, width = len(widths), widths[-1]
         if sets < 2:
             raise ValueError(f"MTSA needs a guide and at least one more set of features, not {sets}")
-        self.temperature, self.blend = temperature, blend
+        self.temperature, self.blend, self.recompute = temperature, blend, recompute
         self.down = nn.ModuleList(linear(n, inner) for n in widths)
         # The two d × d maps of each set, W' (mix) and W (gate), side by side: one batched product serves all sets.
         self.mix_weight = nn.Parameter(torch.empty(sets, inner, 2 * inner).normal_(std=0.01))
@@ -87,7 +95,16 @@ class MTSA(nn.Module):
         return torch.tanh(self.gate / self.temperature)
 
     def forward(self, features: Sequence[Tensor], last: Tensor) -> Tensor:
-        """`features`: n tensors (rows, width), the guide last; `last`: the feature the gate lets through."""
+        """`features`: n tensors (rows, width), the guide last; `last`: the feature the gate lets through.
+
+        With `recompute`, what lies between is not kept for the backward pass but computed again, some rows at a time.
+        """
+        if not (self.recompute and torch.is_grad_enabled()) or len(last) <= CHUNK_ROWS:
+            return self._blend(last, *features)
+        parts = zip(*(x.split(CHUNK_ROWS) for x in (last, *features)), strict=True)
+        return torch.cat([checkpoint(self._blend, *p, use_reentrant=False, preserve_rng_state=False) for p in parts])
+
+    def _blend(self, last: Tensor, *features: Tensor) -> Tensor:
         # Autocast knows no meta device, on which the shapes alone are run to count operations.
         with torch.autocast("cpu" if last.is_meta else last.device.type, enabled=False):
             low = torch.stack([F.relu(d(h.float())) for d, h in zip(self.down, features, strict=True)])

@@ -24,7 +24,9 @@ class SherlConfig(TunerConfig):
 
     `insert`: where the blend of the last stream enters. "last": the last layer. "single:S": layer S; those after it run
     on its output. "multi:S": every layer from S on gets a blend of its own, of all features before it (Figs 6, 9).
-    `tail`: what trains inside the live layers (Fig. 5): "frozen", nothing; "lora", "bitfit", "adapter" or "prompt"."""
+    `tail`: what trains inside the live layers (Fig. 5): "frozen", nothing; "lora", "bitfit", "adapter" or "prompt".
+    `recompute`: compute the blend again in the backward pass instead of keeping what lies between: less memory, the
+    same numbers, a longer step."""
 
     reduction: int = 8
     gate: float | None = None
@@ -32,6 +34,7 @@ class SherlConfig(TunerConfig):
     blend: str = "redundancy"
     insert: str = "last"
     tail: str = "frozen"
+    recompute: bool = False
 
     def __post_init__(self) -> None:
         how, _, number = self.insert.partition(":")
@@ -85,7 +88,9 @@ class Sherl(Tuner):
             # Each later layer reads what the one before read, and that one's output.
             more = {i: [family.width] * (i - first) for i in range(first + 1, last + 1)}
             sets |= {f"{self.stream}_{i}": sets[self.stream] + widths for i, widths in more.items()}
-        self.mtsa = nn.ModuleDict({k: MTSA(n, inner, gate, config.temperature, config.blend) for k, n in sets.items()})
+        self.mtsa = nn.ModuleDict(
+            {k: MTSA(n, inner, gate, config.temperature, config.blend, config.recompute) for k, n in sets.items()}
+        )
         self.live = LiveLayers(tail, family, range(first, last + 1), config.tail)
         self.norm = nn.ModuleDict({s: family.norm(s) for s in family.streams})
         self.dropout = Dropout(family.dropout)
