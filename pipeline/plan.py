@@ -27,6 +27,7 @@ from extract.backbones.base import Family, family_for
 from extract.backbones.batch import stream_of
 from extract.checkpoint import Checkpoint, local
 from extract.order import extraction_batches
+from extract.projection import parse_projection
 from extract.tasks import Task
 from pipeline import rates as measured
 from pipeline.job import batch_size_of, grouped
@@ -37,11 +38,13 @@ from pipeline.resolve import device_of, need, open_task, space_options, store_pa
 from pipeline.shapes import known_config
 from store import FORMATS, SEGMENT_BYTES, bytes_per_value
 from store.errors import UserError
+from store.malloc import keep_freed_memory
 from train.order import Order
 from train.tiers import available_memory
 from train.tuners import TunerConfig, tuner_class
 
 SAMPLED = 2000  # rows whose lengths stand for all
+TIERS = {"device": "device memory", "host": "host memory", "disk": "disk"}  # of --tier
 REMOTE = 125e6  # bytes a second of a remote store: 1 Gbit/s, assumed
 TOKENS_A_WORD = {"t5": 1.45, "bert": 1.3}
 VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
@@ -72,16 +75,19 @@ class Workload:
         """Mean positions of a sample in each stream."""
         return {s: float(n.mean()) for s, n in self.lengths[split].items()}
 
-    def sample_bytes(self, fmt: str, split: str) -> float:
-        """Bytes of one sample as stored, the mean over a split."""
-        row = self.family.width * bytes_per_value(fmt) + (4 if fmt == "int8" else 0)
-        n = self.positions(split)
-        columns = sum(4 * n[stream_of(c)] for c in self.family.columns)
-        return sum(row * n[stream_of(s)] for s in self.states) + columns
+    def sample_bytes(self, fmt: str, split: str, channels: int | None = None) -> float:
+        """Bytes of one sample as stored, the mean over a split. `channels`: of projected states, None for no
+        projection."""
+        n, full = self.positions(split), set(self.family.full_states())
+        total = float(sum(4 * n[stream_of(c)] for c in self.family.columns))
+        for state in self.states:
+            width = self.family.width if channels is None or state in full else channels
+            total += n[stream_of(state)] * (width * bytes_per_value(fmt) + (4 if fmt == "int8" else 0))
+        return total
 
-    def bytes(self, fmt: str) -> float:
+    def bytes(self, fmt: str, channels: int | None = None) -> float:
         """Bytes of all splits."""
-        return sum(self.rows[s] * self.sample_bytes(fmt, s) for s in self.rows)
+        return sum(self.rows[s] * self.sample_bytes(fmt, s, channels) for s in self.rows)
 
     def training_batch(self) -> dict[str, np.ndarray]:
         """Lengths of a typical training batch: of an epoch's batches, the one of about the mean padded size."""
@@ -114,6 +120,7 @@ class Plan:
     rates: dict[str, float | None]
     epochs: int
     format: str
+    projection: str
     tier: str
     pays: bool
     recommendation: str = ""
@@ -166,12 +173,12 @@ def workload(recipe: Recipe, task: Task | None = None) -> Workload:
     config = tuner_options(recipe, recipe.tuner)
     splits = [s for s in (recipe.split or task.splits) if len(task.rows(s))]
     rows = {s: min(len(task.rows(s)), recipe.limit or len(task.rows(s))) for s in splits}
-    readout = "pooled" if tuner_class(recipe.tuner).pooled else family.readout
+    readout = "pooled" if tuner_class(recipe.tuner, family).pooled else family.readout
     return Workload(
         family,
         recipe.tuner,
         config,
-        tuner_class(recipe.tuner).states(config, family),
+        tuner_class(recipe.tuner, family).states(config, family),
         max(2, len(task.spec.labels)),
         {s: sample_lengths(family, tokenizer, task, s, recipe) for s in splits},
         rows,
@@ -216,8 +223,11 @@ def training_memory(work: Workload, batch: dict[str, np.ndarray], fmt: str, held
 
 def predict(work: Workload, recipe: Recipe, budget: float | None = None, memory: float | None = None) -> Plan:
     """Measure this machine and predict. `budget`: bytes of disk, `memory`: bytes of memory that may be taken."""
+    keep_freed_memory()  # as extraction and training do
     device, batch = device_of(recipe), work.training_batch()
-    fmt = recipe.format or choose_format(work, budget)
+    kept = parse_projection(recipe.projection or "none", work.family.width)
+    channels = kept[1] if kept else None
+    fmt = recipe.format or choose_format(work, budget, channels)
     speed = measured.Rates(
         measured.backbone_rate(work.family, batch, device),
         measured.step_seconds(work.family, work.tuner, work.config, batch, work.classes, device),
@@ -228,14 +238,15 @@ def predict(work: Workload, recipe: Recipe, budget: float | None = None, memory:
     train = "train" if "train" in work.rows else next(iter(work.rows))
     batches = -(-work.rows[train] // work.batch_size)
     full = work.rows[train] / work.batch_size  # a last, smaller batch costs its share
-    epoch_bytes = work.rows[train] * work.sample_bytes(fmt, train)
+    epoch_bytes = work.rows[train] * work.sample_bytes(fmt, train, channels)
     tokens = recipe.batch_tokens or (32768 if device.type == "cuda" else 4096)
-    extraction = max(forward_operations(work, tokens) / speed.backbone, work.bytes(fmt) / speed.disk_write)
+    extraction = max(forward_operations(work, tokens) / speed.backbone, work.bytes(fmt, channels) / speed.disk_write)
     live = full * (ops.backbone / speed.backbone + speed.step)
     room = min(memory or np.inf, available_memory()) / 2
     cached = cached_epochs(full * speed.step, epoch_bytes, speed, device, room)
     gains = {tier: None if s is None or s >= live else extraction / (live - s) for tier, s in cached.items()}
-    tier = next(t for t in ("device memory", "host memory", "disk") if cached[t] is not None)
+    order = [TIERS[recipe.tier]] if recipe.tier != "auto" else list(TIERS.values())
+    tier = next((t for t in order if cached[t] is not None), "disk")
     even = gains[tier]
     held = epoch_bytes if tier == "host memory" else min(epoch_bytes, 12 * SEGMENT_BYTES)
     plan = Plan(
@@ -244,7 +255,7 @@ def predict(work: Workload, recipe: Recipe, budget: float | None = None, memory:
         positions=work.positions(train),
         estimated_lengths=work.estimated,
         states=work.states,
-        formats={f: {"bytes a sample": work.bytes(f) / work.samples, "total": work.bytes(f)} for f in FORMATS},
+        formats=sizes(work, recipe.projection, channels),
         extraction_seconds=extraction,
         live_epoch=live,
         cached_epoch=cached,
@@ -254,11 +265,22 @@ def predict(work: Workload, recipe: Recipe, budget: float | None = None, memory:
         rates=asdict(speed),
         epochs=work.epochs,
         format=fmt,
+        projection=recipe.projection or "none",
         tier=tier,
         pays=even is not None and even <= work.epochs,
     )
     recommend(plan, work, recipe, budget, memory)
     return plan
+
+
+def sizes(work: Workload, projection: str | None, channels: int | None) -> dict[str, dict[str, float]]:
+    """Bytes a sample and in all of every format, then of float16 in a quarter and an eighth of the channels."""
+    table = {f: work.bytes(f) for f in FORMATS}
+    if work.family.shape == "sequence":
+        table |= {f"float16, pca:{k}": work.bytes("float16", k) for n in (4, 8) if (k := work.family.width // n)}
+        if channels is not None:
+            table |= {f"{f}, {projection}": work.bytes(f, channels) for f in FORMATS}
+    return {name: {"bytes a sample": size / work.samples, "total": size} for name, size in table.items()}
 
 
 def described(ops: Operations, batches: int) -> dict[str, float]:
@@ -282,9 +304,9 @@ def cached_epochs(
     }
 
 
-def choose_format(work: Workload, budget: float | None) -> str:
+def choose_format(work: Workload, budget: float | None, channels: int | None = None) -> str:
     """float16, or int8 when only that fits the budget."""
-    return "int8" if budget is not None and work.bytes("float16") > budget else "float16"
+    return "int8" if budget is not None and work.bytes("float16", channels) > budget else "float16"
 
 
 def command(name: str, recipe: Recipe, **options: Any) -> str:
@@ -312,14 +334,15 @@ def command(name: str, recipe: Recipe, **options: Any) -> str:
 
 def recommend(plan: Plan, work: Workload, recipe: Recipe, budget: float | None, memory: float | None) -> None:
     """Fill in `recommendation` and `commands`."""
-    total = plan.formats[plan.format]["total"]
+    stored = plan.format if plan.projection == "none" else f"{plan.format}, {plan.projection}"
+    total = plan.formats[stored]["total"]
     train = command("train", recipe, tuner=work.tuner, batch_size=recipe.batch_size)
     extract = command("extract", recipe, format=plan.format, tuners=(work.tuner,))
     plan.commands = [extract, train]
     if budget is not None and total > budget:
         rows = int(work.samples * budget / total)
         plan.recommendation = (
-            f"{size_text(total)} as {plan.format} is over the budget of {size_text(budget)}: "
+            f"{size_text(total)} as {stored} is over the budget of {size_text(budget)}: "
             f"it holds about {rows:,} rows; keep fewer --layers or set --limit"
         )
         plan.commands = [
