@@ -96,7 +96,9 @@ def measure(recipe: Recipe, task: Any, folder: Path) -> dict[str, float]:
 def compared(plan: Plan, found: dict[str, float]) -> list[tuple[str, float, float]]:
     """(what, predicted, measured) of everything that was predicted."""
     predicted = {
-        "bytes": plan.formats[plan.format]["total"],
+        "bytes": plan.formats[plan.format if plan.projection == "none" else f"{plan.format}, {plan.projection}"][
+            "total"
+        ],
         "extraction, s": plan.extraction_seconds,
         "live epoch, s": plan.live_epoch,
         "cached epoch, host memory, s": plan.cached_epoch["host memory"],

@@ -191,6 +191,8 @@ def store_source(job: Job, split: str, batch_size: int) -> StoreSource:
             window=recipe.window,
             group_by_length=grouped(recipe, job.model_readout()),
             scheduler=recipe.scheduler,
+            tier=recipe.tier,
+            device=job.device,
             **options,
         )
     except MissingStates as error:

@@ -15,8 +15,7 @@ Operations are counted on the meta device, so a `config.json` is enough: no weig
 
 from __future__ import annotations
 
-import shlex
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +26,24 @@ from extract.backbones.base import Family, family_for
 from extract.backbones.batch import stream_of
 from extract.checkpoint import Checkpoint, local
 from extract.order import extraction_batches
+from extract.projection import parse_projection
 from extract.tasks import Task
 from pipeline import rates as measured
+from pipeline.advice import plan_text, recommend
 from pipeline.job import batch_size_of, grouped
 from pipeline.operations import Operations, backbone_model, backbone_operations, count, saved_bytes, tuner_model
-from pipeline.recipe import Recipe, option_name
-from pipeline.report import size_text, table_text
+from pipeline.recipe import Recipe
 from pipeline.resolve import device_of, need, open_task, space_options, store_path, tuner_options
 from pipeline.shapes import known_config
 from store import FORMATS, SEGMENT_BYTES, bytes_per_value
 from store.errors import UserError
+from store.malloc import keep_freed_memory
 from train.order import Order
 from train.tiers import available_memory
 from train.tuners import TunerConfig, tuner_class
 
 SAMPLED = 2000  # rows whose lengths stand for all
+TIERS = {"device": "device memory", "host": "host memory", "disk": "disk"}  # of --tier
 REMOTE = 125e6  # bytes a second of a remote store: 1 Gbit/s, assumed
 TOKENS_A_WORD = {"t5": 1.45, "bert": 1.3}
 VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
@@ -72,16 +74,19 @@ class Workload:
         """Mean positions of a sample in each stream."""
         return {s: float(n.mean()) for s, n in self.lengths[split].items()}
 
-    def sample_bytes(self, fmt: str, split: str) -> float:
-        """Bytes of one sample as stored, the mean over a split."""
-        row = self.family.width * bytes_per_value(fmt) + (4 if fmt == "int8" else 0)
-        n = self.positions(split)
-        columns = sum(4 * n[stream_of(c)] for c in self.family.columns)
-        return sum(row * n[stream_of(s)] for s in self.states) + columns
+    def sample_bytes(self, fmt: str, split: str, channels: int | None = None) -> float:
+        """Bytes of one sample as stored, the mean over a split. `channels`: of projected states, None for no
+        projection."""
+        n, full = self.positions(split), set(self.family.full_states())
+        total = float(sum(4 * n[stream_of(c)] for c in self.family.columns))
+        for state in self.states:
+            width = self.family.width if channels is None or state in full else channels
+            total += n[stream_of(state)] * (width * bytes_per_value(fmt) + (4 if fmt == "int8" else 0))
+        return total
 
-    def bytes(self, fmt: str) -> float:
+    def bytes(self, fmt: str, channels: int | None = None) -> float:
         """Bytes of all splits."""
-        return sum(self.rows[s] * self.sample_bytes(fmt, s) for s in self.rows)
+        return sum(self.rows[s] * self.sample_bytes(fmt, s, channels) for s in self.rows)
 
     def training_batch(self) -> dict[str, np.ndarray]:
         """Lengths of a typical training batch: of an epoch's batches, the one of about the mean padded size."""
@@ -114,6 +119,7 @@ class Plan:
     rates: dict[str, float | None]
     epochs: int
     format: str
+    projection: str
     tier: str
     pays: bool
     recommendation: str = ""
@@ -166,12 +172,12 @@ def workload(recipe: Recipe, task: Task | None = None) -> Workload:
     config = tuner_options(recipe, recipe.tuner)
     splits = [s for s in (recipe.split or task.splits) if len(task.rows(s))]
     rows = {s: min(len(task.rows(s)), recipe.limit or len(task.rows(s))) for s in splits}
-    readout = "pooled" if tuner_class(recipe.tuner).pooled else family.readout
+    readout = "pooled" if tuner_class(recipe.tuner, family).pooled else family.readout
     return Workload(
         family,
         recipe.tuner,
         config,
-        tuner_class(recipe.tuner).states(config, family),
+        tuner_class(recipe.tuner, family).states(config, family),
         max(2, len(task.spec.labels)),
         {s: sample_lengths(family, tokenizer, task, s, recipe) for s in splits},
         rows,
@@ -216,8 +222,11 @@ def training_memory(work: Workload, batch: dict[str, np.ndarray], fmt: str, held
 
 def predict(work: Workload, recipe: Recipe, budget: float | None = None, memory: float | None = None) -> Plan:
     """Measure this machine and predict. `budget`: bytes of disk, `memory`: bytes of memory that may be taken."""
+    keep_freed_memory()  # as extraction and training do
     device, batch = device_of(recipe), work.training_batch()
-    fmt = recipe.format or choose_format(work, budget)
+    kept = parse_projection(recipe.projection or "none", work.family.width)
+    channels = kept[1] if kept else None
+    fmt = recipe.format or choose_format(work, budget, channels)
     speed = measured.Rates(
         measured.backbone_rate(work.family, batch, device),
         measured.step_seconds(work.family, work.tuner, work.config, batch, work.classes, device),
@@ -228,14 +237,15 @@ def predict(work: Workload, recipe: Recipe, budget: float | None = None, memory:
     train = "train" if "train" in work.rows else next(iter(work.rows))
     batches = -(-work.rows[train] // work.batch_size)
     full = work.rows[train] / work.batch_size  # a last, smaller batch costs its share
-    epoch_bytes = work.rows[train] * work.sample_bytes(fmt, train)
+    epoch_bytes = work.rows[train] * work.sample_bytes(fmt, train, channels)
     tokens = recipe.batch_tokens or (32768 if device.type == "cuda" else 4096)
-    extraction = max(forward_operations(work, tokens) / speed.backbone, work.bytes(fmt) / speed.disk_write)
+    extraction = max(forward_operations(work, tokens) / speed.backbone, work.bytes(fmt, channels) / speed.disk_write)
     live = full * (ops.backbone / speed.backbone + speed.step)
     room = min(memory or np.inf, available_memory()) / 2
     cached = cached_epochs(full * speed.step, epoch_bytes, speed, device, room)
     gains = {tier: None if s is None or s >= live else extraction / (live - s) for tier, s in cached.items()}
-    tier = next(t for t in ("device memory", "host memory", "disk") if cached[t] is not None)
+    order = [TIERS[recipe.tier]] if recipe.tier != "auto" else list(TIERS.values())
+    tier = next((t for t in order if cached[t] is not None), "disk")
     even = gains[tier]
     held = epoch_bytes if tier == "host memory" else min(epoch_bytes, 12 * SEGMENT_BYTES)
     plan = Plan(
@@ -244,7 +254,7 @@ def predict(work: Workload, recipe: Recipe, budget: float | None = None, memory:
         positions=work.positions(train),
         estimated_lengths=work.estimated,
         states=work.states,
-        formats={f: {"bytes a sample": work.bytes(f) / work.samples, "total": work.bytes(f)} for f in FORMATS},
+        formats=sizes(work, recipe.projection, channels),
         extraction_seconds=extraction,
         live_epoch=live,
         cached_epoch=cached,
@@ -254,11 +264,22 @@ def predict(work: Workload, recipe: Recipe, budget: float | None = None, memory:
         rates=asdict(speed),
         epochs=work.epochs,
         format=fmt,
+        projection=recipe.projection or "none",
         tier=tier,
         pays=even is not None and even <= work.epochs,
     )
     recommend(plan, work, recipe, budget, memory)
     return plan
+
+
+def sizes(work: Workload, projection: str | None, channels: int | None) -> dict[str, dict[str, float]]:
+    """Bytes a sample and in all of every format, then of float16 in a quarter and an eighth of the channels."""
+    table = {f: work.bytes(f) for f in FORMATS}
+    if work.family.shape == "sequence":
+        table |= {f"float16, pca:{k}": work.bytes("float16", k) for n in (4, 8) if (k := work.family.width // n)}
+        if channels is not None:
+            table |= {f"{f}, {projection}": work.bytes(f, channels) for f in FORMATS}
+    return {name: {"bytes a sample": size / work.samples, "total": size} for name, size in table.items()}
 
 
 def described(ops: Operations, batches: int) -> dict[str, float]:
@@ -282,76 +303,9 @@ def cached_epochs(
     }
 
 
-def choose_format(work: Workload, budget: float | None) -> str:
+def choose_format(work: Workload, budget: float | None, channels: int | None = None) -> str:
     """float16, or int8 when only that fits the budget."""
-    return "int8" if budget is not None and work.bytes("float16") > budget else "float16"
-
-
-def command(name: str, recipe: Recipe, **options: Any) -> str:
-    """A command line with the recipe's own options and `options`."""
-    words = ["pipeline", name]
-    shared: tuple[str, ...] = (
-        "model",
-        "task",
-        "data",
-        "text",
-        "text_pair",
-        "label",
-        "store",
-        "limit",
-        "max_length",
-        "layers",
-    )
-    shared += ("insert", "init", "prune", "reduction")  # what an extraction must know as well
-    for key, value in {**{k: getattr(recipe, k) for k in shared}, **options}.items():
-        if value not in (None, "", (), False):
-            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-            words += [option_name(key)] if value is True else [option_name(key), shlex.quote(text)]
-    return " ".join(words)
-
-
-def recommend(plan: Plan, work: Workload, recipe: Recipe, budget: float | None, memory: float | None) -> None:
-    """Fill in `recommendation` and `commands`."""
-    total = plan.formats[plan.format]["total"]
-    train = command("train", recipe, tuner=work.tuner, batch_size=recipe.batch_size)
-    extract = command("extract", recipe, format=plan.format, tuners=(work.tuner,))
-    plan.commands = [extract, train]
-    if budget is not None and total > budget:
-        rows = int(work.samples * budget / total)
-        plan.recommendation = (
-            f"{size_text(total)} as {plan.format} is over the budget of {size_text(budget)}: "
-            f"it holds about {rows:,} rows; keep fewer --layers or set --limit"
-        )
-        plan.commands = [
-            command("extract", replace(recipe, limit=rows), format=plan.format, tuners=(work.tuner,)),
-            train,
-        ]
-    elif memory is not None and plan.memory["total"] > memory:
-        size = max(1, int(work.batch_size * memory / plan.memory["total"]))
-        plan.recommendation = (
-            f"training takes {size_text(plan.memory['total'])}, over {size_text(memory)}: a batch of {size} and "
-            f"--accumulate {-(-work.batch_size // size)} do the same with less"
-        )
-        more = {"tuner": work.tuner, "batch_size": size, "accumulate": -(-work.batch_size // size), "host_memory": "0"}
-        plan.commands = [extract, command("train", recipe, **more)]
-    elif plan.pays:
-        plan.recommendation = (
-            f"cache: extraction is paid back after {plan.break_even[plan.tier]:.1f} of {plan.epochs} epochs, and every "
-            f"further epoch, seed or tuner is {plan.live_epoch / (plan.cached_epoch[plan.tier] or 1):.1f} times faster"
-        )
-    else:
-        cached = plan.cached_epoch[plan.tier] or 0.0
-        even = plan.break_even[plan.tier]
-        why = (
-            f"an epoch from {plan.tier} takes {cached:.3g} s, with the backbone live {plan.live_epoch:.3g} s"
-            if even is None
-            else f"extraction is paid back only after {even:.0f} epochs, you plan {plan.epochs}"
-        )
-        plan.recommendation = (
-            f"caching does not pay in time here: {why}. It still saves the backbone's memory, and pays "
-            "when several seeds or tuners share the states"
-        )
-        plan.commands = [extract, command("train", recipe, tuner=work.tuner, live=True)]
+    return "int8" if budget is not None and work.bytes("float16", channels) > budget else "float16"
 
 
 def run_plan(recipe: Recipe, budget: float | None, memory: float | None) -> tuple[dict[str, Any], str]:
@@ -359,47 +313,3 @@ def run_plan(recipe: Recipe, budget: float | None, memory: float | None) -> tupl
     work = workload(recipe)
     plan = predict(work, recipe, budget, memory)
     return asdict(plan), plan_text(plan, work)
-
-
-def plan_text(plan: Plan, work: Workload) -> str:
-    """What a person reads."""
-
-    def seconds(value: float | None) -> str:
-        return "–" if value is None else f"{value:,.3g} s" if value < 7200 else f"{value / 3600:,.1f} h"
-
-    rows = ", ".join(f"{s} {n:,}" for s, n in plan.rows.items())
-    lengths = ", ".join(f"{s} {n:.1f}" for s, n in plan.positions.items())
-    how = " (estimated from words: no tokenizer at hand)" if plan.estimated_lengths else ""
-    even = plan.break_even
-    tiers = [
-        [
-            tier + (" (1 Gbit/s assumed)" if tier == "remote" else ""),
-            seconds(s),
-            "–" if s is None else f"{plan.live_epoch / s:.1f}",
-            "–" if even[tier] is None else f"{even[tier]:.1f}",
-        ]
-        for tier, s in plan.cached_epoch.items()
-    ]
-    formats = [[f, f"{v['bytes a sample'] / 1e3:,.1f} kB", size_text(v["total"])] for f, v in plan.formats.items()]
-    memory = ", ".join(f"{k} {size_text(v)}" for k, v in plan.memory.items() if k != "total")
-    r = plan.rates
-    cold = "cold not measurable" if r["disk_cold"] is None else f"cold {size_text(r['disk_cold'])}/s"
-    return "\n".join(
-        [
-            f"{plan.samples:,} samples ({rows}); mean positions of a training sample: {lengths}{how}",
-            f"{work.tuner} reads {len(plan.states)} states of width {work.family.width}",
-            "",
-            table_text(["format", "a sample", "in all"], formats),
-            "",
-            f"extraction: {seconds(plan.extraction_seconds)}, once; live epoch: {seconds(plan.live_epoch)}",
-            table_text(["cached epoch from", "seconds", "live ÷ cached", "break-even epochs"], tiers),
-            f"operations live ÷ cached: {plan.operations['ratio']:.1f}",
-            f"training memory: {size_text(plan.memory['total'])} ({memory}), computed from tensors",
-            f"measured here: backbone {(r['backbone'] or 0) / 1e9:,.0f} GFLOP/s, step {r['step']:.3g} s, decoding "
-            f"{size_text(r['decode'] or 0)}/s, disk written {size_text(r['disk_write'] or 0)}/s, warm "
-            f"{size_text(r['disk_warm'] or 0)}/s, {cold}",
-            "",
-            plan.recommendation,
-            *(f"  {line}" for line in plan.commands),
-        ]
-    )

@@ -130,7 +130,7 @@ def step_seconds(
     optimizer, _ = adamw(model, options)
 
     def seconds(part: dict[str, np.ndarray]) -> float:
-        batch = random_batch(family, part, tuner_class(name).states(config, family), classes, device)
+        batch = random_batch(family, part, tuner_class(name, family).states(config, family), classes, device)
         if chains:
             # Inputs of the target's own chain, so that every row is a target row, as in training.
             assert batch.labels is not None

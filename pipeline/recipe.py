@@ -275,6 +275,13 @@ class Recipe:
     live: bool = _option(
         False, "Run the backbone in the loop instead of reading the store: the reference and the baseline.", "train"
     )
+    tier: str = _option(
+        "auto",
+        "Where states stay between epochs: device or host memory, or disk (read again in every epoch). Default: the "
+        "first of them that has room.",
+        "train",
+        choices=("auto", "device", "host", "disk"),
+    )
     host_memory: str | None = _option(
         None,
         "Memory for keeping states after the first epoch, such as 4GB. Default: half of what is free.",

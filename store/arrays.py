@@ -107,7 +107,8 @@ def group_files(arrays: Sequence[ArraySpec], attributes: dict[str, Any]) -> dict
 
 def parse_group(document: Mapping[str, Any], where: str) -> dict[str, ArraySpec]:
     """The arrays in a consolidated group's `zarr.json`. Raises StoreError for shapes and types out of bounds."""
-    found = (document.get("consolidated_metadata") or {}).get("metadata")
+    held = document.get("consolidated_metadata")
+    found = held.get("metadata") if isinstance(held, dict) else None
     if document.get("zarr_format") != 3 or document.get("node_type") != "group" or not isinstance(found, dict):
         raise StoreError(f"{where} is not a consolidated Zarr v3 group")
     return {name: _parse_array(name, meta, where) for name, meta in found.items()}
@@ -123,7 +124,7 @@ def _parse_array(name: str, meta: Any, where: str) -> ArraySpec:
         sound = sound and len(grid) == len(shape) and all(1 <= n <= MAX_ROWS for n in grid)
         sound = sound and np.dtype(_DTYPES[dtype]).itemsize * prod(grid) <= MAX_CHUNK_BYTES
         sound = sound and _known_codecs(meta["codecs"]) and not meta.get("storage_transformers")
-    except (KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError, RecursionError):
         sound = False
     if not sound:
         raise StoreError(f"{where}: the metadata of array {name!r} is malformed or out of bounds")
@@ -228,10 +229,19 @@ def damaged(folder: str, name: str, what: str) -> StoreError:
 
 def _read_with_zarr(files: Files, folder: str, array: ArraySpec, runs: Runs, digests: Digests) -> np.ndarray:
     """Through zarr, after every file of the array was checked: zarr alone reads a missing chunk as zeros."""
-    grid = array.foreign_grid
     if not files.local:
         raise damaged(folder, array.name, "was written by another program; pull the store to read it")
-    stored = 0
+    try:
+        return _through_zarr(files, folder, array, runs, digests)
+    except (StoreError, OSError):
+        raise
+    except Exception as error:  # Whatever zarr and its codecs make of foreign metadata.
+        what = " ".join(str(error).split())[:200]
+        raise damaged(folder, array.name, f"cannot be read with zarr ({what})") from error
+
+
+def _through_zarr(files: Files, folder: str, array: ArraySpec, runs: Runs, digests: Digests) -> np.ndarray:
+    grid, stored = array.foreign_grid, 0
     # Ends at the first absent file, so an absurd shape costs nothing.
     group = zarr.open_group(LocalStore(files.path(folder), read_only=True), mode="r", use_consolidated=True)
     opened = group[array.name]

@@ -51,8 +51,15 @@ def parse_json(data: bytes, where: str | Path) -> dict[str, Any]:
     def refuse(text: str) -> Any:
         raise ValueError(text)
 
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        # Of a name that occurs twice one reader takes the first and another the last.
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise ValueError("a name occurs twice")
+        return found
+
     try:
-        value = json.loads(data, parse_constant=refuse)
+        value = json.loads(data, parse_constant=refuse, object_pairs_hook=once)
     except (ValueError, RecursionError, MemoryError) as error:
         raise StoreError(f"{where} is not readable JSON: the file is damaged or foreign") from error
     if not isinstance(value, dict):

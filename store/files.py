@@ -11,7 +11,7 @@ import secrets
 import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -87,11 +87,11 @@ class Files:
 
     def read(self, name: str, limit: int) -> bytes:
         """The whole file. Raises FileNotFoundError, or StoreError if it is longer than `limit` bytes."""
-        with self._reading(name), self.path(name).open("rb") as file:
+        with self._reading(name), self._open(name) as file:
             size = os.fstat(file.fileno()).st_size
             if size > limit:
                 raise StoreError(f"{self.path(name)} has {size} bytes, more than the {limit} allowed: refused")
-            return file.read(min(limit, size) + 1)
+            return file.read(size)
 
     def read_into(self, name: str, buffers: Sequence[Any]) -> None:
         """Fill `buffers` with the file, one after the other.
@@ -99,7 +99,7 @@ class Files:
         Raises FileNotFoundError, or EOFError if the file is not exactly as long as they are.
         """
         total = sum(memoryview(b).nbytes for b in buffers)
-        with self._reading(name), self.path(name).open("rb", buffering=0) as file:
+        with self._reading(name), self._open(name, 0) as file:
             size = os.fstat(file.fileno()).st_size
             if size != total:
                 raise EOFError(f"has {size} bytes instead of {total}")
@@ -117,13 +117,21 @@ class Files:
             return
         for name in names:
             try:
-                descriptor = os.open(self.path(name), os.O_RDONLY)
+                descriptor = os.open(self.path(name), os.O_RDONLY | os.O_NONBLOCK)  # a pipe is not waited for
             except (OSError, StoreError):
                 continue  # reading it says what is wrong
             try:
-                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+                with suppress(OSError):
+                    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
             finally:
                 os.close(descriptor)
+
+    def _open(self, name: str, buffering: int = -1) -> Any:
+        """The file, for reading. Raises StoreError for what is no regular file; a pipe would be waited for."""
+        path = self.path(name)
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise StoreError(f"{path} is not a regular file: refused")
+        return path.open("rb", buffering)
 
     @contextmanager
     def _reading(self, name: str) -> Iterator[None]:
@@ -132,6 +140,8 @@ class Files:
             yield
         except FileNotFoundError:
             raise
+        except MemoryError:
+            raise StoreError(f"{self.root}/{name} does not fit in memory: refused") from None
         except OSError as error:
             raise explain(error, "reading", f"{self.root}/{name}") from error
 

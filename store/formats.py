@@ -66,7 +66,11 @@ class Encoded:
 
     def cpu(self) -> Encoded:
         """The same rows in host memory."""
-        return Encoded(self.values.cpu(), None if self.scale is None else self.scale.cpu())
+        return self.to("cpu")
+
+    def to(self, device: torch.device | str) -> Encoded:
+        """The same rows on `device`."""
+        return Encoded(self.values.to(device), None if self.scale is None else self.scale.to(device))
 
     def slice(self, start: int, stop: int) -> Encoded:
         """Rows `start` to `stop`, as views."""

@@ -11,6 +11,7 @@ import io
 import json
 import math
 import re
+import zlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,12 +19,12 @@ from store.digest import canonical_json, digest_bytes
 from store.document import parse_json
 from store.errors import MissingStates, StoreError
 from store.files import Files, explain
-from store.names import FORMAT, are_keys, check_task
+from store.names import FORMAT, MAX_TABLE_BYTES, are_keys, check_task
 
 _NAME = re.compile(r"(?P<split>.+)-(?P<rows>[0-9]{1,12})-(?P<digest>[0-9a-f]{16})\.jsonl\.gz")
 _KIND = "activation-task-table"
 # Text seldom compresses more than twentyfold; what does more than this is a decompression bomb.
-_MAX_RATIO, _SLACK = 400, 16 << 20
+_MAX_RATIO, _SLACK, _MAX_PLAIN = 400, 16 << 20, 8 << 30
 
 
 @dataclass
@@ -150,16 +151,18 @@ def _read(files: Files, info: TableInfo) -> TaskTable:
         return StoreError(f"task table {where} is damaged: {what}; restore it from another copy, or delete and extract")
 
     size = files.size(info.path) or 0
+    if size > MAX_TABLE_BYTES:
+        raise bad(f"it has {size} bytes, more than the {MAX_TABLE_BYTES} allowed")
     data = files.read(info.path, size)
     if digest_bytes(data)[:16] != info.path.rsplit("-", 1)[1][:16] and files.forget(info.path):
         data = files.read(info.path, size)
     if digest_bytes(data)[:16] != info.path.rsplit("-", 1)[1][:16]:
         raise bad("its digest does not match its name")
-    limit = _MAX_RATIO * size + _SLACK
+    limit = min(_MAX_RATIO * size + _SLACK, _MAX_PLAIN)
     try:
         plain = gzip.GzipFile(fileobj=io.BytesIO(data)).read(limit + 1)
-    except (OSError, EOFError, ValueError) as error:
-        raise bad(str(error)) from error
+    except (OSError, EOFError, ValueError, MemoryError, zlib.error) as error:
+        raise bad(str(error) or "it does not fit in memory") from error
     if len(plain) > limit:
         raise bad(f"it unpacks to more than {limit} bytes")
     first, *lines = plain.split(b"\n")[:-1] or [b""]
@@ -180,7 +183,14 @@ def _read(files: Files, info: TableInfo) -> TaskTable:
         texts = [row[2] for row in found]
     except (ValueError, RecursionError, LookupError, TypeError) as error:
         raise bad("a row is malformed") from error
-    sound = len(found) == info.rows and are_keys(keys) and all(type(v) in (int, float, type(None)) for v in labels)
+    sound = len(found) == info.rows and are_keys(keys) and all(map(_is_label, labels))
     if not sound or not all(isinstance(t, list) and all(isinstance(s, str) for s in t) for t in texts):
         raise bad("a row is malformed")
     return TaskTable(header, keys, labels, texts)
+
+
+def _is_label(value: object) -> bool:
+    """Whether a tensor can hold it: a class index, a finite number, or None."""
+    if type(value) is int:
+        return abs(value) < 1 << 63
+    return value is None or (type(value) is float and math.isfinite(value))

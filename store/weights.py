@@ -18,7 +18,7 @@ from store.digest import digest_bytes
 from store.document import dump_document, load_document, parse_json
 from store.errors import MissingStates, StoreError
 from store.files import Files, explain
-from store.names import FORMAT, MAX_SMALL_JSON, is_file, is_key
+from store.names import FORMAT, MAX_SMALL_JSON, MAX_WEIGHTS_BYTES, is_file, is_key
 
 _KIND = "activation-weights"
 
@@ -67,8 +67,9 @@ def load_tensors(files: Files, digest: str, name: str) -> dict[str, torch.Tensor
     """The tensors of `name`, on the CPU. Raises MissingStates, or StoreError if the file is damaged."""
     try:
         return load(_load(files, digest, name))
-    except SafetensorError as error:
-        raise StoreError(f"weights/{digest}/{name} is not a safetensors file: {error}") from error
+    except (SafetensorError, LookupError, MemoryError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+        what = " ".join(str(error).split())[:200]
+        raise StoreError(f"weights/{digest}/{name} is not a safetensors file: {what}") from error
 
 
 def load_json(files: Files, digest: str, name: str) -> dict[str, Any]:
@@ -118,7 +119,8 @@ def listed(files: Files, digest: str) -> dict[str, tuple[int, str]] | None:
     out = {}
     for entry in entries if isinstance(entries, list) else [{}]:
         sound = isinstance(entry, dict) and is_file(entry.get("name")) and is_key(entry.get("xxh3"))
-        if not sound or type(entry.get("size")) is not int or document.get("digest") != digest:
+        sound = sound and type(entry.get("size")) is int and 0 <= entry["size"] <= MAX_WEIGHTS_BYTES
+        if not sound or document.get("digest") != digest:
             raise StoreError(
                 f"{path} is malformed: restore it from another copy, or delete the folder and extract again"
             )

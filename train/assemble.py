@@ -8,7 +8,7 @@ would cost more than what it moves. Python runs once per block and state.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -37,6 +37,12 @@ class Loaded:
             {stream: samples.offsets(stream) for stream in samples.lengths},
             {name: torch.from_numpy(np.ascontiguousarray(column)) for name, column in samples.columns.items()},
         )
+
+    def to(self, device: torch.device) -> Loaded:
+        """The same with states and columns on `device`."""
+        states = {n: e.to(device) for n, e in self.samples.states.items()}
+        columns = {n: c.to(device) for n, c in self.columns.items()}
+        return Loaded(replace(self.samples, states=states), self.offsets, columns)
 
     def pick(self, name: str, slot: np.ndarray) -> list[Tensor]:
         """The rows of state `name` of the samples `slot`, as stored: views, not copies."""
@@ -70,10 +76,10 @@ class Rows:
     runs: list[tuple[int, int, Tensor]]
 
     @classmethod
-    def of(cls, rows: Sequence[np.ndarray]) -> Rows:
+    def of(cls, rows: Sequence[np.ndarray], device: torch.device | str = "cpu") -> Rows:
         runs, at = [], 0
         for wanted in rows:
-            runs.append((at, at + len(wanted), torch.from_numpy(wanted)))
+            runs.append((at, at + len(wanted), torch.from_numpy(wanted).to(device)))
             at += len(wanted)
         return cls(runs)
 
@@ -97,11 +103,13 @@ def assemble(
     columns: Sequence[str],
     dtype: torch.dtype = torch.float32,
     pin: bool = False,
+    device: torch.device | str = "cpu",
 ) -> Batch:
     """The samples of all `parts`, in their order, as a Batch without labels and index. At least one part is needed;
-    its slot may be empty. States are decoded to `dtype`; `pin` puts them in page-locked memory."""
+    its slot may be empty. States are decoded to `dtype`; `pin` puts them in page-locked memory.
+    `device`: where the blocks are."""
     streams = list(dict.fromkeys(stream_of(name) for name in (*states, *columns))) or list(parts[0].block.offsets)
-    rows = {s: Rows.of([rows_of(p.block.offsets[s], p.slot) for p in parts]) for s in streams}
+    rows = {s: Rows.of([rows_of(p.block.offsets[s], p.slot) for p in parts], device) for s in streams}
     lengths = {s: np.concatenate([p.block.samples.lengths[s][p.slot] for p in parts]).astype(np.int64) for s in streams}
 
     def place(tensor: Tensor) -> Tensor:
@@ -127,7 +135,7 @@ def copied(parts: Sequence[Part], name: str, lengths: np.ndarray, rows: Rows, dt
     scale = scales(sources, rows)
     # Scaled rows are rebuilt in float32, as `decode` does.
     kind = dtype if scale is None else torch.float32
-    out = torch.empty(rows.total, sources[0].width, dtype=kind, pin_memory=pin)
+    out = torch.empty(rows.total, sources[0].width, dtype=kind, device=sources[0].values.device, pin_memory=pin)
     torch._foreach_copy_(out.split(lengths.tolist()), [v for p in parts for v in p.block.pick(name, p.slot)])
     return out if scale is None else rescale(out, scale).to(dtype)
 

@@ -7,6 +7,7 @@ from concurrent.futures import CancelledError
 from typing import Any
 
 import numpy as np
+import torch
 
 from train.assemble import Loaded
 from train.readers import Reader
@@ -17,7 +18,8 @@ class LookAhead:
 
     `uses`: for each batch the blocks it needs. `blocks`: block number → what the reader is given, with its `nbytes`.
     `limit`: bytes that may be read or waiting beyond the present batch (one block is always allowed). `kept`: blocks
-    that are in memory already; with `keep`, those read are added to it and not dropped.
+    that are in memory already; with `keep`, those read are added to it and not dropped. `device`: where blocks are put,
+    the host's memory if None.
     """
 
     def __init__(
@@ -28,9 +30,10 @@ class LookAhead:
         limit: int,
         kept: MutableMapping[int, Loaded],
         keep: bool,
+        device: torch.device | None = None,
     ) -> None:
         self._uses, self._blocks, self._reader, self._limit = uses, blocks, reader, limit
-        self._kept, self._keep = kept, keep
+        self._kept, self._keep, self._device = kept, keep, device
         batch = np.repeat(np.arange(len(uses)), [len(u) for u in uses])
         block = np.concatenate(uses) if len(uses) else np.zeros(0, np.int64)
         numbers, first = np.unique(block, return_index=True)
@@ -59,6 +62,8 @@ class LookAhead:
         if number in self._kept:
             return self._kept[number]
         loaded = Loaded.of(self._asked.pop(number).result())
+        if self._device is not None:
+            loaded = loaded.to(self._device)
         if self._keep:
             self._kept[number] = loaded
         return loaded

@@ -4,8 +4,9 @@ Blocks (runs of whole samples, tens of megabytes) are read by Dask tasks a bound
 gathered from the open blocks and decoded one batch ahead of the step, in a background thread. Which samples stand in
 which batch follows from (seed, epoch) alone (`train.order`): not from the tier, the number of threads or ranks.
 
-Memory: about 1.5 · `window` blocks plus `lookahead_bytes` as stored, plus two decoded batches; in the host tier, all
-blocks as stored. Nothing outlives an iterator but the blocks of the host tier: no process, thread, lock or file.
+Memory: about 1.5 · `window` blocks plus `lookahead_bytes` as stored, plus two decoded batches; in the device or
+host tier, all blocks as stored. Nothing outlives an iterator but the blocks of these tiers: no process, thread, lock
+or file.
 """
 
 from __future__ import annotations
@@ -40,8 +41,10 @@ class StoreSource:
     least a whole segment by default, since cutting one means reading the chunks at the cut twice) and
     `group_by_length` (batches of like length, see `Order`) decide the order. `lookahead_bytes`: read beyond the present
     batch. `host_bytes`: keep the blocks in memory if they take no more (None: half of the memory free at the first
-    epoch; 0: never). `scheduler`: address of a `distributed` scheduler, else `workers` threads. `ahead`: batches made
-    before they are asked for, in a thread (0: none, no thread). `pin`: page-locked batches, for copies to a GPU.
+    epoch; 0: never). `tier`: "device", "host" or "disk" instead of what fits; `device`: where the blocks of the device
+    tier go, and then the batches are there, too. `scheduler`: address of a `distributed` scheduler, else `workers`
+    threads. `ahead`: batches made before they are asked for, in a thread (0: none, no thread). `pin`: page-locked
+    batches, for copies to a GPU.
     `dtype`: of the decoded states.
 
     Raises MissingStates if something is not stored, UserError for wrong options or labels.
@@ -62,6 +65,8 @@ class StoreSource:
         block_bytes: int = 3 * SEGMENT_BYTES // 2,
         lookahead_bytes: int = 2 * SEGMENT_BYTES,
         host_bytes: int | None = None,
+        tier: str = "auto",
+        device: torch.device | str = "cpu",
         scheduler: str | None = None,
         workers: int | None = None,
         rank: int = 0,
@@ -92,6 +97,7 @@ class StoreSource:
         self._slot = np.asarray(self.plan.slot)
         self._rank, self._world = rank, world
         self._lookahead, self._host_bytes = lookahead_bytes, host_bytes
+        self._wanted_tier, self._device = tier, torch.device(device)
         self._scheduler, self._workers = scheduler, workers
         self._ahead, self._pin, self._dtype = ahead, pin, dtype
         self._kept: dict[int, Loaded] = {}
@@ -111,9 +117,9 @@ class StoreSource:
 
     @property
     def tier(self) -> str:
-        """ "host" or "disk"; decided when first asked for, by the memory that is free then."""
+        """ "device", "host" or "disk"; decided when first asked for, by the memory that is free then."""
         if self._tier is None:
-            self._tier = choose(self.nbytes, self._host_bytes)
+            self._tier = choose(self.nbytes, self._host_bytes, self._device, self._wanted_tier)
         return self._tier
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
@@ -127,7 +133,7 @@ class StoreSource:
         return self._run(self.order.sequential())
 
     def forget(self) -> None:
-        """Give back the memory of the host tier."""
+        """Give back the memory of the device or host tier."""
         self._kept.clear()
 
     def _run(self, batches: list[np.ndarray]) -> Iterator[Batch]:
@@ -142,7 +148,9 @@ class StoreSource:
             for share, batch in zip(shares, batches, strict=True)
         ]
         reader = make_reader(self._scheduler, self._workers)
-        blocks = LookAhead(uses, self.plan.blocks, reader, self._lookahead, self._kept, self.tier == "host")
+        place = self._device if self.tier == "device" else None
+        keep = self.tier in ("device", "host")
+        blocks = LookAhead(uses, self.plan.blocks, reader, self._lookahead, self._kept, keep, place)
         maker = ThreadPoolExecutor(1, "make-batch", _one_thread) if self._ahead else None
         pending: deque[Future[Batch]] = deque()
         try:
@@ -172,7 +180,8 @@ class StoreSource:
         """The samples `index` (B,), which stand by block."""
         block = self.order.block[index]
         parts = [Part(loaded, self._slot[index[block == number]]) for number, loaded in blocks.items()]
-        batch = assemble(parts, self.states, self.columns, self._dtype, self._pin)
+        device = self._device if self.tier == "device" else "cpu"
+        batch = assemble(parts, self.states, self.columns, self._dtype, self._pin and device == "cpu", device)
         batch.index = index
         if self.labels is not None:
             batch.labels = self.labels[torch.from_numpy(index)]

@@ -1,9 +1,14 @@
-"""Where blocks stay between epochs: `host` memory when all of them fit, else nowhere (`disk`)."""
+"""Where blocks stay between epochs: `device` or `host` memory when all of them fit, else nowhere (`disk`).
+
+Blocks are kept as stored, so a tier takes no more than the store does; the first epoch fills it while it trains.
+"""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+
+import torch
 
 
 def available_memory() -> int:
@@ -19,8 +24,15 @@ def available_memory() -> int:
     return free
 
 
-def choose(nbytes: int, host_bytes: int | None) -> str:
-    """ "host" if `nbytes` fit in `host_bytes` (None: half of the memory available now), else "disk"."""
+def choose(nbytes: int, host_bytes: int | None, device: torch.device | None = None, tier: str = "auto") -> str:
+    """The tier for `nbytes` of blocks: "device" if there is a GPU and they fit in half of its free memory, "host" if
+    they fit in `host_bytes` (None: half of the memory available now), else "disk". Any other `tier` than "auto" is
+    taken as it is; on a CPU the memory of the device is the host's."""
+    gpu = device is not None and device.type == "cuda"
+    if tier != "auto":
+        return "host" if tier == "device" and not gpu else tier
+    if gpu and nbytes <= torch.cuda.mem_get_info(device)[0] // 2:
+        return "device"
     return "host" if nbytes <= (available_memory() // 2 if host_bytes is None else host_bytes) else "disk"
 
 

@@ -21,7 +21,13 @@ from pipeline.recipe import Recipe
 from pipeline.shapes import known_config
 
 GLUE = Path(__file__).resolve().parents[3] / "shared" / "data" / "glue"
-SHAPES = {"t5-base": "t5-base", "t5-large": "t5-large", "bert-base": "bert-base", "small": "minilm"}
+SHAPES = {
+    "t5-small": "t5-small",
+    "t5-base": "t5-base",
+    "t5-large": "t5-large",
+    "bert-base": "bert-base",
+    "small": "minilm",
+}
 WORDS = ("cat", "dog", "house", "river", "stone", "paper", "light", "water", "north", "green", "old", "never", "always")
 LENGTH = 60
 

@@ -203,8 +203,8 @@ def main() -> None:
         f"Direct effect: tuners trained for {args.epochs} epochs on float32 states of {args.rows:,} rows; predictions "
         "of GLUE's dev rows that change when their states go through a format.",
         f"Retrained from scratch: SST-2, {args.rows:,} training rows, {args.epochs} epochs, accuracy on GLUE's 872, "
-        f"mean and deviation of {args.seeds} seeds. Projections as float16; the last two of MiniLM's six states stay full, "
-        "so the bytes shrink by less than the channels. samples/s: the stream alone, warm page cache.",
+        f"mean and deviation of {args.seeds} seeds. Projections as float16; the last two of MiniLM's six states stay "
+        "full, so the bytes shrink by less than the channels. samples/s: the stream alone, warm page cache.",
         "Other ideas, on one layer's states of 1,000 texts.",
     )
     body = []

@@ -20,6 +20,8 @@ from pipeline.rates import Rates, random_batch
 from pipeline.recipe import Recipe
 from pipeline.shapes import known_config
 from store.errors import UserError
+from tests.pairs import TEXT, pairs
+from tests.train.conformance import small_options
 from train.model import Model, Target
 from train.tuners import tuner_class, tuner_config
 
@@ -42,6 +44,14 @@ def no_measuring(monkeypatch):
         planning.measured, "disk_rates", lambda *a: (rates.disk_write, rates.disk_warm, rates.disk_cold)
     )
     return use
+
+
+@pytest.mark.parametrize(("name", "tuner"), pairs(TEXT))
+def test_operations_of_every_tuner_are_counted(name, tuner, checkpoints):
+    family = Checkpoint(checkpoints[name], name).family
+    lengths = {s: np.array([3, 5]) for s in family.streams}
+    found = count(family, tuner, tuner_config(tuner, small_options(tuner)), lengths)
+    assert found.backbone > 0 and found.step > 0
 
 
 def recipe_for(model, table, tmp_path, **more):

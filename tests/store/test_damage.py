@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -207,6 +208,7 @@ def rewrite_metadata(folder: Path, change: Callable[[dict[str, Any]], None]) -> 
         _set("encoder.3", "codecs", [{"name": "numcodecs.pickle"}]),
         _set("encoder.3", "codecs", [{"name": "sharding_indexed", "configuration": {"codecs": [{"name": "evil"}]}}]),
         _set("encoder.3", "codecs", 5),
+        _set("encoder.3", "codecs", []),
         _set("encoder.3", "storage_transformers", [{"name": "evil"}]),
         _set("encoder.3", "chunk_key_encoding", {"name": "default", "configuration": {"separator": "/"}}),
         _set("encoder.3", None),
@@ -218,6 +220,40 @@ def test_hostile_metadata(tmp_path: Path, change: Callable[[dict[str, Any]], Non
     rewrite_metadata(segment.path, change)
     with pytest.raises(StoreError):
         reopened(home).read(STATES, COLUMNS)
+
+
+@pytest.mark.parametrize("held", ["5", "[]", '{"metadata": [1]}', '{"metadata": {"encoder.3": null}}'])
+def test_hostile_consolidated_metadata(tmp_path: Path, held: str) -> None:
+    home = space(tmp_path)
+    segment = sealed(home, [1, 2, 3])
+    (segment.path / "zarr.json").write_text(
+        '{"zarr_format": 3, "node_type": "group", "consolidated_metadata": ' + held + "}"
+    )
+    rewrite_manifest(segment.path, lambda d: None)
+    with pytest.raises(StoreError):
+        reopened(home).read(STATES)
+
+
+def test_a_name_that_occurs_twice_is_refused(tmp_path: Path) -> None:
+    """One reader would take the first keys and another the last."""
+    home = space(tmp_path)
+    path = sealed(home, [1, 2]).path / "manifest.json"
+    body = b"{" + path.read_bytes()[43:-1] + b',"provenance":{}}'
+    path.write_bytes(b'{"xxh3":"' + digest_bytes(body).encode() + b'",' + body[1:])
+    with pytest.raises(StoreError, match="not readable JSON"):
+        reopened(home)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
+@pytest.mark.parametrize("name", ["store.json", "spaces/*/space.json", "spaces/*/segments/*/manifest.json"])
+def test_a_pipe_is_not_waited_for(tmp_path: Path, name: str) -> None:
+    home = space(tmp_path)
+    sealed(home, [1, 2])
+    (victim,) = (tmp_path / "store").glob(name)
+    victim.unlink()
+    os.mkfifo(victim)
+    with pytest.raises(StoreError, match="not a regular file"):
+        reopened(home)
 
 
 def test_missing_consolidated_metadata(tmp_path: Path) -> None:

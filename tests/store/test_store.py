@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -197,6 +198,9 @@ def test_which_table(tmp_path: Path) -> None:
 KEYS = [key(i) for i in range(30)]
 
 
+HEADER = b'{"kind_of_file":"activation-task-table","rows":1,"task":"t","split":"s"}\n'
+
+
 def test_bad_tables(tmp_path: Path) -> None:
     home = space(tmp_path)
     for header in ({"task": "../x", "split": "train"}, {"task": "t", "split": "a/b"}, {"task": "", "split": "train"}):
@@ -215,6 +219,7 @@ def test_bad_tables(tmp_path: Path) -> None:
             b'{"kind_of_file":"activation-task-table","rows":1,"task":"t","split":"s"}\n[1]\n',
             b'{"kind_of_file":"activation-task-table","rows":1,"task":"t","split":"s"}\n[[[[\n',
             b'{"kind_of_file":"activation-task-table","rows":1,"task":"u","split":"s"}\n["",1,[]]\n',
+            *(HEADER + b'["%s",%s,[]]\n' % (key(1).encode(), n) for n in (b"NaN", b"1e999", b"9" * 40, b"true")),
             b"\0" * (64 << 20),
         ]
     ):
@@ -224,7 +229,7 @@ def test_bad_tables(tmp_path: Path) -> None:
         path.write_bytes(packed)
         with pytest.raises(StoreError, match="task table"):
             home.load_table("t", "s")
-        assert number < 6 and len(home.verify(deep=True)) == 1
+        assert number < 10 and len(home.verify(deep=True)) == 1
     path.unlink()
     path = path.with_name(f"s-2-{digest_bytes(data)[:16]}.jsonl.gz")
     path.write_bytes(data[:-1] + b"?")
@@ -298,3 +303,40 @@ def test_no_permission_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         home.plan([], [])
     with pytest.raises(StoreError, match="no permission while making a store"):
         Store.create(tmp_path / "new")
+
+
+@pytest.mark.parametrize("shape", [[1 << 40, 1 << 40], [0, 1 << 63], [-1]])
+def test_hostile_tensor_shapes_are_one_line(tmp_path: Path, shape: list[int]) -> None:
+    header = json.dumps({"w": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}}).encode()
+    _put_weights(tmp_path, len(header).to_bytes(8, "little") + header)
+    with pytest.raises(StoreError, match="is not a safetensors file") as caught:
+        Store.open(tmp_path / "store").load_tensors("cd" * 16, "tail.safetensors")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("size", [-1, 1 << 40])
+def test_absurd_sizes_of_weights_are_refused(tmp_path: Path, size: int) -> None:
+    file = _put_weights(tmp_path, b"", size)
+    if size > 0:
+        os.truncate(file, size)
+    with pytest.raises(StoreError, match="malformed"):
+        Store.open(tmp_path / "store").load_tensors("cd" * 16, "tail.safetensors")
+
+
+def _put_weights(path: Path, data: bytes, size: int | None = None) -> Path:
+    """Weights whose manifest agrees with `data`, but for a `size` of its own."""
+    folder = Store.create(path / "store").path / "weights" / ("cd" * 16)
+    folder.mkdir(parents=True)
+    entry = {"name": "tail.safetensors", "size": len(data) if size is None else size, "xxh3": digest_bytes(data)}
+    document = {"kind": "activation-weights", "format": 1, "digest": "cd" * 16, "files": [entry]}
+    (folder / "manifest.json").write_bytes(dump_document(document))
+    (folder / "tail.safetensors").write_bytes(data)
+    return folder / "tail.safetensors"
+
+
+def test_an_absurd_table_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    home = space(tmp_path)
+    path = home.save_table(TaskTable({"task": "t", "split": "s"}, KEYS[:1], [1]))
+    os.truncate(path, 1 << 40)
+    with pytest.raises(StoreError, match="more than the"):
+        home.load_table("t", "s")

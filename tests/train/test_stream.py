@@ -232,3 +232,19 @@ def test_wrong_options_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
         StoreSource(space, [key(i) for i in range(3)], [0, None, 1], STATES, batch_size=2)
     with pytest.raises(UserError, match="start"):
         make(monkeypatch)[0].epoch(0, 99)
+
+
+def test_a_forced_tier_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    for asked, found in (("disk", "disk"), ("host", "host"), ("device", "host")):  # on a CPU they are the same memory
+        source, ids = make(monkeypatch, ToySpace(SIZES), tier=asked, host_bytes=0 if asked != "disk" else 1 << 40)
+        assert source.tier == found
+        assert len(ids) == sum(len(b) for b in source.epoch(0))
+
+
+def test_blocks_on_a_device_give_the_same_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, _ = make(monkeypatch, ToySpace(SIZES), tier="disk")
+    moved, _ = make(monkeypatch, ToySpace(SIZES))
+    monkeypatch.setattr(moved, "_tier", "device")  # of a CPU: the way is the same
+    for a, b in zip(plain.epoch(0), moved.epoch(0), strict=True):
+        assert all(torch.equal(a.states[n], b.states[n]) for n in a.states)
+        assert all(torch.equal(a.columns[n], b.columns[n]) for n in a.columns)

@@ -52,6 +52,12 @@ class Start:
     make: Callable[[Any, dict[str, Tensor]], dict[str, Tensor]]
 
 
+def full_precision(device: torch.device) -> torch.autocast:
+    """A context in which autocast is off, for what half precision would spoil."""
+    # Autocast knows no meta device, on which the shapes alone are run to count operations.
+    return torch.autocast("cpu" if device.type == "meta" else device.type, enabled=False)
+
+
 class Tuner(nn.Module):
     """A side network. `forward(batch)` gives (rows of `stream`, `output_width`) for the readout.
 

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from extract.backbones.base import Family, Tail
 from extract.backbones.batch import Batch, Layout
 from train.heads.pooled import pool
-from train.tuners.base import Tuner, TunerConfig, checked_reduction, register
+from train.tuners.base import Tuner, TunerConfig, checked_reduction, full_precision, register
 from train.tuners.mtsa import EPSILON, mix
 
 
@@ -48,7 +48,7 @@ class Tower(nn.Module):
 
     def forward(self, pooled: Tensor, states: Sequence[Tensor], layout: Layout, base: Tensor) -> Tensor:
         """`pooled` (B, joint), each of `states` (rows, width), `base` (B,): the row of each sample's pooled token."""
-        with torch.autocast(pooled.device.type, enabled=False):
+        with full_precision(pooled.device):
             pooled = pooled.float()
             guide = self.guide(F.relu(pooled))
             low = [down(F.relu(h.float())) for down, h in zip(self.down, states, strict=True)]

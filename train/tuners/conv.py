@@ -16,7 +16,7 @@ from extract.backbones.base import Family, Tail
 from extract.backbones.batch import Batch
 from extract.backbones.grids import cells, max_cells, mean_cells, sizes, sum_cells
 from store.errors import UserError
-from train.tuners.base import Tuner, TunerConfig, checked_reduction, form
+from train.tuners.base import Tuner, TunerConfig, checked_reduction, form, full_precision
 from train.tuners.livelayers import refuse
 from train.tuners.mtsa import mix
 from train.tuners.sherl import SherlConfig
@@ -91,7 +91,7 @@ class SherlConv(Tuner):
         return taps(config, family, "sherl", live=True)
 
     def forward(self, batch: Batch) -> Tensor:
-        with torch.autocast(batch.device.type, enabled=False):
+        with full_precision(batch.device):
             where, count = cells_of(self.family, batch), int(batch.lengths[self.stream].sum())
             low = []
             for down, name in zip(self.down, self.names, strict=True):
@@ -132,7 +132,7 @@ class UniptConv(Tuner):
         return taps(config, family, "unipt", live=False)
 
     def forward(self, batch: Batch) -> Tensor:
-        with torch.autocast(batch.device.type, enabled=False):
+        with full_precision(batch.device):
             where, top = cells_of(self.family, batch), batch.states[self.names[-1]].float()
             low = []
             for name, guide, down in zip(self.names[:-1], self.guide, self.down[:-1], strict=True):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from train.tuners.base import linear
+from train.tuners.base import full_precision, linear
 
 EPSILON = 1e-6
 CHUNK_ROWS = 1024  # rows recomputed at a time
@@ -105,8 +105,7 @@ class MTSA(nn.Module):
         return torch.cat([checkpoint(self._blend, *p, use_reentrant=False, preserve_rng_state=False) for p in parts])
 
     def _blend(self, last: Tensor, *features: Tensor) -> Tensor:
-        # Autocast knows no meta device, on which the shapes alone are run to count operations.
-        with torch.autocast("cpu" if last.is_meta else last.device.type, enabled=False):
+        with full_precision(last.device):
             low = torch.stack([F.relu(d(h.float())) for d, h in zip(self.down, features, strict=True)])
             mixed, gated = torch.baddbmm(self.mix_bias, low, self.mix_weight).chunk(2, dim=-1)
             refined = (mixed + low) * torch.sigmoid(gated)

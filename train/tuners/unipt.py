@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from extract.backbones.base import Family, Tail
 from extract.backbones.batch import Batch, Layout
 from train.heads.pooled import pool
-from train.tuners.base import Tuner, TunerConfig, checked_reduction, register
+from train.tuners.base import Tuner, TunerConfig, checked_reduction, full_precision, register
 
 EPSILON = 1e-6
 
@@ -56,7 +56,7 @@ class Aggregate(nn.Module):
 
     def forward(self, anchor: Tensor, targets: Sequence[Tensor], layout: Layout) -> Tensor:
         """`anchor` and each of `targets`: (rows, d). Returns (rows, d)."""
-        with torch.autocast(anchor.device.type, enabled=False):
+        with full_precision(anchor.device):
             anchor = anchor.float()
             targets = [t.float() for t in targets]
             summary = pool(anchor, layout)

@@ -1,0 +1,126 @@
+"""What `plan` says of its figures: one recommendation with its command lines, and the page a person reads."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from pipeline.recipe import Recipe, option_name
+from pipeline.report import size_text, table_text
+
+if TYPE_CHECKING:
+    from pipeline.plan import Plan, Workload
+
+
+def command(name: str, recipe: Recipe, **options: Any) -> str:
+    """A command line with the recipe's own options and `options`."""
+    words = ["pipeline", name]
+    shared: tuple[str, ...] = (
+        "model",
+        "task",
+        "data",
+        "text",
+        "text_pair",
+        "label",
+        "store",
+        "projection",
+        "limit",
+        "max_length",
+        "layers",
+    )
+    shared += ("insert", "init", "prune", "reduction")  # what an extraction must know as well
+    for key, value in {**{k: getattr(recipe, k) for k in shared}, **options}.items():
+        if value not in (None, "", (), False):
+            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            words += [option_name(key)] if value is True else [option_name(key), shlex.quote(text)]
+    return " ".join(words)
+
+
+def recommend(plan: Plan, work: Workload, recipe: Recipe, budget: float | None, memory: float | None) -> None:
+    """Fill in `recommendation` and `commands`."""
+    stored = plan.format if plan.projection == "none" else f"{plan.format}, {plan.projection}"
+    total = plan.formats[stored]["total"]
+    train = command("train", recipe, tuner=work.tuner, batch_size=recipe.batch_size)
+    extract = command("extract", recipe, format=plan.format, tuners=(work.tuner,))
+    plan.commands = [extract, train]
+    if budget is not None and total > budget:
+        rows = int(work.samples * budget / total)
+        plan.recommendation = (
+            f"{size_text(total)} as {stored} is over the budget of {size_text(budget)}: "
+            f"it holds about {rows:,} rows; keep fewer --layers or set --limit"
+        )
+        plan.commands = [
+            command("extract", replace(recipe, limit=rows), format=plan.format, tuners=(work.tuner,)),
+            train,
+        ]
+    elif memory is not None and plan.memory["total"] > memory:
+        size = max(1, int(work.batch_size * memory / plan.memory["total"]))
+        plan.recommendation = (
+            f"training takes {size_text(plan.memory['total'])}, over {size_text(memory)}: a batch of {size} and "
+            f"--accumulate {-(-work.batch_size // size)} do the same with less"
+        )
+        more = {"tuner": work.tuner, "batch_size": size, "accumulate": -(-work.batch_size // size), "host_memory": "0"}
+        plan.commands = [extract, command("train", recipe, **more)]
+    elif plan.pays:
+        plan.recommendation = (
+            f"cache: extraction is paid back after {plan.break_even[plan.tier]:.1f} of {plan.epochs} epochs, and every "
+            f"further epoch, seed or tuner is {plan.live_epoch / (plan.cached_epoch[plan.tier] or 1):.1f} times faster"
+        )
+    else:
+        cached = plan.cached_epoch[plan.tier] or 0.0
+        even = plan.break_even[plan.tier]
+        why = (
+            f"an epoch from {plan.tier} takes {cached:.3g} s, with the backbone live {plan.live_epoch:.3g} s"
+            if even is None
+            else f"extraction is paid back only after {even:.0f} epochs, you plan {plan.epochs}"
+        )
+        plan.recommendation = (
+            f"caching does not pay in time here: {why}. It still saves the backbone's memory, and pays "
+            "when several seeds or tuners share the states"
+        )
+        plan.commands = [extract, command("train", recipe, tuner=work.tuner, live=True)]
+
+
+def plan_text(plan: Plan, work: Workload) -> str:
+    """What a person reads."""
+
+    def seconds(value: float | None) -> str:
+        return "–" if value is None else f"{value:,.3g} s" if value < 7200 else f"{value / 3600:,.1f} h"
+
+    rows = ", ".join(f"{s} {n:,}" for s, n in plan.rows.items())
+    lengths = ", ".join(f"{s} {n:.1f}" for s, n in plan.positions.items())
+    how = " (estimated from words: no tokenizer at hand)" if plan.estimated_lengths else ""
+    even = plan.break_even
+    tiers = [
+        [
+            tier + (" (1 Gbit/s assumed)" if tier == "remote" else ""),
+            seconds(s),
+            "–" if s is None else f"{plan.live_epoch / s:.1f}",
+            "–" if even[tier] is None else f"{even[tier]:.1f}",
+        ]
+        for tier, s in plan.cached_epoch.items()
+    ]
+    formats = [[f, f"{v['bytes a sample'] / 1e3:,.1f} kB", size_text(v["total"])] for f, v in plan.formats.items()]
+    memory = ", ".join(f"{k} {size_text(v)}" for k, v in plan.memory.items() if k != "total")
+    r = plan.rates
+    cold = "cold not measurable" if r["disk_cold"] is None else f"cold {size_text(r['disk_cold'])}/s"
+    return "\n".join(
+        [
+            f"{plan.samples:,} samples ({rows}); mean positions of a training sample: {lengths}{how}",
+            f"{work.tuner} reads {len(plan.states)} states of width {work.family.width}",
+            "",
+            table_text(["format", "a sample", "in all"], formats),
+            "",
+            f"extraction: {seconds(plan.extraction_seconds)}, once; live epoch: {seconds(plan.live_epoch)}",
+            table_text(["cached epoch from", "seconds", "live ÷ cached", "break-even epochs"], tiers),
+            f"operations live ÷ cached: {plan.operations['ratio']:.1f}",
+            f"training memory: {size_text(plan.memory['total'])} ({memory}), computed from tensors",
+            f"measured here: backbone {(r['backbone'] or 0) / 1e9:,.0f} GFLOP/s, step {r['step']:.3g} s, decoding "
+            f"{size_text(r['decode'] or 0)}/s, disk written {size_text(r['disk_write'] or 0)}/s, warm "
+            f"{size_text(r['disk_warm'] or 0)}/s, {cold}",
+            "",
+            plan.recommendation,
+            *(f"  {line}" for line in plan.commands),
+        ]
+    )
