@@ -43,7 +43,8 @@ class Recipe:
     )
     task: str = _option(
         "",
-        "Task: a GLUE name (see `pipeline tasks`), your own .csv, .tsv or .jsonl file, or a folder of pictures.",
+        "Task: a GLUE name (see `pipeline tasks`), your own .csv, .tsv or .jsonl file, a folder of pictures, or "
+        "hub:DATASET, pictures from Hugging Face.",
         "extract train",
         metavar="NAME",
     )

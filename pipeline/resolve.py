@@ -15,6 +15,7 @@ from extract.identity import SpaceOptions, space_identity
 from extract.projection import load_projection
 from extract.tasks import Task, canonical_name, load_task
 from extract.tasks.base import TaskSpec
+from extract.tasks.hub_images import PREFIX, hub_folder
 from pipeline.recipe import Recipe, option_name
 from store import Space, Store
 from store.errors import SpaceMismatch, StoreError, UserError
@@ -86,6 +87,8 @@ def space_options(recipe: Recipe, spec: TaskSpec) -> SpaceOptions:
 
 def picture_root(recipe: Recipe) -> str:
     """The folder that the file names of a task with pictures are relative to."""
+    if recipe.task.startswith(PREFIX):
+        return str(hub_folder(recipe.task, recipe.data))
     if recipe.data:
         return recipe.data
     path = Path(recipe.task)

@@ -67,7 +67,10 @@ class BertTail(Tail):
         rows = hidden["encoder"]
         # Evaluation computes as the backbone did, bit for bit. Training has attention dropout, which is slow in sdpa.
         attention = SIDE if self.training and rows.device.type == "cpu" else self.attention
-        self.config._attn_implementation = attention
+        for module in block.modules():  # a copy of the block, or an earlier one, has a configuration of its own
+            config: Any = getattr(module, "config", None)
+            if hasattr(config, "_attn_implementation"):
+                config._attn_implementation = attention
         mask = key_mask(layout, attention, rows.dtype)
         return layout.unpad(block(layout.pad(rows), mask))
 
@@ -165,7 +168,7 @@ class Bert(Family):
     def bare_block(self, attention: str) -> nn.Module:
         config = copy.deepcopy(self.config)
         config._attn_implementation = attention
-        return (BertLayer if config.model_type == "bert" else RobertaLayer)(config)
+        return use_fast_dropout((BertLayer if config.model_type == "bert" else RobertaLayer)(config))
 
     def pruned(self, model: Any, importance: dict[str, Tensor], reduction: int, aligned: bool) -> dict[str, Tensor]:
         return prune_bert(self.config, dict(model.named_parameters()), importance, reduction, aligned)

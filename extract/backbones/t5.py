@@ -287,7 +287,8 @@ class T5(Family):
         return (rows * scale) @ (table if tokens is None else table[tokens]).t()
 
     def bare_block(self, attention: str) -> nn.Module:
-        return T5Block(_decoder_config(self.config, attention), has_relative_attention_bias=False, layer_idx=1)
+        block = T5Block(_decoder_config(self.config, attention), has_relative_attention_bias=False, layer_idx=1)
+        return use_fast_dropout(block)
 
     def pruned(self, model: Any, importance: dict[str, Tensor], reduction: int, aligned: bool) -> dict[str, Tensor]:
         return prune_t5(self.config, dict(model.named_parameters()), importance, reduction, aligned)

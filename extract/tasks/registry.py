@@ -9,6 +9,7 @@ from pathlib import Path
 
 from extract.tasks.base import Task, TaskError
 from extract.tasks.glue import GLUE, load_glue
+from extract.tasks.hub_images import PREFIX, hub_name, load_hub_images
 from extract.tasks.images import load_folder
 from extract.tasks.sheet import SUFFIXES
 from extract.tasks.table import load_table, table_name
@@ -48,7 +49,8 @@ def load_task(
     task_name: str | None = None,
     grid: float = 0.1,
 ) -> Task:
-    """The task called `name`, the table at the path `name` (.csv, .tsv, .jsonl, .json), or the pictures in that folder.
+    """The task called `name`, the table at the path `name` (.csv, .tsv, .jsonl, .json), the pictures in that folder, or
+    those of a Hugging Face dataset (hub:DATASET).
 
     `data`: folder of the task's files, instead of the Hugging Face hub. `grid`: spacing of the STS-B targets, 0.1 as in
     the official LST and SHERL code (a quirk) or 0.2 as in T5. All other options are for a table; see `load_table`.
@@ -56,6 +58,8 @@ def load_task(
     """
     options = {"text": text, "text-pair": text_pair, "label": label, "kind": kind, "validation": validation,
                "test": test, "metrics": metrics, "task-name": task_name}  # fmt: skip
+    if name.startswith(PREFIX):
+        return load_hub_images(name, data)
     if _is_table(name):
         path = Path(name)
         if data is not None and not path.exists():
@@ -76,6 +80,8 @@ def load_task(
 def canonical_name(name: str) -> str:
     """`TaskSpec.name` of what `load_task(name)` would load, without reading anything: "SST-2" is sst2, "my data.csv" is
     my-data. Any other name is returned as it is: a store may hold tables of tasks that are not registered here."""
+    if name.startswith(PREFIX):
+        return hub_name(name)
     if _is_folder(name):
         return table_name(Path(name).resolve().name)
     return table_name(Path(name).stem) if _is_table(name) else _known(name) or name

@@ -124,3 +124,13 @@ def test_only_earlier_states_are_read_and_bad_values_are_refused(checkpoints):
     config = tuner_config("sherl", {"reduction": 4, "insert": "multi:1"})
     with pytest.raises(UserError, match="insert: swin backbones take last only"):
         tuner_class("sherl", swin)(config, swin, swin.tail(None, "sdpa"))
+
+
+def test_a_copied_layer_computes_as_the_shared_one_in_either_mode(checkpoints, pictures):
+    """BERT's attention is chosen by mode in a configuration, of which a copy of the layer has its own."""
+    case = case_of(checkpoints, pictures, "bert", tail="lora", gate=0.1)
+    plain, batch = case_of(checkpoints, pictures, "bert", gate=0.1), case.batch()
+    shared = plain.model().train()
+    shared(batch)  # leaves the shared layer in its mode for training
+    model = Model.build("sherl", case.config, case.family, shared.tuner.tail, case.target, 0).eval()
+    torch.testing.assert_close(model(batch), shared.eval()(batch), rtol=1e-5, atol=1e-6)

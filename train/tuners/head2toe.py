@@ -46,6 +46,7 @@ class Head2Toe(Tuner):
     description = "Head2Toe: a linear head on selected features of all layers"
     lr_pooled = 1e-2
     pooled = True
+    projects = True
     shapes = ("sequence", "pyramid")
 
     mask: Tensor
@@ -54,7 +55,7 @@ class Head2Toe(Tuner):
     def __init__(self, config: Head2ToeConfig, family: Family, tail: Tail) -> None:
         super().__init__(config, family, tail)
         self.names = self.states(config, family)
-        self.stream, self.output_width = "", sum(family.width_of(n.split(".")[0]) for n in self.names)
+        self.stream, self.output_width = "", sum(map(family.state_width, self.names))
         self.register_buffer("mask", torch.ones(self.output_width))
         self.register_buffer("seen", torch.zeros((), dtype=torch.long))
 
