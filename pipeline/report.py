@@ -8,9 +8,6 @@ from typing import Any
 
 from extract.backbones import families
 from extract.checkpoint import SHORT_NAMES
-from pipeline.recipe import Recipe
-from pipeline.resolve import store_path
-from store import Store
 from store.errors import UserError
 
 
@@ -94,53 +91,3 @@ def write_lines(path: Path, values: Sequence[Any]) -> None:
         part.replace(path)
     except OSError as error:
         raise UserError(f"--output {path}: cannot be written: {error.strerror or error}") from None
-
-
-def status_what(where: str) -> dict[str, Any]:
-    """Facts about a store: its spaces with tasks, samples, states, bytes."""
-    store = Store.open(store_path(Recipe(store=where)))
-    spaces = []
-    for space in store.spaces():
-        segments = space.segments()
-        keys = {k for s in segments for k in s.keys}
-        source = (
-            store.load_json(space.identity["weights"], "source.json")
-            if store.has_weights(space.identity["weights"])
-            else {}
-        )
-        tasks: dict[str, dict[str, int]] = {}
-        for table in space.tables():
-            rows = tasks.setdefault(table.task, {})
-            rows[table.split] = max(rows.get(table.split, 0), table.rows)
-        spaces.append(
-            {
-                "space": space.id,
-                "model": ", ".join(source.get("names", ["?"])),
-                "identity": space.identity,
-                "samples": len(keys),
-                "segments": len(segments),
-                "states": sorted({n for s in segments for n in s.states}),
-                "bytes": sum(s.nbytes for s in segments),
-                "tasks": tasks,
-                "unsealed": sum(not (d / "manifest.json").exists() for d in (space.path / "segments").glob("*")),
-            }
-        )
-    return {"store": str(store.path), "spaces": spaces}
-
-
-def status_text(what: dict[str, Any]) -> str:
-    """The same as text."""
-    lines = [f"store {what['store']}: {len(what['spaces'])} feature space{'s' * (len(what['spaces']) != 1)}"]
-    for s in what["spaces"]:
-        identity = s["identity"]
-        lines += [
-            "",
-            f"space {s['space'][:12]}  {s['model']}  {identity['format']}, computed in {identity['precision']}, "
-            f"up to {identity['max_length']} tokens",
-            f"  {s['samples']:,} samples, {len(s['states'])} states, {size_text(s['bytes'])}, {s['segments']} segments"
-            + (f", {s['unsealed']} unsealed" if s["unsealed"] else ""),
-            *(f"  {task}: " + ", ".join(f"{k} {v:,}" for k, v in rows.items()) for task, rows in s["tasks"].items()),
-        ]
-        if identity.get("prompt"):
-            lines.append(f"  prompt: {identity['prompt']}")
-    return "\n".join(lines)

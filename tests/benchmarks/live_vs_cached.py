@@ -104,15 +104,18 @@ def formula_bytes(job: Job, source: Any) -> float:
     )
 
 
-def measure(job: Job, rounds: int, folder: Path, say: Any) -> dict[str, Any]:
+def measure(job: Job, rounds: int, folder: Path, say: Any, with_live: bool = True) -> dict[str, Any]:
     """All figures of one tuner."""
-    backbone, point = live_backbone(job)
-    live = sources(job, backbone, point)["train"]
+    live = None
+    if with_live:
+        backbone, point = live_backbone(job)
+        live = sources(job, backbone, point)["train"]
     host = sources(replace(job, recipe=replace(job.recipe, host_memory="1TB")), None)["train"]
     disk = sources(replace(job, recipe=replace(job.recipe, host_memory="0")), None)["train"]
     timed = {"live": Timed(), "host": Timed(), "disk": Timed()}
     for number in range(rounds):
-        timed["live"].add(epochs_of(job, live, 1, folder / "run"))
+        if live is not None:
+            timed["live"].add(epochs_of(job, live, 1, folder / "run"))
         timed["disk"].add(epochs_of(job, disk, 2, folder / "run"))
         # The first epoch fills the tier; only those that find it filled count.
         timed["host"].add(epochs_of(job, host, 3 + (number == 0), folder / "run")[number == 0 :])
@@ -145,16 +148,21 @@ HEAD = [
 ]  # fmt: skip
 
 
+def seconds(value: float, digits: int = 2) -> str:
+    """Of what was not measured, a dash."""
+    return f"{value:.{digits}f}" if np.isfinite(value) else "–"
+
+
 def row(r: dict[str, Any]) -> list[str]:
     ratio = r["operations_ratio"]
     return [
         r["tuner"],
-        f"{r['live']:.2f}",
+        seconds(r["live"]),
         f"{r['host']:.3f}",
         f"{r['disk']:.3f}",
-        f"{r['ratio_host']:.1f}",
-        f"{r['ratio_disk']:.1f}",
-        f"{r['ratio_processor']:.1f}",
+        seconds(r["ratio_host"], 1),
+        seconds(r["ratio_disk"], 1),
+        seconds(r["ratio_processor"], 1),
         f"{ratio:.1f}" if ratio < 1e4 else f"{ratio:.1e}",
         f"{r['waiting_host']:.1%}",
         f"{r['waiting_disk']:.1%}",
@@ -171,6 +179,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--format", default="float16")
     parser.add_argument("--rounds", type=int, default=2, help="live and cached in turn, this many times")
+    parser.add_argument("--no-live", action="store_true", help="cached epochs alone: how long a step waits for data")
     parser.add_argument("--threads", type=int, default=None, help="threads of torch; its own choice by default")
     parser.add_argument("--folder", default=None, help="where the temporary store is made: the disk that is measured")
     parser.add_argument("--dry", action="store_true", help="do not write RESULTS.md")
@@ -187,22 +196,24 @@ def main() -> None:
         for tuner in tuners:
             job = load_job(replace(recipe, tuner=tuner, batch_size=args.batch_size))
             print(f"{tuner}:", flush=True)
-            rows.append(measure(job, args.rounds, folder, lambda line: print(line, flush=True)))
+            rows.append(measure(job, args.rounds, folder, lambda line: print(line, flush=True), not args.no_live))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     lengths = ", ".join(f"{s} {n:.1f}" for s, n in rows[0]["lengths"].items())
     about = (
         f"Shape {args.shape}, random weights; {words}, mean positions {lengths}; batch {args.batch_size}, "
         f"{args.format}, {torch.get_num_threads()} threads; "
-        f"best of {args.rounds} live and {2 * args.rounds} or more cached epochs."
+        f"best of {0 if args.no_live else args.rounds} live and {2 * args.rounds} or more cached epochs."
     )
     print(f"\n{about}\n" + table_text(HEAD, [row(r) for r in rows]))
     if not args.dry:
         command = " ".join(["python tests/benchmarks/live_vs_cached.py", *sys.argv[1:]])
         losses = [r["tuner"] for r in rows if min(r["ratio_host"], r["ratio_disk"]) < 1]
+        title = "Waiting for data" if args.no_live else "Live and cached epochs"
         note = f"Caching loses for: {', '.join(losses)}." if losses else "Caching wins in every row."
         table = results.markdown(HEAD, [row(r) for r in rows])
-        results.write(f"Live and cached epochs, {args.shape}", command, f"{about} {note}\n\n{table}")
+        about = about if args.no_live else f"{about} {note}"
+        results.write(f"{title}, {args.shape}", command, f"{about}\n\n{table}")
 
 
 if __name__ == "__main__":
