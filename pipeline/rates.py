@@ -115,12 +115,7 @@ def step_seconds(
     family: Family, name: str, config: TunerConfig, lengths: dict[str, np.ndarray], classes: int, device: torch.device
 ) -> float:
     """Seconds of one training step as the loop makes it, the fixed cost of a step included."""
-    batch = random_batch(family, lengths, tuner_class(name, family).states(config, family), classes, device)
     chains = tuple((2 + i, 1) for i in range(classes)) if family.readout == "lm" else ()
-    if chains:
-        # Inputs of the target's own chain, so that every row is a target row, as in training.
-        assert batch.labels is not None
-        batch.columns["decoder.ids"][1::2] = 2 + batch.labels
     target = Target("classification", classes, chains)
     tail = tail_for(name, config, family, "sdpa")
     for parameter in tail.parameters():
