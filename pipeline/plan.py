@@ -88,6 +88,13 @@ class Workload:
         """Bytes of all splits."""
         return sum(self.rows[s] * self.sample_bytes(fmt, s, channels) for s in self.rows)
 
+    def extraction_batch(self, tokens: int) -> dict[str, np.ndarray]:
+        """Lengths of a typical batch as extraction makes them: of all, the middle one by its longest sample."""
+        part = self.lengths["train" if "train" in self.rows else next(iter(self.rows))]
+        positions = np.sum(list(part.values()), axis=0)
+        batches = sorted(extraction_batches(positions, 0, tokens), key=lambda b: int(positions[b].max()))
+        return {s: n[batches[len(batches) // 2]] for s, n in part.items()}
+
     def training_batch(self) -> dict[str, np.ndarray]:
         """Lengths of a typical training batch: of an epoch's batches, the one of about the mean padded size."""
         part = self.lengths["train" if "train" in self.rows else next(iter(self.rows))]
@@ -227,8 +234,10 @@ def predict(work: Workload, recipe: Recipe, budget: float | None = None, memory:
     kept = parse_projection(recipe.projection or "none", work.family.width)
     channels = kept[1] if kept else None
     fmt = recipe.format or choose_format(work, budget, channels)
+    tokens = recipe.batch_tokens or (32768 if device.type == "cuda" else 4096)
     speed = measured.Rates(
         measured.backbone_rate(work.family, batch, device),
+        measured.backbone_rate(work.family, work.extraction_batch(tokens), device),
         measured.step_seconds(work.family, work.tuner, work.config, batch, work.classes, device),
         measured.decode_rate(work.family.width, fmt),
         *measured.disk_rates(Path(store_path(recipe))),
@@ -238,8 +247,7 @@ def predict(work: Workload, recipe: Recipe, budget: float | None = None, memory:
     batches = -(-work.rows[train] // work.batch_size)
     full = work.rows[train] / work.batch_size  # a last, smaller batch costs its share
     epoch_bytes = work.rows[train] * work.sample_bytes(fmt, train, channels)
-    tokens = recipe.batch_tokens or (32768 if device.type == "cuda" else 4096)
-    extraction = max(forward_operations(work, tokens) / speed.backbone, work.bytes(fmt, channels) / speed.disk_write)
+    extraction = max(forward_operations(work, tokens) / speed.extraction, work.bytes(fmt, channels) / speed.disk_write)
     live = full * (ops.backbone / speed.backbone + speed.step)
     room = min(memory or np.inf, available_memory()) / 2
     cached = cached_epochs(full * speed.step, epoch_bytes, speed, device, room)

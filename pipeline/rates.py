@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -28,15 +29,18 @@ from train.options import FitOptions
 from train.tuners import TunerConfig, tuner_class
 
 DISK_SAMPLE = 256 << 20
+RATE_TOKENS = 2048  # positions of a batch that the backbone's rate is measured on, at most
 
 
 @dataclass(frozen=True)
 class Rates:
-    """`backbone`: FLOP/s of the frozen forward pass. `step`: seconds of one training step on states at hand, for the
+    """`backbone`: FLOP/s of the frozen forward pass on a training batch, `extraction` on a batch as extraction makes
+    them (of short texts it holds many more). `step`: seconds of one training step on states at hand, for the
     batch it was measured on. `decode`: bytes as stored a second, gathered and decoded. `disk_write` (with fsync),
     `disk_warm`, `disk_cold`: bytes a second; cold is None where the page cache cannot be dropped."""
 
     backbone: float
+    extraction: float
     step: float
     decode: float
     disk_write: float
@@ -44,8 +48,8 @@ class Rates:
     disk_cold: float | None
 
 
-def best(run: Callable[[], Any], device: torch.device, seconds: float = 1.0, least: int = 2) -> float:
-    """Seconds of the fastest run, after one that does not count; stops after `seconds`."""
+def runs(run: Callable[[], Any], device: torch.device, seconds: float = 1.0, least: int = 2) -> list[float]:
+    """Seconds of each of several runs, after one that does not count; stops after `seconds`."""
     run()
     found: list[float] = []
     while len(found) < least or (sum(found) < seconds and len(found) < 20):
@@ -56,7 +60,12 @@ def best(run: Callable[[], Any], device: torch.device, seconds: float = 1.0, lea
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         found.append(time.perf_counter() - begun)
-    return min(found)
+    return found
+
+
+def best(run: Callable[[], Any], device: torch.device, seconds: float = 1.0) -> float:
+    """Seconds of the fastest of several runs."""
+    return min(runs(run, device, seconds))
 
 
 def shallow(family: Family, blocks: int) -> Family:
@@ -100,7 +109,8 @@ def backbone_rate(family: Family, lengths: dict[str, np.ndarray], device: torch.
     """FLOP/s of the frozen forward pass of two blocks."""
     from transformers import AutoModel, AutoModelForSeq2SeqLM
 
-    small, lengths = shallow(family, 2), head(lengths, 16)
+    positions = sum(float(n.mean()) for n in lengths.values())
+    small, lengths = shallow(family, 2), head(lengths, max(4, int(RATE_TOKENS / positions)))
     maker: Any = AutoModelForSeq2SeqLM if family.readout == "lm" else AutoModel
     small.config.vocab_size = min(small.config.vocab_size, 1024)
     model = maker.from_config(small.config, attn_implementation="sdpa").eval().to(device)
@@ -137,7 +147,7 @@ def step_seconds(
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
 
-        return best(step, device)
+        return statistics.median(runs(step, device))  # an epoch has slow steps, too
 
     samples = len(next(iter(lengths.values())))
     if device.type != "cpu" or samples <= 32:

@@ -25,7 +25,7 @@ from tests.train.conformance import small_options
 from train.model import Model, Target
 from train.tuners import tuner_class, tuner_config
 
-FAST = Rates(backbone=1e9, step=0.01, decode=1e9, disk_write=1e9, disk_warm=1e9, disk_cold=1e9)
+FAST = Rates(backbone=1e9, extraction=1e9, step=0.01, decode=1e9, disk_write=1e9, disk_warm=1e9, disk_cold=1e9)
 
 
 @pytest.fixture
