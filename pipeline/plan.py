@@ -95,16 +95,19 @@ class Workload:
         batches = sorted(extraction_batches(positions, 0, tokens), key=lambda b: int(positions[b].max()))
         return {s: n[batches[len(batches) // 2]] for s, n in part.items()}
 
-    def training_batch(self) -> dict[str, np.ndarray]:
-        """Lengths of a typical training batch: of an epoch's batches, the one of about the mean padded size."""
+    def training_batches(self) -> list[dict[str, np.ndarray]]:
+        """Lengths of three batches of an epoch: a quarter, half and three quarters of the way from short to long."""
         part = self.lengths["train" if "train" in self.rows else next(iter(self.rows))]
         longest, rows = part[self.family.streams[0]], np.sum(list(part.values()), axis=0)
         size = min(self.batch_size, len(longest))
         order = Order(np.zeros(len(longest), np.int64), size, lengths=rows if self.grouped else None)
-        batches = [b for b in order.epoch(0) if len(b) == size]
-        padded = np.asarray([int(longest[b].max()) for b in batches])
-        pick = batches[int(np.abs(padded - padded.mean()).argmin())]
-        return {s: n[pick] for s, n in part.items()}
+        batches = sorted((b for b in order.epoch(0) if len(b) == size), key=lambda b: int(longest[b].max()))
+        picks = [batches[int(q * (len(batches) - 1) + 0.5)] for q in (0.25, 0.5, 0.75)]
+        return [{s: n[pick] for s, n in part.items()} for pick in picks]
+
+    def training_batch(self) -> dict[str, np.ndarray]:
+        """Lengths of a typical training batch, the middle one."""
+        return self.training_batches()[1]
 
 
 @dataclass
@@ -235,10 +238,11 @@ def predict(work: Workload, recipe: Recipe, budget: float | None = None, memory:
     channels = kept[1] if kept else None
     fmt = recipe.format or choose_format(work, budget, channels)
     tokens = recipe.batch_tokens or (32768 if device.type == "cuda" else 4096)
+    model = (work.family, work.tuner, work.config)
     speed = measured.Rates(
         measured.backbone_rate(work.family, batch, device),
         measured.backbone_rate(work.family, work.extraction_batch(tokens), device),
-        measured.step_seconds(work.family, work.tuner, work.config, batch, work.classes, device),
+        float(np.mean([measured.step_seconds(*model, b, work.classes, device) for b in work.training_batches()])),
         measured.decode_rate(work.family.width, fmt),
         *measured.disk_rates(Path(store_path(recipe))),
     )

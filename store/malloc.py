@@ -11,12 +11,12 @@ import os
 from functools import cache
 
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8  # <malloc.h>
-KEEP_BYTES = 1 << 30
+KEEP_BYTES = (1 << 31) - 1  # the largest that mallopt takes
 
 
 @cache
 def keep_freed_memory() -> bool:
-    """Let this process keep up to about 1 GB of freed memory for its next buffers; returns whether it does.
+    """Let this process keep up to about 2 GB of freed memory for its next buffers; returns whether it does.
 
     Asked for by extraction and training, once. glibc only: elsewhere, and with PIPELINE_MALLOC=system, nothing changes.
     """
