@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from store.digest import digest_bytes
-from store.errors import UserError
+from store.errors import NonFinite, StoreError, UserError
 
 KINDS = ("pca", "orthogonal")
 
@@ -86,6 +86,11 @@ class Moments:
         """Count in rows of each state, (rows, width)."""
         for name, rows in states.items():
             x = rows.double().cpu()
+            if not bool(torch.isfinite(x).all()):
+                row = int((~torch.isfinite(x)).any(1).nonzero()[0])
+                raise NonFinite(
+                    f"state {name} is not finite while the projection is fitted; try --precision float32", row
+                )
             if name not in self.rows:
                 self.rows[name] = 0
                 self.sum[name] = x.new_zeros(x.shape[1])
@@ -143,8 +148,17 @@ def file_name(digest: str) -> str:
     return f"projection-{digest}.safetensors"
 
 
+def about_name(digest: str) -> str:
+    """The file that says what a projection was fitted on: `samples`, `task`, `seed`."""
+    return f"projection-{digest}.json"
+
+
 def load_projection(store: Any, identity: Mapping[str, Any]) -> Projection | None:
     """The projection of a feature space, None where it has none. Raises StoreError if it is damaged or missing."""
     if identity.get("projection", "none") == "none":
         return None
-    return Projection.from_tensors(store.load_tensors(identity["weights"], file_name(identity["projection_fit"])))
+    wanted = identity["projection_fit"]
+    found = Projection.from_tensors(store.load_tensors(identity["weights"], file_name(wanted)))
+    if found.digest != wanted:
+        raise StoreError(f"the projection {file_name(wanted)} is another one than its name says: restore it")
+    return found

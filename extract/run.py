@@ -26,7 +26,7 @@ from extract.backbones.live import Backbone
 from extract.order import consecutive_batches, extraction_batches
 from store import SEGMENT_BYTES, SEGMENT_SECONDS, Encoded, Samples, Segment, SegmentWriter, Space, encode
 from store.errors import NonFinite, UserError
-from store.malloc import keep_freed_memory
+from store.malloc import keep_freed_memory, return_freed_memory
 
 
 class Interrupted(UserError):
@@ -104,6 +104,7 @@ def compute(
     finally:
         bar.close()
         sealer.close()
+        return_freed_memory()
         report.bytes, report.segments = sealer.bytes, sealer.segments
     return report
 

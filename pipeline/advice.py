@@ -6,6 +6,7 @@ import shlex
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from pipeline.projecting import widths_text
 from pipeline.recipe import Recipe, option_name
 from pipeline.report import size_text, table_text
 
@@ -108,7 +109,7 @@ def plan_text(plan: Plan, work: Workload) -> str:
     return "\n".join(
         [
             f"{plan.samples:,} samples ({rows}); mean positions of a training sample: {lengths}{how}",
-            f"{work.tuner} reads {len(plan.states)} states of width {work.family.width}",
+            f"{work.tuner} reads {widths_text(plan.states, work.family.width, work.family.projection)}",
             "",
             table_text(["format", "a sample", "in all"], formats),
             "",

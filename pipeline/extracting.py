@@ -20,7 +20,7 @@ from extract.tasks.base import SPLITS, Rows, Task, TaskSpec
 from pipeline.keepsakes import keep
 from pipeline.projecting import project, widths_text
 from pipeline.recipe import Recipe
-from pipeline.resolve import device_of, need, open_task, space_options, store_path, wanted_states
+from pipeline.resolve import device_of, need, open_task, refuse_full_readers, space_options, store_path, wanted_states
 from store import Space, Store, TaskTable, bytes_per_value
 from store.errors import UserError
 
@@ -84,6 +84,7 @@ def run_extract(recipe: Recipe, say: Say, quiet: bool = False, task: Task | None
     device = device_of(recipe)
     checkpoint = resolve(recipe.model)
     family, states = checkpoint.family, wanted_states(recipe, checkpoint.family)
+    refuse_full_readers(recipe, recipe.tuners, family)
     task = task or open_task(recipe)
     options = space_options(recipe, task.spec)
     identity = space_identity(checkpoint, options)
@@ -98,11 +99,11 @@ def run_extract(recipe: Recipe, say: Say, quiet: bool = False, task: Task | None
     if "://" not in where and not Path(where).exists():
         _ = backbone.model  # a checkpoint that cannot run leaves no trace
     store = Store.open(where, create=True)
-    if not store.has_weights(digest):
+    if not store.has_weights(digest, *KEEPSAKES):
         store.save_weights(digest, _keepsakes(checkpoint, backbone, task))
     tokens = recipe.batch_tokens or (32768 if device.type == "cuda" else 4096)
     fit_on = next((s.inputs for s in splits if s.name == "train"), inputs)
-    identity = project(store, identity, backbone, fit_on, recipe.seed, tokens, say)
+    identity = project(store, identity, backbone, fit_on, recipe.seed, tokens, task.spec.name, say)
     space = store.create_space(identity)
     _announce(say, space, splits, inputs, keys, states, family, options.format)
     keep(recipe, task.spec, store, identity, backbone, splits, candidates, say)
@@ -200,6 +201,9 @@ def _describer(splits: Sequence[Split]) -> Callable[[str], str]:
         return f"sample {key}"
 
     return describe
+
+
+KEEPSAKES = ("tail.safetensors", "config.json", "source.json")
 
 
 def _keepsakes(checkpoint: Checkpoint, backbone: Backbone, task: Task) -> dict[str, Any]:

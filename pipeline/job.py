@@ -20,6 +20,7 @@ from pipeline.extracting import Split, load_backbone, prepare_split, task_tables
 from pipeline.keepsakes import make_start, start_file, stored_late, stored_start
 from pipeline.recipe import Recipe
 from pipeline.resolve import (
+    SPACE_FIELDS,
     Found,
     Unstored,
     device_of,
@@ -196,9 +197,18 @@ def store_source(job: Job, split: str, batch_size: int) -> StoreSource:
             **options,
         )
     except MissingStates as error:
-        # The recipe of the extraction: what the space says wins over what was left to be found.
-        known = replace(recipe, model=recipe.model or job.found.source["names"][0])
+        known = as_extracted(recipe, job.found)
         raise MissingStates(f"{split}: {error}; run: {extract_command(known)}", error.samples, error.states) from None
+
+
+def as_extracted(recipe: Recipe, found: Found) -> Recipe:
+    """The recipe of the extraction that made the space of `found`: what the space says wins over what was left out."""
+    identity = found.space.identity
+    known = {k: identity[k] for k in SPACE_FIELDS if k in identity and k != "prompt" and getattr(recipe, k) is None}
+    usual: dict[str, Any] = {"format": "float16", "projection": "none", "precision": "float32", "attention": "sdpa"}
+    usual |= {"max_length": 128, "truncation_side": "right"}
+    stated = {k: v for k, v in known.items() if v != usual.get(k)}
+    return replace(recipe, model=recipe.model or found.source["names"][0], **stated)
 
 
 def labels_of(table: TaskTable, spec: TaskSpec) -> np.ndarray | None:

@@ -74,7 +74,7 @@ def meta_batch(family: Family, lengths: dict[str, np.ndarray], states: list[str]
     """A batch of the given lengths (stream → (B,)) with `states`, on the meta device."""
     rows = {s: int(n.sum()) for s, n in lengths.items()}
     columns = {c: torch.zeros(rows[c.split(".")[0]], dtype=torch.long, device="meta") for c in family.columns}
-    tensors = {n: torch.zeros(rows[n.split(".")[0]], family.width, device="meta") for n in states}
+    tensors = {n: torch.zeros(rows[n.split(".")[0]], family.state_width(n), device="meta") for n in states}
     batch = Batch(tensors, columns, lengths)
     batch.labels = torch.zeros(len(batch), dtype=torch.long, device="meta")
     return batch

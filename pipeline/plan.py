@@ -26,14 +26,14 @@ from extract.backbones.base import Family, family_for
 from extract.backbones.batch import stream_of
 from extract.checkpoint import Checkpoint, local
 from extract.order import extraction_batches
-from extract.projection import parse_projection
+from extract.projection import orthogonal, parse_projection
 from extract.tasks import Task
 from pipeline import rates as measured
 from pipeline.advice import plan_text, recommend
 from pipeline.job import batch_size_of, grouped
 from pipeline.operations import Operations, backbone_model, backbone_operations, count, saved_bytes, tuner_model
 from pipeline.recipe import Recipe
-from pipeline.resolve import device_of, need, open_task, space_options, store_path, tuner_options
+from pipeline.resolve import device_of, need, open_task, refuse_full_readers, space_options, store_path, tuner_options
 from pipeline.shapes import known_config
 from store import FORMATS, SEGMENT_BYTES, bytes_per_value
 from store.errors import UserError
@@ -179,6 +179,11 @@ def workload(recipe: Recipe, task: Task | None = None) -> Workload:
     need(recipe, "model", "task")
     family, tokenizer = family_and_tokenizer(recipe.model)
     task = task or open_task(recipe)
+    refuse_full_readers(recipe, (recipe.tuner,), family)
+    if kept := parse_projection(recipe.projection or "none", family.width):
+        # Of a projection the widths alone matter here.
+        small = {n: family.width for n in family.states() if n not in family.full_states()}
+        family.projection = orthogonal(small, kept[1], 0)
     config = tuner_options(recipe, recipe.tuner)
     splits = [s for s in (recipe.split or task.splits) if len(task.rows(s))]
     rows = {s: min(len(task.rows(s)), recipe.limit or len(task.rows(s))) for s in splits}
@@ -219,7 +224,7 @@ def training_memory(work: Workload, batch: dict[str, np.ndarray], fmt: str, held
     """Bytes by what they are for, computed from the tensors. `held`: the tier's blocks, or those in flight."""
     model = tuner_model(work.family, work.tuner, work.config, work.classes)
     rows = {s: int(n.sum()) for s, n in batch.items()}
-    states = sum(rows[stream_of(s)] * work.family.width * 4 for s in work.states)
+    states = sum(rows[stream_of(s)] * work.family.state_width(s) * 4 for s in work.states)
     parts = {
         "tail": sum(p.numel() * 4 for p in model.tuner.tail.parameters()),
         "trainable, gradients, Adam": model.trainable_parameters() * 16,

@@ -11,8 +11,9 @@ from torch import Tensor
 from extract.backbones import Inputs
 from extract.backbones.live import Backbone
 from extract.order import consecutive_batches
-from extract.projection import Projection, file_name, fit, load_projection, parse_projection, sample
+from extract.projection import Projection, about_name, file_name, fit, load_projection, parse_projection, sample
 from store import Store
+from store.errors import StoreError
 
 FIT_SAMPLES = 1024
 
@@ -24,6 +25,7 @@ def project(
     inputs: Inputs,
     seed: int,
     tokens: int,
+    task: str,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """`identity` completed with the fit of its projection, which the backbone's family applies from now on.
@@ -39,7 +41,11 @@ def project(
         chosen = max(known, key=lambda s: (sum(len(part) for part in s.segments()), s.id))
         found = load_projection(store, chosen.identity)
         assert found is not None
-        say(f"projection {identity['projection']}: the one of feature space {chosen.id[:12]}")
+        about = _about(store, chosen.identity)
+        few = f"fitted on {about.get('samples', '?')} samples" + (f" of {about['task']}" if "task" in about else "")
+        say(f"projection {identity['projection']}: the one of feature space {chosen.id[:12]}, {few}")
+        if about.get("samples", FIT_SAMPLES) < min(FIT_SAMPLES, len(inputs)):
+            say(f"warning: it was {few} only; to fit it anew, remove the space: pipeline store rm {chosen.id[:12]}")
     else:
         family = backbone.family
         widths = {n: family.width for n in family.states() if n not in family.full_states()}
@@ -47,9 +53,18 @@ def project(
         if parsed[0] == "pca":
             say(f"projection {identity['projection']}: fitting {len(widths)} states on {len(pick):,} samples")
         found = fit(*parsed, seed, widths, _states(backbone, pick, list(widths), tokens))
-        store.save_weights(identity["weights"], {file_name(found.digest): found.tensors()})
+        about = {"samples": len(pick), "task": task, "seed": seed}
+        files = {file_name(found.digest): found.tensors(), about_name(found.digest): about}
+        store.save_weights(identity["weights"], files)
     backbone.family.projection = found
     return {**identity, "projection_fit": found.digest}
+
+
+def _about(store: Store, identity: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return store.load_json(identity["weights"], about_name(identity["projection_fit"]))
+    except StoreError:
+        return {}
 
 
 def _states(backbone: Backbone, inputs: Inputs, states: list[str], tokens: int) -> Iterator[dict[str, Tensor]]:

@@ -99,7 +99,7 @@ def random_batch(
             columns[name] = torch.zeros(rows[stream], dtype=torch.long)
             if what == "ids":
                 columns[name].random_(2, min(1000, family.config.vocab_size), generator=g)
-    tensors = {n: torch.randn(rows[n.split(".")[0]], family.width, generator=g) for n in states}
+    tensors = {n: torch.randn(rows[n.split(".")[0]], family.state_width(n), generator=g) for n in states}
     batch = Batch(tensors, columns, lengths)
     batch.labels = torch.randint(classes, (len(batch),), generator=g)
     return batch.to(device)

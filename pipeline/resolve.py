@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,8 @@ def device_of(recipe: Recipe) -> torch.device:
     if recipe.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU here; use --device cpu or auto")
     use_gpu = recipe.device != "cpu" and torch.cuda.is_available()
+    if use_gpu and "LOCAL_RANK" in os.environ:  # a process of torchrun's, each with a GPU of its own
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     return torch.device("cuda" if use_gpu else "cpu")
 
 
@@ -118,6 +121,17 @@ def wanted_states(recipe: Recipe, family: Family) -> list[str]:
     if names == Recipe().tuners:  # nobody asked for these by name: those of them that there are
         names = tuple(n for n in names if n in tuner_names(family))
     return union_states([(name, tuner_options(recipe, name, strict=False)) for name in names], family)
+
+
+def refuse_full_readers(recipe: Recipe, names: Sequence[str], family: Family) -> None:
+    """UserError for a tuner of `names` that cannot work in the projected space `recipe` asks for."""
+    if (recipe.projection or "none") == "none" or family.shape != "sequence":
+        return
+    small = set(family.states()) - set(family.full_states())
+    for name in names:
+        tuner = tuner_class(name, family)
+        if not tuner.projects and small & set(tuner.states(tuner_options(recipe, name, strict=False), family)):
+            raise UserError(f"tuner {name} reads full states, not {recipe.projection}: extract without it")
 
 
 @dataclass

@@ -11,20 +11,31 @@ import os
 from functools import cache
 
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8  # <malloc.h>
-KEEP_BYTES = (1 << 31) - 1  # the largest that mallopt takes
+KEEP_BYTES = (1 << 31) - 1  # at the end of the heap; the largest that mallopt takes
 
 
 @cache
 def keep_freed_memory() -> bool:
-    """Let this process keep up to about 2 GB of freed memory for its next buffers; returns whether it does.
+    """Let this process keep the memory it frees for its next buffers; returns whether it does.
 
-    Asked for by extraction and training, once. glibc only: elsewhere, and with PIPELINE_MALLOC=system, nothing changes.
+    Asked for by extraction and training, once: it is a setting of the whole process. `return_freed_memory` gives back
+    what is free. glibc only: elsewhere, and with PIPELINE_MALLOC=system, nothing changes.
     """
     if os.environ.get("PIPELINE_MALLOC") == "system":
         return False
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):
-        return False
     # One arena, so that what the reading thread freed serves the computing one; arenas of threads are small, too.
-    return all(mallopt(what, value) for what, value in ((_ARENA_MAX, 1), (_TRIM_THRESHOLD, KEEP_BYTES), (_MMAP_MAX, 0)))
+    settings = ((_ARENA_MAX, 1), (_TRIM_THRESHOLD, KEEP_BYTES), (_MMAP_MAX, 0))
+    return all(_libc("mallopt", what, value) for what, value in settings)
+
+
+def return_freed_memory() -> None:
+    """Give what is free back to the system: when a tier is emptied, or a long run has ended."""
+    if keep_freed_memory():
+        _libc("malloc_trim", 0)
+
+
+def _libc(name: str, *values: int) -> int:
+    try:
+        return int(getattr(ctypes.CDLL(None), name)(*values))
+    except (OSError, AttributeError, TypeError):
+        return 0

@@ -59,8 +59,26 @@ def repair(where: str, dry_run: bool = False) -> Repaired:
         found = weights.verify(files, digest, deep=True)
         done.problems += [{"file": file, "what": what} for file, what in found]
         if found:
-            _aside(files, f"weights/{digest}", done, dry_run)
+            _repair_weights(files, digest, {file for file, _ in found}, done, dry_run)
     return done
+
+
+def _repair_weights(files: Files, digest: str, bad: set[str], done: Repaired, dry_run: bool) -> None:
+    """Put aside the damaged files of a checkpoint and keep the sound ones, a projection's fit above all: it cannot be
+    made again. Without a sound manifest nothing tells which are sound, so all go."""
+    folder = f"weights/{digest}"
+    try:
+        listed = weights.listed(files, digest) if is_key(digest) else None
+    except StoreError:
+        listed = None
+    sound = {n: entry for n, entry in (listed or {}).items() if f"{folder}/{n}" not in bad}
+    if not sound:
+        _aside(files, folder, done, dry_run)
+        return
+    for file in sorted(bad):
+        _aside(files, file, done, dry_run)
+    if not dry_run:
+        weights.publish_manifest(files, digest, sound)
 
 
 def damage(segment: Segment, problems: list[Problem]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ ever added, and writing the same ones again changes nothing, so any number of pr
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +22,7 @@ from store.files import Files, explain
 from store.names import FORMAT, MAX_SMALL_JSON, MAX_WEIGHTS_BYTES, is_file, is_key
 
 _KIND = "activation-weights"
+_SETTLE = 0.02  # seconds between writing the manifest and looking whether it is still ours
 
 
 def save_weights(files: Files, digest: str, contents: Mapping[str, Mapping[str, Any]]) -> None:
@@ -45,16 +47,28 @@ def add_bytes(files: Files, digest: str, contents: Mapping[str, bytes]) -> None:
     needed = 0
     try:
         files.make(folder)
+        mine = {}
         for name, data in contents.items():
             needed = len(data)
             files.publish(f"{folder}/{name}", data)
-            there[name] = (len(data), digest_bytes(data))
-        entries = [{"name": n, "size": s, "xxh3": d} for n, (s, d) in sorted(there.items())]
-        document = {"kind": _KIND, "format": FORMAT, "digest": digest, "files": entries}
-        files.publish(f"{folder}/manifest.json", dump_document(document))
+            mine[name] = (len(data), digest_bytes(data))
+        # Another process may add other names at this moment, and the manifest that is renamed last wins: look again,
+        # until all of ours are listed beside theirs.
+        while not mine.items() <= there.items() or listed(files, digest) is None:
+            there = {**mine, **(listed(files, digest) or {}), **mine}
+            publish_manifest(files, digest, there)
+            time.sleep(_SETTLE)
+            there = listed(files, digest) or {}
         files.sync(["weights"])
     except OSError as error:
         raise explain(error, "writing weights to", files.root, needed, files.free) from error
+
+
+def publish_manifest(files: Files, digest: str, there: Mapping[str, tuple[int, str]]) -> None:
+    """Write the manifest of `digest` that lists `there`: name → (size, xxh3-128)."""
+    entries = [{"name": n, "size": s, "xxh3": d} for n, (s, d) in sorted(there.items())]
+    document = {"kind": _KIND, "format": FORMAT, "digest": digest, "files": entries}
+    files.publish(f"{_folder(digest)}/manifest.json", dump_document(document))
 
 
 def has_weights(files: Files, digest: str, names: tuple[str, ...] = ()) -> bool:

@@ -8,7 +8,7 @@ would cost more than what it moves. Python runs once per block and state.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from extract.backbones.batch import Batch, stream_of
 from store.formats import Encoded, decode, rescale
 from store.samples import Samples
 
-LONG = 16  # rows a sample on average, from which on samples are copied one by one
+LONG = 8192  # bytes a sample on average, from which on samples are copied one by one
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,6 @@ class Loaded:
     samples: Samples
     offsets: dict[str, np.ndarray]
     columns: dict[str, Tensor]
-    views: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, samples: Samples) -> Loaded:
@@ -46,11 +45,8 @@ class Loaded:
 
     def pick(self, name: str, slot: np.ndarray) -> list[Tensor]:
         """The rows of state `name` of the samples `slot`, as stored: views, not copies."""
-        if name not in self.views:
-            lengths = self.samples.lengths[stream_of(name)].tolist()
-            self.views[name] = self.samples.states[name].values.split(lengths)
-        views = self.views[name]
-        return [views[i] for i in slot.tolist()]
+        offsets, values = self.offsets[stream_of(name)], self.samples.states[name].values
+        return [values[a:b] for a, b in zip(offsets[slot].tolist(), offsets[slot + 1].tolist(), strict=True)]
 
 
 @dataclass(frozen=True)
@@ -117,8 +113,8 @@ def assemble(
 
     out: dict[str, Tensor] = {}
     for name in states:
-        stream = stream_of(name)
-        if rows[stream].total > LONG * len(lengths[stream]):
+        stream, values = stream_of(name), parts[0].block.samples.states[name].values
+        if rows[stream].total * values.shape[1] * values.itemsize > LONG * len(lengths[stream]):
             out[name] = copied(parts, name, lengths[stream], rows[stream], dtype, pin)
         else:
             picked = gather([p.block.samples.states[name] for p in parts], rows[stream])

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from extract.backbones.batch import Batch
 from store.errors import UserError
-from store.malloc import keep_freed_memory
+from store.malloc import keep_freed_memory, return_freed_memory
 from train import checkpoint
 from train.evaluate import Score, Trainable, autocast, closing, evaluate
 from train.interrupt import Interrupt, Interrupted
@@ -75,6 +75,7 @@ def fit(
             return run.all(progress and run.ranks.rank == 0, resume)
     finally:
         run.ranks.end()
+        return_freed_memory()
 
 
 class _Run:

@@ -25,7 +25,7 @@ from torch import Tensor
 from extract.backbones.batch import Batch
 from store import SEGMENT_BYTES
 from store.errors import UserError
-from store.malloc import keep_freed_memory
+from store.malloc import keep_freed_memory, return_freed_memory
 from train.assemble import Loaded, Part, assemble
 from train.lookahead import LookAhead
 from train.order import Order, rank_slice
@@ -135,6 +135,7 @@ class StoreSource:
     def forget(self) -> None:
         """Give back the memory of the device or host tier."""
         self._kept.clear()
+        return_freed_memory()
 
     def _run(self, batches: list[np.ndarray]) -> Iterator[Batch]:
         if not batches:

@@ -20,7 +20,8 @@ def available_memory() -> int:
     ):
         most, now = _number(limit), _number(used)
         if most is not None and now is not None:
-            free = min(free, max(0, most - now))
+            # The group's count holds page cache, which the system takes back when memory is asked for.
+            free = min(free, max(0, most - now + _cached(Path(used).with_name("memory.stat"))))
     return free
 
 
@@ -33,7 +34,10 @@ def choose(nbytes: int, host_bytes: int | None, device: torch.device | None = No
         return "host" if tier == "device" and not gpu else tier
     if gpu and nbytes <= torch.cuda.mem_get_info(device)[0] // 2:
         return "device"
-    return "host" if nbytes <= (available_memory() // 2 if host_bytes is None else host_bytes) else "disk"
+    if host_bytes is None:
+        # Every rank of a machine keeps blocks of its own.
+        host_bytes = available_memory() // (2 * max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    return "host" if nbytes <= host_bytes else "disk"
 
 
 def _meminfo() -> int:
@@ -47,6 +51,14 @@ def _meminfo() -> int:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     except (ValueError, OSError, AttributeError):
         return 4 << 30
+
+
+def _cached(stat: Path) -> int:
+    try:
+        lines = dict(line.split() for line in stat.read_text(encoding="ascii").splitlines())
+    except (OSError, ValueError):
+        return 0
+    return int(lines.get("inactive_file", lines.get("total_inactive_file", 0)))
 
 
 def _number(path: str) -> int | None:

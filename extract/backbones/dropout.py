@@ -28,7 +28,7 @@ def kept(shape: torch.Size, p: float) -> tuple[Tensor, float]:
 
 def drop(x: Tensor, p: float, training: bool) -> Tensor:
     """`x` with each value zero with probability `p` and the others scaled by 1 / (1 − p), while training."""
-    if not training or p == 0 or x.device.type != "cpu" or p == 1:
+    if not training or x.device.type != "cpu" or not 0 < round(p * _LEVELS) < _LEVELS:
         return F.dropout(x, p, training)
     mask, factor = kept(x.shape, p)
     # Kept for the backward pass is the mask alone, a byte a value.
@@ -65,12 +65,14 @@ def side_attention(
 ) -> tuple[Tensor, None]:
     """Attention in plain products: (B, H, P, d) queries over (B, H, L, d) → (B, P, H, d).
 
-    `attention_mask` is additive, broadcast to (B, H, P, L). With attention dropout torch's fused kernel falls back to
-    a path of twice as many passes over the (B, H, P, L) weights.
+    `attention_mask` is bool (true: seen) or additive, broadcast to (B, H, P, L). With attention dropout torch's fused
+    kernel falls back to a path of twice as many passes over the (B, H, P, L) weights.
     """
     scores = torch.matmul(query * (query.shape[-1] ** -0.5 if scaling is None else scaling), key.transpose(2, 3))
     for term in (position_bias, attention_mask):
-        if term is not None:
+        if term is not None and term.dtype == torch.bool:
+            scores.masked_fill_(~term, torch.finfo(scores.dtype).min)
+        elif term is not None:
             scores += term
     weights = drop(scores.softmax(-1), dropout, module.training)
     return torch.matmul(weights, value).transpose(1, 2), None

@@ -56,7 +56,7 @@ def main() -> None:
             scores = [100 * r["test"]["accuracy"] for r in runs]
             seconds = np.mean([r["seconds_per_epoch"] for r in runs])
             count = f"{runs[0]['trainable_parameters']:,}"
-            accuracy = f"{np.mean(scores):.1f} ± {np.std(scores):.1f}"
+            accuracy = f"{np.mean(scores):.1f} ± {np.std(scores, ddof=1):.1f}"
             rows.append((f"ResNet-{depth}", tuner, count, accuracy, f"{seconds:.2f}"))
             print(*rows[-1], flush=True)
     table = markdown(("backbone", "tuner", "trainable", "accuracy × 100", "s/epoch"), rows)

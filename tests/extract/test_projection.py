@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,9 @@ from pipeline.recipe import Recipe
 from pipeline.runs import load_run
 from pipeline.training import run_train
 from store import Store, UserError
+from store.repair import repair
 from tests.pipeline.test_parity import losses, silent
+from train.tuners import tuner_class
 
 
 def test_pca_rebuilds_what_lies_in_few_directions():
@@ -99,7 +102,35 @@ def test_recomputed_samples_agree(made):
     assert all(found["ok"] for found in recheck(Store.open(made[0]["store"]), 3, made[0]["model"], seed=0))
 
 
-def test_a_tuner_that_reads_full_states_says_so(made):
+def test_a_guide_that_is_not_full_is_refused(made):
     options, folder = made
-    with pytest.raises(UserError, match=r"reads full states.*pca:8"):
-        run_train(Recipe(**{**options, "tuner": "head2toe"}, out=str(folder / "no")), silent, quiet=True)
+    with pytest.raises(UserError, match=r"would feed the live layer"):
+        run_train(Recipe(**{**options, "layers": (0, 1)}, out=str(folder / "no")), silent, quiet=True)
+
+
+def test_a_tuner_that_reads_full_states_is_refused_before_anything_runs(made, monkeypatch):
+    monkeypatch.setattr(tuner_class("lst"), "projects", False)
+    with pytest.raises(UserError, match=r"lst reads full states, not pca:8"):
+        run_extract(Recipe(**{**made[0], "tuners": ("lst",)}), silent, quiet=True)
+
+
+def test_repair_keeps_the_fit(made, tmp_path):
+    options, _ = made
+    shutil.copytree(options["store"], tmp_path / "store")
+    (source,) = (tmp_path / "store" / "weights").glob("*/source.json")
+    source.write_bytes(source.read_bytes()[:-2] + b" }")
+    assert repair(str(tmp_path / "store")).problems
+    said: list[str] = []
+    again = run_extract(
+        Recipe(**{**options, "store": str(tmp_path / "store")}, tuners=("sherl",)), said.append, quiet=True
+    )
+    assert again["computed"] == 0 and not Store.open(tmp_path / "store").verify(deep=True)
+    assert any("fitted on 96 samples" in line for line in said)
+
+
+def test_the_command_that_is_offered_names_the_projection(made, tmp_path):
+    options = {**made[0], "store": str(tmp_path / "store")}
+    run_extract(Recipe(**options, tuners=("sherl",)), silent, quiet=True)
+    bare = {k: v for k, v in options.items() if k not in ("format", "projection")}
+    with pytest.raises(UserError, match=r"--format float32 --projection pca:8"):
+        run_train(Recipe(**bare, tuner="lst", out=str(tmp_path / "no")), silent, quiet=True)

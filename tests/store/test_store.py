@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -340,3 +341,12 @@ def test_an_absurd_table_is_refused_before_it_is_read(tmp_path: Path) -> None:
     os.truncate(path, 1 << 40)
     with pytest.raises(StoreError, match="more than the"):
         home.load_table("t", "s")
+
+
+def test_writers_of_different_weights_files_lose_none(tmp_path: Path) -> None:
+    store, digest = Store.create(tmp_path / "store"), "a" * 32
+    with ThreadPoolExecutor(4) as pool:
+        names = [f"file{i}.json" for i in range(16)]
+        list(pool.map(lambda name: store.save_weights(digest, {name: {"name": name}}), names))
+    assert store.has_weights(digest, *names)
+    assert [store.load_json(digest, name)["name"] for name in names] == names
