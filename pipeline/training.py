@@ -96,6 +96,8 @@ def run_train(recipe: Recipe, say: Say, quiet: bool = False) -> dict[str, Any]:
         progress=not quiet,
         info={"space": job.found.space.id, "tuner": recipe.tuner},
     )
+    if remark := model.tuner.remark():
+        say(f"{recipe.tuner}: {remark}")
     return {"run": str(folder), "space": job.found.space.id, "tuner": recipe.tuner, "task": job.spec.name, **metrics}
 
 

@@ -112,6 +112,10 @@ class Tuner(nn.Module):
         """What a training batch adds to the loss, from the weights of the readout; None for nothing."""
         return None
 
+    def remark(self) -> str:
+        """What a person should know of the trained tuner; nothing by default."""
+        return ""
+
     def train(self, mode: bool = True) -> Tuner:
         # Dropout inside the live layer is on while training, as in the official code (methods §6.1).
         self.tail.train(mode)

@@ -84,6 +84,13 @@ class Head2Toe(Tuner):
             self._select(norms.detach())
         return self.config.lasso * norms.sum()
 
+    def remark(self) -> str:
+        used = int(self.mask.sum())
+        if used == len(self.mask):
+            when = f"selection comes after {self.config.select_after} steps; train longer for Head2Toe proper"
+            return f"no feature was left out: the best epoch came before the selection ({when})"
+        return f"{used:,} of {len(self.mask):,} features are used"
+
     def _select(self, norms: Tensor) -> None:
         stay = norms.topk(max(1, round(self.config.features * len(norms)))).indices
         self.mask.zero_().index_fill_(0, stay, 1.0)
