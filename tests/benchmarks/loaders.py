@@ -318,9 +318,9 @@ def main() -> None:
         f"float16, {size / 1e6:.0f} MB; batches of {args.batch_size}, shuffled anew in every epoch, packed and decoded "
         f"to float32; {torch.get_num_threads()} threads; best of {args.rounds} rounds. Ours checks every chunk "
         "against its digest; the others check nothing but zarr's crc32c. np.fromfile runs in a process of its own, as "
-        "it comes, and twice more with memory that was used before, as ours has it. Two threads read for our batches, one "
-        "for our blocks, with the disk reading ahead. Arrow files stay mapped and so cannot be dropped from the page "
-        "cache: their cold figures are warm ones."
+        "it comes, and twice more with memory that was used before, as ours has it. Two threads read for our batches, "
+        "one for our blocks, with the disk reading ahead. Arrow files stay mapped and so cannot be dropped from the "
+        "page cache: their cold figures are warm ones."
     )
     print(f"{about}\n" + table_text(head, [list(r) for r in rows]))
     if not args.dry:
