@@ -186,7 +186,7 @@ def ideas(args: argparse.Namespace) -> Table:
         stored,
         lambda: number.float() * channel,
         number.float() * channel,
-        "no: another fit to keep, no gain",
+        "half the error: not built, it needs a fit",
     )
     half_of, rest = len(x) // 2, x[len(x) // 2 :]  # fitted on one half, the error is that of the other
     for name, fitted in (("own", own(x[:half_of])), ("shared", own(torch.cat([s[:half_of] for s in states[:4]])))):
