@@ -38,6 +38,18 @@ def command(name: str, recipe: Recipe, **options: Any) -> str:
     return " ".join(words)
 
 
+def split_limit(rows: dict[str, int], fits: int) -> int:
+    """The largest --limit, which holds for each split, whose rows are at most `fits` in all; 0 where there is none."""
+    limit, left = 0, fits
+    for splits, n in zip(range(len(rows), 0, -1), sorted(rows.values()), strict=True):
+        # The smallest split that is left is taken whole if an equal share of what is left holds it.
+        limit = left // splits
+        if limit < n:
+            return limit
+        left -= n
+    return max(rows.values())
+
+
 def recommend(plan: Plan, work: Workload, recipe: Recipe, budget: float | None, memory: float | None) -> None:
     """Fill in `recommendation` and `commands`."""
     stored = plan.format if plan.projection == "none" else f"{plan.format}, {plan.projection}"
@@ -47,14 +59,16 @@ def recommend(plan: Plan, work: Workload, recipe: Recipe, budget: float | None, 
     plan.commands = [extract, train]
     if budget is not None and total > budget:
         rows = int(work.samples * budget / total)
-        plan.recommendation = (
-            f"{size_text(total)} as {stored} is over the budget of {size_text(budget)}: "
-            f"it holds about {rows:,} rows; keep fewer --layers or set --limit"
-        )
-        plan.commands = [
-            command("extract", replace(recipe, limit=rows), format=plan.format, tuners=(work.tuner,)),
-            train,
-        ]
+        limit = split_limit(plan.rows, rows)
+        over = f"{size_text(total)} as {stored} is over the budget of {size_text(budget)}"
+        if limit:
+            plan.recommendation = f"{over}: it holds about {rows:,} rows; keep fewer --layers or set --limit"
+            plan.commands[0] = command(
+                "extract", replace(recipe, limit=limit), format=plan.format, tuners=(work.tuner,)
+            )
+        else:
+            plan.recommendation = f"{over}, which does not hold a row of each split: give more"
+            plan.commands = []
     elif memory is not None and plan.memory["total"] > memory:
         size = max(1, int(work.batch_size * memory / plan.memory["total"]))
         plan.recommendation = (

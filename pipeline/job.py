@@ -284,8 +284,11 @@ def live_backbone(job: Job) -> tuple[Backbone, Checkpoint]:
 
 
 def parse_size(text: str) -> int:
-    """ "4GB", "500 MB", "0" → bytes (decimal units). UserError otherwise."""
+    """ "4GB", "500 MB", "0" → bytes (decimal units). UserError otherwise, below zero too."""
     try:
-        return int(parse_bytes(text))
+        size = int(parse_bytes(text))
     except ValueError:
-        raise UserError(f"size {text!r}: expected something like 4GB or 500MB") from None
+        size = -1
+    if size < 0:
+        raise UserError(f"size {text!r}: expected something like 4GB or 500MB")
+    return size

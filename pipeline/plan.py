@@ -103,6 +103,9 @@ class Workload:
         order = Order(np.zeros(len(longest), np.int64), size, lengths=rows if self.grouped else None)
         batches = sorted((b for b in order.epoch(0) if len(b) == size), key=lambda b: int(longest[b].max()))
         picks = [batches[int(q * (len(batches) - 1) + 0.5)] for q in (0.25, 0.5, 0.75)]
+        if self.family.readout == "lm" and "train" not in self.rows:
+            # Only training samples hold a target's positions; elsewhere only the start of one is counted.
+            part = part | {s: np.maximum(part[s], 2) for s in self.family.streams[1:]}
         return [{s: n[pick] for s, n in part.items()} for pick in picks]
 
     def training_batch(self) -> dict[str, np.ndarray]:

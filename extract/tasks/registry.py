@@ -105,5 +105,5 @@ def _resolve(name: str) -> str:
     if known := _known(name):
         return known
     near = difflib.get_close_matches(name.lower(), _TASKS, n=3, cutoff=0.5)
-    offer = f"did you mean {' or '.join(near)}?" if near else f"tasks: {', '.join(_TASKS)}"
-    raise TaskError(f"unknown task {name!r}; {offer} A table is given by its file: --task my.csv")
+    offer = f"did you mean {' or '.join(near)}?" if near else f"tasks: {', '.join(_TASKS)}."
+    raise TaskError(f"unknown task {name!r}; {offer} A table of your own is given by its file: --task my.csv")

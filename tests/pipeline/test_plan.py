@@ -13,7 +13,9 @@ import torch
 from extract.backbones import family_for
 from extract.checkpoint import Checkpoint
 from pipeline import plan as planning
+from pipeline.advice import split_limit
 from pipeline.extracting import run_extract
+from pipeline.job import parse_size
 from pipeline.operations import count, saved_bytes
 from pipeline.plan import predict, run_plan, workload
 from pipeline.rates import Rates, random_batch
@@ -102,6 +104,29 @@ def test_a_budget_chooses_the_format_or_fewer_rows(checkpoints, table, tmp_path,
     small = predict(workload(recipe), recipe, budget=sizes["int8"] / 2)
     assert "--limit" in small.commands[0]
     assert "budget" in small.recommendation
+    none = predict(workload(recipe), recipe, budget=1)
+    assert not none.commands  # and no --limit 0, which would be left out and store all
+    assert "does not hold a row" in none.recommendation
+
+
+@pytest.mark.parametrize("fits", [1, 3, 5, 60, 138 * 3, 1000, 2767, 9999])
+def test_the_limit_is_for_each_split(fits):
+    rows = {"train": 2490, "validation": 138, "test": 139}
+    limit = split_limit(rows, fits)
+    assert sum(min(n, limit) for n in rows.values()) <= fits
+    if limit < 2490:
+        assert sum(min(n, limit + 1) for n in rows.values()) > fits
+
+
+def test_a_task_without_training_rows_has_targets_to_time(checkpoints, table, tmp_path):
+    """A T5 step is timed on samples with a target's positions, which only training rows have."""
+    recipe = recipe_for(checkpoints["t5"], table, tmp_path, split=("validation",), tuner="probe")
+    assert run_plan(recipe, None, None)[0]["rates"]["step"] > 0
+
+
+def test_a_size_is_not_negative():
+    with pytest.raises(UserError, match="4GB"):
+        parse_size("-5GB")
 
 
 def test_too_little_memory_makes_smaller_batches(checkpoints, table, tmp_path, no_measuring):
