@@ -61,8 +61,8 @@ def train_both(options: dict, tuner: str, folder: Path, steps: int = STEPS) -> t
         "epochs": 5,
         "max_steps": steps,
         "warmup_ratio": 0.1,
-        # SHERL's closed gate gives a tiny T5 gradients of norm 15,000 at first, from which some seeds recover later than
-        # others; until then rounding grows tenfold a few steps.
+        # SHERL's closed gate gives a tiny T5 gradients of norm 15,000 at first; until a run has left that, which some
+        # seeds do later than others, rounding grows.
         "seed": 5,
         # At its own rate UniPT, which cuts its weights at zero, makes a rounding error grow within the steps.
         "lr": 1e-3 if tuner == "unipt" else None,
