@@ -79,6 +79,8 @@ class Store:
                 return cls.open(path)
             # Another process may be making the same store just now.
             if folder.exists() and any(not entry.name.startswith(".store.json.") for entry in folder.iterdir()):
+                if (folder / "store.json").exists():  # it has, since we looked
+                    return cls.open(path)
                 raise StoreError(f"{path} is not empty and not a store: choose a new folder")
             folder.mkdir(parents=True, exist_ok=True)
             Files(path).publish("store.json", dump_document({"kind": KIND, "format": FORMAT}))
