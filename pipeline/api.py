@@ -67,8 +67,7 @@ def stream(
         found.space, table.keys, labels, list(states), found.family.columns, batch_size=batch_size, seed=seed,
         window=recipe.window,
     )  # fmt: skip
-    for epoch in range(epochs):
-        yield from source.epoch(epoch)
+    yield from source.epochs(0, epochs)
 
 
 def evaluate(run: str | Path | Run, split: str = "test") -> dict[str, float]:

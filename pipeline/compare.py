@@ -102,7 +102,7 @@ def _tuner(recipe: Recipe, name: str) -> dict[str, Any]:
     job = load_job(recipe)
     model = job.model(recipe.seed).to(job.device)
     backbone, checkpoint = live_backbone(job) if recipe.live else (None, None)
-    batch = next(iter(sources(job, backbone, checkpoint)["train"].epoch(0)))
+    batch = next(iter(sources(job, backbone, checkpoint)["train"].epochs(0, 1)))
     return _summary(job, model, batch, metrics, [model.tuner.tail])
 
 
@@ -138,7 +138,7 @@ def _counterpart(recipe: Recipe, name: str) -> dict[str, Any]:
         resume=False,
         info={"counterpart": name, "space": job.found.space.id},
     )
-    return _summary(job, model, next(iter(parts["train"].epoch(0))), metrics, [])
+    return _summary(job, model, next(iter(parts["train"].epochs(0, 1))), metrics, [])
 
 
 def _summary(job: Job, model: Any, batch: Batch, metrics: dict[str, Any], more: list[nn.Module]) -> dict[str, Any]:

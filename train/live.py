@@ -33,9 +33,10 @@ class LiveSource:
     def __len__(self) -> int:
         return len(self.order)
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        for index in self.order.epoch(epoch)[start:]:
-            yield self._batch(index)
+    def epochs(self, first: int, end: int, start: int = 0) -> Iterator[Batch]:
+        for epoch in range(first, end):
+            for index in self.order.epoch(epoch)[start if epoch == first else 0 :]:
+                yield self._batch(index)
 
     def sequential(self) -> Iterator[Batch]:
         for index in self.order.sequential():

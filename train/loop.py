@@ -12,8 +12,9 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -137,50 +138,51 @@ class _Run:
             file=sys.stderr,
             mininterval=0.5 if sys.stderr.isatty() else 30.0,
         )
+        epochs = -(-self.total // -(-len(self.train) // options.accumulate))
         try:
-            while state.stopped is None:
-                self.epoch()
-                self.close_epoch()
+            with closing(self.train.epochs(state.epoch, epochs, state.batch)) as stream:
+                while state.stopped is None:
+                    self.epoch(stream)
+                    self.close_epoch()
             return self.finish()
         finally:
             self.bar.close()
             self.log.close()
 
-    def epoch(self) -> None:
+    def epoch(self, stream: Iterator[Batch]) -> None:
         """The steps left of the current epoch."""
         state, options, batches = self.state, self.options, len(self.train)
         self.model.train()
         group: list[Batch] = []
         begun = time.perf_counter()
-        if state.batch == batches or state.step == self.total:
+        if state.step == self.total:
             return
-        with closing(self.train.epoch(state.epoch, state.batch)) as stream:
-            for place, batch in enumerate(stream, start=state.batch + 1):
-                group.append(batch)
-                if len(group) < options.accumulate and place < batches:
-                    continue
-                try:
-                    entry = self.step(group)
-                except NotFinite:
-                    # Resuming would end here again, and only stand in the way of a run with other options.
-                    (self.run_dir / checkpoint.RESUME).unlink(missing_ok=True)
-                    raise
-                state.step, state.batch = state.step + 1, place
-                group = []
-                now = time.perf_counter()
-                entry["seconds"] = now - begun
-                begun = now
-                state.seconds += entry["seconds"]
-                state.wait_seconds += entry["wait_seconds"]
-                self.log.step(entry)
-                self.bar.set_postfix(epoch=state.epoch + 1, loss=f"{entry['loss']:.4f}", refresh=False)
-                self.bar.update()
-                if state.step % options.checkpoint_every == 0 and place < batches:
-                    self.save()
-                    begun = time.perf_counter()
-                self.check()
-                if state.step == self.total:
-                    return
+        for place, batch in enumerate(islice(stream, batches - state.batch), start=state.batch + 1):
+            group.append(batch)
+            if len(group) < options.accumulate and place < batches:
+                continue
+            try:
+                entry = self.step(group)
+            except NotFinite:
+                # Resuming would end here again, and only stand in the way of a run with other options.
+                (self.run_dir / checkpoint.RESUME).unlink(missing_ok=True)
+                raise
+            state.step, state.batch = state.step + 1, place
+            group = []
+            now = time.perf_counter()
+            entry["seconds"] = now - begun
+            begun = now
+            state.seconds += entry["seconds"]
+            state.wait_seconds += entry["wait_seconds"]
+            self.log.step(entry)
+            self.bar.set_postfix(epoch=state.epoch + 1, loss=f"{entry['loss']:.4f}", refresh=False)
+            self.bar.update()
+            if state.step % options.checkpoint_every == 0 and place < batches:
+                self.save()
+                begun = time.perf_counter()
+            self.check()
+            if state.step == self.total:
+                return
 
     def step(self, group: list[Batch]) -> dict[str, Any]:
         """One optimizer step on the mean loss over all samples of `group`."""

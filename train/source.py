@@ -26,8 +26,9 @@ class Source(Protocol):
         """Batches of an epoch."""
         ...
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The shuffled batches of `epoch` (from 0), from batch `start` on; closing the iterator frees everything."""
+    def epochs(self, first: int, end: int, start: int = 0) -> Iterator[Batch]:
+        """The shuffled batches of the epochs `first` (from 0) … `end` - 1, of the first one from batch `start` on;
+        closing the iterator frees everything."""
         ...
 
     def sequential(self) -> Iterator[Batch]:

@@ -4,9 +4,9 @@ Blocks (runs of whole samples, tens of megabytes) are read by Dask tasks a bound
 gathered from the open blocks and decoded one batch ahead of the step, in a background thread. Which samples stand in
 which batch follows from (seed, epoch) alone (`train.order`): not from the tier, the number of threads or ranks.
 
-Memory: about 1.5 · `window` blocks plus `lookahead_bytes` as stored, plus two decoded batches; in the device or
-host tier, all blocks as stored. Nothing outlives an iterator but the blocks of these tiers: no process, thread, lock
-or file.
+Memory: about 1.5 · `window` blocks (2 · `window` where one epoch passes into the next) plus `lookahead_bytes` as
+stored, plus two decoded batches; in the device or host tier, all blocks as stored. Nothing outlives an iterator but
+the blocks of these tiers: no process, thread, lock or file.
 """
 
 from __future__ import annotations
@@ -124,42 +124,45 @@ class StoreSource:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of `epoch` from batch `start` on; close the iterator to stop early."""
+        return self.epochs(epoch, epoch + 1, start)
+
+    def epochs(self, first: int, end: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of the epochs `first` … `end` - 1, of the first one from batch `start` on. While one epoch ends
+        the next one's first blocks are read. Close the iterator to stop early."""
         if not 0 <= start <= len(self):
             raise UserError(f"start must be in [0, {len(self)}], the batches of an epoch; got {start}")
-        return self._run(self.order.epoch(epoch)[start:])
+        batches = (self.order.epoch(e)[start if e == first else 0 :] for e in range(first, end))
+        return self._run(batches, max(0, end - first) * len(self) - start)
 
     def sequential(self) -> Iterator[Batch]:
         """Every sample once, block after block."""
-        return self._run(self.order.sequential())
+        return self._run(iter([self.order.sequential()]), len(self))
 
     def forget(self) -> None:
         """Give back the memory of the device or host tier."""
         self._kept.clear()
         return_freed_memory()
 
-    def _run(self, batches: list[np.ndarray]) -> Iterator[Batch]:
-        if not batches:
+    def _run(self, epochs: Iterator[list[np.ndarray]], count: int) -> Iterator[Batch]:
+        """`count` batches in all, in a list for each epoch."""
+        if count <= 0:
             return
         keep_freed_memory()
         begun = time.perf_counter()
-        shares = [rank_slice(b, self._rank, self._world) for b in batches]
-        # A rank whose share of a last, small batch is empty still makes the step: it needs a block for the widths.
-        uses = [
-            np.unique(self.order.block[share if len(share) else batch[:1]])
-            for share, batch in zip(shares, batches, strict=True)
-        ]
         reader = make_reader(self._scheduler, self._workers)
         place = self._device if self.tier == "device" else None
         keep = self.tier in ("device", "host")
+        shares: deque[np.ndarray] = deque()
+        uses = self._uses(epochs, shares)
         blocks = LookAhead(uses, self.plan.blocks, reader, self._lookahead, self._kept, keep, place)
         maker = ThreadPoolExecutor(1, "make-batch", _one_thread) if self._ahead else None
         pending: deque[Future[Batch]] = deque()
         try:
-            for number, share in enumerate(shares):
+            for number in range(count):
                 if maker is None:
-                    batch = self._make(share, blocks.take(number))
+                    batch = self._make_next(shares, blocks, number)
                 else:
-                    while len(pending) <= self._ahead and number + len(pending) < len(shares):
+                    while len(pending) <= self._ahead and number + len(pending) < count:
                         pending.append(maker.submit(self._make_next, shares, blocks, number + len(pending)))
                     batch = pending.popleft().result()
                 batch.wait_seconds = time.perf_counter() - begun
@@ -174,8 +177,20 @@ class StoreSource:
                 maker.shutdown(wait=True, cancel_futures=True)
             reader.close()
 
-    def _make_next(self, shares: list[np.ndarray], blocks: LookAhead, number: int) -> Batch:
-        return self._make(shares[number], blocks.take(number))
+    def _uses(self, epochs: Iterator[list[np.ndarray]], shares: deque[np.ndarray]) -> Iterator[list[np.ndarray]]:
+        """For each epoch the blocks of each batch; this rank's samples of the batches are added to `shares`."""
+        for batches in epochs:
+            mine = [rank_slice(b, self._rank, self._world) for b in batches]
+            shares.extend(mine)
+            # A rank whose share of a last, small batch is empty still makes the step: it needs a block for the widths.
+            yield [
+                np.unique(self.order.block[share if len(share) else batch[:1]])
+                for share, batch in zip(mine, batches, strict=True)
+            ]
+
+    def _make_next(self, shares: deque[np.ndarray], blocks: LookAhead, number: int) -> Batch:
+        loaded = blocks.take(number)
+        return self._make(shares.popleft(), loaded)
 
     def _make(self, index: np.ndarray, blocks: dict[int, Loaded]) -> Batch:
         """The samples `index` (B,), which stand by block."""

@@ -76,8 +76,8 @@ class Stopping:
     def __len__(self) -> int:
         return len(self.inner)
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        for batch in self.inner.epoch(epoch, start):
+    def epochs(self, first: int, end: int, start: int = 0) -> Iterator[Batch]:
+        for batch in self.inner.epochs(first, end, start):
             if self.left == 0:
                 self.act()
             self.left -= 1

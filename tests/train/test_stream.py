@@ -1,6 +1,7 @@
 """Stream: right rows in right batches, bounded memory, exact resume, nothing left behind."""
 
 import threading
+import time
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -130,6 +131,41 @@ def test_ranks_share_each_batch(monkeypatch: pytest.MonkeyPatch, world: int) -> 
     assert [list(chain(*parts)) for parts in zip(*shares, strict=True)] == base
 
 
+@pytest.mark.parametrize("options", [{}, {"ahead": 0}, {"lookahead_bytes": 0}, {"workers": 1}, {"host_bytes": 1 << 30}])
+def test_epochs_on_end_are_those_one_by_one(monkeypatch: pytest.MonkeyPatch, options: dict) -> None:
+    one_by_one = make(monkeypatch)[0]
+    want = indices(chain(one_by_one.epoch(1, 2), one_by_one.epoch(2), one_by_one.epoch(3)))
+    before = set(threading.enumerate())
+    space = ToySpace(SIZES)
+    source, ids = make(monkeypatch, space, **options)
+    got = []
+    for batch in source.epochs(1, 4, 2):
+        check(batch, ids)
+        got.append(batch.index.tolist())
+    assert got == want
+    assert set(threading.enumerate()) == before
+    counts = np.bincount(space.reads, minlength=len(SIZES))
+    if options.get("host_bytes"):
+        assert (counts == 1).all()
+    else:  # of epoch 1 the rest alone
+        assert ((counts == 2) | (counts == 3)).all()
+    assert list(source.epochs(2, 2)) == [] and len(list(source.epochs(2, 4, len(source)))) == len(source)
+
+
+def test_the_next_epoch_is_read_while_one_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    for end, more in ((1, False), (2, True)):
+        space = ToySpace(SIZES)
+        source, _ = make(monkeypatch, space)
+        stream = source.epochs(0, end)
+        for _ in range(len(source)):
+            next(stream)
+        deadline = time.monotonic() + 20
+        while more and len(space.reads) == len(SIZES) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        stream.close()  # type: ignore[attr-defined]
+        assert (len(space.reads) > len(SIZES)) == more
+
+
 def test_each_block_is_read_once_an_epoch_and_few_are_open(monkeypatch: pytest.MonkeyPatch) -> None:
     from train import stream
 
@@ -147,6 +183,11 @@ def test_each_block_is_read_once_an_epoch_and_few_are_open(monkeypatch: pytest.M
         pass
     assert sorted(space.reads) == list(range(40))
     assert made[0].most_open <= 1.5 * 3 + 2 + 3  # window, look-ahead of two blocks, those a batch opens at once
+    for _ in source.epochs(1, 5):
+        pass
+    assert sorted(space.reads) == sorted(5 * list(range(40)))
+    assert made[1].most_open <= 2 * 3 + 2 + 3
+    assert not made[1]._first.keys() - made[1]._open.keys()  # what is done with is forgotten
 
 
 def test_the_host_tier_reads_once(monkeypatch: pytest.MonkeyPatch) -> None:
