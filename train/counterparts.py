@@ -19,6 +19,7 @@ from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 from extract.backbones.base import Family
 from extract.backbones.batch import Batch, stream_of
+from extract.backbones.dropout import use_fast_dropout
 from extract.backbones.live import Backbone
 from store.errors import UserError
 from train.adapters import VirtualTokens, add_adapter, add_lora, free_biases
@@ -115,6 +116,7 @@ class CounterpartModel(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             method.prepare(family, model)
+            use_fast_dropout(model)
             self.stream = family.streams[-1]
             if family.readout == "lm":
                 self.head = LMHead(self, target.candidates, target.values)

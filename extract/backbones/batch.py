@@ -55,12 +55,25 @@ class Layout:
     def pad(self, rows: Tensor, value: float = 0.0) -> Tensor:
         """(rows, …) → (B, L, …), the gaps filled with `value`."""
         batch, longest = self.mask.shape
-        out = rows.new_full((batch * longest, *rows.shape[1:]), value)
-        return out.index_copy(0, self.flat, rows).view(batch, longest, *rows.shape[1:])
+        grid = _Spread.apply(rows, self.flat, batch * longest, value)
+        return grid.view(batch, longest, *rows.shape[1:])
 
     def unpad(self, grid: Tensor) -> Tensor:
         """(B, L, …) → (rows, …)."""
         return grid.flatten(0, 1).index_select(0, self.flat)
+
+
+class _Spread(torch.autograd.Function):
+    """Rows to the places `at` of `count`, which keeps no row for the backward pass, as `index_copy` would."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, at: Tensor, count: int, value: float) -> Tensor:
+        ctx.save_for_backward(at)
+        return rows.new_full((count, *rows.shape[1:]), value).index_copy_(0, at, rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return grad.index_select(0, *ctx.saved_tensors), None, None, None
 
 
 @dataclass

@@ -17,20 +17,20 @@ _LEVELS = 1 << 16
 SIDE = "side"  # the name of `side_attention` in a transformers configuration
 
 
-def kept(shape: torch.Size, p: float) -> tuple[Tensor, float]:
-    """(bool mask that is false with probability p, 1 / the probability of true) on the host. p counts in steps of
+def kept(shape: torch.Size, p: float, device: torch.device | str = "cpu") -> tuple[Tensor, float]:
+    """(bool mask that is false with probability p, 1 / the probability of true). p counts in steps of
     1 / 65,536; the factor belongs to the step that is used."""
     cut, count = round(p * _LEVELS), shape.numel()
-    bits = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(1 << 63), None)
+    bits = torch.empty(-(-count // 4), dtype=torch.int64, device=device).random_(-(1 << 63), None)
     mask = bits.view(torch.int16)[:count].view(shape) >= cut - _LEVELS // 2
     return mask, _LEVELS / max(1, _LEVELS - cut)
 
 
 def drop(x: Tensor, p: float, training: bool) -> Tensor:
     """`x` with each value zero with probability `p` and the others scaled by 1 / (1 − p), while training."""
-    if not training or x.device.type != "cpu" or not 0 < round(p * _LEVELS) < _LEVELS:
+    if not training or x.device.type not in ("cpu", "meta") or not 0 < round(p * _LEVELS) < _LEVELS:
         return F.dropout(x, p, training)
-    mask, factor = kept(x.shape, p)
+    mask, factor = kept(x.shape, p, x.device)
     # Kept for the backward pass is the mask alone, a byte a value.
     return torch.where(mask, x, x.new_zeros(())).mul_(factor)
 

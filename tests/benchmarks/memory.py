@@ -169,7 +169,7 @@ def main() -> None:
         found = {name: method(family, lengths) for name, method in METHODS.items()}
         reference, sherl = found["full fine-tuning"][0], found["SHERL, live"][0]
         for name, (size, trainable) in found.items():
-            cells = (f"{trainable:,}", f"{size / 1e9:.2f}", f"{size / sherl:.2f}", f"{size / reference:.3f}")
+            cells = (f"{trainable:,}", f"{size / 1e9:.2f}", f"{size / sherl:.3f}", f"{size / reference:.3f}")
             rows.append((shape, name, *cells))
             print(*rows[-1], flush=True)
     head = ["shape", "method", "trainable", "peak GB", "÷ live SHERL", "÷ full fine-tuning"]

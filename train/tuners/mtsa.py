@@ -28,8 +28,10 @@ def redundancy(features: Tensor) -> Tensor:
 
     `features`: (rows, layers, width) float32. Returns (rows, layers), each ≥ 1. A zero row counts as redundancy 1.
     """
-    unit = features * (features.square().sum(-1, keepdim=True) + EPSILON).rsqrt()
-    return torch.bmm(unit, unit.transpose(1, 2)).relu_().sum(-1).clamp(min=1.0)
+    # Scaling the products, not the features, keeps nothing of the features' size for the backward pass.
+    products = torch.bmm(features, features.transpose(1, 2))
+    scale = (products.diagonal(dim1=1, dim2=2) + EPSILON).rsqrt()
+    return (products * scale.unsqueeze(1) * scale.unsqueeze(2)).relu_().sum(-1).clamp(min=1.0)
 
 
 def layer_weights(scores: Tensor, redundant: Tensor) -> Tensor:
@@ -106,7 +108,8 @@ class MTSA(nn.Module):
 
     def _blend(self, last: Tensor, *features: Tensor) -> Tensor:
         with full_precision(last.device):
-            low = torch.stack([F.relu(d(h.float())) for d, h in zip(self.down, features, strict=True)])
+            # Rectified in place after stacking: one copy of the narrow features is kept for the backward pass, not two.
+            low = torch.stack([d(h.float()) for d, h in zip(self.down, features, strict=True)]).relu_()
             mixed, gated = torch.baddbmm(self.mix_bias, low, self.mix_weight).chunk(2, dim=-1)
             refined = (mixed + low) * torch.sigmoid(gated)
             layers, guide = refined[:-1].transpose(0, 1), refined[-1]
