@@ -158,6 +158,9 @@ class CounterpartModel(nn.Module):
         """Mean loss over the batch, a scalar."""
         return self.head.loss(self(batch), batch)
 
+    def stepped(self) -> None:
+        """Nothing to do after an optimizer step."""
+
     def predict(self, batch: Batch) -> Tensor:
         """(B,) predicted class indices or values, on the host."""
         return self.head.predict(self(batch), batch).cpu()

@@ -25,6 +25,10 @@ class Trainable(Protocol):
         """Mean loss of the batch, a scalar."""
         ...
 
+    def stepped(self) -> None:
+        """Called after each optimizer step."""
+        ...
+
     def predict(self, batch: Batch) -> Tensor:
         """(B,) class indices or values."""
         ...

@@ -215,6 +215,7 @@ class _Run:
             raise NotFinite(self.advice(f"the gradient's norm is {norm}", number, lr))
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.model.stepped()
         self.schedule.step()
         return {
             "step": number,

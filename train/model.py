@@ -67,6 +67,10 @@ class Model(nn.Module):
         penalty = self.tuner.penalty(self.head) if self.training else None
         return loss if penalty is None else loss + penalty
 
+    def stepped(self) -> None:
+        """Called after each optimizer step."""
+        self.tuner.stepped(self.head)
+
     def predict(self, batch: Batch) -> Tensor:
         """(B,) predicted class indices or values, on the host."""
         return self.head.predict(self.tuner(batch), batch).cpu()

@@ -43,6 +43,7 @@ def test_informative_features_are_selected_once_and_saved(checkpoints, pictures)
         optimizer.zero_grad()
         model.train().loss(batch).backward()
         optimizer.step()
+        model.stepped()
         assert int(model.tuner.mask.sum()) == (128 if step < 60 else 2)
     assert model.tuner.mask[2 * 32 + 7] == 1
     assert model.eval().predict(batch).tolist() == told.tolist()
@@ -60,6 +61,10 @@ def test_the_penalty_is_the_group_lasso_of_training_alone(checkpoints, pictures)
     model.train()
     model.tuner.tail.eval()
     assert float(model.loss(batch).detach()) == pytest.approx(plain + 0.5 * float(groups), rel=1e-5)
+    # Steps count towards the selection, not losses: of these a step has several, or on an idle rank none.
+    assert int(model.tuner.seen) == 0
+    model.stepped()
+    assert int(model.tuner.seen) == 1
 
 
 def test_every_block_of_a_staged_backbone_is_read_and_bad_options_are_refused(checkpoints):

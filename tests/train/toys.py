@@ -122,6 +122,9 @@ class ToyModel(nn.Module):
         loss = nn.functional.cross_entropy(self(batch), batch.labels)
         return loss * float("nan") if self.calls == self.poison else loss
 
+    def stepped(self) -> None:
+        pass
+
     def predict(self, batch: Batch) -> Tensor:
         return self(batch).argmax(-1).cpu()
 

@@ -112,6 +112,9 @@ class Tuner(nn.Module):
         """What a training batch adds to the loss, from the weights of the readout; None for nothing."""
         return None
 
+    def stepped(self, head: nn.Module) -> None:
+        """Called after each optimizer step, on every rank, when all ranks have the same weights."""
+
     def remark(self) -> str:
         """What a person should know of the trained tuner; nothing by default."""
         return ""

@@ -76,13 +76,17 @@ class Head2Toe(Tuner):
 
     def penalty(self, head: nn.Module) -> Tensor | None:
         assert isinstance(head, PooledHead)
-        if self.seen >= self.config.select_after:
-            return None
-        self.seen += 1
-        norms = head.linear.weight.norm(dim=0)
-        if self.seen == self.config.select_after:
-            self._select(norms.detach())
-        return self.config.lasso * norms.sum()
+        return self.config.lasso * head.linear.weight.norm(dim=0).sum() if self._selecting() else None
+
+    def _selecting(self) -> bool:
+        return bool(self.seen < self.config.select_after)
+
+    def stepped(self, head: nn.Module) -> None:
+        assert isinstance(head, PooledHead)
+        if self._selecting():
+            self.seen += 1
+            if not self._selecting():
+                self._select(head.linear.weight.detach().norm(dim=0))
 
     def remark(self) -> str:
         used = int(self.mask.sum())
