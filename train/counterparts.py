@@ -202,7 +202,7 @@ def with_virtual(batch: Batch, stream: str, virtual: int, size: int) -> Batch:
     ids = columns[f"{stream}.ids"]
     fake = torch.ones_like(ids, dtype=torch.bool).index_fill(0, at, False)
     ids[fake] = size + torch.arange(virtual, device=ids.device).repeat(len(lengths))
-    return replace(batch, columns=columns, lengths={**batch.lengths, stream: lengths}, _layouts={})
+    return replace(batch, columns=columns, lengths={**batch.lengths, stream: lengths}, _derived={})
 
 
 class InputSource(LiveSource):

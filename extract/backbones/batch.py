@@ -8,13 +8,15 @@ only where attention needs it, and only at the width it works in.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def stream_of(name: str) -> str:
@@ -93,7 +95,7 @@ class Batch:
     index: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     wait_seconds: float = 0.0
     pictures: Sequence[Any] | None = None
-    _layouts: dict[str, Layout] = field(default_factory=dict, repr=False)
+    _derived: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         return len(next(iter(self.lengths.values())))
@@ -106,9 +108,13 @@ class Batch:
 
     def layout(self, stream: str) -> Layout:
         """The padded grid of `stream`, made once a batch."""
-        if stream not in self._layouts:
-            self._layouts[stream] = Layout.of(self.lengths[stream], self.device)
-        return self._layouts[stream]
+        return self.derive(f"layout of {stream}", lambda batch: Layout.of(batch.lengths[stream], batch.device))
+
+    def derive(self, name: str, make: Callable[[Batch], T]) -> T:
+        """What `make` makes of this batch's lengths and columns; under one name it is made once."""
+        if name not in self._derived:
+            self._derived[name] = make(self)
+        return self._derived[name]
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`; copies are asynchronous where the memory is pinned."""
@@ -119,5 +125,5 @@ class Batch:
             states={k: v.to(device, non_blocking=True) for k, v in self.states.items()},
             columns={k: v.to(device, non_blocking=True) for k, v in self.columns.items()},
             labels=None if self.labels is None else self.labels.to(device, non_blocking=True),
-            _layouts={},
+            _derived={},
         )

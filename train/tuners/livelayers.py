@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from extract.backbones.base import Family, Tail
 from extract.backbones.batch import Batch, Layout
+from extract.backbones.bylength import by_length
 from store.errors import UserError
 from train.adapters import Bottleneck, add_lora, free_biases
 
@@ -55,8 +56,15 @@ class LiveLayers(nn.Module):
             out = self.tail.through(block, {**hidden, first: rows}, batch)
             out = out.index_select(0, real) if first == self.streams[-1] else out
         else:
-            out = self.tail.through(block, hidden, batch)
+            out = self._through(block, hidden, batch)
         return self.adapters[key](out) if key in self.adapters else out
+
+    def _through(self, block: nn.Module, hidden: dict[str, Tensor], batch: Batch) -> Tensor:
+        if not self.training or len(self.streams) > 1:
+            # Evaluation computes on the whole grid, as the backbone did, bit for bit. A decoder's grid is small.
+            return self.tail.through(block, hidden, batch)
+        (stream,) = self.streams
+        return by_length(batch, stream, hidden[stream], lambda x, part: self.tail.through(block, {stream: x}, part))
 
 
 def prepend(rows: Tensor, batch: Batch, stream: str, prompt: Tensor) -> tuple[Tensor, Batch, Tensor]:
@@ -69,7 +77,7 @@ def prepend(rows: Tensor, batch: Batch, stream: str, prompt: Tensor) -> tuple[Te
     out = rows.new_zeros(len(new.sample), rows.shape[1])
     virtual = (new.first[:, None] + torch.arange(len(prompt), device=rows.device)).flatten()
     out = out.index_copy(0, own, rows).index_copy(0, virtual, prompt.to(rows.dtype).repeat(len(lengths), 1))
-    return out, replace(batch, lengths={**batch.lengths, stream: lengths}, _layouts={}), own
+    return out, replace(batch, lengths={**batch.lengths, stream: lengths}, _derived={}), own
 
 
 def refuse(what: dict[str, str], family: Family) -> None:

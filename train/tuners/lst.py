@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from extract.backbones.base import Family, Tail
 from extract.backbones.batch import Batch
+from extract.backbones.bylength import by_length
 from extract.backbones.dropout import Dropout
 from store.errors import UserError
 from train.tuners.base import Start, Tuner, TunerConfig, checked_reduction, linear, register
@@ -56,13 +58,19 @@ class Ladder(nn.Module):
         self.side = family.side_stack(stream, self.layers, config.reduction)
         self.dropout = Dropout(family.dropout)
 
-    def forward(self, batch: Batch, embedding: Tensor, memory: Tensor | None) -> Tensor:
-        """(rows, D) embedding → (rows, D / r), normalised. `memory`: the stream before, if any, (rows, D / r)."""
+    def rungs(self, batch: Batch, embedding: Tensor) -> Tensor:
+        """(rows, D) embedding and the kept states → (rows, 1 + layers, D / r)."""
+        rows = self.first(self.dropout(embedding))
+        states = (batch.states[f"{self.stream}.{i}"].to(rows.dtype) for i in self.layers)
+        return torch.stack([rows, *(down(h) for down, h in zip(self.down, states, strict=True))], dim=1)
+
+    def forward(self, rungs: Tensor, batch: Batch, memory: Tensor | None = None) -> Tensor:
+        """(rows, 1 + layers, D / r) → (rows, D / r), normalised. `memory`: the stream before, if any, (rows, D / r)."""
         layout, context = batch.layout(self.stream), self.side.context(batch, self.stream, memory)
         mu = torch.sigmoid(self.gates / self.temperature)
-        rows = self.first(self.dropout(embedding))
+        rows, *steps = rungs.unbind(1)
         for k, i in enumerate(self.layers):
-            rows = mu[i] * rows + (1 - mu[i]) * self.down[k](batch.states[f"{self.stream}.{i}"].to(rows.dtype))
+            rows = mu[i] * rows + (1 - mu[i]) * steps[k]
             rows = layout.unpad(self.side.block(k, layout.pad(rows), context))
         return self.side.final(rows)
 
@@ -107,14 +115,18 @@ class Lst(Tuner):
         return Start(f"lst-{config.init}-{config.prune}-r{config.reduction}", config.init == "fisher", make)
 
     def begin(self, weights: dict[str, Tensor]) -> None:
-        for stream, ladder in self.ladders.items():
-            assert isinstance(ladder, Ladder)
+        for stream, ladder in self._ladders():
             own = {k.removeprefix(f"{stream}."): v for k, v in weights.items() if k.startswith(f"{stream}.")}
             ladder.side.begin(own, ladder.layers)
 
     def forward(self, batch: Batch) -> Tensor:
         rows: Tensor | None = None
-        for stream, ladder in self.ladders.items():
-            rows = ladder(batch, self.tail.embed(batch, stream), rows)
+        for stream, ladder in self._ladders():
+            rungs = ladder.rungs(batch, self.tail.embed(batch, stream))
+            # A later stream reads all of the one before, and is short.
+            rows = by_length(batch, stream, rungs, ladder) if rows is None else ladder(rungs, batch, rows)
         assert rows is not None
         return rows if self.up is None else self.up(rows)
+
+    def _ladders(self) -> Iterator[tuple[str, Ladder]]:
+        return ((s, cast(Ladder, ladder)) for s, ladder in self.ladders.items())
