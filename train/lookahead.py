@@ -39,7 +39,8 @@ class LookAhead:
         self._uses: deque[np.ndarray] = deque()  # of the batches not yet taken
         self._known = 0  # batches of the epochs asked for so far
         self._begins = 0  # the first batch of the latest of them
-        # A reading is a block in one epoch: `epoch · blocks + block`. Two epochs read the same block twice.
+        # A reading is a block in one epoch: `epoch · blocks + block`. Two epochs read a block twice,
+        # unless the later one asks for it before the earlier one has taken it.
         self._queue: deque[int] = deque()  # readings to ask for
         self._first: dict[int, int] = {}  # the first batch that uses a reading, until it is dropped
         self._last: dict[int, int] = {}
@@ -105,7 +106,9 @@ class LookAhead:
                 needed = self._first[reading] <= batch
                 if not needed and ahead and ahead + size > self._limit:
                     break
-                self._asked[reading] = self._reader.submit(self._blocks[reading % len(self._blocks)])
+                # What the epoch before still waits for is not read twice at once: a cache would miss it twice.
+                under_way = self._asked.get(reading - len(self._blocks))
+                self._asked[reading] = under_way or self._reader.submit(self._blocks[reading % len(self._blocks)])
                 ahead += 0 if needed else size
             self._queue.popleft()
         self.most_open = max(self.most_open, len(self._open) + len(self._asked))

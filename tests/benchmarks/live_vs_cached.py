@@ -4,8 +4,8 @@
 
 The real training loop runs on the same samples in the same batches, live and from the store in turn; each figure is the
 best of its epochs. Beside the ratio of seconds stands that of processor seconds, which other programs on the machine
-hardly disturb. `host`: blocks kept in memory after the first epoch. `disk`:
-read again in every epoch, from a warm page cache.
+hardly disturb. `host`: blocks kept in memory after the first epoch. `disk`: read again in every epoch, from a warm page
+cache; a run's first epoch, which waits for its first blocks, and its last, which reads none for another, do not count.
 """
 
 from __future__ import annotations
@@ -121,8 +121,6 @@ def measure(job: Job, rounds: int, folder: Path, say: Any, with_live: bool = Tru
     for number in range(rounds):
         if live is not None:
             timed["live"].add(epochs_of(job, live, 1, folder / "run"))
-        # Of the first blocks of an epoch, the one before reads some: only epochs that pay for themselves and for the
-        # next one count.
         timed["disk"].add(epochs_of(job, disk, 4, folder / "run")[1:-1])
         # The first epoch fills the tier; only those that find it filled count.
         timed["host"].add(epochs_of(job, host, 3 + (number == 0), folder / "run")[number == 0 :])

@@ -11,6 +11,7 @@ its gradient at an all-zero row is finite, and redundancy is at least 1 (the pap
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +30,23 @@ def redundancy(features: Tensor) -> Tensor:
     `features`: (rows, layers, width) float32. Returns (rows, layers), each ≥ 1. A zero row counts as redundancy 1.
     """
     # Scaling the products, not the features, keeps nothing of the features' size for the backward pass.
-    products = torch.bmm(features, features.transpose(1, 2))
+    products = _Gram.apply(features)
     scale = (products.diagonal(dim1=1, dim2=2) + EPSILON).rsqrt()
     return (products * scale.unsqueeze(1) * scale.unsqueeze(2)).relu_().sum(-1).clamp(min=1.0)
+
+
+class _Gram(torch.autograd.Function):
+    """X Xᵀ of each matrix, with one product in the backward pass: (G + Gᵀ) X."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return torch.bmm(x, x.transpose(1, 2))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return torch.bmm(grad + grad.transpose(1, 2), x)
 
 
 def layer_weights(scores: Tensor, redundant: Tensor) -> Tensor:
