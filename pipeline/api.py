@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from extract.backbones import Batch
-from extract.tasks import canonical_name
 from extract.tasks.base import Task, TaskSpec
 from pipeline.extracting import run_extract
-from pipeline.job import labels_of, limited
+from pipeline.job import labels_of, limited, tables_of
 from pipeline.recipe import Recipe
 from pipeline.resolve import find_space, store_path
 from pipeline.runs import Run, load_run
 from pipeline.training import run_train
 from store import Space, Store
+from store.errors import UserError
 from train.stream import StoreSource
 
 Say = Callable[[str], None]
@@ -61,7 +61,10 @@ def stream(
     recipe = Recipe.from_mapping({**options, "batch_size": batch_size, "seed": seed}, "stream()")
     found = find_space(recipe)
     assert isinstance(found.space, Space)
-    table = limited(found.space.load_table(canonical_name(recipe.task), split), recipe.limit)
+    tables = tables_of(recipe, found)
+    if split not in tables:
+        raise UserError(f"the store has no {split} rows of {recipe.task}; it has: {', '.join(tables)}")
+    table = limited(tables[split], recipe.limit)
     labels = labels_of(table, TaskSpec.from_dict(table.header["spec"]))
     source = StoreSource(
         found.space, table.keys, labels, list(states), found.family.columns, batch_size=batch_size, seed=seed,

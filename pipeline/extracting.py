@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from pipeline.keepsakes import keep
 from pipeline.projecting import project, widths_text
 from pipeline.recipe import Recipe
 from pipeline.resolve import device_of, need, open_task, refuse_full_readers, space_options, store_path, wanted_states
+from pipeline.versions import save_tables
 from store import Space, Store, TaskTable, bytes_per_value
 from store.errors import UserError
 
@@ -105,7 +107,7 @@ def run_extract(recipe: Recipe, say: Say, quiet: bool = False, task: Task | None
     fit_on = next((s.inputs for s in splits if s.name == "train"), inputs)
     identity = project(store, identity, backbone, fit_on, recipe.seed, tokens, task.spec.name, say)
     space = store.create_space(identity)
-    _announce(say, space, splits, inputs, keys, states, family, options.format)
+    _announce(say, space, splits, inputs, keys, states, family, options.format, task.spec, options.text.max_length)
     keep(recipe, task.spec, store, identity, backbone, splits, candidates, say)
     how: dict[str, Any] = {
         "tokens": tokens,
@@ -122,8 +124,7 @@ def run_extract(recipe: Recipe, say: Say, quiet: bool = False, task: Task | None
         report = compute_on(recipe.scheduler, space, inputs, keys, states, model, recipe.device, each, **how)
     else:
         report = compute(space, inputs, keys, states, backbone, describe=_describer(splits), **how)
-    for split in splits:
-        space.save_table(_table(task, split, candidates, checkpoint, splits))
+    save_tables(space, {s.name: _table(task, s, candidates, checkpoint, splits) for s in splits})
     report.seconds = time.perf_counter() - started
     return _finish(say, store, space, task, splits, states, report)
 
@@ -168,6 +169,8 @@ def _announce(
     states: Sequence[str],
     family: Family,
     fmt: str,
+    spec: TaskSpec,
+    longest: int,
 ) -> None:
     rows = ", ".join(
         f"{s.name} {len(s.rows):,}" + (f" of {s.total:,}" if len(s.rows) < s.total else "") for s in splits
@@ -175,7 +178,9 @@ def _announce(
     stored = space.lookup(list(dict.fromkeys(keys)), states)
     todo = int((~stored.present).sum())
     size = estimated_bytes(inputs, states, family, fmt)
-    say(f"rows: {rows}")
+    say(f"rows: {rows}; {_labels_text(spec)}")
+    if many := _too_many_classes(spec, splits):
+        say(f"warning: {many}")
     say(
         f"space {space.id[:12]}: {widths_text(list(states), family.width, family.projection)} as {fmt}, "
         f"{size / len(keys) / 1e3:,.1f} kB a sample, {size / 1e9:.3f} GB in all"
@@ -188,7 +193,25 @@ def _announce(
         if bad := split.inputs.skipped:
             say(f"warning: {split.name}: {len(bad):,} pictures left out, first: {next(iter(bad.values()))}")
     if cut := int(inputs.truncated.sum()):
-        say(f"warning: {cut:,} of {len(keys):,} texts are longer than --max-length and were cut")
+        limit = int(inputs.lengths[family.streams[0]][inputs.truncated].max())
+        whose = "--max-length" if limit >= longest else "all that the model takes"
+        say(f"warning: {cut:,} of {len(keys):,} texts are longer than {limit:,} tokens ({whose}) and were cut")
+
+
+def _labels_text(spec: TaskSpec) -> str:
+    """What the label is taken for: a column of numbers with one word among them would be hundreds of classes."""
+    if spec.kind == "regression":
+        return "label: a number"
+    few = ", ".join(spec.labels[:4]) + (", …" if len(spec.labels) > 4 else "")
+    return f"label: {len(spec.labels):,} classes ({few})"
+
+
+def _too_many_classes(spec: TaskSpec, splits: Sequence[Split]) -> str:
+    """A warning where classes have hardly any rows, "" otherwise."""
+    rows = max(s.total for s in splits)
+    if spec.kind == "regression" or len(spec.labels) * 2 <= rows or len(spec.labels) < 20:
+        return ""
+    return f"{len(spec.labels):,} classes for {rows:,} rows: is it the right column? --kind regression is for numbers"
 
 
 def _describer(splits: Sequence[Split]) -> Callable[[str], str]:
@@ -241,7 +264,7 @@ def _table(
         "beside": {s.name: len(s.rows) for s in splits},
         "provenance": task.provenance,
         "truncated": int(split.inputs.truncated.sum()),
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "created": datetime.now(UTC).isoformat(timespec="milliseconds"),
     }
     return TaskTable(header, split.keys, list(split.rows.labels), [list(t) for t in split.rows.texts])
 

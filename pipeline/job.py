@@ -14,7 +14,6 @@ from extract.backbones import TextOptions
 from extract.backbones.live import Backbone
 from extract.checkpoint import Checkpoint, resolve
 from extract.identity import space_identity
-from extract.tasks import canonical_name
 from extract.tasks.base import Rows, TaskSpec
 from pipeline.extracting import Split, load_backbone, prepare_split, task_tables
 from pipeline.keepsakes import make_start, start_file, stored_late, stored_start
@@ -33,6 +32,7 @@ from pipeline.resolve import (
     store_path,
     tuner_options,
 )
+from pipeline.versions import stored_tables, version_of
 from store import Space, Store, TaskTable, digest_json
 from store.errors import MissingStates, StoreError, UserError
 from train.live import LiveSource
@@ -60,6 +60,11 @@ class Job:
     first: Callable[[], dict[str, torch.Tensor]] | None = None  # weights that training starts from
 
     @property
+    def version(self) -> str:
+        """Which version of the task its tables are of."""
+        return version_of(next(iter(self.tables.values())).header)
+
+    @property
     def target(self) -> Target:
         header = next(iter(self.tables.values())).header
         return Target(
@@ -85,21 +90,19 @@ class Job:
         return model
 
 
-def load_job(recipe: Recipe) -> Job:
-    """Look up space, task tables, tuner. A live run needs no store: what is not there is made from the checkpoint and
-    the task's own files. Raises UserError for whatever does not fit."""
+def load_job(recipe: Recipe, version: str | None = None) -> Job:
+    """Look up space, task tables (those of `version` where given), tuner. A live run needs no store: what is not there
+    is made from the checkpoint and the task's own files. Raises UserError for whatever does not fit."""
     need(recipe, "task")
     tuner_class(recipe.tuner)
     try:
         found = find_space(recipe)
+        assert isinstance(found.space, Space)
+        tables = tables_of(recipe, found, version)
     except StoreError:
         if not recipe.live:
             raise
         return unstored_job(recipe)
-    assert isinstance(found.space, Space)
-    task = canonical_name(recipe.task)
-    splits = sorted({t.split for t in found.space.tables() if t.task == task})
-    tables = {s: found.space.load_table(task, s) for s in splits}
     job = make_job(recipe, found, tables)
     store, digest = Store.open(store_path(recipe)), found.space.identity["weights"]
     named = replace(recipe, model=recipe.model or found.source["names"][0])
@@ -110,6 +113,15 @@ def load_job(recipe: Recipe) -> Job:
         file = start_file(start, recipe.task, keys, labels, found.space.identity["precision"])
         job.first = lambda: stored_start(named, store, digest, start, file)
     return job
+
+
+def tables_of(recipe: Recipe, found: Found, version: str | None = None) -> dict[str, TaskTable]:
+    """The stored tables of the recipe's task. StoreError with the command to run where none fits."""
+    assert isinstance(found.space, Space)
+    try:
+        return stored_tables(found.space, recipe, version)
+    except StoreError as error:
+        raise StoreError(f"{error}; run: {extract_command(as_extracted(recipe, found))}") from None
 
 
 def make_job(

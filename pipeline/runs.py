@@ -28,8 +28,9 @@ from pipeline.job import (
     text_options,
 )
 from pipeline.recipe import Recipe, read_recipe
-from store.errors import UserError
+from store.errors import StoreError, UserError
 from train.checkpoint import TUNER, load_tuner
+from train.checkpoint import load as load_checkpoint
 from train.evaluate import evaluate, predict
 from train.generate import generate
 from train.live import LiveSource
@@ -120,7 +121,11 @@ def load_run(folder: str | Path, **overrides: Any) -> Run:
         raise UserError(f"{folder}: the run has no trained tuner yet; `pipeline train --recipe {folder}/recipe.yaml`")
     recipe = Recipe.from_mapping(read_recipe(folder / "recipe.yaml"), str(folder / "recipe.yaml"))
     recipe = replace(recipe, limit=None, **{k: v for k, v in overrides.items() if v is not None})
-    job = load_job(recipe)
+    version = load_checkpoint(folder / TUNER)[1].get("rows")
+    try:
+        job = load_job(recipe, version)
+    except StoreError as error:
+        raise StoreError(f"{folder}: {error}") from None
     model = job.model()
     state, about = load_tuner(folder / TUNER, model.trainable_state())
     if about.get("space") != job.found.space.id:

@@ -94,7 +94,7 @@ def run_train(recipe: Recipe, say: Say, quiet: bool = False) -> dict[str, Any]:
         partial(score, job.spec.metrics),
         job.device,
         progress=not quiet,
-        info={"space": job.found.space.id, "tuner": recipe.tuner},
+        info={"space": job.found.space.id, "tuner": recipe.tuner, "rows": job.version},
     )
     if remark := model.tuner.remark():
         say(f"{recipe.tuner}: {remark}")

@@ -339,7 +339,7 @@ class _Run:
         options = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.options).items()}
         order = self.train.order
         sizes = {"samples": order.n, "batch_size": order.batch_size, "order_seed": order.seed}
-        return {**options, **sizes, "order": order.digest()}
+        return {**options, **sizes, "order": order.digest(), **self.info}
 
 
 def _better(new: float, best: float | None) -> bool:

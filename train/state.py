@@ -41,6 +41,11 @@ def refuse_other_run(saved: Mapping[str, Any], now: Mapping[str, Any], run_dir: 
                 f"{run_dir} holds an unfinished run over other blocks of samples: the store's segments or the window "
                 "have changed since; choose another --out"
             )
+        if name == "rows":
+            raise UserError(
+                f"{run_dir} holds an unfinished run over other rows or labels: the task's table has changed since; "
+                "choose another --out"
+            )
         raise UserError(
             f"{run_dir} holds an unfinished run with {name} {saved.get(name)!r}, now {value!r}: "
             "give the same to resume it, or choose another --out"

@@ -61,7 +61,7 @@ def read_sheet(path: Path, columns: list[str] | None = None, drop_broken: bool =
     Raises `TaskError` for: no such file, empty file, no rows, not UTF-8, wrong number of fields, broken JSON or quotes.
     """
     raw = _read(path)
-    digest = xxhash.xxh3_128_hexdigest(raw)
+    digest = _digest(raw)
     text = _decode(path, raw)
     if not text.strip():
         raise TaskError(f"{path} is empty; a table needs a header line and rows")
@@ -73,6 +73,15 @@ def read_sheet(path: Path, columns: list[str] | None = None, drop_broken: bool =
     if not rows:
         raise TaskError(f"{path} has a header but no rows")
     return Sheet(path, names, rows, lines, digest, dropped)
+
+
+def sheet_digest(path: Path) -> str:
+    """`Sheet.digest` of the file at `path`, without understanding it. `TaskError` where it cannot be read."""
+    return _digest(_read(path))
+
+
+def _digest(raw: bytes) -> str:
+    return xxhash.xxh3_128_hexdigest(raw)
 
 
 def _read(path: Path) -> bytes:

@@ -94,6 +94,7 @@ def load_table(
     provenance = {
         "dataset": path.name, "revision": revision, "licence": "not stated", "source": "table",
         "splits": "files" if validation is not None and test is not None else "held-out",
+        "files": parts, "label": label,
     }  # fmt: skip
     return Task(spec, {s: splits[s] for s in ("train", "validation", "test") if s in splits}, provenance, absent)
 
