@@ -100,7 +100,7 @@ def bench(as_json: bool, recipe_file: str | None, **options: Any) -> tuple[Any, 
 
 
 @main.command(short_help="Tuners and live counterparts in one table.")
-@recipe_options("train")
+@recipe_options("train", "tuner", "seed")  # --tuners and --seeds say it; ignored, they would mislead
 @click.option(
     "--tuners",
     "methods",
@@ -109,18 +109,18 @@ def bench(as_json: bool, recipe_file: str | None, **options: Any) -> tuple[Any, 
     help="Tuners, and live counterparts: full, lora, adapter, prompt, bitfit, norm-tuning, partial-1.",
     metavar="NAMES",
 )
-@click.option("--seeds", default="0", show_default=True, help="Seeds of each, with commas between.", metavar="NUMBERS")
+@click.option("--seeds", default=None, help="Seeds of each, with commas between. Default: 0.", metavar="NUMBERS")
 @click.option("--csv", "csv_file", default=None, help="Also write the table here.", metavar="FILE")
 @command
 def compare(
-    as_json: bool, recipe_file: str | None, methods: str, seeds: str, csv_file: str | None, **options: Any
+    as_json: bool, recipe_file: str | None, methods: str, seeds: str | None, csv_file: str | None, **options: Any
 ) -> tuple[Any, str]:
     """Train several methods on one task and print trainable parameters, memory, seconds an epoch and the metric."""
-    from pipeline.compare import default_folder, run_compare
+    from pipeline.compare import default_folder, parse_seeds, run_compare
 
     recipe = build_recipe(options, recipe_file)
-    names = [m.strip() for m in methods.split(",") if m.strip()]
-    numbers = [int(s) for s in seeds.split(",") if s.strip().isdigit()]
+    names = list(dict.fromkeys(m.strip() for m in methods.split(",") if m.strip()))
+    numbers = [recipe.seed] if seeds is None else parse_seeds(seeds)
     return run_compare(recipe, names, numbers, default_folder(recipe), csv_file, _voice(as_json))
 
 

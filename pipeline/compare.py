@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import statistics
 import time
@@ -47,8 +48,10 @@ def run_compare(
         raise UserError(
             f"--tuners: {'name at least one' if not unknown else f'unknown {unknown[0]!r}'}; there are: {known}"
         )
-    if not seeds:
-        raise UserError("--seeds: name at least one")
+    if csv_file and not Path(csv_file).parent.is_dir():
+        raise UserError(f"--csv {csv_file}: no such folder: {Path(csv_file).parent}")
+    for method in methods:
+        _refuse(recipe, method)
     rows, total = [], None
     for method in methods:
         runs = []
@@ -72,11 +75,39 @@ def run_compare(
             }
         )
     if csv_file:
-        with Path(csv_file).open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+        try:
+            with Path(csv_file).open("w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, rows[0])
+                writer.writeheader()
+                writer.writerows(rows)
+        except OSError as error:  # what was measured is not lost
+            say(f"warning: --csv {csv_file}: cannot be written: {error.strerror or error}")
     return {"task": recipe.task, "backbone_parameters": total, "rows": rows}, _text(rows)
+
+
+def parse_seeds(text: str) -> list[int]:
+    """ "0,1,2" → [0, 1, 2], each once: a run repeated would narrow the spread. UserError for anything else."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    for part in parts:
+        if not part.isdecimal():
+            raise UserError(f"--seeds: whole numbers from 0 with commas between, not {part!r}")
+    if not parts:
+        raise UserError("--seeds: name at least one")
+    return list(dict.fromkeys(int(part) for part in parts))
+
+
+def _refuse(recipe: Recipe, method: str) -> None:
+    """Raises before hours are spent what `method` would end in: a tuner without a form for the backbone or with states
+    that are not stored, a counterpart that the backbone has no place for or whose package is missing."""
+    if method not in COUNTERPARTS:
+        job = load_job(replace(recipe, tuner=method))
+        job.model(recipe.seed)
+        if not recipe.live:
+            sources(job, None)
+        return
+    family = load_job(replace(recipe, tuner="probe", live=True, layers=())).found.family
+    skeleton = getattr(family, "skeleton", None)
+    counterpart(method).prepare(family, copy.deepcopy(skeleton) if skeleton is not None else backbone_model(family))
 
 
 def _text(rows: Sequence[dict[str, Any]]) -> str:

@@ -37,12 +37,12 @@ def _kind(name: str) -> Any:
     return _Many(args[0]) if args else kinds[0]
 
 
-def recipe_options(command: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator: every option of the recipe that `command` takes, plus --recipe."""
+def recipe_options(command: str, *without: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: every option of the recipe that `command` takes, save those in `without`, plus --recipe."""
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         for f in reversed(fields(Recipe)):
-            if command not in f.metadata["on"]:
+            if command not in f.metadata["on"] or f.name in without:
                 continue
             kind = _kind(f.name)
             settings: dict[str, Any] = {"help": f.metadata["help"], "default": None}

@@ -29,9 +29,13 @@ _HEADER = "pipeline"
 def save(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
     """Write `tensors` and the JSON-able `info` to `path`, atomically. Raises UserError when the disk refuses."""
     kept = {name: t.detach().to("cpu").contiguous().clone() for name, t in tensors.items()}
+    about = {_HEADER: json.dumps(info)}
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        save_file(kept, partial, metadata={_HEADER: json.dumps(info)})
+        partial.touch()
+        mode = partial.stat().st_mode
+        save_file(kept, partial, metadata=about)
+        partial.chmod(mode)  # newer safetensors lets the owner alone read it; a run is for the team
         replace(partial, path)
     except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)

@@ -7,13 +7,19 @@ from typing import Any
 
 import numpy as np
 
+from store.errors import UserError
+
 
 def tokenize(
     tokenizer: Any, first: Sequence[str], second: Sequence[str] | None, limit: int, side: str
 ) -> tuple[dict[str, list[list[int]]], np.ndarray]:
-    """Token ids of texts (or pairs) cut to `limit` on `side`, and which of them were cut (n,) bool."""
+    """Token ids of texts (or pairs) cut to `limit` on `side`, and which of them were cut (n,) bool. UserError where
+    the tokenizer's own marks fill the limit: every text would be the same, and pairs would not be cut at all."""
     tokenizer.truncation_side = side
     pair = None if second is None else list(second)
+    marks = tokenizer.num_special_tokens_to_add(pair is not None)
+    if limit <= marks:
+        raise UserError(f"--max-length {limit}: the tokenizer's own {marks} marks leave no room for text; give more")
     encoded = tokenizer(list(first), pair, truncation=True, max_length=limit)
     cut = np.zeros(len(first), bool)
     for i, ids in enumerate(encoded["input_ids"]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 
 import pytest
 import torch
@@ -134,6 +135,47 @@ def test_compare_prints_one_table(checkpoints, table, tmp_path):
     assert "method" in shown.stdout and "probe" in shown.stdout and shown.exit_code == 0
     refused = invoke(main, ["compare", *common, "--tuners", "probe,sherrl"])
     assert refused.exit_code != 0 and "unknown 'sherrl'" in refused.stderr
+
+
+@pytest.fixture
+def probed(checkpoints, table, tmp_path) -> list[str]:
+    common = ["--model", str(checkpoints["bert"]), "--task", str(table), "--text", "first", "--text-pair", "second",
+              "--label", "label", "--store", str(tmp_path / "store")]  # fmt: skip
+    assert CliRunner().invoke(main, ["extract", *common, "--for", "probe"]).exit_code == 0
+    return ["compare", *common, "--epochs", "1", "--out", str(tmp_path / "runs")]
+
+
+def test_what_cannot_be_compared_is_said_before_anything_is_trained(probed, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)  # as where it is not installed
+    for words, what in (
+        (["--tuners", "probe,lst", "--reduction", "4"], "--for lst"),
+        (["--tuners", "probe,e3va"], "no form"),
+        (["--tuners", "probe,lora"], "counterparts"),
+        (["--tuners", "probe", "--csv", str(tmp_path / "no" / "table.csv")], "no such folder"),
+        (["--tuners", "probe", "--seeds", "0,x"], "'x'"),
+        (["--tuners", "probe", "--seeds", "0,-1"], "'-1'"),
+        (["--tuners", "probe", "--seeds", ","], "at least one"),
+        (["--tuner", "probe"], "--tuners"),
+        (["--tuners", "probe", "--seed", "1"], "--seeds"),
+    ):
+        result = CliRunner().invoke(main, [*probed, *words])
+        assert result.exit_code == 2 and what in result.stderr and "Traceback" not in result.output, (words, result)
+        assert isinstance(result.exception, SystemExit)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_seed_counts_once_and_a_recipe_may_say_it(probed, tmp_path):
+    result = CliRunner().invoke(main, [*probed, "--tuners", "probe,probe", "--seeds", "0,1,0", "--json"])
+    assert [r["seeds"] for r in json.loads(result.stdout)["rows"]] == [2]
+    (tmp_path / "recipe.yaml").write_text("seed: 3\n")
+    result = CliRunner().invoke(main, [*probed, "--tuners", "probe", "--recipe", str(tmp_path / "recipe.yaml")])
+    assert result.exit_code == 0 and (tmp_path / "runs" / "probe-s3").is_dir()
+
+
+def test_a_table_that_cannot_be_written_does_not_cost_the_result(probed, tmp_path):
+    (tmp_path / "table.csv").mkdir()
+    result = CliRunner().invoke(main, [*probed, "--tuners", "probe", "--csv", str(tmp_path / "table.csv")])
+    assert result.exit_code == 0 and "warning: --csv" in result.stderr and "probe" in result.stdout
 
 
 def test_compare_sets_counterparts_beside_tuners_on_a_t5_too(checkpoints, table, tmp_path):

@@ -104,7 +104,34 @@ def test_unknown_label_of_a_validation_file(common, tmp_path):
 def test_long_texts_are_counted_and_warned_about(common):
     result = run("extract", *common, "--max-length", 8, "--for", "probe", "--limit", 5)
     assert result.exit_code == 0
-    assert "texts are longer than --max-length and were cut" in result.stderr
+    assert "texts are longer than 8 tokens (--max-length) and were cut" in result.stderr
+
+
+def test_a_text_cut_by_the_model_is_not_blamed_on_the_option(common, tmp_path):
+    long = tmp_path / "long.tsv"
+    long.write_text("first\tsecond\tlabel\n" + "".join(f"{'word ' * 400}\tb\t{i % 2}\n" for i in range(6)))
+    result = run("extract", *replaced(common, "--task", long), "--max-length", 5000, "--for", "probe")
+    assert result.exit_code == 0, result.output
+    assert "(all that the model takes) and were cut" in result.stderr
+
+
+def test_a_length_without_room_for_text_is_refused(common, tmp_path):
+    # The tokenizer would not cut pairs at all, and of single texts nothing would be left.
+    refused(run("extract", *common, "--max-length", 3), "--max-length 3", "3 marks", "no room")
+    refused(run("extract", *common[:6], *common[8:], "--max-length", 2), "--max-length 2", "2 marks")
+    assert not (tmp_path / "store").exists()
+
+
+def test_what_the_label_is_taken_for_is_said(common, tmp_path):
+    numbers = tmp_path / "numbers.csv"
+    rows = [f"text {i},{i / 7:.3f}" for i in range(60)]
+    options = ["--task", numbers, "--text", "sentence", "--label", "score", "--for", "probe", *common[:2], *common[-2:]]
+    numbers.write_text("\n".join(["sentence,score", *rows]) + "\n")
+    assert "label: a number" in run("extract", *options).stderr
+    numbers.write_text("\n".join(["sentence,score", *rows[1:], "one more,n/a"]) + "\n")
+    shown = run("extract", *options).stderr
+    assert "label: 60 classes" in shown and "warning: 60 classes for 48 rows" in shown and "--kind" in shown
+    assert "2 classes (" in run("extract", *common, "--for", "probe").stderr
 
 
 def test_paths_that_are_no_store(common, tmp_path):

@@ -123,3 +123,9 @@ def test_info_must_be_json(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         checkpoint.save(tmp_path / "x", {}, {"a": object()})
     assert json.loads("{}") == {} and not list(tmp_path.iterdir())
+
+
+def test_others_may_read_a_run_where_the_umask_lets_them(tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    checkpoint.save(tmp_path / "tuner.safetensors", {"a": torch.ones(2)}, {})
+    assert (tmp_path / "tuner.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
