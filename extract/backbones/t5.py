@@ -112,14 +112,14 @@ class T5Tail(Tail):
         rows, memory = hidden["decoder"], hidden["encoder"]
         attention = self.config._attn_implementation
         context = decoder_context(batch, self.relative_attention_bias, self.config, attention, rows.dtype)
-        layout = batch.layout("decoder")
-        grid, padded = layout.pad(rows), batch.layout("encoder").pad(memory)
+        layout, encoder = batch.layout("decoder"), batch.layout("encoder")
+        grid = layout.pad(rows)
         # Evaluation runs the block as it is, so that it equals the backbone bit for bit.
         if self.training and is_cheaper(block.layer[1], grid.shape[1]):
             grid = block.layer[0](grid, context[0], context[1])[0]
-            grid = cross_attend(block.layer[1], grid, padded, context[2])
+            grid = cross_attend(block.layer[1], grid, memory, encoder, batch.lengths["encoder"])
             return layout.unpad(block.layer[2](grid))
-        return layout.unpad(run_decoder_block(block, grid, padded, context))
+        return layout.unpad(run_decoder_block(block, grid, encoder.pad(memory), context))
 
     def final_norm(self, rows: Tensor, stream: str) -> Tensor:
         return (self.encoder_norm if stream == "encoder" else self.decoder_norm)(rows)

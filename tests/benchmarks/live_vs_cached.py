@@ -121,9 +121,9 @@ def measure(job: Job, rounds: int, folder: Path, say: Any, with_live: bool = Tru
     for number in range(rounds):
         if live is not None:
             timed["live"].add(epochs_of(job, live, 1, folder / "run"))
-        timed["disk"].add(epochs_of(job, disk, 4, folder / "run")[1:-1])
+        timed["disk"].add(epochs_of(job, disk, 6, folder / "run")[1:-1])
         # The first epoch fills the tier; only those that find it filled count.
-        timed["host"].add(epochs_of(job, host, 3 + (number == 0), folder / "run")[number == 0 :])
+        timed["host"].add(epochs_of(job, host, 4 + (number == 0), folder / "run")[number == 0 :])
         say(f"  round {number + 1}: " + ", ".join(f"{k} {t.seconds:.2f} s" for k, t in timed.items()))
     ops = operations(job, host)
     sizes = sum(
@@ -208,7 +208,7 @@ def main() -> None:
     about = (
         f"Shape {args.shape}, random weights; {words}, mean positions {lengths}; batch {args.batch_size}, "
         f"{args.format}, {torch.get_num_threads()} threads; "
-        f"best of {0 if args.no_live else args.rounds} live and {2 * args.rounds} or more cached epochs."
+        f"best of {0 if args.no_live else args.rounds} live and {4 * args.rounds} cached epochs each."
     )
     print(f"\n{about}\n" + table_text(HEAD, [row(r) for r in rows]))
     if not args.dry:
