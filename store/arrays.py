@@ -205,13 +205,13 @@ def _read_chunk(files: Files, folder: str, array: ArraySpec, index: int, rows: n
     for _ in range(2):
         what = "differs from the digest in the manifest"
         try:
-            files.read_into(f"{folder}/{name}", buffers)
+            digest = files.read_into(f"{folder}/{name}", buffers)
         except FileNotFoundError:
             raise damaged(folder, name, "is missing") from None
         except EOFError as error:
             what = str(error)
         else:
-            if digests.get(name, (0, ""))[1] == digest_bytes(*buffers):
+            if digests.get(name, (0, ""))[1] == digest:
                 return
         if not files.forget(f"{folder}/{name}"):  # A byte may have changed on the way here: ask once more.
             break

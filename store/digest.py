@@ -19,9 +19,12 @@ def canonical_json(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()
 
 
+Digest = xxhash.xxh3_128  # `update` with one buffer after the other, then `hexdigest`
+
+
 def digest_bytes(*parts: Any) -> str:
     """xxh3-128 of the concatenated buffers, 32 lower hex characters."""
-    state = xxhash.xxh3_128()
+    state = Digest()
     for part in parts:
         state.update(part)
     return str(state.hexdigest())

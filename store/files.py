@@ -15,8 +15,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from store.digest import digest_bytes
+from store.digest import Digest, digest_bytes
 from store.errors import StoreError
+
+_PIECE = 512 << 10  # read and digested at a time: the digest finds it in the processor's cache
 
 
 class Files:
@@ -93,12 +95,13 @@ class Files:
                 raise StoreError(f"{self.path(name)} has {size} bytes, more than the {limit} allowed: refused")
             return file.read(size)
 
-    def read_into(self, name: str, buffers: Sequence[Any]) -> None:
-        """Fill `buffers` with the file, one after the other.
+    def read_into(self, name: str, buffers: Sequence[Any]) -> str:
+        """Fill `buffers` with the file, one after the other; returns the digest of what was read.
 
         Raises FileNotFoundError, or EOFError if the file is not exactly as long as they are.
         """
         total = sum(memoryview(b).nbytes for b in buffers)
+        digest = Digest()
         with self._reading(name), self._open(name, 0) as file:
             size = os.fstat(file.fileno()).st_size
             if size != total:
@@ -106,25 +109,26 @@ class Files:
             for buffer in buffers:
                 left = memoryview(buffer).cast("B")
                 while left.nbytes:
-                    count = file.readinto(left)
+                    count = file.readinto(left[:_PIECE])
                     if not count:
                         raise EOFError("became shorter while it was read")
+                    digest.update(left[:count])
                     left = left[count:]
+        return digest.hexdigest()
 
     def will_need(self, names: Iterable[str]) -> None:
         """Let the disk begin to read files that are read next: it is busy while what came before is checked."""
         if not hasattr(os, "posix_fadvise"):
             return
         for name in names:
-            try:
-                descriptor = os.open(self.path(name), os.O_RDONLY | os.O_NONBLOCK)  # a pipe is not waited for
-            except (OSError, StoreError):
-                continue  # reading it says what is wrong
-            try:
-                with suppress(OSError):
-                    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
-            finally:
-                os.close(descriptor)
+            # Nothing is taken from the file here, so that a link is not looked into; reading it is refused later.
+            with suppress(OSError):
+                descriptor = os.open(f"{self.root}/{name}", os.O_RDONLY | os.O_NONBLOCK)  # a pipe is not waited for
+                try:
+                    if not _in_memory(descriptor):
+                        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+                finally:
+                    os.close(descriptor)
 
     def _open(self, name: str, buffering: int = -1) -> Any:
         """The file, for reading. Raises StoreError for what is no regular file; a pipe would be waited for."""
@@ -236,3 +240,13 @@ def explain(
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return StoreError(f"no permission while {doing} {where}: {error.strerror}")
     return StoreError(f"{error.strerror or error} while {doing} {where}")
+
+
+def _in_memory(descriptor: int) -> bool:
+    """Whether a file seems to be in the page cache, by its first byte, the one in the middle and the last: advising the
+    system about one that is takes longer than looking."""
+    try:
+        size = os.fstat(descriptor).st_size
+        return all(os.preadv(descriptor, [bytearray(1)], at, os.RWF_NOWAIT) for at in (0, size // 2, max(0, size - 1)))
+    except (OSError, AttributeError):  # it would have to wait, or the system cannot say
+        return False

@@ -78,7 +78,7 @@ class RemoteFiles(Files):
             raise StoreError(f"{self.where(name)} has {len(data)} bytes, more than the {limit} allowed: refused")
         return data
 
-    def read_into(self, name: str, buffers: Sequence[Any]) -> None:
+    def read_into(self, name: str, buffers: Sequence[Any]) -> str:
         total = sum(memoryview(b).nbytes for b in buffers)
         try:
             data = memoryview(self.read(name, total))
@@ -92,6 +92,7 @@ class RemoteFiles(Files):
             view = memoryview(buffer).cast("B")
             view[:] = data[: view.nbytes]
             data = data[view.nbytes :]
+        return digest_bytes(*buffers)
 
     def forget(self, name: str) -> bool:
         if self.cache is not None:
