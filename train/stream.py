@@ -1,7 +1,7 @@
 """`StoreSource`: shuffled, resumable batches from the store.
 
 Blocks (runs of whole samples, tens of megabytes) are read by Dask tasks a bounded number of bytes ahead, batches are
-gathered from the open blocks and decoded one batch ahead of the step, in a background thread. Which samples stand in
+gathered from the open blocks and decoded one batch ahead of the step, in background threads. Which samples stand in
 which batch follows from (seed, epoch) alone (`train.order`): not from the tier, the number of threads or ranks.
 
 Memory: about 1.5 · `window` blocks (2 · `window` where one epoch passes into the next) plus `lookahead_bytes` as
@@ -15,6 +15,8 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from threading import Condition
 from typing import Any
 
 import numpy as np
@@ -155,15 +157,18 @@ class StoreSource:
         shares: deque[np.ndarray] = deque()
         uses = self._uses(epochs, shares)
         blocks = LookAhead(uses, self.plan.blocks, reader, self._lookahead, self._kept, keep, place)
-        maker = ThreadPoolExecutor(1, "make-batch", _one_thread) if self._ahead else None
+        # Two, for a consumer that waits; one that computes for a while between two batches keeps but one of them busy.
+        maker = ThreadPoolExecutor(min(2, 1 + self._ahead), "make-batch", _one_thread) if self._ahead else None
+        turns = _Turns()
         pending: deque[Future[Batch]] = deque()
         try:
             for number in range(count):
                 if maker is None:
-                    batch = self._make_next(shares, blocks, number)
+                    batch = self._make_next(shares, blocks, turns, number)
                 else:
                     while len(pending) <= self._ahead and number + len(pending) < count:
-                        pending.append(maker.submit(self._make_next, shares, blocks, number + len(pending)))
+                        coming = number + len(pending)
+                        pending.append(maker.submit(self._make_next, shares, blocks, turns, coming))
                     batch = pending.popleft().result()
                 batch.wait_seconds = time.perf_counter() - begun
                 yield batch
@@ -188,9 +193,11 @@ class StoreSource:
                 for share, batch in zip(mine, batches, strict=True)
             ]
 
-    def _make_next(self, shares: deque[np.ndarray], blocks: LookAhead, number: int) -> Batch:
-        loaded = blocks.take(number)
-        return self._make(shares.popleft(), loaded)
+    def _make_next(self, shares: deque[np.ndarray], blocks: LookAhead, turns: _Turns, number: int) -> Batch:
+        with turns.at(number):
+            loaded = blocks.take(number)
+            share = shares.popleft()
+        return self._make(share, loaded)
 
     def _make(self, index: np.ndarray, blocks: dict[int, Loaded]) -> Batch:
         """The samples `index` (B,), which stand by block."""
@@ -206,8 +213,26 @@ class StoreSource:
         return batch
 
 
+class _Turns:
+    """Lets threads pass in the order of their numbers 0, 1, …"""
+
+    def __init__(self) -> None:
+        self._next, self._changed = 0, Condition()
+
+    @contextmanager
+    def at(self, number: int) -> Iterator[None]:
+        """Wait until all smaller numbers have left; errors inside pass through and let the next one in."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._next == number)
+            try:
+                yield
+            finally:
+                self._next += 1
+                self._changed.notify_all()
+
+
 def _one_thread() -> None:
-    """The thread that makes batches computes alone: a second team of threads would fight that of the step."""
+    """A thread that makes batches computes alone: a second team of threads would fight that of the step."""
     torch.get_num_threads()  # at its first use in a thread torch sets the thread's number of them, so that comes first
     threadpool_limits(1, "openmp")  # of the calling thread; that of no other is touched
 
