@@ -7,6 +7,7 @@ does besides (norms, dropout, the optimizer) moves memory rather than computes, 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,6 +120,12 @@ def count(
     with FlopCounterMode(display=False) as step:
         surrogate_loss(model, batch).backward()
     return Operations(backbone_operations(family, lengths, states), float(step.get_total_flops()))
+
+
+def mean(batches: Iterable[Operations]) -> Operations:
+    """Of several batches."""
+    found = list(batches)
+    return Operations(*(sum(getattr(o, part) for o in found) / len(found) for part in ("backbone", "step")))
 
 
 def surrogate_loss(model: Model, batch: Batch) -> torch.Tensor:

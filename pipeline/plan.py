@@ -31,7 +31,7 @@ from extract.tasks import Task
 from pipeline import rates as measured
 from pipeline.advice import plan_text, recommend
 from pipeline.job import batch_size_of, grouped
-from pipeline.operations import Operations, backbone_model, backbone_operations, count, saved_bytes, tuner_model
+from pipeline.operations import Operations, backbone_model, backbone_operations, count, mean, saved_bytes, tuner_model
 from pipeline.recipe import Recipe
 from pipeline.resolve import device_of, need, open_task, refuse_full_readers, space_options, store_path, tuner_options
 from pipeline.shapes import known_config
@@ -96,13 +96,16 @@ class Workload:
         return {s: n[batches[len(batches) // 2]] for s, n in part.items()}
 
     def training_batches(self) -> list[dict[str, np.ndarray]]:
-        """Lengths of three batches of an epoch: a quarter, half and three quarters of the way from short to long."""
+        """Lengths of three batches of an epoch, one from each third by positions, nearest to the mean of its third: so
+        their mean is that of the epoch, whose long batches a median would miss."""
         part = self.lengths["train" if "train" in self.rows else next(iter(self.rows))]
-        longest, rows = part[self.family.streams[0]], np.sum(list(part.values()), axis=0)
-        size = min(self.batch_size, len(longest))
-        order = Order(np.zeros(len(longest), np.int64), size, lengths=rows if self.grouped else None)
-        batches = sorted((b for b in order.epoch(0) if len(b) == size), key=lambda b: int(longest[b].max()))
-        picks = [batches[int(q * (len(batches) - 1) + 0.5)] for q in (0.25, 0.5, 0.75)]
+        rows = np.sum(list(part.values()), axis=0)
+        size = min(self.batch_size, len(rows))
+        order = Order(np.zeros(len(rows), np.int64), size, lengths=rows if self.grouped else None)
+        batches = sorted((b for b in order.epoch(0) if len(b) == size), key=lambda b: int(rows[b].sum()))
+        sizes = np.array([rows[b].sum() for b in batches])
+        thirds = [third for third in np.array_split(np.arange(len(batches)), 3) if len(third)]
+        picks = [batches[third[np.abs(sizes[third] - sizes[third].mean()).argmin()]] for third in thirds]
         if self.family.readout == "lm" and "train" not in self.rows:
             # Only training samples hold a target's positions; elsewhere only the start of one is counted.
             part = part | {s: np.maximum(part[s], 2) for s in self.family.streams[1:]}
@@ -110,7 +113,8 @@ class Workload:
 
     def training_batch(self) -> dict[str, np.ndarray]:
         """Lengths of a typical training batch, the middle one."""
-        return self.training_batches()[1]
+        batches = self.training_batches()
+        return batches[len(batches) // 2]
 
 
 @dataclass
@@ -254,7 +258,7 @@ def predict(work: Workload, recipe: Recipe, budget: float | None = None, memory:
         measured.decode_rate(work.family.width, fmt),
         *measured.disk_rates(Path(store_path(recipe))),
     )
-    ops = count(work.family, work.tuner, work.config, batch, work.classes)
+    ops = mean(count(*model, b, work.classes) for b in work.training_batches())
     train = "train" if "train" in work.rows else next(iter(work.rows))
     batches = -(-work.rows[train] // work.batch_size)
     full = work.rows[train] / work.batch_size  # a last, smaller batch costs its share

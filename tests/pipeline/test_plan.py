@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from pipeline.advice import split_limit
 from pipeline.extracting import run_extract
 from pipeline.job import parse_size
 from pipeline.operations import count, saved_bytes
-from pipeline.plan import predict, run_plan, workload
+from pipeline.plan import Workload, predict, run_plan, workload
 from pipeline.rates import Rates, random_batch
 from pipeline.recipe import Recipe
 from pipeline.shapes import known_config
@@ -170,3 +171,12 @@ def test_memory_kept_is_that_of_the_real_step(checkpoints):
         model.loss(batch)
     found = saved_bytes(family, "sherl", config, lengths(family, 4), 2)
     assert found == pytest.approx(sum(n for n, _ in kept.values()), rel=0.25)
+
+
+def test_three_batches_stand_for_an_epoch_of_skewed_lengths() -> None:
+    lengths = np.random.default_rng(0).lognormal(2.3, 0.8, 4096).astype(np.int64) + 2  # a few long texts, as in SST-2
+    family = SimpleNamespace(readout="pooled", streams=("encoder",))
+    rows = {"train": len(lengths)}
+    work = Workload(family, "probe", None, [], 2, {"train": {"encoder": lengths}}, rows, 32, True, 1, False)  # type: ignore[arg-type]
+    found = [int(b["encoder"].sum()) for b in work.training_batches()]
+    assert found == sorted(found) and abs(np.mean(found) / (32 * lengths.mean()) - 1) < 0.03
