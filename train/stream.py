@@ -158,7 +158,7 @@ class StoreSource:
         uses = self._uses(epochs, shares)
         blocks = LookAhead(uses, self.plan.blocks, reader, self._lookahead, self._kept, keep, place)
         # Two, for a consumer that waits; one that computes for a while between two batches keeps but one of them busy.
-        maker = ThreadPoolExecutor(min(2, 1 + self._ahead), "make-batch", _one_thread) if self._ahead else None
+        maker = ThreadPoolExecutor(2, "make-batch", _one_thread) if self._ahead else None
         turns = _Turns()
         pending: deque[Future[Batch]] = deque()
         try:
