@@ -16,7 +16,7 @@ from train.tuners import base, tuner_names
 STEPS = 20
 # Largest relative difference of a loss to the live one: of the first step (the direct effect of the format) and of any
 # of the 20 (training amplifies it). float32 is the requirement, the others are stated bounds.
-BOUNDS = {"float32": (1e-5, 1e-5), "float16": (1e-3, 3e-2), "bfloat16": (1e-2, 0.15), "int8": (3e-2, 0.25)}
+BOUNDS = {"float32": (1e-5, 1e-5), "float16": (1e-4, 1e-2), "bfloat16": (1e-3, 3e-2), "int8": (3e-3, 5e-2)}
 
 
 def worst_of(cached: list[float], live: list[float]) -> float:
@@ -53,7 +53,9 @@ def stores(tmp_path_factory, checkpoints, table, pictures):
     return get
 
 
-def train_both(options: dict, tuner: str, folder: Path, steps: int = STEPS) -> tuple[list[float], list[float]]:
+def train_both(
+    options: dict, tuner: str, folder: Path, steps: int = STEPS, **more: object
+) -> tuple[list[float], list[float]]:
     common = {
         **options,
         "tuner": tuner,
@@ -66,6 +68,7 @@ def train_both(options: dict, tuner: str, folder: Path, steps: int = STEPS) -> t
         "seed": 5,
         # At its own rate UniPT, which cuts its weights at zero, makes a rounding error grow within the steps.
         "lr": 1e-3 if tuner == "unipt" else None,
+        **more,
     }
     run_train(Recipe(**common, out=str(folder / "cached")), silent, quiet=True)
     run_train(Recipe(**common, live=True, out=str(folder / "live")), silent, quiet=True)
@@ -84,7 +87,8 @@ def test_float32_store_gives_the_live_losses(stores, tmp_path, family, tuner):
 @pytest.mark.parametrize("fmt", ["float16", "bfloat16", "int8"])
 @pytest.mark.parametrize("family", ["t5", "bert"])
 def test_smaller_formats_stay_within_their_bound(stores, tmp_path, family, fmt):
-    cached, live = train_both(stores(family, fmt), "sherl", tmp_path)
+    # From a closed gate a T5 makes any rounding grow ten-thousandfold, with some seeds: that says nothing of a format.
+    cached, live = train_both(stores(family, fmt), "sherl", tmp_path, gate=0.1)
     first, all_ = BOUNDS[fmt]
     assert worst_of(cached[:1], live[:1]) <= first
     assert 0 < worst_of(cached, live) <= all_
