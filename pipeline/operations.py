@@ -122,10 +122,10 @@ def count(
     return Operations(backbone_operations(family, lengths, states), float(step.get_total_flops()))
 
 
-def mean(batches: Iterable[Operations]) -> Operations:
-    """Of several batches."""
+def weighted(batches: Iterable[tuple[float, Operations]]) -> Operations:
+    """The mean of several batches, each with its share."""
     found = list(batches)
-    return Operations(*(sum(getattr(o, part) for o in found) / len(found) for part in ("backbone", "step")))
+    return Operations(sum(share * o.backbone for share, o in found), sum(share * o.step for share, o in found))
 
 
 def surrogate_loss(model: Model, batch: Batch) -> torch.Tensor:

@@ -31,7 +31,15 @@ from extract.tasks import Task
 from pipeline import rates as measured
 from pipeline.advice import plan_text, recommend
 from pipeline.job import batch_size_of, grouped
-from pipeline.operations import Operations, backbone_model, backbone_operations, count, mean, saved_bytes, tuner_model
+from pipeline.operations import (
+    Operations,
+    backbone_model,
+    backbone_operations,
+    count,
+    saved_bytes,
+    tuner_model,
+    weighted,
+)
 from pipeline.recipe import Recipe
 from pipeline.resolve import device_of, need, open_task, refuse_full_readers, space_options, store_path, tuner_options
 from pipeline.shapes import known_config
@@ -95,9 +103,10 @@ class Workload:
         batches = sorted(extraction_batches(positions, 0, tokens), key=lambda b: int(positions[b].max()))
         return {s: n[batches[len(batches) // 2]] for s, n in part.items()}
 
-    def training_batches(self) -> list[dict[str, np.ndarray]]:
-        """Lengths of three batches of an epoch, one from each third by positions, nearest to the mean of its third: so
-        their mean is that of the epoch, whose long batches a median would miss."""
+    def training_batches(self) -> list[tuple[float, dict[str, np.ndarray]]]:
+        """Lengths of three batches of an epoch, one from each third by positions, nearest to the mean of its third,
+        with the share of the epoch's batches it stands for, such that they add up to the epoch's positions: a median
+        alone would miss the long ones."""
         part = self.lengths["train" if "train" in self.rows else next(iter(self.rows))]
         rows = np.sum(list(part.values()), axis=0)
         size = min(self.batch_size, len(rows))
@@ -109,12 +118,14 @@ class Workload:
         if self.family.readout == "lm" and "train" not in self.rows:
             # Only training samples hold a target's positions; elsewhere only the start of one is counted.
             part = part | {s: np.maximum(part[s], 2) for s in self.family.streams[1:]}
-        return [{s: n[pick] for s, n in part.items()} for pick in picks]
+        shares = np.array([len(third) / len(batches) for third in thirds])
+        shares *= size * rows.mean() / (shares @ [rows[pick].sum() for pick in picks])
+        return [(float(f), {s: n[pick] for s, n in part.items()}) for f, pick in zip(shares, picks, strict=True)]
 
     def training_batch(self) -> dict[str, np.ndarray]:
         """Lengths of a typical training batch, the middle one."""
         batches = self.training_batches()
-        return batches[len(batches) // 2]
+        return batches[len(batches) // 2][1]
 
 
 @dataclass
@@ -254,11 +265,11 @@ def predict(work: Workload, recipe: Recipe, budget: float | None = None, memory:
     speed = measured.Rates(
         measured.backbone_rate(work.family, batch, device),
         measured.backbone_rate(work.family, work.extraction_batch(tokens), device),
-        float(np.mean([measured.step_seconds(*model, b, work.classes, device) for b in work.training_batches()])),
+        sum(share * measured.step_seconds(*model, b, work.classes, device) for share, b in work.training_batches()),
         measured.decode_rate(work.family.width, fmt),
         *measured.disk_rates(Path(store_path(recipe))),
     )
-    ops = mean(count(*model, b, work.classes) for b in work.training_batches())
+    ops = weighted((share, count(*model, b, work.classes)) for share, b in work.training_batches())
     train = "train" if "train" in work.rows else next(iter(work.rows))
     batches = -(-work.rows[train] // work.batch_size)
     full = work.rows[train] / work.batch_size  # a last, smaller batch costs its share
