@@ -10,10 +10,11 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_type_hints
 
 import yaml
 
+from pipeline.values import checked_value
 from store.errors import UserError
 
 FORMATS = ("float32", "bfloat16", "float16", "int8")
@@ -342,7 +343,7 @@ class Recipe:
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], where: str = "recipe") -> Recipe:
         """From plain values, each checked against its field's type. Raises UserError naming the option and `where`."""
-        return cls(**{k: _checked(k, v, where) for k, v in checked_names(values, where).items()})
+        return cls(**{k: checked_value(k, _HINTS[k], v, where) for k, v in checked_names(values, where).items()})
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain values, ready for YAML or JSON."""
@@ -388,32 +389,9 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         raise UserError(f"recipe {path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"recipe {path}: expected `option: value` lines")
-    return {k: _checked(k, v, f"recipe {path}") for k, v in checked_names(values, f"recipe {path}").items()}
+    return {
+        k: checked_value(k, _HINTS[k], v, f"recipe {path}") for k, v in checked_names(values, f"recipe {path}").items()
+    }
 
 
 _HINTS = get_type_hints(Recipe)
-
-
-def _checked(name: str, value: Any, where: str) -> Any:
-    hint = _HINTS[name]
-    kinds = get_args(hint) if get_args(hint) and hint.__class__.__name__ == "UnionType" else (hint,)
-    if value is None and type(None) in kinds:
-        return None
-    kind = next(k for k in kinds if k is not type(None))
-    if args := get_args(kind):
-        values = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
-        try:
-            return tuple(args[0](str(v).strip()) for v in values if str(v).strip())
-        except ValueError:
-            raise UserError(f"{where}: {name}: expected {args[0].__name__} values, not {value!r}") from None
-    if (kind is bool and isinstance(value, bool)) or (kind is str and isinstance(value, str)):
-        return value
-    if kind is int and isinstance(value, int) and not isinstance(value, bool):
-        return value
-    # YAML reads 3e-3 as text; a number is a number.
-    if kind is float and not isinstance(value, bool):
-        try:
-            return float(value)
-        except (TypeError, ValueError):
-            pass
-    raise UserError(f"{where}: {name}: expected {kind.__name__}, not {value!r}")

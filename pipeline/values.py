@@ -1,0 +1,33 @@
+"""A plain value, from YAML or a caller, as the type of the option it is for."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+from store.errors import UserError
+
+
+def checked_value(name: str, hint: Any, value: Any, where: str) -> Any:
+    """`value` as the type `hint` says: bool, int, float, str, a tuple of one of them (also written with commas), or
+    None where the hint allows it. Raises UserError naming `where` and `name`."""
+    kinds = get_args(hint) if get_args(hint) and hint.__class__.__name__ == "UnionType" else (hint,)
+    if value is None and type(None) in kinds:
+        return None
+    kind = next(k for k in kinds if k is not type(None))
+    if args := get_args(kind):
+        values = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+        try:
+            return tuple(args[0](str(v).strip()) for v in values if str(v).strip())
+        except ValueError:
+            raise UserError(f"{where}: {name}: expected {args[0].__name__} values, not {value!r}") from None
+    if (kind is bool and isinstance(value, bool)) or (kind is str and isinstance(value, str)):
+        return value
+    if kind is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    # YAML reads 3e-3 as text; a number is a number.
+    if kind is float and not isinstance(value, bool):
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            pass
+    raise UserError(f"{where}: {name}: expected {kind.__name__}, not {value!r}")
