@@ -105,9 +105,8 @@ def _refuse(recipe: Recipe, method: str) -> None:
         if not recipe.live:
             sources(job, None)
         return
-    family = load_job(replace(recipe, tuner="probe", live=True, layers=())).found.family
-    skeleton = getattr(family, "skeleton", None)
-    counterpart(method).prepare(family, copy.deepcopy(skeleton) if skeleton is not None else backbone_model(family))
+    family = _probe(recipe).found.family
+    counterpart(method).prepare(family, copy.deepcopy(_shape(family)))
 
 
 def _text(rows: Sequence[dict[str, Any]]) -> str:
@@ -140,7 +139,7 @@ def _tuner(recipe: Recipe, name: str) -> dict[str, Any]:
 def _counterpart(recipe: Recipe, name: str) -> dict[str, Any]:
     """Train a counterpart with the splits, the order and the options of a probe's run on the same store."""
     method = counterpart(name)
-    job = load_job(replace(recipe, tuner="probe", live=True, layers=()))
+    job = _probe(recipe)
     backbone, checkpoint = live_backbone(job)
     identity = job.found.space.identity
     module = job.found.family.load(
@@ -172,6 +171,11 @@ def _counterpart(recipe: Recipe, name: str) -> dict[str, Any]:
     return _summary(job, model, next(iter(parts["train"].epochs(0, 1))), metrics, [])
 
 
+def _probe(recipe: Recipe) -> Job:
+    """What a counterpart shares with a probe's live run: the splits, the order, the target."""
+    return load_job(replace(recipe, tuner="probe", live=True, layers=()))
+
+
 def _summary(job: Job, model: Any, batch: Batch, metrics: dict[str, Any], more: list[nn.Module]) -> dict[str, Any]:
     scores = metrics["test"] or metrics["validation"]
     if scores is None:
@@ -187,8 +191,13 @@ def _summary(job: Job, model: Any, batch: Batch, metrics: dict[str, Any], more: 
 
 def backbone_parameters(family: Family) -> int:
     """Parameters of the whole backbone without a task head, counted without loading it."""
-    model = getattr(family, "skeleton", None) or backbone_model(family)
-    return sum(p.numel() for n, p in model.named_parameters() if "pooler" not in n)
+    return sum(p.numel() for n, p in _shape(family).named_parameters() if "pooler" not in n)
+
+
+def _shape(family: Family) -> nn.Module:
+    """The backbone without its values; shared, so not to be changed."""
+    model: nn.Module = getattr(family, "skeleton", None) or backbone_model(family)
+    return model
 
 
 def step_memory(model: Any, batch: Batch, more: Sequence[nn.Module] = ()) -> float:

@@ -111,21 +111,16 @@ class Workload:
         rows = np.sum(list(part.values()), axis=0)
         size = min(self.batch_size, len(rows))
         order = Order(np.zeros(len(rows), np.int64), size, lengths=rows if self.grouped else None)
-        batches = sorted((b for b in order.epoch(0) if len(b) == size), key=lambda b: int(rows[b].sum()))
+        batches = [b for b in order.epoch(0) if len(b) == size]
         sizes = np.array([rows[b].sum() for b in batches])
-        thirds = [third for third in np.array_split(np.arange(len(batches)), 3) if len(third)]
-        picks = [batches[third[np.abs(sizes[third] - sizes[third].mean()).argmin()]] for third in thirds]
+        thirds = [third for third in np.array_split(np.argsort(sizes, kind="stable"), 3) if len(third)]
+        picks = [third[np.abs(sizes[third] - sizes[third].mean()).argmin()] for third in thirds]
         if self.family.readout == "lm" and "train" not in self.rows:
             # Only training samples hold a target's positions; elsewhere only the start of one is counted.
             part = part | {s: np.maximum(part[s], 2) for s in self.family.streams[1:]}
         shares = np.array([len(third) / len(batches) for third in thirds])
-        shares *= size * rows.mean() / (shares @ [rows[pick].sum() for pick in picks])
-        return [(float(f), {s: n[pick] for s, n in part.items()}) for f, pick in zip(shares, picks, strict=True)]
-
-    def training_batch(self) -> dict[str, np.ndarray]:
-        """Lengths of a typical training batch, the middle one."""
-        batches = self.training_batches()
-        return batches[len(batches) // 2][1]
+        shares *= size * rows.mean() / (shares @ sizes[picks])
+        return [(float(f), {s: n[batches[i]] for s, n in part.items()}) for f, i in zip(shares, picks, strict=True)]
 
 
 @dataclass
@@ -256,7 +251,8 @@ def training_memory(work: Workload, batch: dict[str, np.ndarray], fmt: str, held
 def predict(work: Workload, recipe: Recipe, budget: float | None = None, memory: float | None = None) -> Plan:
     """Measure this machine and predict. `budget`: bytes of disk, `memory`: bytes of memory that may be taken."""
     keep_freed_memory()  # as extraction and training do
-    device, batch = device_of(recipe), work.training_batch()
+    device, training = device_of(recipe), work.training_batches()
+    batch = training[len(training) // 2][1]  # the middle one stands for a typical batch
     kept = parse_projection(recipe.projection or "none", work.family.width)
     channels = kept[1] if kept else None
     fmt = recipe.format or choose_format(work, budget, channels)
@@ -265,11 +261,11 @@ def predict(work: Workload, recipe: Recipe, budget: float | None = None, memory:
     speed = measured.Rates(
         measured.backbone_rate(work.family, batch, device),
         measured.backbone_rate(work.family, work.extraction_batch(tokens), device),
-        sum(share * measured.step_seconds(*model, b, work.classes, device) for share, b in work.training_batches()),
+        sum(share * measured.step_seconds(*model, b, work.classes, device) for share, b in training),
         measured.decode_rate(work.family.width, fmt),
         *measured.disk_rates(Path(store_path(recipe))),
     )
-    ops = weighted((share, count(*model, b, work.classes)) for share, b in work.training_batches())
+    ops = weighted((share, count(*model, b, work.classes)) for share, b in training)
     train = "train" if "train" in work.rows else next(iter(work.rows))
     batches = -(-work.rows[train] // work.batch_size)
     full = work.rows[train] / work.batch_size  # a last, smaller batch costs its share

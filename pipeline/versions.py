@@ -34,7 +34,7 @@ class _Tables:
 
     def read(self, info: TableInfo) -> TaskTable:
         if info.path not in self._read:
-            self._read[info.path] = self.space.load_table(info.task, info.split, path=info.path)
+            self._read[info.path] = self.space.read_table(info)
         return self._read[info.path]
 
     def of(self, version: str) -> dict[str, TaskTable]:

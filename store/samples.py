@@ -59,3 +59,11 @@ class Samples:
 def offsets_of(lengths: np.ndarray) -> np.ndarray:
     """(n,) lengths → (n + 1,) int64 row offsets."""
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
+
+
+def rows_of(offsets: np.ndarray, samples: np.ndarray) -> np.ndarray:
+    """The rows of `samples` (k,), one sample after another, (rows,) int64. `offsets`: (n + 1,) of all samples."""
+    start = offsets[samples]
+    lengths = offsets[samples + 1] - start
+    shift = start - (np.cumsum(lengths) - lengths)
+    return np.arange(int(lengths.sum()), dtype=np.int64) + np.repeat(shift, lengths)

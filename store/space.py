@@ -17,7 +17,7 @@ from store.index import Index, Lookup
 from store.names import FORMAT, MAX_JSON, MAX_SMALL_JSON, SEGMENT_BYTES, is_key, is_segment, segment_path, space_path
 from store.segment import NotSealed, Problem, Segment
 from store.sweep import lost_manifest, sweep
-from store.tables import TableInfo, TaskTable, list_tables, load_table, save_table, verify_tables
+from store.tables import TableInfo, TaskTable, list_tables, load_table, read_table, save_table, verify_tables
 from store.writer import SegmentWriter
 
 KIND = "activation-space"
@@ -187,6 +187,10 @@ class Space:
         Raises MissingStates if there is none, StoreError if it is damaged.
         """
         return load_table(self.files, self._tasks, task, split, rows, path)
+
+    def read_table(self, info: TableInfo) -> TaskTable:
+        """A table that `tables` listed. Raises StoreError if it is damaged or gone."""
+        return read_table(self.files, info)
 
     @cached_property
     def _tasks(self) -> str:

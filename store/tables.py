@@ -117,7 +117,7 @@ def load_table(
             names = ", ".join(dict.fromkeys(f"{t.task}/{t.split}" for t in stored))
             what = f"in this feature space: {'stored are ' + names if names else 'no task is stored yet'}"
         raise MissingStates(f"there is no table of task {task!r}, split {split!r} {what}; extract it first")
-    return _read(files, fitting[-1])
+    return read_table(files, fitting[-1])
 
 
 def verify_tables(files: Files, folder: str) -> list[tuple[str, str]]:
@@ -128,7 +128,7 @@ def verify_tables(files: Files, folder: str) -> list[tuple[str, str]]:
     gone: dict[tuple[str, str], str] = {}
     for info in infos:
         try:
-            table = _read(files, info)
+            table = read_table(files, info)
         except StoreError as error:
             found.append((info.path, str(error)))
             continue
@@ -144,13 +144,16 @@ def verify_tables(files: Files, folder: str) -> list[tuple[str, str]]:
     return found
 
 
-def _read(files: Files, info: TableInfo) -> TaskTable:
+def read_table(files: Files, info: TableInfo) -> TaskTable:
+    """A listed table. Raises StoreError if it is damaged or gone."""
     where = files.where(info.path)
 
     def bad(what: str) -> StoreError:
         return StoreError(f"task table {where} is damaged: {what}; restore it from another copy, or delete and extract")
 
-    size = files.size(info.path) or 0
+    size = files.size(info.path)
+    if size is None:
+        raise bad("it is missing")
     if size > MAX_TABLE_BYTES:
         raise bad(f"it has {size} bytes, more than the {MAX_TABLE_BYTES} allowed")
     data = files.read(info.path, size)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from extract.backbones.batch import Batch, stream_of
 from store.formats import Encoded, decode, rescale
-from store.samples import Samples
+from store.samples import Samples, rows_of
 
 LONG = 8192  # bytes a sample on average, from which on samples are copied one by one
 
@@ -55,14 +55,6 @@ class Part:
 
     block: Loaded
     slot: np.ndarray
-
-
-def rows_of(offsets: np.ndarray, slot: np.ndarray) -> np.ndarray:
-    """The rows of the samples `slot`, one sample after another, (rows,) int64."""
-    start = offsets[slot]
-    lengths = offsets[slot + 1] - start
-    shift = start - (np.cumsum(lengths) - lengths)
-    return np.arange(int(lengths.sum()), dtype=np.int64) + np.repeat(shift, lengths)
 
 
 @dataclass(frozen=True)

@@ -101,14 +101,15 @@ class LookAhead:
         ahead = sum(self._nbytes(r) for r in self._asked if self._first[r] > batch)
         while self._queue or self._look_further(batch):
             reading = self._queue[0]
-            if reading % len(self._blocks) not in self._kept:
+            number = reading % len(self._blocks)
+            if number not in self._kept:
                 size = self._nbytes(reading)
                 needed = self._first[reading] <= batch
                 if not needed and ahead and ahead + size > self._limit:
                     break
                 # What the epoch before still waits for is not read twice at once: a cache would miss it twice.
                 under_way = self._asked.get(reading - len(self._blocks))
-                self._asked[reading] = under_way or self._reader.submit(self._blocks[reading % len(self._blocks)])
+                self._asked[reading] = under_way or self._reader.submit(self._blocks[number])
                 ahead += 0 if needed else size
             self._queue.popleft()
         self.most_open = max(self.most_open, len(self._open) + len(self._asked))

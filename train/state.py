@@ -11,6 +11,11 @@ from store.errors import UserError
 
 # Options that may differ when a run is resumed: they change no step.
 _FREE = {"patience", "checkpoint_every", "tensorboard"}
+# Digests, which say nothing to a reader: what has changed instead.
+_CONTENT = {
+    "order": "other blocks of samples: the store's segments or the window have",
+    "rows": "other rows or labels: the task's table has",
+}
 
 
 @dataclass
@@ -36,15 +41,9 @@ def refuse_other_run(saved: Mapping[str, Any], now: Mapping[str, Any], run_dir: 
     for name, value in now.items():
         if name in _FREE or saved.get(name) == value:
             continue
-        if name == "order":
+        if name in _CONTENT:
             raise UserError(
-                f"{run_dir} holds an unfinished run over other blocks of samples: the store's segments or the window "
-                "have changed since; choose another --out"
-            )
-        if name == "rows":
-            raise UserError(
-                f"{run_dir} holds an unfinished run over other rows or labels: the task's table has changed since; "
-                "choose another --out"
+                f"{run_dir} holds an unfinished run over {_CONTENT[name]} changed since; choose another --out"
             )
         raise UserError(
             f"{run_dir} holds an unfinished run with {name} {saved.get(name)!r}, now {value!r}: "

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from extract.backbones.batch import Batch, stream_of
+from store.samples import offsets_of, rows_of
 
 PARTS = 4  # more would cut little more padding, and each costs the same kernel calls again
 SAMPLES = 4  # in a part at least
@@ -35,13 +36,14 @@ class Parts:
     @classmethod
     def of(cls, batch: Batch, stream: str) -> Parts | None:
         """None where cutting does not pay."""
+        if batch.device.type == "cuda":
+            return None
         lengths = batch.lengths[stream]
         samples = groups(lengths)
-        if len(samples) < 2 or batch.device.type == "cuda":
+        if len(samples) < 2:
             return None
-        first = np.cumsum(lengths) - lengths
-        rows = [np.concatenate([np.arange(first[i], first[i] + lengths[i]) for i in part]) for part in samples]
-        place, sizes = np.concatenate(rows), [len(r) for r in rows]
+        place = rows_of(offsets_of(lengths), np.concatenate(samples))
+        sizes = [int(lengths[part].sum()) for part in samples]
         order = torch.from_numpy(place).to(batch.device)
         own = {n: c[order].split(sizes) for n, c in batch.columns.items() if stream_of(n) == stream}
         batches = [

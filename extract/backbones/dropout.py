@@ -28,6 +28,11 @@ def kept(shape: torch.Size, p: float, device: torch.device | str = "cpu") -> tup
     return mask, _LEVELS / max(1, _LEVELS - cut)
 
 
+def masked(x: Tensor, mask: Tensor, factor: float) -> Tensor:
+    """`x` where `kept`'s mask is 1, times its factor."""
+    return mask.to(x.dtype).mul_(x).mul_(factor)
+
+
 class _Drop(torch.autograd.Function):
     """Keeps the mask alone for the backward pass, a byte a value."""
 
@@ -35,12 +40,12 @@ class _Drop(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
         mask, ctx.factor = kept(x.shape, p, x.device)
         ctx.save_for_backward(mask)
-        return mask.to(x.dtype).mul_(x).mul_(ctx.factor)
+        return masked(x, mask, ctx.factor)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (mask,) = ctx.saved_tensors
-        return mask.to(grad.dtype).mul_(grad).mul_(ctx.factor), None
+        return masked(grad, mask, ctx.factor), None
 
 
 def drop(x: Tensor, p: float, training: bool) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 import xxhash
 
 from extract.backbones.batch import Batch, stream_of
+from store.samples import offsets_of, rows_of
 
 
 def ragged(sequences: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
@@ -40,12 +41,7 @@ class Inputs:
     def take(self, samples: np.ndarray) -> Inputs:
         """The inputs of `samples` (k,), in that order."""
         samples = np.asarray(samples, np.int64)
-        rows: dict[str, np.ndarray] = {}
-        for stream, lengths in self.lengths.items():
-            starts = np.concatenate([[0], np.cumsum(lengths)])[samples]
-            counts = lengths[samples]
-            within = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
-            rows[stream] = np.repeat(starts, counts) + within
+        rows = {stream: rows_of(offsets_of(lengths), samples) for stream, lengths in self.lengths.items()}
         return Inputs(
             {s: n[samples] for s, n in self.lengths.items()},
             {name: c[rows[stream_of(name)]] for name, c in self.columns.items()},

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from extract.backbones.batch import Layout
-from extract.backbones.dropout import kept
+from extract.backbones.dropout import kept, masked
 
 
 def is_cheaper(layer: Any, queries: int) -> bool:
@@ -89,4 +89,4 @@ class _Attend(torch.autograd.Function):
 
 
 def _masked(values: Tensor, mask: Tensor | None, factor: float) -> Tensor:
-    return values if mask is None else values * mask * factor
+    return values if mask is None else masked(values, mask, factor)

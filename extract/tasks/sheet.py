@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from extract.tasks.base import TaskError
+from store.digest import digest_bytes
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json")
 LONGEST_FIELD = 16 << 20  # characters; Python's own limit of 131,072 is less than a long document
@@ -61,7 +60,7 @@ def read_sheet(path: Path, columns: list[str] | None = None, drop_broken: bool =
     Raises `TaskError` for: no such file, empty file, no rows, not UTF-8, wrong number of fields, broken JSON or quotes.
     """
     raw = _read(path)
-    digest = _digest(raw)
+    digest = digest_bytes(raw)
     text = _decode(path, raw)
     if not text.strip():
         raise TaskError(f"{path} is empty; a table needs a header line and rows")
@@ -77,11 +76,7 @@ def read_sheet(path: Path, columns: list[str] | None = None, drop_broken: bool =
 
 def sheet_digest(path: Path) -> str:
     """`Sheet.digest` of the file at `path`, without understanding it. `TaskError` where it cannot be read."""
-    return _digest(_read(path))
-
-
-def _digest(raw: bytes) -> str:
-    return xxhash.xxh3_128_hexdigest(raw)
+    return digest_bytes(_read(path))
 
 
 def _read(path: Path) -> bytes:
