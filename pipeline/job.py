@@ -206,6 +206,8 @@ def store_source(job: Job, split: str, batch_size: int) -> StoreSource:
             scheduler=recipe.scheduler,
             tier=recipe.tier,
             device=job.device,
+            pin=job.device.type == "cuda",
+            dtype=None,
             **options,
         )
     except MissingStates as error:

@@ -71,11 +71,13 @@ def tuner_model(family: Family, name: str, config: TunerConfig, classes: int = 2
         return Model.build(name, config, family, tail_for(name, config, family, "sdpa"), target).train()
 
 
-def meta_batch(family: Family, lengths: dict[str, np.ndarray], states: list[str]) -> Batch:
-    """A batch of the given lengths (stream → (B,)) with `states`, on the meta device."""
+def meta_batch(
+    family: Family, lengths: dict[str, np.ndarray], states: list[str], dtype: torch.dtype = torch.float32
+) -> Batch:
+    """A batch of the given lengths (stream → (B,)) with `states` in `dtype`, on the meta device."""
     rows = {s: int(n.sum()) for s, n in lengths.items()}
     columns = {c: torch.zeros(rows[c.split(".")[0]], dtype=torch.long, device="meta") for c in family.columns}
-    tensors = {n: torch.zeros(rows[n.split(".")[0]], family.state_width(n), device="meta") for n in states}
+    tensors = {n: torch.zeros(rows[n.split(".")[0]], family.state_width(n), dtype=dtype, device="meta") for n in states}
     batch = Batch(tensors, columns, lengths)
     batch.labels = torch.zeros(len(batch), dtype=torch.long, device="meta")
     return batch
@@ -92,9 +94,17 @@ def backbone_operations(
     return float(counter.get_total_flops())
 
 
-def saved_bytes(family: Family, name: str, config: TunerConfig, lengths: dict[str, np.ndarray], classes: int) -> int:
-    """Bytes that a step keeps for its backward pass, each tensor once; weights and the batch's own states left out."""
-    batch = meta_batch(family, lengths, tuner_class(name, family).states(config, family))
+def saved_bytes(
+    family: Family,
+    name: str,
+    config: TunerConfig,
+    lengths: dict[str, np.ndarray],
+    classes: int,
+    dtype: torch.dtype = torch.float32,
+) -> int:
+    """Bytes that a step keeps for its backward pass, each tensor once; weights and the batch's own states, which are
+    in `dtype`, left out."""
+    batch = meta_batch(family, lengths, tuner_class(name, family).states(config, family), dtype)
     model = tuner_model(family, name, config, classes)
     given = (*model.parameters(), *model.tuner.tail.parameters(), *batch.states.values())
     known = {t.untyped_storage()._cdata for t in given}

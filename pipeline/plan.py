@@ -45,6 +45,7 @@ from pipeline.resolve import device_of, need, open_task, refuse_full_readers, sp
 from pipeline.shapes import known_config
 from store import FORMATS, SEGMENT_BYTES, bytes_per_value
 from store.errors import UserError
+from store.formats import unscaled_dtype
 from store.malloc import keep_freed_memory
 from train.order import Order
 from train.tiers import available_memory
@@ -237,11 +238,12 @@ def training_memory(work: Workload, batch: dict[str, np.ndarray], fmt: str, held
     """Bytes by what they are for, computed from the tensors. `held`: the tier's blocks, or those in flight."""
     model = tuner_model(work.family, work.tuner, work.config, work.classes)
     rows = {s: int(n.sum()) for s, n in batch.items()}
-    states = sum(rows[stream_of(s)] * work.family.state_width(s) * 4 for s in work.states)
+    dtype = unscaled_dtype(fmt)
+    states = sum(rows[stream_of(s)] * work.family.state_width(s) * dtype.itemsize for s in work.states)
     parts = {
         "tail": sum(p.numel() * 4 for p in model.tuner.tail.parameters()),
         "trainable, gradients, Adam": model.trainable_parameters() * 16,
-        "kept for the backward pass": saved_bytes(work.family, work.tuner, work.config, batch, work.classes),
+        "kept for the backward pass": saved_bytes(work.family, work.tuner, work.config, batch, work.classes, dtype),
         "two batches": 2 * states,
         "blocks": held,
     }
@@ -256,12 +258,13 @@ def predict(work: Workload, recipe: Recipe, budget: float | None = None, memory:
     kept = parse_projection(recipe.projection or "none", work.family.width)
     channels = kept[1] if kept else None
     fmt = recipe.format or choose_format(work, budget, channels)
+    dtype = unscaled_dtype(fmt)
     tokens = recipe.batch_tokens or (32768 if device.type == "cuda" else 4096)
     model = (work.family, work.tuner, work.config)
     speed = measured.Rates(
         measured.backbone_rate(work.family, batch, device),
         measured.backbone_rate(work.family, work.extraction_batch(tokens), device),
-        sum(share * measured.step_seconds(*model, b, work.classes, device) for share, b in training),
+        sum(share * measured.step_seconds(*model, b, work.classes, device, dtype) for share, b in training),
         measured.decode_rate(work.family.width, fmt),
         *measured.disk_rates(Path(store_path(recipe))),
     )

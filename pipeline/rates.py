@@ -85,9 +85,14 @@ def head(lengths: dict[str, np.ndarray], samples: int) -> dict[str, np.ndarray]:
 
 
 def random_batch(
-    family: Family, lengths: dict[str, np.ndarray], states: list[str], classes: int, device: torch.device
+    family: Family,
+    lengths: dict[str, np.ndarray],
+    states: list[str],
+    classes: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
 ) -> Batch:
-    """A batch of random states; decoder positions are chains, as those of one target a sample."""
+    """A batch of random states in `dtype`; decoder positions are chains, as those of one target a sample."""
     g = torch.Generator().manual_seed(0)
     rows = {s: int(n.sum()) for s, n in lengths.items()}
     columns = {}
@@ -99,7 +104,7 @@ def random_batch(
             columns[name] = torch.zeros(rows[stream], dtype=torch.long)
             if what == "ids":
                 columns[name].random_(2, min(1000, family.config.vocab_size), generator=g)
-    tensors = {n: torch.randn(rows[n.split(".")[0]], family.state_width(n), generator=g) for n in states}
+    tensors = {n: torch.randn(rows[n.split(".")[0]], family.state_width(n), generator=g).to(dtype) for n in states}
     batch = Batch(tensors, columns, lengths)
     batch.labels = torch.randint(classes, (len(batch),), generator=g)
     return batch.to(device)
@@ -122,9 +127,15 @@ def backbone_rate(family: Family, lengths: dict[str, np.ndarray], device: torch.
 
 
 def step_seconds(
-    family: Family, name: str, config: TunerConfig, lengths: dict[str, np.ndarray], classes: int, device: torch.device
+    family: Family,
+    name: str,
+    config: TunerConfig,
+    lengths: dict[str, np.ndarray],
+    classes: int,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> float:
-    """Seconds of one training step as the loop makes it, the fixed cost of a step included."""
+    """Seconds of one training step as the loop makes it, on states in `dtype`, the fixed cost of a step included."""
     chains = tuple((2 + i, 1) for i in range(classes)) if family.readout == "lm" else ()
     target = Target("classification", classes, chains)
     tail = tail_for(name, config, family, "sdpa")
@@ -135,7 +146,7 @@ def step_seconds(
     optimizer, _ = adamw(model, options)
 
     def seconds(part: dict[str, np.ndarray]) -> float:
-        batch = random_batch(family, part, tuner_class(name, family).states(config, family), classes, device)
+        batch = random_batch(family, part, tuner_class(name, family).states(config, family), classes, device, dtype)
         if chains:
             # Inputs of the target's own chain, so that every row is a target row, as in training.
             assert batch.labels is not None
@@ -159,11 +170,11 @@ def step_seconds(
 
 
 def decode_rate(width: int, fmt: str) -> float:
-    """Bytes as stored a second: rows gathered in random order and decoded to float32, as a batch is made."""
+    """Bytes as stored a second: rows gathered in random order, as a batch is made for training."""
     rows = max(1, (32 << 20) // (width * 4))
     encoded = encode(torch.randn(rows, width), fmt)
     order = torch.randperm(rows)
-    return encoded.nbytes / best(lambda: decode(encoded.take(order)), torch.device("cpu"), 0.3)
+    return encoded.nbytes / best(lambda: decode(encoded.take(order), None), torch.device("cpu"), 0.3)
 
 
 def disk_rates(folder: Path) -> tuple[float, float, float | None]:

@@ -113,12 +113,18 @@ def encode(x: Tensor, fmt: str) -> Encoded:
     return Encoded(_own(x, _DTYPES[fmt]))
 
 
-def decode(encoded: Encoded, dtype: torch.dtype = torch.float32) -> Tensor:
-    """(rows, width) in `dtype`. Scaled rows are rebuilt in float32 first; values beyond `dtype` become infinite."""
+def decode(encoded: Encoded, dtype: torch.dtype | None = torch.float32) -> Tensor:
+    """(rows, width) in `dtype`; with None as stored, or in float32 where rows have scales. Scaled rows are rebuilt in
+    float32 first; values beyond `dtype` become infinite."""
     values, scale = encoded.values, encoded.scale
     if scale is None:
-        return values.to(dtype)
-    return rescale(values.to(torch.float32), scale).to(dtype)
+        return values if dtype is None else values.to(dtype)
+    return rescale(values.to(torch.float32), scale).to(dtype or torch.float32)
+
+
+def unscaled_dtype(fmt: str) -> torch.dtype:
+    """What `decode(…, None)` gives of `fmt`, no row of which is beyond float16's range."""
+    return torch.float32 if fmt == "int8" else _DTYPES[check_format(fmt)]
 
 
 def rescale(values: Tensor, scale: Tensor) -> Tensor:

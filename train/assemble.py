@@ -89,13 +89,13 @@ def assemble(
     parts: Sequence[Part],
     states: Sequence[str],
     columns: Sequence[str],
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
     pin: bool = False,
     device: torch.device | str = "cpu",
 ) -> Batch:
     """The samples of all `parts`, in their order, as a Batch without labels and index. At least one part is needed;
-    its slot may be empty. States are decoded to `dtype`; `pin` puts them in page-locked memory.
-    `device`: where the blocks are."""
+    its slot may be empty. States are decoded to `dtype`; with None they stay as stored, but float32 where rows have
+    scales. `pin` puts them in page-locked memory. `device`: where the blocks are."""
     streams = list(dict.fromkeys(stream_of(name) for name in (*states, *columns))) or list(parts[0].block.offsets)
     rows = {s: Rows.of([rows_of(p.block.offsets[s], p.slot) for p in parts], device) for s in streams}
     lengths = {s: np.concatenate([p.block.samples.lengths[s][p.slot] for p in parts]).astype(np.int64) for s in streams}
@@ -117,15 +117,17 @@ def assemble(
     return Batch(out, side, lengths)
 
 
-def copied(parts: Sequence[Part], name: str, lengths: np.ndarray, rows: Rows, dtype: torch.dtype, pin: bool) -> Tensor:
+def copied(
+    parts: Sequence[Part], name: str, lengths: np.ndarray, rows: Rows, dtype: torch.dtype | None, pin: bool
+) -> Tensor:
     """The state `name` of the samples of all parts, decoded: a copy a sample, all made in one call."""
     sources = [p.block.samples.states[name] for p in parts]
     scale = scales(sources, rows)
     # Scaled rows are rebuilt in float32, as `decode` does.
-    kind = dtype if scale is None else torch.float32
+    kind = (dtype or sources[0].values.dtype) if scale is None else torch.float32
     out = torch.empty(rows.total, sources[0].width, dtype=kind, device=sources[0].values.device, pin_memory=pin)
     torch._foreach_copy_(out.split(lengths.tolist()), [v for p in parts for v in p.block.pick(name, p.slot)])
-    return out if scale is None else rescale(out, scale).to(dtype)
+    return out if scale is None else rescale(out, scale).to(dtype or torch.float32)
 
 
 def scales(sources: Sequence[Encoded], rows: Rows) -> Tensor | None:

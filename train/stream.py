@@ -1,11 +1,11 @@
 """`StoreSource`: shuffled, resumable batches from the store.
 
 Blocks (runs of whole samples, tens of megabytes) are read by Dask tasks a bounded number of bytes ahead, batches are
-gathered from the open blocks and decoded one batch ahead of the step, in background threads. Which samples stand in
+gathered from the open blocks one batch ahead of the step, in background threads. Which samples stand in
 which batch follows from (seed, epoch) alone (`train.order`): not from the tier, the number of threads or ranks.
 
 Memory: about 1.5 · `window` blocks (2 · `window` where one epoch passes into the next) plus `lookahead_bytes` as
-stored, plus two decoded batches; in the device or host tier, all blocks as stored. Nothing outlives an iterator but
+stored, plus two batches; in the device or host tier, all blocks as stored. Nothing outlives an iterator but
 the blocks of these tiers: no process, thread, lock or file.
 """
 
@@ -47,7 +47,7 @@ class StoreSource:
     tier go, and then the batches are there, too. `scheduler`: address of a `distributed` scheduler, else `workers`
     threads. `ahead`: batches made before they are asked for, in a thread (0: none, no thread). `pin`: page-locked
     batches, for copies to a GPU.
-    `dtype`: of the decoded states.
+    `dtype`: of the decoded states; None: as stored, but float32 where rows have scales.
 
     Raises MissingStates if something is not stored, UserError for wrong options or labels.
     """
@@ -75,7 +75,7 @@ class StoreSource:
         world: int = 1,
         ahead: int = 1,
         pin: bool = False,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = torch.float32,
     ) -> None:
         if not 0 <= rank < world:
             raise UserError(f"rank must be in [0, {world}), got {rank}")

@@ -82,10 +82,11 @@ class _Spread(torch.autograd.Function):
 class Batch:
     """States of B samples. Nothing in it says whether they came from the store or from the backbone.
 
-    `states`: name → (rows of its stream, width), floating point. `columns`: name → (rows,) int64 side inputs (token
-    ids and the like). `lengths`: stream → (B,) int64 on the host. `labels`: (B,) int64 classes or float32 values, or
-    None. `index`: (B,) int64, the place of each sample in its split's task table. `wait_seconds`: how long the
-    consumer waited for this batch. `pictures`: what a live image backbone reads pixels from; None from the store.
+    `states`: name → (rows of its stream, width), in float32 or, for training, in the floating-point numbers of the
+    store: `StateLinear` takes either, anything else wants `.float()`. `columns`: name → (rows,) int64 side inputs
+    (token ids and the like). `lengths`: stream → (B,) int64 on the host. `labels`: (B,) int64 classes or float32
+    values, or None. `index`: (B,) int64, the place of each sample in its split's task table. `wait_seconds`: how long
+    the consumer waited for this batch. `pictures`: what a live image backbone reads pixels from; None from the store.
     """
 
     states: dict[str, Tensor]

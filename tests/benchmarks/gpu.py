@@ -159,7 +159,7 @@ def tuned(s: Setting, name: str, space: Any, tail: Any, folder: Path, say: Calla
         columns = list(s.family.columns)
         return StoreSource(
             space, keys, s.labels, states, columns, batch_size=s.batch, tier=tier, device=s.device,
-            pin=s.device.type == "cuda",
+            pin=s.device.type == "cuda", dtype=None,
         )  # fmt: skip
 
     order = stored("disk").order

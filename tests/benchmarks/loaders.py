@@ -1,16 +1,19 @@
 """The stream against a plain read of the same bytes and against other loaders, in one run on the same tensors.
 
-    python tests/benchmarks/loaders.py [--samples 800] [--batch-size 32] [--rounds 3] [--folder FOLDER]
+    python tests/benchmarks/loaders.py [--samples 800] [--batch-size 32] [--rounds 3] [--folder FOLDER] [--decoded]
 
 Samples of RTE's lengths, nine states of width 768 as float16: what SHERL reads of a T5-base encoder. Every loader hands
-out the same shuffled batches: the rows of its samples packed, state by state, in float32. `warm`: from the page cache;
-`cold`: after the files were dropped from it. Best of the rounds, the loaders taking turns. Loaders that are not
-installed are left out and named (`pip install litdata mosaicml-streaming`).
+out the same shuffled batches: the rows of its samples packed, state by state, as stored, which is what training takes;
+with `--decoded` in float32, which is what `pipeline.stream` gives. `cold`: an epoch after the files were dropped from
+the page cache; `first`: an epoch with all of them in it, the loader opened anew; `later`: further epochs of that
+loader, which may have kept something (our host tier its blocks, Arrow its mapping). Best of the rounds, the loaders
+taking turns. Loaders that are not installed are left out and named (`pip install litdata mosaicml-streaming`).
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import shutil
 import subprocess
@@ -37,8 +40,9 @@ from tests.benchmarks import results
 from train.stream import StoreSource
 
 STATES, WIDTH = [f"encoder.{i}" for i in (1, 2, 3, 5, 6, 7, 9, 10, 11)], 768
-KEPT = "our shuffled batches, host tier"  # what has been read stays, so that nothing is cold
-Loader = Callable[[], Iterator[int]]  # one epoch; yields the samples of each batch
+HANDED: torch.dtype | None = None  # what batches are decoded to; None: as stored
+Epoch = Callable[[], Any]  # yields something for each batch, or returns the seconds it took
+Loader = Callable[[], Epoch]  # opens what is read
 
 
 def make(count: int, folder: Path) -> tuple[Any, list[str], np.ndarray]:
@@ -63,20 +67,18 @@ def chunk_files(space: Any) -> list[Path]:
 
 
 def ours(space: Any, keys: list[str], batch: int, tier: str) -> Loader:
-    source = StoreSource(space, keys, None, STATES, batch_size=batch, tier=tier)
-    epochs = iter(range(1 << 30))
+    def opened() -> Epoch:
+        source = StoreSource(space, keys, None, STATES, batch_size=batch, tier=tier, dtype=HANDED)
+        epochs = itertools.count()
+        return lambda: (batch.states for batch in source.epoch(next(epochs)))
 
-    def run() -> Iterator[int]:
-        for item in source.epoch(next(epochs)):
-            yield len(item)
-
-    return run
+    return opened
 
 
 def packed(samples: Iterable[np.ndarray]) -> dict[str, Tensor]:
-    """Samples (states, rows, width) → each state's rows back to back in float32: what our stream hands out."""
+    """Samples (states, rows, width) → each state's rows back to back: what our stream hands out."""
     whole = torch.from_numpy(np.concatenate(list(samples), axis=1))
-    return {name: whole[i].float() for i, name in enumerate(STATES)}
+    return {name: whole[i].to(HANDED or whole.dtype) for i, name in enumerate(STATES)}
 
 
 def through_zarr(space: Any, keys: list[str], lengths: np.ndarray, batch: int) -> Loader:
@@ -93,16 +95,15 @@ def through_zarr(space: Any, keys: list[str], lengths: np.ndarray, batch: int) -
 
     g = np.random.default_rng(0)
 
-    def run() -> Iterator[int]:
+    def run() -> Iterator[dict[str, Tensor]]:
         order = g.permutation(len(segments))
         with ThreadPoolExecutor(2) as pool:
             for number, samples in zip(order, pool.map(read, order), strict=True):
                 pick = g.permutation(sizes[number])
                 for a in range(0, len(pick), batch):
-                    packed(samples[i] for i in pick[a : a + batch])
-                    yield len(pick[a : a + batch])
+                    yield packed(samples[i] for i in pick[a : a + batch])
 
-    return run
+    return lambda: run
 
 
 class Files(Dataset[np.ndarray]):
@@ -136,16 +137,15 @@ def as_sample(raw: Any) -> np.ndarray:
     return flat.reshape(len(STATES), -1, WIDTH)
 
 
-def torch_loader(data: Dataset[np.ndarray], batch: int, workers: int, shuffle: bool = True) -> Loader:
-    def run() -> Iterator[int]:
+def torch_loader(data: Callable[[], Dataset[np.ndarray]], batch: int, workers: int) -> Loader:
+    def opened() -> Epoch:
         context = "fork" if workers else None
         loader = DataLoader(
-            data, batch, shuffle=shuffle, num_workers=workers, collate_fn=packed, multiprocessing_context=context
+            data(), batch, shuffle=True, num_workers=workers, collate_fn=packed, multiprocessing_context=context
         )
-        for item in loader:
-            yield 0 if item is None else 1
+        return lambda: iter(loader)
 
-    return run
+    return opened
 
 
 def others(space: Any, keys: list[str], lengths: np.ndarray, batch: int, folder: Path) -> dict[str, Loader]:
@@ -162,7 +162,9 @@ def others(space: Any, keys: list[str], lengths: np.ndarray, batch: int, folder:
     for i, sample in enumerate(samples):
         torch.save(torch.from_numpy(sample), folder / "pt" / f"{i}.pt")
     for workers in (0, 2):
-        found[f"torch.save files, {workers} workers"] = torch_loader(Files(folder / "pt", len(keys)), batch, workers)
+        found[f"torch.save files, {workers} workers"] = torch_loader(
+            lambda: Files(folder / "pt", len(keys)), batch, workers
+        )
     import datasets
 
     datasets.disable_progress_bars()
@@ -170,8 +172,14 @@ def others(space: Any, keys: list[str], lengths: np.ndarray, batch: int, folder:
     made = datasets.Dataset.from_generator(
         lambda: ({"x": s.tobytes()} for s in samples), features=features, cache_dir=str(folder / "arrow")
     )
+    written = [f["filename"] for f in made.cache_files]
+    del made  # nothing stays mapped
+
+    def mapped() -> Rows:
+        return Rows(datasets.concatenate_datasets([datasets.Dataset.from_file(f) for f in written]), "x")
+
     for workers in (0, 2):
-        found[f"datasets (Arrow), {workers} workers"] = torch_loader(Rows(made, "x"), batch, workers)
+        found[f"datasets (Arrow), {workers} workers"] = torch_loader(mapped, batch, workers)
     for name, maker in (("MosaicML Streaming", mosaic), ("LitData", lit)):
         try:
             found |= maker(samples, batch, folder)
@@ -186,13 +194,10 @@ def mosaic(samples: list[np.ndarray], batch: int, folder: Path) -> dict[str, Loa
     with MDSWriter(out=str(folder / "mds"), columns={"x": "bytes"}, size_limit=1 << 27) as writer:
         for sample in samples:
             writer.write({"x": sample.tobytes()})
+    # It shares memory between processes under the folder's name, and so cannot be opened twice in one.
     data = StreamingDataset(local=str(folder / "mds"), shuffle=True, batch_size=batch)
-
-    def run() -> Iterator[int]:
-        for item in DataLoader(data, batch, collate_fn=lambda rows: packed(as_sample(r["x"]) for r in rows)):
-            yield 0 if item is None else 1
-
-    return {"MosaicML Streaming": run}
+    loader = DataLoader(data, batch, collate_fn=lambda rows: packed(as_sample(r["x"]) for r in rows))
+    return {"MosaicML Streaming": lambda: lambda: iter(loader)}
 
 
 def lit(samples: list[np.ndarray], batch: int, folder: Path) -> dict[str, Loader]:
@@ -204,15 +209,15 @@ def lit(samples: list[np.ndarray], batch: int, folder: Path) -> dict[str, Loader
         writer[i] = {"x": sample.tobytes()}
     writer.done()
     writer.merge(1)
-    data = litdata.StreamingDataset(str(folder / "lit"), shuffle=True, drop_last=False)
 
-    def run() -> Iterator[int]:
-        for item in litdata.StreamingDataLoader(
+    def opened() -> Epoch:
+        data = litdata.StreamingDataset(str(folder / "lit"), shuffle=True, drop_last=False)
+        loader = litdata.StreamingDataLoader(
             data, batch_size=batch, num_workers=0, collate_fn=lambda rows: packed(as_sample(r["x"]) for r in rows)
-        ):
-            yield 0 if item is None else 1
+        )
+        return lambda: iter(loader)
 
-    return {"LitData": run}
+    return {"LitData": opened}
 
 
 def drop(folder: Path) -> None:
@@ -225,8 +230,15 @@ def drop(folder: Path) -> None:
             os.close(descriptor)
 
 
-def timed(run: Callable[[], Any]) -> float:
-    """Seconds of an epoch; of a run that took its own time, that."""
+def check(name: str, loader: Loader, positions: int) -> None:
+    """Every sample once: an epoch has as many rows as all of them together."""
+    found = sum(len(batch[STATES[0]]) for batch in loader()())
+    if found != positions:
+        raise SystemExit(f"{name}: an epoch has {found:,} positions, not {positions:,}")
+
+
+def timed(run: Epoch) -> float:
+    """Seconds of an epoch; of one that took its own time, that."""
     begun = time.perf_counter()
     found = run()
     if isinstance(found, float):
@@ -275,12 +287,8 @@ def blocks(space: Any, keys: list[str], threads: int) -> Iterator[int]:
         yield from (len(samples) for samples in pool.map(read_block, planned))
 
 
-def figure(value: float, how: str = ".2f") -> str:
-    """Of what was not measured, a dash."""
-    return "–" if np.isnan(value) else format(value, how)
-
-
 def main() -> None:
+    global HANDED
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=800)
     parser.add_argument("--batch-size", type=int, default=32)
@@ -288,52 +296,63 @@ def main() -> None:
     parser.add_argument("--folder", default=None, help="where the files are made: the disk that is measured")
     parser.add_argument("--only-ours", action="store_true", help="leave the other loaders out")
     parser.add_argument("--dry", action="store_true", help="do not write RESULTS.md")
+    parser.add_argument("--decoded", action="store_true", help="batches in float32, of all loaders")
     args = parser.parse_args()
+    HANDED = torch.float32 if args.decoded else None
     keep_freed_memory()
     folder = Path(tempfile.mkdtemp(dir=args.folder))
     try:
         space, keys, lengths = make(args.samples, folder)
         files = chunk_files(space)
-        runs: dict[str, Callable[[], Any]] = {
-            "np.fromfile of the same files": lambda: plain_elsewhere(files),
-            "np.fromfile into memory it used before": lambda: plain(files),
-            "np.fromfile, two threads": lambda: threaded(files),
-            "our decoded blocks, one thread": lambda: blocks(space, keys, 1),
-            "our decoded blocks, two threads": lambda: blocks(space, keys, 2),
-            "our shuffled batches, disk tier": ours(space, keys, args.batch_size, "disk"),
-            KEPT: ours(space, keys, args.batch_size, "host"),
+        plain_reads: dict[str, Loader] = {
+            "np.fromfile of the same files": lambda: lambda: plain_elsewhere(files),
+            "np.fromfile into memory it used before": lambda: lambda: plain(files),
+            "np.fromfile, two threads": lambda: lambda: threaded(files),
+            "our decoded blocks, one thread": lambda: lambda: blocks(space, keys, 1),
+            "our decoded blocks, two threads": lambda: lambda: blocks(space, keys, 2),
+        }
+        loaders = plain_reads | {
+            "our shuffled batches": ours(space, keys, args.batch_size, "auto"),
+            "our shuffled batches, nothing kept": ours(space, keys, args.batch_size, "disk"),
         }
         if not args.only_ours:
-            runs |= others(space, keys, lengths, args.batch_size, folder)
+            loaders |= others(space, keys, lengths, args.batch_size, folder)
+        for name, loader in loaders.items():
+            if name not in plain_reads:
+                check(name, loader, int(lengths.sum()))
         size = sum(f.stat().st_size for f in files)
-        warm, cold = dict.fromkeys(runs, np.inf), dict.fromkeys(runs, np.inf)
+        cold, first, later = (dict.fromkeys(loaders, np.inf) for _ in range(3))
         for _ in range(args.rounds):
-            for name, run in runs.items():
+            for name, loader in loaders.items():
                 drop(folder)
-                cold[name] = min(cold[name], timed(run)) if name != KEPT else np.nan
-                warm[name] = min(warm[name], timed(run), timed(run))
+                cold[name] = min(cold[name], timed(loader()))
+                epoch = loader()
+                first[name] = min(first[name], timed(epoch))
+                later[name] = min(later[name], timed(epoch), timed(epoch))
+                del epoch
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    first = next(iter(runs))
+    plainest, kinds = next(iter(loaders)), {"cold": cold, "first": first, "later": later}
     rows = [
         (
             name,
-            *(figure(size / s[name] / 1e9) for s in (warm, cold)),
-            *(figure(s[first] / s[name]) for s in (warm, cold)),
-            *("–" if name.startswith("np.") else figure(len(keys) / s[name], ",.0f") for s in (warm, cold)),
+            *(f"{size / s[name] / 1e9:.2f}" for s in kinds.values()),
+            *(f"{s[plainest] / s[name]:.2f}" for s in kinds.values()),
+            *("–" if name.startswith("np.") else f"{len(keys) / s[name]:,.0f}" for s in kinds.values()),
         )
-        for name in runs
+        for name in loaders
     ]
-    head = ["loader", "warm GB/s", "cold GB/s", "warm ÷ fromfile", "cold ÷ fromfile", "samples/s warm", "cold"]
+    head = ["loader", *(f"{kind}{what}" for what in (" GB/s", " ÷ fromfile", " samples/s") for kind in kinds)]
     about = (
         f"{len(keys)} samples of {lengths.mean():.0f} positions on average, {len(STATES)} states of width {WIDTH} as "
-        f"float16, {size / 1e6:.0f} MB; batches of {args.batch_size}, shuffled anew in every epoch, packed and decoded "
-        f"to float32; {torch.get_num_threads()} threads; best of {args.rounds} rounds. Ours checks every chunk "
-        "against its digest; the others check nothing but zarr's crc32c. np.fromfile runs in a process of its own, as "
+        f"float16, {size / 1e6:.0f} MB; batches of {args.batch_size}, shuffled anew in every epoch, packed, "
+        f"{'decoded to float32' if args.decoded else 'as stored'}; {torch.get_num_threads()} threads; best of "
+        f"{args.rounds} rounds. Ours checks every chunk against its digest; the others check nothing but zarr's "
+        "crc32c. np.fromfile runs in a process of its own, as "
         "it comes, and twice more with memory that was used before, as ours has it. Two threads read for our batches, "
-        "and the disk reads ahead. The host tier is what training takes where the blocks fit: they stay in memory "
-        "after the first epoch, as the files that Arrow maps do in the page cache, and are not checked again. Arrow "
-        "files stay mapped and so cannot be dropped from the page cache: their cold figures are warm ones."
+        "and the disk reads ahead. Where the blocks fit they stay in memory after an epoch, as here (the host tier), "
+        "and are not checked again; `nothing kept` is the disk tier, which reads and checks in every epoch. Cold: "
+        "files dropped from the page cache; first: files in it, the loader opened anew; later: the same loader again."
     )
     print(f"{about}\n" + table_text(head, [list(r) for r in rows]))
     if not args.dry:

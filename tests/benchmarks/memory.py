@@ -109,7 +109,7 @@ def cached(family: Family, name: str, lengths: dict[str, np.ndarray], **options:
     config = tuner_config(name, options)
     states = tuner_class(name, family).states(config, family)
     model = tuner_model(family, name, config)
-    batch = meta_batch(family, lengths, states)
+    batch = meta_batch(family, lengths, states, torch.float16)
     step = step_of(model, lambda: surrogate_loss(model, batch))
     return peak([model, model.tuner.tail, *batch.states.values()], step), model.trainable_parameters()
 
@@ -174,8 +174,9 @@ def main() -> None:
             print(*rows[-1], flush=True)
     head = ["shape", "method", "trainable", "peak GB", "÷ live SHERL", "÷ full fine-tuning"]
     about = (
-        f"Batch {args.batch_size}, {words}, {texts.mean():.1f} positions on average, two decoder positions, float32. "
-        "Computed from tensors, not measured: every storage of a step on the meta device (see the file)."
+        f"Batch {args.batch_size}, {words}, {texts.mean():.1f} positions on average, two decoder positions, float32, "
+        "cached states in float16 as stored. Computed from tensors, not measured: every storage of a step on the meta "
+        "device (see the file)."
     )
     print(f"\n{about}\n" + table_text(head, [list(r) for r in rows]))
     if not args.dry:

@@ -128,6 +128,22 @@ def smaller_formats_change_little(case: Case) -> None:
         assert abs(float(model.loss(replace(batch, states=states)).detach()) - loss) <= bound * abs(loss), fmt
 
 
+def states_as_stored_give_the_same_step(case: Case) -> None:
+    """Half-precision states straight from the store train as their float32 copies do."""
+    batch = case.batch()
+    for dtype in (torch.float16, torch.bfloat16):
+        stored = replace(batch, states={k: v.to(dtype) for k, v in batch.states.items()})
+        found = []
+        for one in (stored, replace(stored, states={k: v.float() for k, v in stored.states.items()})):
+            model = case.model().train()
+            torch.manual_seed(0)
+            loss = model.loss(one)
+            loss.backward()
+            found.append([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+        for narrow, wide in zip(*found, strict=True):
+            torch.testing.assert_close(narrow, wide, rtol=1e-4, atol=1e-6)
+
+
 def single_rows_and_zero_states_stay_finite(case: Case) -> None:
     batch = case.batch(case.inputs.take(np.array([0])))
     model = case.model().train()
@@ -186,6 +202,7 @@ CHECKS: list[Callable[[Case], None]] = [
     saved_state_gives_the_same_predictions,
     weights_follow_from_the_seed,
     smaller_formats_change_little,
+    states_as_stored_give_the_same_step,
     single_rows_and_zero_states_stay_finite,
     half_precision_training_stays_finite,
     a_sample_does_not_see_the_others,

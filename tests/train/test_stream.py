@@ -45,7 +45,9 @@ def indices(batches: Iterator) -> list[list[int]]:
 
 @pytest.mark.parametrize("fmt", ["float32", "bfloat16", "float16", "int8"])
 @pytest.mark.parametrize("host_bytes", [0, 1 << 30])
-def test_batches_hold_the_right_rows(monkeypatch: pytest.MonkeyPatch, fmt: str, host_bytes: int) -> None:
+@pytest.mark.parametrize("long", [0, 1 << 30])  # all samples are copied one by one, or all gathered by row
+def test_batches_hold_the_right_rows(monkeypatch: pytest.MonkeyPatch, fmt: str, host_bytes: int, long: int) -> None:
+    monkeypatch.setattr("train.assemble.LONG", long)
     source, ids = make(monkeypatch, ToySpace(SIZES, fmt), host_bytes=host_bytes)
     for epoch in range(2):
         seen = []
@@ -56,6 +58,24 @@ def test_batches_hold_the_right_rows(monkeypatch: pytest.MonkeyPatch, fmt: str, 
             seen += batch.index.tolist()
         assert sorted(seen) == list(range(len(ids)))
     assert sorted(chain(*indices(source.sequential()))) == list(range(len(ids)))
+
+
+@pytest.mark.parametrize("fmt", ["float32", "bfloat16", "float16", "int8"])
+@pytest.mark.parametrize("long", [0, 1 << 30])
+def test_states_as_stored(monkeypatch: pytest.MonkeyPatch, fmt: str, long: int) -> None:
+    """The numbers of the store where rows have no scales, float32 where they do, and the same values."""
+    monkeypatch.setattr("train.assemble.LONG", long)
+    source, ids = make(monkeypatch, ToySpace(SIZES, fmt), dtype=None)
+    kinds = set()
+    for batch in source.epoch(0):
+        kinds |= {(name, state.dtype) for name, state in batch.states.items()}
+        batch.states = {name: state.float() for name, state in batch.states.items()}
+        check(batch, ids, fmt)
+    stored = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(fmt, torch.float32)
+    assert {kind for name, kind in kinds if name != "encoder.2"} == {stored}
+    # Some rows of this one are beyond float16's range.
+    assert {kind for name, kind in kinds if name == "encoder.2"} <= {stored, torch.float32}
+    assert fmt != "float16" or ("encoder.2", torch.float32) in kinds
 
 
 @pytest.mark.parametrize("fmt", ["float32", "bfloat16", "float16", "int8"])

@@ -13,6 +13,7 @@ from tests.extract.test_backbones import inputs_of
 from tests.train.conformance import Case
 from train.model import Model, Target
 from train.tuners import Tuner, TunerConfig, register, tuner_class, tuner_config, tuner_names
+from train.tuners.base import StateLinear
 from train.tuners.clip import SherlTower, UniptTower
 from train.tuners.mtsa import BLENDS, MTSA, layer_weights, redundancy
 
@@ -191,6 +192,24 @@ def test_unipt_is_the_formula(checkpoints):
     sources = [model.tuner.tail.embed(batch, "encoder"), *(batch.states[f"encoder.{i}"] for i in range(4))]
     expected = unipt_by_formula(model.tuner, sources, batch.lengths["encoder"].tolist())
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_state_is_kept_as_it_came(dtype):
+    """Gradients are those of a plain linear map of the widened state, and no wide copy is kept for them."""
+    torch.manual_seed(0)
+    layer, rows, kept = StateLinear(24, 6), torch.randn(11, 24).to(dtype), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        out = layer(rows)
+    assert [t.dtype for t in kept if t.shape == rows.shape] == [dtype]
+    (out**2).sum().backward()
+    plain = torch.nn.Linear(24, 6)
+    plain.load_state_dict(layer.state_dict())
+    (plain(rows.float()) ** 2).sum().backward()
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(layer.get_parameter(name).grad, parameter.grad)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer(rows).dtype == torch.bfloat16
 
 
 def test_mtsa_is_finite_at_zero_rows_with_finite_gradients():

@@ -1,10 +1,21 @@
 """Tuners: one file a method. Import a method's module here to register it."""
 
 from train.tuners import clip, conv, e3va, head2toe, lst, probe, sherl, sidetuning, unipt
-from train.tuners.base import Start, Tuner, TunerConfig, form, register, tuner_class, tuner_config, tuner_names
+from train.tuners.base import (
+    Start,
+    StateLinear,
+    Tuner,
+    TunerConfig,
+    form,
+    register,
+    tuner_class,
+    tuner_config,
+    tuner_names,
+)
 
 __all__ = [
     "Start",
+    "StateLinear",
     "Tuner",
     "TunerConfig",
     "clip",

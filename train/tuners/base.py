@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from extract.backbones.base import Family, Tail
 from extract.backbones.batch import Batch
@@ -214,9 +215,40 @@ def checked_reduction(reduction: int, width: int) -> int:
     return width // reduction
 
 
+class StateLinear(nn.Linear):
+    """A linear map of states, which may come in fewer bits than the weight has. They are widened for each product and
+    kept for the backward pass as they came: half the bytes, and the batch's own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return state_linear(x, self.weight, self.bias)
+
+
+def state_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x Wᵀ + b of `x` (rows, width) in the precision of `weight` (or autocast's), as in `StateLinear`."""
+    mixed = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)  # autocast knows no meta device
+    if x.dtype == weight.dtype or x.requires_grad or mixed:
+        return F.linear(x.to(weight.dtype), weight, bias)
+    return _Widened.apply(x, weight, bias)
+
+
+class _Widened(torch.autograd.Function):
+    """`x` has no gradient, so that all its backward pass needs is `x`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.biased = bias is not None
+        return F.linear(x.to(weight.dtype), weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor | None]:
+        (x,) = ctx.saved_tensors
+        return None, grad.t() @ x.to(grad.dtype), grad.sum(0) if ctx.biased else None
+
+
 def linear(inputs: int, outputs: int, std: float = 0.01) -> nn.Linear:
     """A linear map initialised N(0, std²) with zero bias, as the official SHERL and LST code does on T5."""
-    layer = nn.Linear(inputs, outputs)
+    layer = StateLinear(inputs, outputs)
     with torch.no_grad():
         layer.weight.normal_(std=std)
         layer.bias.zero_()

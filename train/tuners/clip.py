@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from extract.backbones.base import Family, Tail
 from extract.backbones.batch import Batch, Layout
 from train.heads.pooled import pool
-from train.tuners.base import Tuner, TunerConfig, checked_reduction, full_precision, register
+from train.tuners.base import StateLinear, Tuner, TunerConfig, checked_reduction, full_precision, register
 from train.tuners.mtsa import EPSILON, mix
 
 
@@ -42,7 +42,7 @@ class Tower(nn.Module):
     def __init__(self, width: int, joint: int, states: int, inner: int) -> None:
         super().__init__()
         self.guide = nn.Linear(joint, inner)
-        self.down = nn.ModuleList(nn.Linear(width, inner) for _ in range(states))
+        self.down = nn.ModuleList(StateLinear(width, inner) for _ in range(states))
         self.score = nn.Linear(inner, 1)
         self.up = nn.Linear(inner, joint)
 
@@ -51,7 +51,7 @@ class Tower(nn.Module):
         with full_precision(pooled.device):
             pooled = pooled.float()
             guide = self.guide(F.relu(pooled))
-            low = [down(F.relu(h.float())) for down, h in zip(self.down, states, strict=True)]
+            low = [down(F.relu(h)) for down, h in zip(self.down, states, strict=True)]
             return pooled + self.up(F.relu(self.blend(guide, low, layout, base)))
 
     def blend(self, guide: Tensor, low: list[Tensor], layout: Layout, base: Tensor) -> Tensor:

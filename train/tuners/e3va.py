@@ -29,7 +29,7 @@ from extract.backbones.batch import Batch
 from extract.backbones.swin import SwinTail
 from store.errors import UserError
 from train.heads.pooled import pool
-from train.tuners.base import Tuner, TunerConfig, register
+from train.tuners.base import Tuner, TunerConfig, register, state_linear
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class LowRank(nn.Module):
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(F.linear(x, self.first), self.second, self.bias)
+        return F.linear(state_linear(x, self.first), self.second, self.bias)
 
 
 class LowRankAdapter(nn.Module):
@@ -127,9 +127,9 @@ class E3va(Tuner):
                 e = self.tail.merge(e, number - 1, batch)
             for i in range(self.family.depth(stream)):
                 for branch in ("msa", "mlp"):
-                    tap = batch.states[f"{stream}.{i}.{branch}"].float()
+                    tap = batch.states[f"{stream}.{i}.{branch}"]
                     e = e + self.adapters[f"{stream}_{i}_{branch}"](tap)
             last = f"{stream}.{self.family.depth(stream) - 1}"
-            met = e + batch.states[last].float() if self.config.fusion == "sum" else e
+            met = e + batch.states[last] if self.config.fusion == "sum" else e
             out.append(pool(self.norms[stream](met), batch.layout(stream)))
         return torch.cat(out, dim=1)

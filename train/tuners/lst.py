@@ -60,8 +60,8 @@ class Ladder(nn.Module):
 
     def rungs(self, batch: Batch, embedding: Tensor) -> Tensor:
         """(rows, D) embedding and the kept states → (rows, 1 + layers, D / r)."""
-        rows = self.first(self.dropout(embedding))
-        states = (batch.states[f"{self.stream}.{i}"].to(rows.dtype) for i in self.layers)
+        rows = self.first(self.dropout(embedding.float()))
+        states = (batch.states[f"{self.stream}.{i}"] for i in self.layers)
         return torch.stack([rows, *(down(h) for down, h in zip(self.down, states, strict=True))], dim=1)
 
     def forward(self, rungs: Tensor, batch: Batch, memory: Tensor | None = None) -> Tensor:

@@ -124,9 +124,9 @@ class MTSA(nn.Module):
     def _blend(self, last: Tensor, *features: Tensor) -> Tensor:
         with full_precision(last.device):
             # Rectified in place after stacking: one copy of the narrow features is kept for the backward pass, not two.
-            low = torch.stack([d(h.float()) for d, h in zip(self.down, features, strict=True)]).relu_()
+            low = torch.stack([d(h) for d, h in zip(self.down, features, strict=True)]).relu_()
             mixed, gated = torch.baddbmm(self.mix_bias, low, self.mix_weight).chunk(2, dim=-1)
             refined = (mixed + low) * torch.sigmoid(gated)
             layers, guide = refined[:-1].transpose(0, 1), refined[-1]
             blended = mix(layers, guide, self.score, self.blend)
-            return self.up(F.relu(blended)) + self.ratio() * last.float()
+            return self.up(F.relu(blended)) + self.ratio().view(1) * last

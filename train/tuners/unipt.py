@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from extract.backbones.base import Family, Tail
 from extract.backbones.batch import Batch, Layout
 from train.heads.pooled import pool
-from train.tuners.base import Tuner, TunerConfig, checked_reduction, full_precision, register
+from train.tuners.base import StateLinear, Tuner, TunerConfig, checked_reduction, full_precision, register
 
 EPSILON = 1e-6
 
@@ -73,7 +73,7 @@ class Down(nn.Sequential):
     """LayerNorm(Linear(h)), width → d."""
 
     def __init__(self, width: int, inner: int) -> None:
-        super().__init__(nn.Linear(width, inner), nn.LayerNorm(inner))
+        super().__init__(StateLinear(width, inner), nn.LayerNorm(inner))
 
 
 @register("unipt", UniptConfig)
@@ -101,7 +101,7 @@ class Unipt(Tuner):
 
     def forward(self, batch: Batch) -> Tensor:
         sources = [self.tail.embed(batch, self.stream), *(batch.states[n] for n in self.names)]
-        low = [down(h.float()) for down, h in zip(self.down, sources, strict=True)]
+        low = [down(h) for down, h in zip(self.down, sources, strict=True)]
         return self.up(F.relu(self.aggregate(low[-1], low[:-1], batch.layout(self.stream))))
 
 
