@@ -205,7 +205,9 @@ def step_memory(model: Any, batch: Batch, more: Sequence[nn.Module] = ()) -> flo
     model's own (a tail). The model must not be trained afterwards: it has gradients."""
     model.train()
     modules = [model, *more]
-    weights = {p.untyped_storage().data_ptr() for m in modules for p in (*m.parameters(), *m.buffers())}
+    given = [p for m in modules for p in (*m.parameters(), *m.buffers())]
+    inputs = [*batch.states.values(), *batch.columns.values()]
+    known = {t.untyped_storage().data_ptr() for t in (*given, *inputs)}
     if batch.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(batch.device)
         model.loss(batch).backward()
@@ -215,16 +217,14 @@ def step_memory(model: Any, batch: Batch, more: Sequence[nn.Module] = ()) -> flo
 
     def pack(tensor: Tensor) -> Tensor:
         place = tensor.untyped_storage()
-        if place.data_ptr() not in weights:
+        if place.data_ptr() not in known:
             kept[place.data_ptr()] = place.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = model.loss(batch)
     del loss
-    own = sum(p.numel() * p.element_size() for m in modules for p in (*m.parameters(), *m.buffers()))
-    inputs = sum(t.numel() * t.element_size() for t in (*batch.states.values(), *batch.columns.values()))
-    return float(own + 12 * model.trainable_parameters() + sum(kept.values()) + inputs)
+    return float(sum(t.nbytes for t in (*given, *inputs)) + 12 * model.trainable_parameters() + sum(kept.values()))
 
 
 def default_folder(recipe: Recipe) -> Path:

@@ -8,7 +8,7 @@ The model, in full. A sample has n positions in each stream; S states of width D
     cached epoch        batches · step + bytes ÷ decoding rate        host memory (on a CPU both take the same cores)
                         the same, or bytes ÷ rate of the tier         disk, remote: whichever is longer
     break-even          extraction ÷ (live epoch − cached epoch)
-    training memory     tail + 16 bytes a trainable value + what a step keeps + two batches + blocks in flight
+    training memory     tail + 16 bytes a trainable value + what a step keeps + two batches + a state widened + blocks
 
 Operations are counted on the meta device, so a `config.json` is enough: no weights are loaded.
 """
@@ -239,12 +239,13 @@ def training_memory(work: Workload, batch: dict[str, np.ndarray], fmt: str, held
     model = tuner_model(work.family, work.tuner, work.config, work.classes)
     rows = {s: int(n.sum()) for s, n in batch.items()}
     dtype = unscaled_dtype(fmt)
-    states = sum(rows[stream_of(s)] * work.family.state_width(s) * dtype.itemsize for s in work.states)
+    values = [rows[stream_of(s)] * work.family.state_width(s) for s in work.states]
     parts = {
         "tail": sum(p.numel() * 4 for p in model.tuner.tail.parameters()),
         "trainable, gradients, Adam": model.trainable_parameters() * 16,
         "kept for the backward pass": saved_bytes(work.family, work.tuner, work.config, batch, work.classes, dtype),
-        "two batches": 2 * states,
+        "two batches": 2 * sum(values) * dtype.itemsize,
+        "a state widened": 4 * max(values) if dtype.itemsize < 4 else 0,
         "blocks": held,
     }
     return {k: float(v) for k, v in parts.items()} | {"total": float(sum(parts.values()))}

@@ -36,7 +36,7 @@ RATE_TOKENS = 2048  # positions of a batch that the backbone's rate is measured 
 class Rates:
     """`backbone`: FLOP/s of the frozen forward pass on a training batch, `extraction` on a batch as extraction makes
     them (of short texts it holds many more). `step`: seconds of one training step on states at hand, for the
-    batch it was measured on. `decode`: bytes as stored a second, gathered and decoded. `disk_write` (with fsync),
+    batch it was measured on. `decode`: bytes as stored a second, gathered for a batch. `disk_write` (with fsync),
     `disk_warm`, `disk_cold`: bytes a second; cold is None where the page cache cannot be dropped."""
 
     backbone: float

@@ -1,4 +1,4 @@
-"""Batches from blocks: the rows of the wanted samples, gathered and decoded.
+"""Batches from blocks: the rows of the wanted samples, gathered and, where wanted, decoded.
 
 Long samples are copied whole, from the block into the batch's own memory, converted on the way: each value is read once
 and written once. Short ones (a decoder's few positions) are gathered by row and then decoded, since a copy a sample
@@ -120,7 +120,7 @@ def assemble(
 def copied(
     parts: Sequence[Part], name: str, lengths: np.ndarray, rows: Rows, dtype: torch.dtype | None, pin: bool
 ) -> Tensor:
-    """The state `name` of the samples of all parts, decoded: a copy a sample, all made in one call."""
+    """The state `name` of the samples of all parts: a copy a sample, all made in one call."""
     sources = [p.block.samples.states[name] for p in parts]
     scale = scales(sources, rows)
     # Scaled rows are rebuilt in float32, as `decode` does.

@@ -1,12 +1,12 @@
 """`StoreSource`: shuffled, resumable batches from the store.
 
 Blocks (runs of whole samples, tens of megabytes) are read by Dask tasks a bounded number of bytes ahead, batches are
-gathered from the open blocks one batch ahead of the step, in background threads. Which samples stand in
-which batch follows from (seed, epoch) alone (`train.order`): not from the tier, the number of threads or ranks.
+gathered from the open blocks one batch ahead of the step, in background threads. Which samples stand in which batch
+follows from (seed, epoch) alone (`train.order`): not from the tier, the number of threads or ranks.
 
 Memory: about 1.5 · `window` blocks (2 · `window` where one epoch passes into the next) plus `lookahead_bytes` as
-stored, plus two batches; in the device or host tier, all blocks as stored. Nothing outlives an iterator but
-the blocks of these tiers: no process, thread, lock or file.
+stored, plus two batches; in the device or host tier, all blocks as stored. Nothing outlives an iterator but the blocks
+of these tiers: no process, thread, lock or file.
 """
 
 from __future__ import annotations
@@ -207,9 +207,8 @@ class StoreSource:
         batch = assemble(parts, self.states, self.columns, self._dtype, self._pin and device == "cpu", device)
         batch.index = index
         if self.labels is not None:
-            batch.labels = self.labels[torch.from_numpy(index)]
-            if self._pin:
-                batch.labels = batch.labels.pin_memory()
+            labels = self.labels[torch.from_numpy(index)].to(device)
+            batch.labels = labels.pin_memory() if self._pin and device == "cpu" else labels
         return batch
 
 

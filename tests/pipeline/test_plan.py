@@ -152,12 +152,13 @@ def test_operations_at_the_papers_shapes():
     assert count(t5, "sherl", tuner_config("sherl", {}), lengths(t5)).ratio > 15
 
 
-def test_memory_kept_is_that_of_the_real_step(checkpoints):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_memory_kept_is_that_of_the_real_step(checkpoints, dtype):
     """Computed on the meta device = counted on a real step."""
     family, config = Checkpoint(checkpoints["bert"], "bert").family, tuner_config("sherl", {})
     states = tuner_class("sherl").states(config, family)
     model = Model.build("sherl", config, family, family.tail(None, "sdpa"), Target("classification", 2)).train()
-    batch = random_batch(family, lengths(family, 4), states, 2, torch.device("cpu"))
+    batch = random_batch(family, lengths(family, 4), states, 2, torch.device("cpu"), dtype)
     given = (*model.parameters(), *model.tuner.tail.parameters(), *batch.states.values())
     known, kept = {t.untyped_storage().data_ptr() for t in given}, {}
 
@@ -169,7 +170,7 @@ def test_memory_kept_is_that_of_the_real_step(checkpoints):
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model.loss(batch)
-    found = saved_bytes(family, "sherl", config, lengths(family, 4), 2)
+    found = saved_bytes(family, "sherl", config, lengths(family, 4), 2, dtype)
     assert found == pytest.approx(sum(n for n, _ in kept.values()), rel=0.25)
 
 

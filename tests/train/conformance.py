@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -129,15 +130,16 @@ def smaller_formats_change_little(case: Case) -> None:
 
 
 def states_as_stored_give_the_same_step(case: Case) -> None:
-    """Half-precision states straight from the store train as their float32 copies do."""
+    """Half-precision states straight from the store train as their float32 copies do, under autocast as well."""
     batch = case.batch()
-    for dtype in (torch.float16, torch.bfloat16):
+    for dtype, mixed in itertools.product((torch.float16, torch.bfloat16), (False, True)):
         stored = replace(batch, states={k: v.to(dtype) for k, v in batch.states.items()})
         found = []
         for one in (stored, replace(stored, states={k: v.float() for k, v in stored.states.items()})):
             model = case.model().train()
             torch.manual_seed(0)
-            loss = model.loss(one)
+            with torch.autocast("cpu", dtype=dtype, enabled=mixed):
+                loss = model.loss(one)
             loss.backward()
             found.append([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
         for narrow, wide in zip(*found, strict=True):

@@ -311,6 +311,15 @@ def test_a_forced_tier_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(ids) == sum(len(b) for b in source.epoch(0))
 
 
+@pytest.mark.parametrize("long", [0, 1 << 30])
+def test_all_of_a_batch_is_where_its_blocks_are(monkeypatch: pytest.MonkeyPatch, long: int) -> None:
+    monkeypatch.setattr("train.assemble.LONG", long)
+    source, _ = make(monkeypatch, ToySpace(SIZES), device="meta", dtype=None)
+    monkeypatch.setattr(source, "_tier", "device")
+    batch = next(source.epoch(0))
+    assert {t.device.type for t in (*batch.states.values(), *batch.columns.values(), batch.labels)} == {"meta"}
+
+
 def test_blocks_on_a_device_give_the_same_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     plain, _ = make(monkeypatch, ToySpace(SIZES), tier="disk")
     moved, _ = make(monkeypatch, ToySpace(SIZES))

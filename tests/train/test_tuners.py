@@ -194,14 +194,32 @@ def test_unipt_is_the_formula(checkpoints):
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_recomputing_changes_no_number(monkeypatch, dtype, mixed):
+    monkeypatch.setattr("train.tuners.mtsa.CHUNK_ROWS", 4)
+    features, found = [torch.randn(11, 24).to(dtype) for _ in range(4)], []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        m = MTSA([24] * 4, 6, gate=0.03, recompute=recompute)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed):
+            out = m(features, features[-1])
+        out.square().sum().backward()
+        found.append([out.detach(), *(p.grad for p in m.parameters())])
+    for kept, computed in zip(*found, strict=True):
+        torch.testing.assert_close(computed, kept)
+
+
+@pytest.mark.parametrize("shape", [(11, 24), (2, 5, 24)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_a_state_is_kept_as_it_came(dtype):
+def test_a_state_is_kept_as_it_came(dtype, shape):
     """Gradients are those of a plain linear map of the widened state, and no wide copy is kept for them."""
     torch.manual_seed(0)
-    layer, rows, kept = StateLinear(24, 6), torch.randn(11, 24).to(dtype), []
+    layer, rows, kept = StateLinear(24, 6), torch.randn(shape).to(dtype), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         out = layer(rows)
-    assert [t.dtype for t in kept if t.shape == rows.shape] == [dtype]
+    places = [t.untyped_storage().data_ptr() for t in kept if t.numel() == rows.numel()]
+    assert places == [rows.untyped_storage().data_ptr()]
     (out**2).sum().backward()
     plain = torch.nn.Linear(24, 6)
     plain.load_state_dict(layer.state_dict())

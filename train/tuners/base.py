@@ -217,16 +217,17 @@ def checked_reduction(reduction: int, width: int) -> int:
 
 class StateLinear(nn.Linear):
     """A linear map of states, which may come in fewer bits than the weight has. They are widened for each product and
-    kept for the backward pass as they came: half the bytes, and the batch's own."""
+    kept for the backward pass as they came: half the bytes, and those of the batch."""
 
     def forward(self, x: Tensor) -> Tensor:
         return state_linear(x, self.weight, self.bias)
 
 
 def state_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x Wᵀ + b of `x` (rows, width) in the precision of `weight` (or autocast's), as in `StateLinear`."""
-    mixed = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)  # autocast knows no meta device
-    if x.dtype == weight.dtype or x.requires_grad or mixed:
+    """x Wᵀ + b of `x` (…, width) in the precision of `weight`, or in autocast's, as in `StateLinear`."""
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):  # autocast knows no meta device
+        return F.linear(x, weight, bias)
+    if x.dtype == weight.dtype or x.requires_grad:
         return F.linear(x.to(weight.dtype), weight, bias)
     return _Widened.apply(x, weight, bias)
 
@@ -243,7 +244,8 @@ class _Widened(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor | None]:
         (x,) = ctx.saved_tensors
-        return None, grad.t() @ x.to(grad.dtype), grad.sum(0) if ctx.biased else None
+        rows = grad.flatten(0, -2)
+        return None, rows.t() @ x.flatten(0, -2).to(grad.dtype), rows.sum(0) if ctx.biased else None
 
 
 def linear(inputs: int, outputs: int, std: float = 0.01) -> nn.Linear:

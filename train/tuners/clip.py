@@ -108,7 +108,7 @@ class ClipTuner(Tuner):
         """(B, width): one row a sample."""
         layout, last = batch.layout("encoder"), f"encoder.{self.family.depth('encoder') - 1}"
         first = layout.first
-        pooled = self.tail.final_norm(batch.states[last].float().index_select(0, first), "encoder")
+        pooled = self.tail.final_norm(batch.states[last].index_select(0, first).float(), "encoder")
         return self.side(pooled, [batch.states[n] for n in self.names], layout, first)
 
 

@@ -80,7 +80,8 @@ class LowRankAdapter(nn.Module):
         self.up = LowRank(width // 2, width, alpha, zero)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.up(F.gelu(self.down(x)))
+        # The sum in full width: autocast would round the correction to the steps of a tap in half precision.
+        return x.float() + self.up(F.gelu(self.down(x)))
 
 
 @register("e3va", E3vaConfig)
@@ -130,6 +131,6 @@ class E3va(Tuner):
                     tap = batch.states[f"{stream}.{i}.{branch}"]
                     e = e + self.adapters[f"{stream}_{i}_{branch}"](tap)
             last = f"{stream}.{self.family.depth(stream) - 1}"
-            met = e + batch.states[last] if self.config.fusion == "sum" else e
+            met = e + batch.states[last].float() if self.config.fusion == "sum" else e
             out.append(pool(self.norms[stream](met), batch.layout(stream)))
         return torch.cat(out, dim=1)

@@ -60,7 +60,7 @@ class Ladder(nn.Module):
 
     def rungs(self, batch: Batch, embedding: Tensor) -> Tensor:
         """(rows, D) embedding and the kept states → (rows, 1 + layers, D / r)."""
-        rows = self.first(self.dropout(embedding.float()))
+        rows = self.first(self.dropout(embedding.float()) if self.dropout.p else embedding)
         states = (batch.states[f"{self.stream}.{i}"] for i in self.layers)
         return torch.stack([rows, *(down(h) for down, h in zip(self.down, states, strict=True))], dim=1)
 

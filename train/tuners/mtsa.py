@@ -129,4 +129,5 @@ class MTSA(nn.Module):
             refined = (mixed + low) * torch.sigmoid(gated)
             layers, guide = refined[:-1].transpose(0, 1), refined[-1]
             blended = mix(layers, guide, self.score, self.blend)
+            # As a vector the ratio widens a `last` in half precision, which a scalar would not.
             return self.up(F.relu(blended)) + self.ratio().view(1) * last
