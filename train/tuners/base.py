@@ -245,7 +245,9 @@ class _Widened(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor | None]:
         (x,) = ctx.saved_tensors
         rows = grad.flatten(0, -2)
-        return None, rows.t() @ x.flatten(0, -2).to(grad.dtype), rows.sum(0) if ctx.biased else None
+        wide = x.flatten(0, -2).to(grad.dtype)
+        # In this order, which is torch's own, a CPU is faster than with rows.t() @ wide.
+        return None, (wide.t() @ rows).t(), rows.sum(0) if ctx.biased else None
 
 
 def linear(inputs: int, outputs: int, std: float = 0.01) -> nn.Linear:
