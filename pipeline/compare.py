@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from extract.backbones import Batch, Family
 from extract.identity import PRECISIONS
 from pipeline.extracting import Say
 from pipeline.job import Job, batch_size_of, live_backbone, live_source, load_job, sources
-from pipeline.operations import backbone_model
+from pipeline.operations import backbone_model, kept_bytes
 from pipeline.recipe import Recipe
 from pipeline.report import size_text, table_text
 from pipeline.training import fit_options, run_train
@@ -204,27 +204,15 @@ def step_memory(model: Any, batch: Batch, more: Sequence[nn.Module] = ()) -> flo
     """Bytes of one training step on `batch` with Adam; see `run_compare`. `more`: modules that are not among the
     model's own (a tail). The model must not be trained afterwards: it has gradients."""
     model.train()
-    modules = [model, *more]
-    given = [p for m in modules for p in (*m.parameters(), *m.buffers())]
-    inputs = [*batch.states.values(), *batch.columns.values()]
-    known = {t.untyped_storage().data_ptr() for t in (*given, *inputs)}
     if batch.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(batch.device)
         model.loss(batch).backward()
         torch.cuda.synchronize(batch.device)
         return float(torch.cuda.max_memory_allocated(batch.device)) + 8.0 * model.trainable_parameters()
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        place = tensor.untyped_storage()
-        if place.data_ptr() not in known:
-            kept[place.data_ptr()] = place.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = model.loss(batch)
-    del loss
-    return float(sum(t.nbytes for t in (*given, *inputs)) + 12 * model.trainable_parameters() + sum(kept.values()))
+    given = [p for m in (model, *more) for p in (*m.parameters(), *m.buffers())]
+    given += [*batch.states.values(), *batch.columns.values()]
+    kept = kept_bytes(given, lambda: model.loss(batch))
+    return float(sum(t.nbytes for t in given) + 12 * model.trainable_parameters() + kept)
 
 
 def default_folder(recipe: Recipe) -> Path:

@@ -7,7 +7,7 @@ does besides (norms, dropout, the optimizer) moves memory rather than computes, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from extract.backbones.base import Family
-from extract.backbones.batch import Batch
+from extract.backbones.batch import Batch, stream_of
 from train.model import Model, Target, tail_for
 from train.tuners import TunerConfig, tuner_class
 
@@ -76,8 +76,8 @@ def meta_batch(
 ) -> Batch:
     """A batch of the given lengths (stream → (B,)) with `states` in `dtype`, on the meta device."""
     rows = {s: int(n.sum()) for s, n in lengths.items()}
-    columns = {c: torch.zeros(rows[c.split(".")[0]], dtype=torch.long, device="meta") for c in family.columns}
-    tensors = {n: torch.zeros(rows[n.split(".")[0]], family.state_width(n), dtype=dtype, device="meta") for n in states}
+    columns = {c: torch.zeros(rows[stream_of(c)], dtype=torch.long, device="meta") for c in family.columns}
+    tensors = {n: torch.zeros(rows[stream_of(n)], family.state_width(n), dtype=dtype, device="meta") for n in states}
     batch = Batch(tensors, columns, lengths)
     batch.labels = torch.zeros(len(batch), dtype=torch.long, device="meta")
     return batch
@@ -107,6 +107,11 @@ def saved_bytes(
     batch = meta_batch(family, lengths, tuner_class(name, family).states(config, family), dtype)
     model = tuner_model(family, name, config, classes)
     given = (*model.parameters(), *model.tuner.tail.parameters(), *batch.states.values())
+    return kept_bytes(given, lambda: surrogate_loss(model, batch))
+
+
+def kept_bytes(given: Iterable[torch.Tensor], forward: Callable[[], Any]) -> int:
+    """Bytes that `forward` keeps for its backward pass, each storage once; those of `given` left out."""
     known = {t.untyped_storage()._cdata for t in given}
     kept: dict[int, torch.Tensor] = {}
 
@@ -116,7 +121,7 @@ def saved_bytes(
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        surrogate_loss(model, batch)
+        forward()
     return sum(t.untyped_storage().nbytes() for t in kept.values())
 
 

@@ -234,11 +234,11 @@ def forward_operations(work: Workload, tokens: int) -> float:
     return total
 
 
-def training_memory(work: Workload, batch: dict[str, np.ndarray], fmt: str, held: float) -> dict[str, float]:
-    """Bytes by what they are for, computed from the tensors. `held`: the tier's blocks, or those in flight."""
+def training_memory(work: Workload, batch: dict[str, np.ndarray], dtype: torch.dtype, held: float) -> dict[str, float]:
+    """Bytes by what they are for, computed from the tensors. `dtype`: of a batch's states. `held`: the tier's blocks,
+    or those in flight."""
     model = tuner_model(work.family, work.tuner, work.config, work.classes)
     rows = {s: int(n.sum()) for s, n in batch.items()}
-    dtype = unscaled_dtype(fmt)
     values = [rows[stream_of(s)] * work.family.state_width(s) for s in work.states]
     parts = {
         "tail": sum(p.numel() * 4 for p in model.tuner.tail.parameters()),
@@ -294,7 +294,7 @@ def predict(work: Workload, recipe: Recipe, budget: float | None = None, memory:
         live_epoch=live,
         cached_epoch=cached,
         break_even=gains,
-        memory=training_memory(work, batch, fmt, held),
+        memory=training_memory(work, batch, dtype, held),
         operations=described(ops, batches),
         rates=asdict(speed),
         epochs=work.epochs,

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from extract.backbones.base import Family
-from extract.backbones.batch import Batch
+from extract.backbones.batch import Batch, stream_of
 from pipeline.operations import backbone_operations
 from store.formats import decode, encode
 from train.model import Model, Target, tail_for
@@ -104,7 +104,7 @@ def random_batch(
             columns[name] = torch.zeros(rows[stream], dtype=torch.long)
             if what == "ids":
                 columns[name].random_(2, min(1000, family.config.vocab_size), generator=g)
-    tensors = {n: torch.randn(rows[n.split(".")[0]], family.state_width(n), generator=g).to(dtype) for n in states}
+    tensors = {n: torch.randn(rows[stream_of(n)], family.state_width(n), generator=g).to(dtype) for n in states}
     batch = Batch(tensors, columns, lengths)
     batch.labels = torch.randint(classes, (len(batch),), generator=g)
     return batch.to(device)

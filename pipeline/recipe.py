@@ -343,7 +343,7 @@ class Recipe:
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], where: str = "recipe") -> Recipe:
         """From plain values, each checked against its field's type. Raises UserError naming the option and `where`."""
-        return cls(**{k: checked_value(k, _HINTS[k], v, where) for k, v in checked_names(values, where).items()})
+        return cls(**_checked(values, where))
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain values, ready for YAML or JSON."""
@@ -389,9 +389,12 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         raise UserError(f"recipe {path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"recipe {path}: expected `option: value` lines")
-    return {
-        k: checked_value(k, _HINTS[k], v, f"recipe {path}") for k, v in checked_names(values, f"recipe {path}").items()
-    }
+    return _checked(values, f"recipe {path}")
+
+
+def _checked(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """`values` with each name and each value checked."""
+    return {k: checked_value(k, _HINTS[k], v, where) for k, v in checked_names(values, where).items()}
 
 
 _HINTS = get_type_hints(Recipe)

@@ -204,11 +204,12 @@ class StoreSource:
         block = self.order.block[index]
         parts = [Part(loaded, self._slot[index[block == number]]) for number, loaded in blocks.items()]
         device = self._device if self.tier == "device" else "cpu"
-        batch = assemble(parts, self.states, self.columns, self._dtype, self._pin and device == "cpu", device)
+        pin = self._pin and device == "cpu"
+        batch = assemble(parts, self.states, self.columns, self._dtype, pin, device)
         batch.index = index
         if self.labels is not None:
             labels = self.labels[torch.from_numpy(index)].to(device)
-            batch.labels = labels.pin_memory() if self._pin and device == "cpu" else labels
+            batch.labels = labels.pin_memory() if pin else labels
         return batch
 
 

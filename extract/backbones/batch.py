@@ -16,12 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from store.names import stream_of as stream_of
+from store.samples import offsets_of
+
 T = TypeVar("T")
-
-
-def stream_of(name: str) -> str:
-    """The stream a state or column belongs to: the part of its name before the first dot."""
-    return name.split(".", 1)[0]
 
 
 @dataclass
@@ -44,7 +42,7 @@ class Layout:
         """Built on the host from `lengths` (B,), so that no device synchronisation is needed."""
         lengths = np.asarray(lengths, dtype=np.int64)
         batch, longest = len(lengths), int(lengths.max(initial=0))
-        first = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64) if batch else np.zeros(0, np.int64)
+        first = offsets_of(lengths)[:-1]
         sample = np.repeat(np.arange(batch, dtype=np.int64), lengths)
         within = np.arange(int(lengths.sum()), dtype=np.int64) - first[sample]
         mask = np.arange(longest)[None, :] < lengths[:, None]

@@ -65,7 +65,7 @@ class Inputs:
         Row number and label play no part."""
         if self.pictures is not None:
             return [p.key for p in self.pictures]
-        bounds = {s: np.concatenate([[0], np.cumsum(n)]) for s, n in self.lengths.items()}
+        bounds = {s: offsets_of(n) for s, n in self.lengths.items()}
         columns = sorted(self.columns.items())
         raw = {name: np.ascontiguousarray(c, "<i4") for name, c in columns}
         keys = []
