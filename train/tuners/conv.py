@@ -107,7 +107,8 @@ class SherlConv(Tuner):
 @form("unipt", "pyramid")
 class UniptConv(Tuner):
     """UniPT's CNN form (methods §3): a convolution of the last map weighs the positions of each finer one within their
-    cell, on top of the plain mean; the weighted sums go through convolution and batch norm to the token attention.
+    cell, on top of the plain mean; the weighted sums go through convolution and batch norm to the token attention, and
+    what that gives through another convolution and batch norm.
 
     Parameters with widths Cᵢ of the n − 1 finer taps and D: Σ (D Cᵢ + Cᵢ + Cᵢ d + 3d) + (Dd + 3d) + (d + 1) +
     (d² + 3d) + dD + D.
@@ -123,7 +124,7 @@ class UniptConv(Tuner):
         widths = [family.width_of(n.split(".")[0]) for n in self.names]
         self.guide = nn.ModuleList(nn.Linear(family.width, w) for w in widths[:-1])
         self.down = nn.ModuleList(ConvNorm(w, inner) for w in widths)
-        self.aggregate = Aggregate(inner)
+        self.aggregate = Aggregate(inner, ConvNorm(inner, inner))
         self.up = nn.Linear(inner, family.width)
         self.stream, self.output_width = family.streams[-1], family.width
 
@@ -143,8 +144,9 @@ class UniptConv(Tuner):
 
 
 def gathered(rows: Tensor, guide: Tensor, cell: Tensor) -> Tensor:
-    """Weighted sum of `rows` (fine, C) over each cell: l1-normalised products with `guide` (coarse, C), plus 1 / k²."""
-    products = (rows * guide[cell]).sum(-1, keepdim=True)
-    total = sum_cells(products.abs(), cell, len(guide)) + EPSILON
+    """Weighted sum of `rows` (fine, C) over each cell: rectified, l1-normalised products with `guide` (coarse, C), plus
+    1 / k²."""
+    products = F.relu((rows * guide[cell]).sum(-1, keepdim=True))
+    total = sum_cells(products, cell, len(guide)) + EPSILON
     share = torch.bincount(cell, minlength=len(guide)).clamp(min=1).to(rows.dtype).reciprocal()[:, None]
     return sum_cells(rows * (products / total[cell] + share[cell]), cell, len(guide))

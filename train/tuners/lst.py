@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from extract.backbones.base import Family, Tail
 from extract.backbones.batch import Batch
 from extract.backbones.bylength import by_length
-from extract.backbones.dropout import Dropout
 from store.errors import UserError
 from train.tuners.base import Start, Tuner, TunerConfig, checked_reduction, linear, register
 
@@ -56,11 +55,10 @@ class Ladder(nn.Module):
         self.down = nn.ModuleList(linear(family.state_width(f"{stream}.{i}"), inner) for i in self.layers)
         self.gates = nn.Parameter(torch.zeros(family.depth(stream)))
         self.side = family.side_stack(stream, self.layers, config.reduction)
-        self.dropout = Dropout(family.dropout)
 
     def rungs(self, batch: Batch, embedding: Tensor) -> Tensor:
-        """(rows, D) embedding and the kept states → (rows, 1 + layers, D / r)."""
-        rows = self.first(self.dropout(embedding.float()) if self.dropout.p else embedding)
+        """(rows, D) embedding, which `Tail.embed` has dropped out once, and the kept states → (rows, 1 + layers, D / r)."""
+        rows = self.first(embedding)
         states = (batch.states[f"{self.stream}.{i}"] for i in self.layers)
         return torch.stack([rows, *(down(h) for down, h in zip(self.down, states, strict=True))], dim=1)
 
