@@ -4,8 +4,8 @@ Token-wise: it works on packed rows and never sees padding. Everything is comput
 surrounding precision, because the paper's epsilon of 1e-6 vanishes in float16.
 
 Where the released code and the paper differ the code is followed: the score is a learned weighted inner product, all
-maps have biases, and ReLU precedes the up-projection. Two guards are ours: the norm has 1e-6 inside the root, so that
-its gradient at an all-zero row is finite, and redundancy is at least 1 (the paper states r ≥ 1; the code gives 0/0).
+maps have biases, and ReLU precedes the up-projection. Two guards are ours: a squared norm counts as 1e-6 at least, so
+that the gradient at an all-zero row is finite, and redundancy is at least 1 (the paper states r ≥ 1; the code gives 0/0).
 """
 
 from __future__ import annotations
@@ -20,18 +20,19 @@ from torch.utils.checkpoint import checkpoint
 
 from train.tuners.base import full_precision, linear
 
-EPSILON = 1e-6
+EPSILON = 1e-6  # added to norms in the released T5, CLIP-ViL and CLIP4Clip code; 1e-8 in that for CNNs
+SMALLEST = 1e-6  # a squared norm
 CHUNK_ROWS = 1024  # rows recomputed at a time
 
 
-def redundancy(features: Tensor) -> Tensor:
+def redundancy(features: Tensor, epsilon: float = EPSILON) -> Tensor:
     """Summed rectified cosine similarity of each layer's feature to all of them, SHERL eq. 2.
 
     `features`: (rows, layers, width) float32. Returns (rows, layers), each ≥ 1. A zero row counts as redundancy 1.
     """
     # Scaling the products, not the features, keeps nothing of the features' size for the backward pass.
     products = _Gram.apply(features)
-    scale = (products.diagonal(dim1=1, dim2=2) + EPSILON).rsqrt()
+    scale = (products.diagonal(dim1=1, dim2=2).clamp(min=SMALLEST).sqrt() + epsilon).reciprocal()
     return (products * scale.unsqueeze(1) * scale.unsqueeze(2)).relu_().sum(-1).clamp(min=1.0)
 
 
@@ -49,10 +50,10 @@ class _Gram(torch.autograd.Function):
         return torch.bmm(grad + grad.transpose(1, 2), x)
 
 
-def layer_weights(scores: Tensor, redundant: Tensor) -> Tensor:
+def layer_weights(scores: Tensor, redundant: Tensor, epsilon: float = EPSILON) -> Tensor:
     """Rectified scores over redundancy, normalised to sum 1 over layers (SHERL eq. 3). Both (rows, layers)."""
     weights = F.relu(scores) / redundant
-    return weights / (weights.sum(-1, keepdim=True) + EPSILON)
+    return weights / (weights.sum(-1, keepdim=True) + epsilon)
 
 
 # How the layers are blended; the first is SHERL's, the others its ablations (Fig. 4): the learned attention without
@@ -60,8 +61,9 @@ def layer_weights(scores: Tensor, redundant: Tensor) -> Tensor:
 BLENDS = ("redundancy", "linear", "attention", "average", "max")
 
 
-def mix(layers: Tensor, guide: Tensor, score: nn.Linear | None, how: str) -> Tensor:
-    """Blend `layers` (rows, layers, d) into (rows, d), the guide (rows, d) added. `score`: the learned product w, c."""
+def mix(layers: Tensor, guide: Tensor, score: nn.Linear | None, how: str, epsilon: float = EPSILON) -> Tensor:
+    """Blend `layers` (rows, layers, d) into (rows, d), the guide (rows, d) added. `score`: the learned product w, c;
+    `epsilon`: what is added to norms."""
     if how == "max":
         return layers.amax(1) + guide
     if how == "average":
@@ -72,8 +74,8 @@ def mix(layers: Tensor, guide: Tensor, score: nn.Linear | None, how: str) -> Ten
         # The learned score w·(E ∘ e) + c is one product of E with w ∘ e.
         query = guide * score.weight[0]
         scores = torch.bmm(layers, query.unsqueeze(-1)).squeeze(-1) + score.bias
-        redundant = redundancy(layers) if how == "redundancy" else torch.ones_like(scores)
-        weights = layer_weights(scores, redundant)
+        redundant = redundancy(layers, epsilon) if how == "redundancy" else torch.ones_like(scores)
+        weights = layer_weights(scores, redundant, epsilon)
     return torch.bmm(weights.unsqueeze(1), layers).squeeze(1) + guide
 
 
