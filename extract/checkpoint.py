@@ -91,6 +91,11 @@ class Checkpoint:
         except Exception as error:
             raise UserError(f"{self.folder}: no usable tokenizer beside the weights: {_first_line(error)}") from None
 
+    @property
+    def tokens(self) -> int:
+        """Number of ids the tokenizer has: one more than the largest."""
+        return 1 + max(self.tokenizer.get_vocab().values())
+
     @cached_property
     def weight_files(self) -> list[Path]:
         files = sorted(self.folder.glob("*.safetensors"))

@@ -16,8 +16,7 @@ import torch
 from torch import nn
 
 from extract.backbones import Batch, Family
-from extract.identity import PRECISIONS
-from pipeline.extracting import Say
+from pipeline.extracting import Say, load_backbone
 from pipeline.job import Job, batch_size_of, live_backbone, live_source, load_job, sources
 from pipeline.operations import backbone_model, kept_bytes
 from pipeline.recipe import Recipe
@@ -142,9 +141,7 @@ def _counterpart(recipe: Recipe, name: str) -> dict[str, Any]:
     job = _probe(recipe)
     backbone, checkpoint = live_backbone(job)
     identity = job.found.space.identity
-    module = job.found.family.load(
-        checkpoint.folder, PRECISIONS[identity["precision"]], identity["attention"], job.device
-    )
+    module = load_backbone(checkpoint, identity["precision"], identity["attention"], job.device).model
     model = CounterpartModel(method, job.found.family, module, job.target, recipe.seed).to(job.device)
     size = batch_size_of(recipe, job.model_readout())
     parts = {

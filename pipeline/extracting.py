@@ -73,9 +73,16 @@ def with_views(rows: Rows, views: int) -> Rows:
 
 
 def load_backbone(checkpoint: Checkpoint, precision: str, attention: str, device: torch.device) -> Backbone:
-    """The checkpoint's backbone, loaded when first used."""
+    """The checkpoint's backbone, loaded when first used. One that writes text has a row for each token, no more."""
     family = checkpoint.family
-    return Backbone(family, lambda: family.load(checkpoint.folder, PRECISIONS[precision], attention, device), device)
+
+    def load() -> Any:
+        model = family.load(checkpoint.folder, PRECISIONS[precision], attention, device)
+        if family.readout == "lm":
+            family.keep_tokens(model, checkpoint.tokens)
+        return model
+
+    return Backbone(family, load, device)
 
 
 def run_extract(recipe: Recipe, say: Say, quiet: bool = False, task: Task | None = None) -> dict[str, Any]:

@@ -212,6 +212,10 @@ class Family(ABC):
     def load(self, folder: Path, dtype: torch.dtype, attention: str, device: torch.device | str) -> nn.Module:
         """The backbone in eval mode, no parameter trainable. Raises UserError when weights are missing."""
 
+    def keep_tokens(self, model: Any, tokens: int) -> None:
+        """Cut from a loaded backbone the rows of its tables from `tokens` on, the number of ids its tokenizer has. Only
+        where there is a softmax over them: nothing by default."""
+
     @abstractmethod
     def run(self, model: nn.Module, batch: Batch, states: Sequence[str]) -> dict[str, Tensor]:
         """Collect `states` of `batch` (columns filled in), each (rows, width) in the backbone's own precision.

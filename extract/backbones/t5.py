@@ -11,6 +11,7 @@ count as its place, so a chain is exactly the causal decoder.
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -38,6 +39,7 @@ from extract.backbones.inputs import Inputs, ragged
 from extract.backbones.pruning import prune_t5
 from extract.backbones.t5_attention import cross_attend, is_cheaper
 from extract.backbones.text import decision_trie, gold_chain, tokenize
+from store.errors import UserError
 
 # Kept layers of the papers (0-based), by number of blocks; LST Table 1 and SHERL's released scripts. T5-large keeps 13
 # in SHERL (layer 22 is the decoder's guide), 12 in LST; the largest models keep the last one or two.
@@ -87,17 +89,17 @@ def run_decoder_block(block: nn.Module, grid: Tensor, memory: Tensor, context: A
 class T5Tail(Tail):
     """See the module's docstring."""
 
-    def __init__(self, config: Any, attention: str, tied: bool) -> None:
+    def __init__(self, config: Any, attention: str, tied: bool, tokens: int) -> None:
         super().__init__()
         self.config = _decoder_config(config, attention)
         self.scale = config.d_model**-0.5 if _scales_outputs(config) else 1.0
-        self.shared = nn.Embedding(config.vocab_size, config.d_model)
+        self.shared = nn.Embedding(tokens, config.d_model)
         self.block = T5Block(self.config, has_relative_attention_bias=False, layer_idx=config.num_decoder_layers - 1)
         self.relative_attention_bias = nn.Embedding(config.relative_attention_num_buckets, config.num_heads)
         self.encoder_norm = T5LayerNorm(config.d_model, eps=config.layer_norm_epsilon)
         self.decoder_norm = T5LayerNorm(config.d_model, eps=config.layer_norm_epsilon)
         use_fast_dropout(self)
-        self.lm_head = None if tied else nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.lm_head = None if tied else nn.Linear(config.d_model, tokens, bias=False)
         self.dropout = Dropout(config.dropout_rate)
         freeze(self)
 
@@ -248,7 +250,27 @@ class T5(Family):
         )
 
     def load(self, folder: Path, dtype: torch.dtype, attention: str, device: torch.device | str) -> nn.Module:
-        return load_frozen(T5ForConditionalGeneration, folder, dtype, attention, device)
+        model: Any = load_frozen(T5ForConditionalGeneration, folder, dtype, attention, device)
+        # transformers 5 ties the head of every T5 that comes without one, also where it is not that of the embedding.
+        said = json.loads((folder / "config.json").read_text()).get("tie_word_embeddings", True)
+        if not said and model.lm_head.weight is model.shared.weight:
+            raise UserError(
+                f"checkpoint {folder}: config.json says that the head is not the embedding (tie_word_embeddings: false), "
+                "but the weights hold no lm_head.weight: save the whole T5ForConditionalGeneration, or correct config.json"
+            )
+        return model
+
+    def keep_tokens(self, model: Any, tokens: int) -> None:
+        """As the official code does: of T5's 32,128 rows 28 are no token's and take no part in the softmax."""
+        holders = (model.shared, model.encoder.embed_tokens, model.decoder.embed_tokens, model.lm_head)
+        tables = list({id(h.weight): h.weight for h in holders}.values())
+        for table in tables if tokens < self.config.vocab_size else ():
+            # Tied tables stay one, a head of its own stays its own.
+            cut = nn.Parameter(table.detach()[:tokens].clone(), requires_grad=False)
+            for holder in holders:
+                if holder.weight is table:
+                    holder.weight = cut
+                    setattr(holder, "num_embeddings" if isinstance(holder, nn.Embedding) else "out_features", tokens)
 
     def run(self, model: Any, batch: Batch, states: Sequence[str]) -> dict[str, Tensor]:
         out: dict[str, Tensor] = {}
@@ -308,7 +330,9 @@ class T5(Family):
         return {k: v.detach().float().cpu().contiguous() for k, v in weights.items()}
 
     def tail(self, weights: dict[str, Tensor] | None, attention: str) -> T5Tail:
-        tail = T5Tail(self.config, attention, tied=weights is None or "lm_head.weight" not in weights)
+        # A store of before the cut holds all rows, and means them.
+        tokens = self.config.vocab_size if weights is None else len(weights["shared.weight"])
+        tail = T5Tail(self.config, attention, weights is None or "lm_head.weight" not in weights, tokens)
         if weights is not None:
             tail.load_state_dict(weights)
         return tail
