@@ -21,6 +21,8 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
+NEEDED = {"case", "repository", "file", "mode", "config"}
+
 
 @dataclass(frozen=True)
 class Case:
@@ -78,7 +80,10 @@ def cases() -> list[Case]:
     found = []
     for path in sorted(folder().glob("*.safetensors")):
         with safe_open(path, "pt") as file:
-            found.append(Case(path, file.metadata() or {}))
+            about = file.metadata() or {}
+        if absent := NEEDED - about.keys():
+            raise ValueError(f"{path} is no golden file: its metadata lacks {', '.join(sorted(absent))}")
+        found.append(Case(path, about))
     if not found:
         raise FileNotFoundError(f"{folder()}: no golden files (*.safetensors) in here")
     return sorted(found, key=lambda case: case.name)

@@ -19,7 +19,9 @@ from extract.backbones import dropout, t5_attention
 from tests.golden import Case
 
 OUTPUT, GRADIENT, ROUNDING = 1e-5, 1e-4, 1e-6
-SCALE = {"train-scaled": 0.83, "train-p0": 1.0}  # what a dropout that is active multiplies with; "train" has none
+# Of each mode: what a dropout that is active multiplies with; None where there is none.
+MODES = {"eval": None, "train": None, "train-scaled": 0.83, "train-p0": 1.0}
+NEGLIGIBLE = 1e-4  # of the largest gradient of a file
 
 
 class NoSystem(Exception):
@@ -54,21 +56,28 @@ class Setup:
 
 @dataclass(frozen=True)
 class Difference:
-    """One tensor: the largest absolute difference and the largest official value. `bound`: what the former may be."""
+    """One tensor: the largest absolute difference and the largest official value. `bound`: what the former may be.
+    `rounding`: it is so much smaller than the file's largest gradient that only its size means something."""
 
     name: str
     gradient: bool
     difference: float
     largest: float
     bound: float
+    rounding: bool = False
+
+    @property
+    def equal(self) -> bool:
+        return self.difference <= self.bound
 
     @property
     def share(self) -> float:
-        """The difference over the largest value; 0 for a tensor that is 0 but for rounding."""
-        return self.difference / self.largest if self.difference > 0 and self.largest else 0.0
+        """The difference over the largest value."""
+        return self.difference / self.largest if self.difference else 0.0
 
     def __str__(self) -> str:
-        return f"{self.name}: differs by {self.difference:.2e}, {self.share:.1e} of its largest; allowed {self.bound:.2e}"
+        kind = "gradient of " if self.gradient else ""
+        return f"{kind}{self.name} differs by {self.difference:.2e}, allowed {self.bound:.2e}; largest {self.largest:.2e}"
 
 
 def put(setup: Setup, case: Case) -> None:
@@ -92,8 +101,11 @@ def put(setup: Setup, case: Case) -> None:
 def differences(case: Case, setup: Setup) -> list[Difference]:
     """Every tensor of `case` against ours, run in the mode of the case."""
     put(setup, case)
+    if case.mode not in MODES:
+        raise NoSystem(f"mode {case.mode}")
     setup.module.train(case.mode != "eval")
-    with scaled(SCALE[case.mode]) if case.mode in SCALE else contextlib.nullcontext():
+    factor = MODES[case.mode]
+    with contextlib.nullcontext() if factor is None else scaled(factor):
         total, pairs = setup.run()
         total.backward()
     official = case.under("output")
@@ -103,14 +115,14 @@ def differences(case: Case, setup: Setup) -> list[Difference]:
         pairs[f"buffer/{name}"] = (setup.buffers[name].view(buffers[setup.buffers[name].name]), expected)
     left = official.keys() - pairs.keys() - setup.unread.keys()
     assert not left, f"outputs that nothing was compared with: {sorted(left)}"
-    found = [_difference(n, False, ours, theirs, 0.0) for n, (ours, theirs) in pairs.items()]
+    found = [_difference(n, False, ours, theirs) for n, (ours, theirs) in pairs.items()]
     return found + _gradients(case, setup)
 
 
 def _gradients(case: Case, setup: Setup) -> list[Difference]:
     official = case.under("grad")
     own = {n: p.grad for n, p in setup.module.named_parameters()}
-    floor = ROUNDING * max(float(g.abs().max()) for g in official.values())
+    whole_file = max(float(g.abs().max()) for g in official.values())
     found = []
     for name, expected in official.items():
         if name.startswith("input/"):
@@ -119,17 +131,18 @@ def _gradients(case: Case, setup: Setup) -> list[Difference]:
             whole = own[setup.places[name].name]
             grad = None if whole is None else setup.places[name].view(whole)
         ours = torch.zeros_like(expected) if grad is None else grad
-        found.append(_difference(name, True, ours, expected, floor))
+        found.append(_difference(name, True, ours, expected, whole_file))
     assert setup.places.keys() <= official.keys(), f"no gradient in the file: {sorted(setup.places.keys() - official.keys())}"
     return found
 
 
-def _difference(name: str, gradient: bool, ours: Tensor, theirs: Tensor, floor: float) -> Difference:
+def _difference(name: str, gradient: bool, ours: Tensor, theirs: Tensor, whole_file: float = 0.0) -> Difference:
     assert ours.shape == theirs.shape, f"{name}: {tuple(ours.shape)}, not {tuple(theirs.shape)}"
     largest = float(theirs.abs().max()) if theirs.numel() else 0.0
     difference = float((ours.detach() - theirs).abs().max()) if theirs.numel() else 0.0
     difference = difference if difference == difference else float("inf")  # a NaN is no agreement
-    return Difference(name, gradient, difference, largest, max(floor, (GRADIENT if gradient else OUTPUT) * largest))
+    bound = max(ROUNDING * whole_file, (GRADIENT if gradient else OUTPUT) * largest)
+    return Difference(name, gradient, difference, largest, bound, largest <= NEGLIGIBLE * whole_file)
 
 
 @contextlib.contextmanager
