@@ -212,7 +212,7 @@ class Family(ABC):
     def load(self, folder: Path, dtype: torch.dtype, attention: str, device: torch.device | str) -> nn.Module:
         """The backbone in eval mode, no parameter trainable. Raises UserError when weights are missing."""
 
-    def keep_tokens(self, model: Any, tokens: int) -> None:
+    def keep_tokens(self, model: Any, tokens: int) -> None:  # noqa: B027 (most have nothing to cut)
         """Cut from a loaded backbone the rows of its tables from `tokens` on, the number of ids its tokenizer has. Only
         where there is a softmax over them: nothing by default."""
 

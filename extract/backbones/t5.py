@@ -255,8 +255,9 @@ class T5(Family):
         said = json.loads((folder / "config.json").read_text()).get("tie_word_embeddings", True)
         if not said and model.lm_head.weight is model.shared.weight:
             raise UserError(
-                f"checkpoint {folder}: config.json says that the head is not the embedding (tie_word_embeddings: false), "
-                "but the weights hold no lm_head.weight: save the whole T5ForConditionalGeneration, or correct config.json"
+                f"checkpoint {folder}: config.json says that the head is not the embedding (tie_word_embeddings: "
+                "false), but the weights hold no lm_head.weight: save the whole T5ForConditionalGeneration, or correct "
+                "config.json"
             )
         return model
 

@@ -1,8 +1,8 @@
 """Numbers computed by the official code of SHERL, LST and UniPT, one safetensors file a case.
 
-A file says in its metadata what it is: `case`, `repository`, `commit` and `file` (the official sources), `mode`, `config`
-(JSON), `gradients_zero` and `gradients_cancelled` (JSON). Its tensors are named by what they are for: `weight/NAME` and
-`buffer/NAME` under official names, `backbone/NAME`, `input/NAME`, `output/NAME`, `grad/NAME`.
+A file says in its metadata what it is: `case`, `repository`, `commit` and `file` (the official sources), `mode` and
+`config` (JSON). Its tensors are named by what they are for: `weight/NAME` and `buffer/NAME` under official names,
+`backbone/NAME`, `input/NAME`, `output/NAME`, `grad/NAME`.
 
 Modes: `eval`; `train-scaled`, train mode in which every active dropout multiplies with 0.83 instead; `train-p0`, train
 mode without dropout; `train`, where there is none to begin with. The environment variable GOLDEN names another folder
@@ -62,13 +62,9 @@ class Case:
         """The tensors whose name begins with `part` and a slash, named by the rest."""
         return {k.removeprefix(f"{part}/"): v for k, v in self.tensors.items() if k.startswith(f"{part}/")}
 
-    def listed(self, key: str) -> set[str]:
-        """A list of tensor names in the metadata: `gradients_zero` or `gradients_cancelled`."""
-        return set(json.loads(self.about.get(key, "[]")))
-
 
 def folder() -> Path:
-    """The folder of cases. FileNotFoundError where GOLDEN names none, for no case found must not look like no failure."""
+    """The folder of cases. FileNotFoundError where GOLDEN names none: nothing found must not look like no failure."""
     named = os.environ.get("GOLDEN")
     if named and not Path(named).is_dir():
         raise FileNotFoundError(f"GOLDEN={named} is not a folder of golden files")

@@ -22,14 +22,13 @@ from train.tuners.unipt import Aggregate
 def staged(case: Case) -> tuple[Family, Batch]:
     """A ResNet of the case's widths whose last stage has three blocks, and the case's maps as packed rows."""
     c = case.config
-    family = family_for(
-        ResNetConfig(embedding_size=c["widths"][0], hidden_sizes=c["widths"], depths=[1, 1, 1, 3])
-    )
+    family = family_for(ResNetConfig(embedding_size=c["widths"][0], hidden_sizes=c["widths"], depths=[1, 1, 1, 3]))
     states, lengths = {}, {}
     grids = np.asarray([[n, n] for n in c["sizes"]], np.int32)
     for stream in family.streams:
         maps = case.tensors[f"input/{stream}"]
-        last = range(family.depth(stream))[-2:]  # the released code names a stage's map, be it before the live block or not
+        # The released code names a stage's map alike, be it that before the live block or the last.
+        last = range(family.depth(stream))[-2:]
         rows = maps.flatten(2).transpose(1, 2).reshape(-1, maps.shape[1])
         states |= {f"{stream}.{i}": rows for i in last}
         lengths[stream] = np.full(c["batch"], maps.shape[2] * maps.shape[3])
@@ -107,7 +106,8 @@ def unipt_maps(case: Case) -> Setup:
     for i in range(len(c["widths"])):
         more, stats = conv_norm(f"down.{i}", f"downsample_layers.{i}")
         places, buffers = places | more, buffers | stats
-    convolutions = {"up": "upsample_layer.1"} | {f"guide.{i}": f"identity_layers.{i}.0" for i in range(len(tuner.guide))}
+    convolutions = {f"guide.{i}": f"identity_layers.{i}.0" for i in range(len(tuner.guide))}
+    convolutions["up"] = "upsample_layer.1"
     for ours, official in convolutions.items():
         places[f"{official}.weight"] = Place(f"{ours}.weight", lambda t: t[..., None, None])
         places[f"{official}.bias"] = Place(f"{ours}.bias")

@@ -1,6 +1,6 @@
 """Which system of ours a golden case is for, by the official sources that its metadata names; and a table of them all.
 
-    python -m tests.golden.systems [FOLDER]     # prints method, cases, worst differences; what has no system by name
+python -m tests.golden.systems [FOLDER]     # prints method, cases, worst differences; what has no system by name
 """
 
 from __future__ import annotations

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -117,9 +115,7 @@ class OnT5:
         }
         self.batch.labels = torch.arange(len(self.batch))
         own = [row[row != -100].tolist() for row in inputs["labels"]]
-        config = tuner_config(
-            tuner, {"reduction": c["reduction"], "layers": c["kept"], "temperature": c["gate_T"]}
-        )
+        config = tuner_config(tuner, {"reduction": c["reduction"], "layers": c["kept"], "temperature": c["gate_T"]})
         tail = self.family.tail(self.family.tail_weights(backbone_model), "sdpa")
         target = Target("classification", len(own), tuple(tuple(t) for t in own))
         self.model = Model.build(tuner, config, self.family, tail, target)

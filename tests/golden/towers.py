@@ -41,9 +41,7 @@ def clip4clip(case: Case) -> Setup:
     return Setup(nn.ModuleDict(towers), places, run, inputs={"logit_scale": scale})
 
 
-def _correct(
-    tower: Tower, inputs: dict[str, Tensor], side: str, mask: Tensor, position: Tensor, states: int
-) -> Tensor:
+def _correct(tower: Tower, inputs: dict[str, Tensor], side: str, mask: Tensor, position: Tensor, states: int) -> Tensor:
     """The tower's embeddings from the states of real positions; the pooled token stands at `position` (B,)."""
     layout = Layout.of(mask.sum(1).numpy().astype(np.int64))
     base = layout.first + (mask.long().cumsum(1) - 1).gather(1, position[:, None])[:, 0]

@@ -57,7 +57,8 @@ class Ladder(nn.Module):
         self.side = family.side_stack(stream, self.layers, config.reduction)
 
     def rungs(self, batch: Batch, embedding: Tensor) -> Tensor:
-        """(rows, D) embedding, which `Tail.embed` has dropped out once, and the kept states → (rows, 1 + layers, D / r)."""
+        """(rows, D) embedding and the kept states → (rows, 1 + layers, D / r). `Tail.embed` has dropped out the
+        embedding, once as in the released code."""
         rows = self.first(embedding)
         states = (batch.states[f"{self.stream}.{i}"] for i in self.layers)
         return torch.stack([rows, *(down(h) for down, h in zip(self.down, states, strict=True))], dim=1)

@@ -5,7 +5,8 @@ surrounding precision, because the paper's epsilon of 1e-6 vanishes in float16.
 
 Where the released code and the paper differ the code is followed: the score is a learned weighted inner product, all
 maps have biases, and ReLU precedes the up-projection. Two guards are ours: a squared norm counts as 1e-6 at least, so
-that the gradient at an all-zero row is finite, and redundancy is at least 1 (the paper states r ≥ 1; the code gives 0/0).
+that the gradient at an all-zero row is finite, and redundancy is at least 1 (the paper states r ≥ 1; the code gives
+0/0).
 """
 
 from __future__ import annotations
