@@ -129,6 +129,11 @@ def _repair_space(space: Space, done: Repaired, dry_run: bool) -> None:
             opened.append(segment)
         elif problems:
             _aside(files, folder, done, dry_run)
+    there = {s.id for s in opened} | superseded.intersection(files.names(f"{space_path(space.id)}/segments"))
+    for segment in opened:
+        if segment.base is not None and segment.base not in there:
+            done.problems.append({"segment": segment.id, "what": f"supplements {segment.base}, which is gone"})
+            _aside(files, segment.folder, done, dry_run)
     for family in families(opened):
         members = [family.base, *family.supplements]
         if not dry_run and any(s.id in bad for s in members):

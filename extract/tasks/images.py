@@ -8,6 +8,8 @@ A table of file names with labels is a task like any other table; its first text
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import xxhash
@@ -15,6 +17,7 @@ import xxhash
 from extract.backbones.images import SUFFIXES
 from extract.tasks.base import SPLITS, Rows, Task, TaskError, TaskSpec, fixed_order
 from extract.tasks.table import HELD_OUT, table_name
+from store.digest import digest_json
 
 SPLIT_NAMES: dict[str, str] = {"train": "train", "validation": "validation", "val": "validation", "valid": "validation",
                "dev": "validation", "test": "test"}  # fmt: skip
@@ -24,6 +27,20 @@ def pictures(folder: Path) -> list[Path]:
     """Every picture below `folder` by its suffix, sorted; hidden ones are left out."""
     found = (p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
     return sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts))
+
+
+def contents(root: Path, names: Iterable[str]) -> str:
+    """Digest of what the files `names` below `root` hold, in whichever order they are named; one that cannot be read
+    counts as empty."""
+
+    def digest(name: str) -> tuple[str, str]:
+        try:
+            return name, xxhash.xxh3_128_hexdigest((root / name).read_bytes())
+        except OSError:
+            return name, ""
+
+    with ThreadPoolExecutor(4) as pool:
+        return digest_json(list(pool.map(digest, sorted(set(names)))))
 
 
 def load_folder(folder: Path, name: str | None = None) -> Task:
