@@ -5,12 +5,13 @@ A deleted folder leaves nothing damaged behind, so that only those who name its 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from store.errors import StoreError
-from store.names import space_path
+from store.manifest import load_manifest
+from store.names import MAX_JSON, QUARANTINE, segment_path, space_path
 from store.records import Record, record_path
 from store.segment import Problem, Segment
 from store.tables import version_of
@@ -31,7 +32,8 @@ def unfound(space: Space) -> list[Problem]:
         segments, stored = space.segments(), space.stored()
     except StoreError:
         return []
-    return _bases(segments) + _successors(space, segments, stored) + _samples(space, tables, records, stored)
+    known = _put_aside(space)
+    return _bases(segments) + _successors(space, segments, stored) + _samples(space, tables, records, stored, known)
 
 
 def _tables(space: Space) -> Tables:
@@ -64,18 +66,36 @@ def _successors(space: Space, segments: Sequence[Segment], stored: Mapping[str, 
     return found
 
 
+def _put_aside(space: Space) -> set[str]:
+    """Samples of segments in quarantine: `repair` has said that they are gone."""
+    files, known = space.files, set()
+    prefix = f"{QUARANTINE}/{segment_path(space.id, '').replace('/', '--')}"
+    for name in files.names(QUARANTINE):
+        path = f"{QUARANTINE}/{name}/manifest.json"
+        if path.startswith(prefix):
+            segment = path[len(prefix) :].rsplit("-", 1)[0]
+            with suppress(StoreError, FileNotFoundError):
+                known.update(load_manifest(files.read(path, MAX_JSON), files.where(path), space.id, segment).keys)
+    return known
+
+
 def _samples(
-    space: Space, tables: Tables, records: Sequence[Record], stored: Mapping[str, frozenset[str]]
+    space: Space,
+    tables: Tables,
+    records: Sequence[Record],
+    stored: Mapping[str, frozenset[str]],
+    known: Collection[str],
 ) -> list[Problem]:
     found, keys = [], {}
     for path, (name, listed) in tables.items():
         keys[name] = listed
-        if gone := sum(key not in stored for key in listed):
+        if gone := sum(key not in stored and key not in known for key in listed):
             found.append(Problem("", path, f"{gone:,} of its samples are not stored: extract again"))
     for record in records:
         states = frozenset(record.states)
         named = [keys.get((record.task, split, rows, record.version), []) for split, rows in record.rows.items()]
-        if gone := sum(not states <= stored[key] for key in {k for part in named for k in part if k in stored}):
+        there = {key for part in named for key in part if key in stored and key not in known}
+        if gone := sum(not states <= stored[key] for key in there):
             path = record_path(f"{space_path(space.id)}/tasks", record.task, record.id)
             found.append(Problem("", path, f"{gone:,} of its samples lack states stored with them: extract again"))
     return found

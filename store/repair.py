@@ -16,7 +16,7 @@ from store.document import dump_document, load_document
 from store.errors import StoreError
 from store.files import Files
 from store.index import Family, families
-from store.names import FORMAT, MAX_SMALL_JSON, is_key, segment_path, space_path
+from store.names import FORMAT, MAX_SMALL_JSON, QUARANTINE, is_key, segment_path, space_path
 from store.places import open_files
 from store.rewrite import salvage
 from store.segment import Problem, Segment
@@ -24,8 +24,6 @@ from store.space import LOST, Space
 from store.store import KIND
 from store.sweep import lost_manifest
 from store.tables import verify_tables
-
-QUARANTINE = "quarantine"
 
 
 @dataclass

@@ -143,8 +143,8 @@ def load_table(
         largest = [t for t in largest if written[t.path] in (max(written.values()), "")]
     if len(largest) > 1:
         raise StoreError(
-            f"{len(largest)} tables of task {task!r}, split {split!r} have {largest[0].rows} rows, and their headers do "
-            "not say which is the newest: say which by its path"
+            f"{len(largest)} tables of task {task!r}, split {split!r} have {largest[0].rows} rows, and their headers "
+            "do not say which is the newest: say which by its path"
         )
     return read_table(files, largest[0])
 

@@ -11,8 +11,7 @@ from store.alive import is_dead
 from store.document import load_document
 from store.errors import StoreError
 from store.files import Files
-from store.names import MAX_SMALL_JSON, is_segment, segment_path, space_path, stream_of
-from store.repair import QUARANTINE
+from store.names import MAX_SMALL_JSON, QUARANTINE, is_segment, segment_path, space_path, stream_of
 from store.space import Space
 from store.store import Store
 from store.sweep import disown
