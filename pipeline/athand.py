@@ -58,7 +58,9 @@ class AtHand:
     def differs(self, header: Mapping[str, Any]) -> str:
         """In what the table with `header` was not made of the data at hand, "" where it was. What the header does not
         say fits."""
-        made: Any = header.get("provenance", {})
+        made: Any = header.get("provenance")
+        if not isinstance(made, dict):
+            return ""
         when = f"extracted on {str(header.get('created'))[:10]}"
         files: Any = made.get("files")
         for split, (path, digest) in self.files.items() if isinstance(files, dict) else ():

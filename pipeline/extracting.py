@@ -23,7 +23,7 @@ from pipeline.keepsakes import keep
 from pipeline.projecting import project, widths_text
 from pipeline.recipe import Recipe
 from pipeline.resolve import device_of, need, open_task, refuse_full_readers, space_options, store_path, wanted_states
-from pipeline.versions import save_tables
+from pipeline.versions import save_tables, task_id
 from store import Space, Store, TaskTable, bytes_per_value
 from store.errors import UserError
 
@@ -126,9 +126,11 @@ def run_extract(recipe: Recipe, say: Say, quiet: bool = False, task: Task | None
         report = compute_on(recipe.scheduler, space, inputs, keys, states, model, recipe.device, each, **how)
     else:
         report = compute(space, inputs, keys, states, backbone, describe=_describer(splits), **how)
-    save_tables(space, {s.name: _table(task, s, candidates, checkpoint, splits) for s in splits}, states)
+    tables = {s.name: _table(task, s, candidates, checkpoint, splits) for s in splits}
+    save_tables(space, tables, states)
     report.seconds = time.perf_counter() - started
-    return _finish(say, store, space, task, splits, states, report)
+    done = _finish(say, store, space, task, splits, states, report)
+    return {**done, "task id": task_id(next(iter(tables.values())).header)}
 
 
 def _splits(task: Task, recipe: Recipe) -> list[str]:

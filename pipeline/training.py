@@ -16,7 +16,7 @@ from extract.tasks.registry import is_folder, is_table
 from pipeline.job import Job, batch_size_of, grouped, live_backbone, load_job, sources
 from pipeline.recipe import Recipe
 from pipeline.resolve import extract_command, store_path
-from pipeline.versions import ID_LENGTH
+from pipeline.versions import columns_text, task_id
 from store.errors import StoreError, UserError
 from store.places import absolute
 from train.loop import FitOptions, fit
@@ -85,6 +85,7 @@ def run_train(recipe: Recipe, say: Say, quiet: bool = False) -> dict[str, Any]:
         f"{options.epochs} epochs, {model.trainable_parameters():,} trainable parameters, "
         + ("live backbone" if recipe.live else "from the store")
     )
+    say(f"rows {task_id(table.header)}: {columns_text(table.header)}, of {str(table.header.get('created'))[:10]}")
     say(f"space {job.found.space.id[:12]}: {describe_space(job)}")
     folder.mkdir(parents=True, exist_ok=True)
     if Ranks.from_environment().rank == 0:
@@ -119,7 +120,7 @@ def lasting_name(job: Job) -> str:
     """The task as a recipe names it for good: by its file or folder, by a name that everybody knows, or by its id."""
     task = job.recipe.task
     own = is_table(task) or is_folder(task) or is_named(task) or task.startswith(PREFIX)
-    return task if own else f"{job.spec.name}@{job.version[:ID_LENGTH]}"
+    return task if own else task_id(next(iter(job.tables.values())).header)
 
 
 def write_recipe(folder: Path, job: Job, options: FitOptions, batch_size: int) -> None:

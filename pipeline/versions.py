@@ -73,12 +73,7 @@ class Version:
     @property
     def reads(self) -> str:
         """Its columns and classes, and when it was made, for people who must choose."""
-        spec = self.header.get("spec", {})
-        columns = ", ".join(map(str, spec.get("fields", ())))
-        label = self.header.get("provenance", {}).get("label", "label")
-        classes = [str(name) for name in spec.get("labels", ())]
-        what = ", ".join(classes[:4]) + (", …" if len(classes) > 4 else "") if classes else "a number"
-        return f"{columns} to {label} ({what}), extracted {self.created[:16].replace('T', ' ') or '?'}"
+        return f"{columns_text(self.header)}, extracted {self.created[:16].replace('T', ' ') or '?'}"
 
     @property
     def counts(self) -> str:
@@ -194,16 +189,39 @@ def _distinct(space: Space, versions: Sequence[Version]) -> list[Version]:
     return list(found.values())
 
 
+def columns_text(header: Mapping[str, Any]) -> str:
+    """ "premise, claim to gold (no, yes)": the columns and classes of a table."""
+    spec = _object(header, "spec")
+    label, classes = _object(header, "provenance").get("label", "label"), _names(spec.get("labels"))
+    what = ", ".join(classes[:4]) + (", …" if len(classes) > 4 else "") if classes else "a number"
+    return f"{', '.join(_names(spec.get('fields')))} to {label} ({what})"
+
+
+def task_id(header: Mapping[str, Any]) -> str:
+    """The name that no other task has: "train@3f2a91bc04de"."""
+    return f"{header.get('task')}@{version_of(header)[:ID_LENGTH]}"
+
+
 def _columns(header: Mapping[str, Any]) -> list[Any]:
-    spec, made = header.get("spec", {}), header.get("provenance", {})
-    return [list(spec.get("fields", ())), made.get("label"), spec.get("kind")]
+    spec, made = _object(header, "spec"), _object(header, "provenance")
+    return [_names(spec.get("fields")), made.get("label"), spec.get("kind")]
+
+
+def _object(header: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A member of a header that is an object; {} where it is none."""
+    value = header.get(name)
+    return value if isinstance(value, dict) else {}
+
+
+def _names(value: Any) -> list[str]:
+    return [str(name) for name in value] if isinstance(value, list) else []
 
 
 def unlike(recipe: Recipe, header: Mapping[str, Any]) -> str:
     """In what a stored table was not read as `recipe` says, "" where it was. What is left out fits anything, and so
     does a table without the fact."""
-    spec, made = header.get("spec", {}), header.get("provenance", {})
-    fields = [*spec.get("fields", ()), "", ""]
+    spec, made = _object(header, "spec"), _object(header, "provenance")
+    fields = [*_names(spec.get("fields")), "", ""]
     for option, asked, there in (
         ("--text", recipe.text, fields[0]),
         ("--text-pair", recipe.text_pair, fields[1]),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 
 import xxhash
@@ -35,12 +36,19 @@ def contents(root: Path, names: Iterable[str]) -> str:
 
     def digest(name: str) -> tuple[str, str]:
         try:
-            return name, xxhash.xxh3_128_hexdigest((root / name).read_bytes())
+            about = (root / name).stat()
+            return name, _digest(root / name, about.st_size, about.st_mtime_ns, about.st_ino)
         except OSError:
             return name, ""
 
     with ThreadPoolExecutor(4) as pool:
         return digest_json(list(pool.map(digest, sorted(set(names)))))
+
+
+@lru_cache(1 << 16)
+def _digest(path: Path, size: int, changed: int, inode: int) -> str:
+    """Of a file's bytes; one that has not changed is read once in a process."""
+    return xxhash.xxh3_128_hexdigest(path.read_bytes())
 
 
 def load_folder(folder: Path, name: str | None = None) -> Task:

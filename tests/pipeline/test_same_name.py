@@ -108,7 +108,10 @@ def test_other_columns_are_another_task(checkpoints, tmp_path):
 def test_the_same_rows_under_one_name_are_one_task(checkpoints, tmp_path):
     """A copy of the file is no other task; extracting it again adds no table."""
     options = {"model": str(checkpoints["bert"]), "store": str(tmp_path / "store"), "tuner": "probe"}
+    found = set()
     for name in ("a", "b"):
-        extract(options, write(tmp_path / name / "my.csv", 30))
+        task = str(write(tmp_path / name / "my.csv", 30))
+        found.add(pipeline.extract(task, model=options["model"], store=options["store"], tuners=["probe"])["task id"])
+    assert found == {f"my@{load_job(Recipe(task='my', **options)).version[:12]}"}
     (space,) = Store.open(options["store"]).spaces()
     assert len(space.tables()) == 3 and sum(map(len, labels(options, "my").values())) == 30
