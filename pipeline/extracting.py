@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,12 @@ from extract.checkpoint import Checkpoint, resolve
 from extract.identity import PRECISIONS, space_identity
 from extract.run import Report, compute, provenance_of
 from extract.tasks.base import SPLITS, Rows, Task, TaskSpec
+from extract.tasks.images import contents
 from pipeline.keepsakes import keep
 from pipeline.projecting import project, widths_text
 from pipeline.recipe import Recipe
 from pipeline.resolve import device_of, need, open_task, refuse_full_readers, space_options, store_path, wanted_states
-from pipeline.versions import save_tables
+from pipeline.versions import save_tables, task_id
 from store import Space, Store, TaskTable, bytes_per_value
 from store.errors import UserError
 
@@ -96,6 +97,7 @@ def run_extract(recipe: Recipe, say: Say, quiet: bool = False, task: Task | None
     refuse_full_readers(recipe, recipe.tuners, family)
     task = task or open_task(recipe)
     options = space_options(recipe, task.spec)
+    task = with_contents(task, family, options.text)
     identity = space_identity(checkpoint, options)
     candidates = family.candidates(checkpoint.tokenizer, task.spec.targets) if family.readout == "lm" else []
     splits = [
@@ -131,9 +133,11 @@ def run_extract(recipe: Recipe, say: Say, quiet: bool = False, task: Task | None
         report = compute_on(recipe.scheduler, space, inputs, keys, states, model, recipe.device, each, **how)
     else:
         report = compute(space, inputs, keys, states, backbone, describe=_describer(splits), **how)
-    save_tables(space, {s.name: _table(task, s, candidates, checkpoint, splits) for s in splits})
+    tables = {s.name: _table(task, s, candidates, checkpoint, splits) for s in splits}
+    save_tables(space, tables, states)
     report.seconds = time.perf_counter() - started
-    return _finish(say, store, space, task, splits, states, report)
+    done = _finish(say, store, space, task, splits, states, report)
+    return {**done, "task id": task_id(next(iter(tables.values())).header)}
 
 
 def _splits(task: Task, recipe: Recipe) -> list[str]:
@@ -250,10 +254,19 @@ def _keepsakes(checkpoint: Checkpoint, backbone: Backbone, task: Task) -> dict[s
 def task_tables(checkpoint: Checkpoint, task: Task, recipe: Recipe, options: TextOptions) -> dict[str, TaskTable]:
     """The task tables an extraction would store, without one."""
     family = checkpoint.family
+    task = with_contents(task, family, options)
     candidates = family.candidates(checkpoint.tokenizer, task.spec.targets) if family.readout == "lm" else []
     names = [s for s in SPLITS if s in task.splits]
     splits = [_split(family, checkpoint, task, name, recipe.limit, options, candidates) for name in names]
     return {s.name: _table(task, s, candidates, checkpoint, splits) for s in splits}
+
+
+def with_contents(task: Task, family: Family, options: TextOptions) -> Task:
+    """A task with pictures, what their files hold being part of its provenance: they may change under their names."""
+    if family.modality != "image":
+        return task
+    held = contents(Path(options.root), (t[0] for rows in task.splits.values() for t in rows.texts))
+    return replace(task, provenance={**task.provenance, "contents": held})
 
 
 def _table(
@@ -270,6 +283,7 @@ def _table(
         "model": checkpoint.name,
         "beside": {s.name: len(s.rows) for s in splits},
         "provenance": task.provenance,
+        "origin": task.origin,
         "truncated": int(split.inputs.truncated.sum()),
         "created": datetime.now(UTC).isoformat(timespec="milliseconds"),
     }

@@ -32,9 +32,10 @@ from pipeline.resolve import (
     store_path,
     tuner_options,
 )
-from pipeline.versions import stored_tables, version_of
+from pipeline.versions import AmbiguousTask, stored_tables
 from store import Space, Store, TaskTable, digest_json
 from store.errors import MissingStates, StoreError, UserError
+from store.tables import version_of
 from train.live import LiveSource
 from train.model import Model, Target, tail_for
 from train.order import Order
@@ -99,6 +100,8 @@ def load_job(recipe: Recipe, version: str | None = None) -> Job:
         found = find_space(recipe)
         assert isinstance(found.space, Space)
         tables = tables_of(recipe, found, version)
+    except AmbiguousTask:
+        raise
     except StoreError:
         if not recipe.live:
             raise
@@ -119,7 +122,9 @@ def tables_of(recipe: Recipe, found: Found, version: str | None = None) -> dict[
     """The stored tables of the recipe's task. StoreError with the command to run where none fits."""
     assert isinstance(found.space, Space)
     try:
-        return stored_tables(found.space, recipe, version)
+        return stored_tables(found.space, recipe, found.family.modality == "image", version)
+    except AmbiguousTask:
+        raise
     except StoreError as error:
         raise StoreError(f"{error}; run: {extract_command(as_extracted(recipe, found))}") from None
 

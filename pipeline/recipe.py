@@ -45,7 +45,8 @@ class Recipe:
     task: str = _option(
         "",
         "Task: a GLUE name (see `pipeline tasks`), your own .csv, .tsv or .jsonl file, a folder of pictures, or "
-        "hub:DATASET, pictures from Hugging Face.",
+        "hub:DATASET, pictures from Hugging Face; of what is stored also its name, or NAME@ID (see `pipeline store "
+        "status`).",
         "extract train",
         metavar="NAME",
     )
@@ -303,7 +304,12 @@ class Recipe:
         "whose protocol draws batches at random.",
         "train",
     )
-    out: str | None = _option(None, "Run folder. Default: runs/TASK-TUNER-MODEL-sSEED.", "train", metavar="FOLDER")
+    out: str | None = _option(
+        None,
+        "Run folder. Default: runs/TASK-TUNER-MODEL-sSEED; of a task of your own, TASK is NAME@ID.",
+        "train",
+        metavar="FOLDER",
+    )
     overwrite: bool = _option(False, "Replace a finished run in the same folder.", "train")
     tensorboard: bool = _option(False, "Also write TensorBoard events (extra `tensorboard`).", "train")
 

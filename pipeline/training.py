@@ -9,11 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from extract.tasks import canonical_name
+from extract.tasks import is_named
 from extract.tasks.base import TaskSpec
+from extract.tasks.hub_images import PREFIX
+from extract.tasks.registry import is_folder, is_table
 from pipeline.job import Job, batch_size_of, grouped, live_backbone, load_job, sources
 from pipeline.recipe import Recipe
-from pipeline.resolve import Found, extract_command, store_path
+from pipeline.resolve import extract_command, store_path
+from pipeline.versions import columns_text, task_id
 from store.errors import StoreError, UserError
 from store.places import absolute
 from train.loop import FitOptions, fit
@@ -49,13 +52,15 @@ def fit_options(recipe: Recipe, spec: TaskSpec, model: Model) -> FitOptions:
     )
 
 
-def run_folder(recipe: Recipe, found: Found) -> Path:
-    """--out, or a folder named after the run."""
+def run_folder(job: Job) -> Path:
+    """--out, or a folder named after the run: the task by its name where everybody means the same by it, else with the
+    beginning of its id."""
+    recipe, task = job.recipe, job.spec.name
     if recipe.out:
         return Path(recipe.out)
-    model = found.source["names"][0].replace("/", "_")
-    name = f"{canonical_name(recipe.task)}-{recipe.tuner}-{model}-s{recipe.seed}" + ("-live" if recipe.live else "")
-    return Path("runs") / name
+    task = task if is_named(task) else f"{task}@{job.version[:8]}"
+    model = job.found.source["names"][0].replace("/", "_")
+    return Path("runs") / (f"{task}-{recipe.tuner}-{model}-s{recipe.seed}" + ("-live" if recipe.live else ""))
 
 
 def run_train(recipe: Recipe, say: Say, quiet: bool = False) -> dict[str, Any]:
@@ -65,7 +70,7 @@ def run_train(recipe: Recipe, say: Say, quiet: bool = False) -> dict[str, Any]:
         raise StoreError(
             f"the store has no train rows of {job.spec.name}; run: {extract_command(recipe)} --split train"
         )
-    folder = run_folder(recipe, job.found)
+    folder = run_folder(job)
     if (folder / "metrics.json").exists() and not recipe.overwrite:
         raise UserError(f"{folder} holds a finished run; give another --out, or --overwrite to replace it")
     model = job.model(recipe.seed)
@@ -80,6 +85,7 @@ def run_train(recipe: Recipe, say: Say, quiet: bool = False) -> dict[str, Any]:
         f"{options.epochs} epochs, {model.trainable_parameters():,} trainable parameters, "
         + ("live backbone" if recipe.live else "from the store")
     )
+    say(f"rows {task_id(table.header)}: {columns_text(table.header)}, of {str(table.header.get('created'))[:10]}")
     say(f"space {job.found.space.id[:12]}: {describe_space(job)}")
     folder.mkdir(parents=True, exist_ok=True)
     if Ranks.from_environment().rank == 0:
@@ -110,11 +116,19 @@ def describe_space(job: Job) -> str:
     )
 
 
+def lasting_name(job: Job) -> str:
+    """The task as a recipe names it for good: by its file or folder, by a name that everybody knows, or by its id."""
+    task = job.recipe.task
+    own = is_table(task) or is_folder(task) or is_named(task) or task.startswith(PREFIX)
+    return task if own else task_id(next(iter(job.tables.values())).header)
+
+
 def write_recipe(folder: Path, job: Job, options: FitOptions, batch_size: int) -> None:
     """recipe.yaml: the run's options with every default resolved, so that it can be run again by `--recipe`."""
     identity = job.found.space.identity
     resolved = replace(
         job.recipe,
+        task=lasting_name(job),
         model=job.recipe.model or job.found.source["names"][0],
         store=absolute(store_path(job.recipe)),
         space=job.found.space.id,

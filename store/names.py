@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from store.errors import StoreError
 
 FORMAT = 1
+QUARANTINE = "quarantine"
 CHUNK_BYTES = 8 << 20
 SEGMENT_BYTES = 128 << 20
 SEGMENT_SECONDS = 60.0

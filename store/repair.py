@@ -16,7 +16,7 @@ from store.document import dump_document, load_document
 from store.errors import StoreError
 from store.files import Files
 from store.index import Family, families
-from store.names import FORMAT, MAX_SMALL_JSON, is_key, segment_path, space_path
+from store.names import FORMAT, MAX_SMALL_JSON, QUARANTINE, is_key, segment_path, space_path
 from store.places import open_files
 from store.rewrite import salvage
 from store.segment import Problem, Segment
@@ -24,8 +24,6 @@ from store.space import LOST, Space
 from store.store import KIND
 from store.sweep import lost_manifest
 from store.tables import verify_tables
-
-QUARANTINE = "quarantine"
 
 
 @dataclass
@@ -129,6 +127,11 @@ def _repair_space(space: Space, done: Repaired, dry_run: bool) -> None:
             opened.append(segment)
         elif problems:
             _aside(files, folder, done, dry_run)
+    there = {s.id for s in opened} | superseded.intersection(files.names(f"{space_path(space.id)}/segments"))
+    for segment in opened:
+        if segment.base is not None and segment.base not in there:
+            done.problems.append({"segment": segment.id, "what": f"supplements {segment.base}, which is gone"})
+            _aside(files, segment.folder, done, dry_run)
     for family in families(opened):
         members = [family.base, *family.supplements]
         if not dry_run and any(s.id in bad for s in members):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,20 @@ from store.errors import StoreError
 from store.files import Files
 from store.index import Index, Lookup
 from store.names import FORMAT, MAX_JSON, MAX_SMALL_JSON, SEGMENT_BYTES, is_key, is_segment, segment_path, space_path
+from store.records import Record, list_records, read_record, save_record
+from store.references import unfound
 from store.segment import NotSealed, Problem, Segment
 from store.sweep import lost_manifest, sweep
-from store.tables import TableInfo, TaskTable, list_tables, load_table, read_table, save_table, verify_tables
+from store.tables import (
+    TableInfo,
+    TaskTable,
+    list_tables,
+    load_table,
+    read_header,
+    read_table,
+    save_table,
+    verify_tables,
+)
 from store.writer import SegmentWriter
 
 KIND = "activation-space"
@@ -152,7 +164,8 @@ class Space:
         return plan_blocks(self.files, self.id, self.index(), keys, states, columns, max_block_bytes)
 
     def verify(self, deep: bool = False) -> list[Problem]:
-        """What is wrong with any sealed segment or table: names and sizes, with `deep` every digest."""
+        """What is wrong with any sealed segment or table: names and sizes, with `deep` every digest, and whether all
+        that something names is there."""
         found = []
         for name in self._segment_names():
             if self.files.size(f"{segment_path(self.id, name)}/manifest.json") is None:
@@ -171,7 +184,7 @@ class Space:
             except StoreError as error:
                 found.append(Problem("", self._marker(name), str(error)))
         tables = verify_tables(self.files, self._tasks)
-        return found + [Problem("", path, what) for path, what in tables]
+        return found + [Problem("", path, what) for path, what in tables] + unfound(self)
 
     def save_table(self, table: TaskTable) -> Path:
         """Store a task table; returns its path. Never changes or removes another."""
@@ -184,13 +197,29 @@ class Space:
     def load_table(self, task: str, split: str, rows: int | None = None, path: str | None = None) -> TaskTable:
         """The table with `rows` rows, or the largest, of equals the newest; or the one at `path` (a TableInfo's).
 
-        Raises MissingStates if there is none, StoreError if it is damaged.
+        Raises MissingStates if there is none, StoreError if it is damaged or headers do not say which is the newest.
         """
         return load_table(self.files, self._tasks, task, split, rows, path)
 
     def read_table(self, info: TableInfo) -> TaskTable:
         """A table that `tables` listed. Raises StoreError if it is damaged or gone."""
         return read_table(self.files, info)
+
+    def read_header(self, info: TableInfo) -> dict[str, Any]:
+        """The header of a table that `tables` listed. Raises StoreError if the table is damaged or gone."""
+        return read_header(self.files, info)
+
+    def save_record(self, record: Record) -> None:
+        """Store the record of an extraction; never changes or removes another."""
+        save_record(self.files, self._tasks, record)
+
+    def records(self) -> list[Record]:
+        """The records of extractions, those that can be read."""
+        found = []
+        for path in list_records(self.files, self._tasks):
+            with suppress(StoreError):
+                found.append(read_record(self.files, path))
+        return found
 
     @cached_property
     def _tasks(self) -> str:

@@ -139,15 +139,22 @@ class Store:
 
     def verify(self, deep: bool = False) -> list[Problem]:
         """What is wrong with any feature space or kept weights: names and sizes, with `deep` every digest."""
-        found = []
+        found: list[Problem] = []
+        needed: dict[Any, str] = {}
         for name in self.files.names("spaces"):
             try:
                 if self._has_space(name) or self._holds_anything(name):
-                    found += Space(self.files, name).verify(deep)
+                    space = Space(self.files, name)
+                    needed.setdefault(space.identity.get("weights"), name)
+                    found += space.verify(deep)
             except StoreError as error:
                 found.append(Problem("", f"{space_path(name)}/space.json", str(error)))
         for name in self.files.names("weights"):
             found += [Problem("", file, what) for file, what in weights.verify(self.files, name, deep)]
+        for digest, name in needed.items():
+            if is_key(digest) and not any(entry[0] != "." for entry in self.files.names(f"weights/{digest}")):
+                what = f"is missing, feature space {name[:12]} needs it: restore it, or extract again"
+                found.append(Problem("", f"weights/{digest}", what))
         return found
 
     def _holds_anything(self, space: str) -> bool:

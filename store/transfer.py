@@ -81,7 +81,7 @@ def _copy_space(space: Space, target: Store, done: Copied, progress: Callable[[s
             _copy_segment(segment, target.files, done, progress)
         except Damaged as error:
             done.problems.append(str(error))
-    for table in sorted(space.tables(), key=lambda t: t.modified):
+    for table in space.tables():
         if target.files.size(table.path) is None:
             try:
                 data = space.files.read(table.path, MAX_JSON * 16)
@@ -95,6 +95,8 @@ def _copy_space(space: Space, target: Store, done: Copied, progress: Callable[[s
             done.tables += 1
             done.bytes += len(data)
             progress(table.path, len(data))
+    for record in space.records():
+        mine.save_record(record)
 
 
 class Damaged(StoreError):

@@ -11,11 +11,11 @@ from store.alive import is_dead
 from store.document import load_document
 from store.errors import StoreError
 from store.files import Files
-from store.names import MAX_SMALL_JSON, is_segment, segment_path, space_path, stream_of
-from store.repair import QUARANTINE
+from store.names import MAX_SMALL_JSON, QUARANTINE, is_segment, segment_path, space_path, stream_of
 from store.space import Space
 from store.store import Store
 from store.sweep import disown
+from store.tables import created_of, version_of
 from store.transfer import INCOMING, abandoned
 
 DAY = 86400.0
@@ -88,18 +88,29 @@ def _of_space(space: Space, older_than: float) -> Iterator[Litter]:
             yield Litter(folder, size, why)
     for name in superseded - set(files.names(f"{home}/segments")):
         yield Litter(f"{home}/superseded/{name}", 0, "note on a segment that is gone")
-    newest: dict[tuple[str, str, int], str] = {}
-    for table in space.tables():
-        before = newest.get((table.task, table.split, table.rows))
-        if before is not None and _old(files, before, older_than):
-            yield Litter(before, size_of(files, before), "an older table of the same rows")
-        newest[table.task, table.split, table.rows] = table.path
+    for path in _older_tables(space):
+        if _old(files, path, older_than):
+            yield Litter(path, size_of(files, path), "an older table of the same rows")
     for name in files.names(f"{home}/{WORK}"):
         if _old(files, f"{home}/{WORK}/{name}", older_than):
             yield Litter(f"{home}/{WORK}/{name}", size_of(files, f"{home}/{WORK}/{name}"), "left by a cluster's work")
     for folder in (home, *(f"{home}/tasks/{task}" for task in files.names(f"{home}/tasks"))):
         for name in _strays(files, folder, older_than):
             yield Litter(name, size_of(files, name), "unfinished file")
+
+
+def _older_tables(space: Space) -> Iterator[str]:
+    """Tables that were written anew: of the same split, number of rows, version and origin, and not the last."""
+    same: dict[tuple[str, ...], list[tuple[str, str]]] = {}
+    for info in space.tables():
+        try:
+            header = space.read_header(info)
+        except StoreError:
+            continue
+        name = (info.task, info.split, str(info.rows), version_of(header), str(header.get("origin")))
+        same.setdefault(name, []).append((created_of(header), info.path))
+    for found in same.values():
+        yield from (path for created, path in sorted(found)[:-1] if created)
 
 
 def _strays(files: Files, folder: str, older_than: float) -> list[str]:

@@ -117,13 +117,16 @@ class Rows:
 class Task:
     """A task with the splits that are there. `absent` says, for a split that is not, why and what to do.
 
-    `provenance`: dataset, revision, licence, source and split rule; nothing of the machine it was read on.
+    `provenance`: dataset, revision, licence, source and split rule; nothing of the machine it was read on. `origin`: a
+    digest of the machine and the places that it was read from, "" where there are none: rows of one origin are
+    editions of one thing, others only share a name.
     """
 
     spec: TaskSpec
     splits: dict[str, Rows]
     provenance: dict[str, Any]
     absent: dict[str, str] = field(default_factory=dict)
+    origin: str = ""
 
     def rows(self, split: str) -> Rows:
         """The rows of `split`. Raises `TaskError` saying why it is not there and which splits are."""
