@@ -78,6 +78,7 @@ def evaluate(run: str | Path | Run, split: str = "test") -> dict[str, float]:
     return (run if isinstance(run, Run) else load_run(run)).evaluate(split)
 
 
-def predict(run: str | Path | Run, texts: Sequence[Sequence[str]]) -> list[Any]:
-    """A label or value for each tuple of text fields, the backbone run live."""
+def predict(run: str | Path | Run, texts: Sequence[str | Sequence[str]]) -> list[Any]:
+    """A label or value for each tuple of text fields (of a task with one field, also for each text), the backbone run
+    live. Raises UserError for rows of another shape."""
     return (run if isinstance(run, Run) else load_run(run)).predict(texts)

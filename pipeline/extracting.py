@@ -22,6 +22,7 @@ from pipeline.keepsakes import keep
 from pipeline.projecting import project, widths_text
 from pipeline.recipe import Recipe
 from pipeline.resolve import device_of, need, open_task, refuse_full_readers, space_options, store_path, wanted_states
+from pipeline.rows import doubts, refuse_other_kind, refuse_unknown_ids
 from pipeline.versions import save_tables
 from store import Space, Store, TaskTable, bytes_per_value
 from store.errors import UserError
@@ -51,13 +52,15 @@ def prepare_split(
     total: int | None = None,
 ) -> Split:
     """Tokenise a split. Training rows of a text-to-text backbone get their own target's decoder positions, other rows
-    those that scoring all targets needs."""
+    those that scoring all targets needs. Raises UserError for rows that the backbone cannot read."""
+    refuse_other_kind(family, rows.texts, options.root, f"the {name} rows of {spec.name}")
     gold = None
     if options.views > 1 and name == "train":
         rows = with_views(rows, options.views)
     if name == "train" and candidates:
         gold = [spec.target_index(label) for label in rows.labels if label is not None]
     inputs = family.prepare(tokenizer, rows.texts, options, candidates, gold)
+    refuse_unknown_ids(family, inputs, f"the {name} rows of {spec.name}")
     if inputs.skipped:
         rows = rows.take([i for i in range(len(rows)) if i not in inputs.skipped])
     return Split(name, rows, inputs, inputs.keys(), len(rows) if total is None else total)
@@ -108,6 +111,9 @@ def run_extract(recipe: Recipe, say: Say, quiet: bool = False, task: Task | None
     identity = project(store, identity, backbone, fit_on, recipe.seed, tokens, task.spec.name, say)
     space = store.create_space(identity)
     _announce(say, space, splits, inputs, keys, states, family, options.format, task.spec, options.text.max_length)
+    warnings = doubts(checkpoint.tokenizer, family, splits)
+    for line in warnings:
+        say(f"warning: {line}")
     keep(recipe, task.spec, store, identity, backbone, splits, candidates, say)
     how: dict[str, Any] = {
         "tokens": tokens,
@@ -126,7 +132,7 @@ def run_extract(recipe: Recipe, say: Say, quiet: bool = False, task: Task | None
         report = compute(space, inputs, keys, states, backbone, describe=_describer(splits), **how)
     save_tables(space, {s.name: _table(task, s, candidates, checkpoint, splits) for s in splits})
     report.seconds = time.perf_counter() - started
-    return _finish(say, store, space, task, splits, states, report)
+    return {**_finish(say, store, space, task, splits, states, report), "warnings": warnings}
 
 
 def _splits(task: Task, recipe: Recipe) -> list[str]:

@@ -32,6 +32,7 @@ from pipeline.resolve import (
     store_path,
     tuner_options,
 )
+from pipeline.rows import refuse_other_kind
 from pipeline.versions import stored_tables, version_of
 from store import Space, Store, TaskTable, digest_json
 from store.errors import MissingStates, StoreError, UserError
@@ -134,6 +135,9 @@ def make_job(
     if "train" in tables:
         tables = {**tables, "train": limited(tables["train"], recipe.limit)}
     spec = TaskSpec.from_dict(next(iter(tables.values())).header["spec"])
+    if found.family.modality == "text":  # a store of earlier versions may hold names of pictures read as text
+        for split, table in tables.items():
+            refuse_other_kind(found.family, table.texts, "", f"the stored {split} rows of {spec.name}")
     config = tuner_options(recipe, recipe.tuner)
     tuner = tuner_class(recipe.tuner, found.family)
     states = tuner.states(config, found.family)

@@ -77,6 +77,8 @@ class Vision(Family):
             more = f" (and {len(bad) - 1} more like it)" if len(bad) > 1 else ""
             raise UserError(f"{next(iter(bad.values()))}{more}")
         good = [p for p in found if not isinstance(p, UserError)]
+        if bad and not good:
+            raise UserError(f"none of the {len(bad):,} pictures can be used, the first: {next(iter(bad.values()))}")
         pictures = np.empty(len(good), object)
         pictures[:] = good
         grids = np.array([[self.grid(s, *p.extent) for s in self.streams] for p in good], np.int64)
