@@ -23,6 +23,7 @@ from pipeline.projecting import project, widths_text
 from pipeline.recipe import Recipe
 from pipeline.resolve import device_of, need, open_task, refuse_full_readers, space_options, store_path, wanted_states
 from pipeline.rows import doubts, refuse_other_kind, refuse_unknown_ids
+from pipeline.unused import refuse_for_kind, refuse_for_tuners
 from pipeline.versions import save_tables
 from store import Space, Store, TaskTable, bytes_per_value
 from store.errors import UserError
@@ -90,6 +91,8 @@ def run_extract(recipe: Recipe, say: Say, quiet: bool = False, task: Task | None
     checkpoint = resolve(recipe.model)
     family, states = checkpoint.family, wanted_states(recipe, checkpoint.family)
     refuse_full_readers(recipe, recipe.tuners, family)
+    refuse_for_tuners(recipe, recipe.tuners, "extract")
+    refuse_for_kind(recipe, family)
     task = task or open_task(recipe)
     options = space_options(recipe, task.spec)
     identity = space_identity(checkpoint, options)

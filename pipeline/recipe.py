@@ -136,12 +136,15 @@ class Recipe:
         "extract train",
         metavar="SIZE",
     )
-    views: int = _option(
-        1,
-        "Pictures: fixed views of each training picture, the plain one and augmented ones (crop, flip, colour).",
+    views: int | None = _option(
+        None,
+        "Pictures: fixed views of each training picture, the plain one and augmented ones (crop, flip, colour). "
+        "Default: 1; train takes what the store has, or the first so many.",
         "extract train",
     )
-    view_seed: int = _option(0, "Pictures: seed that draws the augmented views.", "extract train")
+    view_seed: int | None = _option(
+        None, "Pictures: seed that draws the augmented views. Default: 0.", "extract train", metavar="SEED"
+    )
     skip_bad: bool = _option(
         False, "Pictures: leave out files that are damaged or not RGB, and count them.", "extract train"
     )

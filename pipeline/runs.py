@@ -127,18 +127,14 @@ def load_run(folder: str | Path, **overrides: Any) -> Run:
     if not (folder / TUNER).is_file():
         raise UserError(f"{folder}: the run has no trained tuner yet; `pipeline train --recipe {folder}/recipe.yaml`")
     recipe = Recipe.from_mapping(read_recipe(folder / "recipe.yaml"), str(folder / "recipe.yaml"))
-    recipe = replace(recipe, limit=None, **{k: v for k, v in overrides.items() if v is not None})
-    version = load_checkpoint(folder / TUNER)[1].get("rows")
+    recipe = replace(recipe, limit=None, views=None, **{k: v for k, v in overrides.items() if v is not None})
+    trained = load_checkpoint(folder / TUNER)[1]
     try:
-        job = load_job(recipe, version)
+        job = load_job(recipe, trained.get("rows"), trained.get("space"))
     except StoreError as error:
         raise StoreError(f"{folder}: {error}") from None
     model = job.model()
-    state, about = load_tuner(folder / TUNER, model.trainable_state())
-    if about.get("space") != job.found.space.id:
-        raise UserError(
-            f"{folder}: trained from feature space {about.get('space')}, the store gives {job.found.space.id}"
-        )
+    state, _ = load_tuner(folder / TUNER, model.trainable_state())
     model.load_trainable(state)
     return Run(folder, job, model.to(job.device))
 
