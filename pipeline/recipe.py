@@ -315,20 +315,9 @@ class Recipe:
             value, choices = getattr(self, f.name), f.metadata["choices"]
             if value is not None and choices and value not in choices:
                 raise UserError(f"{option_name(f.name)}: one of {', '.join(choices)}, not {value!r}")
-        for name in (
-            "limit",
-            "max_length",
-            "batch_size",
-            "epochs",
-            "max_steps",
-            "accumulate",
-            "reduction",
-            "alpha",
-            "window",
-            "patience",
-            "batch_tokens",
-            "views",
-        ):
+        counts = ("limit", "max_length", "batch_size", "epochs", "max_steps", "accumulate", "reduction", "alpha",
+                  "window", "patience", "batch_tokens", "views")  # fmt: skip
+        for name in counts:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{option_name(name)}: at least 1, not {value}")

@@ -88,9 +88,10 @@ class Run:
         """A label (its name) or a value for each row, the backbone run live. A row: the text of each of the task's
         fields, or the name of a picture; where that is one, also without a sequence around it. `root`: the folder
         that names of pictures are relative to. Raises UserError for rows of another shape or kind."""
-        rows = Rows(checked_rows(texts, self.spec), [None] * len(texts))
-        if not len(rows):
+        checked = checked_rows(texts, self.spec)
+        if not checked:
             return []
+        rows = Rows(checked, [None] * len(checked))
         backbone, checkpoint = self.live()
         candidates = next(iter(self.job.tables.values())).header.get("candidates", [])
         options = replace(text_options(self.job.found), root=str(root))

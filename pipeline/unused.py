@@ -75,6 +75,8 @@ def refuse_for_training(recipe: Recipe, family: Family) -> None:
     """UserError for options of training that do nothing with this tuner on this backbone, or in a live run."""
     if given(recipe, "pooling") and not pools(recipe.tuner, family):
         raise UserError(f"--pooling: tuner {recipe.tuner} on {family.name} backbones answers in text and pools nothing")
+    if family.modality == "text":  # of pictures the space itself says what they were made with
+        refuse_for_kind(recipe, family)
     if recipe.live:
         for option in ("tier", "host_memory", "scheduler"):
             if given(recipe, option):

@@ -66,6 +66,7 @@ def test_image_options_for_texts_and_text_options_for_pictures_are_refused(made,
     refused(run(*images, "--view-seed", 3), "--view-seed", "--views")
     assert not (tmp_path / "store").exists()
     refused(run("train", *made["texts"], "--image-size", 64), "image_size", "absent")
+    refused(run("train", *made["texts"], "--skip-bad"), "--skip-bad", "bert", "text")
 
 
 def test_fewer_views_than_stored_are_the_first_ones_and_the_recipe_says_what_was(made, tmp_path):
@@ -78,6 +79,11 @@ def test_fewer_views_than_stored_are_the_first_ones_and_the_recipe_says_what_was
     assert run("train", "--recipe", tmp_path / "all" / "recipe.yaml", "--out", tmp_path / "again").exit_code == 0
     scores = [json.loads((tmp_path / name / "metrics.json").read_text())["validation"] for name in ("all", "again")]
     assert scores[0] == scores[1]
+
+
+def test_the_command_for_what_is_missing_says_how_pictures_are_made(made):
+    line = refused(run("train", *made["pictures"], "--tuner", "sherl"), "pipeline extract", "--image-size 64x64")
+    assert "--views 3" in line and "--view-seed 9" in line and "--for sherl" in line
 
 
 def changed(checkpoint: object, folder: Path, file: str, change) -> Path:
