@@ -9,11 +9,12 @@ from typing import Any
 from extract.backbones import Batch
 from extract.tasks.base import Task, TaskSpec
 from pipeline.extracting import run_extract
-from pipeline.job import labels_of, limited, tables_of
-from pipeline.recipe import Recipe
-from pipeline.resolve import find_space, store_path
+from pipeline.job import first_views, labels_of, limited, parse_size, tables_of
+from pipeline.recipe import Recipe, checked_names
+from pipeline.resolve import device_of, find_space, store_path
 from pipeline.runs import Run, load_run
 from pipeline.training import run_train
+from pipeline.unused import refuse_for_stream
 from store import Space, Store
 from store.errors import UserError
 from train.stream import StoreSource
@@ -53,24 +54,31 @@ def stream(
     **options: Any,
 ) -> Iterator[Batch]:
     """Shuffled batches of any states of a task, for a side network of your own. `states`: names such as `encoder.5`
-    (`pipeline store status` lists them). Further options choose task, store and space as in `train`.
+    (`pipeline store status` lists them). Further options choose task, store and space, and say how they are read
+    (`tier`, `host_memory`, `scheduler`, `window`, `group_by_length`), as in `train`; `device` ("cpu" if not given) is
+    where the batches are.
 
     Yields `Batch`: `states[name]` (rows, width) float32, `lengths[stream]` (B,), `labels` (B,). Raises MissingStates
-    for states that were not extracted.
+    for states that were not extracted, UserError for options that are wrong or would do nothing.
     """
-    recipe = Recipe.from_mapping({**options, "batch_size": batch_size, "seed": seed}, "stream()")
+    options = checked_names(options, "stream()")
+    refuse_for_stream(options)
+    recipe = Recipe.from_mapping({"device": "cpu", **options, "batch_size": batch_size, "seed": seed}, "stream()")
+    device = device_of(recipe)
     found = find_space(recipe)
     assert isinstance(found.space, Space)
     tables = tables_of(recipe, found)
     if split not in tables:
         raise UserError(f"the store has no {split} rows of {recipe.task}; it has: {', '.join(tables)}")
-    table = limited(tables[split], recipe.limit)
+    table = limited(first_views(tables[split], recipe.views) if split == "train" else tables[split], recipe.limit)
     labels = labels_of(table, TaskSpec.from_dict(table.header["spec"]))
     source = StoreSource(
         found.space, table.keys, labels, list(states), found.family.columns, batch_size=batch_size, seed=seed,
-        window=recipe.window,
+        window=recipe.window, group_by_length=bool(recipe.group_by_length), tier=recipe.tier, device=device,
+        host_bytes=None if recipe.host_memory is None else parse_size(recipe.host_memory), scheduler=recipe.scheduler,
+        pin=device.type == "cuda",
     )  # fmt: skip
-    yield from source.epochs(0, epochs)
+    return (batch.to(device) for batch in source.epochs(0, epochs))
 
 
 def evaluate(run: str | Path | Run, split: str = "test") -> dict[str, float]:
@@ -78,6 +86,7 @@ def evaluate(run: str | Path | Run, split: str = "test") -> dict[str, float]:
     return (run if isinstance(run, Run) else load_run(run)).evaluate(split)
 
 
-def predict(run: str | Path | Run, texts: Sequence[Sequence[str]]) -> list[Any]:
-    """A label or value for each tuple of text fields, the backbone run live."""
+def predict(run: str | Path | Run, texts: Sequence[str | Sequence[str]]) -> list[Any]:
+    """A label or value for each tuple of text fields (of a task with one field, also for each text), the backbone run
+    live. Raises UserError for rows of another shape."""
     return (run if isinstance(run, Run) else load_run(run)).predict(texts)

@@ -151,7 +151,7 @@ def evaluate(as_json: bool, run: str, split: str | None, generate: bool, **overr
     "--input",
     "input_file",
     required=True,
-    help="File with new rows (.csv, .tsv, .jsonl), or a folder of pictures.",
+    help="File with new rows (.csv, .tsv, .jsonl), a picture, or a folder of pictures.",
     metavar="FILE",
 )
 @click.option("--text", default=None, help="Column with the text. Default: the task's own.", metavar="COLUMN")
@@ -171,7 +171,7 @@ def predict(
     loaded = load_run(run, **over)
     given = Path(input_file)
     root = given if given.is_dir() else given.parent
-    found = loaded.predict(read_texts(given, loaded.spec, text, text_pair), root)
+    found = loaded.predict(read_texts(given, loaded.spec, text, text_pair), root, _voice(as_json))
     if output:
         write_lines(Path(output), found)
         return {"run": run, "rows": len(found), "output": output}, f"{len(found):,} predictions in {output}"

@@ -22,6 +22,7 @@ from pipeline.operations import backbone_model, kept_bytes
 from pipeline.recipe import Recipe
 from pipeline.report import size_text, table_text
 from pipeline.training import fit_options, run_train
+from pipeline.unused import for_tuner, refuse_for_tuners
 from store.errors import UserError
 from train.counterparts import COUNTERPARTS, CounterpartModel, counterpart, input_source
 from train.loop import fit
@@ -49,13 +50,15 @@ def run_compare(
         )
     if csv_file and not Path(csv_file).parent.is_dir():
         raise UserError(f"--csv {csv_file}: no such folder: {Path(csv_file).parent}")
+    refuse_for_tuners(recipe, [m for m in methods if m not in COUNTERPARTS], "train")
     for method in methods:
-        _refuse(recipe, method)
+        family = _refuse(recipe, method)
     rows, total = [], None
     for method in methods:
         runs = []
         for seed in seeds:
-            one = replace(recipe, seed=seed, out=str(folder / f"{method}-s{seed}"), overwrite=True)
+            own = recipe if method in COUNTERPARTS else for_tuner(recipe, method, family)
+            one = replace(own, seed=seed, out=str(folder / f"{method}-s{seed}"), overwrite=True)
             runs.append(_counterpart(one, method) if method in COUNTERPARTS else _tuner(one, method))
             say(f"{method}, seed {seed}: {runs[-1]['metric']:.4f}, {runs[-1]['seconds_per_epoch']:.2f} s an epoch")
         total = total or runs[0]["backbone"]
@@ -95,17 +98,19 @@ def parse_seeds(text: str) -> list[int]:
     return list(dict.fromkeys(int(part) for part in parts))
 
 
-def _refuse(recipe: Recipe, method: str) -> None:
-    """Raises before hours are spent what `method` would end in: a tuner without a form for the backbone or with states
-    that are not stored, a counterpart that the backbone has no place for or whose package is missing."""
+def _refuse(recipe: Recipe, method: str) -> Family:
+    """The backbone's family. Raises before hours are spent what `method` would end in: a tuner without a form for the
+    backbone or with states that are not stored, a counterpart that the backbone has no place for or whose package is
+    missing."""
     if method not in COUNTERPARTS:
         job = load_job(replace(recipe, tuner=method))
         job.model(recipe.seed)
         if not recipe.live:
             sources(job, None)
-        return
+        return job.found.family
     family = _probe(recipe).found.family
     counterpart(method).prepare(family, copy.deepcopy(_shape(family)))
+    return family
 
 
 def _text(rows: Sequence[dict[str, Any]]) -> str:

@@ -23,6 +23,8 @@ from pipeline.keepsakes import keep
 from pipeline.projecting import project, widths_text
 from pipeline.recipe import Recipe
 from pipeline.resolve import device_of, need, open_task, refuse_full_readers, space_options, store_path, wanted_states
+from pipeline.rows import doubts, refuse_other_kind, refuse_unknown_ids
+from pipeline.unused import refuse_for_kind, refuse_for_tuners
 from pipeline.versions import save_tables, task_id
 from store import Space, Store, TaskTable, bytes_per_value
 from store.errors import UserError
@@ -52,13 +54,15 @@ def prepare_split(
     total: int | None = None,
 ) -> Split:
     """Tokenise a split. Training rows of a text-to-text backbone get their own target's decoder positions, other rows
-    those that scoring all targets needs."""
+    those that scoring all targets needs. Raises UserError for rows that the backbone cannot read."""
+    refuse_other_kind(family, rows.texts, options.root, f"the {name} rows of {spec.name}")
     gold = None
     if options.views > 1 and name == "train":
         rows = with_views(rows, options.views)
     if name == "train" and candidates:
         gold = [spec.target_index(label) for label in rows.labels if label is not None]
     inputs = family.prepare(tokenizer, rows.texts, options, candidates, gold)
+    refuse_unknown_ids(family, inputs, f"the {name} rows of {spec.name}")
     if inputs.skipped:
         rows = rows.take([i for i in range(len(rows)) if i not in inputs.skipped])
     return Split(name, rows, inputs, inputs.keys(), len(rows) if total is None else total)
@@ -95,6 +99,8 @@ def run_extract(recipe: Recipe, say: Say, quiet: bool = False, task: Task | None
     checkpoint = resolve(recipe.model)
     family, states = checkpoint.family, wanted_states(recipe, checkpoint.family)
     refuse_full_readers(recipe, recipe.tuners, family)
+    refuse_for_tuners(recipe, recipe.tuners, "extract")
+    refuse_for_kind(recipe, family)
     task = task or open_task(recipe)
     options = space_options(recipe, task.spec)
     task = with_contents(task, family, options.text)
@@ -117,6 +123,9 @@ def run_extract(recipe: Recipe, say: Say, quiet: bool = False, task: Task | None
     identity = project(store, identity, backbone, fit_on, recipe.seed, tokens, task.spec.name, say)
     space = store.create_space(identity)
     _announce(say, space, splits, inputs, keys, states, family, options.format, task.spec, options.text.max_length)
+    warnings = doubts(checkpoint.tokenizer, family, splits)
+    for line in warnings:
+        say(f"warning: {line}")
     keep(recipe, task.spec, store, identity, backbone, splits, candidates, say)
     how: dict[str, Any] = {
         "tokens": tokens,
@@ -137,7 +146,7 @@ def run_extract(recipe: Recipe, say: Say, quiet: bool = False, task: Task | None
     save_tables(space, tables, states)
     report.seconds = time.perf_counter() - started
     done = _finish(say, store, space, task, splits, states, report)
-    return {**done, "task id": task_id(next(iter(tables.values())).header)}
+    return {**done, "task id": task_id(next(iter(tables.values())).header), "warnings": warnings}
 
 
 def _splits(task: Task, recipe: Recipe) -> list[str]:

@@ -42,7 +42,9 @@ from pipeline.operations import (
 )
 from pipeline.recipe import Recipe
 from pipeline.resolve import device_of, need, open_task, refuse_full_readers, space_options, store_path, tuner_options
+from pipeline.rows import refuse_other_kind
 from pipeline.shapes import known_config
+from pipeline.unused import refuse_for_kind, refuse_for_tuners
 from store import FORMATS, SEGMENT_BYTES, bytes_per_value
 from store.errors import UserError
 from store.formats import unscaled_dtype
@@ -172,6 +174,7 @@ def sample_lengths(
     """Positions of up to `SAMPLED` rows of a split: tokenised, or estimated from words."""
     spec, rows = task.spec, task.rows(split).head(min(SAMPLED, recipe.limit or SAMPLED))
     text = space_options(recipe, spec).text
+    refuse_other_kind(family, rows.texts, text.root, f"the {split} rows of {spec.name}")
     if tokenizer is not None:
         candidates = family.candidates(tokenizer, spec.targets) if family.readout == "lm" else []
         gold = None
@@ -194,6 +197,8 @@ def workload(recipe: Recipe, task: Task | None = None) -> Workload:
     family, tokenizer = family_and_tokenizer(recipe.model)
     task = task or open_task(recipe)
     refuse_full_readers(recipe, (recipe.tuner,), family)
+    refuse_for_tuners(recipe, (recipe.tuner,), "train")
+    refuse_for_kind(recipe, family)
     if kept := parse_projection(recipe.projection or "none", family.width):
         # Of a projection the widths alone matter here.
         small = {n: family.width for n in family.states() if n not in family.full_states()}

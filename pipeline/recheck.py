@@ -9,9 +9,10 @@ import numpy as np
 import torch
 
 from extract.backbones.inputs import Inputs
+from extract.identity import refuse_other
 from pipeline.extracting import load_backbone
 from pipeline.resolve import family_from
-from store import Space, Store, StoreError, decode, stream_of
+from store import Space, Store, decode, stream_of
 from store.index import families
 from store.rewrite import read_family
 
@@ -23,7 +24,7 @@ PRECISION_TOLERANCE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
 def recheck(store: Store, count: int, model: str = "", seed: int | None = None) -> list[dict[str, Any]]:
     """Compare `count` random samples of each space. One entry a space: the worst difference, the tolerance, `ok`.
 
-    Raises UserError if the checkpoint is not at hand, StoreError if it is another one.
+    Raises UserError if the checkpoint is not at hand or another one.
     """
     return [_recheck(store, space, count, model, random.Random(seed)) for space in store.spaces()]
 
@@ -33,8 +34,7 @@ def _recheck(store: Store, space: Space, count: int, model: str, pick: random.Ra
 
     identity = space.identity
     checkpoint = resolve(model or store.load_json(identity["weights"], "source.json")["names"][0])
-    if checkpoint.weights_digest != identity["weights"]:
-        raise StoreError(f"{checkpoint.name}: not the weights that space {space.id[:12]} was extracted with")
+    refuse_other(checkpoint, identity)
     family = family_from(store, space)
     checkpoint.family.projection = family.projection
     backbone = load_backbone(checkpoint, identity["precision"], identity["attention"], torch.device("cpu"))

@@ -137,12 +137,15 @@ class Recipe:
         "extract train",
         metavar="SIZE",
     )
-    views: int = _option(
-        1,
-        "Pictures: fixed views of each training picture, the plain one and augmented ones (crop, flip, colour).",
+    views: int | None = _option(
+        None,
+        "Pictures: fixed views of each training picture, the plain one and augmented ones (crop, flip, colour). "
+        "Default: 1; train takes what the store has, or the first so many.",
         "extract train",
     )
-    view_seed: int = _option(0, "Pictures: seed that draws the augmented views.", "extract train")
+    view_seed: int | None = _option(
+        None, "Pictures: seed that draws the augmented views. Default: 0.", "extract train", metavar="SEED"
+    )
     skip_bad: bool = _option(
         False, "Pictures: leave out files that are damaged or not RGB, and count them.", "extract train"
     )
@@ -318,20 +321,9 @@ class Recipe:
             value, choices = getattr(self, f.name), f.metadata["choices"]
             if value is not None and choices and value not in choices:
                 raise UserError(f"{option_name(f.name)}: one of {', '.join(choices)}, not {value!r}")
-        for name in (
-            "limit",
-            "max_length",
-            "batch_size",
-            "epochs",
-            "max_steps",
-            "accumulate",
-            "reduction",
-            "alpha",
-            "window",
-            "patience",
-            "batch_tokens",
-            "views",
-        ):
+        counts = ("limit", "max_length", "batch_size", "epochs", "max_steps", "accumulate", "reduction", "alpha",
+                  "window", "patience", "batch_tokens", "views")  # fmt: skip
+        for name in counts:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{option_name(name)}: at least 1, not {value}")

@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from extract.backbones.images import SUFFIXES as PICTURES
 from extract.backbones.live import Backbone
 from extract.checkpoint import Checkpoint
 from extract.tasks.base import Rows, TaskSpec
 from extract.tasks.glue import GLUE
 from extract.tasks.images import pictures
 from extract.tasks.sheet import read_sheet
-from pipeline.extracting import prepare_split
+from pipeline.extracting import Say, prepare_split
 from pipeline.job import (
     Job,
     batch_size_of,
@@ -28,6 +29,7 @@ from pipeline.job import (
     text_options,
 )
 from pipeline.recipe import Recipe, read_recipe
+from pipeline.rows import checked_rows, doubts
 from store.errors import StoreError, UserError
 from train.checkpoint import TUNER, load_tuner
 from train.checkpoint import load as load_checkpoint
@@ -80,16 +82,22 @@ class Run:
         known = sum(c is not None for c in chosen)
         return {**score(self.spec.metrics, chosen, labels.tolist()), "in_targets": known / len(chosen)}
 
-    def predict(self, texts: Sequence[Sequence[str]], root: str | Path = "") -> list[Any]:
-        """A label (its name) or a value for each text, text pair or picture, the backbone run live. `root`: the folder
-        that names of pictures are relative to."""
-        if not texts:
+    def predict(
+        self, texts: Sequence[str | Sequence[str]], root: str | Path = "", say: Say = lambda text: None
+    ) -> list[Any]:
+        """A label (its name) or a value for each row, the backbone run live. A row: the text of each of the task's
+        fields, or the name of a picture; where that is one, also without a sequence around it. `root`: the folder
+        that names of pictures are relative to. Raises UserError for rows of another shape or kind."""
+        checked = checked_rows(texts, self.spec)
+        if not checked:
             return []
+        rows = Rows(checked, [None] * len(checked))
         backbone, checkpoint = self.live()
-        rows = Rows([tuple(t) for t in texts], [None] * len(texts))
         candidates = next(iter(self.job.tables.values())).header.get("candidates", [])
         options = replace(text_options(self.job.found), root=str(root))
         part = prepare_split(backbone.family, checkpoint.tokenizer, self.spec, "predict", rows, options, candidates)
+        for line in doubts(checkpoint.tokenizer, backbone.family, [part]):
+            say(f"warning: {line}")
         # Sorted by length, so that batches hold little padding; `predict` puts the answers back in order.
         order = Order(part.inputs.tokens(), self._batch_size())
         source = LiveSource(backbone, part.inputs, None, self.job.states, order)
@@ -120,18 +128,14 @@ def load_run(folder: str | Path, **overrides: Any) -> Run:
     if not (folder / TUNER).is_file():
         raise UserError(f"{folder}: the run has no trained tuner yet; `pipeline train --recipe {folder}/recipe.yaml`")
     recipe = Recipe.from_mapping(read_recipe(folder / "recipe.yaml"), str(folder / "recipe.yaml"))
-    recipe = replace(recipe, limit=None, **{k: v for k, v in overrides.items() if v is not None})
-    version = load_checkpoint(folder / TUNER)[1].get("rows")
+    recipe = replace(recipe, limit=None, views=None, **{k: v for k, v in overrides.items() if v is not None})
+    trained = load_checkpoint(folder / TUNER)[1]
     try:
-        job = load_job(recipe, version)
+        job = load_job(recipe, trained.get("rows"), trained.get("space"))
     except StoreError as error:
         raise StoreError(f"{folder}: {error}") from None
     model = job.model()
-    state, about = load_tuner(folder / TUNER, model.trainable_state())
-    if about.get("space") != job.found.space.id:
-        raise UserError(
-            f"{folder}: trained from feature space {about.get('space')}, the store gives {job.found.space.id}"
-        )
+    state, _ = load_tuner(folder / TUNER, model.trainable_state())
     model.load_trainable(state)
     return Run(folder, job, model.to(job.device))
 
@@ -141,11 +145,15 @@ def read_texts(
 ) -> list[tuple[str, ...]]:
     """The text fields of a file's rows: columns named by `text` and `text_pair`, or by the task's own field names.
 
-    GLUE's files are understood in their own layout; a folder gives the pictures below it. Raises UserError for a
-    missing column or a bad file.
+    GLUE's files are understood in their own layout; a folder gives the pictures below it, a picture itself. Raises
+    UserError for a missing column, a bad file or a folder without pictures.
     """
     if path.is_dir():
-        return [(p.relative_to(path).as_posix(),) for p in pictures(path)]
+        if not (found := pictures(path)):
+            raise UserError(f"{path}: there are no pictures in this folder")
+        return [(p.relative_to(path).as_posix(),) for p in found]
+    if path.suffix.lower() in PICTURES and path.is_file():
+        return [(path.name,)]
     glue = GLUE.get(spec.name)
     sheet = read_sheet(path)
     if glue and glue.header and text is None and not set(spec.fields) <= set(sheet.columns):

@@ -13,9 +13,19 @@ from extract.tasks import is_named
 from extract.tasks.base import TaskSpec
 from extract.tasks.hub_images import PREFIX
 from extract.tasks.registry import is_folder, is_table
-from pipeline.job import Job, batch_size_of, grouped, live_backbone, load_job, sources
+from pipeline.job import (
+    Job,
+    batch_size_of,
+    grouped,
+    live_backbone,
+    load_job,
+    picture_options,
+    sources,
+    views_of,
+)
 from pipeline.recipe import Recipe
 from pipeline.resolve import extract_command, store_path
+from pipeline.unused import refuse_for_training, refuse_for_tuners
 from pipeline.versions import columns_text, task_id
 from store.errors import StoreError, UserError
 from store.places import absolute
@@ -65,7 +75,9 @@ def run_folder(job: Job) -> Path:
 
 def run_train(recipe: Recipe, say: Say, quiet: bool = False) -> dict[str, Any]:
     """Train what `recipe` says; `say` takes the lines a person reads. Returns the metrics with the run's folder."""
+    refuse_for_tuners(recipe, [recipe.tuner], "train")
     job = load_job(recipe)
+    refuse_for_training(recipe, job.found.family)
     if "train" not in job.tables:
         raise StoreError(
             f"the store has no train rows of {job.spec.name}; run: {extract_command(recipe)} --split train"
@@ -138,9 +150,12 @@ def write_recipe(folder: Path, job: Job, options: FitOptions, batch_size: int) -
         lr=options.lr,
         warmup_steps=options.warmup_steps,
         warmup_ratio=options.warmup_ratio,
+        views=views_of(job.tables["train"]) if "image_size" in identity else None,
         out=None,
         overwrite=False,
-        **{k: identity[k] for k in ("format", "precision", "attention", "max_length", "truncation_side")},
+        **{k: identity[k] for k in ("format", "projection", "precision", "attention")},
+        **{k: identity[k] for k in ("max_length", "truncation_side")},
+        **picture_options(identity),
     )
     title = f"{job.recipe.tuner} on {job.spec.name}, {time.strftime('%Y-%m-%d')}"
     header = f"{title}\npipeline train --recipe recipe.yaml --out OTHER"

@@ -31,7 +31,8 @@ class TextOptions:
     Of image families: `root`, the folder that file names are relative to; `skip_bad`, leave out pictures that cannot be
     read; `image_size`, "HEIGHTxWIDTH" of what the backbone sees, "own" for each
     picture's own, "" for the checkpoint's; `views`, how many fixed
-    augmented views of a training picture there are (1: the plain one alone), and `view_seed`, which draws them.
+    augmented views of a training picture there are (1: the plain one alone), and `view_seed`, which draws them;
+    `upright`, turn pictures as their EXIF orientation says (False: of spaces made before that was done).
     """
 
     prompt: str = ""
@@ -42,6 +43,7 @@ class TextOptions:
     image_size: str = ""
     views: int = 1
     view_seed: int = 0
+    upright: bool = True
 
 
 class Tail(nn.Module, ABC):

@@ -71,12 +71,14 @@ class Vision(Family):
         """
         preprocess = tokenizer.sized(options.image_size)
         paths, views = [Path(options.root) / t[0] for t in texts], [int(t[1]) if len(t) > 1 else 0 for t in texts]
-        found = look_all(paths, preprocess, views, options.view_seed)
+        found = look_all(paths, preprocess, views, options.view_seed, options.upright)
         bad = {i: str(p) for i, p in enumerate(found) if isinstance(p, UserError)}
         if bad and not options.skip_bad:
             more = f" (and {len(bad) - 1} more like it)" if len(bad) > 1 else ""
             raise UserError(f"{next(iter(bad.values()))}{more}")
         good = [p for p in found if not isinstance(p, UserError)]
+        if bad and not good:
+            raise UserError(f"none of the {len(bad):,} pictures can be used, the first: {next(iter(bad.values()))}")
         pictures = np.empty(len(good), object)
         pictures[:] = good
         grids = np.array([[self.grid(s, *p.extent) for s in self.streams] for p in good], np.int64)

@@ -77,6 +77,8 @@ class SherlConv(Tuner):
     def __init__(self, config: SherlConfig, family: Family, tail: Tail) -> None:
         super().__init__(config, family, tail)
         refuse({"insert": config.insert, "tail": config.tail}, family)
+        if config.recompute:
+            raise UserError(f"recompute: SHERL on {family.name} backbones keeps what it computes; leave it out")
         inner = checked_reduction(config.reduction, family.width)
         self.names = taps(config, family, "sherl", live=True)
         self.down = nn.ModuleList(ConvNorm(family.width_of(n.split(".")[0]), inner) for n in self.names)
