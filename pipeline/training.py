@@ -20,6 +20,7 @@ from train.loop import FitOptions, fit
 from train.metrics import score
 from train.model import Model
 from train.ranks import Ranks
+from train.runlog import write_bytes
 
 Say = Callable[[str], None]
 LARGE_TASKS = ("mnli", "qnli", "qqp", "sst2")
@@ -130,4 +131,4 @@ def write_recipe(folder: Path, job: Job, options: FitOptions, batch_size: int) -
     )
     title = f"{job.recipe.tuner} on {job.spec.name}, {time.strftime('%Y-%m-%d')}"
     header = f"{title}\npipeline train --recipe recipe.yaml --out OTHER"
-    (folder / "recipe.yaml").write_text(resolved.to_yaml(header), encoding="utf-8")
+    write_bytes(folder / "recipe.yaml", resolved.to_yaml(header).encode())

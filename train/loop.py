@@ -27,6 +27,7 @@ from store.errors import UserError
 from store.malloc import keep_freed_memory, return_freed_memory
 from train import checkpoint
 from train.evaluate import Score, Trainable, autocast, closing, evaluate
+from train.finite import NotFinite
 from train.interrupt import Interrupt, Interrupted
 from train.optim import adamw, reseed
 from train.options import FitOptions
@@ -37,12 +38,6 @@ from train.source import Source
 from train.state import State, refuse_other_run
 
 __all__ = ["FitOptions", "Interrupted", "NotFinite", "Trainable", "evaluate", "fit"]
-
-
-class NotFinite(UserError):
-    """The loss or its gradient became NaN or infinite; all ranks stop together."""
-
-    everywhere = True
 
 
 def fit(
@@ -129,7 +124,7 @@ class _Run:
         self.schedule = scheduler(
             self.optimizer, options.schedule, options.warmup(self.total), self.total, step=state.step
         )
-        self.log = RunLog(self.run_dir, state.step, state.evaluations, options.tensorboard)
+        self.log = RunLog(self.run_dir, state, options.tensorboard)
         self.bar = tqdm(
             total=self.total,
             initial=state.step,
@@ -311,7 +306,7 @@ class _Run:
             )
 
     def save(self) -> None:
-        self.state.scaler = self.scaler.state_dict()
+        self.state.scaler, self.state.log = self.scaler.state_dict(), self.log.written()
         checkpoint.save_run(
             self.run_dir / checkpoint.RESUME,
             self.model.trainable_state(),

@@ -30,7 +30,7 @@ def test_a_tuner_comes_back_exactly(tmp_path: Path) -> None:
     state = {"a": torch.randn(3, 2), "b.c": torch.randn(4, dtype=torch.bfloat16), "n": torch.tensor(7)}
     path = tmp_path / checkpoint.TUNER
     checkpoint.save_tuner(path, state, {"epoch": 3})
-    back, info = checkpoint.load_tuner(path, state)
+    back, info = checkpoint.load(path)
     assert info == {"epoch": 3}
     assert back.keys() == state.keys()
     assert all(torch.equal(back[k], state[k]) and back[k].dtype == state[k].dtype for k in state)
@@ -94,12 +94,13 @@ def test_a_pickle_is_refused(tmp_path: Path) -> None:
 def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     path = tmp_path / checkpoint.TUNER
     checkpoint.save_tuner(path, {"a": torch.zeros(2), "b": torch.zeros(3, 2)}, {})
+    found, _ = checkpoint.load(path)
     with pytest.raises(UserError, match=r"b has shape \(3, 2\) but the model needs \(3, 4\)"):
-        checkpoint.load_tuner(path, {"a": torch.zeros(2), "b": torch.zeros(3, 4)})
+        checkpoint.check(found, {"a": torch.zeros(2), "b": torch.zeros(3, 4)}, path)
     with pytest.raises(UserError, match="lacks tensors c"):
-        checkpoint.load_tuner(path, {"a": torch.zeros(2), "b": torch.zeros(3, 2), "c": torch.zeros(1)})
+        checkpoint.check(found, {"a": torch.zeros(2), "b": torch.zeros(3, 2), "c": torch.zeros(1)}, path)
     with pytest.raises(UserError, match="holds unknown tensors b"):
-        checkpoint.load_tuner(path, {"a": torch.zeros(2)})
+        checkpoint.check(found, {"a": torch.zeros(2)}, path)
     with pytest.raises(UserError, match="not a resumable checkpoint"):
         checkpoint.load_run(path)
 
