@@ -21,7 +21,7 @@ from pipeline.extracting import Say
 from pipeline.job import Job, batch_size_of, live_backbone, live_source, load_job, sources
 from pipeline.operations import backbone_model, kept_bytes
 from pipeline.recipe import Recipe
-from pipeline.report import size_text, table_text
+from pipeline.report import layout_text, size_text, table_text
 from pipeline.training import fit_options, run_train
 from store.errors import UserError
 from train.counterparts import COUNTERPARTS, CounterpartModel, counterpart, input_source
@@ -40,7 +40,8 @@ def run_compare(
     The metric is the task's average on the test split, else on validation; the spread is the standard deviation over
     seeds; seconds an epoch are the fastest seed's, which other work on the machine disturbed least. Memory of one
     training step: on a GPU the measured peak; on a CPU the tensors counted, that is weights, gradients, Adam's two
-    moments, the batch, and what the backward pass keeps.
+    moments, the batch, and what the backward pass keeps. The layout says which blocks the order of samples followed: one
+    seed gives the same run on the same layout.
     """
     unknown = [m for m in methods if m not in COUNTERPARTS and m not in tuner_names()]
     if not methods or unknown:
@@ -72,6 +73,7 @@ def run_compare(
                 "spread": statistics.stdev(metrics) if len(metrics) > 1 else None,
                 "seeds": len(metrics),
                 "live": method in COUNTERPARTS or recipe.live,
+                "layout": " ".join(dict.fromkeys(layout_text(r["layout"]) for r in runs)),
             }
         )
     if csv_file:
@@ -123,7 +125,10 @@ def _text(rows: Sequence[dict[str, Any]]) -> str:
         )
         for r in rows
     ]
-    return table_text(HEAD, cells)
+    layouts = {r["method"]: r["layout"] for r in rows}
+    same = set(layouts.values())
+    said = same.pop() if len(same) == 1 else "; ".join(f"{method} {layout}" for method, layout in layouts.items())
+    return f"{table_text(HEAD, cells)}\nlayout of the samples: {said}"
 
 
 def _tuner(recipe: Recipe, name: str) -> dict[str, Any]:
@@ -184,6 +189,7 @@ def _summary(job: Job, model: Any, batch: Batch, metrics: dict[str, Any], more: 
         "metric": scores["average"],
         "seconds_per_epoch": metrics["seconds_per_epoch"],
         "trainable": metrics["trainable_parameters"],
+        "layout": metrics["layout"],
         "memory": step_memory(model, batch.to(job.device), more),
         "backbone": backbone_parameters(job.found.family),
     }

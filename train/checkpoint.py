@@ -117,28 +117,26 @@ def check(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: P
             )
 
 
-def save_run(
-    path: Path,
-    model: Mapping[str, Tensor],
-    best: Mapping[str, Tensor],
-    optimizer: Mapping[str, Tensor],
-    info: Mapping[str, Any],
-) -> None:
-    """A resumable checkpoint: present weights, best weights so far (may be empty), optimizer tensors."""
-    parts = {"model": model, "best": best, "optimizer": optimizer}
+# Of a resumable checkpoint: present weights, best weights so far (may be empty), the optimizer's tensors, and for each
+# split the block of each sample that the order of the run follows.
+PARTS = ("model", "best", "optimizer", "layout")
+
+
+def save_run(path: Path, parts: Mapping[str, Mapping[str, Tensor]], info: Mapping[str, Any]) -> None:
+    """A resumable checkpoint: tensors by name for each of `PARTS`."""
     save(path, {f"{part}/{name}": t for part, tensors in parts.items() for name, t in tensors.items()}, info)
 
 
-def load_run(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
-    """Undo `save_run`: model, best, optimizer, info."""
+def load_run(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """Undo `save_run`: parts and info."""
     tensors, info = load(path)
-    parts: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "optimizer": {}}
+    parts: dict[str, dict[str, Tensor]] = {part: {} for part in PARTS}
     for name, tensor in tensors.items():
         part, _, rest = name.partition("/")
         if part not in parts:
             raise UserError(f"{path} is not a resumable checkpoint (it holds {name}): choose another --out")
         parts[part][rest] = tensor
-    return parts["model"], parts["best"], parts["optimizer"], info
+    return parts, info
 
 
 def optimizer_state(optimizer: Optimizer, names: list[str]) -> dict[str, Tensor]:

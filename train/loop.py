@@ -1,9 +1,10 @@
 """`fit`: train a tuner, keep its best epoch, survive a kill.
 
-After every `checkpoint_every` steps and every epoch `resume.safetensors` holds the weights, the optimizer and the
-place (epoch, batch, step). Randomness is reseeded from (seed, step) before each step and the order of samples follows
-from (seed, epoch), so a run that was killed anywhere and started again gives the losses of one that was not, bit for
-bit on the same machine. Price of a checkpoint: four times the trainable parameters in float32, written and synced.
+After every `checkpoint_every` steps and every epoch `resume.safetensors` holds the weights, the optimizer, the place
+(epoch, batch, step) and the blocks that samples stood in at the start. Randomness is reseeded from (seed, step) before
+each step and the order of samples follows from (seed, epoch) and those blocks, so a run that was killed anywhere and
+started again, also on a store that was compacted since, gives the losses of one that was not, bit for bit on the same
+machine. Price of a checkpoint: four times the trainable parameters in float32, written and synced.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -140,6 +142,10 @@ class _Run:
                     self.epoch(stream)
                     self.close_epoch()
             return self.finish()
+        except NotFinite:
+            # Resuming would end here again, and only stand in the way of a run with other options.
+            (self.run_dir / checkpoint.RESUME).unlink(missing_ok=True)
+            raise
         finally:
             self.bar.close()
             self.log.close()
@@ -156,12 +162,7 @@ class _Run:
             group.append(batch)
             if len(group) < options.accumulate and place < batches:
                 continue
-            try:
-                entry = self.step(group)
-            except NotFinite:
-                # Resuming would end here again, and only stand in the way of a run with other options.
-                (self.run_dir / checkpoint.RESUME).unlink(missing_ok=True)
-                raise
+            entry = self.step(group)
             state.step, state.batch = state.step + 1, place
             group = []
             now = time.perf_counter()
@@ -267,7 +268,13 @@ class _Run:
         state = self.state
         state.best_epoch, state.best, state.since_best = state.epoch + 1, metrics, 0
         self.best = {name: t.detach().cpu().clone() for name, t in self.model.trainable_state().items()}
-        about = {**self.info, "epoch": state.best_epoch, "step": state.step, "validation": finite(metrics)}
+        about = {
+            **self.info,
+            "layout": self.train.order.layout(),
+            "epoch": state.best_epoch,
+            "step": state.step,
+            "validation": finite(metrics),
+        }
         checkpoint.save_tuner(self.run_dir / checkpoint.TUNER, self.best, about)
 
     def finish(self) -> dict[str, Any]:
@@ -288,6 +295,7 @@ class _Run:
             "epochs": state.epoch,
             "steps": state.step,
             "stopped": state.stopped,
+            "layout": self.train.order.layout(),
             "seconds": state.seconds,
             "seconds_per_epoch": state.seconds / max(1, state.step) * steps_an_epoch,
             "wait_share": state.wait_seconds / state.seconds if state.seconds else 0.0,
@@ -309,32 +317,58 @@ class _Run:
         self.state.scaler, self.state.log = self.scaler.state_dict(), self.log.written()
         checkpoint.save_run(
             self.run_dir / checkpoint.RESUME,
-            self.model.trainable_state(),
-            self.best,
-            checkpoint.optimizer_state(self.optimizer, self.names),
-            {"state": finite(asdict(self.state)), "run": self.identity()},
+            {
+                "model": self.model.trainable_state(),
+                "best": self.best,
+                "optimizer": checkpoint.optimizer_state(self.optimizer, self.names),
+                "layout": {n: torch.from_numpy(s.order.block.astype("int32")) for n, s in self.sources().items()},
+            },
+            {
+                "state": finite(asdict(self.state)),
+                "run": {**self.identity(), "order": self.train.order.digest()},
+            },
         )
 
     def restore(self, path: Path) -> None:
         """Undo `save`. Raises UserError naming an option that has changed since."""
-        model, best, optimizer, about = checkpoint.load_run(path)
+        parts, about = checkpoint.load_run(path)
         try:
             state, saved = State(**about["state"]), dict(about["run"])
         except (KeyError, TypeError) as error:
             raise UserError(f"{path} is not a checkpoint of this version ({error}): choose another --out") from None
         refuse_other_run(saved, self.identity(), self.run_dir)
-        checkpoint.check(model, self.model.trainable_state(), path)
-        self.model.load_trainable(model)
-        checkpoint.load_optimizer_state(self.optimizer, self.names, optimizer)
+        self.follow({name: block.numpy().astype("int64") for name, block in parts["layout"].items()})
+        refuse_other_run(saved, {"order": self.train.order.digest()}, self.run_dir)
+        checkpoint.check(parts["model"], self.model.trainable_state(), path)
+        self.model.load_trainable(parts["model"])
+        checkpoint.load_optimizer_state(self.optimizer, self.names, parts["optimizer"])
         self.scaler.load_state_dict(state.scaler)
-        self.state, self.best = state, best
+        self.state, self.best = state, parts["best"]
+
+    def sources(self) -> dict[str, Source]:
+        """The sources there are, by split."""
+        found = {"train": self.train, "validation": self.validation, "test": self.test}
+        return {name: source for name, source in found.items() if source is not None}
+
+    def follow(self, layout: Mapping[str, np.ndarray]) -> None:
+        """Go on in the order of the blocks that the run began with, for a store may have been compacted since. A
+        checkpoint of an older version says nothing of them."""
+        sources = self.sources()
+        for name in layout and sources.keys() | layout.keys():
+            now, then = sources[name].n if name in sources else 0, len(layout.get(name, ()))
+            if now != then:
+                raise UserError(
+                    f"{self.run_dir} holds an unfinished run with {then:,} {name} samples, now {now:,}: choose another --out"
+                )
+            if not np.array_equal(sources[name].order.block, layout[name]):
+                sources[name].follow(layout[name])
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for a run to be resumed, as JSON gives it back."""
         options = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.options).items()}
         order = self.train.order
         sizes = {"samples": order.n, "batch_size": order.batch_size, "order_seed": order.seed}
-        return {**options, **sizes, "order": order.digest(), **self.info}
+        return {**options, **sizes, **self.info}
 
 
 def _better(new: float, best: float | None) -> bool:

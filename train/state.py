@@ -13,7 +13,7 @@ from store.errors import UserError
 _FREE = {"patience", "checkpoint_every", "tensorboard"}
 # Digests, which say nothing to a reader: what has changed instead.
 _CONTENT = {
-    "order": "other blocks of samples: the store's segments or the window have",
+    "order": "an order of other blocks: the store's segments, --window or --group-by-length have",
     "rows": "other rows or labels: the task's table has",
 }
 

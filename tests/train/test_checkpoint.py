@@ -50,13 +50,14 @@ def test_the_optimizer_goes_on_as_if_never_stopped(tmp_path: Path) -> None:
     model = net()
     optimizer, names = adam(model, 3)
     path = tmp_path / checkpoint.RESUME
-    checkpoint.save_run(path, model.state_dict(), {}, checkpoint.optimizer_state(optimizer, names), {"step": 3})
-    weights, best, tensors, info = checkpoint.load_run(path)
-    assert (best, info) == ({}, {"step": 3})
+    parts = {"model": model.state_dict(), "optimizer": checkpoint.optimizer_state(optimizer, names)}
+    checkpoint.save_run(path, parts, {"step": 3})
+    found, info = checkpoint.load_run(path)
+    assert (found["best"], info) == ({}, {"step": 3})
     other = net()
-    other.load_state_dict(weights)
+    other.load_state_dict(found["model"])
     again = torch.optim.AdamW(other.parameters(), lr=0.1)
-    checkpoint.load_optimizer_state(again, names, tensors)
+    checkpoint.load_optimizer_state(again, names, found["optimizer"])
     for step in range(3, 6):
         torch.manual_seed(step)
         again.zero_grad()
