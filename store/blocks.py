@@ -80,7 +80,9 @@ def plan_blocks(
     streams = [*dict.fromkeys(stream_of(name) for name in names)]
     plan = BlockPlan([], np.zeros(len(keys), np.int64), np.zeros(len(keys), np.int64), {}, 0)
     plan.lengths = {stream: np.zeros(len(keys), np.int64) for stream in streams}
-    apart = family if groups is None else np.unique(np.stack([family, groups], 1), axis=0, return_inverse=True)[1].ravel()
+    apart = family
+    if groups is not None:
+        apart = np.unique(np.stack([family, groups], 1), axis=0, return_inverse=True)[1].ravel()
     order = np.argsort(apart, kind="stable")
     borders = np.flatnonzero(np.diff(apart[order], prepend=-1, append=-1))
     for low, high in pairwise(borders):

@@ -151,8 +151,8 @@ class Space:
         max_block_bytes: int = SEGMENT_BYTES,
         groups: np.ndarray | None = None,
     ) -> BlockPlan:
-        """Blocks that cover `keys`, those of two `groups` (n,) apart. Raises MissingStates if a sample or a state of one
-        is not stored."""
+        """Blocks that cover `keys`, those of two `groups` (n,) apart. Raises MissingStates if a sample or a state of
+        one is not stored."""
         return plan_blocks(self.files, self.id, self.index(), keys, states, columns, max_block_bytes, groups)
 
     def verify(self, deep: bool = False) -> list[Problem]:

@@ -15,8 +15,8 @@ class NotFinite(UserError):
 
 
 def refuse_nan(scores: Tensor) -> Tensor:
-    """`scores` (rows, …) of classes, tokens or values as they are. Raises NotFinite where one is NaN: its `argmax` would
-    be a class like any other."""
+    """`scores` (rows, …) of classes, tokens or values as they are. Raises NotFinite where one is NaN: its `argmax`
+    would be a class like any other."""
     bad = torch.isnan(scores).flatten(1).any(1) if scores.ndim > 1 else torch.isnan(scores)
     if count := int(bad.sum()):
         raise NotFinite(

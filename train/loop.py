@@ -1,10 +1,10 @@
 """`fit`: train a tuner, keep its best epoch, survive a kill.
 
-After every `checkpoint_every` steps and every epoch `resume.safetensors` holds the weights, the optimizer, the place
-(epoch, batch, step) and the blocks that samples stood in at the start. Randomness is reseeded from (seed, step) before
-each step and the order of samples follows from (seed, epoch) and those blocks, so a run that was killed anywhere and
-started again, also on a store that was compacted since, gives the losses of one that was not, bit for bit on the same
-machine. Price of a checkpoint: four times the trainable parameters in float32, written and synced.
+At the start, after every `checkpoint_every` steps and every epoch `resume.safetensors` holds the weights, the
+optimizer, the place (epoch, batch, step) and the blocks that samples stood in at the start. Randomness is reseeded from
+(seed, step) before each step and the order of samples follows from (seed, epoch) and those blocks, so a run that was
+killed anywhere and started again, also on a store that was compacted since, gives the losses of one that was not, bit
+for bit on the same machine. Price of a checkpoint: four times the trainable parameters in float32, written and synced.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -115,9 +115,7 @@ class _Run:
 
     def all(self, progress: bool, resume: bool) -> dict[str, Any]:
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        found = resume and self.saved.exists()
-        if found:
-            self.restore(self.saved)
+        found = resume and self.saved.exists() and self.restore(self.saved)
         self.ranks.wait()  # Before rank 0 changes what the others read.
         if not found:
             for name in (checkpoint.RESUME, checkpoint.TUNER, "metrics.json"):
@@ -135,6 +133,8 @@ class _Run:
             file=sys.stderr,
             mininterval=0.5 if sys.stderr.isatty() else 30.0,
         )
+        if not found:
+            self.save(begun=False)  # the layout of the start, should the store be compacted before the next checkpoint
         epochs = -(-self.total // -(-len(self.train) // options.accumulate))
         try:
             with closing(self.train.epochs(state.epoch, epochs, state.batch)) as stream:
@@ -313,7 +313,8 @@ class _Run:
                 "give the same command again"
             )
 
-    def save(self) -> None:
+    def save(self, begun: bool = True) -> None:
+        """Write the checkpoint; `begun`: whether it may be one of a step, which is not given up for other options."""
         self.state.scaler, self.state.log = self.scaler.state_dict(), self.log.written()
         checkpoint.save_run(
             self.run_dir / checkpoint.RESUME,
@@ -326,42 +327,54 @@ class _Run:
             {
                 "state": finite(asdict(self.state)),
                 "run": {**self.identity(), "order": self.train.order.digest()},
+                "begun": begun,
             },
         )
 
-    def restore(self, path: Path) -> None:
-        """Undo `save`. Raises UserError naming an option that has changed since."""
+    def restore(self, path: Path) -> bool:
+        """Undo `save`. Raises UserError naming an option that has changed since; False instead for a run that had not
+        begun, since nothing is lost by starting anew."""
         parts, about = checkpoint.load_run(path)
         try:
             state, saved = State(**about["state"]), dict(about["run"])
         except (KeyError, TypeError) as error:
             raise UserError(f"{path} is not a checkpoint of this version ({error}): choose another --out") from None
-        refuse_other_run(saved, self.identity(), self.run_dir)
-        self.follow({name: block.numpy().astype("int64") for name, block in parts["layout"].items()})
-        refuse_other_run(saved, {"order": self.train.order.digest()}, self.run_dir)
+        layout = {name: block.numpy().astype("int64") for name, block in parts["layout"].items()}
+        try:
+            self.refuse_other(saved, layout)
+        except UserError:
+            if about.get("begun", True):
+                raise
+            return False
+        for name, block in layout.items():
+            if not np.array_equal(self.sources()[name].order.block, block):
+                self.sources()[name].follow(block)
         checkpoint.check(parts["model"], self.model.trainable_state(), path)
         self.model.load_trainable(parts["model"])
         checkpoint.load_optimizer_state(self.optimizer, self.names, parts["optimizer"])
         self.scaler.load_state_dict(state.scaler)
         self.state, self.best = state, parts["best"]
+        return True
+
+    def refuse_other(self, saved: Mapping[str, Any], layout: Mapping[str, np.ndarray]) -> None:
+        """UserError where the run `saved` over the blocks `layout` is not this one on whatever blocks. A checkpoint of
+        an older version has no layout, and its order must be that of now."""
+        refuse_other_run(saved, self.identity(), self.run_dir)
+        sources = self.sources()
+        for name in layout and {**sources, **layout}:
+            now, then = sources[name].n if name in sources else 0, len(layout.get(name, ()))
+            if now != then:
+                raise UserError(
+                    f"{self.run_dir} holds an unfinished run with {then:,} {name} samples, now {now:,}: "
+                    "choose another --out"
+                )
+        order = replace(self.train.order, block=layout.get("train", self.train.order.block))
+        refuse_other_run(saved, {"order": order.digest()}, self.run_dir)
 
     def sources(self) -> dict[str, Source]:
         """The sources there are, by split."""
         found = {"train": self.train, "validation": self.validation, "test": self.test}
         return {name: source for name, source in found.items() if source is not None}
-
-    def follow(self, layout: Mapping[str, np.ndarray]) -> None:
-        """Go on in the order of the blocks that the run began with, for a store may have been compacted since. A
-        checkpoint of an older version says nothing of them."""
-        sources = self.sources()
-        for name in layout and sources.keys() | layout.keys():
-            now, then = sources[name].n if name in sources else 0, len(layout.get(name, ()))
-            if now != then:
-                raise UserError(
-                    f"{self.run_dir} holds an unfinished run with {then:,} {name} samples, now {now:,}: choose another --out"
-                )
-            if not np.array_equal(sources[name].order.block, layout[name]):
-                sources[name].follow(layout[name])
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for a run to be resumed, as JSON gives it back."""

@@ -21,8 +21,8 @@ _CONTENT = {
 @dataclass
 class State:
     """Goes to the checkpoint as JSON. `epoch`, `batch`, `step` count from 0 and are the next to do; `best_epoch` counts
-    from 1. `seconds` and `wait_seconds` are those of all steps so far, evaluation and checkpoints apart. `log`: size and
-    digest of what was logged so far."""
+    from 1. `seconds` and `wait_seconds` are those of all steps so far, evaluation and checkpoints apart. `log`: size
+    and digest of what was logged so far."""
 
     epoch: int = 0
     batch: int = 0

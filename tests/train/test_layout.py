@@ -1,4 +1,4 @@
-"""A store is compacted while a run is interrupted: the run goes on in the order it began with, and says which that was."""
+"""A store is compacted while a run is interrupted: the run goes on in the order it began with, and names its layout."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ from train.order import Order
 from train.stream import StoreSource
 
 # Writers that raced: some samples are stored twice, which compacting undoes.
-SEGMENTS = (range(0, 20), range(10, 34), range(34, 52), range(50, 70))
+SEGMENTS = (range(20), range(10, 34), range(34, 52), range(50, 70))
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def train(space: store.Space, run: Path, stop: int | None = None, **options: obj
     )
 
 
-@pytest.mark.parametrize("stop", [4, 13])
+@pytest.mark.parametrize("stop", [1, 4, 13])  # the first before any step is in a checkpoint
 @pytest.mark.parametrize("options", [{}, {"group_by_length": True, "host_bytes": 0, "ahead": 1}])
 def test_a_run_goes_on_after_a_compact(space: store.Space, tmp_path: Path, stop: int, options: dict) -> None:
     straight = train(space, tmp_path / "straight", **options)
@@ -64,6 +64,15 @@ def test_a_run_goes_on_after_a_compact(space: store.Space, tmp_path: Path, stop:
     assert [cut[k] for k in ("validation", "test", "layout")] == [straight[k] for k in ("validation", "test", "layout")]
     a, b = (checkpoint.load(tmp_path / run / checkpoint.TUNER) for run in ("straight", "cut"))
     assert all(torch.equal(a[0][name], b[0][name]) for name in a[0]) and a[1] == b[1]
+
+
+def test_a_run_without_a_step_may_be_started_with_other_options(space: store.Space, tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        train(space, tmp_path / "run", 1)
+    compact(space)
+    train(space, tmp_path / "run", window=1)
+    train(space, tmp_path / "other", window=1)
+    assert course(tmp_path / "run") == course(tmp_path / "other")
 
 
 def test_the_layout_is_named_and_another_gives_another_order(space: store.Space, tmp_path: Path) -> None:

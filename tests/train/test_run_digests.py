@@ -1,4 +1,4 @@
-"""A flipped bit in a run's files is found by whoever reads them; files of before there were digests are read, with a word."""
+"""A flipped bit in a run's files is found by whoever reads them; files without digests are read, with a word."""
 
 import json
 from collections.abc import Iterator
