@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch.utils.data import get_worker_info
+
 from extract.backbones import Batch
 from extract.tasks.base import Task, TaskSpec
+from pipeline.doubts import limit_doubt
 from pipeline.extracting import run_extract
 from pipeline.job import labels_of, limited, tables_of
 from pipeline.recipe import Recipe
@@ -15,7 +19,7 @@ from pipeline.resolve import find_space, store_path
 from pipeline.runs import Run, load_run
 from pipeline.training import run_train
 from store import Space, Store
-from store.errors import UserError
+from store.errors import Notice, UserError
 from train.stream import StoreSource
 
 Say = Callable[[str], None]
@@ -55,8 +59,9 @@ def stream(
     """Shuffled batches of any states of a task, for a side network of your own. `states`: names such as `encoder.5`
     (`pipeline store status` lists them). Further options choose task, store and space as in `train`.
 
-    Yields `Batch`: `states[name]` (rows, width) float32, `lengths[stream]` (B,), `labels` (B,). Raises MissingStates
-    for states that were not extracted.
+    Yields `Batch`: `states[name]` (rows, width) float32, `lengths[stream]` (B,), `labels` (B,). The workers of a
+    `DataLoader` (an iterable data set that calls this, `batch_size=None`) take turns, so that the loader hands out the
+    same batches in the same order as one process. Raises MissingStates for states that were not extracted.
     """
     recipe = Recipe.from_mapping({**options, "batch_size": batch_size, "seed": seed}, "stream()")
     found = find_space(recipe)
@@ -64,11 +69,14 @@ def stream(
     tables = tables_of(recipe, found)
     if split not in tables:
         raise UserError(f"the store has no {split} rows of {recipe.task}; it has: {', '.join(tables)}")
+    if sentence := limit_doubt(recipe.limit, tables[split]):
+        warnings.warn(sentence, Notice, stacklevel=2)
     table = limited(tables[split], recipe.limit)
     labels = labels_of(table, TaskSpec.from_dict(table.header["spec"]))
+    worker = get_worker_info()
     source = StoreSource(
         found.space, table.keys, labels, list(states), found.family.columns, batch_size=batch_size, seed=seed,
-        window=recipe.window,
+        window=recipe.window, share=(worker.id, worker.num_workers) if worker else (0, 1),
     )  # fmt: skip
     yield from source.epochs(0, epochs)
 

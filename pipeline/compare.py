@@ -22,7 +22,7 @@ from pipeline.job import Job, batch_size_of, live_backbone, live_source, load_jo
 from pipeline.operations import backbone_model, kept_bytes
 from pipeline.recipe import Recipe
 from pipeline.report import layout_text, size_text, table_text
-from pipeline.training import fit_options, run_train
+from pipeline.training import fit_options, job_doubts, run_train
 from store.errors import UserError
 from train.counterparts import COUNTERPARTS, CounterpartModel, counterpart, input_source
 from train.loop import fit
@@ -51,8 +51,9 @@ def run_compare(
         )
     if csv_file and not Path(csv_file).parent.is_dir():
         raise UserError(f"--csv {csv_file}: no such folder: {Path(csv_file).parent}")
-    for method in methods:
-        _refuse(recipe, method)
+    jobs = [_refuse(recipe, method) for method in methods]
+    for sentence in job_doubts(jobs[0]):
+        say(f"warning: {sentence}")
     rows, total = [], None
     for method in methods:
         runs = []
@@ -98,17 +99,18 @@ def parse_seeds(text: str) -> list[int]:
     return list(dict.fromkeys(int(part) for part in parts))
 
 
-def _refuse(recipe: Recipe, method: str) -> None:
-    """Raises before hours are spent what `method` would end in: a tuner without a form for the backbone or with states
-    that are not stored, a counterpart that the backbone has no place for or whose package is missing."""
+def _refuse(recipe: Recipe, method: str) -> Job:
+    """The job of `method`. Raises before hours are spent what it would end in: a tuner without a form for the backbone
+    or with states that are not stored, a counterpart that the backbone has no place for or whose package is missing."""
     if method not in COUNTERPARTS:
         job = load_job(replace(recipe, tuner=method))
         job.model(recipe.seed)
         if not recipe.live:
             sources(job, None)
-        return
-    family = _probe(recipe).found.family
-    counterpart(method).prepare(family, copy.deepcopy(_shape(family)))
+        return job
+    job = _probe(recipe)
+    counterpart(method).prepare(job.found.family, copy.deepcopy(_shape(job.found.family)))
+    return job
 
 
 def _text(rows: Sequence[dict[str, Any]]) -> str:

@@ -18,6 +18,7 @@ from extract.checkpoint import Checkpoint, resolve
 from extract.identity import PRECISIONS, space_identity
 from extract.run import Report, compute, provenance_of
 from extract.tasks.base import SPLITS, Rows, Task, TaskSpec
+from pipeline.doubts import doubts
 from pipeline.keepsakes import keep
 from pipeline.projecting import project, widths_text
 from pipeline.recipe import Recipe
@@ -107,7 +108,11 @@ def run_extract(recipe: Recipe, say: Say, quiet: bool = False, task: Task | None
     fit_on = next((s.inputs for s in splits if s.name == "train"), inputs)
     identity = project(store, identity, backbone, fit_on, recipe.seed, tokens, task.spec.name, say)
     space = store.create_space(identity)
+    tables = {s.name: _table(task, s, candidates, checkpoint, splits) for s in splits}
+    odd = doubts(tables, family.modality == "image")
     _announce(say, space, splits, inputs, keys, states, family, options.format, task.spec, options.text.max_length)
+    for sentence in odd:
+        say(f"warning: {sentence}")
     keep(recipe, task.spec, store, identity, backbone, splits, candidates, say)
     how: dict[str, Any] = {
         "tokens": tokens,
@@ -124,9 +129,9 @@ def run_extract(recipe: Recipe, say: Say, quiet: bool = False, task: Task | None
         report = compute_on(recipe.scheduler, space, inputs, keys, states, model, recipe.device, each, **how)
     else:
         report = compute(space, inputs, keys, states, backbone, describe=_describer(splits), **how)
-    save_tables(space, {s.name: _table(task, s, candidates, checkpoint, splits) for s in splits})
+    save_tables(space, tables)
     report.seconds = time.perf_counter() - started
-    return _finish(say, store, space, task, splits, states, report)
+    return {**_finish(say, store, space, task, splits, states, report), "warnings": odd}
 
 
 def _splits(task: Task, recipe: Recipe) -> list[str]:

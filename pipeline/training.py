@@ -11,6 +11,7 @@ from typing import Any
 
 from extract.tasks import canonical_name
 from extract.tasks.base import TaskSpec
+from pipeline.doubts import doubts, limit_doubt
 from pipeline.job import Job, batch_size_of, grouped, live_backbone, load_job, sources
 from pipeline.recipe import Recipe
 from pipeline.resolve import Found, extract_command, store_path
@@ -82,6 +83,9 @@ def run_train(recipe: Recipe, say: Say, quiet: bool = False) -> dict[str, Any]:
         + ("live backbone" if recipe.live else "from the store")
     )
     say(f"space {job.found.space.id[:12]}: {describe_space(job)}")
+    odd = job_doubts(job)
+    for sentence in odd:
+        say(f"warning: {sentence}")
     folder.mkdir(parents=True, exist_ok=True)
     if Ranks.from_environment().rank == 0:
         write_recipe(folder, job, options, size)
@@ -99,7 +103,14 @@ def run_train(recipe: Recipe, say: Say, quiet: bool = False) -> dict[str, Any]:
     )
     if remark := model.tuner.remark():
         say(f"{recipe.tuner}: {remark}")
-    return {"run": str(folder), "space": job.found.space.id, "tuner": recipe.tuner, "task": job.spec.name, **metrics}
+    about = {"run": str(folder), "space": job.found.space.id, "tuner": recipe.tuner, "task": job.spec.name}
+    return {**about, **metrics, "warnings": odd}
+
+
+def job_doubts(job: Job) -> list[str]:
+    """What is odd about the rows of a run, a sentence each."""
+    limit = limit_doubt(job.recipe.limit, job.tables["train"]) if "train" in job.tables else ""
+    return [*([limit] if limit else []), *doubts(job.tables, job.found.family.modality == "image")]
 
 
 def describe_space(job: Job) -> str:

@@ -91,7 +91,7 @@ def _digest(tensors: Mapping[str, Tensor], info: str) -> str:
     state = Digest(canonical_json(info))
     for name, tensor in sorted(tensors.items()):
         state.update(canonical_json([name, str(tensor.dtype), list(tensor.shape)]))
-        state.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+        state.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
     return str(state.hexdigest())
 
 

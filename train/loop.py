@@ -361,7 +361,7 @@ class _Run:
         an older version has no layout, and its order must be that of now."""
         refuse_other_run(saved, self.identity(), self.run_dir)
         sources = self.sources()
-        for name in layout and {**sources, **layout}:
+        for name in dict.fromkeys((*sources, *layout)) if layout else ():
             now, then = sources[name].n if name in sources else 0, len(layout.get(name, ()))
             if now != then:
                 raise UserError(

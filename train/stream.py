@@ -47,9 +47,9 @@ class StoreSource:
     batch. `host_bytes`: keep the blocks in memory if they take no more (None: half of the memory free at the first
     epoch; 0: never). `tier`: "device", "host" or "disk" instead of what fits; `device`: where the blocks of the device
     tier go, and then the batches are there, too. `scheduler`: address of a `distributed` scheduler, else `workers`
-    threads. `ahead`: batches made before they are asked for, in a thread (0: none, no thread). `pin`: page-locked
-    batches, for copies to a GPU.
-    `dtype`: of the decoded states; None: as stored, but float32 where rows have scales.
+    threads. `share`: (i, k) hands out the batches i, i + k, … of `epochs`, for k readers that take turns. `ahead`:
+    batches made before they are asked for, in a thread (0: none, no thread). `pin`: page-locked batches, for copies to
+    a GPU. `dtype`: of the decoded states; None: as stored, but float32 where rows have scales.
 
     Raises MissingStates if something is not stored, UserError for wrong options or labels.
     """
@@ -75,12 +75,15 @@ class StoreSource:
         workers: int | None = None,
         rank: int = 0,
         world: int = 1,
+        share: tuple[int, int] = (0, 1),
         ahead: int = 1,
         pin: bool = False,
         dtype: torch.dtype | None = torch.float32,
     ) -> None:
         if not 0 <= rank < world:
             raise UserError(f"rank must be in [0, {world}), got {rank}")
+        if not 0 <= share[0] < share[1]:
+            raise UserError(f"share must be (i, k) with i in [0, k), got {share}")
         for name, value, least in (
             ("lookahead_bytes", lookahead_bytes, 0),
             ("ahead", ahead, 0),
@@ -99,7 +102,7 @@ class StoreSource:
             self.order = Order(np.asarray(self.plan.block), batch_size, seed, window, rows)
         except ValueError as error:
             raise UserError(str(error)) from None
-        self._rank, self._world = rank, world
+        self._rank, self._world, self._share = rank, world, share
         self._lookahead, self._host_bytes = lookahead_bytes, host_bytes
         self._wanted_tier, self._device = tier, torch.device(device)
         self._scheduler, self._workers = scheduler, workers
@@ -135,8 +138,18 @@ class StoreSource:
         the next one's first blocks are read. Close the iterator to stop early."""
         if not 0 <= start <= len(self):
             raise UserError(f"start must be in [0, {len(self)}], the batches of an epoch; got {start}")
-        batches = (self.order.epoch(e)[start if e == first else 0 :] for e in range(first, end))
-        return self._run(batches, max(0, end - first) * len(self) - start)
+        count = len(range(self._share[0], (end - first) * len(self) - start, self._share[1]))
+        return self._run(self._mine(first, end, start), count)
+
+    def _mine(self, first: int, end: int, start: int) -> Iterator[list[np.ndarray]]:
+        """For each epoch the batches of this share, where there are any."""
+        number, shares = self._share
+        done = 0
+        for epoch in range(first, end):
+            batches = self.order.epoch(epoch)[start if epoch == first else 0 :]
+            if mine := batches[(number - done) % shares :: shares]:
+                yield mine
+            done += len(batches)
 
     def follow(self, block: np.ndarray) -> None:
         """Hand out the samples in the order that they have where they stand in the blocks `block`, (n,) int64, wherever

@@ -1,4 +1,4 @@
-"""A teammate compacts the store: an interrupted run goes on as it began, and runs name the layout they were trained on."""
+"""A teammate compacts the store: an interrupted run goes on as it began, and runs name their layout."""
 
 from __future__ import annotations
 
