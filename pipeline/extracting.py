@@ -108,8 +108,8 @@ def run_extract(recipe: Recipe, say: Say, quiet: bool = False, task: Task | None
     fit_on = next((s.inputs for s in splits if s.name == "train"), inputs)
     identity = project(store, identity, backbone, fit_on, recipe.seed, tokens, task.spec.name, say)
     space = store.create_space(identity)
-    tables = {s.name: _table(task, s, candidates, checkpoint, splits) for s in splits}
-    odd = doubts(tables, family.modality == "image")
+    rows = {s.name: _table(task, s, candidates, checkpoint, splits) for s in splits}
+    odd = doubts(rows, family.modality == "image")
     _announce(say, space, splits, inputs, keys, states, family, options.format, task.spec, options.text.max_length)
     for sentence in odd:
         say(f"warning: {sentence}")
@@ -129,7 +129,7 @@ def run_extract(recipe: Recipe, say: Say, quiet: bool = False, task: Task | None
         report = compute_on(recipe.scheduler, space, inputs, keys, states, model, recipe.device, each, **how)
     else:
         report = compute(space, inputs, keys, states, backbone, describe=_describer(splits), **how)
-    save_tables(space, tables)
+    save_tables(space, {s.name: _table(task, s, candidates, checkpoint, splits) for s in splits})
     report.seconds = time.perf_counter() - started
     return {**_finish(say, store, space, task, splits, states, report), "warnings": odd}
 

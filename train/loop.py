@@ -133,7 +133,7 @@ class _Run:
             file=sys.stderr,
             mininterval=0.5 if sys.stderr.isatty() else 30.0,
         )
-        if not found:
+        if resume and not found:
             self.save(begun=False)  # the layout of the start, should the store be compacted before the next checkpoint
         epochs = -(-self.total // -(-len(self.train) // options.accumulate))
         try:
