@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch.utils.data import get_worker_info
+
 from extract.backbones import Batch
 from extract.tasks.base import Task, TaskSpec
+from pipeline.doubts import limit_doubt
 from pipeline.extracting import run_extract
 from pipeline.job import first_views, labels_of, limited, parse_size, tables_of
 from pipeline.recipe import Recipe, checked_names
@@ -16,7 +20,7 @@ from pipeline.runs import Run, load_run
 from pipeline.training import run_train
 from pipeline.unused import refuse_for_stream
 from store import Space, Store
-from store.errors import UserError
+from store.errors import Notice, UserError
 from train.stream import StoreSource
 
 Say = Callable[[str], None]
@@ -58,8 +62,10 @@ def stream(
     (`tier`, `host_memory`, `scheduler`, `window`, `group_by_length`), as in `train`; `device` ("cpu" if not given) is
     where the batches are.
 
-    Yields `Batch`: `states[name]` (rows, width) float32, `lengths[stream]` (B,), `labels` (B,). Raises MissingStates
-    for states that were not extracted, UserError for options that are wrong or would do nothing.
+    Yields `Batch`: `states[name]` (rows, width) float32, `lengths[stream]` (B,), `labels` (B,). The workers of a
+    `DataLoader` (an iterable data set that calls this, `batch_size=None`) take turns, so that the loader hands out the
+    same batches in the same order as one process. Raises MissingStates for states that were not extracted, UserError
+    for options that are wrong or would do nothing.
     """
     options = checked_names(options, "stream()")
     refuse_for_stream(options)
@@ -70,13 +76,17 @@ def stream(
     tables = tables_of(recipe, found)
     if split not in tables:
         raise UserError(f"the store has no {split} rows of {recipe.task}; it has: {', '.join(tables)}")
-    table = limited(first_views(tables[split], recipe.views) if split == "train" else tables[split], recipe.limit)
+    chosen = first_views(tables[split], recipe.views) if split == "train" else tables[split]
+    if sentence := limit_doubt(recipe.limit, chosen):
+        warnings.warn(sentence, Notice, stacklevel=2)
+    table = limited(chosen, recipe.limit)
     labels = labels_of(table, TaskSpec.from_dict(table.header["spec"]))
+    worker = get_worker_info()
     source = StoreSource(
         found.space, table.keys, labels, list(states), found.family.columns, batch_size=batch_size, seed=seed,
         window=recipe.window, group_by_length=bool(recipe.group_by_length), tier=recipe.tier, device=device,
         host_bytes=None if recipe.host_memory is None else parse_size(recipe.host_memory), scheduler=recipe.scheduler,
-        pin=device.type == "cuda",
+        pin=device.type == "cuda", share=(worker.id, worker.num_workers) if worker else (0, 1),
     )  # fmt: skip
     return (batch.to(device) for batch in source.epochs(0, epochs))
 

@@ -6,17 +6,36 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
 
-from store.errors import UserError
+from store.errors import Notice, UserError
 
 
 def say(text: str) -> None:
     """A line for a person; stdout is kept for results."""
     click.echo(text, err=True)
+
+
+@contextmanager
+def notices() -> Iterator[None]:
+    """Within it every `Notice` is a line for a person; other warnings are shown as ever."""
+    with warnings.catch_warnings():
+        usual = warnings.showwarning
+        warnings.simplefilter("always", Notice)
+
+        def show(message: Warning | str, category: type[Warning], *more: Any, **named: Any) -> None:
+            if issubclass(category, Notice):
+                say(f"note: {' '.join(str(message).split())}")
+            else:
+                usual(message, category, *more, **named)
+
+        warnings.showwarning = show
+        yield
 
 
 def command(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -26,7 +45,8 @@ def command(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def wrapper(as_json: bool, **options: Any) -> None:
         try:
-            result, text = function(as_json=as_json, **options)
+            with notices():
+                result, text = function(as_json=as_json, **options)
         except UserError as error:
             if not error.everywhere or os.environ.get("RANK", "0") == "0":
                 click.echo(f"error: {' '.join(str(error).split())}", err=True)

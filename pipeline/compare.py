@@ -20,8 +20,8 @@ from pipeline.extracting import Say, load_backbone
 from pipeline.job import Job, batch_size_of, live_backbone, live_source, load_job, sources
 from pipeline.operations import backbone_model, kept_bytes
 from pipeline.recipe import Recipe
-from pipeline.report import size_text, table_text
-from pipeline.training import fit_options, run_train
+from pipeline.report import layout_text, size_text, table_text
+from pipeline.training import fit_options, job_doubts, run_train
 from pipeline.unused import for_tuner, refuse_for_tuners
 from store.errors import UserError
 from train.counterparts import COUNTERPARTS, CounterpartModel, counterpart, input_source
@@ -40,7 +40,8 @@ def run_compare(
     The metric is the task's average on the test split, else on validation; the spread is the standard deviation over
     seeds; seconds an epoch are the fastest seed's, which other work on the machine disturbed least. Memory of one
     training step: on a GPU the measured peak; on a CPU the tensors counted, that is weights, gradients, Adam's two
-    moments, the batch, and what the backward pass keeps.
+    moments, the batch, and what the backward pass keeps. The layout says which blocks the order of samples followed: a
+    seed gives the same run on the same layout only.
     """
     unknown = [m for m in methods if m not in COUNTERPARTS and m not in tuner_names()]
     if not methods or unknown:
@@ -51,8 +52,10 @@ def run_compare(
     if csv_file and not Path(csv_file).parent.is_dir():
         raise UserError(f"--csv {csv_file}: no such folder: {Path(csv_file).parent}")
     refuse_for_tuners(recipe, [m for m in methods if m not in COUNTERPARTS], "train")
-    for method in methods:
-        family = _refuse(recipe, method)
+    jobs = [_refuse(recipe, method) for method in methods]
+    family = jobs[0].found.family
+    for sentence in job_doubts(jobs[0]):
+        say(f"warning: {sentence}")
     rows, total = [], None
     for method in methods:
         runs = []
@@ -74,6 +77,7 @@ def run_compare(
                 "spread": statistics.stdev(metrics) if len(metrics) > 1 else None,
                 "seeds": len(metrics),
                 "live": method in COUNTERPARTS or recipe.live,
+                "layout": " ".join(dict.fromkeys(layout_text(r["layout"]) for r in runs)),
             }
         )
     if csv_file:
@@ -98,19 +102,18 @@ def parse_seeds(text: str) -> list[int]:
     return list(dict.fromkeys(int(part) for part in parts))
 
 
-def _refuse(recipe: Recipe, method: str) -> Family:
-    """The backbone's family. Raises before hours are spent what `method` would end in: a tuner without a form for the
-    backbone or with states that are not stored, a counterpart that the backbone has no place for or whose package is
-    missing."""
+def _refuse(recipe: Recipe, method: str) -> Job:
+    """The job of `method`. Raises before hours are spent what it would end in: a tuner without a form for the backbone
+    or with states that are not stored, a counterpart that the backbone has no place for or whose package is missing."""
     if method not in COUNTERPARTS:
         job = load_job(replace(recipe, tuner=method))
         job.model(recipe.seed)
         if not recipe.live:
             sources(job, None)
-        return job.found.family
-    family = _probe(recipe).found.family
-    counterpart(method).prepare(family, copy.deepcopy(_shape(family)))
-    return family
+        return job
+    job = _probe(recipe)
+    counterpart(method).prepare(job.found.family, copy.deepcopy(_shape(job.found.family)))
+    return job
 
 
 def _text(rows: Sequence[dict[str, Any]]) -> str:
@@ -127,7 +130,10 @@ def _text(rows: Sequence[dict[str, Any]]) -> str:
         )
         for r in rows
     ]
-    return table_text(HEAD, cells)
+    layouts = {r["method"]: r["layout"] for r in rows}
+    same = set(layouts.values())
+    said = same.pop() if len(same) == 1 else "; ".join(f"{method} {layout}" for method, layout in layouts.items())
+    return f"{table_text(HEAD, cells)}\nlayout of the samples: {said}"
 
 
 def _tuner(recipe: Recipe, name: str) -> dict[str, Any]:
@@ -186,6 +192,7 @@ def _summary(job: Job, model: Any, batch: Batch, metrics: dict[str, Any], more: 
         "metric": scores["average"],
         "seconds_per_epoch": metrics["seconds_per_epoch"],
         "trainable": metrics["trainable_parameters"],
+        "layout": metrics["layout"],
         "memory": step_memory(model, batch.to(job.device), more),
         "backbone": backbone_parameters(job.found.family),
     }

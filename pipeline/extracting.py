@@ -19,11 +19,12 @@ from extract.identity import PRECISIONS, space_identity
 from extract.run import Report, compute, provenance_of
 from extract.tasks.base import SPLITS, Rows, Task, TaskSpec
 from extract.tasks.images import contents
+from pipeline.doubts import doubts
 from pipeline.keepsakes import keep
 from pipeline.projecting import project, widths_text
 from pipeline.recipe import Recipe
 from pipeline.resolve import device_of, need, open_task, refuse_full_readers, space_options, store_path, wanted_states
-from pipeline.rows import doubts, refuse_other_kind, refuse_unknown_ids
+from pipeline.rows import refuse_other_kind, refuse_unknown_ids, token_doubts
 from pipeline.unused import refuse_for_kind, refuse_for_tuners
 from pipeline.versions import save_tables, task_id
 from store import Space, Store, TaskTable, bytes_per_value
@@ -122,10 +123,12 @@ def run_extract(recipe: Recipe, say: Say, quiet: bool = False, task: Task | None
     fit_on = next((s.inputs for s in splits if s.name == "train"), inputs)
     identity = project(store, identity, backbone, fit_on, recipe.seed, tokens, task.spec.name, say)
     space = store.create_space(identity)
+    tables = {s.name: _table(task, s, candidates, checkpoint, splits) for s in splits}
+    odd = doubts(tables, family.modality == "image")
     _announce(say, space, splits, inputs, keys, states, family, options.format, task.spec, options.text.max_length)
-    warnings = doubts(checkpoint.tokenizer, family, splits)
-    for line in warnings:
-        say(f"warning: {line}")
+    warnings = [*token_doubts(checkpoint.tokenizer, family, splits), *odd]
+    for sentence in warnings:
+        say(f"warning: {sentence}")
     keep(recipe, task.spec, store, identity, backbone, splits, candidates, say)
     how: dict[str, Any] = {
         "tokens": tokens,
@@ -142,7 +145,6 @@ def run_extract(recipe: Recipe, say: Say, quiet: bool = False, task: Task | None
         report = compute_on(recipe.scheduler, space, inputs, keys, states, model, recipe.device, each, **how)
     else:
         report = compute(space, inputs, keys, states, backbone, describe=_describer(splits), **how)
-    tables = {s.name: _table(task, s, candidates, checkpoint, splits) for s in splits}
     save_tables(space, tables, states)
     report.seconds = time.perf_counter() - started
     done = _finish(say, store, space, task, splits, states, report)

@@ -87,7 +87,7 @@ def refuse_unknown_ids(family: Family, inputs: Inputs, where: str) -> None:
         )
 
 
-def doubts(tokenizer: Any, family: Family, splits: Sequence[Split]) -> list[str]:
+def token_doubts(tokenizer: Any, family: Family, splits: Sequence[Split]) -> list[str]:
     """What makes it doubtful that the tokenizer fits the texts, one line each: many unknown tokens, or distinct texts
     that became the same sample."""
     if family.modality != "text":

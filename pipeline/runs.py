@@ -29,9 +29,9 @@ from pipeline.job import (
     text_options,
 )
 from pipeline.recipe import Recipe, read_recipe
-from pipeline.rows import checked_rows, doubts
+from pipeline.rows import checked_rows, token_doubts
 from store.errors import StoreError, UserError
-from train.checkpoint import TUNER, load_tuner
+from train.checkpoint import TUNER, check
 from train.checkpoint import load as load_checkpoint
 from train.evaluate import evaluate, predict
 from train.generate import generate
@@ -60,11 +60,12 @@ class Run:
         return self._live
 
     def evaluate(self, split: str) -> dict[str, float]:
-        """Metrics of `split` from the store."""
+        """Metrics of `split` from the store, computed as at the end of training."""
         if split not in self.job.tables:
             raise UserError(f"the store has no {split} rows of {self.spec.name}; it has: {', '.join(self.job.tables)}")
         source = store_source(self.job, split, self._batch_size())
-        return evaluate(self.model, source, partial(score, self.spec.metrics), self.job.device)
+        precision = self.job.recipe.train_precision
+        return evaluate(self.model, source, partial(score, self.spec.metrics), self.job.device, precision)
 
     def generate(self, split: str) -> dict[str, Any]:
         """Free generation on `split` with the frozen decoder live: metrics by exact match of the written text, and the
@@ -96,12 +97,12 @@ class Run:
         candidates = next(iter(self.job.tables.values())).header.get("candidates", [])
         options = replace(text_options(self.job.found), root=str(root))
         part = prepare_split(backbone.family, checkpoint.tokenizer, self.spec, "predict", rows, options, candidates)
-        for line in doubts(checkpoint.tokenizer, backbone.family, [part]):
+        for line in token_doubts(checkpoint.tokenizer, backbone.family, [part]):
             say(f"warning: {line}")
         # Sorted by length, so that batches hold little padding; `predict` puts the answers back in order.
         order = Order(part.inputs.tokens(), self._batch_size())
         source = LiveSource(backbone, part.inputs, None, self.job.states, order)
-        found, _ = predict(self.model, source, self.job.device)
+        found, _ = predict(self.model, source, self.job.device, self.job.recipe.train_precision)
         return [self.label(p) for p in found.tolist()]
 
     def label(self, prediction: float) -> Any:
@@ -120,22 +121,23 @@ class Run:
 def load_run(folder: str | Path, **overrides: Any) -> Run:
     """The run in `folder`. `overrides`: options of the recipe that are different here (store, device, model).
 
-    Raises UserError when the folder is not a finished run, or its feature space is not in the store.
+    Raises UserError when the folder is not a finished run, a file of it is damaged, or its feature space is not in the
+    store. A run of a version that wrote no digests loads with a Notice.
     """
     folder = Path(folder)
     if not (folder / "recipe.yaml").is_file():
         raise UserError(f"{folder}: not a run folder, it has no recipe.yaml")
     if not (folder / TUNER).is_file():
         raise UserError(f"{folder}: the run has no trained tuner yet; `pipeline train --recipe {folder}/recipe.yaml`")
-    recipe = Recipe.from_mapping(read_recipe(folder / "recipe.yaml"), str(folder / "recipe.yaml"))
+    recipe = Recipe.from_mapping(read_recipe(folder / "recipe.yaml", record=True), str(folder / "recipe.yaml"))
     recipe = replace(recipe, limit=None, views=None, **{k: v for k, v in overrides.items() if v is not None})
-    trained = load_checkpoint(folder / TUNER)[1]
+    state, about = load_checkpoint(folder / TUNER)
     try:
-        job = load_job(recipe, trained.get("rows"), trained.get("space"))
+        job = load_job(recipe, about.get("rows"), about.get("space"))
     except StoreError as error:
         raise StoreError(f"{folder}: {error}") from None
     model = job.model()
-    state, _ = load_tuner(folder / TUNER, model.trainable_state())
+    check(state, model.trainable_state(), folder / TUNER)
     model.load_trainable(state)
     return Run(folder, job, model.to(job.device))
 

@@ -13,6 +13,7 @@ from extract.tasks import is_named
 from extract.tasks.base import TaskSpec
 from extract.tasks.hub_images import PREFIX
 from extract.tasks.registry import is_folder, is_table
+from pipeline.doubts import doubts, limit_doubt
 from pipeline.job import (
     Job,
     batch_size_of,
@@ -33,6 +34,7 @@ from train.loop import FitOptions, fit
 from train.metrics import score
 from train.model import Model
 from train.ranks import Ranks
+from train.runlog import write_bytes
 
 Say = Callable[[str], None]
 LARGE_TASKS = ("mnli", "qnli", "qqp", "sst2")
@@ -99,6 +101,9 @@ def run_train(recipe: Recipe, say: Say, quiet: bool = False) -> dict[str, Any]:
     )
     say(f"rows {task_id(table.header)}: {columns_text(table.header)}, of {str(table.header.get('created'))[:10]}")
     say(f"space {job.found.space.id[:12]}: {describe_space(job)}")
+    odd = job_doubts(job)
+    for sentence in odd:
+        say(f"warning: {sentence}")
     folder.mkdir(parents=True, exist_ok=True)
     if Ranks.from_environment().rank == 0:
         write_recipe(folder, job, options, size)
@@ -116,7 +121,14 @@ def run_train(recipe: Recipe, say: Say, quiet: bool = False) -> dict[str, Any]:
     )
     if remark := model.tuner.remark():
         say(f"{recipe.tuner}: {remark}")
-    return {"run": str(folder), "space": job.found.space.id, "tuner": recipe.tuner, "task": job.spec.name, **metrics}
+    about = {"run": str(folder), "space": job.found.space.id, "tuner": recipe.tuner, "task": job.spec.name}
+    return {**about, **metrics, "warnings": odd}
+
+
+def job_doubts(job: Job) -> list[str]:
+    """What is odd about the rows of a run, a sentence each."""
+    limit = limit_doubt(job.recipe.limit, job.tables["train"]) if "train" in job.tables else ""
+    return [*([limit] if limit else []), *doubts(job.tables, job.found.family.modality == "image")]
 
 
 def describe_space(job: Job) -> str:
@@ -159,4 +171,4 @@ def write_recipe(folder: Path, job: Job, options: FitOptions, batch_size: int) -
     )
     title = f"{job.recipe.tuner} on {job.spec.name}, {time.strftime('%Y-%m-%d')}"
     header = f"{title}\npipeline train --recipe recipe.yaml --out OTHER"
-    (folder / "recipe.yaml").write_text(resolved.to_yaml(header), encoding="utf-8")
+    write_bytes(folder / "recipe.yaml", resolved.to_yaml(header).encode())

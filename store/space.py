@@ -9,6 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from store.blocks import BlockPlan, plan_blocks
 from store.digest import digest_json
 from store.document import load_document
@@ -159,9 +161,11 @@ class Space:
         states: Sequence[str],
         columns: Sequence[str] = (),
         max_block_bytes: int = SEGMENT_BYTES,
+        groups: np.ndarray | None = None,
     ) -> BlockPlan:
-        """Blocks that cover `keys`. Raises MissingStates if a sample or a state of one is not stored."""
-        return plan_blocks(self.files, self.id, self.index(), keys, states, columns, max_block_bytes)
+        """Blocks that cover `keys`, those of two `groups` (n,) apart. Raises MissingStates if a sample or a state of
+        one is not stored."""
+        return plan_blocks(self.files, self.id, self.index(), keys, states, columns, max_block_bytes, groups)
 
     def verify(self, deep: bool = False) -> list[Problem]:
         """What is wrong with any sealed segment or table: names and sizes, with `deep` every digest, and whether all

@@ -11,6 +11,7 @@ import torch
 
 from extract.backbones.inputs import Inputs
 from extract.backbones.live import Backbone
+from train.finite import refuse_nan
 from train.model import Model
 from train.model import state_names as names_of
 
@@ -21,7 +22,7 @@ MAX_LENGTH = 20  # of the official code's evaluation after each epoch
 def generate(
     model: Model, backbone: Backbone, inputs: Inputs, max_length: int = MAX_LENGTH, batch_size: int = 64
 ) -> list[list[int]]:
-    """The token ids written for each sample, without the start id and the end token."""
+    """The token ids written for each sample, without the start id and the end token. Raises NotFinite for NaN."""
     model.eval()
     config = backbone.family.config
     end = config.eos_token_id if isinstance(config.eos_token_id, int) else config.eos_token_id[0]
@@ -36,7 +37,7 @@ def generate(
             batch = backbone.states(backbone.family.with_decoder(part, chains), states, torch.float32)
             layout = batch.layout("decoder")
             last = layout.first + layout.lengths - 1
-            tokens = model.tuner.tail.logits(model.tuner(batch)[last]).argmax(-1).tolist()
+            tokens = refuse_nan(model.tuner.tail.logits(model.tuner(batch)[last])).argmax(-1).tolist()
             done |= np.asarray(tokens) == end
             for chain, token in zip(chains, tokens, strict=True):
                 chain.append(token)

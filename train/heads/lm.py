@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from extract.backbones.batch import Batch
+from train.finite import refuse_nan
 
 IGNORE = -100
 
@@ -76,12 +77,12 @@ class LMHead(nn.Module):
         return F.cross_entropy(self.tail.logits(rows).float(), tokens)
 
     def choose(self, rows: Tensor, batch: Batch) -> Tensor:
-        """(B,) index of the target that greedy decoding among the targets ends in."""
+        """(B,) index of the target that greedy decoding among the targets ends in. Raises NotFinite for NaN."""
         layout = batch.layout("decoder")
         ids, parent = batch.columns["decoder.ids"], batch.columns["decoder.parent"]
         above = layout.first[layout.sample] + parent
         tokens = self.table[self.table != IGNORE].unique()
-        logits = self.tail.logits(rows, tokens).float()
+        logits = refuse_nan(self.tail.logits(rows, tokens).float())
         column = torch.searchsorted(tokens, self.table.clamp(min=0))
         column = column.clamp(max=len(tokens) - 1)
         node = layout.first.clone()

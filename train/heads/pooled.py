@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from extract.backbones.batch import Batch, Layout
+from train.finite import refuse_nan
 
 
 def pool(rows: Tensor, layout: Layout, how: str = "mean") -> Tensor:
@@ -46,8 +47,8 @@ class PooledHead(nn.Module):
         return F.mse_loss(out, batch.labels.to(out.dtype))
 
     def predict(self, rows: Tensor, batch: Batch) -> Tensor:
-        """(B,) class indices or values."""
-        out = self.outputs(rows, batch)
+        """(B,) class indices or values. Raises NotFinite for NaN."""
+        out = refuse_nan(self.outputs(rows, batch))
         return out.argmax(-1) if self.kind == "classification" else out
 
 
