@@ -22,7 +22,7 @@ from pipeline.job import Job, batch_size_of, live_backbone, live_source, load_jo
 from pipeline.operations import backbone_model, kept_bytes
 from pipeline.recipe import Recipe
 from pipeline.report import size_text, table_text
-from pipeline.training import fit_options, run_train
+from pipeline.training import fit_options, make_folder, run_train
 from store.errors import UserError
 from train.counterparts import COUNTERPARTS, CounterpartModel, counterpart, input_source
 from train.loop import fit
@@ -52,6 +52,7 @@ def run_compare(
         raise UserError(f"--csv {csv_file}: no such folder: {Path(csv_file).parent}")
     for method in methods:
         _refuse(recipe, method)
+    make_folder(folder)
     rows, total = [], None
     for method in methods:
         runs = []

@@ -151,6 +151,8 @@ class Picture:
 
 def open_image(path: Path) -> Image.Image:
     """An RGB picture, decoded whole. Raises UserError naming the file that is absent, damaged or not RGB."""
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise UserError(f"{path}: not a regular file; replace it, or leave it out: --skip-bad")
     try:
         with Image.open(path) as image:
             image.load()

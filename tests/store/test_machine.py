@@ -211,7 +211,7 @@ class Machine(RuleBasedStateMachine):
         self.pending = [p for p in self.pending if p.place != place or p.writer._base is None]
         store = self.store(place)
         collect(store, litter(store, older_than=0))
-        assert litter(self.store(place), older_than=0) == []
+        assert litter(self.store(place), older_than=0).litter == []
 
     @rule(place=places)
     def sweep(self, place: str) -> None:
