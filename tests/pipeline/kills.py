@@ -1,8 +1,8 @@
 """SIGKILL at any step of every command that writes to a store: `python -m tests.pipeline.kills --kills 100`.
 
 Each command runs in a forked child that counts its steps, the changes it makes to the file system (Python's audit
-events, and the middle of every file that is written), and kills itself before a chosen one. So any moment can be chosen,
-however busy the machine is. `tests.extract.kills` kills an extraction at moments of the clock instead.
+events, and the middle of every file that is written), and kills itself before a chosen one. How busy the machine is makes
+no difference. `tests.extract.kills` kills an extraction at moments of the clock instead.
 """
 
 from __future__ import annotations
@@ -232,29 +232,34 @@ class Stage:
         return place
 
     def run(self, kills: int, seed: int = 0) -> Counter[str]:
-        """Kill each command in turn, `kills` times in all, some of them twice before they may end; returns how often
-        each was. Raises AssertionError for anything that does not hold."""
+        """Kill each command in turn at random steps, `kills` times in all, some of them again before they may end;
+        returns how often each was. Raises AssertionError for anything that does not hold."""
         pick, done, turns = random.Random(seed), Counter[str](), cycle(self.scenes.values())
         while done.total() < kills:
             scene = next(turns)
-            place, code, said = self._place(scene), -signal.SIGKILL, ""
-            while code:
-                at = pick.randrange(1, scene.steps + 1)
-                what = f"{scene.name}, seed {seed}, killed before step {at} of {scene.steps}"
-                code, _, said = forked(scene.arguments, place, at)
-                if code == -signal.SIGKILL:
-                    done[scene.name] += 1
-                    self._between(scene, place, what)
-                    if done.total() < kills and pick.random() < 0.3:
-                        continue
-                    code, _, said = forked(scene.arguments, place)
-                over = scene.gone and "there is no feature space" in said  # it was killed at the very last step
-                assert code == 0 or over, f"{what}: the rerun ended with {code}: {said}"
-                code = 0
-            damage = Store.open(place).verify(deep=True)
-            assert damage == [], f"{what}: {damage[:3]}"
-            assert content(place) == scene.expected, f"{what}: the store holds other states than after a whole run"
+            at = [pick.randrange(1, scene.steps + 1)]
+            while done.total() + len(at) < kills and pick.random() < 0.3:
+                at.append(pick.randrange(1, scene.steps + 1))
+            done[scene.name] += self.attempt(scene, at)
         return done
+
+    def attempt(self, scene: Scene, steps: Sequence[int]) -> int:
+        """Kill a command before each of `steps`, each time beginning again on what was left, then let it end; returns
+        how often it was killed: what is left to do may take fewer steps."""
+        place, killed = self._place(scene), 0
+        what = f"{scene.name}, killed before step {' and '.join(map(str, steps))} of {scene.steps}"
+        for at in (*steps, 0):
+            code, _, said = forked(scene.arguments, place, at)
+            if code != -signal.SIGKILL:
+                break
+            killed += 1
+            self._between(scene, place, what)
+        over = scene.gone and "there is no feature space" in said  # it was killed at the very last step
+        assert code == 0 or over, f"{what}: the rerun ended with {code}: {said}"
+        damage = Store.open(place).verify(deep=True)
+        assert damage == [], f"{what}: {damage[:3]}"
+        assert content(place) == scene.expected, f"{what}: the store holds other states than after a whole run"
+        return killed
 
     def _between(self, scene: Scene, place: Path, what: str) -> None:
         """After a kill: no damage, and nothing lost."""
@@ -275,13 +280,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--every", metavar="NAMES", help="kill these commands once before each of their steps instead")
     options = parser.parse_args()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         stage = Stage(Path(folder))
-        done = stage.run(options.kills, options.seed)
-    steps = ", ".join(f"{name} {done[name]} (of {scene.steps} steps)" for name, scene in stage.scenes.items())
+        if options.every:
+            scenes = [stage.scenes[name] for name in options.every.split(",")]
+            done = Counter({s.name: sum(stage.attempt(s, [at]) for at in range(1, s.steps + 1)) for s in scenes})
+        else:
+            done = stage.run(options.kills, options.seed)
+    steps = ", ".join(f"{name} {count} (of {stage.scenes[name].steps} steps)" for name, count in done.items())
     sys.stdout.write(f"{done.total()} kills: {steps}\nevery rerun succeeded, no store was damaged, no state lost\n")
 
 

@@ -1,4 +1,4 @@
-"""A copy is what the source has, checked, or says that it is not: manifests that change, listings that are cut short."""
+"""A copy is what the source has, checked, or says that it is not: manifests that change, listings cut short."""
 
 from __future__ import annotations
 
