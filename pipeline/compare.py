@@ -21,7 +21,7 @@ from pipeline.job import Job, batch_size_of, live_backbone, live_source, load_jo
 from pipeline.operations import backbone_model, kept_bytes
 from pipeline.recipe import Recipe
 from pipeline.report import layout_text, size_text, table_text
-from pipeline.training import fit_options, job_doubts, run_train
+from pipeline.training import fit_options, job_doubts, make_folder, run_train
 from pipeline.unused import for_tuner, refuse_for_tuners
 from store.errors import UserError
 from train.counterparts import COUNTERPARTS, CounterpartModel, counterpart, input_source
@@ -56,6 +56,7 @@ def run_compare(
     family = jobs[0].found.family
     for sentence in job_doubts(jobs[0]):
         say(f"warning: {sentence}")
+    make_folder(folder)
     rows, total = [], None
     for method in methods:
         runs = []

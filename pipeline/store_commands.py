@@ -183,7 +183,12 @@ def gc(as_json: bool, where: str, older_than: str, delete: bool) -> tuple[Any, s
     found = litter(opened, seconds(older_than))
     if delete:
         collect(opened, found)
-    return {"deleted": delete, "found": [asdict(f) for f in found]}, litter_text(found, delete)
+    text = litter_text(found.litter, delete)
+    if found.kept:
+        for line in (text, *found.kept):
+            say(line)
+        raise Problems(f"{len(found.kept)} segments were kept: `pipeline store repair` brings them back to readers")
+    return {"deleted": delete, "found": [asdict(f) for f in found.litter]}, text
 
 
 @store.command()
@@ -211,10 +216,16 @@ def compact(as_json: bool, where: str, space: str) -> tuple[Any, str]:
 def rm(as_json: bool, space: str, where: str, yes: bool) -> tuple[Any, str]:
     """Remove a feature space with all its states."""
     from pipeline.report import size_text
-    from store.upkeep import remove_space
+    from store.upkeep import finish_removals, remove_space
 
     opened = _open(where)
-    found = opened.space(space)
+    finished = finish_removals(opened, space) if space else []
+    try:
+        found = opened.space(space)
+    except StoreError:
+        if not finished:
+            raise
+        return {"space": finished[0], "bytes": 0}, f"removed what an interrupted rm had left of {finished[0][:12]}"
     size = size_text(sum(s.nbytes for s in found.segments()))
     if not yes and not click.confirm(f"remove space {found.id[:12]} with {size} of states?", err=True):
         raise UserError("nothing was removed")

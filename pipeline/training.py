@@ -75,6 +75,16 @@ def run_folder(job: Job) -> Path:
     return Path("runs") / (f"{task}-{recipe.tuner}-{model}-s{recipe.seed}" + ("-live" if recipe.live else ""))
 
 
+def make_folder(folder: Path) -> None:
+    """Make the folder of `--out`. Raises UserError where a file stands in its place, or it cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        file = next((p for p in (folder, *folder.parents) if p.is_file()), None)
+        why = f"{file} is a file" if file else error.strerror or str(error)
+        raise UserError(f"--out {folder}: the folder cannot be made ({why}); choose another") from None
+
+
 def run_train(recipe: Recipe, say: Say, quiet: bool = False) -> dict[str, Any]:
     """Train what `recipe` says; `say` takes the lines a person reads. Returns the metrics with the run's folder."""
     refuse_for_tuners(recipe, [recipe.tuner], "train")
@@ -104,7 +114,7 @@ def run_train(recipe: Recipe, say: Say, quiet: bool = False) -> dict[str, Any]:
     odd = job_doubts(job)
     for sentence in odd:
         say(f"warning: {sentence}")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     if Ranks.from_environment().rank == 0:
         write_recipe(folder, job, options, size)
     metrics = fit(

@@ -33,6 +33,7 @@ _STREAM = re.compile(r"[a-z][a-z0-9_]{0,31}")
 _ARRAY = re.compile(r"[a-z][a-z0-9_]{0,31}\.[A-Za-z0-9][A-Za-z0-9_-]{0,63}(\.[A-Za-z0-9][A-Za-z0-9_-]{0,63}){0,3}")
 _SEGMENT = re.compile(r"[0-9]{8}T[0-9]{9}-[0-9a-f]{16}")
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 _TASK = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+@-]{0,127}")
 
 
@@ -74,6 +75,17 @@ def is_file(text: object) -> bool:
 def is_relative(text: object) -> bool:
     """Whether `text` is a relative path of at most six safe names."""
     return isinstance(text, str) and text.count("/") < 6 and all(is_file(part) for part in text.split("/"))
+
+
+def temporary_name(path: str) -> str:
+    """A name beside `path` under which it is written before it is renamed."""
+    folder, _, base = path.rpartition("/")
+    return f"{folder}/.{base}.{secrets.token_hex(4)}.tmp".lstrip("/")
+
+
+def is_temporary(path: str) -> bool:
+    """Whether `path` is what a kill leaves of a file that was not yet whole: never read, of no account."""
+    return _TEMPORARY.fullmatch(path.rsplit("/", 1)[-1]) is not None
 
 
 def check_task(text: str) -> str:

@@ -17,7 +17,17 @@ from store.document import load_document
 from store.errors import StoreError
 from store.files import Files
 from store.index import Index, Lookup
-from store.names import FORMAT, MAX_JSON, MAX_SMALL_JSON, SEGMENT_BYTES, is_key, is_segment, segment_path, space_path
+from store.names import (
+    FORMAT,
+    MAX_JSON,
+    MAX_SMALL_JSON,
+    SEGMENT_BYTES,
+    is_key,
+    is_segment,
+    is_temporary,
+    segment_path,
+    space_path,
+)
 from store.records import Record, list_records, read_record, save_record
 from store.references import unfound
 from store.segment import NotSealed, Problem, Segment
@@ -35,7 +45,30 @@ from store.tables import (
 from store.writer import SegmentWriter
 
 KIND = "activation-space"
+REMOVING = "removing.json"  # a note of who is removing the space; from then on it is not there
 LOST = "is missing: it was deleted, or not all of the segment has been copied; restore it, or extract again"
+
+
+def has_space(files: Files, space: str) -> bool:
+    """Whether there is a feature space `space`, and nobody has begun to remove it."""
+    home = space_path(space)
+    return files.size(f"{home}/space.json") is not None and files.size(f"{home}/{REMOVING}") is None
+
+
+def lost_identity(files: Files, space: str) -> bool:
+    """Whether there are files of a feature space, but no `space.json`; False where one is being made or removed."""
+    home = space_path(space)
+    inside = files.names(home)
+    if {"space.json", REMOVING} & set(inside):
+        return False
+    held = files.walk(home) if files.searchable else [n for name in inside for n in files.names(f"{home}/{name}")]
+    whole = [name for name in held if not is_temporary(name)]
+    return bool(whole) and all(files.size(f"{home}/{name}") is None for name in ("space.json", REMOVING))
+
+
+def still_sealed(files: Files, space: str, segment: str, problems: list[Problem]) -> list[Problem]:
+    """`problems`; none if the segment has lost its seal since, to a `gc` or `repair` that runs at this moment."""
+    return problems if files.size(f"{segment_path(space, segment)}/manifest.json") is not None else []
 
 
 class Space:
@@ -48,7 +81,7 @@ class Space:
         self.files, self.id = files, space
         name = f"{space_path(space)}/space.json"
         where = files.where(name)
-        if not is_key(space) or files.size(name) is None:
+        if not is_key(space) or not has_space(files, space):
             raise StoreError(f"there is no feature space {space} in {files.root}")
         document = load_document(files.read(name, MAX_SMALL_JSON), where, KIND)
         identity = document.get("identity")
@@ -177,7 +210,9 @@ class Space:
                     found.append(Problem(name, "manifest.json", LOST))
                 continue
             try:
-                found += Segment(self.files, self.id, name).verify(deep)
+                found += still_sealed(self.files, self.id, name, Segment(self.files, self.id, name).verify(deep))
+            except NotSealed:
+                continue
             except StoreError as error:
                 found.append(Problem(name, "manifest.json", str(error)))
         if not deep:

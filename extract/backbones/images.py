@@ -167,6 +167,8 @@ class Picture:
 def open_image(path: Path, upright: bool = True) -> Image.Image:
     """An RGB picture, decoded whole; `upright`: turned as its EXIF orientation says. Raises UserError naming the file
     that is absent, damaged, not RGB, or of more than `MOST_PIXELS`, which is not decoded."""
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise UserError(f"{path}: not a regular file; replace it, or leave it out: --skip-bad")
     try:
         with Image.open(path) as image:
             if image.width * image.height > MOST_PIXELS:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +82,10 @@ def sheet_digest(path: Path) -> str:
 
 def _read(path: Path) -> bytes:
     try:
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            # Reading a pipe waits for whoever is to write it, for ever perhaps.
+            raise TaskError(f"cannot read {path}: a pipe or device, not a file; save what it gives as a file first")
         return path.read_bytes()
     except FileNotFoundError:
         raise TaskError(f"no such file: {path}") from None

@@ -132,7 +132,7 @@ def test_interrupted_push_pull_and_merge(tmp_path: Path, monkeypatch: pytest.Mon
             except Stop:
                 stops += 1
                 # The process that was killed is dead to the next one.
-                monkeypatch.setattr("store.transfer.is_dead", lambda writer: True)
+                monkeypatch.setattr("store.sweep.is_dead", lambda writer: True)
                 for name in ("write", "publish", "move", "read", "remove"):
                     end.files.__dict__.pop(name, None)
         raise AssertionError("never done")
