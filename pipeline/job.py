@@ -108,8 +108,9 @@ def load_job(recipe: Recipe, version: str | None = None, space: str | None = Non
     except StoreError as error:
         if not recipe.live:
             raise
-        if (job := unstored_job(recipe, space or recipe.space or "")) is None:
-            raise error from None
+        asked = space or recipe.space or ""
+        if (job := unstored_job(recipe, asked)) is None:
+            raise StoreError(f"{recipe.model} makes another feature space live than {asked[:12]}; {error}") from None
         return job
     # A run was trained on all the views that its table has, whatever an earlier version wrote in its recipe.
     job = make_job(recipe if space is None else replace(recipe, views=None), found, tables)

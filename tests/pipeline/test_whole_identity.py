@@ -149,6 +149,16 @@ def test_a_run_is_scored_without_its_checkpoint_and_says_when_its_space_is_gone(
     refused(run("predict", folder, "--input", options[3], "--text", "first"), "weights")
 
 
+def test_a_live_run_without_a_store_is_read_with_the_checkpoint_it_had(made, tmp_path):
+    options = [*made["texts"][:-1], tmp_path / "nowhere", "--limit", 24]
+    live = ["train", *options, "--tuner", "probe", "--live", "--epochs", 1, "--out", tmp_path / "run"]
+    assert run(*live).exit_code == 0
+    given = ["--input", options[3], "--text", "first"]
+    assert run("predict", tmp_path / "run", *given).exit_code == 0
+    other = changed(options[1], tmp_path / "bert", "config.json", other_eps)
+    refused(run("predict", tmp_path / "run", *given, "--model", other), "another feature space", "nowhere")
+
+
 def test_the_options_of_an_identity_give_it_again(made):
     for options in made.values():
         (space,) = Store.open(options[-1]).spaces()
