@@ -79,7 +79,7 @@ class AtHand:
         """What the pictures at hand hold; `unknown` where there are none."""
         if self.task is not None:
             names = tuple(t[0] for rows in self.task.splits.values() for t in rows.texts)
-        elif self.files and self.files.keys() == header["provenance"].get("files", {}).keys():
+        elif self.files and set(self.files) == set(header["provenance"].get("files") or ()):
             column = header["spec"]["fields"][0]
             names = tuple(str(n) for path, _ in self.files.values() for n in read_sheet(path).column(column))
         else:

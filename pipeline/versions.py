@@ -116,6 +116,8 @@ def stored_tables(
         if not fitting:
             there = ", ".join(v.name for v in known)
             raise StoreError(f"there is no task {recipe.task} in this feature space, there is {there}")
+        if not version and (differs := unlike(recipe, fitting[0].header)):
+            raise StoreError(f"task {recipe.task} is not as asked for: {differs}")
     else:
         fitting = _fitting(space, recipe, known, AtHand(recipe, images))
     fitting = _distinct(space, fitting)

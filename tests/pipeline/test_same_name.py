@@ -60,6 +60,8 @@ def test_an_ambiguous_name_is_asked_about(both):
     assert by_id.keys() == {2, 3}
     short = by_id[3][: len("train@") + 8]
     assert labels(options, short) == labels(options, sick)
+    with pytest.raises(StoreError, match="now 'stars'"):
+        labels(options, short, label="stars")
     with pytest.raises(StoreError, match="train@ffffffff"):
         labels(options, "train@ffffffff")
 
