@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +27,13 @@ from pipeline.job import (
     text_options,
 )
 from pipeline.recipe import Recipe, read_recipe
+from pipeline.scoring import meaning, scorer
 from store.errors import StoreError, UserError
 from train.checkpoint import TUNER, load_tuner
 from train.checkpoint import load as load_checkpoint
 from train.evaluate import evaluate, predict
 from train.generate import generate
 from train.live import LiveSource
-from train.metrics import score
 from train.model import Model
 from train.order import Order
 
@@ -62,23 +61,23 @@ class Run:
         if split not in self.job.tables:
             raise UserError(f"the store has no {split} rows of {self.spec.name}; it has: {', '.join(self.job.tables)}")
         source = store_source(self.job, split, self._batch_size())
-        return evaluate(self.model, source, partial(score, self.spec.metrics), self.job.device)
+        return evaluate(self.model, source, scorer(self.spec, self.model.tuner.readout()), self.job.device)
 
     def generate(self, split: str) -> dict[str, Any]:
-        """Free generation on `split` with the frozen decoder live: metrics by exact match of the written text, and the
-        share of answers that are a target at all. Raises UserError on backbones that write no text."""
+        """Free generation on `split` with the frozen decoder live: metrics by exact match of the written text (of a
+        regression by the number written), and the share of answers that are a target at all. Raises UserError on
+        backbones that write no text."""
         if self.model.tuner.readout() != "lm":
             raise UserError("--generate: only text-to-text backbones generate; this run reads out by pooling")
         backbone, checkpoint = self.live()
         written = generate(self.model, backbone, relive(self.job, split, checkpoint).inputs)
         texts = checkpoint.tokenizer.batch_decode(written, skip_special_tokens=True)
-        targets = {t: i for i, t in enumerate(self.spec.targets)}
-        chosen: list[Any] = [self._value(targets.get(t.strip())) for t in texts]
+        answers = [meaning(self.spec, t) for t in texts]
         labels = labels_of(self.job.tables[split], self.spec)
         if labels is None:
             raise UserError(f"the {split} rows of {self.spec.name} have no labels to score against")
-        known = sum(c is not None for c in chosen)
-        return {**score(self.spec.metrics, chosen, labels.tolist()), "in_targets": known / len(chosen)}
+        known = sum(t.strip() in self.spec.targets for t in texts)
+        return {**scorer(self.spec, "lm")(answers, labels.tolist()), "in_targets": known / len(texts)}
 
     def predict(self, texts: Sequence[Sequence[str]], root: str | Path = "") -> list[Any]:
         """A label (its name) or a value for each text, text pair or picture, the backbone run live. `root`: the folder
@@ -99,11 +98,6 @@ class Run:
     def label(self, prediction: float) -> Any:
         """A prediction as people read it."""
         return self.spec.labels[int(prediction)] if self.spec.kind == "classification" else float(prediction)
-
-    def _value(self, target: int | None) -> Any:
-        if target is None:
-            return None
-        return target if self.spec.kind == "classification" else self.spec.values[target]
 
     def _batch_size(self) -> int:
         return batch_size_of(self.job.recipe, self.job.model_readout())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,10 @@ from extract.tasks.base import TaskSpec
 from pipeline.job import Job, batch_size_of, grouped, live_backbone, load_job, sources
 from pipeline.recipe import Recipe
 from pipeline.resolve import Found, extract_command, store_path
+from pipeline.scoring import scorer
 from store.errors import StoreError, UserError
 from store.places import absolute
 from train.loop import FitOptions, fit
-from train.metrics import score
 from train.model import Model
 from train.ranks import Ranks
 
@@ -91,7 +90,7 @@ def run_train(recipe: Recipe, say: Say, quiet: bool = False) -> dict[str, Any]:
         parts.get("test"),
         options,
         folder,
-        partial(score, job.spec.metrics),
+        scorer(job.spec, model.tuner.readout()),
         job.device,
         progress=not quiet,
         info={"space": job.found.space.id, "tuner": recipe.tuner, "rows": job.version},

@@ -1,8 +1,8 @@
-"""First weights of LST and SHERL on T5 against the released code's, drawn at T5-base size: every group of tensors has the
-released standard deviation within sampling error, and what the released code sets is set to the same.
+"""First weights of LST and SHERL on T5 against the released code's, drawn at T5-base size: every group of tensors has
+the released standard deviation within sampling error, and what the released code sets is set to the same.
 
-`initial_weights.json` in the folder `GOLDEN` (default: tests/golden) holds the figures. Those named "from_pretrained" are
-what a released run starts from: its library initialises each missing module alone.
+`initial_weights.json` in the folder `GOLDEN` (default: tests/golden) holds the figures. Those named "from_pretrained"
+are what a released run starts from: its library initialises each missing module alone.
 """
 
 from __future__ import annotations

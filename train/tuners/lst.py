@@ -17,8 +17,8 @@ from store.errors import UserError
 from train.tuners.base import Start, Tuner, TunerConfig, checked_reduction, linear, register
 
 INITS = ("random", "magnitude", "fisher")
-# The forms of pruning, by what they are called in the store. A file called "running" there was made by an older version,
-# which kept rows in ascending order, not in the released one; it is no longer read.
+# The forms of pruning, and what they are called in the store. A file called "running" there was made by an older
+# version, which kept rows in ascending order, not in the released one; it is no longer read.
 PRUNES = {"running": "released", "aligned": "aligned"}
 
 
