@@ -175,9 +175,11 @@ class Recipe:
     )
     blend: str | None = _option(
         None,
-        "SHERL: how layers are blended. Default: redundancy, the method; the others are the ablations of its Fig. 4.",
+        "SHERL: how layers are blended. Default: redundancy, the method. Its Fig. 4 has max, average, mhsa "
+        "(self-attention over layers), linear and linear-learned (a learned redundancy); attention, from the guide, is "
+        "ours.",
         "train",
-        choices=("redundancy", "linear", "attention", "average", "max"),
+        choices=("redundancy", "max", "average", "mhsa", "linear", "linear-learned", "attention"),
     )
     recompute: bool = _option(
         False, "SHERL: compute the blend again in the backward pass; less memory, a longer step.", "train"
@@ -185,15 +187,22 @@ class Recipe:
     insert: str | None = _option(
         None,
         "SHERL: where the blend enters: last, the last layer; single:S, layer S, those after it as they are; multi:S, "
-        "each layer from S on gets a blend of its own (Figs 6 and 9). Default: last. Extract with the same.",
+        "each layer from S on gets a blend of its own (Figs 6 and 9); none: no layer is live, the blend is the output "
+        "(Fig 5). Default: last. Extract with the same.",
         "extract train",
-        metavar="last|single:S|multi:S",
+        metavar="last|none|single:S|multi:S",
     )
     tail: str | None = _option(
         None,
         "SHERL: what trains inside the live layers (Fig 5). Default: frozen, nothing.",
         "train",
         choices=("frozen", "lora", "bitfit", "adapter", "prompt"),
+    )
+    tail_size: int | None = _option(
+        None,
+        "SHERL: size of what --tail adds: LoRA's rank, the adapter's width, virtual rows. Default: the paper's, a "
+        "sixteenth of the backbone's width, or 30 rows.",
+        "train",
     )
     init: str | None = _option(
         None,
@@ -324,6 +333,7 @@ class Recipe:
             "window",
             "patience",
             "batch_tokens",
+            "tail_size",
             "views",
         ):
             value = getattr(self, name)

@@ -36,6 +36,7 @@ from train.generate import generate
 from train.live import LiveSource
 from train.model import Model
 from train.order import Order
+from train.tuners.livelayers import saved_size
 
 
 @dataclass
@@ -115,9 +116,11 @@ def load_run(folder: str | Path, **overrides: Any) -> Run:
         raise UserError(f"{folder}: the run has no trained tuner yet; `pipeline train --recipe {folder}/recipe.yaml`")
     recipe = Recipe.from_mapping(read_recipe(folder / "recipe.yaml"), str(folder / "recipe.yaml"))
     recipe = replace(recipe, limit=None, **{k: v for k, v in overrides.items() if v is not None})
-    version = load_checkpoint(folder / TUNER)[1].get("rows")
+    saved, about = load_checkpoint(folder / TUNER)
+    # The papers' sizes are the default now and were not always; a run says its own.
+    recipe = replace(recipe, tail_size=recipe.tail_size or saved_size(saved))
     try:
-        job = load_job(recipe, version)
+        job = load_job(recipe, about.get("rows"))
     except StoreError as error:
         raise StoreError(f"{folder}: {error}") from None
     model = job.model()
