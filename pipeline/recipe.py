@@ -20,6 +20,9 @@ from store.errors import UserError
 FORMATS = ("float32", "bfloat16", "float16", "int8")
 PRECISIONS = ("float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
+# Options that are 1 or more.
+_FROM_ONE = ("limit", "max_length", "batch_size", "batch_tokens", "epochs", "max_steps", "accumulate", "patience")
+_FROM_ONE += ("window", "views", "reduction", "alpha", "tail_size")
 
 
 def _option(
@@ -321,21 +324,7 @@ class Recipe:
             value, choices = getattr(self, f.name), f.metadata["choices"]
             if value is not None and choices and value not in choices:
                 raise UserError(f"{option_name(f.name)}: one of {', '.join(choices)}, not {value!r}")
-        for name in (
-            "limit",
-            "max_length",
-            "batch_size",
-            "epochs",
-            "max_steps",
-            "accumulate",
-            "reduction",
-            "alpha",
-            "window",
-            "patience",
-            "batch_tokens",
-            "tail_size",
-            "views",
-        ):
+        for name in _FROM_ONE:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{option_name(name)}: at least 1, not {value}")
