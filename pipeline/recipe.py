@@ -21,8 +21,8 @@ FORMATS = ("float32", "bfloat16", "float16", "int8")
 PRECISIONS = ("float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
 # Options that are 1 or more.
-_FROM_ONE = ("limit", "max_length", "batch_size", "batch_tokens", "epochs", "max_steps", "accumulate", "patience")
-_FROM_ONE += ("window", "views", "reduction", "alpha", "tail_size")
+_FROM_ONE = ["limit", "max_length", "batch_size", "batch_tokens", "epochs", "max_steps", "accumulate", "patience"]
+_FROM_ONE += ["window", "views", "reduction", "alpha", "tail_size"]
 
 
 def _option(
