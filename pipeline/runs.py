@@ -116,9 +116,9 @@ def load_run(folder: str | Path, **overrides: Any) -> Run:
         raise UserError(f"{folder}: the run has no trained tuner yet; `pipeline train --recipe {folder}/recipe.yaml`")
     recipe = Recipe.from_mapping(read_recipe(folder / "recipe.yaml"), str(folder / "recipe.yaml"))
     recipe = replace(recipe, limit=None, **{k: v for k, v in overrides.items() if v is not None})
-    saved, about = load_checkpoint(folder / TUNER)
+    state, about = load_checkpoint(folder / TUNER)
     # The papers' sizes are the default now and were not always; a run says its own.
-    recipe = replace(recipe, tail_size=recipe.tail_size or saved_size(saved))
+    recipe = replace(recipe, tail_size=recipe.tail_size or saved_size(state))
     try:
         job = load_job(recipe, about.get("rows"))
     except StoreError as error:

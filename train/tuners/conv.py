@@ -99,7 +99,7 @@ class SherlConv(Tuner):
                 rows, cell = batch.states[name].float(), where[name.split(".")[0]]
                 pooled = 2 * rows if cell is None else max_cells(rows, cell, count) + mean_cells(rows, cell, count)
                 low.append(down(pooled))
-            blended = mix(torch.stack(low[:-1], 1), low[-1], self.score, self.config.blend, self.learned)
+            blended = mix(torch.stack(low[:-1], 1), low[-1], self.score, self.config.blend, own=self.learned)
             guide = batch.states[self.names[-1]].float()
             rows = F.relu(self.up(blended)) + torch.tanh(self.gate / self.config.temperature) * guide
         return self.norm(self.tail({self.stream: rows}, batch))

@@ -153,6 +153,6 @@ class MTSA(nn.Module):
             mixed, gated = torch.baddbmm(self.mix_bias, low, self.mix_weight).chunk(2, dim=-1)
             refined = (mixed + low) * torch.sigmoid(gated)
             layers, guide = refined[:-1].transpose(0, 1), refined[-1]
-            blended = mix(layers, guide, self.score, self.blend, self.learned)
+            blended = mix(layers, guide, self.score, self.blend, own=self.learned)
             # As a vector the ratio widens a `last` in half precision, which a scalar would not.
             return self.up(F.relu(blended)) + self.ratio().view(1) * last
