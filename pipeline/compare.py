@@ -8,7 +8,6 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,12 @@ from pipeline.job import Job, batch_size_of, live_backbone, live_source, load_jo
 from pipeline.operations import backbone_model, kept_bytes
 from pipeline.recipe import Recipe
 from pipeline.report import layout_text, size_text, table_text
+from pipeline.scoring import scorer
 from pipeline.training import fit_options, job_doubts, make_folder, run_train
 from pipeline.unused import for_tuner, refuse_for_tuners
 from store.errors import UserError
 from train.counterparts import COUNTERPARTS, CounterpartModel, counterpart, input_source
 from train.loop import fit
-from train.metrics import score
 from train.tuners import tuner_names
 
 HEAD = ("method", "trainable", "share", "memory", "s/epoch", "metric", "spread", "seeds")
@@ -171,7 +170,7 @@ def _counterpart(recipe: Recipe, name: str) -> dict[str, Any]:
         parts.get("test"),
         options,
         folder,
-        partial(score, job.spec.metrics),
+        scorer(job.spec, job.found.family.readout),
         job.device,
         progress=False,
         resume=False,

@@ -1,7 +1,7 @@
 """What tuners want in the store beyond states and the tail: late live layers, and first weights made from the backbone.
 
 Both are files beside the tail weights of a checkpoint: `block-7.safetensors` is a late layer, and
-`lst-fisher-running-r8-rte-0123456789abcdef.safetensors` side weights. They are made when an extraction asks for them
+`lst-fisher-released-r8-rte-0123456789abcdef.safetensors` side weights. They are made when an extraction asks for them
 and are small, so training never needs the backbone.
 """
 

@@ -24,6 +24,9 @@ from store.errors import Notice, UserError
 FORMATS = ("float32", "bfloat16", "float16", "int8")
 PRECISIONS = ("float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
+# Options that are 1 or more.
+_FROM_ONE = ["limit", "max_length", "batch_size", "batch_tokens", "epochs", "max_steps", "accumulate", "patience"]
+_FROM_ONE += ["window", "views", "reduction", "alpha", "tail_size"]
 
 
 def _option(
@@ -183,9 +186,11 @@ class Recipe:
     )
     blend: str | None = _option(
         None,
-        "SHERL: how layers are blended. Default: redundancy, the method; the others are the ablations of its Fig. 4.",
+        "SHERL: how layers are blended. Default: redundancy, the method. Its Fig. 4 has max, average, mhsa "
+        "(self-attention over layers), linear and linear-learned (a learned redundancy); attention, from the guide, is "
+        "ours.",
         "train",
-        choices=("redundancy", "linear", "attention", "average", "max"),
+        choices=("redundancy", "max", "average", "mhsa", "linear", "linear-learned", "attention"),
     )
     recompute: bool = _option(
         False, "SHERL: compute the blend again in the backward pass; less memory, a longer step.", "train"
@@ -193,15 +198,22 @@ class Recipe:
     insert: str | None = _option(
         None,
         "SHERL: where the blend enters: last, the last layer; single:S, layer S, those after it as they are; multi:S, "
-        "each layer from S on gets a blend of its own (Figs 6 and 9). Default: last. Extract with the same.",
+        "each layer from S on gets a blend of its own (Figs 6 and 9); none: no layer is live, the blend is the output "
+        "(Fig 5). Default: last. Extract with the same.",
         "extract train",
-        metavar="last|single:S|multi:S",
+        metavar="last|none|single:S|multi:S",
     )
     tail: str | None = _option(
         None,
         "SHERL: what trains inside the live layers (Fig 5). Default: frozen, nothing.",
         "train",
         choices=("frozen", "lora", "bitfit", "adapter", "prompt"),
+    )
+    tail_size: int | None = _option(
+        None,
+        "SHERL: size of what --tail adds: LoRA's rank, the adapter's width, virtual rows. Default: the paper's, a "
+        "sixteenth of the backbone's width, or 30 rows.",
+        "train",
     )
     init: str | None = _option(
         None,
@@ -325,9 +337,7 @@ class Recipe:
             value, choices = getattr(self, f.name), f.metadata["choices"]
             if value is not None and choices and value not in choices:
                 raise UserError(f"{option_name(f.name)}: one of {', '.join(choices)}, not {value!r}")
-        counts = ("limit", "max_length", "batch_size", "epochs", "max_steps", "accumulate", "reduction", "alpha",
-                  "window", "patience", "batch_tokens", "views")  # fmt: skip
-        for name in counts:
+        for name in _FROM_ONE:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{option_name(name)}: at least 1, not {value}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +29,16 @@ from pipeline.job import (
 )
 from pipeline.recipe import Recipe, read_recipe
 from pipeline.rows import checked_rows, token_doubts
+from pipeline.scoring import meaning, scorer
 from store.errors import StoreError, UserError
 from train.checkpoint import TUNER, check
 from train.checkpoint import load as load_checkpoint
 from train.evaluate import evaluate, predict
 from train.generate import generate
 from train.live import LiveSource
-from train.metrics import score
 from train.model import Model
 from train.order import Order
+from train.tuners.livelayers import saved_size
 
 
 @dataclass
@@ -64,24 +64,24 @@ class Run:
         if split not in self.job.tables:
             raise UserError(f"the store has no {split} rows of {self.spec.name}; it has: {', '.join(self.job.tables)}")
         source = store_source(self.job, split, self._batch_size())
-        precision = self.job.recipe.train_precision
-        return evaluate(self.model, source, partial(score, self.spec.metrics), self.job.device, precision)
+        how = scorer(self.spec, self.model.tuner.readout())
+        return evaluate(self.model, source, how, self.job.device, self.job.recipe.train_precision)
 
     def generate(self, split: str) -> dict[str, Any]:
-        """Free generation on `split` with the frozen decoder live: metrics by exact match of the written text, and the
-        share of answers that are a target at all. Raises UserError on backbones that write no text."""
+        """Free generation on `split` with the frozen decoder live: metrics by exact match of the written text (of a
+        regression by the number written), and the share of answers that are a target at all. Raises UserError on
+        backbones that write no text."""
         if self.model.tuner.readout() != "lm":
             raise UserError("--generate: only text-to-text backbones generate; this run reads out by pooling")
         backbone, checkpoint = self.live()
         written = generate(self.model, backbone, relive(self.job, split, checkpoint).inputs)
         texts = checkpoint.tokenizer.batch_decode(written, skip_special_tokens=True)
-        targets = {t: i for i, t in enumerate(self.spec.targets)}
-        chosen: list[Any] = [self._value(targets.get(t.strip())) for t in texts]
+        answers = [meaning(self.spec, t) for t in texts]
         labels = labels_of(self.job.tables[split], self.spec)
         if labels is None:
             raise UserError(f"the {split} rows of {self.spec.name} have no labels to score against")
-        known = sum(c is not None for c in chosen)
-        return {**score(self.spec.metrics, chosen, labels.tolist()), "in_targets": known / len(chosen)}
+        known = sum(t.strip() in self.spec.targets for t in texts)
+        return {**scorer(self.spec, "lm")(answers, labels.tolist()), "in_targets": known / len(texts)}
 
     def predict(
         self, texts: Sequence[str | Sequence[str]], root: str | Path = "", say: Say = lambda text: None
@@ -109,11 +109,6 @@ class Run:
         """A prediction as people read it."""
         return self.spec.labels[int(prediction)] if self.spec.kind == "classification" else float(prediction)
 
-    def _value(self, target: int | None) -> Any:
-        if target is None:
-            return None
-        return target if self.spec.kind == "classification" else self.spec.values[target]
-
     def _batch_size(self) -> int:
         return batch_size_of(self.job.recipe, self.job.model_readout())
 
@@ -132,6 +127,8 @@ def load_run(folder: str | Path, **overrides: Any) -> Run:
     recipe = Recipe.from_mapping(read_recipe(folder / "recipe.yaml", record=True), str(folder / "recipe.yaml"))
     recipe = replace(recipe, limit=None, views=None, **{k: v for k, v in overrides.items() if v is not None})
     state, about = load_checkpoint(folder / TUNER)
+    # The papers' sizes are the default now and were not always; a run says its own.
+    recipe = replace(recipe, tail_size=recipe.tail_size or saved_size(state))
     try:
         job = load_job(recipe, about.get("rows"), about.get("space"))
     except StoreError as error:

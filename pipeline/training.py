@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +25,12 @@ from pipeline.job import (
 )
 from pipeline.recipe import Recipe
 from pipeline.resolve import extract_command, store_path
+from pipeline.scoring import scorer
 from pipeline.unused import refuse_for_training, refuse_for_tuners
 from pipeline.versions import columns_text, task_id
 from store.errors import StoreError, UserError
 from store.places import absolute
 from train.loop import FitOptions, fit
-from train.metrics import score
 from train.model import Model
 from train.ranks import Ranks
 from train.runlog import write_bytes
@@ -124,7 +123,7 @@ def run_train(recipe: Recipe, say: Say, quiet: bool = False) -> dict[str, Any]:
         parts.get("test"),
         options,
         folder,
-        partial(score, job.spec.metrics),
+        scorer(job.spec, model.tuner.readout()),
         job.device,
         progress=not quiet,
         info={"space": job.found.space.id, "tuner": recipe.tuner, "rows": job.version},

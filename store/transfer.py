@@ -73,7 +73,7 @@ def _copy_space(space: Space, target: Store, done: Copied, progress: Callable[[s
     }
     there = {s.id for s in mine.segments()} | hidden
     # In this order: a table is written when the samples that it names are sealed.
-    tables = sorted(space.tables(), key=lambda t: t.modified)
+    tables = space.tables()
     segments = space.segments()
     for segment in segments:
         if segment.id in there:

@@ -13,8 +13,8 @@ from store.errors import UserError
 ATTENTION = ("query", "value", "qkv", "q_proj", "v_proj", "q", "v")  # what LoRA is put on, by module name
 
 
-def add_lora(module: nn.Module, what: str) -> None:
-    """LoRA of rank 8 on the queries and values in `module`, in place (`peft`). `what`: names the module in errors.
+def add_lora(module: nn.Module, what: str, rank: int = 8, alpha: int = 16, dropout: float = 0.1) -> None:
+    """LoRA on the queries and values in `module`, in place (`peft`). `what`: names the module in errors.
 
     Raises UserError where peft is not installed, or the module has no attention.
     """
@@ -26,7 +26,8 @@ def add_lora(module: nn.Module, what: str) -> None:
     targets = [n for n in ATTENTION if n in names]
     if not targets:
         raise UserError(f"lora: {what} has no attention to put it on")
-    inject_adapter_in_model(LoraConfig(r=8, lora_alpha=16, lora_dropout=0.1, target_modules=targets), module)
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets)
+    inject_adapter_in_model(config, module)
 
 
 def free_biases(module: nn.Module, what: str) -> None:
@@ -36,6 +37,19 @@ def free_biases(module: nn.Module, what: str) -> None:
         raise UserError(f"bitfit: {what} has no biases")
     for p in biases:
         p.requires_grad_(True)
+
+
+def add_biases(module: nn.Module, norms: tuple[type[nn.Module], ...]) -> None:
+    """A zero bias to every Linear in `module` and every module of the types `norms` that has none (BitFit on T5, which
+    has no biases of its own). A norm adds its bias to what it returns."""
+    for part in list(module.modules()):
+        if getattr(part, "bias", None) is not None:
+            continue
+        if isinstance(part, nn.Linear):
+            part.bias = nn.Parameter(part.weight.new_zeros(part.out_features))
+        elif isinstance(part, norms):
+            part.bias = nn.Parameter(torch.zeros_like(part.weight))  # type: ignore[arg-type]
+            part.register_forward_hook(lambda norm, _args, out: out + norm.bias)
 
 
 class Bottleneck(nn.Module):

@@ -133,7 +133,10 @@ class T5Tail(Tail):
 
 class T5SideStack(SideStack):
     """T5 blocks with d_model, d_ff and d_kv over r and the number of heads unchanged; the first owns the relative
-    position bias, a T5 norm ends the stack (LST §3.2). Random initialisation is T5's own."""
+    position bias, a T5 norm ends the stack (LST §3.2).
+
+    First weights are those of the released code, whose library initialises each missing module alone: a Linear is
+    N(0, 0.01²), not what T5 gives it by its place, and the bias table N(0, 1), which is torch's own."""
 
     def __init__(self, config: Any, stream: str, layers: Sequence[int], reduction: int) -> None:
         super().__init__()
@@ -145,6 +148,9 @@ class T5SideStack(SideStack):
         self.width, self.config, self.stream = side.d_model, side, stream
         self.blocks, self.norm = use_fast_dropout(stack.block), stack.final_layer_norm
         self.dropout = Dropout(config.dropout_rate)
+        for module in self.blocks.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.01 if isinstance(module, nn.Linear) else 1.0)
 
     blocks: Any
 

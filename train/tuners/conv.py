@@ -18,7 +18,7 @@ from extract.backbones.grids import cells, max_cells, mean_cells, sizes, sum_cel
 from store.errors import UserError
 from train.tuners.base import Tuner, TunerConfig, checked_reduction, form, full_precision
 from train.tuners.livelayers import refuse
-from train.tuners.mtsa import mix
+from train.tuners.mtsa import SCORED, learned, mix
 from train.tuners.sherl import SherlConfig
 from train.tuners.unipt import EPSILON, Aggregate, UniptConfig
 
@@ -82,7 +82,8 @@ class SherlConv(Tuner):
         inner = checked_reduction(config.reduction, family.width)
         self.names = taps(config, family, "sherl", live=True)
         self.down = nn.ModuleList(ConvNorm(family.width_of(n.split(".")[0]), inner) for n in self.names)
-        self.score = nn.Linear(inner, 1) if config.blend in ("redundancy", "linear") else None
+        self.score = nn.Linear(inner, 1) if config.blend in SCORED else None
+        self.learned = learned(config.blend, len(self.names) - 1, inner)
         self.up = ConvNorm(inner, family.width)
         self.gate = nn.Parameter(torch.full((), 0.1 if config.gate is None else float(config.gate)))
         self.norm = family.norm(family.streams[-1])
@@ -100,7 +101,7 @@ class SherlConv(Tuner):
                 rows, cell = batch.states[name].float(), where[name.split(".")[0]]
                 pooled = 2 * rows if cell is None else max_cells(rows, cell, count) + mean_cells(rows, cell, count)
                 low.append(down(pooled))
-            blended = mix(torch.stack(low[:-1], 1), low[-1], self.score, self.config.blend, EPSILON)
+            blended = mix(torch.stack(low[:-1], 1), low[-1], self.score, self.config.blend, self.learned, EPSILON)
             guide = batch.states[self.names[-1]].float()
             rows = F.relu(self.up(blended)) + torch.tanh(self.gate / self.config.temperature) * guide
         return self.norm(self.tail({self.stream: rows}, batch))

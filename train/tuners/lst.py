@@ -16,7 +16,9 @@ from store.errors import UserError
 from train.tuners.base import Start, Tuner, TunerConfig, checked_reduction, linear, register
 
 INITS = ("random", "magnitude", "fisher")
-PRUNES = ("running", "aligned")
+# The forms of pruning, and what they are called in the store. A file called "running" there was made by an older
+# version, which kept rows in ascending order, not in the released one; it is no longer read.
+PRUNES = {"running": "released", "aligned": "aligned"}
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ class Lst(Tuner):
         def make(model: Any, importance: dict[str, Tensor]) -> dict[str, Tensor]:
             return family.pruned(model, importance, config.reduction, config.prune == "aligned")
 
-        return Start(f"lst-{config.init}-{config.prune}-r{config.reduction}", config.init == "fisher", make)
+        return Start(f"lst-{config.init}-{PRUNES[config.prune]}-r{config.reduction}", config.init == "fisher", make)
 
     def begin(self, weights: dict[str, Tensor]) -> None:
         for stream, ladder in self._ladders():
