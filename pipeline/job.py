@@ -32,6 +32,7 @@ from pipeline.resolve import (
     store_path,
     tuner_options,
 )
+from pipeline.stored import check_columns, check_states
 from pipeline.versions import stored_tables, version_of
 from store import Space, Store, TaskTable, digest_json
 from store.errors import MissingStates, StoreError, UserError
@@ -190,6 +191,7 @@ def store_source(job: Job, split: str, batch_size: int) -> StoreSource:
     ranks = Ranks.from_environment()
     # Every rank evaluates alike; of training batches each reads its share.
     options: dict[str, Any] = {"rank": ranks.rank, "world": ranks.world} if split == "train" else {}
+    check_states(job.found.space, job.found.family, job.states)
     if recipe.host_memory is not None:
         options["host_bytes"] = parse_size(recipe.host_memory)
     try:
@@ -208,6 +210,7 @@ def store_source(job: Job, split: str, batch_size: int) -> StoreSource:
             device=job.device,
             pin=job.device.type == "cuda",
             dtype=None,
+            check=lambda samples: check_columns(job.found.family, samples),
             **options,
         )
     except MissingStates as error:

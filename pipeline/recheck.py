@@ -10,7 +10,7 @@ import torch
 
 from extract.backbones.inputs import Inputs
 from pipeline.extracting import load_backbone
-from pipeline.resolve import family_from
+from pipeline.stored import family_from, source_of
 from store import Space, Store, StoreError, decode, stream_of
 from store.index import families
 from store.rewrite import read_family
@@ -32,7 +32,7 @@ def _recheck(store: Store, space: Space, count: int, model: str, pick: random.Ra
     from extract.checkpoint import resolve
 
     identity = space.identity
-    checkpoint = resolve(model or store.load_json(identity["weights"], "source.json")["names"][0])
+    checkpoint = resolve(model or source_of(store, space)["names"][0])
     if checkpoint.weights_digest != identity["weights"]:
         raise StoreError(f"{checkpoint.name}: not the weights that space {space.id[:12]} was extracted with")
     family = family_from(store, space)

@@ -385,6 +385,8 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"recipe {path}: cannot be read: {error}") from None
+    except RecursionError:
+        raise UserError(f"recipe {path}: nested too deep to be `option: value` lines") from None
     except yaml.YAMLError as error:
         raise UserError(f"recipe {path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):

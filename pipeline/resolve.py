@@ -13,11 +13,11 @@ import torch
 from extract.backbones import Family, TextOptions
 from extract.checkpoint import Checkpoint, local
 from extract.identity import SpaceOptions, space_identity
-from extract.projection import load_projection
 from extract.tasks import Task, canonical_name, load_task
 from extract.tasks.base import TaskSpec
 from extract.tasks.hub_images import PREFIX, hub_folder
 from pipeline.recipe import Recipe, option_name
+from pipeline.stored import family_from, source_of
 from store import Space, Store
 from store.errors import SpaceMismatch, StoreError, UserError
 from store.resolve import resolve as resolve_space
@@ -153,18 +153,6 @@ class Found:
     source: dict[str, Any]
 
 
-def family_from(store: Store, space: Space) -> Family:
-    """The family of a space, from the configuration kept beside its tail weights."""
-    from transformers import AutoConfig
-
-    from extract.backbones import family_for
-
-    raw = dict(store.load_json(space.identity["weights"], "config.json"))
-    family = family_for(AutoConfig.for_model(raw.pop("model_type"), **raw))
-    family.projection = load_projection(store, space.identity)
-    return family
-
-
 def find_space(recipe: Recipe) -> Found:
     """The one feature space of the store that fits the recipe's model, task and explicit options.
 
@@ -203,17 +191,13 @@ def find_space(recipe: Recipe) -> Found:
             spaces = named
     space = resolve_space(spaces, wanted)
     digest = space.identity["weights"]
-    return Found(
-        space,
-        family_from(store, space),
-        store.load_tensors(digest, "tail.safetensors"),
-        store.load_json(digest, "source.json"),
-    )
+    family = family_from(store, space)
+    return Found(space, family, store.load_tensors(digest, "tail.safetensors"), source_of(store, space))
 
 
 def names_of(store: Store, space: Space) -> list[str]:
     """The names a space's model goes by."""
-    return list(store.load_json(space.identity["weights"], "source.json").get("names", []))
+    return list(source_of(store, space)["names"])
 
 
 def extract_command(recipe: Recipe, tuner: str | None = None) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 from extract.tasks import canonical_name
 from extract.tasks.sheet import SUFFIXES, sheet_digest
 from pipeline.recipe import Recipe
+from pipeline.stored import check_table
 from store import Space, TaskTable, digest_json
 from store.errors import StoreError
 from store.tables import TableInfo
@@ -34,7 +35,8 @@ class _Tables:
 
     def read(self, info: TableInfo) -> TaskTable:
         if info.path not in self._read:
-            self._read[info.path] = self.space.read_table(info)
+            found = self.space.read_table(info)
+            self._read[info.path] = check_table(found, self.space.files.where(info.path))
         return self._read[info.path]
 
     def of(self, version: str) -> dict[str, TaskTable]:
