@@ -125,23 +125,30 @@ def is_name(value: object) -> bool:
     return isinstance(value, str) and 0 < len(value) <= MAX_NAME and value.isprintable()
 
 
-def check_table(table: TaskTable, where: str) -> TaskTable:
-    """`table`, its header and its labels being what a task's are. Raises StoreError naming `where` and what is not."""
-    header = table.header
+def check_header(header: Mapping[str, Any], where: str) -> TaskSpec:
+    """The task that a table's header describes. Raises StoreError naming `where` and the field that is not what it must
+    be."""
     for name, kinds in (
-        ("spec", dict), ("provenance", dict), ("candidates", list), ("beside", dict), ("total", int),
-        ("created", str), ("decoder", str), ("model", str),
+        ("provenance", dict), ("candidates", list), ("beside", dict), ("total", int), ("created", str),
+        ("decoder", str), ("model", str),
     ):  # fmt: skip
         if name in header and (not isinstance(header[name], kinds) or isinstance(header[name], bool)):
             raise refuse(where, f"{name} in its header is not of the right type")
     spec = _spec(header.get("spec"), where)
+    _check_candidates(header.get("candidates", []), spec, where)
+    return spec
+
+
+def check_table(table: TaskTable, where: str) -> TaskTable:
+    """`table`, its header, labels and texts being what a task's are. Raises StoreError naming `where` and what is
+    not."""
+    spec = check_header(table.header, where)
     for row, (label, texts) in enumerate(zip(table.labels, table.texts, strict=True)):
         if label is not None and spec.kind == "classification":
             if type(label) is not int or not 0 <= label < len(spec.labels):
                 raise refuse(where, f"the label {label} of row {row + 1} is none of the {len(spec.labels)} classes")
         if not len(spec.fields) <= len(texts) <= 2:
             raise refuse(where, f"row {row + 1} has {len(texts)} texts, the task has {len(spec.fields)}")
-    _check_candidates(header.get("candidates", []), spec, where)
     return table
 
 

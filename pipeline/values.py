@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from reprlib import repr as short
+import reprlib
 from typing import Any, get_args
 
 from store.errors import UserError
+
+
+def short(value: Any) -> str:
+    """`value` for a message: YAML's references make lists of lists that have no end when written out."""
+    return reprlib.repr(value)[:200]
 
 
 def checked_value(name: str, hint: Any, value: Any, where: str) -> Any:
