@@ -28,9 +28,7 @@ def printable(text: str) -> str:
 
 # Control characters but for the newline and the tab, line and paragraph separators, marks that turn the direction of
 # what follows, and halves of surrogate pairs.
-_ACTING = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
-)
+_ACTING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def _escaped(match: re.Match[str]) -> str:

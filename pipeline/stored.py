@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import string
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from extract.backbones import Family, family_for
@@ -107,7 +108,7 @@ def plain_prompt(prompt: str) -> bool:
 
 def source_of(store: Store, space: Space) -> dict[str, Any]:
     """What a space's checkpoint is called: `names`, one at least, and `revision`."""
-    digest = space.identity.get("weights")
+    digest = str(space.identity.get("weights"))
     where = store.files.where(f"weights/{digest}/source.json")
     if not is_key(digest):
         raise refuse(store.files.where(f"spaces/{space.id}/space.json"), "identity.weights is no digest")
@@ -144,9 +145,9 @@ def check_table(table: TaskTable, where: str) -> TaskTable:
     not."""
     spec = check_header(table.header, where)
     for row, (label, texts) in enumerate(zip(table.labels, table.texts, strict=True)):
-        if label is not None and spec.kind == "classification":
-            if type(label) is not int or not 0 <= label < len(spec.labels):
-                raise refuse(where, f"the label {label} of row {row + 1} is none of the {len(spec.labels)} classes")
+        named = spec.kind == "classification" and label is not None
+        if named and (type(label) is not int or not 0 <= label < len(spec.labels)):
+            raise refuse(where, f"the label {label} of row {row + 1} is none of the {len(spec.labels)} classes")
         if not len(spec.fields) <= len(texts) <= 2:
             raise refuse(where, f"row {row + 1} has {len(texts)} texts, the task has {len(spec.fields)}")
     return table
@@ -162,7 +163,7 @@ def _spec(raw: Any, where: str) -> TaskSpec:
     values = raw.get("values")
     if not isinstance(values, list) or len(values) > MAX_CLASSES or not all(_is_number(v) for v in values):
         raise refuse(where, "spec.values in its header is no list of numbers")
-    if any(b <= a for a, b in zip(values, values[1:], strict=False)):
+    if any(b <= a for a, b in pairwise(values)):
         raise refuse(where, "spec.values in its header do not ascend")
     if not isinstance(raw.get("name"), str) or not isinstance(raw.get("prompt"), str) or not raw["metrics"]:
         raise refuse(where, "spec.name, spec.prompt or spec.metrics is missing in its header")
@@ -192,7 +193,8 @@ def check_states(space: Space, family: Family, states: Sequence[str]) -> None:
             info = segment.states.get(name)
             if info is not None and info.width != family.state_width(name):
                 raise refuse(
-                    f"segment {segment.id}", f"{name} is {info.width} wide, the backbone's is {family.state_width(name)}"
+                    f"segment {segment.id}",
+                    f"{name} is {info.width} wide, the backbone's is {family.state_width(name)}",
                 )
 
 

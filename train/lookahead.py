@@ -22,8 +22,8 @@ class LookAhead:
     of the present one have been, so that its first batches need not wait. `blocks`: block number → what the reader is
     given, with its `nbytes`. `limit`: bytes that may be read or waiting beyond the present batch (one block is always
     allowed). `kept`: blocks that are in memory already; with `keep`, those read are added to it and not dropped.
-    `device`: where blocks are put, the host's memory if None. `check`: raises for a block whose columns are not inputs of
-    the backbone.
+    `device`: where blocks are put, the host's memory if None. `check`: raises for a block that is no input of the
+    backbone.
     """
 
     def __init__(

@@ -27,8 +27,8 @@ from torch import Tensor
 from extract.backbones.batch import Batch
 from store import SEGMENT_BYTES
 from store.errors import UserError
-from store.samples import Samples
 from store.malloc import keep_freed_memory, return_freed_memory
+from store.samples import Samples
 from train.assemble import Loaded, Part, assemble
 from train.lookahead import LookAhead
 from train.order import Order, rank_slice

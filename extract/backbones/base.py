@@ -24,7 +24,6 @@ from extract.backbones.inputs import Inputs
 from extract.projection import Projection
 from store.errors import UserError
 
-
 M = TypeVar("M", bound=nn.Module)
 
 

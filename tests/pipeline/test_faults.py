@@ -1,7 +1,8 @@
 """Random faults over every kind of file there is, of stores and of runs: none changes an answer in silence.
 
-Of a store each is found by `verify --deep`, but for files that nothing reads; and whatever it is, scoring a run gives the
-same numbers or one line. Of a run, scoring, predicting and going on give the same or one line. 300: `FAULTS=300 pytest …`.
+Of a store each is found by `verify --deep`, but for files that nothing reads; and whatever it is, scoring a run gives
+the same numbers or one line. Of a run, scoring, predicting and going on give the same or one line.
+Three hundred: `FAULTS=300 pytest …`.
 """
 
 from __future__ import annotations
@@ -91,7 +92,18 @@ class World:
 def world(checkpoints, table, tmp_path_factory) -> World:
     folder = tmp_path_factory.mktemp("world")
     made = World(folder, checkpoints["bert"])
-    task = ["--model", checkpoints["bert"], "--task", table, "--text", "first", "--text-pair", "second", "--label", "label"]
+    task = [
+        "--model",
+        checkpoints["bert"],
+        "--task",
+        table,
+        "--text",
+        "first",
+        "--text-pair",
+        "second",
+        "--label",
+        "label",
+    ]
     extract = ["extract", *task, "--store", made.store]
     for more in (
         ["--limit", 12, "--for", "probe"],
@@ -101,7 +113,9 @@ def world(checkpoints, table, tmp_path_factory) -> World:
         assert run(*extract, *more).exit_code == 0
     assert run("store", "compact", "--store", made.store).exit_code == 0
     # From here on supplements of what was compacted.
-    assert run(*extract, "--limit", 24, "--for", "sherl,lst", "--insert", "multi:2", "--init", "magnitude").exit_code == 0
+    assert (
+        run(*extract, "--limit", 24, "--for", "sherl,lst", "--insert", "multi:2", "--init", "magnitude").exit_code == 0
+    )
     (made.store / "quarantine").mkdir()
     (made.store / "quarantine" / "spaces--old").write_bytes(bytes(100))
     work = next(made.store.glob("spaces/*")) / "work"
@@ -141,8 +155,8 @@ def same_or_refused(ask: Any, expected: Any) -> bool:
 
 
 def is_replaceable(kind: str, victim: Path) -> bool:
-    """Whether a store without the file is a sound store that says the same: a segment whose marker is gone is read again
-    beside its successor, and of two tables with the same rows one is enough."""
+    """Whether a store without the file is a sound store that says the same: a segment whose marker is gone is read
+    again beside its successor, and of two tables with the same rows one is enough."""
     if kind != "table":
         return kind == "marker"
     split, rows, _ = victim.name.rsplit("-", 2)

@@ -143,7 +143,7 @@ def test_as_many_class_names_as_a_configuration_likes_are_not_made(store):
         (lambda h, rows: rows[1].__setitem__(1, -1), ["label -1 of row 2"]),
         (lambda h, rows: rows[1].__setitem__(1, 0.5), ["label 0.5 of row 2"]),
         (lambda h, rows: rows[0].__setitem__(2, []), ["row 1 has 0 texts"]),
-        (lambda h, rows: h.update(spec=[]), ["spec"]),
+        (lambda h, rows: h.update(spec=[]), ["describes no task"]),
         (lambda h, rows: h["spec"].pop("labels"), ["spec.labels"]),
         (lambda h, rows: h["spec"].update(labels=["yes", 4]), ["spec.labels"]),
         (lambda h, rows: h["spec"].update(kind="ranking"), ["kind"]),
@@ -255,5 +255,7 @@ def test_half_a_surrogate_pair_in_json_lines(checkpoints, tmp_path, row):
 
 
 def test_what_is_sound_still_trains(store):
-    result = run_train(Recipe(task="pairs", store=str(store), epochs=1, out=str(store.parent / "run")), lambda text: None)
+    result = run_train(
+        Recipe(task="pairs", store=str(store), epochs=1, out=str(store.parent / "run")), lambda text: None
+    )
     assert np.isfinite(result["train_loss"] if "train_loss" in result else result["seconds_per_epoch"])

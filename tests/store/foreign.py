@@ -73,14 +73,32 @@ def float_tensors(data: bytes) -> Arrays:
 
 # -- what things are known by ------------------------------------------------------------------------------------------
 _NAMES = {"F32": "torch.float32", "F16": "torch.float16", "BF16": "torch.bfloat16", "I64": "torch.int64"}
-_NOISE = (
-    "_name_or_path architectures transformers_version torch_dtype dtype use_cache n_positions task_specific_params "
-    "output_past id2label label2id gradient_checkpointing problem_type"
-).split()
-_TOKENIZER = (
-    "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.txt vocab.json merges.txt "
-    "spiece.model sentencepiece.bpe.model"
-).split()
+_NOISE = [
+    "_name_or_path",
+    "architectures",
+    "transformers_version",
+    "torch_dtype",
+    "dtype",
+    "use_cache",
+    "n_positions",
+    "task_specific_params",
+    "output_past",
+    "id2label",
+    "label2id",
+    "gradient_checkpointing",
+    "problem_type",
+]
+_TOKENIZER = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+]
 
 
 def text_identity(checkpoint: Path, family: str, **more: Any) -> dict[str, Any]:
@@ -190,13 +208,11 @@ class Reader:
             ends = {stream: np.cumsum([0, *values]) for stream, values in lengths.items()}
             whole = {name: self._values(space, member, name) for name, member in holder.items()}
             for place, key in enumerate(base["samples"]["keys"]):
-
-                def rows(name: str, at: int = place) -> np.ndarray:
-                    low, high = ends[name.split(".")[0]][at : at + 2]
-                    return whole[name][low:high]
-
-                columns = {n: rows(n) for n, m in holder.items() if n in m["columns"]}
-                yield key, columns, {n: rows(n) for n in holder if n not in columns}
+                rows = {
+                    name: values[slice(*ends[name.split(".")[0]][place : place + 2])] for name, values in whole.items()
+                }
+                columns = {name: rows.pop(name) for name, member in holder.items() if name in member["columns"]}
+                yield key, columns, rows
 
     def _values(self, space: str, manifest: dict[str, Any], name: str) -> np.ndarray:
         values = self._array(space, manifest, name)
@@ -310,7 +326,10 @@ class Writer:
             kind="activation-segment", format=1, id=name, space=space, base=base, created="2020-01-01T00:00:00+00:00",
             provenance={"by": "another program"}, columns=list(columns),
             samples={"keys": list(keys), "lengths": {s: [int(n) for n in v] for s, v in lengths.items()}},
-            states={n: {"stream": n.split(".")[0], "width": v.shape[1], "format": fmt, "scale": False} for n, v in states.items()},
+            states={
+                n: {"stream": n.split(".")[0], "width": v.shape[1], "format": fmt, "scale": False}
+                for n, v in states.items()
+            },
             files=[{"name": n, "size": len(d), "xxh3": xxh3(d)} for n, d in files.items()],
         )  # fmt: skip
         (folder / "manifest.json").write_bytes(manifest)

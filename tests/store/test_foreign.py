@@ -44,7 +44,18 @@ def extracted(checkpoints, table, tmp_path_factory):
         if family not in made:
             place = tmp_path_factory.mktemp(family) / "store"
             columns = ["--text", "first", "--text-pair", "second", "--label", "label", "--limit", 30]
-            run("extract", "--model", checkpoints[family], "--task", table, *columns, "--store", place, "--for", "sherl,probe")
+            run(
+                "extract",
+                "--model",
+                checkpoints[family],
+                "--task",
+                table,
+                *columns,
+                "--store",
+                place,
+                "--for",
+                "sherl,probe",
+            )
             made[family] = (checkpoints[family], place)
         return made[family]
 

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from store import Segment, Store, StoreError
-from store.document import dump_document
 from store.digest import digest_bytes
+from store.document import dump_document
 from store.foreign import zstd_size
 from tests.store.helpers import sealed, space
 from tests.store.test_damage import reopened, rewrite_manifest, rewrite_metadata
@@ -119,11 +119,17 @@ def test_zstd_frames_state_their_size() -> None:
 @pytest.mark.parametrize(
     ("add", "message"),
     [
-        (lambda d: d["files"].extend({"name": f"a{i}", "size": 1, "xxh3": "0" * 32} for i in range(70_000)), "lists more"),
+        (
+            lambda d: d["files"].extend({"name": f"a{i}", "size": 1, "xxh3": "0" * 32} for i in range(70_000)),
+            "lists more",
+        ),
         (lambda d: d["files"].append(d["files"][0]), "listed twice"),
         (
             lambda d: d["states"].update(
-                {f"encoder.x{i}": {"stream": "encoder", "width": 8, "format": "float16", "scale": False} for i in range(5000)}
+                {
+                    f"encoder.x{i}": {"stream": "encoder", "width": 8, "format": "float16", "scale": False}
+                    for i in range(5000)
+                }
             ),
             "states and columns",
         ),
