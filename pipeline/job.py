@@ -33,6 +33,7 @@ from pipeline.resolve import (
     tuner_options,
 )
 from pipeline.rows import refuse_other_kind
+from pipeline.stored import check_columns, check_states
 from pipeline.unused import refuse_for_kind
 from pipeline.versions import AmbiguousTask, stored_tables
 from store import Space, Store, TaskTable, digest_json
@@ -229,6 +230,7 @@ def store_source(job: Job, split: str, batch_size: int) -> StoreSource:
     ranks = Ranks.from_environment()
     # Every rank evaluates alike; of training batches each reads its share.
     options: dict[str, Any] = {"rank": ranks.rank, "world": ranks.world} if split == "train" else {}
+    check_states(job.found.space, job.found.family, job.states)
     if recipe.host_memory is not None:
         options["host_bytes"] = parse_size(recipe.host_memory)
     try:
@@ -247,6 +249,7 @@ def store_source(job: Job, split: str, batch_size: int) -> StoreSource:
             device=job.device,
             pin=job.device.type == "cuda",
             dtype=None,
+            check=lambda samples: check_columns(job.found.family, samples),
             **options,
         )
     except MissingStates as error:

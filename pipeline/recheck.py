@@ -11,7 +11,7 @@ import torch
 from extract.backbones.inputs import Inputs
 from extract.identity import refuse_other
 from pipeline.extracting import load_backbone
-from pipeline.resolve import family_from
+from pipeline.stored import family_from, source_of
 from store import Space, Store, decode, stream_of
 from store.index import families
 from store.rewrite import read_family
@@ -33,7 +33,7 @@ def _recheck(store: Store, space: Space, count: int, model: str, pick: random.Ra
     from extract.checkpoint import resolve
 
     identity = space.identity
-    checkpoint = resolve(model or store.load_json(identity["weights"], "source.json")["names"][0])
+    checkpoint = resolve(model or source_of(store, space)["names"][0])
     refuse_other(checkpoint, identity)
     family = family_from(store, space)
     checkpoint.family.projection = family.projection

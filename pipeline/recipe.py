@@ -403,6 +403,8 @@ def read_recipe(path: str | Path, record: bool = False) -> dict[str, Any]:
         values = yaml.load(text, _Once)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"recipe {path}: cannot be read: {error}") from None
+    except RecursionError:
+        raise UserError(f"recipe {path}: nested too deep to be `option: value` lines") from None
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"recipe {path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):

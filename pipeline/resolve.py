@@ -14,11 +14,11 @@ from extract.backbones import Family, TextOptions
 from extract.backbones.images import Preprocess
 from extract.checkpoint import Checkpoint, local
 from extract.identity import SpaceOptions, space_identity, views_text
-from extract.projection import load_projection
 from extract.tasks import Task, canonical_name, load_task
 from extract.tasks.base import TaskSpec
 from extract.tasks.hub_images import PREFIX, hub_folder
 from pipeline.recipe import Recipe, option_name
+from pipeline.stored import family_from, source_of
 from store import Space, Store
 from store.errors import SpaceMismatch, StoreError, UserError
 from store.resolve import resolve as resolve_space
@@ -155,18 +155,6 @@ class Found:
     source: dict[str, Any]
 
 
-def family_from(store: Store, space: Space) -> Family:
-    """The family of a space, from the configuration kept beside its tail weights."""
-    from transformers import AutoConfig
-
-    from extract.backbones import family_for
-
-    raw = dict(store.load_json(space.identity["weights"], "config.json"))
-    family = family_for(AutoConfig.for_model(raw.pop("model_type"), **raw))
-    family.projection = load_projection(store, space.identity)
-    return family
-
-
 def wanted_fields(recipe: Recipe) -> dict[str, Any]:
     """The fields of an identity that the recipe asks for in so many words."""
     wanted: dict[str, Any] = {k: v for k in SPACE_FIELDS if (v := getattr(recipe, k)) is not None}
@@ -225,17 +213,13 @@ def find_space(recipe: Recipe, exactly: str | None = None) -> Found:
 
 def _found(store: Store, space: Space) -> Found:
     digest = space.identity["weights"]
-    return Found(
-        space,
-        family_from(store, space),
-        store.load_tensors(digest, "tail.safetensors"),
-        store.load_json(digest, "source.json"),
-    )
+    family = family_from(store, space)
+    return Found(space, family, store.load_tensors(digest, "tail.safetensors"), source_of(store, space))
 
 
 def names_of(store: Store, space: Space) -> list[str]:
     """The names a space's model goes by."""
-    return list(store.load_json(space.identity["weights"], "source.json").get("names", []))
+    return list(source_of(store, space)["names"])
 
 
 def extract_command(recipe: Recipe, tuner: str | None = None) -> str:

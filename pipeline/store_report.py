@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipeline.report import pairs_text, size_text, table_text
+from pipeline.stored import source_of
 from pipeline.versions import versions_of
 from store import Segment, Space, Store
 from store.names import is_segment, segment_path, space_path
@@ -24,7 +25,7 @@ def _space_what(store: Store, space: Space) -> dict[str, Any]:
     segments = space.segments()
     digest = str(space.identity.get("weights", ""))
     known = store.has_weights(digest, "source.json") if digest else False
-    source = store.load_json(digest, "source.json") if known else {}
+    source = source_of(store, space) if known else {}
     tasks = _tasks(space)
     names = [n for n in space.files.names(f"{space_path(space.id)}/segments") if is_segment(n)]
     superseded = space.superseded()
@@ -68,7 +69,7 @@ def _tasks(space: Space) -> list[dict[str, Any]]:
 
 def _written(segments: Sequence[Segment]) -> dict[str, Any]:
     """Who wrote the segments, when, from which data, with what."""
-    found = [p for s in segments for p in (s.provenance, *s.provenance.get("rewritten", {}).get("others", []))]
+    found = [p for s in segments for p in (s.provenance, *_rewritten(s.provenance))]
     when = sorted(s.created for s in segments)
 
     def distinct(*path: str) -> list[str]:
@@ -78,7 +79,8 @@ def _written(segments: Sequence[Segment]) -> dict[str, Any]:
             for part in path:
                 value = value.get(part) if isinstance(value, dict) else None
             if value not in (None, "", [], {}):
-                values[str(value)] = None
+                # One line, and not a long one, whatever a writer has put there.
+                values[" ".join(str(value)[:200].split())] = None
         return sorted(values)
 
     return {
@@ -91,6 +93,13 @@ def _written(segments: Sequence[Segment]) -> dict[str, Any]:
         "torch": distinct("libraries", "torch"),
         "project": distinct("project"),
     }
+
+
+def _rewritten(provenance: dict[str, Any]) -> list[Any]:
+    """The other provenances that `compact` has put together into one segment."""
+    rewritten = provenance.get("rewritten")
+    others = rewritten.get("others") if isinstance(rewritten, dict) else None
+    return others if isinstance(others, list) else []
 
 
 def status_text(what: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 from extract.tasks import canonical_name, split_id
 from pipeline.athand import AtHand
 from pipeline.recipe import Recipe
+from pipeline.stored import check_table
 from store import Space, TaskTable, digest_json
 from store.errors import StoreError
 from store.records import Record
@@ -158,7 +159,7 @@ def _read(space: Space, version: Version) -> dict[str, TaskTable]:
     out: dict[str, TaskTable] = {}
     for info, _ in sorted(version.tables, key=lambda t: (t[0].rows, created_of(t[1])), reverse=True):
         if info.split not in out:
-            out[info.split] = space.read_table(info)
+            out[info.split] = check_table(space.read_table(info), space.files.where(info.path))
     return dict(sorted(out.items()))
 
 

@@ -26,6 +26,9 @@ MAX_WEIGHTS_BYTES = 16 << 30
 MAX_LENGTH = 1 << 31
 MAX_ROWS = 1 << 40
 MAX_WIDTH = 1 << 20
+MAX_FILES = 1 << 16  # of one segment
+MAX_NAMES = 1 << 12  # states and columns of one segment
+MAX_STREAMS = 1 << 8
 
 _KEY = re.compile(r"[0-9a-f]{32}")
 _KEYS = re.compile(r"[0-9a-f]*")

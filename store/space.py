@@ -157,9 +157,18 @@ class Space:
         try:
             if self.files.local and self.files.size(f"{segment_path(self.id, name)}/manifest.json") is None:
                 return None
-            return Segment(self.files, self.id, name)
+            return self._segment(name)
         except NotSealed:
             return None
+
+    def _segment(self, name: str) -> Segment:
+        segment = Segment(self.files, self.id, name)
+        for state, info in segment.states.items():
+            if self.format is not None and info.format != self.format:
+                raise StoreError(
+                    f"segment {name}: {state} is {info.format}, this feature space holds {self.format}: delete it"
+                )
+        return segment
 
     def writer(self, provenance: dict[str, Any], base: Segment | None = None) -> SegmentWriter:
         """A writer for one segment after another; with `base`, for a supplement of that segment."""
@@ -210,7 +219,7 @@ class Space:
                     found.append(Problem(name, "manifest.json", LOST))
                 continue
             try:
-                found += still_sealed(self.files, self.id, name, Segment(self.files, self.id, name).verify(deep))
+                found += still_sealed(self.files, self.id, name, self._segment(name).verify(deep))
             except NotSealed:
                 continue
             except StoreError as error:

@@ -176,13 +176,17 @@ def listed(files: Files, digest: str) -> dict[str, tuple[int, str]] | None:
     out = {}
     for entry in entries if isinstance(entries, list) else [{}]:
         sound = isinstance(entry, dict) and is_file(entry.get("name")) and is_key(entry.get("xxh3"))
-        sound = sound and type(entry.get("size")) is int and 0 <= entry["size"] <= MAX_WEIGHTS_BYTES
+        sound = sound and type(entry.get("size")) is int and 0 <= entry["size"] <= _limit(entry["name"])
         if not sound or document.get("digest") != digest:
             raise StoreError(
                 f"{path} is malformed: restore it from another copy, or delete the folder and extract again"
             )
         out[entry["name"]] = (entry["size"], entry["xxh3"])
     return out
+
+
+def _limit(name: str) -> int:
+    return MAX_SMALL_JSON if name.endswith(".json") else MAX_WEIGHTS_BYTES
 
 
 def _load(files: Files, digest: str, name: str) -> bytes:

@@ -268,12 +268,18 @@ class _Run:
         state = self.state
         state.best_epoch, state.best, state.since_best = state.epoch + 1, metrics, 0
         self.best = {name: t.detach().cpu().clone() for name, t in self.model.trainable_state().items()}
+        self.write_best()
+
+    def write_best(self) -> None:
+        """`tuner.safetensors` as of the best epoch so far."""
+        state, epoch = self.state, self.state.best_epoch
+        step = min(state.step, (epoch or 0) * -(-len(self.train) // self.options.accumulate))
         about = {
             **self.info,
             "layout": self.train.order.layout(),
-            "epoch": state.best_epoch,
-            "step": state.step,
-            "validation": finite(metrics),
+            "epoch": epoch,
+            "step": step,
+            "validation": finite(state.best),
         }
         checkpoint.save_tuner(self.run_dir / checkpoint.TUNER, self.best, about)
 
@@ -281,6 +287,8 @@ class _Run:
         """Restore the best epoch, score the test split, write metrics.json."""
         state = self.state
         self.model.load_trainable(self.best)
+        # Of a resumed run the file is from before: gone or damaged since, perhaps. What is scored is what is kept.
+        self.write_best()
         test = None
         if self.test is not None:
             test = evaluate(self.model, self.test, self.score, self.device, self.options.precision, self.check)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -30,6 +30,7 @@ from extract.backbones.batch import Batch
 from store import SEGMENT_BYTES
 from store.errors import UserError
 from store.malloc import keep_freed_memory, return_freed_memory
+from store.samples import Samples
 from train.assemble import Loaded, Part, assemble
 from train.lookahead import LookAhead
 from train.order import Order, rank_slice
@@ -49,7 +50,8 @@ class StoreSource:
     tier go, and then the batches are there, too. `scheduler`: address of a `distributed` scheduler, else `workers`
     threads. `share`: (i, k) hands out the batches i, i + k, … of `epochs`, for k readers that take turns. `ahead`:
     batches made before they are asked for, in a thread (0: none, no thread). `pin`: page-locked batches, for copies to
-    a GPU. `dtype`: of the decoded states; None: as stored, but float32 where rows have scales.
+    a GPU. `dtype`: of the decoded states; None: as stored, but float32 where rows have scales. `check`: called with each
+    block that was read, to refuse what is no input of the backbone.
 
     Raises MissingStates if something is not stored, UserError for wrong options or labels.
     """
@@ -79,6 +81,7 @@ class StoreSource:
         ahead: int = 1,
         pin: bool = False,
         dtype: torch.dtype | None = torch.float32,
+        check: Callable[[Samples], None] = lambda samples: None,
     ) -> None:
         if not 0 <= rank < world:
             raise UserError(f"rank must be in [0, {world}), got {rank}")
@@ -106,7 +109,7 @@ class StoreSource:
         self._lookahead, self._host_bytes = lookahead_bytes, host_bytes
         self._wanted_tier, self._device = tier, torch.device(device)
         self._scheduler, self._workers = scheduler, workers
-        self._ahead, self._pin, self._dtype = ahead, pin, dtype
+        self._ahead, self._pin, self._dtype, self._check = ahead, pin, dtype, check
         self._kept: dict[int, Loaded] = {}
         self._tier: str | None = None
 
@@ -178,7 +181,7 @@ class StoreSource:
         keep = self.tier in ("device", "host")
         shares: deque[np.ndarray] = deque()
         uses = self._uses(epochs, shares)
-        blocks = LookAhead(uses, self.plan.blocks, reader, self._lookahead, self._kept, keep, place)
+        blocks = LookAhead(uses, self.plan.blocks, reader, self._lookahead, self._kept, keep, place, self._check)
         # Two, for a consumer that waits; one that computes for a while between two batches keeps but one of them busy.
         maker = ThreadPoolExecutor(2, "make-batch", _one_thread) if self._ahead else None
         turns = _Turns()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -28,6 +28,7 @@ from extract.backbones.base import (
     TextOptions,
     attention_mask,
     collect,
+    filled,
     freeze,
     key_mask,
     load_frozen,
@@ -218,6 +219,14 @@ class T5(Family):
     def columns(self) -> tuple[str, ...]:
         return ("encoder.ids", "decoder.ids", "decoder.parent")
 
+    def refuse_columns(self, lengths: Mapping[str, np.ndarray], columns: Mapping[str, np.ndarray]) -> str | None:
+        if (parent := columns.get("decoder.parent")) is not None:
+            count = np.asarray(lengths["decoder"], np.int64)
+            place = np.arange(len(parent)) - np.repeat(np.cumsum(count) - count, count)
+            if bool(((parent < -1) | (parent >= place)).any()):
+                return "decoder.parent names positions that are not before their own"
+        return super().refuse_columns(lengths, columns)
+
     def candidates(self, tokenizer: Any, targets: Sequence[str]) -> list[list[int]]:
         return [list(ids) for ids in tokenizer(list(targets))["input_ids"]] if targets else []
 
@@ -338,11 +347,11 @@ class T5(Family):
 
     def tail(self, weights: dict[str, Tensor] | None, attention: str) -> T5Tail:
         # A store of before the cut holds all rows, and means them.
-        tokens = self.config.vocab_size if weights is None else len(weights["shared.weight"])
-        tail = T5Tail(self.config, attention, weights is None or "lm_head.weight" not in weights, tokens)
-        if weights is not None:
-            tail.load_state_dict(weights)
-        return tail
+        tokens = self.config.vocab_size
+        if weights is not None and weights.get("shared.weight") is not None:
+            tokens = len(weights["shared.weight"])
+        tied = weights is None or "lm_head.weight" not in weights
+        return filled(lambda: T5Tail(self.config, attention, tied, tokens), weights)
 
     def norm(self, stream: str) -> nn.Module:
         return T5LayerNorm(self.config.d_model, eps=self.config.layer_norm_epsilon)

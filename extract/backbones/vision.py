@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from extract.backbones.base import Family, SideStack, TextOptions, load_frozen
+from extract.backbones.base import Family, SideStack, TextOptions, check_fit, load_frozen
 from extract.backbones.batch import Batch
 from extract.backbones.grids import COLUMN, sizes
 from extract.backbones.images import Preprocess, load_pixels, look_all
@@ -46,6 +46,18 @@ class Vision(Family):
     @property
     def columns(self) -> tuple[str, ...]:
         return (COLUMN,)
+
+    def refuse_columns(self, lengths: Mapping[str, np.ndarray], columns: Mapping[str, np.ndarray]) -> str | None:
+        column = columns.get(COLUMN)
+        if column is None:
+            return None
+        if bool((np.asarray(lengths["grid"]) != 2 * len(self.streams)).any()) or int(column.min(initial=1)) < 1:
+            return f"{COLUMN} does not hold a height and a width for each of {len(self.streams)} streams"
+        maps = column.astype(np.int64).reshape(-1, len(self.streams), 2).prod(2) + self.extra_rows
+        for place, stream in enumerate(self.streams):
+            if stream in lengths and bool((maps[:, place] != lengths[stream]).any()):
+                return f"{COLUMN} does not agree with the lengths of {stream}"
+        return None
 
     @abstractmethod
     def grid(self, stream: str, height: int, width: int) -> tuple[int, int]:
@@ -167,6 +179,8 @@ def fill(parts: dict[str, nn.Module], weights: dict[str, Tensor] | None) -> None
     """Put what `keep` gave into modules made on the meta device; None leaves them there."""
     if weights is None:
         return
+    held = [(p, *entry) for p, m in parts.items() for entry in (*m.named_parameters(), *m.named_buffers())]
+    check_fit({f"{prefix}.{name}": value for prefix, name, value in held}, weights)
     for prefix, module in parts.items():
         module.to_empty(device="cpu")
         for name, value in (*module.named_parameters(), *module.named_buffers()):

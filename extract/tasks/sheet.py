@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from extract.tasks.base import TaskError
 from store.digest import digest_bytes
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json")
+_HALF_A_PAIR = re.compile("[\ud800-\udfff]")
 LONGEST_FIELD = 16 << 20  # characters; Python's own limit of 131,072 is less than a long document
 
 
@@ -168,5 +170,16 @@ def _json_rows(path: Path, text: str) -> tuple[list[str], list[list[Any]], list[
     for number, item in objects:
         if not isinstance(item, dict):
             raise TaskError(f"{path}, line {number}: a JSON object is expected, not {type(item).__name__}")
+        for key, value in item.items():
+            if not _is_text(key) or (isinstance(value, str) and not _is_text(value)):
+                raise TaskError(
+                    f"{path}, line {number}: half a surrogate pair in {ascii(key)[:80]}, which is no character; "
+                    "write the text as UTF-8"
+                )
     names = list(dict.fromkeys(key for _, item in objects for key in item))
     return names, [[item.get(name) for name in names] for _, item in objects], [number for number, _ in objects]
+
+
+def _is_text(value: str) -> bool:
+    """False where JSON's \\uXXXX made half a surrogate pair, which no tokenizer and no file can take."""
+    return value.isascii() or _HALF_A_PAIR.search(value) is None
