@@ -50,8 +50,8 @@ class StoreSource:
     tier go, and then the batches are there, too. `scheduler`: address of a `distributed` scheduler, else `workers`
     threads. `share`: (i, k) hands out the batches i, i + k, … of `epochs`, for k readers that take turns. `ahead`:
     batches made before they are asked for, in a thread (0: none, no thread). `pin`: page-locked batches, for copies to
-    a GPU. `dtype`: of the decoded states; None: as stored, but float32 where rows have scales. `check`: called with each
-    block that was read, to refuse what is no input of the backbone.
+    a GPU. `dtype`: of the decoded states; None: as stored, but float32 where rows have scales. `check`: called with
+    each block that was read, to refuse what is no input of the backbone.
 
     Raises MissingStates if something is not stored, UserError for wrong options or labels.
     """
