@@ -346,11 +346,10 @@ class T5(Family):
         return {k: v.detach().float().cpu().contiguous() for k, v in weights.items()}
 
     def tail(self, weights: dict[str, Tensor] | None, attention: str) -> T5Tail:
+        tied = _scales_outputs(self.config) if weights is None else "lm_head.weight" not in weights
+        shared = None if weights is None else weights.get("shared.weight")
         # A store of before the cut holds all rows, and means them.
-        tokens = self.config.vocab_size
-        if weights is not None and weights.get("shared.weight") is not None:
-            tokens = len(weights["shared.weight"])
-        tied = weights is None or "lm_head.weight" not in weights
+        tokens = self.config.vocab_size if shared is None else len(shared)
         return filled(lambda: T5Tail(self.config, attention, tied, tokens), weights)
 
     def norm(self, stream: str) -> nn.Module:

@@ -81,6 +81,7 @@ def test_a_head_of_its_own_is_used_wherever_logits_are_made(tmp_path):
     tail = family.tail(family.tail_weights(backbone.model), "sdpa")
     for found in (family.logits(backbone.model, rows), tail.logits(rows)):
         torch.testing.assert_close(found, rows @ head.t())
+    assert family.tail(None, "sdpa").lm_head is not None, "counted without weights, it has its head as well"
 
 
 def test_a_head_that_the_weights_lack_is_no_embedding(tmp_path):
