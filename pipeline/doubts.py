@@ -41,7 +41,8 @@ def limit_doubt(limit: int | None, table: TaskTable) -> str:
 
 
 def _contents(table: TaskTable, images: bool) -> Sequence[Hashable]:
-    return table.keys if images else [tuple(texts) for texts in table.texts]
+    """What each row is known by: its texts, where the table has them and they are not names of files."""
+    return [key if images else tuple(texts) or key for key, texts in zip(table.keys, table.texts, strict=True)]
 
 
 def _blank(name: str, table: TaskTable) -> str:

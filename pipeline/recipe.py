@@ -7,19 +7,14 @@ recipe file holds the same names; what is given on the command line wins.
 from __future__ import annotations
 
 import difflib
-import json
-import re
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import yaml
-
+from pipeline.recipe_file import recipe_text, recipe_values
 from pipeline.values import checked_value
-from store.digest import digest_bytes
-from store.errors import Notice, UserError
+from store.errors import UserError
 
 FORMATS = ("float32", "bfloat16", "float16", "int8")
 PRECISIONS = ("float32", "bfloat16", "float16")
@@ -364,9 +359,7 @@ class Recipe:
 
     def to_yaml(self, header: str = "") -> str:
         """YAML that `read_recipe` takes back, below a comment that ends with a digest of the options."""
-        body = yaml.safe_dump(self.to_mapping(), sort_keys=False)
-        lines = [*header.splitlines(), f"{_SEAL}{_digest(yaml.safe_load(body))}"]
-        return "".join(f"# {line}\n" for line in lines) + body
+        return recipe_text(self.to_mapping(), header)
 
 
 def option_name(name: str) -> str:
@@ -395,54 +388,9 @@ def checked_names(values: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def read_recipe(path: str | Path, record: bool = False) -> dict[str, Any]:
-    """The options a recipe file sets. UserError when it is absent, not YAML, or has an unknown or ill-typed option, or
-    one twice. Where its options are not those its digest is of, a Notice; with `record`, which a run's own recipe is,
-    UserError."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        values = yaml.load(text, _Once)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"recipe {path}: cannot be read: {error}") from None
-    except RecursionError:
-        raise UserError(f"recipe {path}: nested too deep to be `option: value` lines") from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"recipe {path}: not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"recipe {path}: expected `option: value` lines")
-    seal = re.search(rf"^# {_SEAL}(.*)$", text, re.MULTILINE)
-    if seal and seal[1] != _digest(values):
-        if record:
-            raise UserError(
-                f"{path} differs from its digest, so it is damaged or was changed: restore it; what has moved is said "
-                "by options (--store, --model)"
-            )
-        warnings.warn(f"recipe {path}: changed since the run that wrote it", Notice, stacklevel=2)
-    return _checked(values, f"recipe {path}")
-
-
-_SEAL = "xxh3 of the options: "
-
-
-def _digest(values: Mapping[Any, Any]) -> str:
-    """xxh3-128 of a recipe's options as YAML gives them; order, comments and spelling do not count."""
-    return digest_bytes(json.dumps({str(k): v for k, v in values.items()}, sort_keys=True, default=str).encode())
-
-
-class _Once(yaml.SafeLoader):
-    """YAML in which no name stands twice: of two values a reader takes the last without a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: dict[str, int] = {}
-        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
-            line = key.start_mark.line + 1
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in seen:
-                    where = f"on lines {seen[key.value]} and {line}" if seen[key.value] != line else f"on line {line}"
-                    raise yaml.constructor.ConstructorError(
-                        problem=f"{key.value} is given twice, {where}: keep one of them"
-                    )
-                seen[key.value] = line
-        return super().construct_mapping(node, deep)
+    """The options a recipe file sets. UserError for an unknown or ill-typed one and for what `recipe_values` refuses,
+    with `record` (for a run's own recipe) a changed file too."""
+    return _checked(recipe_values(path, record), f"recipe {path}")
 
 
 def _checked(values: Mapping[str, Any], where: str) -> dict[str, Any]:

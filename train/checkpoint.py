@@ -76,7 +76,9 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise UserError(f"{path} does not exist: is this a run folder, and did training get this far?") from None
     except (OSError, SafetensorError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
         what = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} is damaged or no safetensors file ({what}): copy it anew, or train again") from error
+        raise UserError(
+            f"{path} is damaged or no safetensors file ({what}): copy it anew, or delete it and train"
+        ) from error
     if _DIGEST not in about:
         warnings.warn(
             f"{path} is of an older version and has no digest: damage to this run's files would not be noticed",
