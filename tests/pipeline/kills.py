@@ -1,8 +1,8 @@
 """SIGKILL at any step of every command that writes to a store: `python -m tests.pipeline.kills --kills 100`.
 
 Each command runs in a forked child that counts its steps, the changes it makes to the file system (Python's audit
-events, and the middle of every file that is written), and kills itself before a chosen one. How busy the machine is makes
-no difference. `tests.extract.kills` kills an extraction at moments of the clock instead.
+events, and the middle of every file that is written), and kills itself before a chosen one. How busy the machine is
+makes no difference. `tests.extract.kills` kills an extraction at moments of the clock instead.
 """
 
 from __future__ import annotations
