@@ -84,19 +84,23 @@ def views_text(views: int, seed: int) -> str:
 
 
 def options_of(identity: Mapping[str, Any]) -> SpaceOptions:
-    """The choices that `identity` was made with. Where there are several views, `views` is 2, whatever their number."""
-    seed = identity["views"].rpartition("seed ")[2]
-    text = TextOptions(
-        prompt=identity["prompt"],
-        max_length=identity["max_length"],
-        truncation_side=identity["truncation_side"],
-        image_size=identity.get("image_size", ""),
-        views=1 if identity["views"] == "none" else 2,
-        view_seed=int(seed) if seed.isdigit() else 0,
-        upright="orientation" in identity,
-    )
-    chosen = {k: identity[k] for k in ("format", "projection", "projection_fit", "precision", "attention")}
-    return SpaceOptions(**chosen, text=text)
+    """The choices that `identity` was made with. Where there are several views, `views` is 2, whatever their number.
+    Raises UserError for an identity that does not say them all."""
+    try:
+        seed = identity["views"].rpartition("seed ")[2]
+        text = TextOptions(
+            prompt=identity["prompt"],
+            max_length=identity["max_length"],
+            truncation_side=identity["truncation_side"],
+            image_size=identity.get("image_size", ""),
+            views=1 if identity["views"] == "none" else 2,
+            view_seed=int(seed) if seed.isdigit() else 0,
+            upright="orientation" in identity,
+        )
+        chosen = {k: identity[k] for k in ("format", "projection", "projection_fit", "precision", "attention")}
+        return SpaceOptions(**chosen, text=text)
+    except (KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"the feature space does not say all that it was made with: {error!r}") from None
 
 
 def differences_of(checkpoint: Checkpoint, identity: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:

@@ -166,6 +166,11 @@ def test_the_options_of_an_identity_give_it_again(made):
         assert space_identity(checkpoint, options_of(space.identity)) == dict(space.identity)
         assert not differences_of(checkpoint, space.identity)
         assert [name for name, *_ in differences_of(checkpoint, {**space.identity, "later": 1})] == ["later"]
+        for wrong in ({"views": None}, {"max_length": "x"}):
+            with pytest.raises(UserError, match="does not say"):
+                options_of({**space.identity, **wrong})
+        with pytest.raises(UserError, match="projection_fit"):
+            options_of({k: v for k, v in space.identity.items() if k != "projection_fit"})
 
 
 def turned(path: Path, orientation: int, seed: int = 0) -> np.ndarray:
