@@ -147,7 +147,8 @@ class Store:
             try:
                 if self._has_space(name) or lost_identity(self.files, name):
                     space = Space(self.files, name)
-                    needed.setdefault(space.identity.get("weights"), name)
+                    if space.tables():  # who trains from them needs the checkpoint's tail
+                        needed.setdefault(space.identity.get("weights"), name)
                     found += space.verify(deep)
             except StoreError as error:
                 found.append(Problem("", f"{space_path(name)}/space.json", str(error)))
