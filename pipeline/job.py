@@ -12,9 +12,11 @@ from dask.utils import parse_bytes
 
 from extract.backbones import TextOptions
 from extract.backbones.live import Backbone
-from extract.checkpoint import Checkpoint, resolve
+from extract.checkpoint import Checkpoint, local, resolve
 from extract.identity import space_identity
+from extract.tasks import canonical_name
 from extract.tasks.base import Rows, TaskSpec
+from pipeline.command_line import extract_command
 from pipeline.extracting import Split, load_backbone, prepare_split, task_tables
 from pipeline.keepsakes import make_start, start_file, stored_late, stored_start
 from pipeline.recipe import Recipe
@@ -23,7 +25,6 @@ from pipeline.resolve import (
     Found,
     Unstored,
     device_of,
-    extract_command,
     find_space,
     need,
     open_task,
@@ -222,7 +223,28 @@ def as_extracted(recipe: Recipe, found: Found) -> Recipe:
     usual: dict[str, Any] = {"format": "float16", "projection": "none", "precision": "float32", "attention": "sdpa"}
     usual |= {"max_length": 128, "truncation_side": "right"}
     stated = {k: v for k, v in known.items() if v != usual.get(k)}
-    return replace(recipe, model=recipe.model or found.source["names"][0], **stated)
+    named = replace(recipe, model=recipe.model or found.source["names"][0], **stated)
+    if not isinstance(found.space, Space):
+        return named
+    task = canonical_name(recipe.task)
+    tables = [found.space.read_table(t) for t in found.space.tables() if t.task == task]
+    if recipe.prompt is None and identity["prompt"] not in {"", *(t.header["spec"]["prompt"] for t in tables)}:
+        named = replace(named, prompt=identity["prompt"])
+    if found.family.modality == "image":
+        named = _images_as_extracted(named, identity, tables)
+    return named
+
+
+def _images_as_extracted(recipe: Recipe, identity: dict[str, Any], tables: list[TaskTable]) -> Recipe:
+    """`recipe` with the size of the images and the views that the space has, where it leaves them out."""
+    checkpoint = local(recipe.model)
+    if recipe.image_size is None and (checkpoint is None or checkpoint.tokenizer.extent_text != identity["image_size"]):
+        recipe = replace(recipe, image_size=identity["image_size"])
+    seed = identity["views"].rpartition("seed ")[2]
+    if recipe.views == 1 and seed.isdigit():
+        views = max((int(fields[1]) + 1 for t in tables for fields in t.texts if len(fields) > 1), default=1)
+        recipe = replace(recipe, views=max(views, 2), view_seed=int(seed))
+    return recipe
 
 
 def labels_of(table: TaskTable, spec: TaskSpec) -> np.ndarray | None:

@@ -11,9 +11,10 @@ from typing import Any
 
 from extract.tasks import canonical_name
 from extract.tasks.base import TaskSpec
-from pipeline.job import Job, batch_size_of, grouped, live_backbone, load_job, sources
+from pipeline.command_line import extract_command
+from pipeline.job import Job, as_extracted, batch_size_of, grouped, live_backbone, load_job, sources
 from pipeline.recipe import Recipe
-from pipeline.resolve import Found, extract_command, store_path
+from pipeline.resolve import Found, store_path
 from store.errors import StoreError, UserError
 from store.places import absolute
 from train.loop import FitOptions, fit
@@ -63,7 +64,8 @@ def run_train(recipe: Recipe, say: Say, quiet: bool = False) -> dict[str, Any]:
     job = load_job(recipe)
     if "train" not in job.tables:
         raise StoreError(
-            f"the store has no train rows of {job.spec.name}; run: {extract_command(recipe)} --split train"
+            f"the store has no train rows of {job.spec.name}; run: "
+            f"{extract_command(as_extracted(recipe, job.found), split=('train',))}"
         )
     folder = run_folder(recipe, job.found)
     if (folder / "metrics.json").exists() and not recipe.overwrite:

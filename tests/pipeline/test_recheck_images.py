@@ -16,8 +16,8 @@ from tests.pipeline.test_errors import refused, run
 def made(checkpoints, tmp_path_factory):
     base = tmp_path_factory.mktemp("images")
     folder = vision.write_folder(base / "pictures", 12)
-    result = run("extract", "--model", checkpoints["vit"], "--task", folder, "--store", base / "store", "--for", "probe",
-                 "--views", 2, "--view-seed", 3, "--image-size", 40)  # fmt: skip
+    options = ["--for", "probe", "--views", 2, "--view-seed", 3, "--image-size", 40]
+    result = run("extract", "--model", checkpoints["vit"], "--task", folder, "--store", base / "store", *options)
     assert result.exit_code == 0, result.output
     return folder, ["store", "verify", "--store", base / "store", "--model", checkpoints["vit"], "--recompute"]
 
