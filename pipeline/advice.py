@@ -98,6 +98,7 @@ def plan_text(plan: Plan, work: Workload) -> str:
     memory = ", ".join(f"{k} {size_text(v)}" for k, v in plan.memory.items() if k != "total")
     r = plan.rates
     cold = "cold not measurable" if r["disk_cold"] is None else f"cold {size_text(r['disk_cold'])}/s"
+    image = f", an image read in {r['image']:.3g} s" if r["image"] else ""
     return "\n".join(
         [
             f"{plan.samples:,} samples ({rows}); mean positions of a training sample: {lengths}{how}",
@@ -111,7 +112,7 @@ def plan_text(plan: Plan, work: Workload) -> str:
             f"training memory: {size_text(plan.memory['total'])} ({memory}), computed from tensors",
             f"measured here: backbone {(r['backbone'] or 0) / 1e9:,.0f} GFLOP/s, step {r['step']:.3g} s, decoding "
             f"{size_text(r['decode'] or 0)}/s, disk written {size_text(r['disk_write'] or 0)}/s, warm "
-            f"{size_text(r['disk_warm'] or 0)}/s, {cold}",
+            f"{size_text(r['disk_warm'] or 0)}/s, {cold}{image}",
             "",
             plan.recommendation,
             *(f"  {line}" for line in plan.commands),

@@ -149,6 +149,26 @@ class Picture:
         return self.preprocess.pixels(self.preprocess.frame(image))
 
 
+@dataclass(frozen=True)
+class Blank:
+    """An image of nothing, for counting and timing what a backbone does with one of this (height, width)."""
+
+    extent: tuple[int, int]
+
+    def pixels(self) -> Tensor:
+        """(3, height, width) zeros that take no memory."""
+        return torch.zeros(()).expand(3, *self.extent)
+
+
+def header_extent(path: Path) -> tuple[int, int]:
+    """(width, height) of an image by its header alone. Raises UserError for a file that has none."""
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: no picture that can be read ({_short(error)})") from None
+
+
 def open_image(path: Path) -> Image.Image:
     """An RGB picture, decoded whole. Raises UserError naming the file that is absent, damaged or not RGB."""
     try:
@@ -180,10 +200,10 @@ def look_all(paths: Sequence[Path], preprocess: Preprocess, views: Sequence[int]
         return list(pool.map(lambda p: look(p[0], preprocess, p[1], seed), zip(paths, views, strict=True)))
 
 
-def load_pixels(pictures: Sequence[Picture]) -> list[Tensor]:
+def load_pixels(pictures: Sequence[Picture | Blank]) -> list[Tensor]:
     """Pixels of many, on a few threads, in order."""
     with ThreadPoolExecutor(4) as pool:
-        return list(pool.map(Picture.pixels, pictures))
+        return list(pool.map(lambda picture: picture.pixels(), pictures))
 
 
 def augmented(image: Image.Image, rng: np.random.Generator) -> Image.Image:
