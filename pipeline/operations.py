@@ -137,12 +137,16 @@ def count(
     family: Family, name: str, config: TunerConfig, lengths: dict[str, np.ndarray], classes: int = 2
 ) -> Operations:
     """Operations of one batch of samples of `lengths` (stream → (B,) int64) with tuner `name`."""
-    states = tuner_class(name, family).states(config, family)
+    model, states = tuner_model(family, name, config, classes), tuner_class(name, family).states(config, family)
+    return Operations(backbone_operations(family, lengths, states), step_operations(family, lengths, states, model))
+
+
+def step_operations(family: Family, lengths: dict[str, np.ndarray], states: list[str], model: Model) -> float:
+    """Operations of a training step of a `tuner_model`, forward and backward, on one batch."""
     batch = meta_batch(family, lengths, states)
-    model = tuner_model(family, name, config, classes)
     with FlopCounterMode(display=False) as step:
         surrogate_loss(model, batch).backward()
-    return Operations(backbone_operations(family, lengths, states), float(step.get_total_flops()))
+    return float(step.get_total_flops())
 
 
 def weighted(batches: Iterable[tuple[float, Operations]]) -> Operations:

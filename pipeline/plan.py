@@ -189,6 +189,7 @@ def sample_lengths(
     spec, rows = task.spec, task.rows(split).head(min(SAMPLED, recipe.limit or SAMPLED))
     text = space_options(recipe, spec).text
     if isinstance(family, Vision):
+        assert isinstance(tokenizer, Preprocess)
         return family.measure(image_extents(tokenizer.sized(text.image_size), rows, text))
     if tokenizer is not None:
         candidates = family.candidates(tokenizer, spec.targets) if family.readout == "lm" else []
@@ -246,6 +247,7 @@ def workload(recipe: Recipe, task: Task | None = None) -> Workload:
     rows = {s: min(len(task.rows(s)), recipe.limit or len(task.rows(s))) for s in splits}
     pictures: list[Picture] = []
     if isinstance(family, Vision):
+        assert isinstance(tokenizer, Preprocess)
         first = task.rows("train" if "train" in splits else splits[0])
         pictures = some_pictures(tokenizer, first, space_options(recipe, task.spec).text)
         if "train" in rows:
