@@ -110,10 +110,23 @@ def bench(as_json: bool, recipe_file: str | None, **options: Any) -> tuple[Any, 
     metavar="NAMES",
 )
 @click.option("--seeds", default=None, help="Seeds of each, with commas between. Default: 0.", metavar="NUMBERS")
+@click.option(
+    "--preset",
+    default="ours",
+    show_default=True,
+    type=click.Choice(["ours", "paper"]),
+    help="Settings of the live counterparts; paper: what LST and SHERL set beside themselves on T5.",
+)
 @click.option("--csv", "csv_file", default=None, help="Also write the table here.", metavar="FILE")
 @command
 def compare(
-    as_json: bool, recipe_file: str | None, methods: str, seeds: str | None, csv_file: str | None, **options: Any
+    as_json: bool,
+    recipe_file: str | None,
+    methods: str,
+    seeds: str | None,
+    preset: str,
+    csv_file: str | None,
+    **options: Any,
 ) -> tuple[Any, str]:
     """Train several methods on one task and print trainable parameters, memory, seconds an epoch and the metric."""
     from pipeline.compare import default_folder, parse_seeds, run_compare
@@ -121,7 +134,7 @@ def compare(
     recipe = build_recipe(options, recipe_file)
     names = list(dict.fromkeys(m.strip() for m in methods.split(",") if m.strip()))
     numbers = [recipe.seed] if seeds is None else parse_seeds(seeds)
-    return run_compare(recipe, names, numbers, default_folder(recipe), csv_file, _voice(as_json))
+    return run_compare(recipe, names, numbers, default_folder(recipe), csv_file, _voice(as_json), preset)
 
 
 @main.command()

@@ -12,9 +12,11 @@ from dask.utils import parse_bytes
 
 from extract.backbones import TextOptions
 from extract.backbones.live import Backbone
-from extract.checkpoint import Checkpoint, resolve
+from extract.checkpoint import Checkpoint, local, resolve
 from extract.identity import options_of, refuse_other, space_identity
+from extract.tasks import canonical_name
 from extract.tasks.base import Rows, TaskSpec
+from pipeline.command_line import extract_command
 from pipeline.extracting import Split, load_backbone, prepare_split, task_tables
 from pipeline.keepsakes import make_start, start_file, stored_late, stored_start
 from pipeline.recipe import Recipe
@@ -23,7 +25,6 @@ from pipeline.resolve import (
     Found,
     Unstored,
     device_of,
-    extract_command,
     find_space,
     need,
     open_task,
@@ -267,8 +268,17 @@ def as_extracted(recipe: Recipe, found: Found) -> Recipe:
         known["views"] = max(map(views_of, trained), default=1)
     usual: dict[str, Any] = {"format": "float16", "projection": "none", "precision": "float32", "attention": "sdpa"}
     usual |= {"max_length": 128, "truncation_side": "right", "view_seed": 0}
+    name = recipe.model or found.source["names"][0]
+    checkpoint = local(name) if "image_size" in known else None
+    if checkpoint is not None and checkpoint.tokenizer.extent_text == known["image_size"]:
+        usual["image_size"] = known["image_size"]
     stated = {k: v for k, v in known.items() if v != usual.get(k)}
-    return replace(recipe, model=recipe.model or found.source["names"][0], **stated)
+    if recipe.prompt is None and identity["prompt"] and isinstance(found.space, Space):
+        task = canonical_name(recipe.task)
+        tables = (found.space.read_header(t) for t in found.space.tables() if t.task == task)
+        if identity["prompt"] not in {header["spec"]["prompt"] for header in tables}:
+            stated["prompt"] = identity["prompt"]
+    return replace(recipe, model=name, **stated)
 
 
 def picture_options(identity: Mapping[str, Any]) -> dict[str, Any]:

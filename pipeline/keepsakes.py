@@ -17,8 +17,9 @@ from extract.backbones import Batch, Family
 from extract.backbones.live import Backbone
 from extract.tasks import canonical_name
 from extract.tasks.base import TaskSpec
+from pipeline.command_line import extract_command
 from pipeline.recipe import Recipe
-from pipeline.resolve import extract_command, tuner_options
+from pipeline.resolve import tuner_options
 from store import Store, digest_json
 from store.errors import MissingStates, UserError
 from train.importance import FISHER_SAMPLES, fisher, magnitude

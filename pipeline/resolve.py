@@ -17,6 +17,7 @@ from extract.identity import SpaceOptions, space_identity, views_text
 from extract.tasks import Task, canonical_name, load_task
 from extract.tasks.base import TaskSpec
 from extract.tasks.hub_images import PREFIX, hub_folder
+from pipeline.command_line import extract_command
 from pipeline.recipe import Recipe, option_name
 from pipeline.stored import family_from, source_of
 from store import Space, Store
@@ -220,24 +221,6 @@ def _found(store: Store, space: Space) -> Found:
 def names_of(store: Store, space: Space) -> list[str]:
     """The names a space's model goes by."""
     return list(source_of(store, space)["names"])
-
-
-def extract_command(recipe: Recipe, tuner: str | None = None) -> str:
-    """The command that would put into the store what `recipe` needs."""
-    parts = ["pipeline extract"]
-    for name in ("model", "task", "data", "text", "text_pair", "label", "store", *SPACE_FIELDS, *PICTURES, "limit"):
-        value = getattr(recipe, name)
-        if value not in (None, ""):
-            text = str(value)
-            parts.append(f"{option_name(name)} {text if ' ' not in text else repr(text)}")
-    parts.append(f"--for {tuner or recipe.tuner}")
-    if recipe.init not in (None, "random"):
-        parts += [f"--{n} {v}" for n in ("init", "prune", "reduction") if (v := getattr(recipe, n)) is not None]
-    if recipe.insert is not None:
-        parts.append(f"--insert {recipe.insert}")
-    if recipe.layers:
-        parts.append(f"--layers {','.join(map(str, recipe.layers))}")
-    return " ".join(parts)
 
 
 def expected_identity(checkpoint: Checkpoint, recipe: Recipe, spec: TaskSpec) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from extract.tasks.base import Rows, TaskSpec
 from extract.tasks.glue import GLUE
 from extract.tasks.images import pictures
 from extract.tasks.sheet import read_sheet
+from pipeline.command_line import quoted
 from pipeline.extracting import Say, prepare_split
 from pipeline.job import (
     Job,
@@ -123,7 +124,8 @@ def load_run(folder: str | Path, **overrides: Any) -> Run:
     if not (folder / "recipe.yaml").is_file():
         raise UserError(f"{folder}: not a run folder, it has no recipe.yaml")
     if not (folder / TUNER).is_file():
-        raise UserError(f"{folder}: the run has no trained tuner yet; `pipeline train --recipe {folder}/recipe.yaml`")
+        again = f"pipeline train --recipe {quoted(str(folder / 'recipe.yaml'))} --out {quoted(str(folder))}"
+        raise UserError(f"{folder}: the run has no trained tuner yet; run: {again}")
     recipe = Recipe.from_mapping(read_recipe(folder / "recipe.yaml", record=True), str(folder / "recipe.yaml"))
     recipe = replace(recipe, limit=None, views=None, **{k: v for k, v in overrides.items() if v is not None})
     state, about = load_checkpoint(folder / TUNER)

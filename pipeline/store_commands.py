@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pipeline.command import command, say
+from pipeline.command_line import store_command
 from store.errors import StoreError, UserError
 
 if TYPE_CHECKING:
@@ -66,8 +67,11 @@ def status(as_json: bool, where: str) -> tuple[Any, str]:
 @click.option("--deep", is_flag=True, help="Read every byte and check its digest, not only names and sizes.")
 @click.option("--recompute", type=int, default=0, metavar="K", help="Run the backbone on K random samples and compare.")
 @click.option("--model", default="", metavar="NAME", help="For --recompute: the checkpoint, where it has moved.")
+@click.option(
+    "--data", multiple=True, metavar="FOLDER", help="For --recompute of images: where their names begin; repeatable."
+)
 @command
-def verify(as_json: bool, where: str, deep: bool, recompute: int, model: str) -> tuple[Any, str]:
+def verify(as_json: bool, where: str, deep: bool, recompute: int, model: str, data: tuple[str, ...]) -> tuple[Any, str]:
     """Check a store; changes nothing. Exit status 1 if something is wrong."""
     opened = _open(where)
     found = [asdict(p) for p in opened.verify(deep)]
@@ -75,14 +79,17 @@ def verify(as_json: bool, where: str, deep: bool, recompute: int, model: str) ->
     if recompute:
         from pipeline.recheck import recheck
 
-        compared = recheck(opened, recompute, model)
+        compared = recheck(opened, recompute, model, data=data)
         found += [c for c in compared if not c["ok"]]
     if found:
         for problem in found[:50]:
             say("  ".join(str(v) for v in problem.values() if v not in ("", None)))
-        raise Problems(f"{len(found)} problems in {opened.where}: `pipeline store repair` puts aside what is damaged")
+        mend = store_command("repair", where)
+        raise Problems(f"{len(found)} problems in {opened.where}: `{mend}` puts aside what is damaged")
     depth = "every digest" if deep else "names and sizes"
     more = f"; {sum(c['samples'] for c in compared)} samples computed again agree" if compared else ""
+    if absent := sum(c["absent"] for c in compared):
+        more += f", {absent} passed over: their image is not in --data as it was extracted"
     return {"store": opened.where, "problems": [], "recomputed": compared}, f"{opened.where}: {depth} checked{more}"
 
 

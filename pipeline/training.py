@@ -12,9 +12,11 @@ from extract.tasks import is_named
 from extract.tasks.base import TaskSpec
 from extract.tasks.hub_images import PREFIX
 from extract.tasks.registry import is_folder, is_table
+from pipeline.command_line import extract_command
 from pipeline.doubts import doubts, limit_doubt
 from pipeline.job import (
     Job,
+    as_extracted,
     batch_size_of,
     grouped,
     live_backbone,
@@ -24,7 +26,7 @@ from pipeline.job import (
     views_of,
 )
 from pipeline.recipe import Recipe
-from pipeline.resolve import extract_command, store_path
+from pipeline.resolve import store_path
 from pipeline.scoring import scorer
 from pipeline.unused import refuse_for_training, refuse_for_tuners
 from pipeline.versions import columns_text, task_id
@@ -91,7 +93,8 @@ def run_train(recipe: Recipe, say: Say, quiet: bool = False) -> dict[str, Any]:
     refuse_for_training(recipe, job.found.family)
     if "train" not in job.tables:
         raise StoreError(
-            f"the store has no train rows of {job.spec.name}; run: {extract_command(recipe)} --split train"
+            f"the store has no train rows of {job.spec.name}; run: "
+            f"{extract_command(as_extracted(recipe, job.found), split=('train',))}"
         )
     folder = run_folder(job)
     if (folder / "metrics.json").exists() and not recipe.overwrite:

@@ -53,21 +53,27 @@ def add_biases(module: nn.Module, norms: tuple[type[nn.Module], ...]) -> None:
 
 
 class Bottleneck(nn.Module):
-    """x + up(GELU(down x)), the way up started at zero."""
+    """x + up(GELU(down x)), the way up started at zero. `published`: as in LST's code instead, both ways started at
+    N(0, 0.01²) with zero biases, and GELU in its tanh form."""
 
-    def __init__(self, width: int, inner: int) -> None:
+    def __init__(self, width: int, inner: int, published: bool = False) -> None:
         super().__init__()
         self.down, self.up = nn.Linear(width, inner), nn.Linear(inner, width)
-        nn.init.zeros_(self.up.weight)
-        nn.init.zeros_(self.up.bias)
+        self.gelu = "tanh" if published else "none"
+        for way in (self.down, self.up) if published else ():
+            nn.init.normal_(way.weight, std=0.01)
+            nn.init.zeros_(way.bias)
+        if not published:
+            nn.init.zeros_(self.up.weight)
+            nn.init.zeros_(self.up.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.up(nn.functional.gelu(self.down(x)))
+        return x + self.up(nn.functional.gelu(self.down(x), approximate=self.gelu))
 
 
-def add_adapter(block: nn.Module, width: int) -> None:
-    """A bottleneck of `width` / 8 on the block's output."""
-    adapter = Bottleneck(width, max(1, width // 8))
+def add_adapter(block: nn.Module, width: int, inner: int, published: bool = False) -> None:
+    """A bottleneck of `inner` channels on what `block` returns, (…, `width`). `published`: see `Bottleneck`."""
+    adapter = Bottleneck(width, inner, published)
     block.add_module("adapter", adapter)
     block.register_forward_hook(
         lambda _block, _args, out: (adapter(out[0]), *out[1:]) if isinstance(out, tuple) else adapter(out)

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from extract.backbones.batch import Batch, Layout
+from extract.backbones.batch import Batch, Layout, stream_of
 from extract.backbones.inputs import Inputs
 from extract.projection import Projection
 from store.errors import UserError
@@ -223,6 +223,13 @@ class Family(ABC):
         """`inputs` with the decoder positions replaced by the given input ids, one chain a sample (free generation).
         Families that do not write text have none."""
         raise NotImplementedError(f"{self.name} does not generate text")
+
+    def made_up(self, lengths: Mapping[str, np.ndarray], device: torch.device | str = "cpu") -> Batch:
+        """A batch of samples of these lengths, stream → (B,), with columns of zeros and without states: what costs are
+        counted and timed on. On the meta device too."""
+        rows = {stream: int(n.sum()) for stream, n in lengths.items()}
+        columns = {c: torch.zeros(rows[stream_of(c)], dtype=torch.long, device=device) for c in self.columns}
+        return Batch({}, columns, dict(lengths))
 
     # -- the frozen part -----------------------------------------------------------------------------------------
     @abstractmethod

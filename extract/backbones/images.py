@@ -164,6 +164,29 @@ class Picture:
         return self.preprocess.pixels(self.preprocess.frame(image))
 
 
+@dataclass(frozen=True)
+class Blank:
+    """An image of nothing, for counting and timing what a backbone does with one of this (height, width)."""
+
+    extent: tuple[int, int]
+
+    def pixels(self) -> Tensor:
+        """(3, height, width) zeros that take no memory."""
+        return torch.zeros(()).expand(3, *self.extent)
+
+
+def header_extent(path: Path, upright: bool = True) -> tuple[int, int]:
+    """(width, height) of an image by its header alone, `upright` as `open_image` turns it. Raises UserError for a file
+    that has none."""
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            turned = upright and image.getexif().get(ORIENTATION, 1) >= 5
+            return (height, width) if turned else (width, height)
+    except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: no picture that can be read ({_short(error)})") from None
+
+
 def open_image(path: Path, upright: bool = True) -> Image.Image:
     """An RGB picture, decoded whole; `upright`: turned as its EXIF orientation says. Raises UserError naming the file
     that is absent, damaged, not RGB, or of more than `MOST_PIXELS`, which is not decoded."""
@@ -207,10 +230,10 @@ def look_all(
         return list(pool.map(lambda p: look(p[0], preprocess, p[1], seed, upright), zip(paths, views, strict=True)))
 
 
-def load_pixels(pictures: Sequence[Picture]) -> list[Tensor]:
+def load_pixels(pictures: Sequence[Picture | Blank]) -> list[Tensor]:
     """Pixels of many, on a few threads, in order."""
     with ThreadPoolExecutor(4) as pool:
-        return list(pool.map(Picture.pixels, pictures))
+        return list(pool.map(lambda picture: picture.pixels(), pictures))
 
 
 def augmented(image: Image.Image, rng: np.random.Generator) -> Image.Image:

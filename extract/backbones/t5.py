@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.models.t5.modeling_t5 import T5Attention, T5Block, T5ForConditionalGeneration, T5LayerNorm, T5Stack
 
 from extract.backbones.base import (
@@ -320,9 +321,11 @@ class T5(Family):
         return model.decoder.dropout(model.decoder.final_layer_norm(rows))
 
     def logits(self, model: Any, rows: Tensor, tokens: Tensor | None = None) -> Tensor:
-        table = model.lm_head.weight
+        table, bias = model.lm_head.weight, model.lm_head.bias  # a bias where BitFit gave it one
         scale = self.config.d_model**-0.5 if _scales_outputs(self.config) else 1.0
-        return (rows * scale) @ (table if tokens is None else table[tokens]).t()
+        if tokens is not None:
+            table, bias = table[tokens], None if bias is None else bias[tokens]
+        return F.linear(rows * scale, table, bias)
 
     def bare_block(self, attention: str) -> nn.Module:
         block = T5Block(_decoder_config(self.config, attention), has_relative_attention_bias=False, layer_idx=1)

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from extract.backbones.base import Family, SideStack, TextOptions, check_fit, load_frozen
 from extract.backbones.batch import Batch
-from extract.backbones.grids import COLUMN, sizes
-from extract.backbones.images import Preprocess, load_pixels, look_all
+from extract.backbones.grids import COLUMN, EXTENT, SIZES, sizes
+from extract.backbones.images import Blank, Preprocess, load_pixels, look_all
 from extract.backbones.inputs import Inputs
 from store.errors import UserError
 
@@ -93,12 +93,32 @@ class Vision(Family):
             raise UserError(f"none of the {len(bad):,} pictures can be used, the first: {next(iter(bad.values()))}")
         pictures = np.empty(len(good), object)
         pictures[:] = good
-        grids = np.array([[self.grid(s, *p.extent) for s in self.streams] for p in good], np.int64)
-        grids = grids.reshape(len(good), len(self.streams), 2)
-        lengths = {s: grids[:, i].prod(1) + self.extra_rows for i, s in enumerate(self.streams)}
-        lengths["grid"] = np.full(len(good), 2 * len(self.streams), np.int64)
-        columns = {COLUMN: grids.reshape(-1).astype(np.int32)}
+        extents = np.array([p.extent for p in good], np.int64).reshape(len(good), 2)
+        lengths = {s: n for s, n in self.measure(extents).items() if s not in EXTENT}
+        columns = {COLUMN: self._grids(extents).reshape(-1).astype(np.int32)}
         return Inputs(lengths, columns, np.zeros(len(good), bool), pictures, bad)
+
+    def measure(self, extents: np.ndarray) -> dict[str, np.ndarray]:
+        """Lengths of images of `extents` (n, 2) in pixels: stream → (n,), and what `made_up` needs beside them."""
+        grids = self._grids(extents)
+        lengths = {s: grids[:, i].prod(1) + self.extra_rows for i, s in enumerate(self.streams)}
+        lengths["grid"] = np.full(len(extents), 2 * len(self.streams), np.int64)
+        return lengths | {name: extents[:, i] for i, name in enumerate(EXTENT)}
+
+    def _grids(self, extents: np.ndarray) -> np.ndarray:
+        """(n, streams, 2): the map of each stream."""
+        grids = np.array([[self.grid(s, int(h), int(w)) for s in self.streams] for h, w in extents], np.int64)
+        return grids.reshape(len(extents), len(self.streams), 2)
+
+    def made_up(self, lengths: Mapping[str, np.ndarray], device: torch.device | str = "cpu") -> Batch:
+        extents = np.stack([lengths[name] for name in EXTENT], 1)
+        grids = self._grids(extents)
+        batch = super().made_up({s: n for s, n in lengths.items() if s not in EXTENT}, device)
+        if torch.device(device).type != "meta":
+            batch.columns[COLUMN] = torch.from_numpy(grids.reshape(-1)).to(device)
+        batch.derive(SIZES, lambda _: grids)  # the meta device holds no values to read it from
+        batch.pictures = [Blank((int(h), int(w))) for h, w in extents]
+        return batch
 
     # -- modules -------------------------------------------------------------------------------------------------
     def make(self, attention: str = "sdpa") -> Any:

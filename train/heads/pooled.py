@@ -34,9 +34,9 @@ class PooledHead(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def outputs(self, rows: Tensor, batch: Batch) -> Tensor:
-        """(B, classes) logits, or (B,) values."""
+        """(B, classes) logits, or (B,) values, float32 under autocast too: NumPy and labels have no bfloat16."""
         pooled = pool(rows.float(), batch.layout(self.stream), self.pooling) if self.stream else rows.float()
-        out = self.linear(pooled)
+        out = self.linear(pooled).float()
         return out if self.kind == "classification" else out.squeeze(-1)
 
     def loss(self, rows: Tensor, batch: Batch) -> Tensor:

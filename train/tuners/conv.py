@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from extract.backbones.base import Family, Tail
 from extract.backbones.batch import Batch
-from extract.backbones.grids import cells, max_cells, mean_cells, sizes, sum_cells
+from extract.backbones.grids import cell_counts, cells, max_cells, mean_cells, sizes, sum_cells
 from store.errors import UserError
 from train.tuners.base import Tuner, TunerConfig, checked_reduction, form, full_precision
 from train.tuners.livelayers import refuse
@@ -151,5 +151,5 @@ def gathered(rows: Tensor, guide: Tensor, cell: Tensor) -> Tensor:
     1 / k²."""
     products = F.relu((rows * guide[cell]).sum(-1, keepdim=True))
     total = sum_cells(products, cell, len(guide)) + EPSILON
-    share = torch.bincount(cell, minlength=len(guide)).clamp(min=1).to(rows.dtype).reciprocal()[:, None]
+    share = cell_counts(cell, len(guide)).to(rows.dtype).reciprocal()[:, None]
     return sum_cells(rows * (products / total[cell] + share[cell]), cell, len(guide))
