@@ -256,7 +256,7 @@ def workload(recipe: Recipe, task: Task | None = None) -> Workload:
         first = task.rows("train" if "train" in splits else splits[0])
         pictures = some_pictures(tokenizer, first, space_options(recipe, task.spec).text)
         if "train" in rows:
-            rows["train"] *= recipe.views
+            rows["train"] *= recipe.views or 1
     readout = "pooled" if tuner_class(recipe.tuner, family).pooled else family.readout
     return Workload(
         family,
