@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from extract.backbones.images import SUFFIXES as PICTURES
-from extract.backbones.live import Backbone
-from extract.checkpoint import Checkpoint
-from extract.tasks.base import Rows, TaskSpec
-from extract.tasks.glue import GLUE
-from extract.tasks.images import pictures
-from extract.tasks.sheet import read_sheet
 from pipeline.command_line import quoted
+from pipeline.extract.backbones.images import SUFFIXES as PICTURES
+from pipeline.extract.backbones.live import Backbone
+from pipeline.extract.checkpoint import Checkpoint
+from pipeline.extract.tasks.base import Rows, TaskSpec
+from pipeline.extract.tasks.glue import GLUE
+from pipeline.extract.tasks.images import pictures
+from pipeline.extract.tasks.sheet import read_sheet
 from pipeline.extracting import Say, prepare_split
 from pipeline.job import (
     Job,
@@ -31,18 +32,18 @@ from pipeline.job import (
 from pipeline.recipe import Recipe, read_recipe
 from pipeline.rows import checked_rows, token_doubts
 from pipeline.scoring import meaning, scorer
-from store.errors import StoreError, UserError
-from train.checkpoint import TUNER, check
-from train.checkpoint import load as load_checkpoint
-from train.evaluate import evaluate, predict
-from train.generate import generate
-from train.live import LiveSource
-from train.model import Model
-from train.order import Order
-from train.tuners.livelayers import saved_size
+from pipeline.store.errors import StoreError, UserError
+from pipeline.train.checkpoint import TUNER, check
+from pipeline.train.checkpoint import load as load_checkpoint
+from pipeline.train.evaluate import evaluate, predict
+from pipeline.train.generate import generate
+from pipeline.train.live import LiveSource
+from pipeline.train.model import Model
+from pipeline.train.order import Order
+from pipeline.train.tuners.livelayers import saved_size
 
 
-@dataclass
+@dataclass(repr=False)
 class Run:
     """A trained tuner with the space it was trained from."""
 
@@ -54,6 +55,15 @@ class Run:
     @property
     def spec(self) -> TaskSpec:
         return self.job.spec
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.folder)!r}, tuner={self.job.recipe.tuner!r}, task={self.spec.name!r})"
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """What training ended with: scores of validation and test, best epoch, trainable parameters, seconds."""
+        found: dict[str, Any] = json.loads((self.folder / "metrics.json").read_text(encoding="utf-8"))
+        return found
 
     def live(self) -> tuple[Backbone, Checkpoint]:
         """The backbone, loaded once."""

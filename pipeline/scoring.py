@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from extract.tasks.base import TaskSpec
-from train.evaluate import Score
-from train.metrics import score
+from pipeline.extract.tasks.base import TaskSpec
+from pipeline.train.evaluate import Score
+from pipeline.train.metrics import score
 
 
 def scorer(spec: TaskSpec, readout: str) -> Score:

@@ -20,16 +20,16 @@ import torch
 from torch import Tensor, nn
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
-from extract.backbones.base import Family
-from extract.backbones.batch import Batch, stream_of
-from extract.backbones.dropout import use_fast_dropout
-from extract.backbones.live import Backbone
-from store.errors import UserError
-from train.adapters import VirtualTokens, add_adapter, add_biases, add_lora, free_biases
-from train.heads.lm import LMHead
-from train.heads.pooled import PooledHead
-from train.live import LiveSource
-from train.model import Target
+from pipeline.extract.backbones.base import Family
+from pipeline.extract.backbones.batch import Batch, stream_of
+from pipeline.extract.backbones.dropout import use_fast_dropout
+from pipeline.extract.backbones.live import Backbone
+from pipeline.store.errors import UserError
+from pipeline.train.adapters import VirtualTokens, add_adapter, add_biases, add_lora, free_biases
+from pipeline.train.heads.lm import LMHead
+from pipeline.train.heads.pooled import PooledHead
+from pipeline.train.live import LiveSource
+from pipeline.train.model import Target
 
 _NORMS = (nn.LayerNorm, nn.BatchNorm2d, nn.GroupNorm, T5LayerNorm)
 PROMPT, PAPER_PROMPT = 20, 100  # virtual tokens of prompt tuning

@@ -7,10 +7,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from extract.backbones.base import Family
-from extract.backbones.batch import Batch
-from train.counterparts import CounterpartModel, counterpart
-from train.model import Target
+from pipeline.extract.backbones.base import Family
+from pipeline.extract.backbones.batch import Batch
+from pipeline.train.counterparts import CounterpartModel, counterpart
+from pipeline.train.model import Target
 
 FISHER_SAMPLES = 1024
 

@@ -9,12 +9,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from extract.backbones.base import Family, Tail
-from extract.backbones.batch import Batch
-from store.errors import UserError
-from train.heads.lm import LMHead
-from train.heads.pooled import PooledHead
-from train.tuners.base import Tuner, TunerConfig, tuner_class
+from pipeline.extract.backbones.base import Family, Tail
+from pipeline.extract.backbones.batch import Batch
+from pipeline.store.errors import UserError
+from pipeline.train.heads.lm import LMHead
+from pipeline.train.heads.pooled import PooledHead
+from pipeline.train.tuners.base import Tuner, TunerConfig, tuner_class
 
 
 @dataclass(frozen=True)

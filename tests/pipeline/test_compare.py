@@ -10,12 +10,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from extract.checkpoint import Checkpoint
 from pipeline.cli import main
-from store import UserError
+from pipeline.extract.checkpoint import Checkpoint
+from pipeline.store import UserError
+from pipeline.train.counterparts import COUNTERPARTS, CounterpartModel, counterpart
+from pipeline.train.model import Target
 from tests.train.conformance import Case
-from train.counterparts import COUNTERPARTS, CounterpartModel, counterpart
-from train.model import Target
 
 TWO = Target("classification", 3)
 

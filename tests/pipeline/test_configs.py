@@ -9,12 +9,12 @@ import pytest
 import torch
 from transformers import T5Config, TimmWrapperConfig
 
-from extract.backbones import family_for
-from extract.checkpoint import SHORT_NAMES
+from pipeline.extract.backbones import family_for
+from pipeline.extract.checkpoint import SHORT_NAMES
 from pipeline.recipe import Recipe, read_recipe
+from pipeline.train.model import Model, Target
+from pipeline.train.tuners import tuner_class, tuner_config
 from tests.train.test_tuners import COUNTS, T5
-from train.model import Model, Target
-from train.tuners import tuner_class, tuner_config
 
 ALL = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 CONFIGS = [path for path in ALL if "-t5-" in path.stem]

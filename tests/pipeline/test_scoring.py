@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from extract.tasks.base import TaskSpec
+from pipeline.extract.tasks.base import TaskSpec
 from pipeline.scoring import meaning, scorer
 
 GRID = tuple(round(0.1 * i, 1) for i in range(51))

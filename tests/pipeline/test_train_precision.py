@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.train.heads.pooled import PooledHead
 from tests import tiny
 from tests.pipeline.test_errors import run
-from train.heads.pooled import PooledHead
 
 
 @pytest.mark.parametrize("tuner", ["probe", "sherl"])

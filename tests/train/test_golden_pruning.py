@@ -20,9 +20,9 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import T5Config, T5ForConditionalGeneration
 
-from extract.backbones import Inputs, family_for
-from train.importance import fisher, magnitude
-from train.model import Target
+from pipeline.extract.backbones import Inputs, family_for
+from pipeline.train.importance import fisher, magnitude
+from pipeline.train.model import Target
 
 FOLDER = Path(os.environ.get("GOLDEN") or Path(__file__).parents[1] / "golden")
 TOLERANCE = 1e-5  # of a tensor's largest value, float32

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from extract.backbones.batch import Batch
-from train.finite import refuse_nan
+from pipeline.extract.backbones.batch import Batch
+from pipeline.train.finite import refuse_nan
 
 IGNORE = -100
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from extract.backbones.batch import Batch, Layout
-from train.finite import refuse_nan
+from pipeline.extract.backbones.batch import Batch, Layout
+from pipeline.train.finite import refuse_nan
 
 
 def pool(rows: Tensor, layout: Layout, how: str = "mean") -> Tensor:

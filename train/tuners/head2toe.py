@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from extract.backbones.base import Family, Tail
-from extract.backbones.batch import Batch
-from store.errors import UserError
-from train.heads.pooled import PooledHead, pool
-from train.tuners.base import Tuner, TunerConfig, register
+from pipeline.extract.backbones.base import Family, Tail
+from pipeline.extract.backbones.batch import Batch
+from pipeline.store.errors import UserError
+from pipeline.train.heads.pooled import PooledHead, pool
+from pipeline.train.tuners.base import Tuner, TunerConfig, register
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from extract.backbones.base import Family, Tail
-from extract.backbones.batch import Batch
-from train.tuners.base import Tuner, TunerConfig, register
+from pipeline.extract.backbones.base import Family, Tail
+from pipeline.extract.backbones.batch import Batch
+from pipeline.train.tuners.base import Tuner, TunerConfig, register
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from extract.backbones.base import Family, Tail
-from extract.backbones.batch import Batch
-from train.tuners.base import Tuner, TunerConfig, checked_reduction, register
+from pipeline.extract.backbones.base import Family, Tail
+from pipeline.extract.backbones.batch import Batch
+from pipeline.train.tuners.base import Tuner, TunerConfig, checked_reduction, register
 
 
 @dataclass(frozen=True)
