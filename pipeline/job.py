@@ -263,9 +263,11 @@ def as_extracted(recipe: Recipe, found: Found) -> Recipe:
     identity = found.space.identity
     named = {k: identity[k] for k in SPACE_FIELDS if k in identity and k != "prompt"} | picture_options(identity)
     known = {k: v for k, v in named.items() if getattr(recipe, k) is None}
-    if "view_seed" in known and recipe.views is None and isinstance(found.space, Space):
-        trained = (found.space.read_table(t) for t in found.space.tables() if t.split == "train")
-        known["views"] = max(map(views_of, trained), default=1)
+    task, space = canonical_name(recipe.task), found.space
+    tables = [t for t in space.tables() if t.task == task] if isinstance(space, Space) else []
+    if "view_seed" in known and recipe.views is None and isinstance(space, Space):
+        # Views of 2 or more share a space, however many there are.
+        known["views"] = max((views_of(space.read_table(t)) for t in tables if t.split == "train"), default=2)
     usual: dict[str, Any] = {"format": "float16", "projection": "none", "precision": "float32", "attention": "sdpa"}
     usual |= {"max_length": 128, "truncation_side": "right", "view_seed": 0}
     name = recipe.model or found.source["names"][0]
@@ -273,10 +275,8 @@ def as_extracted(recipe: Recipe, found: Found) -> Recipe:
     if checkpoint is not None and checkpoint.tokenizer.extent_text == known["image_size"]:
         usual["image_size"] = known["image_size"]
     stated = {k: v for k, v in known.items() if v != usual.get(k)}
-    if recipe.prompt is None and identity["prompt"] and isinstance(found.space, Space):
-        task = canonical_name(recipe.task)
-        tables = (found.space.read_header(t) for t in found.space.tables() if t.task == task)
-        if identity["prompt"] not in {header["spec"]["prompt"] for header in tables}:
+    if recipe.prompt is None and identity["prompt"] and isinstance(space, Space):
+        if identity["prompt"] not in {space.read_header(t)["spec"]["prompt"] for t in tables}:
             stated["prompt"] = identity["prompt"]
     return replace(recipe, model=name, **stated)
 

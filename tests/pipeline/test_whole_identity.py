@@ -86,6 +86,15 @@ def test_the_command_for_what_is_missing_says_how_pictures_are_made(made):
     assert "--views 3" in line and "--view-seed 9" in line and "--for sherl" in line
 
 
+def test_the_views_of_another_task_are_not_those_of_this_one(made, pictures, tmp_path):
+    options = [*made["pictures"][:-1], shutil.copytree(str(made["pictures"][-1]), tmp_path / "store")]
+    other = [*options[:3], shutil.copytree(str(pictures), tmp_path / "others"), *options[4:]]
+    more = ["--image-size", 64, "--views", 5, "--view-seed", 9, "--limit", 16]
+    assert run("extract", *other, *more, "--for", "probe").exit_code == 0
+    line = refused(run("train", *options, "--tuner", "sherl"), "pipeline extract")
+    assert "--views 3" in line and "--views 5" not in line
+
+
 def changed(checkpoint: object, folder: Path, file: str, change) -> Path:
     shutil.copytree(Path(str(checkpoint)), folder)
     content = json.loads((folder / file).read_text())
