@@ -22,7 +22,7 @@ from pipeline.recipe import Recipe
 from pipeline.report import layout_text, size_text, table_text
 from pipeline.scoring import scorer
 from pipeline.training import fit_options, job_doubts, make_folder, run_train
-from pipeline.unused import for_tuner, refuse_for_tuners
+from pipeline.unused import for_tuner, refuse_for_training, refuse_for_tuners
 from store.errors import UserError
 from train.counterparts import COUNTERPARTS, CounterpartModel, counterpart, input_source
 from train.loop import FitOptions, fit
@@ -117,6 +117,7 @@ def _refuse(recipe: Recipe, method: str, preset: str) -> Job:
     or with states that are not stored, a counterpart that the backbone has no place for or whose package is missing."""
     if method not in COUNTERPARTS:
         job = load_job(replace(recipe, tuner=method))
+        refuse_for_training(for_tuner(recipe, method, job.found.family), job.found.family)
         job.model(recipe.seed)
         if not recipe.live:
             sources(job, None)

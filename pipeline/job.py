@@ -276,8 +276,8 @@ def as_extracted(recipe: Recipe, found: Found) -> Recipe:
         usual["image_size"] = known["image_size"]
     stated = {k: v for k, v in known.items() if v != usual.get(k)}
     if recipe.prompt is None and identity["prompt"] and isinstance(space, Space):
-        if identity["prompt"] not in {space.read_header(t)["spec"]["prompt"] for t in tables}:
-            stated["prompt"] = identity["prompt"]
+        usual_prompts = {space.read_header(t)["spec"]["prompt"] for t in tables}
+        stated |= {"prompt": identity["prompt"]} if identity["prompt"] not in usual_prompts else {}
     return replace(recipe, model=name, **stated)
 
 

@@ -242,9 +242,7 @@ class Recipe:
     )
     features: float | None = _option(None, "Head2Toe: share of the features that stay. Default: 0.1.", "train")
     lasso: float | None = _option(None, "Head2Toe: weight of the group lasso. Default: 1e-4.", "train")
-    select_after: int | None = _option(
-        None, "Head2Toe: training batches before features are selected. Default: 100.", "train"
-    )
+    select_after: int | None = _option(None, "Head2Toe: training batches before the selection. Default: 100.", "train")
     pooling: str = _option(
         "mean",
         "Encoders: what the head reads, the mean of the tokens or the first one.",

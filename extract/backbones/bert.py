@@ -24,7 +24,6 @@ from extract.backbones.base import (
     Tail,
     TextOptions,
     collect,
-    filled,
     freeze,
     key_mask,
     load_frozen,
@@ -32,6 +31,7 @@ from extract.backbones.base import (
 )
 from extract.backbones.batch import Batch
 from extract.backbones.dropout import SIDE, use_fast_dropout
+from extract.backbones.fill import filled
 from extract.backbones.inputs import Inputs, ragged
 from extract.backbones.pruning import prune_bert
 from extract.backbones.text import tokenize

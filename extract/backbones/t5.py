@@ -29,7 +29,6 @@ from extract.backbones.base import (
     TextOptions,
     attention_mask,
     collect,
-    filled,
     freeze,
     key_mask,
     load_frozen,
@@ -37,6 +36,7 @@ from extract.backbones.base import (
 )
 from extract.backbones.batch import Batch
 from extract.backbones.dropout import SIDE, Dropout, use_fast_dropout
+from extract.backbones.fill import filled
 from extract.backbones.inputs import Inputs, ragged
 from extract.backbones.pruning import prune_t5
 from extract.backbones.t5_attention import cross_attend, is_cheaper

@@ -19,8 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from extract.backbones.base import Family, SideStack, TextOptions, check_fit, load_frozen
+from extract.backbones.base import Family, SideStack, TextOptions, load_frozen
 from extract.backbones.batch import Batch
+from extract.backbones.fill import check_fit
 from extract.backbones.grids import COLUMN, EXTENT, SIZES, sizes
 from extract.backbones.images import Blank, Preprocess, load_pixels, look_all
 from extract.backbones.inputs import Inputs
