@@ -13,7 +13,7 @@ from extract.backbones import Batch
 from extract.tasks.base import Task, TaskSpec
 from pipeline.doubts import limit_doubt
 from pipeline.extracting import run_extract
-from pipeline.job import first_views, labels_of, limited, parse_size, tables_of
+from pipeline.job import first_views, labels_of, limited, parse_size, tables_of, views_of
 from pipeline.recipe import Recipe, checked_names
 from pipeline.resolve import device_of, find_space, store_path
 from pipeline.runs import Run, load_run
@@ -77,7 +77,7 @@ def stream(
     if split not in tables:
         raise UserError(f"the store has no {split} rows of {recipe.task}; it has: {', '.join(tables)}")
     chosen = first_views(tables[split], recipe.views) if split == "train" else tables[split]
-    if sentence := limit_doubt(recipe.limit, chosen):
+    if sentence := limit_doubt(recipe.limit, chosen, views_of(chosen)):
         warnings.warn(sentence, Notice, stacklevel=2)
     table = limited(chosen, recipe.limit)
     labels = labels_of(table, TaskSpec.from_dict(table.header["spec"]))

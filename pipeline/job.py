@@ -191,14 +191,17 @@ def unstored_job(recipe: Recipe, space: str = "") -> Job | None:
 
 
 def limited(table: TaskTable, limit: int | None) -> TaskTable:
-    """The first `limit` rows."""
-    if limit is None or limit >= len(table.keys):
+    """The first `limit` rows, of pictures all views of the first `limit`, as an extraction with it stores."""
+    count = len(table) if limit is None else limit * views_of(table)
+    if count >= len(table):
         return table
-    return replace(table, keys=table.keys[:limit], labels=table.labels[:limit], texts=table.texts[:limit])
+    return replace(table, keys=table.keys[:count], labels=table.labels[:count], texts=table.texts[:count])
 
 
 def views_of(table: TaskTable) -> int:
     """How many views of each picture a table has; 1 of a table of texts."""
+    if len(table.header["spec"]["fields"]) > 1:  # a pair of texts, not a picture and the number of its view
+        return 1
     return 1 + max((int(t[1]) for t in table.texts if len(t) > 1), default=0)
 
 
