@@ -9,6 +9,7 @@ import pytest
 
 import pipeline
 from extract.tasks import TaskError, load_task
+from pipeline.compare import run_compare
 from pipeline.job import load_job
 from pipeline.recipe import Recipe
 from pipeline.runs import read_texts
@@ -85,6 +86,13 @@ def test_a_text_that_is_missing_is_not_predicted_on(stored, tmp_path, second):
     rows.write_text('{"first": "a", "second": "b"}\n{"first": "a"' + second + "}\n")
     with pytest.raises(TaskError, match=r"line 2.*'second' is"):
         read_texts(rows, load_job(Recipe(task=named, **options)).spec)
+
+
+def test_a_preset_of_methods_that_are_not_compared(stored, tmp_path):
+    folder, options, _ = stored
+    recipe = Recipe(task=str(folder / "rows.tsv"), **options)
+    with pytest.raises(UserError, match="--preset paper: it is for full, lora"):
+        run_compare(recipe, ["probe"], [0], tmp_path / "runs", None, lambda text: None, preset="paper")
 
 
 def test_a_seed_that_no_generator_takes():
