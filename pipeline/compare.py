@@ -56,6 +56,8 @@ def run_compare(
         raise UserError(
             f"--tuners: {'name at least one' if not unknown else f'unknown {unknown[0]!r}'}; there are: {known}"
         )
+    if preset != "ours" and not set(methods) & COUNTERPARTS.keys():
+        raise UserError(f"--preset {preset}: it is for {', '.join(COUNTERPARTS)}, and --tuners names none of them")
     if csv_file and not Path(csv_file).parent.is_dir():
         raise UserError(f"--csv {csv_file}: no such folder: {Path(csv_file).parent}")
     refuse_for_tuners(recipe, [m for m in methods if m not in COUNTERPARTS], "train")

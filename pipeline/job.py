@@ -34,7 +34,7 @@ from pipeline.resolve import (
     tuner_options,
 )
 from pipeline.rows import refuse_other_kind
-from pipeline.stored import check_columns, check_states
+from pipeline.stored import check_columns, check_states, kept_of
 from pipeline.unused import refuse_for_kind
 from pipeline.versions import AmbiguousTask, stored_tables
 from store import Space, Store, TaskTable, digest_json
@@ -119,10 +119,11 @@ def load_job(recipe: Recipe, version: str | None = None, space: str | None = Non
     store, digest = Store.open(store_path(recipe)), found.space.identity["weights"]
     named = replace(recipe, model=recipe.model or found.source["names"][0])
     cls = tuner_class(recipe.tuner, found.family)
-    job.late = stored_late(named, store, digest, cls.late_layers(job.config, found.family))
+    kept = kept_of(store, found.space.identity)
+    job.late = stored_late(named, store, digest, kept, cls.late_layers(job.config, found.family))
     if start := cls.start(job.config, found.family):
         keys, labels = (tables["train"].keys, tables["train"].labels) if "train" in tables else ([], [])
-        file = start_file(start, recipe.task, keys, labels, found.space.identity["precision"])
+        file = start_file(start, recipe.task, keys, labels, found.space.identity["precision"], kept)
         job.first = lambda: stored_start(named, store, digest, start, file)
     return job
 

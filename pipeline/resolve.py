@@ -19,7 +19,7 @@ from extract.tasks.base import TaskSpec
 from extract.tasks.hub_images import PREFIX, hub_folder
 from pipeline.command_line import extract_command
 from pipeline.recipe import Recipe, option_name
-from pipeline.stored import family_from, source_of
+from pipeline.stored import family_from, kept_name, kept_of, source_of
 from store import Space, Store
 from store.errors import SpaceMismatch, StoreError, UserError
 from store.resolve import resolve as resolve_space
@@ -215,7 +215,8 @@ def find_space(recipe: Recipe, exactly: str | None = None) -> Found:
 def _found(store: Store, space: Space) -> Found:
     digest = space.identity["weights"]
     family = family_from(store, space)
-    return Found(space, family, store.load_tensors(digest, "tail.safetensors"), source_of(store, space))
+    tail = store.load_tensors(digest, kept_name("tail.safetensors", kept_of(store, space.identity)))
+    return Found(space, family, tail, source_of(store, space))
 
 
 def names_of(store: Store, space: Space) -> list[str]:
