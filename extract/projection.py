@@ -2,7 +2,7 @@
 
 `pca:K` keeps the K directions of largest variance of a sample, `orthogonal:K` K random orthonormal ones. A row x is
 kept as z = (x − mean) V, V (width, K) with orthonormal columns; a tuner's first map then reads K channels, which is the
-same method with that map confined to a subspace (methods §6.3). States that feed the live tail or a readout stay full.
+same method with that map confined to a subspace (methods §6.3). States that feed the live tail or a head stay full.
 """
 
 from __future__ import annotations

@@ -9,14 +9,19 @@ from typing import Any
 from extract.backbones import Batch
 from extract.tasks.base import Task, TaskSpec
 from pipeline.extracting import run_extract
-from pipeline.job import labels_of, limited, tables_of
+from pipeline.job import limited, tables_of
 from pipeline.recipe import Recipe
 from pipeline.resolve import find_space, store_path
 from pipeline.runs import Run, load_run
 from pipeline.training import run_train
 from store import Space, Store
 from store.errors import UserError
+from train.objectives import Answers
+from train.objectives.classification import Classification
+from train.objectives.pooled import PooledConfig
+from train.objectives.regression import Regression
 from train.stream import StoreSource
+from train.targets import Targets
 
 Say = Callable[[str], None]
 
@@ -55,8 +60,8 @@ def stream(
     """Shuffled batches of any states of a task, for a side network of your own. `states`: names such as `encoder.5`
     (`pipeline store status` lists them). Further options choose task, store and space as in `train`.
 
-    Yields `Batch`: `states[name]` (rows, width) float32, `lengths[stream]` (B,), `labels` (B,). Raises MissingStates
-    for states that were not extracted.
+    Yields `Batch`: `states[name]` (rows, width) float32, `lengths[stream]` (B,), `targets["label"]` (B,). Raises
+    MissingStates for states that were not extracted.
     """
     recipe = Recipe.from_mapping({**options, "batch_size": batch_size, "seed": seed}, "stream()")
     found = find_space(recipe)
@@ -65,9 +70,11 @@ def stream(
     if split not in tables:
         raise UserError(f"the store has no {split} rows of {recipe.task}; it has: {', '.join(tables)}")
     table = limited(tables[split], recipe.limit)
-    labels = labels_of(table, TaskSpec.from_dict(table.header["spec"]))
+    spec = TaskSpec.from_dict(table.header["spec"])
+    plain = Classification if spec.kind == "classification" else Regression
+    targets = None if None in table.labels else Targets(plain(PooledConfig(), Answers()), table.labels)
     source = StoreSource(
-        found.space, table.keys, labels, list(states), found.family.columns, batch_size=batch_size, seed=seed,
+        found.space, table.keys, targets, list(states), found.family.columns, batch_size=batch_size, seed=seed,
         window=recipe.window,
     )  # fmt: skip
     yield from source.epochs(0, epochs)
@@ -78,6 +85,6 @@ def evaluate(run: str | Path | Run, split: str = "test") -> dict[str, float]:
     return (run if isinstance(run, Run) else load_run(run)).evaluate(split)
 
 
-def predict(run: str | Path | Run, texts: Sequence[Sequence[str]]) -> list[Any]:
-    """A label or value for each tuple of text fields, the backbone run live."""
+def predict(run: str | Path | Run, texts: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
+    """Label and probability, or a number, for each tuple of text fields, the backbone run live."""
     return (run if isinstance(run, Run) else load_run(run)).predict(texts)

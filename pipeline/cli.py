@@ -156,7 +156,12 @@ def evaluate(as_json: bool, run: str, split: str | None, generate: bool, **overr
 )
 @click.option("--text", default=None, help="Column with the text. Default: the task's own.", metavar="COLUMN")
 @click.option("--text-pair", default=None, help="Column with the second text.", metavar="COLUMN")
-@click.option("--output", default=None, help="Write predictions here, one a line. Default: stdout.", metavar="FILE")
+@click.option(
+    "--output",
+    default=None,
+    help="Write predictions here: .csv, or .jsonl. Default: a table on stdout.",
+    metavar="FILE",
+)
 @click.option("--store", default=None, help="The store, where it is not the run's own.", metavar="FOLDER")
 @click.option("--model", default=None, help="The checkpoint, where it has moved.", metavar="NAME")
 @click.option("--device", default=None, type=click.Choice(["auto", "cpu", "cuda"]), help="Where to compute.")
@@ -165,17 +170,18 @@ def predict(
     as_json: bool, run: str, input_file: str, text: str | None, text_pair: str | None, output: str | None, **over: Any
 ) -> tuple[Any, str]:
     """Predict on inputs never seen: the backbone runs live, the tuner cannot tell."""
-    from pipeline.report import write_lines
-    from pipeline.runs import load_run, read_texts
+    from pipeline.report import entries_text, write_entries
+    from pipeline.runs import load_run, read_inputs
 
     loaded = load_run(run, **over)
     given = Path(input_file)
     root = given if given.is_dir() else given.parent
-    found = loaded.predict(read_texts(given, loaded.spec, text, text_pair), root)
+    ids, rows = read_inputs(given, loaded.spec, text, text_pair)
+    found = [{"id": name, **entry} for name, entry in zip(ids, loaded.predict(rows, root), strict=True)]
     if output:
-        write_lines(Path(output), found)
+        write_entries(Path(output), found)
         return {"run": run, "rows": len(found), "output": output}, f"{len(found):,} predictions in {output}"
-    return {"run": run, "rows": len(found), "predictions": found}, "\n".join(str(p) for p in found)
+    return {"run": run, "rows": len(found), "predictions": found}, entries_text(found)
 
 
 @main.command(short_help="The whole way on a generated task, in minutes.")

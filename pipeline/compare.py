@@ -8,7 +8,6 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,6 @@ from pipeline.training import fit_options, run_train
 from store.errors import UserError
 from train.counterparts import COUNTERPARTS, CounterpartModel, counterpart, input_source
 from train.loop import fit
-from train.metrics import score
 from train.tuners import tuner_names
 
 HEAD = ("method", "trainable", "share", "memory", "s/epoch", "metric", "spread", "seeds")
@@ -145,14 +143,14 @@ def _counterpart(recipe: Recipe, name: str) -> dict[str, Any]:
     module = job.found.family.load(
         checkpoint.folder, PRECISIONS[identity["precision"]], identity["attention"], job.device
     )
-    model = CounterpartModel(method, job.found.family, module, job.target, recipe.seed).to(job.device)
-    size = batch_size_of(recipe, job.model_readout())
+    model = CounterpartModel(method, job.found.family, module, job.objective, recipe.seed).to(job.device)
+    size = batch_size_of(recipe, job.paper)
     parts = {
         split: input_source(live_source(job, split, backbone, checkpoint, size), backbone)
         for split, table in job.tables.items()
         if split == "train" or all(label is not None for label in table.labels)
     }
-    rate = method.lr_lm if job.found.family.readout == "lm" else method.lr
+    rate = method.lr_text if job.found.family.writes_text else method.lr
     options = replace(fit_options(recipe, job.spec, job.model(recipe.seed)), lr=recipe.lr or rate)
     folder = Path(recipe.out or f"runs/{name}")
     metrics = fit(
@@ -162,7 +160,7 @@ def _counterpart(recipe: Recipe, name: str) -> dict[str, Any]:
         parts.get("test"),
         options,
         folder,
-        partial(score, job.spec.metrics),
+        job.objective.scorer,
         job.device,
         progress=False,
         resume=False,

@@ -90,7 +90,7 @@ def run_extract(recipe: Recipe, say: Say, quiet: bool = False, task: Task | None
     task = task or open_task(recipe)
     options = space_options(recipe, task.spec)
     identity = space_identity(checkpoint, options)
-    candidates = family.candidates(checkpoint.tokenizer, task.spec.targets) if family.readout == "lm" else []
+    candidates = family.candidates(checkpoint.tokenizer, task.spec.targets) if family.writes_text else []
     splits = [
         _split(family, checkpoint, task, name, recipe.limit, options.text, candidates) for name in _splits(task, recipe)
     ]
@@ -243,7 +243,7 @@ def _keepsakes(checkpoint: Checkpoint, backbone: Backbone, task: Task) -> dict[s
 def task_tables(checkpoint: Checkpoint, task: Task, recipe: Recipe, options: TextOptions) -> dict[str, TaskTable]:
     """The task tables an extraction would store, without one."""
     family = checkpoint.family
-    candidates = family.candidates(checkpoint.tokenizer, task.spec.targets) if family.readout == "lm" else []
+    candidates = family.candidates(checkpoint.tokenizer, task.spec.targets) if family.writes_text else []
     names = [s for s in SPLITS if s in task.splits]
     splits = [_split(family, checkpoint, task, name, recipe.limit, options, candidates) for name in names]
     return {s.name: _table(task, s, candidates, checkpoint, splits) for s in splits}

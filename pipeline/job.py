@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from extract.identity import space_identity
 from extract.tasks.base import Rows, TaskSpec
 from pipeline.extracting import Split, load_backbone, prepare_split, task_tables
 from pipeline.keepsakes import make_start, start_file, stored_late, stored_start
+from pipeline.objectives import make_objective
 from pipeline.recipe import Recipe
 from pipeline.resolve import (
     SPACE_FIELDS,
@@ -36,11 +38,13 @@ from pipeline.versions import stored_tables, version_of
 from store import Space, Store, TaskTable, digest_json
 from store.errors import MissingStates, StoreError, UserError
 from train.live import LiveSource
-from train.model import Model, Target, tail_for
+from train.model import Model, tail_for
+from train.objectives import Objective
 from train.order import Order
 from train.ranks import Ranks
 from train.source import Source
 from train.stream import StoreSource
+from train.targets import Targets
 from train.tuners import TunerConfig, tuner_class
 
 
@@ -64,27 +68,30 @@ class Job:
         """Which version of the task its tables are of."""
         return version_of(next(iter(self.tables.values())).header)
 
-    @property
-    def target(self) -> Target:
+    @cached_property
+    def objective(self) -> Objective:
+        """What is learned of the targets."""
         header = next(iter(self.tables.values())).header
-        return Target(
-            self.spec.kind,
-            len(self.spec.labels),
-            tuple(tuple(c) for c in header.get("candidates", ())),
-            self.spec.values,
-            "first" if self.recipe.pooling == "first" else "mean",
-        )
+        family = self.found.family
+        tuner = tuner_class(self.recipe.tuner, family)
+        return make_objective(self.recipe, self.spec, header.get("candidates", ()), family, tuner)
 
-    def model_readout(self) -> str:
-        """How the space's family is read out: "lm" or "pooled"."""
-        return self.found.family.readout
+    @property
+    def paper(self) -> bool:
+        """Whether the papers' protocol for text-to-text backbones gives the defaults."""
+        return self.found.family.writes_text
+
+    def targets(self, split: str) -> Targets | None:
+        """The targets of a split; None where a row has none."""
+        labels = self.tables[split].labels
+        return None if any(label is None for label in labels) else Targets(self.objective, labels)
 
     def model(self, seed: int | None = None) -> Model:
         """The tuner on the space's tail, weights drawn from `seed`."""
         name, family = self.recipe.tuner, self.found.family
         attention = self.found.space.identity["attention"]
         tail = tail_for(name, self.config, family, attention, self.found.tail, self.late)
-        model = Model.build(name, self.config, family, tail, self.target, seed)
+        model = Model.build(name, self.config, family, tail, self.objective, seed)
         if seed is not None and self.first is not None:
             model.tuner.begin(self.first())
         return model
@@ -161,7 +168,7 @@ def unstored_job(recipe: Recipe) -> Job:
     job.late = {i: family.block_weights(backbone.model, i) for i in cls.late_layers(job.config, family)}
     if start := cls.start(job.config, family):
         train = relive(job, "train", checkpoint) if start.fisher else None
-        job.first = lambda: make_start(start, family, backbone.model, job.target, train, backbone.device)
+        job.first = lambda: make_start(start, family, backbone.model, job.objective, train, backbone.device)
     return job
 
 
@@ -172,14 +179,14 @@ def limited(table: TaskTable, limit: int | None) -> TaskTable:
     return replace(table, keys=table.keys[:limit], labels=table.labels[:limit], texts=table.texts[:limit])
 
 
-def batch_size_of(recipe: Recipe, readout: str) -> int:
-    """Training batch size: 100 for text-to-text (the papers'), 64 for encoders."""
-    return recipe.batch_size or (100 if readout == "lm" else 64)
+def batch_size_of(recipe: Recipe, paper: bool) -> int:
+    """Training batch size: 100 under the papers' protocol for text-to-text backbones, else 64."""
+    return recipe.batch_size or (100 if paper else 64)
 
 
-def grouped(recipe: Recipe, readout: str) -> bool:
-    """Whether batches hold samples of like length: by default on encoders, not under T5's protocol."""
-    return readout != "lm" if recipe.group_by_length is None else recipe.group_by_length
+def grouped(recipe: Recipe, paper: bool) -> bool:
+    """Whether batches hold samples of like length: by default, but not under the papers' protocol."""
+    return not paper if recipe.group_by_length is None else recipe.group_by_length
 
 
 def store_source(job: Job, split: str, batch_size: int) -> StoreSource:
@@ -196,13 +203,13 @@ def store_source(job: Job, split: str, batch_size: int) -> StoreSource:
         return StoreSource(
             job.found.space,
             table.keys,
-            labels_of(table, job.spec),
+            job.targets(split),
             job.states,
             list(job.found.family.columns),
             batch_size=batch_size,
             seed=recipe.seed,
             window=recipe.window,
-            group_by_length=grouped(recipe, job.model_readout()),
+            group_by_length=grouped(recipe, job.paper),
             scheduler=recipe.scheduler,
             tier=recipe.tier,
             device=job.device,
@@ -225,19 +232,12 @@ def as_extracted(recipe: Recipe, found: Found) -> Recipe:
     return replace(recipe, model=recipe.model or found.source["names"][0], **stated)
 
 
-def labels_of(table: TaskTable, spec: TaskSpec) -> np.ndarray | None:
-    """(n,) int64 classes or float64 values; None where a row has no label."""
-    if any(label is None for label in table.labels):
-        return None
-    return np.asarray(table.labels, np.int64 if spec.kind == "classification" else np.float64)
-
-
 def sources(job: Job, backbone: Backbone | None, checkpoint: Checkpoint | None = None) -> dict[str, Source]:
     """A source for each split: from the store, or live when there is a backbone. Both give the same batches."""
-    size = batch_size_of(job.recipe, job.model_readout())
+    size = batch_size_of(job.recipe, job.paper)
     out: dict[str, Source] = {}
     for split in job.tables:
-        if split == "train" or labels_of(job.tables[split], job.spec) is not None:
+        if split == "train" or job.targets(split) is not None:
             if backbone is None:
                 out[split] = store_source(job, split, size)
             else:
@@ -257,10 +257,10 @@ def live_source(job: Job, split: str, backbone: Backbone, checkpoint: Checkpoint
     except MissingStates:
         order = None
     if order is None:
-        lengths = part.inputs.tokens() if grouped(job.recipe, job.model_readout()) else None
+        lengths = part.inputs.tokens() if grouped(job.recipe, job.paper) else None
         recipe = job.recipe
         order = Order(np.zeros(len(part.keys), np.int64), batch_size, recipe.seed, recipe.window, lengths)
-    return LiveSource(backbone, part.inputs, labels_of(job.tables[split], job.spec), job.states, order)
+    return LiveSource(backbone, part.inputs, job.targets(split), job.states, order)
 
 
 def relive(job: Job, split: str, checkpoint: Checkpoint) -> Split:

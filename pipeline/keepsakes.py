@@ -14,15 +14,18 @@ import numpy as np
 import torch
 
 from extract.backbones import Batch, Family
+from extract.backbones.batch import moved
 from extract.backbones.live import Backbone
 from extract.tasks import canonical_name
 from extract.tasks.base import TaskSpec
+from pipeline.objectives import make_objective
 from pipeline.recipe import Recipe
 from pipeline.resolve import extract_command, tuner_options
 from store import Store, digest_json
 from store.errors import MissingStates, UserError
 from train.importance import FISHER_SAMPLES, fisher, magnitude
-from train.model import Target
+from train.objectives import Objective
+from train.targets import Targets
 from train.tuners import Start, tuner_class, tuner_names
 
 if TYPE_CHECKING:
@@ -45,26 +48,22 @@ def start_file(start: Start, task: str, keys: Sequence[str], labels: Sequence[An
 
 
 def make_start(
-    start: Start, family: Family, model: Any, target: Target, split: Split | None, device: torch.device
+    start: Start, family: Family, model: Any, objective: Objective, split: Split | None, device: torch.device
 ) -> Weights:
     """The weights of `start` from a loaded backbone. `split`: the training rows, for Fisher information."""
     if not start.fisher:
         return start.make(model, magnitude(model))
     if split is None or not split.rows.labelled():
         raise UserError("--init fisher needs labelled train rows: extract the train split with it")
-    return start.make(model, fisher(family, model, target, _singles(split, target.kind, device)))
+    return start.make(model, fisher(family, model, objective, _singles(split, objective, device)))
 
 
-def _singles(split: Split, kind: str, device: torch.device) -> Iterator[Batch]:
+def _singles(split: Split, objective: Objective, device: torch.device) -> Iterator[Batch]:
+    targets = Targets(objective, split.rows.labels)
     for i in range(min(FISHER_SAMPLES, len(split.rows))):
         batch = split.inputs.take(np.array([i])).batch(device)
-        batch.labels = torch.tensor([split.rows.labels[i]], device=device)
+        batch.targets = moved(targets(np.array([i]), batch), device)
         yield batch
-
-
-def target_of(spec: TaskSpec, candidates: Sequence[Sequence[int]]) -> Target:
-    """What a task's rows are to be predicted as."""
-    return Target(spec.kind, len(spec.labels), tuple(tuple(c) for c in candidates), spec.values)
 
 
 def keep(
@@ -94,8 +93,8 @@ def keep(
             file = start_file(start, recipe.task, keys, labels, identity["precision"])
             if not store.has_weights(digest, file):
                 say(f"first weights of {name}: {start.name}")
-                target = target_of(spec, candidates)
-                made = make_start(start, family, backbone.model, target, train, backbone.device)
+                objective = make_objective(recipe, spec, candidates, family, cls)
+                made = make_start(start, family, backbone.model, objective, train, backbone.device)
                 store.save_weights(digest, {file: made})
 
 

@@ -20,7 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from extract.backbones.base import Family
 from extract.backbones.batch import Batch, stream_of
-from train.model import Model, Target, tail_for
+from pipeline.objectives import class_objective
+from train.model import Model, tail_for
 from train.tuners import TunerConfig, tuner_class
 
 
@@ -59,16 +60,16 @@ def backbone_model(family: Family, attention: str = "eager") -> nn.Module:
     """The backbone's module on the meta device: shapes without weights."""
     from transformers import AutoModel, AutoModelForSeq2SeqLM
 
-    maker: Any = AutoModelForSeq2SeqLM if family.readout == "lm" else AutoModel
+    maker: Any = AutoModelForSeq2SeqLM if family.writes_text else AutoModel
     with torch.device("meta"):
         return maker.from_config(family.config, attn_implementation=attention).eval()
 
 
 def tuner_model(family: Family, name: str, config: TunerConfig, classes: int = 2) -> Model:
-    """A tuner with its tail and readout on the meta device."""
-    target = Target("classification", classes, tuple((i, 1) for i in range(classes)))
+    """A tuner with its tail and head on the meta device."""
+    objective = class_objective(family, tuner_class(name, family), [(i, 1) for i in range(classes)])
     with torch.device("meta"):
-        return Model.build(name, config, family, tail_for(name, config, family, "sdpa"), target).train()
+        return Model.build(name, config, family, tail_for(name, config, family, "sdpa"), objective).train()
 
 
 def meta_batch(
@@ -79,7 +80,7 @@ def meta_batch(
     columns = {c: torch.zeros(rows[stream_of(c)], dtype=torch.long, device="meta") for c in family.columns}
     tensors = {n: torch.zeros(rows[stream_of(n)], family.state_width(n), dtype=dtype, device="meta") for n in states}
     batch = Batch(tensors, columns, lengths)
-    batch.labels = torch.zeros(len(batch), dtype=torch.long, device="meta")
+    batch.targets = {"label": torch.zeros(len(batch), dtype=torch.long, device="meta")}
     return batch
 
 
@@ -145,8 +146,8 @@ def weighted(batches: Iterable[tuple[float, Operations]]) -> Operations:
 
 def surrogate_loss(model: Model, batch: Batch) -> torch.Tensor:
     """The model's loss with every row a target row: the same products as the real one, without looking at values."""
-    rows = model(batch)
-    if model.tuner.readout() == "pooled":
-        return model.head.loss(rows, batch)
+    if not model.objective.wants.text_head:
+        return model.loss(batch)
+    (rows,) = model(batch).values()
     tokens = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
     return F.cross_entropy(model.tuner.tail.logits(rows).float(), tokens)

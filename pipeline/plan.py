@@ -116,7 +116,7 @@ class Workload:
         sizes = np.array([rows[b].sum() for b in batches])
         thirds = [third for third in np.array_split(np.argsort(sizes, kind="stable"), 3) if len(third)]
         picks = [third[np.abs(sizes[third] - sizes[third].mean()).argmin()] for third in thirds]
-        if self.family.readout == "lm" and "train" not in self.rows:
+        if self.family.writes_text and "train" not in self.rows:
             # Only training samples hold a target's positions; elsewhere only the start of one is counted.
             part = part | {s: np.maximum(part[s], 2) for s in self.family.streams[1:]}
         shares = np.array([len(third) / len(batches) for third in thirds])
@@ -173,14 +173,14 @@ def sample_lengths(
     spec, rows = task.spec, task.rows(split).head(min(SAMPLED, recipe.limit or SAMPLED))
     text = space_options(recipe, spec).text
     if tokenizer is not None:
-        candidates = family.candidates(tokenizer, spec.targets) if family.readout == "lm" else []
+        candidates = family.candidates(tokenizer, spec.targets) if family.writes_text else []
         gold = None
         if split == "train" and candidates:
             gold = [spec.target_index(label) for label in rows.labels if label is not None]
         return family.prepare(tokenizer, rows.texts, text, candidates, gold).lengths
-    prompted = [text.prompt.format(*t) if family.readout == "lm" else " ".join(t) for t in rows.texts]
+    prompted = [text.prompt.format(*t) if family.writes_text else " ".join(t) for t in rows.texts]
     words = np.asarray([len(p.split()) for p in prompted], float)
-    special = 1 if family.readout == "lm" else 1 + len(spec.fields)
+    special = 1 if family.writes_text else 1 + len(spec.fields)
     tokens = np.ceil(words * TOKENS_A_WORD.get(family.name, 1.4)).astype(np.int64) + special
     out = {family.streams[0]: np.clip(tokens, 1, text.max_length)}
     for stream in family.streams[1:]:
@@ -201,7 +201,6 @@ def workload(recipe: Recipe, task: Task | None = None) -> Workload:
     config = tuner_options(recipe, recipe.tuner)
     splits = [s for s in (recipe.split or task.splits) if len(task.rows(s))]
     rows = {s: min(len(task.rows(s)), recipe.limit or len(task.rows(s))) for s in splits}
-    readout = "pooled" if tuner_class(recipe.tuner, family).pooled else family.readout
     return Workload(
         family,
         recipe.tuner,
@@ -210,8 +209,8 @@ def workload(recipe: Recipe, task: Task | None = None) -> Workload:
         max(2, len(task.spec.labels)),
         {s: sample_lengths(family, tokenizer, task, s, recipe) for s in splits},
         rows,
-        batch_size_of(recipe, readout),
-        grouped(recipe, readout),
+        batch_size_of(recipe, family.writes_text),
+        grouped(recipe, family.writes_text),
         recipe.epochs or (10 if task.spec.name in LARGE_TASKS else 20),
         tokenizer is None,
     )

@@ -21,9 +21,10 @@ import torch
 
 from extract.backbones.base import Family
 from extract.backbones.batch import Batch, stream_of
+from pipeline.objectives import class_objective
 from pipeline.operations import backbone_operations
 from store.formats import decode, encode
-from train.model import Model, Target, tail_for
+from train.model import Model, tail_for
 from train.optim import adamw
 from train.options import FitOptions
 from train.tuners import TunerConfig, tuner_class
@@ -106,7 +107,7 @@ def random_batch(
                 columns[name].random_(2, min(1000, family.config.vocab_size), generator=g)
     tensors = {n: torch.randn(rows[stream_of(n)], family.state_width(n), generator=g).to(dtype) for n in states}
     batch = Batch(tensors, columns, lengths)
-    batch.labels = torch.randint(classes, (len(batch),), generator=g)
+    batch.targets = {"label": torch.randint(classes, (len(batch),), generator=g)}
     return batch.to(device)
 
 
@@ -116,7 +117,7 @@ def backbone_rate(family: Family, lengths: dict[str, np.ndarray], device: torch.
 
     positions = sum(float(n.mean()) for n in lengths.values())
     small, lengths = shallow(family, 2), head(lengths, max(4, int(RATE_TOKENS / positions)))
-    maker: Any = AutoModelForSeq2SeqLM if family.readout == "lm" else AutoModel
+    maker: Any = AutoModelForSeq2SeqLM if family.writes_text else AutoModel
     small.config.vocab_size = min(small.config.vocab_size, 1024)
     model = maker.from_config(small.config, attn_implementation="sdpa").eval().to(device)
     batch = random_batch(small, lengths, [], 2, device)
@@ -136,21 +137,20 @@ def step_seconds(
     dtype: torch.dtype,
 ) -> float:
     """Seconds of one training step as the loop makes it, on states in `dtype`, the fixed cost of a step included."""
-    chains = tuple((2 + i, 1) for i in range(classes)) if family.readout == "lm" else ()
-    target = Target("classification", classes, chains)
+    objective = class_objective(family, tuner_class(name, family), [(2 + i, 1) for i in range(classes)])
     tail = tail_for(name, config, family, "sdpa")
     for parameter in tail.parameters():
         parameter.data.normal_(std=0.02)
-    model = Model.build(name, config, family, tail, target, 0).to(device).train()
+    model = Model.build(name, config, family, tail, objective, 0).to(device).train()
     options = FitOptions(lr=1e-6)
     optimizer, _ = adamw(model, options)
 
     def seconds(part: dict[str, np.ndarray]) -> float:
         batch = random_batch(family, part, tuner_class(name, family).states(config, family), classes, device, dtype)
-        if chains:
+        if objective.wants.text_head:
             # Inputs of the target's own chain, so that every row is a target row, as in training.
-            assert batch.labels is not None
-            batch.columns["decoder.ids"][batch.columns["decoder.parent"] == 0] = 2 + batch.labels
+            assert batch.targets is not None
+            batch.columns["decoder.ids"][batch.columns["decoder.parent"] == 0] = 2 + batch.targets["label"]
 
         def step() -> None:
             optimizer.zero_grad(set_to_none=True)

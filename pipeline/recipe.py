@@ -230,9 +230,16 @@ class Recipe:
     select_after: int | None = _option(
         None, "Head2Toe: training batches before features are selected. Default: 100.", "train"
     )
-    pooling: str = _option(
-        "mean",
-        "Encoders: what the head reads, the mean of the tokens or the first one.",
+    objective: str | None = _option(
+        None,
+        "What is learned of the targets (see `pipeline tuners`). Default: from the targets; a text-to-text backbone "
+        "writes the label where the tuner allows it.",
+        "train",
+        metavar="NAME",
+    )
+    pooling: str | None = _option(
+        None,
+        "What a pooled head reads, the mean of the tokens or the first one. Default: mean.",
         "train",
         choices=("mean", "first"),
     )

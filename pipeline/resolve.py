@@ -108,7 +108,7 @@ def tuner_options(recipe: Recipe, name: str, strict: bool = True) -> TunerConfig
     that reads a single layer must be one layer; without (several tuners at once), it is not applied to that tuner."""
     known = {f.name for f in fields(tuner_class(name).config_class)}
     options = {k: getattr(recipe, k) for k in known if hasattr(recipe, k) and getattr(recipe, k) not in (None, ())}
-    if not strict and tuner_class(name).pooled:
+    if not strict and not tuner_class(name).text_head:
         options.pop("layers", None)
     return tuner_config(name, options)
 

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from extract.backbones.live import Backbone
 from extract.checkpoint import Checkpoint
@@ -20,7 +17,6 @@ from pipeline.extracting import prepare_split
 from pipeline.job import (
     Job,
     batch_size_of,
-    labels_of,
     live_backbone,
     load_job,
     relive,
@@ -62,27 +58,29 @@ class Run:
         if split not in self.job.tables:
             raise UserError(f"the store has no {split} rows of {self.spec.name}; it has: {', '.join(self.job.tables)}")
         source = store_source(self.job, split, self._batch_size())
-        return evaluate(self.model, source, partial(score, self.spec.metrics), self.job.device)
+        return evaluate(self.model, source, self.job.objective.scorer(), self.job.device)
 
     def generate(self, split: str) -> dict[str, Any]:
         """Free generation on `split` with the frozen decoder live: metrics by exact match of the written text, and the
         share of answers that are a target at all. Raises UserError on backbones that write no text."""
-        if self.model.tuner.readout() != "lm":
-            raise UserError("--generate: only text-to-text backbones generate; this run reads out by pooling")
+        if not self.job.objective.wants.text_head:
+            raise UserError(
+                "--generate: only runs of objective label-text write text; this one's is " + self.job.objective.name
+            )
         backbone, checkpoint = self.live()
         written = generate(self.model, backbone, relive(self.job, split, checkpoint).inputs)
         texts = checkpoint.tokenizer.batch_decode(written, skip_special_tokens=True)
         targets = {t: i for i, t in enumerate(self.spec.targets)}
         chosen: list[Any] = [self._value(targets.get(t.strip())) for t in texts]
-        labels = labels_of(self.job.tables[split], self.spec)
-        if labels is None:
+        labels = self.job.tables[split].labels
+        if any(label is None for label in labels):
             raise UserError(f"the {split} rows of {self.spec.name} have no labels to score against")
         known = sum(c is not None for c in chosen)
-        return {**score(self.spec.metrics, chosen, labels.tolist()), "in_targets": known / len(chosen)}
+        return {**score(self.spec.metrics, chosen, labels), "in_targets": known / len(chosen)}
 
-    def predict(self, texts: Sequence[Sequence[str]], root: str | Path = "") -> list[Any]:
-        """A label (its name) or a value for each text, text pair or picture, the backbone run live. `root`: the folder
-        that names of pictures are relative to."""
+    def predict(self, texts: Sequence[Sequence[str]], root: str | Path = "") -> list[dict[str, Any]]:
+        """What is told of each text, text pair or picture, the backbone run live: `label` (a class's name, or a number)
+        and its `probability` where there is one. `root`: the folder that names of pictures are relative to."""
         if not texts:
             return []
         backbone, checkpoint = self.live()
@@ -93,12 +91,7 @@ class Run:
         # Sorted by length, so that batches hold little padding; `predict` puts the answers back in order.
         order = Order(part.inputs.tokens(), self._batch_size())
         source = LiveSource(backbone, part.inputs, None, self.job.states, order)
-        found, _ = predict(self.model, source, self.job.device)
-        return [self.label(p) for p in found.tolist()]
-
-    def label(self, prediction: float) -> Any:
-        """A prediction as people read it."""
-        return self.spec.labels[int(prediction)] if self.spec.kind == "classification" else float(prediction)
+        return predict(self.model, source, self.job.device)
 
     def _value(self, target: int | None) -> Any:
         if target is None:
@@ -106,7 +99,7 @@ class Run:
         return target if self.spec.kind == "classification" else self.spec.values[target]
 
     def _batch_size(self) -> int:
-        return batch_size_of(self.job.recipe, self.job.model_readout())
+        return batch_size_of(self.job.recipe, self.job.paper)
 
 
 def load_run(folder: str | Path, **overrides: Any) -> Run:
@@ -136,16 +129,18 @@ def load_run(folder: str | Path, **overrides: Any) -> Run:
     return Run(folder, job, model.to(job.device))
 
 
-def read_texts(
+def read_inputs(
     path: Path, spec: TaskSpec, text: str | None = None, text_pair: str | None = None
-) -> list[tuple[str, ...]]:
-    """The text fields of a file's rows: columns named by `text` and `text_pair`, or by the task's own field names.
+) -> tuple[list[Any], list[tuple[str, ...]]]:
+    """Ids and fields of a file's rows. An id is what stands in a column `id`, else the row's number from 1, or the name
+    of a picture. Fields: columns named by `text` and `text_pair`, or by the task's own field names.
 
     GLUE's files are understood in their own layout; a folder gives the pictures below it. Raises UserError for a
     missing column or a bad file.
     """
     if path.is_dir():
-        return [(p.relative_to(path).as_posix(),) for p in pictures(path)]
+        names = [p.relative_to(path).as_posix() for p in pictures(path)]
+        return names, [(name,) for name in names]
     glue = GLUE.get(spec.name)
     sheet = read_sheet(path)
     if glue and glue.header and text is None and not set(spec.fields) <= set(sheet.columns):
@@ -156,11 +151,5 @@ def read_texts(
         also = tuple(names[0] for names in glue.columns[i : i + 1]) if glue and glue.columns else ()
         name = asked or next((n for n in (field, *also) if n in sheet.columns), field)
         columns.append(["" if v is None else str(v) for v in sheet.column(name)])
-    return [tuple(row) for row in zip(*columns, strict=True)]
-
-
-def as_array(predictions: Sequence[Any], spec: TaskSpec) -> np.ndarray:
-    """Named predictions → class indices, or values."""
-    if spec.kind == "classification":
-        return np.asarray([spec.labels.index(p) for p in predictions])
-    return np.asarray(predictions, np.float64)
+    rows = [tuple(row) for row in zip(*columns, strict=True)]
+    return sheet.column("id") if "id" in sheet.columns else list(range(1, len(rows) + 1)), rows

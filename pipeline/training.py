@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from pipeline.resolve import Found, extract_command, store_path
 from store.errors import StoreError, UserError
 from store.places import absolute
 from train.loop import FitOptions, fit
-from train.metrics import score
 from train.model import Model
 from train.ranks import Ranks
 
@@ -27,7 +25,7 @@ LARGE_TASKS = ("mnli", "qnli", "qqp", "sst2")
 
 def fit_options(recipe: Recipe, spec: TaskSpec, model: Model) -> FitOptions:
     """Training options with the defaults of the papers' protocol on T5 (methods §5) and of ours on encoders."""
-    paper = model.tuner.family.readout == "lm"
+    paper = model.tuner.family.writes_text
     epochs = recipe.epochs or (10 if spec.name in LARGE_TASKS else 20)
     steps, ratio = recipe.warmup_steps, recipe.warmup_ratio
     if steps is None and ratio is None:
@@ -72,7 +70,7 @@ def run_train(recipe: Recipe, say: Say, quiet: bool = False) -> dict[str, Any]:
     options = fit_options(recipe, job.spec, model)
     backbone, checkpoint = live_backbone(job) if recipe.live else (None, None)
     parts = sources(job, backbone, checkpoint)
-    size = batch_size_of(recipe, model.tuner.family.readout)
+    size = batch_size_of(recipe, model.tuner.family.writes_text)
     table = job.tables["train"]
     more = f" of {table.header['total']:,}" if len(table.keys) < table.header.get("total", 0) else ""
     say(
@@ -91,7 +89,7 @@ def run_train(recipe: Recipe, say: Say, quiet: bool = False) -> dict[str, Any]:
         parts.get("test"),
         options,
         folder,
-        partial(score, job.spec.metrics),
+        job.objective.scorer,
         job.device,
         progress=not quiet,
         info={"space": job.found.space.id, "tuner": recipe.tuner, "rows": job.version},
@@ -119,7 +117,7 @@ def write_recipe(folder: Path, job: Job, options: FitOptions, batch_size: int) -
         store=absolute(store_path(job.recipe)),
         space=job.found.space.id,
         batch_size=batch_size,
-        group_by_length=grouped(job.recipe, job.model_readout()),
+        group_by_length=grouped(job.recipe, job.paper),
         epochs=options.epochs,
         lr=options.lr,
         warmup_steps=options.warmup_steps,

@@ -36,7 +36,8 @@ def generate(
             batch = backbone.states(backbone.family.with_decoder(part, chains), states, torch.float32)
             layout = batch.layout("decoder")
             last = layout.first + layout.lengths - 1
-            tokens = model.tuner.tail.logits(model.tuner(batch)[last]).argmax(-1).tolist()
+            (rows,) = model(batch).values()
+            tokens = model.tuner.tail.logits(rows[last]).argmax(-1).tolist()
             done |= np.asarray(tokens) == end
             for chain, token in zip(chains, tokens, strict=True):
                 chain.append(token)

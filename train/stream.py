@@ -22,9 +22,8 @@ from typing import Any
 import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
-from torch import Tensor
 
-from extract.backbones.batch import Batch
+from extract.backbones.batch import Batch, moved
 from store import SEGMENT_BYTES
 from store.errors import UserError
 from store.malloc import keep_freed_memory, return_freed_memory
@@ -32,13 +31,14 @@ from train.assemble import Loaded, Part, assemble
 from train.lookahead import LookAhead
 from train.order import Order, rank_slice
 from train.readers import make_reader
+from train.targets import Targets
 from train.tiers import choose
 
 
 class StoreSource:
     """The samples `keys` of a feature space, with `states` and `columns`, as batches of `batch_size`.
 
-    `labels`: one per key, all int (classes) or else float; None everywhere for no labels. `batch_size`: over all
+    `targets`: of the samples, in the order of `keys`; None for none. `batch_size`: over all
     ranks; this rank gets its share of each batch. `seed`, `window` (blocks mixed with each other), `block_bytes` (at
     least a whole segment by default, since cutting one means reading the chunks at the cut twice) and
     `group_by_length` (batches of like length, see `Order`) decide the order. `lookahead_bytes`: read beyond the present
@@ -49,14 +49,14 @@ class StoreSource:
     batches, for copies to a GPU.
     `dtype`: of the decoded states; None: as stored, but float32 where rows have scales.
 
-    Raises MissingStates if something is not stored, UserError for wrong options or labels.
+    Raises MissingStates if something is not stored, UserError for wrong options or targets.
     """
 
     def __init__(
         self,
         space: Any,
         keys: Sequence[str],
-        labels: Sequence[int | float | None] | np.ndarray | None,
+        targets: Targets | None,
         states: Sequence[str],
         columns: Sequence[str] = (),
         *,
@@ -88,7 +88,9 @@ class StoreSource:
                 raise UserError(f"{name} must be at least {least}, got {value}")
         if not keys:
             raise UserError("there are no samples to stream: the split is empty, or the limit is 0")
-        self.labels = label_tensor(labels, len(keys))
+        if targets is not None and len(targets) != len(keys):
+            raise UserError(f"{len(targets)} targets for {len(keys)} samples: one each is needed")
+        self.targets = targets
         self.states, self.columns = list(states), list(columns)
         self.plan = space.plan(keys, self.states, self.columns, max_block_bytes=block_bytes)
         try:
@@ -207,9 +209,9 @@ class StoreSource:
         pin = self._pin and device == "cpu"
         batch = assemble(parts, self.states, self.columns, self._dtype, pin, device)
         batch.index = index
-        if self.labels is not None:
-            labels = self.labels[torch.from_numpy(index)].to(device)
-            batch.labels = labels.pin_memory() if pin else labels
+        if self.targets is not None:
+            targets = moved(self.targets(index, batch), device)
+            batch.targets = {k: v.pin_memory() for k, v in targets.items()} if pin else targets
         return batch
 
 
@@ -235,21 +237,3 @@ def _one_thread() -> None:
     """A thread that makes batches computes alone: a second team of threads would fight that of the step."""
     torch.get_num_threads()  # at its first use in a thread torch sets the thread's number of them, so that comes first
     threadpool_limits(1, "openmp")  # of the calling thread; that of no other is touched
-
-
-def label_tensor(labels: Sequence[int | float | None] | np.ndarray | None, n: int) -> Tensor | None:
-    """(n,) int64 if all labels are int, else float64; None if there are none. Raises UserError if some are missing.
-
-    Double precision because a text-to-text target is found by rounding the label, and float32 would round some apart.
-    """
-    if labels is None or all(label is None for label in labels):
-        return None
-    if len(labels) != n:
-        raise UserError(f"{len(labels)} labels for {n} samples: one each is needed")
-    missing = [i for i, label in enumerate(labels) if label is None]
-    if missing:
-        raise UserError(
-            f"{len(missing)} of {n} samples have no label, the first is row {missing[0]}: drop or label them"
-        )
-    kind = torch.int64 if all(isinstance(label, int | np.integer) for label in labels) else torch.float64
-    return torch.tensor(labels, dtype=kind)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,13 @@ class TextOptions:
     image_size: str = ""
     views: int = 1
     view_seed: int = 0
+
+
+class Vocabulary(Protocol):
+    """What has a language-model head: a tail, or a live backbone."""
+
+    def logits(self, rows: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """(rows, width) → (rows, vocabulary), or only the columns `tokens`."""
 
 
 class Tail(nn.Module, ABC):
@@ -121,7 +128,7 @@ class Family(ABC):
     name: ClassVar[str]
     model_types: ClassVar[tuple[str, ...]]
     description: ClassVar[str]
-    readout: ClassVar[Literal["lm", "pooled"]]
+    writes_text: ClassVar[bool] = False  # it has a decoder and a language-model head
     attentions: ClassVar[tuple[str, ...]] = ("sdpa", "eager")
     modality: ClassVar[Literal["text", "image"]] = "text"
     # "sequence": every stream has one width and a block's output keeps its positions. "pyramid": a stream a stage, each

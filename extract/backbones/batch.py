@@ -8,7 +8,7 @@ only where attention needs it, and only at the width it works in.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -58,6 +58,11 @@ class Layout:
         grid = _Spread.apply(rows, self.flat, batch * longest, value)
         return grid.view(batch, longest, *rows.shape[1:])
 
+    def mean(self, rows: Tensor) -> Tensor:
+        """(rows, …) → (B, …), the mean of each sample's rows."""
+        total = rows.new_zeros(len(self.lengths), *rows.shape[1:]).index_add(0, self.sample, rows)
+        return total / self.lengths.clamp(min=1).to(rows.dtype).view(-1, *[1] * (rows.dim() - 1))
+
     def unpad(self, grid: Tensor) -> Tensor:
         """(B, L, …) → (rows, …)."""
         return grid.flatten(0, 1).index_select(0, self.flat)
@@ -82,15 +87,16 @@ class Batch:
 
     `states`: name → (rows of its stream, width), in float32 or, for training, in the floating-point numbers of the
     store: `StateLinear` takes either, anything else wants `.float()`. `columns`: name → (rows,) int64 side inputs
-    (token ids and the like). `lengths`: stream → (B,) int64 on the host. `labels`: (B,) int64 classes or float32
-    values, or None. `index`: (B,) int64, the place of each sample in its split's task table. `wait_seconds`: how long
-    the consumer waited for this batch. `pictures`: what a live image backbone reads pixels from; None from the store.
+    (token ids and the like). `lengths`: stream → (B,) int64 on the host. `targets`: what an objective made of the
+    samples' targets, by name (`label` (B,) for one class or number a sample); None where there are none. `index`:
+    (B,) int64, the place of each sample in its split's task table. `wait_seconds`: how long the consumer waited for
+    this batch. `pictures`: what a live image backbone reads pixels from; None from the store.
     """
 
     states: dict[str, Tensor]
     columns: dict[str, Tensor]
     lengths: dict[str, np.ndarray]
-    labels: Tensor | None = None
+    targets: dict[str, Tensor] | None = None
     index: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     wait_seconds: float = 0.0
     pictures: Sequence[Any] | None = None
@@ -121,8 +127,13 @@ class Batch:
             return self
         return replace(
             self,
-            states={k: v.to(device, non_blocking=True) for k, v in self.states.items()},
-            columns={k: v.to(device, non_blocking=True) for k, v in self.columns.items()},
-            labels=None if self.labels is None else self.labels.to(device, non_blocking=True),
+            states=moved(self.states, device),
+            columns=moved(self.columns, device),
+            targets=None if self.targets is None else moved(self.targets, device),
             _derived={},
         )
+
+
+def moved(tensors: Mapping[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:
+    """Named tensors on `device`; copies are asynchronous where the memory is pinned."""
+    return {k: v.to(device, non_blocking=True) for k, v in tensors.items()}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -120,7 +120,6 @@ class Bert(Family):
     name = "bert"
     model_types = ("bert", "roberta", "xlm-roberta", "camembert")
     description = "BERT-like encoders: BERT, RoBERTa, XLM-R, CamemBERT, MiniLM"
-    readout: ClassVar[Literal["lm", "pooled"]] = "pooled"
     streams = ("encoder",)
 
     @property

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -83,7 +83,6 @@ class ClipText(Family):
     name = "clip-text"
     model_types = ("clip_text_model",)
     description = "the text tower of CLIP (transformers)"
-    readout: ClassVar[Literal["lm", "pooled"]] = "pooled"
     streams = ("encoder",)
 
     @property

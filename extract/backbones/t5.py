@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -176,7 +176,7 @@ class T5(Family):
     name = "t5"
     model_types = ("t5",)
     description = "T5 encoder-decoders: v1.0, v1.1, flan"
-    readout: ClassVar[Literal["lm", "pooled"]] = "lm"
+    writes_text = True
     streams = ("encoder", "decoder")
 
     @property

@@ -11,9 +11,11 @@ from transformers import T5Config, TimmWrapperConfig
 
 from extract.backbones import family_for
 from extract.checkpoint import SHORT_NAMES
+from pipeline.objectives import class_objective
 from pipeline.recipe import Recipe, read_recipe
 from tests.train.test_tuners import COUNTS, T5
-from train.model import Model, Target
+from train.features import Want
+from train.model import Model
 from train.tuners import tuner_class, tuner_config
 
 ALL = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -36,9 +38,9 @@ def test_recipe(path: Path) -> None:
     for stream in family.streams:  # the recipe writes out what is also the default
         assert list(recipe.layers) == family.kept_layers(recipe.tuner, stream)
     config = tuner_config(recipe.tuner, {"reduction": recipe.reduction, "layers": recipe.layers})
-    target = Target("classification", 2, ((5, 1), (6, 1)))
+    objective = class_objective(family, tuner_class(recipe.tuner), ((5, 1), (6, 1)))
     with torch.device("meta"):
-        model = Model.build(recipe.tuner, config, family, family.tail(None, "sdpa"), target)
+        model = Model.build(recipe.tuner, config, family, family.tail(None, "sdpa"), objective)
     count = COUNTS[recipe.tuner, recipe.model]
     assert model.trainable_parameters() == count and f"Trainable parameters: {count:,} " in text
 
@@ -56,7 +58,7 @@ def test_recipe_of_e3va(size: str) -> None:
     for alpha in (8, 16, 32):
         config = tuner_config("e3va", {"alpha": alpha, "start": recipe.start, "fusion": recipe.fusion})
         with torch.device("meta"):
-            made = tuner_class("e3va", family)(config, family, family.tail(None, "sdpa"))
+            made = tuner_class("e3va", family)(config, family, family.tail(None, "sdpa"), Want())
         assert f"{sum(p.numel() for p in made.parameters()):,}" in text
 
 

@@ -17,6 +17,7 @@ from pipeline import plan as planning
 from pipeline.advice import split_limit
 from pipeline.extracting import run_extract
 from pipeline.job import parse_size
+from pipeline.objectives import class_objective
 from pipeline.operations import count, saved_bytes
 from pipeline.plan import Workload, predict, run_plan, workload
 from pipeline.rates import Rates, random_batch
@@ -25,7 +26,7 @@ from pipeline.shapes import known_config
 from store.errors import UserError
 from tests.pairs import TEXT, pairs
 from tests.train.conformance import small_options
-from train.model import Model, Target
+from train.model import Model
 from train.tuners import tuner_class, tuner_config
 
 FAST = Rates(backbone=1e9, extraction=1e9, step=0.01, decode=1e9, disk_write=1e9, disk_warm=1e9, disk_cold=1e9)
@@ -157,7 +158,9 @@ def test_memory_kept_is_that_of_the_real_step(checkpoints, dtype):
     """Computed on the meta device = counted on a real step."""
     family, config = Checkpoint(checkpoints["bert"], "bert").family, tuner_config("sherl", {})
     states = tuner_class("sherl").states(config, family)
-    model = Model.build("sherl", config, family, family.tail(None, "sdpa"), Target("classification", 2)).train()
+    model = Model.build(
+        "sherl", config, family, family.tail(None, "sdpa"), class_objective(family, tuner_class("sherl"), [()] * 2)
+    ).train()
     batch = random_batch(family, lengths(family, 4), states, 2, torch.device("cpu"), dtype)
     given = (*model.parameters(), *model.tuner.tail.parameters(), *batch.states.values())
     known, kept = {t.untyped_storage().data_ptr() for t in given}, {}
@@ -177,7 +180,7 @@ def test_memory_kept_is_that_of_the_real_step(checkpoints, dtype):
 @pytest.mark.parametrize("samples", [40, 256, 4096])
 def test_three_batches_stand_for_an_epoch_of_skewed_lengths(samples: int) -> None:
     lengths = np.random.default_rng(0).lognormal(2.3, 0.8, samples).astype(np.int64) + 2  # a few long, as in SST-2
-    family = SimpleNamespace(readout="pooled", streams=("encoder",))
+    family = SimpleNamespace(writes_text=False, streams=("encoder",))
     rows = {"train": samples}
     work = Workload(family, "probe", None, [], 2, {"train": {"encoder": lengths}}, rows, 32, True, 1, False)  # type: ignore[arg-type]
     found = [(share, int(b["encoder"].sum())) for share, b in work.training_batches()]

@@ -19,10 +19,12 @@ import torch
 from extract.backbones import Batch, Inputs, TextOptions, stream_of
 from extract.checkpoint import Checkpoint
 from extract.tasks import load_task
+from pipeline.objectives import class_objective
 from store import UserError, decode, encode
 from tests.extract.test_backbones import inputs_of
 from tests.train.formulas import FORMULAS
-from train.model import Model, Target, state_names, tail_for
+from train.model import Model, state_names, tail_for
+from train.objectives import Objective
 from train.tuners import tuner_class, tuner_config
 
 
@@ -58,12 +60,15 @@ class Case:
         return self.family.prepare(self.checkpoint.tokenizer, names, TextOptions(root=str(self.pictures)))
 
     @cached_property
-    def target(self) -> Target:
-        texts = self.family.candidates(self.checkpoint.tokenizer, ["0", "1", "2 3"])
-        return Target("classification", 3, tuple(tuple(c) for c in texts))
+    def chains(self) -> list[list[int]]:
+        return self.family.candidates(self.checkpoint.tokenizer, ["0", "1", "2 3"])
+
+    @cached_property
+    def objective(self) -> Objective:
+        return class_objective(self.family, tuner_class(self.tuner, self.family), self.chains or [()] * 3)
 
     def model(self, seed: int = 0) -> Model:
-        return Model.build(self.tuner, self.config, self.family, self.tail, self.target, seed)
+        return Model.build(self.tuner, self.config, self.family, self.tail, self.objective, seed)
 
     @cached_property
     def tail(self) -> Any:
@@ -83,16 +88,18 @@ class Case:
     def _run(self, inputs: Inputs) -> Batch:
         batch = inputs.batch()
         batch.states = self.family.run(self.backbone, batch, state_names(self.tuner, self.config, self.family))
-        batch.labels = torch.arange(len(batch)) % 3
+        batch.targets = {"label": torch.arange(len(batch)) % 3}
         return replace(batch, pictures=None)  # a tuner cannot tell where states come from
 
 
 def shapes(case: Case) -> None:
     model, batch = case.model(), case.batch()
-    rows, stream = model(batch), model.tuner.stream
-    expected = len(batch.layout(stream).sample) if stream else len(batch)
-    assert rows.shape == (expected, model.tuner.output_width) and torch.isfinite(rows).all()
-    assert model.predict(batch).shape == (len(batch),)
+    found, features = model(batch), model.tuner.features
+    assert found.keys() == features.keys()
+    for name, feature in features.items():
+        expected = len(batch.layout(feature.stream).sample) if feature.stream else len(batch)
+        assert found[name].shape == (expected, feature.width) and torch.isfinite(found[name]).all()
+    assert len(model.objective.entries(model.predict(batch))) == len(batch)
 
 
 def gradients_reach_the_tuner_and_never_the_frozen_weights(case: Case) -> None:
@@ -153,7 +160,7 @@ def single_rows_and_zero_states_stay_finite(case: Case) -> None:
     for one in (batch, zero):
         model.loss(one).backward()
         assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
-    if case.family.modality == "text" and case.family.readout == "pooled":
+    if case.family.modality == "text" and not case.family.writes_text:
         ids = {k: v[:1] for k, v in case.inputs.columns.items()}
         single = case.batch(Inputs({"encoder": np.ones(1, np.int64)}, ids, np.zeros(1, bool)))
         model.loss(single).backward()
@@ -178,11 +185,12 @@ def half_precision_training_stays_finite(case: Case) -> None:
 
 def a_sample_does_not_see_the_others(case: Case) -> None:
     model, batch = case.model().eval(), case.batch()
-    together, at = model(batch), 0
+    together, at = model(batch), dict.fromkeys(model.tuner.features, 0)
     for i in range(len(batch)):
-        alone = model(case.batch(case.inputs.take(np.array([i]))))
-        torch.testing.assert_close(alone, together[at : at + len(alone)], rtol=1e-3, atol=1e-4)
-        at += len(alone)
+        for name, alone in model(case.batch(case.inputs.take(np.array([i])))).items():
+            own = together[name][at[name] : at[name] + len(alone)]
+            torch.testing.assert_close(alone, own, rtol=1e-3, atol=1e-4)
+            at[name] += len(alone)
 
 
 def states_are_known_to_the_family(case: Case) -> None:

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from extract.backbones.base import Family, Tail
 from extract.backbones.batch import Batch, Layout
-from train.heads.pooled import pool
+from train.features import Feature, Features, Want
 from train.tuners.base import StateLinear, Tuner, TunerConfig, checked_reduction, full_precision, register
 from train.tuners.mtsa import EPSILON, mix
 
@@ -78,7 +78,7 @@ class UniptTower(Tower):
         around = guide[layout.sample]
         products = [F.relu((around * t).sum(-1, keepdim=True)) for t in low]
         tokens = torch.stack([_gather(p, t, layout, base) for p, t in zip(products, low, strict=True)], 1)
-        scores = torch.cat([self.score(guide * pool(t, layout)) for t in low], dim=1)
+        scores = torch.cat([self.score(guide * layout.mean(t)) for t in low], dim=1)
         return (scores.softmax(1).unsqueeze(-1) * tokens).sum(1)
 
 
@@ -94,22 +94,21 @@ class ClipTuner(Tuner):
     """What the two forms share."""
 
     families = ("vit",)
-    pooled = True
     tower: type[Tower]
 
-    def __init__(self, config: ClipConfig, family: Family, tail: Tail) -> None:
-        super().__init__(config, family, tail)
+    def __init__(self, config: ClipConfig, family: Family, tail: Tail, wants: Want) -> None:
+        super().__init__(config, family, tail, wants)
         inner = checked_reduction(config.reduction, family.width)
         self.names = _names(config, family)
         self.side = self.tower(family.width, family.width, len(self.names), inner)
-        self.stream, self.output_width = "", family.width
+        self.features = {"class token": Feature(family.width)}
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch) -> Features:
         """(B, width): one row a sample."""
         layout, last = batch.layout("encoder"), f"encoder.{self.family.depth('encoder') - 1}"
         first = layout.first
         pooled = self.tail.final_norm(batch.states[last].index_select(0, first).float(), "encoder")
-        return self.side(pooled, [batch.states[n] for n in self.names], layout, first)
+        return {"class token": self.side(pooled, [batch.states[n] for n in self.names], layout, first)}
 
 
 def _names(config: ClipConfig, family: Family) -> list[str]:

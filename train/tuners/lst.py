@@ -14,7 +14,8 @@ from extract.backbones.batch import Batch
 from extract.backbones.bylength import by_length
 from extract.backbones.dropout import Dropout
 from store.errors import UserError
-from train.tuners.base import Start, Tuner, TunerConfig, checked_reduction, linear, register
+from train.features import Features, Want
+from train.tuners.base import Start, Tuner, TunerConfig, checked_reduction, linear, register, rows_of
 
 INITS = ("random", "magnitude", "fisher")
 PRUNES = ("running", "aligned")
@@ -77,19 +78,21 @@ class Ladder(nn.Module):
 
 @register("lst", LstConfig)
 class Lst(Tuner):
-    """A ladder a stream. On text-to-text backbones a last map goes up to D and the frozen head; on encoders the
-    trainable head reads the side width (methods §2.1)."""
+    """A ladder a stream. Under a frozen text head a last map goes up to D; a trainable head reads the side width
+    (methods §2.1)."""
 
     description = "LST: ladder side network, a narrow transformer fed from every kept layer"
     projects = True
+    text_head = True
 
-    def __init__(self, config: LstConfig, family: Family, tail: Tail) -> None:
-        super().__init__(config, family, tail)
+    def __init__(self, config: LstConfig, family: Family, tail: Tail, wants: Want) -> None:
+        super().__init__(config, family, tail, wants)
         self.ladders = nn.ModuleDict({s: Ladder(config, family, s) for s in family.streams})
         self.stream = family.streams[-1]
         inner = family.width // config.reduction
-        self.up = linear(inner, family.width) if family.readout == "lm" else None
-        self.output_width = inner if self.up is None else family.width
+        self.up = linear(inner, family.width) if wants.text_head else None
+        width = inner if self.up is None else family.width
+        self.features = {self.stream: rows_of(family, self.stream, width)}
 
     @classmethod
     def states(cls, config: LstConfig, family: Family) -> list[str]:
@@ -103,7 +106,7 @@ class Lst(Tuner):
         if config.init == "random":
             return None
         checked_reduction(config.reduction, family.width)
-        if config.init == "fisher" and family.readout != "lm":
+        if config.init == "fisher" and not family.writes_text:
             raise UserError(
                 f"init: fisher needs the gradient of a pretrained output on the task, and {family.name} backbones come "
                 "without a head; use --init magnitude"
@@ -119,14 +122,14 @@ class Lst(Tuner):
             own = {k.removeprefix(f"{stream}."): v for k, v in weights.items() if k.startswith(f"{stream}.")}
             ladder.side.begin(own, ladder.layers)
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch) -> Features:
         rows: Tensor | None = None
         for stream, ladder in self._ladders():
             rungs = ladder.rungs(batch, self.tail.embed(batch, stream))
             # A later stream reads all of the one before, and is short.
             rows = by_length(batch, stream, rungs, ladder) if rows is None else ladder(rungs, batch, rows)
         assert rows is not None
-        return rows if self.up is None else self.up(rows)
+        return {self.stream: rows if self.up is None else self.up(rows)}
 
     def _ladders(self) -> Iterator[tuple[str, Ladder]]:
         return ((s, cast(Ladder, ladder)) for s, ladder in self.ladders.items())

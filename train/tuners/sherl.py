@@ -10,7 +10,8 @@ from extract.backbones.base import Family, Tail
 from extract.backbones.batch import Batch
 from extract.backbones.dropout import Dropout
 from store.errors import UserError
-from train.tuners.base import Tuner, TunerConfig, checked_reduction, register
+from train.features import Features, Want
+from train.tuners.base import Tuner, TunerConfig, checked_reduction, register, rows_of
 from train.tuners.livelayers import TAILS, LiveLayers
 from train.tuners.mtsa import BLENDS, MTSA
 
@@ -70,13 +71,15 @@ class Sherl(Tuner):
     description = "SHERL: multi-tiered sensing over all layers, then the live last layer"
     lr_pooled = 2e-3
     projects = True
+    text_head = True
 
-    def __init__(self, config: SherlConfig, family: Family, tail: Tail) -> None:
-        super().__init__(config, family, tail)
+    def __init__(self, config: SherlConfig, family: Family, tail: Tail, wants: Want) -> None:
+        super().__init__(config, family, tail, wants)
         inner = checked_reduction(config.reduction, family.width)
-        gate = (0.0 if family.readout == "lm" else 0.1) if config.gate is None else config.gate
+        gate = (0.0 if wants.text_head else 0.1) if config.gate is None else config.gate
         self.names = {s: _names(config, family, s) for s in family.streams}
-        self.stream, self.output_width = family.streams[-1], family.width
+        self.stream = family.streams[-1]
+        self.features = {self.stream: rows_of(family, self.stream)}
         sets = {s: [family.width, *map(family.state_width, n)] for s, n in self.names.items()}
         for names in self.names.values():
             if family.state_width(names[-1]) != family.width:
@@ -103,7 +106,7 @@ class Sherl(Tuner):
     def states(cls, config: SherlConfig, family: Family) -> list[str]:
         return [n for s in family.streams for n in (*family.embedding(s), *_names(config, family, s))]
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch) -> Features:
         hidden: dict[str, Tensor] = {}
         for stream, names in self.names.items():
             features = [self.tail.embed(batch, stream), *(batch.states[n] for n in names)]
@@ -116,7 +119,7 @@ class Sherl(Tuner):
                 features.append(rows)
                 rows = self.mtsa[f"{stream}_{i}"](features, rows)
             rows = self.live(i, {**hidden, stream: rows}, batch)
-        return self._finish(rows, self.stream)
+        return {self.stream: self._finish(rows, self.stream)}
 
     def _finish(self, rows: Tensor, stream: str) -> Tensor:
         norm = self.norm[stream]
