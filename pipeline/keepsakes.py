@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from extract.backbones import Batch, Family
-from extract.backbones.batch import moved
 from extract.backbones.live import Backbone
 from extract.tasks import canonical_name
 from extract.tasks.base import TaskSpec
@@ -62,7 +61,7 @@ def _singles(split: Split, objective: Objective, device: torch.device) -> Iterat
     targets = Targets(objective, split.rows.labels)
     for i in range(min(FISHER_SAMPLES, len(split.rows))):
         batch = split.inputs.take(np.array([i])).batch(device)
-        batch.targets = moved(targets(np.array([i]), batch), device)
+        targets.fill(batch, np.array([i]), device)
         yield batch
 
 

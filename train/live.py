@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from extract.backbones.batch import Batch, moved
+from extract.backbones.batch import Batch
 from extract.backbones.inputs import Inputs
 from extract.backbones.live import Backbone
 from train.order import Order
@@ -48,7 +48,7 @@ class LiveSource:
         batch = self.compute(index)
         batch.index = index
         if self.targets is not None:
-            batch.targets = moved(self.targets(index, batch), self.backbone.device)
+            self.targets.fill(batch, index, self.backbone.device)
         batch.wait_seconds = time.perf_counter() - began
         return batch
 

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
 
-from extract.backbones.batch import Batch, moved
+from extract.backbones.batch import Batch
 from store import SEGMENT_BYTES
 from store.errors import UserError
 from store.malloc import keep_freed_memory, return_freed_memory
@@ -210,8 +210,7 @@ class StoreSource:
         batch = assemble(parts, self.states, self.columns, self._dtype, pin, device)
         batch.index = index
         if self.targets is not None:
-            targets = moved(self.targets(index, batch), device)
-            batch.targets = {k: v.pin_memory() for k, v in targets.items()} if pin else targets
+            self.targets.fill(batch, index, device, pin)
         return batch
 
 

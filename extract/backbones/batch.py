@@ -88,7 +88,8 @@ class Batch:
     `states`: name → (rows of its stream, width), in float32 or, for training, in the floating-point numbers of the
     store: `StateLinear` takes either, anything else wants `.float()`. `columns`: name → (rows,) int64 side inputs
     (token ids and the like). `lengths`: stream → (B,) int64 on the host. `targets`: what an objective made of the
-    samples' targets, by name (`label` (B,) for one class or number a sample); None where there are none. `index`:
+    samples' targets, by name (`label` (B,) for one class or number a sample); None where there are none. `metas`: what
+    extraction knows of each sample (word boundaries and the like). `index`:
     (B,) int64, the place of each sample in its split's task table. `wait_seconds`: how long the consumer waited for
     this batch. `pictures`: what a live image backbone reads pixels from; None from the store.
     """
@@ -97,6 +98,7 @@ class Batch:
     columns: dict[str, Tensor]
     lengths: dict[str, np.ndarray]
     targets: dict[str, Tensor] | None = None
+    metas: Sequence[Mapping[str, Any]] = ()
     index: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     wait_seconds: float = 0.0
     pictures: Sequence[Any] | None = None

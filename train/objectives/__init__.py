@@ -1,6 +1,6 @@
 """Objectives: one file a kind of target, with its head. Import an objective's module here to register it."""
 
-from train.objectives import classification, label_text, regression
+from train.objectives import classification, label_text, multilabel, regression, tagging
 from train.objectives.base import (
     Answers,
     Head,
@@ -21,9 +21,11 @@ __all__ = [
     "Scorer",
     "classification",
     "label_text",
+    "multilabel",
     "objective_class",
     "objective_config",
     "objective_names",
     "register",
     "regression",
+    "tagging",
 ]
