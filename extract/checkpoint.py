@@ -82,14 +82,29 @@ class Checkpoint:
 
     @cached_property
     def tokenizer(self) -> Any:
+        """The tokenizer, or the preprocessing of pictures. UserError where there is none or it knows no words."""
         from transformers import AutoTokenizer
 
         if (processor := self.family.processor(self.folder)) is not None:
             return processor
         try:
-            return AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
         except Exception as error:
             raise UserError(f"{self.folder}: no usable tokenizer beside the weights: {_first_line(error)}") from None
+        # Of a folder without tokenizer files transformers makes one up that knows its marks and at most a space.
+        marks = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}
+        if len(tokenizer.get_vocab().keys() - marks) < 2:
+            files = " or ".join(sorted(set(tokenizer.vocab_files_names.values())))
+            raise UserError(
+                f"{self.folder}: no tokenizer beside the weights ({files}), every word would be unknown: save the "
+                "model's there, tokenizer.save_pretrained(FOLDER)"
+            )
+        return tokenizer
+
+    @property
+    def tokens(self) -> int:
+        """Number of ids the tokenizer has: one more than the largest."""
+        return 1 + max(self.tokenizer.get_vocab().values())
 
     @cached_property
     def weight_files(self) -> list[Path]:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from extract.backbones.inputs import Inputs
 from extract.backbones.live import Backbone
-from extract.identity import PRECISIONS
+from extract.identity import PRECISIONS, differences_of
 from extract.order import extraction_batches
 from extract.projection import load_projection
 from extract.run import Interrupted, Report, compute, plan_work
@@ -173,9 +173,9 @@ def _backbone(model: str, device: str, store: str, space: str) -> Backbone:
     opened = Store.open(store)
     identity = opened.space(space).identity
     checkpoint = resolve(model)
-    for name, found in (("weights", checkpoint.weights_digest), ("tokenizer", checkpoint.tokenizer_digest)):
-        if found != identity[name]:
-            raise StoreError(f"{model} on this worker has other {name} than the feature space: give all the same")
+    if differing := [name for name, *_ in differences_of(checkpoint, identity)]:
+        named = ", ".join(differing)
+        raise StoreError(f"{model} on this worker has other {named} than the feature space: give all the same")
     gpu = device != "cpu" and torch.cuda.is_available()
     if device == "cuda" and not gpu:
         raise UserError("--device cuda: torch sees no GPU on a worker; use --device cpu or auto")

@@ -6,6 +6,7 @@ which states were asked for are not part of it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,8 +74,50 @@ def space_identity(checkpoint: Checkpoint, options: SpaceOptions) -> dict[str, A
         "precision": options.precision,
         "attention": options.attention,
         "mode": "eval",
-        "views": f"{VIEW_POLICY};seed {options.text.view_seed}" if options.text.views > 1 else "none",
+        "views": views_text(options.text.views, options.text.view_seed),
     }
+
+
+def views_text(views: int, seed: int) -> str:
+    """How `views` views of a training picture are drawn; how many there are is of the task's table."""
+    return f"{VIEW_POLICY};seed {seed}" if views > 1 else "none"
+
+
+def options_of(identity: Mapping[str, Any]) -> SpaceOptions:
+    """The choices that `identity` was made with. Where there are several views, `views` is 2, whatever their number.
+    Raises UserError for an identity that does not say them all."""
+    try:
+        seed = identity["views"].rpartition("seed ")[2]
+        text = TextOptions(
+            prompt=identity["prompt"],
+            max_length=identity["max_length"],
+            truncation_side=identity["truncation_side"],
+            image_size=identity.get("image_size", ""),
+            views=1 if identity["views"] == "none" else 2,
+            view_seed=int(seed) if seed.isdigit() else 0,
+            upright="orientation" in identity,
+        )
+        chosen = {k: identity[k] for k in ("format", "projection", "projection_fit", "precision", "attention")}
+        return SpaceOptions(**chosen, text=text)
+    except (KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"the feature space does not say all that it was made with: {error!r}") from None
+
+
+def differences_of(checkpoint: Checkpoint, identity: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(field, its value in `identity`, its value by `checkpoint`) wherever the space that `checkpoint` makes with the
+    options of `identity` is another one. None stands for a field that is not there."""
+    now = space_identity(checkpoint, options_of(identity))
+    return [(k, identity.get(k), now.get(k)) for k in sorted({*identity, *now}) if identity.get(k) != now.get(k)]
+
+
+def refuse_other(checkpoint: Checkpoint, identity: Mapping[str, Any]) -> None:
+    """UserError naming every field in which `checkpoint` is not what the space of `identity` was extracted with."""
+    if differing := differences_of(checkpoint, identity):
+        said = "; ".join(f"{name} is {now!r}, was {then!r}" for name, then, now in differing)
+        raise UserError(
+            f"{checkpoint.name} is not what the feature space was extracted with: {said}; give the checkpoint that was "
+            "extracted, --model FOLDER"
+        )
 
 
 def _image_fields(checkpoint: Checkpoint, options: SpaceOptions) -> dict[str, Any]:
@@ -88,4 +131,6 @@ def _image_fields(checkpoint: Checkpoint, options: SpaceOptions) -> dict[str, An
         "resize": f"{made.interpolation}, crop {made.crop:g}",
         "mean": mean,
         "std": std,
+        # Spaces of before have no such field: their pictures were taken as they lie in the file.
+        **({"orientation": "exif"} if options.text.upright else {}),
     }

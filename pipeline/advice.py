@@ -2,40 +2,16 @@
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from pipeline.command_line import command_line, extract_command
 from pipeline.projecting import widths_text
-from pipeline.recipe import Recipe, option_name
+from pipeline.recipe import Recipe
 from pipeline.report import size_text, table_text
 
 if TYPE_CHECKING:
     from pipeline.plan import Plan, Workload
-
-
-def command(name: str, recipe: Recipe, **options: Any) -> str:
-    """A command line with the recipe's own options and `options`."""
-    words = ["pipeline", name]
-    shared: tuple[str, ...] = (
-        "model",
-        "task",
-        "data",
-        "text",
-        "text_pair",
-        "label",
-        "store",
-        "projection",
-        "limit",
-        "max_length",
-        "layers",
-    )
-    shared += ("insert", "init", "prune", "reduction")  # what an extraction must know as well
-    for key, value in {**{k: getattr(recipe, k) for k in shared}, **options}.items():
-        if value not in (None, "", (), False):
-            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-            words += [option_name(key)] if value is True else [option_name(key), shlex.quote(text)]
-    return " ".join(words)
 
 
 def split_limit(rows: dict[str, int], fits: int) -> int:
@@ -50,33 +26,35 @@ def split_limit(rows: dict[str, int], fits: int) -> int:
     return max(rows.values())
 
 
+def both(recipe: Recipe) -> list[str]:
+    """The command that extracts and the one that trains."""
+    return [extract_command(recipe), command_line("train", recipe)]
+
+
 def recommend(plan: Plan, work: Workload, recipe: Recipe, budget: float | None, memory: float | None) -> None:
     """Fill in `recommendation` and `commands`."""
     stored = plan.format if plan.projection == "none" else f"{plan.format}, {plan.projection}"
     total = plan.formats[stored]["total"]
-    train = command("train", recipe, tuner=work.tuner, batch_size=recipe.batch_size)
-    extract = command("extract", recipe, format=plan.format, tuners=(work.tuner,))
-    plan.commands = [extract, train]
+    recipe = replace(recipe, tuner=work.tuner, format=plan.format)
+    plan.commands = both(recipe)
     if budget is not None and total > budget:
         rows = int(work.samples * budget / total)
         limit = split_limit(plan.rows, rows)
         over = f"{size_text(total)} as {stored} is over the budget of {size_text(budget)}"
         if limit:
             plan.recommendation = f"{over}: it holds about {rows:,} rows; keep fewer --layers or set --limit"
-            plan.commands[0] = command(
-                "extract", replace(recipe, limit=limit), format=plan.format, tuners=(work.tuner,)
-            )
+            plan.commands = both(replace(recipe, limit=limit))
         else:
             plan.recommendation = f"{over}, which does not hold a row of each split: give more"
             plan.commands = []
     elif memory is not None and plan.memory["total"] > memory:
         size = max(1, int(work.batch_size * memory / plan.memory["total"]))
+        accumulate = recipe.accumulate * -(-work.batch_size // size)
         plan.recommendation = (
             f"training takes {size_text(plan.memory['total'])}, over {size_text(memory)}: a batch of {size} and "
-            f"--accumulate {-(-work.batch_size // size)} do the same with less"
+            f"--accumulate {accumulate} do the same with less"
         )
-        more = {"tuner": work.tuner, "batch_size": size, "accumulate": -(-work.batch_size // size), "host_memory": "0"}
-        plan.commands = [extract, command("train", recipe, **more)]
+        plan.commands = both(replace(recipe, batch_size=size, accumulate=accumulate, host_memory="0"))
     elif plan.pays:
         plan.recommendation = (
             f"cache: extraction is paid back after {plan.break_even[plan.tier]:.1f} of {plan.epochs} epochs, and every "
@@ -94,7 +72,7 @@ def recommend(plan: Plan, work: Workload, recipe: Recipe, budget: float | None, 
             f"caching does not pay in time here: {why}. It still saves the backbone's memory, and pays "
             "when several seeds or tuners share the states"
         )
-        plan.commands = [extract, command("train", recipe, tuner=work.tuner, live=True)]
+        plan.commands = both(replace(recipe, live=True))
 
 
 def plan_text(plan: Plan, work: Workload) -> str:
@@ -120,6 +98,7 @@ def plan_text(plan: Plan, work: Workload) -> str:
     memory = ", ".join(f"{k} {size_text(v)}" for k, v in plan.memory.items() if k != "total")
     r = plan.rates
     cold = "cold not measurable" if r["disk_cold"] is None else f"cold {size_text(r['disk_cold'])}/s"
+    image = f", an image read in {r['image']:.3g} s" if r["image"] else ""
     return "\n".join(
         [
             f"{plan.samples:,} samples ({rows}); mean positions of a training sample: {lengths}{how}",
@@ -133,7 +112,7 @@ def plan_text(plan: Plan, work: Workload) -> str:
             f"training memory: {size_text(plan.memory['total'])} ({memory}), computed from tensors",
             f"measured here: backbone {(r['backbone'] or 0) / 1e9:,.0f} GFLOP/s, step {r['step']:.3g} s, decoding "
             f"{size_text(r['decode'] or 0)}/s, disk written {size_text(r['disk_write'] or 0)}/s, warm "
-            f"{size_text(r['disk_warm'] or 0)}/s, {cold}",
+            f"{size_text(r['disk_warm'] or 0)}/s, {cold}{image}",
             "",
             plan.recommendation,
             *(f"  {line}" for line in plan.commands),

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch.utils.data import get_worker_info
+
 from extract.backbones import Batch
 from extract.tasks.base import Task, TaskSpec
+from pipeline.doubts import limit_doubt
 from pipeline.extracting import run_extract
-from pipeline.job import limited, tables_of
-from pipeline.recipe import Recipe
-from pipeline.resolve import find_space, store_path
+from pipeline.job import first_views, limited, parse_size, tables_of
+from pipeline.recipe import Recipe, checked_names
+from pipeline.resolve import device_of, find_space, store_path
 from pipeline.runs import Run, load_run
 from pipeline.training import run_train
+from pipeline.unused import refuse_for_stream
 from store import Space, Store
-from store.errors import UserError
+from store.errors import Notice, UserError
 from train.objectives import Answers
 from train.objectives.classification import Classification
 from train.objectives.pooled import PooledConfig
@@ -58,26 +63,39 @@ def stream(
     **options: Any,
 ) -> Iterator[Batch]:
     """Shuffled batches of any states of a task, for a side network of your own. `states`: names such as `encoder.5`
-    (`pipeline store status` lists them). Further options choose task, store and space as in `train`.
+    (`pipeline store status` lists them). Further options choose task, store and space, and say how they are read
+    (`tier`, `host_memory`, `scheduler`, `window`, `group_by_length`), as in `train`; `device` ("cpu" if not given) is
+    where the batches are.
 
-    Yields `Batch`: `states[name]` (rows, width) float32, `lengths[stream]` (B,), `targets["label"]` (B,). Raises
-    MissingStates for states that were not extracted.
+    Yields `Batch`: `states[name]` (rows, width) float32, `lengths[stream]` (B,), `targets["label"]` (B,). The workers
+    of a `DataLoader` (an iterable data set that calls this, `batch_size=None`) take turns, so that the loader hands out
+    the same batches in the same order as one process. Raises MissingStates for states that were not extracted,
+    UserError for options that are wrong or would do nothing.
     """
-    recipe = Recipe.from_mapping({**options, "batch_size": batch_size, "seed": seed}, "stream()")
+    options = checked_names(options, "stream()")
+    refuse_for_stream(options)
+    recipe = Recipe.from_mapping({"device": "cpu", **options, "batch_size": batch_size, "seed": seed}, "stream()")
+    device = device_of(recipe)
     found = find_space(recipe)
     assert isinstance(found.space, Space)
     tables = tables_of(recipe, found)
     if split not in tables:
         raise UserError(f"the store has no {split} rows of {recipe.task}; it has: {', '.join(tables)}")
-    table = limited(tables[split], recipe.limit)
+    chosen = first_views(tables[split], recipe.views) if split == "train" else tables[split]
+    if sentence := limit_doubt(recipe.limit, chosen):
+        warnings.warn(sentence, Notice, stacklevel=2)
+    table = limited(chosen, recipe.limit)
     spec = TaskSpec.from_dict(table.header["spec"])
     plain = Classification if spec.kind == "classification" else Regression
     targets = None if None in table.labels else Targets(plain(PooledConfig(), Answers()), table.labels)
+    worker = get_worker_info()
     source = StoreSource(
         found.space, table.keys, targets, list(states), found.family.columns, batch_size=batch_size, seed=seed,
-        window=recipe.window,
+        window=recipe.window, group_by_length=bool(recipe.group_by_length), tier=recipe.tier, device=device,
+        host_bytes=None if recipe.host_memory is None else parse_size(recipe.host_memory), scheduler=recipe.scheduler,
+        pin=device.type == "cuda", share=(worker.id, worker.num_workers) if worker else (0, 1),
     )  # fmt: skip
-    yield from source.epochs(0, epochs)
+    return (batch.to(device) for batch in source.epochs(0, epochs))
 
 
 def evaluate(run: str | Path | Run, split: str = "test") -> dict[str, float]:
@@ -85,6 +103,7 @@ def evaluate(run: str | Path | Run, split: str = "test") -> dict[str, float]:
     return (run if isinstance(run, Run) else load_run(run)).evaluate(split)
 
 
-def predict(run: str | Path | Run, texts: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
-    """Label and probability, or a number, for each tuple of text fields, the backbone run live."""
+def predict(run: str | Path | Run, texts: Sequence[str | Sequence[str]]) -> list[dict[str, Any]]:
+    """Label and probability, or a number, for each tuple of text fields (of a task with one field, also for each text),
+    the backbone run live. Raises UserError for rows of another shape."""
     return (run if isinstance(run, Run) else load_run(run)).predict(texts)

@@ -14,9 +14,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
+
 from extract.checkpoint import Checkpoint, resolve
 from pipeline.extracting import run_extract
 from pipeline.job import live_backbone, load_job, sources
+from pipeline.operations import fresh_backbone
 from pipeline.plan import Plan, predict, workload
 from pipeline.recipe import Recipe
 from pipeline.report import size_text, table_text
@@ -55,12 +58,17 @@ def with_weights(point: Checkpoint, folder: Path) -> Checkpoint:
     """The checkpoint, or one of its shape with random weights where it has none."""
     if any(point.folder.glob("*.safetensors")):
         return point
-    from transformers import AutoModel, AutoModelForSeq2SeqLM
-
-    maker: Any = AutoModelForSeq2SeqLM if point.family.writes_text else AutoModel
-    maker.from_config(point.config).save_pretrained(folder / "checkpoint")
-    point.tokenizer.save_pretrained(folder / "checkpoint")
-    return Checkpoint(folder / "checkpoint", point.name)
+    made, model = folder / "checkpoint", fresh_backbone(point.family, "sdpa")
+    if point.family.modality == "image":  # timm has no `save_pretrained`; both libraries read this
+        made.mkdir()
+        for file in point.folder.glob("*.json"):
+            shutil.copy(file, made)
+        state = {k: v.contiguous() for k, v in model.state_dict().items()}
+        save_file(state, made / "model.safetensors", metadata={"format": "pt"})
+    else:
+        model.save_pretrained(made)
+        point.tokenizer.save_pretrained(made)
+    return Checkpoint(made, point.name)
 
 
 def measure(recipe: Recipe, task: Any, folder: Path) -> dict[str, float]:

@@ -110,10 +110,23 @@ def bench(as_json: bool, recipe_file: str | None, **options: Any) -> tuple[Any, 
     metavar="NAMES",
 )
 @click.option("--seeds", default=None, help="Seeds of each, with commas between. Default: 0.", metavar="NUMBERS")
+@click.option(
+    "--preset",
+    default="ours",
+    show_default=True,
+    type=click.Choice(["ours", "paper"]),
+    help="Settings of the live counterparts; paper: what LST and SHERL set beside themselves on T5.",
+)
 @click.option("--csv", "csv_file", default=None, help="Also write the table here.", metavar="FILE")
 @command
 def compare(
-    as_json: bool, recipe_file: str | None, methods: str, seeds: str | None, csv_file: str | None, **options: Any
+    as_json: bool,
+    recipe_file: str | None,
+    methods: str,
+    seeds: str | None,
+    preset: str,
+    csv_file: str | None,
+    **options: Any,
 ) -> tuple[Any, str]:
     """Train several methods on one task and print trainable parameters, memory, seconds an epoch and the metric."""
     from pipeline.compare import default_folder, parse_seeds, run_compare
@@ -121,7 +134,7 @@ def compare(
     recipe = build_recipe(options, recipe_file)
     names = list(dict.fromkeys(m.strip() for m in methods.split(",") if m.strip()))
     numbers = [recipe.seed] if seeds is None else parse_seeds(seeds)
-    return run_compare(recipe, names, numbers, default_folder(recipe), csv_file, _voice(as_json))
+    return run_compare(recipe, names, numbers, default_folder(recipe), csv_file, _voice(as_json), preset)
 
 
 @main.command()
@@ -151,7 +164,7 @@ def evaluate(as_json: bool, run: str, split: str | None, generate: bool, **overr
     "--input",
     "input_file",
     required=True,
-    help="File with new rows (.csv, .tsv, .jsonl), or a folder of pictures.",
+    help="File with new rows (.csv, .tsv, .jsonl), a picture, or a folder of pictures.",
     metavar="FILE",
 )
 @click.option("--text", default=None, help="Column with the text. Default: the task's own.", metavar="COLUMN")
@@ -177,7 +190,8 @@ def predict(
     given = Path(input_file)
     root = given if given.is_dir() else given.parent
     ids, rows = read_inputs(given, loaded.spec, text, text_pair)
-    found = [{"id": name, **entry} for name, entry in zip(ids, loaded.predict(rows, root), strict=True)]
+    told = loaded.predict(rows, root, _voice(as_json))
+    found = [{"id": name, **entry} for name, entry in zip(ids, told, strict=True)]
     if output:
         write_entries(Path(output), found)
         return {"run": run, "rows": len(found), "output": output}, f"{len(found):,} predictions in {output}"

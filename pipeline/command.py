@@ -5,18 +5,53 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
 
-from store.errors import UserError
+from store.errors import Notice, UserError
 
 
 def say(text: str) -> None:
     """A line for a person; stdout is kept for results."""
-    click.echo(text, err=True)
+    click.echo(printable(text), err=True)
+
+
+def printable(text: str) -> str:
+    """`text` with every character that would act on a terminal rather than be seen on it as its `\\uXXXX`: names and
+    provenance in a store were written by others. Within JSON it says the same."""
+    return text if text.isascii() and text.isprintable() else _ACTING.sub(_escaped, text)
+
+
+# Control characters but for the newline and the tab, line and paragraph separators, marks that turn the direction of
+# what follows, and halves of surrogate pairs.
+_ACTING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def _escaped(match: re.Match[str]) -> str:
+    return f"\\u{ord(match[0]):04x}"
+
+
+@contextmanager
+def notices() -> Iterator[None]:
+    """Within it every `Notice` is a line for a person; other warnings are shown as ever."""
+    with warnings.catch_warnings():
+        usual = warnings.showwarning
+        warnings.simplefilter("always", Notice)
+
+        def show(message: Warning | str, category: type[Warning], *more: Any, **named: Any) -> None:
+            if issubclass(category, Notice):
+                say(f"note: {' '.join(str(message).split())}")
+            else:
+                usual(message, category, *more, **named)
+
+        warnings.showwarning = show
+        yield
 
 
 def command(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -26,10 +61,11 @@ def command(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def wrapper(as_json: bool, **options: Any) -> None:
         try:
-            result, text = function(as_json=as_json, **options)
+            with notices():
+                result, text = function(as_json=as_json, **options)
         except UserError as error:
             if not error.everywhere or os.environ.get("RANK", "0") == "0":
-                click.echo(f"error: {' '.join(str(error).split())}", err=True)
+                say(f"error: {' '.join(str(error).split())}")
             sys.exit(error.exit_code)
         except KeyboardInterrupt:
             click.echo("stopped", err=True)
@@ -38,8 +74,8 @@ def command(function: Callable[..., Any]) -> Callable[..., Any]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(141)
         if as_json:
-            click.echo(json.dumps(result, ensure_ascii=False, default=str))
+            click.echo(printable(json.dumps(result, ensure_ascii=False, default=str)))
         elif text:
-            click.echo(text)
+            click.echo(printable(text))
 
     return wrapper

@@ -7,7 +7,7 @@ import csv
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,30 +15,39 @@ import torch
 from torch import nn
 
 from extract.backbones import Batch, Family
-from extract.identity import PRECISIONS
-from pipeline.extracting import Say
+from pipeline.extracting import Say, load_backbone
 from pipeline.job import Job, batch_size_of, live_backbone, live_source, load_job, sources
 from pipeline.operations import backbone_model, kept_bytes
 from pipeline.recipe import Recipe
-from pipeline.report import size_text, table_text
-from pipeline.training import fit_options, run_train
+from pipeline.report import layout_text, size_text, table_text
+from pipeline.training import fit_options, job_doubts, make_folder, run_train
+from pipeline.unused import for_tuner, refuse_for_tuners
 from store.errors import UserError
 from train.counterparts import COUNTERPARTS, CounterpartModel, counterpart, input_source
-from train.loop import fit
+from train.loop import FitOptions, fit
 from train.tuners import tuner_names
 
 HEAD = ("method", "trainable", "share", "memory", "s/epoch", "metric", "spread", "seeds")
 
 
 def run_compare(
-    recipe: Recipe, methods: Sequence[str], seeds: Sequence[int], folder: Path, csv_file: str | None, say: Say
+    recipe: Recipe,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    folder: Path,
+    csv_file: str | None,
+    say: Say,
+    preset: str = "ours",
 ) -> tuple[dict[str, Any], str]:
     """Train each of `methods` once for each of `seeds` and tabulate. Runs go to `folder`/METHOD-sSEED.
+
+    `preset`: whose settings the counterparts have, see `train.counterparts`; the table says with which it was made.
 
     The metric is the task's average on the test split, else on validation; the spread is the standard deviation over
     seeds; seconds an epoch are the fastest seed's, which other work on the machine disturbed least. Memory of one
     training step: on a GPU the measured peak; on a CPU the tensors counted, that is weights, gradients, Adam's two
-    moments, the batch, and what the backward pass keeps.
+    moments, the batch, and what the backward pass keeps. The layout says which blocks the order of samples followed: a
+    seed gives the same run on the same layout only.
     """
     unknown = [m for m in methods if m not in COUNTERPARTS and m not in tuner_names()]
     if not methods or unknown:
@@ -48,14 +57,19 @@ def run_compare(
         )
     if csv_file and not Path(csv_file).parent.is_dir():
         raise UserError(f"--csv {csv_file}: no such folder: {Path(csv_file).parent}")
-    for method in methods:
-        _refuse(recipe, method)
+    refuse_for_tuners(recipe, [m for m in methods if m not in COUNTERPARTS], "train")
+    jobs = [_refuse(recipe, method, preset) for method in methods]
+    family = jobs[0].found.family
+    for sentence in job_doubts(jobs[0]):
+        say(f"warning: {sentence}")
+    make_folder(folder)
     rows, total = [], None
     for method in methods:
         runs = []
         for seed in seeds:
-            one = replace(recipe, seed=seed, out=str(folder / f"{method}-s{seed}"), overwrite=True)
-            runs.append(_counterpart(one, method) if method in COUNTERPARTS else _tuner(one, method))
+            own = recipe if method in COUNTERPARTS else for_tuner(recipe, method, family)
+            one = replace(own, seed=seed, out=str(folder / f"{method}-s{seed}"), overwrite=True)
+            runs.append(_counterpart(one, method, preset) if method in COUNTERPARTS else _tuner(one, method))
             say(f"{method}, seed {seed}: {runs[-1]['metric']:.4f}, {runs[-1]['seconds_per_epoch']:.2f} s an epoch")
         total = total or runs[0]["backbone"]
         metrics = [r["metric"] for r in runs]
@@ -70,6 +84,8 @@ def run_compare(
                 "spread": statistics.stdev(metrics) if len(metrics) > 1 else None,
                 "seeds": len(metrics),
                 "live": method in COUNTERPARTS or recipe.live,
+                "layout": " ".join(dict.fromkeys(layout_text(r["layout"]) for r in runs)),
+                "settings": runs[0]["settings"],
             }
         )
     if csv_file:
@@ -80,7 +96,8 @@ def run_compare(
                 writer.writerows(rows)
         except OSError as error:  # what was measured is not lost
             say(f"warning: --csv {csv_file}: cannot be written: {error.strerror or error}")
-    return {"task": recipe.task, "backbone_parameters": total, "rows": rows}, _text(rows)
+    result = {"task": recipe.task, "preset": preset, "backbone_parameters": total, "rows": rows}
+    return result, _text(rows, preset)
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -94,20 +111,21 @@ def parse_seeds(text: str) -> list[int]:
     return list(dict.fromkeys(int(part) for part in parts))
 
 
-def _refuse(recipe: Recipe, method: str) -> None:
-    """Raises before hours are spent what `method` would end in: a tuner without a form for the backbone or with states
-    that are not stored, a counterpart that the backbone has no place for or whose package is missing."""
+def _refuse(recipe: Recipe, method: str, preset: str) -> Job:
+    """The job of `method`. Raises before hours are spent what it would end in: a tuner without a form for the backbone
+    or with states that are not stored, a counterpart that the backbone has no place for or whose package is missing."""
     if method not in COUNTERPARTS:
         job = load_job(replace(recipe, tuner=method))
         job.model(recipe.seed)
         if not recipe.live:
             sources(job, None)
-        return
-    family = _probe(recipe).found.family
-    counterpart(method).prepare(family, copy.deepcopy(_shape(family)))
+        return job
+    job = _probe(recipe)
+    counterpart(method, preset).prepare(job.found.family, copy.deepcopy(_shape(job.found.family)))
+    return job
 
 
-def _text(rows: Sequence[dict[str, Any]]) -> str:
+def _text(rows: Sequence[dict[str, Any]], preset: str) -> str:
     cells = [
         (
             r["method"] + (" (live)" if r["live"] else ""),
@@ -121,7 +139,23 @@ def _text(rows: Sequence[dict[str, Any]]) -> str:
         )
         for r in rows
     ]
-    return table_text(HEAD, cells)
+    layouts = {r["method"]: r["layout"] for r in rows}
+    same = set(layouts.values())
+    said = same.pop() if len(same) == 1 else "; ".join(f"{method} {layout}" for method, layout in layouts.items())
+    made = [f"  {r['method']}: {r['settings']}" for r in rows]
+    lines = [table_text(HEAD, cells), f"layout of the samples: {said}", ""]
+    return "\n".join([*lines, f"settings, counterparts by --preset {preset}:", *made])
+
+
+def settings(what: str, recipe: Recipe, options: FitOptions, paper: bool) -> str:
+    """What a row of the table was made with, in words: the method's own settings and those of training."""
+    warm = f"{options.warmup_steps} steps" if options.warmup_ratio is None else f"{options.warmup_ratio:g} of all steps"
+    long = f"{options.epochs} epochs" if options.max_steps is None else f"{options.max_steps} steps"
+    size = f"{batch_size_of(recipe, paper)}" + (f" × {options.accumulate}" if options.accumulate > 1 else "")
+    return (
+        f"{what}; lr {options.lr:g}, {options.schedule} after a warm-up of {warm}, batch {size}, {long}, "
+        f"clip {options.clip:g}, weight decay {options.weight_decay:g}, {options.precision}"
+    )
 
 
 def _tuner(recipe: Recipe, name: str) -> dict[str, Any]:
@@ -131,18 +165,19 @@ def _tuner(recipe: Recipe, name: str) -> dict[str, Any]:
     model = job.model(recipe.seed).to(job.device)
     backbone, checkpoint = live_backbone(job) if recipe.live else (None, None)
     batch = next(iter(sources(job, backbone, checkpoint)["train"].epochs(0, 1)))
-    return _summary(job, model, batch, metrics, [model.tuner.tail])
+    chosen = {k: v for k, v in asdict(job.config).items() if v not in (None, ())}
+    what = ", ".join(f"{k} {v}" for k, v in chosen.items()) or "no options"
+    said = settings(what, recipe, fit_options(recipe, job.spec, model), job.paper)
+    return _summary(job, model, batch, metrics, [model.tuner.tail]) | {"settings": said}
 
 
-def _counterpart(recipe: Recipe, name: str) -> dict[str, Any]:
+def _counterpart(recipe: Recipe, name: str, preset: str) -> dict[str, Any]:
     """Train a counterpart with the splits, the order and the options of a probe's run on the same store."""
-    method = counterpart(name)
+    method = counterpart(name, preset)
     job = _probe(recipe)
     backbone, checkpoint = live_backbone(job)
     identity = job.found.space.identity
-    module = job.found.family.load(
-        checkpoint.folder, PRECISIONS[identity["precision"]], identity["attention"], job.device
-    )
+    module = load_backbone(checkpoint, identity["precision"], identity["attention"], job.device).model
     model = CounterpartModel(method, job.found.family, module, job.objective, recipe.seed).to(job.device)
     size = batch_size_of(recipe, job.paper)
     parts = {
@@ -164,9 +199,10 @@ def _counterpart(recipe: Recipe, name: str) -> dict[str, Any]:
         job.device,
         progress=False,
         resume=False,
-        info={"counterpart": name, "space": job.found.space.id},
+        info={"counterpart": name, "preset": preset, "space": job.found.space.id},
     )
-    return _summary(job, model, next(iter(parts["train"].epochs(0, 1))), metrics, [])
+    said = settings(method.description, recipe, options, job.paper)
+    return _summary(job, model, next(iter(parts["train"].epochs(0, 1))), metrics, []) | {"settings": said}
 
 
 def _probe(recipe: Recipe) -> Job:
@@ -182,6 +218,7 @@ def _summary(job: Job, model: Any, batch: Batch, metrics: dict[str, Any], more: 
         "metric": scores["average"],
         "seconds_per_epoch": metrics["seconds_per_epoch"],
         "trainable": metrics["trainable_parameters"],
+        "layout": metrics["layout"],
         "memory": step_memory(model, batch.to(job.device), more),
         "backbone": backbone_parameters(job.found.family),
     }

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from extract.checkpoint import local
+from pipeline.command_line import command_line, quoted, store_command
 from pipeline.demo_data import demo_task
 from pipeline.extracting import run_extract
 from pipeline.recipe import Recipe
@@ -62,6 +63,7 @@ def _table(folder: Path, rows: list[dict[str, Any]], extracted: dict[str, Any]) 
         ]
         for r in rows
     ]
+    store, task = str(folder / "store"), rows[0]["task"]
     written = f"written in {extracted['seconds']:.0f} s" if extracted["computed"] else "there from an earlier demo"
     size = sum(f.stat().st_size for f in (folder / "store").rglob("*") if f.is_file())
     return "\n".join(
@@ -73,9 +75,9 @@ def _table(folder: Path, rows: list[dict[str, Any]], extracted: dict[str, Any]) 
             "tuner reuses it",
             "",
             "next:",
-            f"  pipeline store status --store {folder / 'store'}",
-            f"  pipeline train --store {folder / 'store'} --model minilm --task {rows[0]['task']} --tuner lst --seed 1",
-            f"  pipeline evaluate {folder / 'runs' / 'lst'}",
+            f"  {store_command('status', store)}",
+            f"  {command_line('train', Recipe(store=store, model='minilm', task=task, tuner='lst', seed=1))}",
+            f"  pipeline evaluate {quoted(str(folder / 'runs' / 'lst'))}",
             "  pipeline extract --model minilm --task my.csv --text sentence --label label",
         ]
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,15 @@ from extract.checkpoint import Checkpoint, resolve
 from extract.identity import PRECISIONS, space_identity
 from extract.run import Report, compute, provenance_of
 from extract.tasks.base import SPLITS, Rows, Task, TaskSpec
+from extract.tasks.images import contents
+from pipeline.doubts import doubts
 from pipeline.keepsakes import keep
 from pipeline.projecting import project, widths_text
 from pipeline.recipe import Recipe
 from pipeline.resolve import device_of, need, open_task, refuse_full_readers, space_options, store_path, wanted_states
-from pipeline.versions import save_tables
+from pipeline.rows import refuse_other_kind, refuse_unknown_ids, token_doubts
+from pipeline.unused import refuse_for_kind, refuse_for_tuners
+from pipeline.versions import save_tables, task_id
 from store import Space, Store, TaskTable, bytes_per_value
 from store.errors import UserError
 
@@ -51,13 +55,15 @@ def prepare_split(
     total: int | None = None,
 ) -> Split:
     """Tokenise a split. Training rows of a text-to-text backbone get their own target's decoder positions, other rows
-    those that scoring all targets needs."""
+    those that scoring all targets needs. Raises UserError for rows that the backbone cannot read."""
+    refuse_other_kind(family, rows.texts, options.root, f"the {name} rows of {spec.name}")
     gold = None
     if options.views > 1 and name == "train":
         rows = with_views(rows, options.views)
     if name == "train" and candidates:
         gold = [spec.target_index(label) for label in rows.labels if label is not None]
     inputs = family.prepare(tokenizer, rows.texts, options, candidates, gold)
+    refuse_unknown_ids(family, inputs, f"the {name} rows of {spec.name}")
     if inputs.skipped:
         rows = rows.take([i for i in range(len(rows)) if i not in inputs.skipped])
     return Split(name, rows, inputs, inputs.keys(), len(rows) if total is None else total)
@@ -73,9 +79,16 @@ def with_views(rows: Rows, views: int) -> Rows:
 
 
 def load_backbone(checkpoint: Checkpoint, precision: str, attention: str, device: torch.device) -> Backbone:
-    """The checkpoint's backbone, loaded when first used."""
+    """The checkpoint's backbone, loaded when first used. One that writes text has a row for each token, no more."""
     family = checkpoint.family
-    return Backbone(family, lambda: family.load(checkpoint.folder, PRECISIONS[precision], attention, device), device)
+
+    def load() -> Any:
+        model = family.load(checkpoint.folder, PRECISIONS[precision], attention, device)
+        if family.writes_text:
+            family.keep_tokens(model, checkpoint.tokens)
+        return model
+
+    return Backbone(family, load, device)
 
 
 def run_extract(recipe: Recipe, say: Say, quiet: bool = False, task: Task | None = None) -> dict[str, Any]:
@@ -87,8 +100,11 @@ def run_extract(recipe: Recipe, say: Say, quiet: bool = False, task: Task | None
     checkpoint = resolve(recipe.model)
     family, states = checkpoint.family, wanted_states(recipe, checkpoint.family)
     refuse_full_readers(recipe, recipe.tuners, family)
+    refuse_for_tuners(recipe, recipe.tuners, "extract")
+    refuse_for_kind(recipe, family)
     task = task or open_task(recipe)
     options = space_options(recipe, task.spec)
+    task = with_contents(task, family, options.text)
     identity = space_identity(checkpoint, options)
     candidates = family.candidates(checkpoint.tokenizer, task.spec.targets) if family.writes_text else []
     splits = [
@@ -107,7 +123,12 @@ def run_extract(recipe: Recipe, say: Say, quiet: bool = False, task: Task | None
     fit_on = next((s.inputs for s in splits if s.name == "train"), inputs)
     identity = project(store, identity, backbone, fit_on, recipe.seed, tokens, task.spec.name, say)
     space = store.create_space(identity)
+    tables = {s.name: _table(task, s, candidates, checkpoint, splits) for s in splits}
+    odd = doubts(tables, family.modality == "image")
     _announce(say, space, splits, inputs, keys, states, family, options.format, task.spec, options.text.max_length)
+    warnings = [*token_doubts(checkpoint.tokenizer, family, splits), *odd]
+    for sentence in warnings:
+        say(f"warning: {sentence}")
     keep(recipe, task.spec, store, identity, backbone, splits, candidates, say)
     how: dict[str, Any] = {
         "tokens": tokens,
@@ -124,9 +145,10 @@ def run_extract(recipe: Recipe, say: Say, quiet: bool = False, task: Task | None
         report = compute_on(recipe.scheduler, space, inputs, keys, states, model, recipe.device, each, **how)
     else:
         report = compute(space, inputs, keys, states, backbone, describe=_describer(splits), **how)
-    save_tables(space, {s.name: _table(task, s, candidates, checkpoint, splits) for s in splits})
+    save_tables(space, tables, states)
     report.seconds = time.perf_counter() - started
-    return _finish(say, store, space, task, splits, states, report)
+    done = _finish(say, store, space, task, splits, states, report)
+    return {**done, "task id": task_id(next(iter(tables.values())).header), "warnings": warnings}
 
 
 def _splits(task: Task, recipe: Recipe) -> list[str]:
@@ -243,10 +265,19 @@ def _keepsakes(checkpoint: Checkpoint, backbone: Backbone, task: Task) -> dict[s
 def task_tables(checkpoint: Checkpoint, task: Task, recipe: Recipe, options: TextOptions) -> dict[str, TaskTable]:
     """The task tables an extraction would store, without one."""
     family = checkpoint.family
+    task = with_contents(task, family, options)
     candidates = family.candidates(checkpoint.tokenizer, task.spec.targets) if family.writes_text else []
     names = [s for s in SPLITS if s in task.splits]
     splits = [_split(family, checkpoint, task, name, recipe.limit, options, candidates) for name in names]
     return {s.name: _table(task, s, candidates, checkpoint, splits) for s in splits}
+
+
+def with_contents(task: Task, family: Family, options: TextOptions) -> Task:
+    """A task with pictures, what their files hold being part of its provenance: they may change under their names."""
+    if family.modality != "image":
+        return task
+    held = contents(Path(options.root), (t[0] for rows in task.splits.values() for t in rows.texts))
+    return replace(task, provenance={**task.provenance, "contents": held})
 
 
 def _table(
@@ -263,6 +294,7 @@ def _table(
         "model": checkpoint.name,
         "beside": {s.name: len(s.rows) for s in splits},
         "provenance": task.provenance,
+        "origin": task.origin,
         "truncated": int(split.inputs.truncated.sum()),
         "created": datetime.now(UTC).isoformat(timespec="milliseconds"),
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -13,9 +13,11 @@ from dask.utils import parse_bytes
 
 from extract.backbones import TextOptions
 from extract.backbones.live import Backbone
-from extract.checkpoint import Checkpoint, resolve
-from extract.identity import space_identity
+from extract.checkpoint import Checkpoint, local, resolve
+from extract.identity import options_of, refuse_other, space_identity
+from extract.tasks import canonical_name
 from extract.tasks.base import Rows, TaskSpec
+from pipeline.command_line import extract_command
 from pipeline.extracting import Split, load_backbone, prepare_split, task_tables
 from pipeline.keepsakes import make_start, start_file, stored_late, stored_start
 from pipeline.objectives import make_objective
@@ -25,7 +27,6 @@ from pipeline.resolve import (
     Found,
     Unstored,
     device_of,
-    extract_command,
     find_space,
     need,
     open_task,
@@ -34,9 +35,13 @@ from pipeline.resolve import (
     store_path,
     tuner_options,
 )
-from pipeline.versions import stored_tables, version_of
+from pipeline.rows import refuse_other_kind
+from pipeline.stored import check_columns, check_states
+from pipeline.unused import refuse_for_kind
+from pipeline.versions import AmbiguousTask, stored_tables
 from store import Space, Store, TaskTable, digest_json
 from store.errors import MissingStates, StoreError, UserError
+from store.tables import version_of
 from train.live import LiveSource
 from train.model import Model, tail_for
 from train.objectives import Objective
@@ -97,20 +102,27 @@ class Job:
         return model
 
 
-def load_job(recipe: Recipe, version: str | None = None) -> Job:
-    """Look up space, task tables (those of `version` where given), tuner. A live run needs no store: what is not there
-    is made from the checkpoint and the task's own files. Raises UserError for whatever does not fit."""
+def load_job(recipe: Recipe, version: str | None = None, space: str | None = None) -> Job:
+    """Look up space, task tables (those of `version` where given), tuner. `space`: the id of a finished run's, which
+    then is not asked for by the recipe's options. A live run needs no store: what is not there is made from the
+    checkpoint and the task's own files. Raises UserError for whatever does not fit."""
     need(recipe, "task")
     tuner_class(recipe.tuner)
     try:
-        found = find_space(recipe)
+        found = find_space(recipe, space)
         assert isinstance(found.space, Space)
         tables = tables_of(recipe, found, version)
-    except StoreError:
+    except AmbiguousTask:
+        raise
+    except StoreError as error:
         if not recipe.live:
             raise
-        return unstored_job(recipe)
-    job = make_job(recipe, found, tables)
+        asked = space or recipe.space or ""
+        if (job := unstored_job(recipe, asked)) is None:
+            raise StoreError(f"{recipe.model} makes another feature space live than {asked[:12]}; {error}") from None
+        return job
+    # A run was trained on all the views that its table has, whatever an earlier version wrote in its recipe.
+    job = make_job(recipe if space is None else replace(recipe, views=None), found, tables)
     store, digest = Store.open(store_path(recipe)), found.space.identity["weights"]
     named = replace(recipe, model=recipe.model or found.source["names"][0])
     cls = tuner_class(recipe.tuner, found.family)
@@ -126,7 +138,9 @@ def tables_of(recipe: Recipe, found: Found, version: str | None = None) -> dict[
     """The stored tables of the recipe's task. StoreError with the command to run where none fits."""
     assert isinstance(found.space, Space)
     try:
-        return stored_tables(found.space, recipe, version)
+        return stored_tables(found.space, recipe, found.family.modality == "image", version)
+    except AmbiguousTask:
+        raise
     except StoreError as error:
         raise StoreError(f"{error}; run: {extract_command(as_extracted(recipe, found))}") from None
 
@@ -139,8 +153,11 @@ def make_job(
 ) -> Job:
     """A job on tables at hand; the recipe's limit is for its training rows."""
     if "train" in tables:
-        tables = {**tables, "train": limited(tables["train"], recipe.limit)}
+        tables = {**tables, "train": limited(first_views(tables["train"], recipe.views), recipe.limit)}
     spec = TaskSpec.from_dict(next(iter(tables.values())).header["spec"])
+    if found.family.modality == "text":  # a store of earlier versions may hold names of pictures read as text
+        for split, table in tables.items():
+            refuse_other_kind(found.family, table.texts, "", f"the stored {split} rows of {spec.name}")
     config = tuner_options(recipe, recipe.tuner)
     tuner = tuner_class(recipe.tuner, found.family)
     states = tuner.states(config, found.family)
@@ -151,16 +168,24 @@ def make_job(
     return Job(recipe, found, tables, spec, config, states, device_of(recipe), live)
 
 
-def unstored_job(recipe: Recipe) -> Job:
-    """A live job without a store: tables and tail come from the task's files and the checkpoint."""
+def unstored_job(recipe: Recipe, space: str = "") -> Job | None:
+    """A live job without a store: tables and tail come from the task's files and the checkpoint. None where that makes
+    another feature space than the one asked for by the beginning of its id, `space`."""
     need(recipe, "model", "task")
     checkpoint, task = resolve(recipe.model), open_task(recipe)
+    refuse_for_kind(recipe, checkpoint.family)
     options = space_options(recipe, task.spec)
     if options.projection != "none":
         raise UserError("--projection: what extract fitted is kept in a store, and there is none here; extract first")
-    identity = space_identity(checkpoint, options)
+    for upright in (True, False):  # a run of an earlier version did not turn pictures
+        text = replace(options.text, upright=upright)
+        identity = space_identity(checkpoint, replace(options, text=text))
+        if digest_json(identity).startswith(space):
+            break
+    else:
+        return None
     backbone = load_backbone(checkpoint, options.precision, options.attention, device_of(recipe))
-    tables = task_tables(checkpoint, task, recipe, options.text)
+    tables = task_tables(checkpoint, task, recipe, text)
     tail = checkpoint.family.tail_weights(backbone.model)
     found = Found(Unstored(digest_json(identity), identity), checkpoint.family, tail, {"names": [checkpoint.name]})
     job = make_job(recipe, found, tables, (backbone, checkpoint))
@@ -177,6 +202,22 @@ def limited(table: TaskTable, limit: int | None) -> TaskTable:
     if limit is None or limit >= len(table.keys):
         return table
     return replace(table, keys=table.keys[:limit], labels=table.labels[:limit], texts=table.texts[:limit])
+
+
+def views_of(table: TaskTable) -> int:
+    """How many views of each picture a table has; 1 of a table of texts."""
+    return 1 + max((int(t[1]) for t in table.texts if len(t) > 1), default=0)
+
+
+def first_views(table: TaskTable, views: int | None) -> TaskTable:
+    """The first `views` views of each picture, all where None. UserError where fewer are stored."""
+    if views is None or views == (there := views_of(table)):
+        return table
+    if views > there:
+        raise UserError(f"--views {views}: the store has {there} views of each training picture; extract with --views")
+    rows = [i for i, t in enumerate(table.texts) if int(t[1]) < views]
+    keys, labels, texts = [table.keys[i] for i in rows], [table.labels[i] for i in rows], [table.texts[i] for i in rows]
+    return replace(table, keys=keys, labels=labels, texts=texts)
 
 
 def batch_size_of(recipe: Recipe, paper: bool) -> int:
@@ -197,6 +238,7 @@ def store_source(job: Job, split: str, batch_size: int) -> StoreSource:
     ranks = Ranks.from_environment()
     # Every rank evaluates alike; of training batches each reads its share.
     options: dict[str, Any] = {"rank": ranks.rank, "world": ranks.world} if split == "train" else {}
+    check_states(job.found.space, job.found.family, job.states)
     if recipe.host_memory is not None:
         options["host_bytes"] = parse_size(recipe.host_memory)
     try:
@@ -215,6 +257,7 @@ def store_source(job: Job, split: str, batch_size: int) -> StoreSource:
             device=job.device,
             pin=job.device.type == "cuda",
             dtype=None,
+            check=lambda samples: check_columns(job.found.family, samples),
             **options,
         )
     except MissingStates as error:
@@ -225,11 +268,33 @@ def store_source(job: Job, split: str, batch_size: int) -> StoreSource:
 def as_extracted(recipe: Recipe, found: Found) -> Recipe:
     """The recipe of the extraction that made the space of `found`: what the space says wins over what was left out."""
     identity = found.space.identity
-    known = {k: identity[k] for k in SPACE_FIELDS if k in identity and k != "prompt" and getattr(recipe, k) is None}
+    named = {k: identity[k] for k in SPACE_FIELDS if k in identity and k != "prompt"} | picture_options(identity)
+    known = {k: v for k, v in named.items() if getattr(recipe, k) is None}
+    if "view_seed" in known and recipe.views is None and isinstance(found.space, Space):
+        trained = (found.space.read_table(t) for t in found.space.tables() if t.split == "train")
+        known["views"] = max(map(views_of, trained), default=1)
     usual: dict[str, Any] = {"format": "float16", "projection": "none", "precision": "float32", "attention": "sdpa"}
-    usual |= {"max_length": 128, "truncation_side": "right"}
+    usual |= {"max_length": 128, "truncation_side": "right", "view_seed": 0}
+    name = recipe.model or found.source["names"][0]
+    checkpoint = local(name) if "image_size" in known else None
+    if checkpoint is not None and checkpoint.tokenizer.extent_text == known["image_size"]:
+        usual["image_size"] = known["image_size"]
     stated = {k: v for k, v in known.items() if v != usual.get(k)}
-    return replace(recipe, model=recipe.model or found.source["names"][0], **stated)
+    if recipe.prompt is None and identity["prompt"] and isinstance(found.space, Space):
+        task = canonical_name(recipe.task)
+        tables = (found.space.read_header(t) for t in found.space.tables() if t.task == task)
+        if identity["prompt"] not in {header["spec"]["prompt"] for header in tables}:
+            stated["prompt"] = identity["prompt"]
+    return replace(recipe, model=name, **stated)
+
+
+def picture_options(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe's options that say how the pictures of a space were made, nothing for texts. How many views there are
+    is of the task's table."""
+    if "image_size" not in identity:
+        return {}
+    text = options_of(identity).text
+    return {"image_size": text.image_size, **({"view_seed": text.view_seed} if text.views > 1 else {})}
 
 
 def sources(job: Job, backbone: Backbone | None, checkpoint: Checkpoint | None = None) -> dict[str, Source]:
@@ -273,13 +338,8 @@ def relive(job: Job, split: str, checkpoint: Checkpoint) -> Split:
 
 
 def text_options(found: Found) -> TextOptions:
-    """How the space's texts were made into inputs."""
-    identity = found.space.identity
-    options = TextOptions(identity["prompt"], identity["max_length"], identity["truncation_side"])
-    if "image_size" not in identity:
-        return options
-    seed = identity["views"].rpartition("seed ")[2]
-    return replace(options, image_size=identity["image_size"], view_seed=int(seed) if seed.isdigit() else 0)
+    """How the space's rows were made into inputs; the rows of a stored table hold their views already."""
+    return replace(options_of(found.space.identity).text, views=1)
 
 
 def live_backbone(job: Job) -> tuple[Backbone, Checkpoint]:
@@ -288,11 +348,7 @@ def live_backbone(job: Job) -> tuple[Backbone, Checkpoint]:
         return job.live
     identity = job.found.space.identity
     checkpoint = resolve(job.recipe.model or job.found.source["names"][0])
-    if checkpoint.weights_digest != identity["weights"]:
-        raise UserError(
-            f"{job.recipe.model}: weights {checkpoint.weights_digest[:12]} are not those of the feature space "
-            f"({identity['weights'][:12]}); give the checkpoint that was extracted"
-        )
+    refuse_other(checkpoint, identity)
     checkpoint.family.projection = job.found.family.projection
     return load_backbone(checkpoint, identity["precision"], identity["attention"], job.device), checkpoint
 

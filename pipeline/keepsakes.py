@@ -1,7 +1,7 @@
 """What tuners want in the store beyond states and the tail: late live layers, and first weights made from the backbone.
 
 Both are files beside the tail weights of a checkpoint: `block-7.safetensors` is a late layer, and
-`lst-fisher-running-r8-rte-0123456789abcdef.safetensors` side weights. They are made when an extraction asks for them
+`lst-fisher-released-r8-rte-0123456789abcdef.safetensors` side weights. They are made when an extraction asks for them
 and are small, so training never needs the backbone.
 """
 
@@ -17,9 +17,10 @@ from extract.backbones import Batch, Family
 from extract.backbones.live import Backbone
 from extract.tasks import canonical_name
 from extract.tasks.base import TaskSpec
+from pipeline.command_line import extract_command
 from pipeline.objectives import make_objective
 from pipeline.recipe import Recipe
-from pipeline.resolve import extract_command, tuner_options
+from pipeline.resolve import tuner_options
 from store import Store, digest_json
 from store.errors import MissingStates, UserError
 from train.importance import FISHER_SAMPLES, fisher, magnitude

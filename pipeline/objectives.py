@@ -40,7 +40,7 @@ def make_objective(
     if not pooled and recipe.pooling is not None:
         raise UserError(f"--pooling: objective {name} pools nothing")
     config = objective_config(name, {"pooling": recipe.pooling} if recipe.pooling else {})
-    answers = Answers(spec.labels, spec.metrics, tuple(tuple(ids) for ids in token_ids), spec.values)
+    answers = Answers(spec.labels, spec.metrics, spec.targets, tuple(tuple(ids) for ids in token_ids), spec.values)
     return cls(config, answers)
 
 

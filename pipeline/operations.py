@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from extract.backbones.base import Family
 from extract.backbones.batch import Batch, stream_of
+from extract.backbones.vision import Vision
 from pipeline.objectives import class_objective
 from train.model import Model, tail_for
 from train.tuners import TunerConfig, tuner_class
@@ -56,13 +57,20 @@ class NoValues(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def backbone_model(family: Family, attention: str = "eager") -> nn.Module:
-    """The backbone's module on the meta device: shapes without weights."""
+def fresh_backbone(family: Family, attention: str) -> Any:
+    """The backbone with weights drawn anew, on the present default device."""
     from transformers import AutoModel, AutoModelForSeq2SeqLM
 
+    if isinstance(family, Vision):
+        return family.make(attention).eval()
     maker: Any = AutoModelForSeq2SeqLM if family.writes_text else AutoModel
+    return maker.from_config(family.config, attn_implementation=attention).eval()
+
+
+def backbone_model(family: Family, attention: str = "eager") -> nn.Module:
+    """The backbone's module on the meta device: shapes without weights."""
     with torch.device("meta"):
-        return maker.from_config(family.config, attn_implementation=attention).eval()
+        return fresh_backbone(family, attention)
 
 
 def tuner_model(family: Family, name: str, config: TunerConfig, classes: int = 2) -> Model:
@@ -76,10 +84,10 @@ def meta_batch(
     family: Family, lengths: dict[str, np.ndarray], states: list[str], dtype: torch.dtype = torch.float32
 ) -> Batch:
     """A batch of the given lengths (stream → (B,)) with `states` in `dtype`, on the meta device."""
-    rows = {s: int(n.sum()) for s, n in lengths.items()}
-    columns = {c: torch.zeros(rows[stream_of(c)], dtype=torch.long, device="meta") for c in family.columns}
-    tensors = {n: torch.zeros(rows[stream_of(n)], family.state_width(n), dtype=dtype, device="meta") for n in states}
-    batch = Batch(tensors, columns, lengths)
+    batch = family.made_up(lengths, "meta")
+    for name in states:
+        rows = int(lengths[stream_of(name)].sum())
+        batch.states[name] = torch.zeros(rows, family.state_width(name), dtype=dtype, device="meta")
     batch.targets = {"label": torch.zeros(len(batch), dtype=torch.long, device="meta")}
     return batch
 
@@ -130,12 +138,16 @@ def count(
     family: Family, name: str, config: TunerConfig, lengths: dict[str, np.ndarray], classes: int = 2
 ) -> Operations:
     """Operations of one batch of samples of `lengths` (stream → (B,) int64) with tuner `name`."""
-    states = tuner_class(name, family).states(config, family)
+    model, states = tuner_model(family, name, config, classes), tuner_class(name, family).states(config, family)
+    return Operations(backbone_operations(family, lengths, states), step_operations(family, lengths, states, model))
+
+
+def step_operations(family: Family, lengths: dict[str, np.ndarray], states: list[str], model: Model) -> float:
+    """Operations of a training step of a `tuner_model`, forward and backward, on one batch."""
     batch = meta_batch(family, lengths, states)
-    model = tuner_model(family, name, config, classes)
     with FlopCounterMode(display=False) as step:
         surrogate_loss(model, batch).backward()
-    return Operations(backbone_operations(family, lengths, states), float(step.get_total_flops()))
+    return float(step.get_total_flops())
 
 
 def weighted(batches: Iterable[tuple[float, Operations]]) -> Operations:

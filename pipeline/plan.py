@@ -3,8 +3,9 @@
 The model, in full. A sample has n positions in each stream; S states of width D are kept.
 
     bytes a sample      Σ over streams of S · n · (D · bytes a value + scale) + 4 · columns · n
-    extraction          operations of the forward pass ÷ measured FLOP/s, or bytes ÷ disk, whichever is longer
-    live epoch          batches · (padded forward pass + step)
+    extraction          operations of the forward pass ÷ measured FLOP/s, or bytes ÷ disk, whichever is longer;
+                        of images and reading each twice, once for its key
+    live epoch          batches · (padded forward pass + step); of images and reading each
     cached epoch        batches · step + bytes ÷ decoding rate        host memory (on a CPU both take the same cores)
                         the same, or bytes ÷ rate of the tier         disk, remote: whichever is longer
     break-even          extraction ÷ (live epoch − cached epoch)
@@ -22,12 +23,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from extract.backbones.base import Family, family_for
+from extract.backbones.base import Family, TextOptions, family_for
 from extract.backbones.batch import stream_of
+from extract.backbones.images import Picture, Preprocess, header_extent, look_all
+from extract.backbones.vision import Vision
 from extract.checkpoint import Checkpoint, local
 from extract.order import extraction_batches
 from extract.projection import orthogonal, parse_projection
 from extract.tasks import Task
+from extract.tasks.base import Rows
 from pipeline import rates as measured
 from pipeline.advice import plan_text, recommend
 from pipeline.job import batch_size_of, grouped
@@ -42,7 +46,9 @@ from pipeline.operations import (
 )
 from pipeline.recipe import Recipe
 from pipeline.resolve import device_of, need, open_task, refuse_full_readers, space_options, store_path, tuner_options
+from pipeline.rows import refuse_other_kind
 from pipeline.shapes import known_config
+from pipeline.unused import refuse_for_kind, refuse_for_tuners
 from store import FORMATS, SEGMENT_BYTES, bytes_per_value
 from store.errors import UserError
 from store.formats import unscaled_dtype
@@ -52,6 +58,7 @@ from train.tiers import available_memory
 from train.tuners import TunerConfig, tuner_class
 
 SAMPLED = 2000  # rows whose lengths stand for all
+PICTURES = 16  # images that reading is timed on
 TIERS = {"device": "device memory", "host": "host memory", "disk": "disk"}  # of --tier
 REMOTE = 125e6  # bytes a second of a remote store: 1 Gbit/s, assumed
 TOKENS_A_WORD = {"t5": 1.45, "bert": 1.3}
@@ -61,7 +68,8 @@ LARGE_TASKS = ("mnli", "qnli", "qqp", "sst2")
 
 @dataclass
 class Workload:
-    """What is to be run. `lengths`: split → stream → (n,) positions of sampled rows; `rows`: split → rows in all."""
+    """What is to be run. `lengths`: split → stream → (n,) positions of sampled rows, of images as `Vision.measure`
+    gives them; `rows`: split → rows in all. `pictures`: a few of the images, to time reading them."""
 
     family: Family
     tuner: str
@@ -74,6 +82,7 @@ class Workload:
     grouped: bool
     epochs: int
     estimated: bool
+    pictures: list[Picture] = field(default_factory=list)
 
     @property
     def samples(self) -> int:
@@ -81,16 +90,17 @@ class Workload:
 
     def positions(self, split: str) -> dict[str, float]:
         """Mean positions of a sample in each stream."""
-        return {s: float(n.mean()) for s, n in self.lengths[split].items()}
+        return {s: float(self.lengths[split][s].mean()) for s in self.family.streams}
 
     def sample_bytes(self, fmt: str, split: str, channels: int | None = None) -> float:
         """Bytes of one sample as stored, the mean over a split. `channels`: of projected states, None for no
         projection."""
-        n, full = self.positions(split), set(self.family.full_states())
+        n, full = {s: float(k.mean()) for s, k in self.lengths[split].items()}, set(self.family.full_states())
         total = float(sum(4 * n[stream_of(c)] for c in self.family.columns))
         for state in self.states:
-            width = self.family.width if channels is None or state in full else channels
-            total += n[stream_of(state)] * (width * bytes_per_value(fmt) + (4 if fmt == "int8" else 0))
+            stream = stream_of(state)
+            width = self.family.width_of(stream) if channels is None or state in full else channels
+            total += n[stream] * (width * bytes_per_value(fmt) + (4 if fmt == "int8" else 0))
         return total
 
     def bytes(self, fmt: str, channels: int | None = None) -> float:
@@ -100,7 +110,7 @@ class Workload:
     def extraction_batch(self, tokens: int) -> dict[str, np.ndarray]:
         """Lengths of a typical batch as extraction makes them: of all, the middle one by its longest sample."""
         part = self.lengths["train" if "train" in self.rows else next(iter(self.rows))]
-        positions = np.sum(list(part.values()), axis=0)
+        positions = positions_of(self.family, part)
         batches = sorted(extraction_batches(positions, 0, tokens), key=lambda b: int(positions[b].max()))
         return {s: n[batches[len(batches) // 2]] for s, n in part.items()}
 
@@ -109,7 +119,7 @@ class Workload:
         with the share of the epoch's batches it stands for, such that they add up to the epoch's positions: a median
         alone would miss the long ones."""
         part = self.lengths["train" if "train" in self.rows else next(iter(self.rows))]
-        rows = np.sum(list(part.values()), axis=0)
+        rows = positions_of(self.family, part)
         size = min(self.batch_size, len(rows))
         order = Order(np.zeros(len(rows), np.int64), size, lengths=rows if self.grouped else None)
         batches = [b for b in order.epoch(0) if len(b) == size]
@@ -150,12 +160,20 @@ class Plan:
     commands: list[str] = field(default_factory=list)
 
 
+def positions_of(family: Family, lengths: dict[str, np.ndarray]) -> np.ndarray:
+    """(n,) the measure of each sample's cost that batches are made by, see `Inputs.tokens`."""
+    streams = [lengths[s] for s in family.streams]
+    return np.min(streams, axis=0) if family.modality == "image" else np.sum(streams, axis=0)
+
+
 def family_and_tokenizer(model: str) -> tuple[Family, Any | None]:
     """The family from a `config.json` alone, and a tokenizer where there is one. Nothing is downloaded."""
     folder = Path(model).expanduser()
     if folder.name == "config.json":
         folder = folder.parent
     point = Checkpoint(folder, folder.name) if (folder / "config.json").is_file() else local(model)
+    if point is not None and point.family.modality == "image":
+        return point.family, point.tokenizer
     if point is not None:
         # Asked for the tokenizer of a folder that has none, transformers makes an empty one up.
         has_words = any((point.folder / name).is_file() for name in VOCABULARIES)
@@ -169,9 +187,13 @@ def family_and_tokenizer(model: str) -> tuple[Family, Any | None]:
 def sample_lengths(
     family: Family, tokenizer: Any | None, task: Task, split: str, recipe: Recipe
 ) -> dict[str, np.ndarray]:
-    """Positions of up to `SAMPLED` rows of a split: tokenised, or estimated from words."""
+    """Positions of up to `SAMPLED` rows of a split: tokenised, or estimated from words; of images by their extents."""
     spec, rows = task.spec, task.rows(split).head(min(SAMPLED, recipe.limit or SAMPLED))
     text = space_options(recipe, spec).text
+    refuse_other_kind(family, rows.texts, text.root, f"the {split} rows of {spec.name}")
+    if isinstance(family, Vision):
+        assert isinstance(tokenizer, Preprocess)
+        return family.measure(image_extents(tokenizer.sized(text.image_size), rows, text))
     if tokenizer is not None:
         candidates = family.candidates(tokenizer, spec.targets) if family.writes_text else []
         gold = None
@@ -188,12 +210,39 @@ def sample_lengths(
     return out
 
 
+def image_extents(preprocess: Preprocess, rows: Rows, options: TextOptions) -> np.ndarray:
+    """(n, 2) height and width that the images of `rows` have when the backbone sees them. Only where each keeps its own
+    are the files looked at, their headers alone; with `skip_bad` those that have none are left out."""
+    if preprocess.size:
+        return np.tile(np.array(preprocess.size, np.int64), (len(rows), 1))
+    found = []
+    for name, *_ in rows.texts:
+        try:
+            found.append(preprocess.extent(*header_extent(Path(options.root) / name)))
+        except UserError:
+            if not options.skip_bad:
+                raise
+    return np.array(found, np.int64).reshape(-1, 2)
+
+
+def some_pictures(preprocess: Preprocess, rows: Rows, options: TextOptions) -> list[Picture]:
+    """The first few images of `rows`. UserError for one that cannot be read, unless `skip_bad` leaves it out."""
+    paths = [Path(options.root) / name for name, *_ in rows.texts[:PICTURES]]
+    found = look_all(paths, preprocess.sized(options.image_size), [0] * len(paths), 0)
+    for picture in found:
+        if isinstance(picture, UserError) and not options.skip_bad:
+            raise picture
+    return [p for p in found if not isinstance(p, UserError)]
+
+
 def workload(recipe: Recipe, task: Task | None = None) -> Workload:
     """The recipe's task and model as numbers."""
     need(recipe, "model", "task")
     family, tokenizer = family_and_tokenizer(recipe.model)
     task = task or open_task(recipe)
     refuse_full_readers(recipe, (recipe.tuner,), family)
+    refuse_for_tuners(recipe, (recipe.tuner,), "train")
+    refuse_for_kind(recipe, family)
     if kept := parse_projection(recipe.projection or "none", family.width):
         # Of a projection the widths alone matter here.
         small = {n: family.width for n in family.states() if n not in family.full_states()}
@@ -201,6 +250,13 @@ def workload(recipe: Recipe, task: Task | None = None) -> Workload:
     config = tuner_options(recipe, recipe.tuner)
     splits = [s for s in (recipe.split or task.splits) if len(task.rows(s))]
     rows = {s: min(len(task.rows(s)), recipe.limit or len(task.rows(s))) for s in splits}
+    pictures: list[Picture] = []
+    if isinstance(family, Vision):
+        assert isinstance(tokenizer, Preprocess)
+        first = task.rows("train" if "train" in splits else splits[0])
+        pictures = some_pictures(tokenizer, first, space_options(recipe, task.spec).text)
+        if "train" in rows:
+            rows["train"] *= recipe.views or 1
     return Workload(
         family,
         recipe.tuner,
@@ -213,6 +269,7 @@ def workload(recipe: Recipe, task: Task | None = None) -> Workload:
         grouped(recipe, family.writes_text),
         recipe.epochs or (10 if task.spec.name in LARGE_TASKS else 20),
         tokenizer is None,
+        pictures,
     )
 
 
@@ -220,7 +277,7 @@ def forward_operations(work: Workload, tokens: int) -> float:
     """Operations of extracting every sample: batches bucketed by length, as extraction makes them."""
     total, model = 0.0, backbone_model(work.family)
     for split, lengths in work.lengths.items():
-        positions = np.sum(list(lengths.values()), axis=0)
+        positions = positions_of(work.family, lengths)
         batches = extraction_batches(positions, 0, tokens)
         # A few batches over the middle of the range of lengths stand for all.
         ascending = sorted(batches, key=lambda b: int(positions[b].max()))
@@ -267,6 +324,7 @@ def predict(work: Workload, recipe: Recipe, budget: float | None = None, memory:
         sum(share * measured.step_seconds(*model, b, work.classes, device, dtype) for share, b in training),
         measured.decode_rate(work.family.width, fmt),
         *measured.disk_rates(Path(store_path(recipe))),
+        measured.image_seconds(work.pictures) if work.pictures else 0.0,
     )
     ops = weighted((share, count(*model, b, work.classes)) for share, b in training)
     train = "train" if "train" in work.rows else next(iter(work.rows))
@@ -274,7 +332,8 @@ def predict(work: Workload, recipe: Recipe, budget: float | None = None, memory:
     full = work.rows[train] / work.batch_size  # a last, smaller batch costs its share
     epoch_bytes = work.rows[train] * work.sample_bytes(fmt, train, channels)
     extraction = max(forward_operations(work, tokens) / speed.extraction, work.bytes(fmt, channels) / speed.disk_write)
-    live = full * (ops.backbone / speed.backbone + speed.step)
+    extraction += 2 * work.samples * speed.image  # once to be known by its bytes, once to be run
+    live = full * (ops.backbone / speed.backbone + speed.step) + work.rows[train] * speed.image
     room = min(memory or np.inf, available_memory()) / 2
     cached = cached_epochs(full * speed.step, epoch_bytes, speed, device, room)
     gains = {tier: None if s is None or s >= live else extraction / (live - s) for tier, s in cached.items()}

@@ -12,6 +12,7 @@ from extract.backbones import Inputs
 from extract.backbones.live import Backbone
 from extract.order import consecutive_batches
 from extract.projection import Projection, about_name, file_name, fit, load_projection, parse_projection, sample
+from pipeline.command_line import store_command
 from store import Store
 from store.errors import StoreError
 
@@ -45,7 +46,8 @@ def project(
         few = f"fitted on {about.get('samples', '?')} samples" + (f" of {about['task']}" if "task" in about else "")
         say(f"projection {identity['projection']}: the one of feature space {chosen.id[:12]}, {few}")
         if about.get("samples", FIT_SAMPLES) < min(FIT_SAMPLES, len(inputs)):
-            say(f"warning: it was {few} only; to fit it anew, remove the space: pipeline store rm {chosen.id[:12]}")
+            remove = store_command("rm", store.where, chosen.id[:12])
+            say(f"warning: it was {few} only; to fit it anew, remove the space: {remove}")
     else:
         family = backbone.family
         widths = {n: family.width for n in family.states() if n not in family.full_states()}

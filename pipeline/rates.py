@@ -11,7 +11,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from extract.backbones.base import Family
+from extract.backbones.base import Family, Tail
 from extract.backbones.batch import Batch, stream_of
+from extract.backbones.images import Picture, load_pixels
 from pipeline.objectives import class_objective
-from pipeline.operations import backbone_operations
+from pipeline.operations import backbone_operations, fresh_backbone
 from store.formats import decode, encode
 from train.model import Model, tail_for
 from train.optim import adamw
@@ -38,7 +39,8 @@ class Rates:
     """`backbone`: FLOP/s of the frozen forward pass on a training batch, `extraction` on a batch as extraction makes
     them (of short texts it holds many more). `step`: seconds of one training step on states at hand, for the
     batch it was measured on. `decode`: bytes as stored a second, gathered for a batch. `disk_write` (with fsync),
-    `disk_warm`, `disk_cold`: bytes a second; cold is None where the page cache cannot be dropped."""
+    `disk_warm`, `disk_cold`: bytes a second; cold is None where the page cache cannot be dropped. `image`: seconds to
+    read an image and make it into pixels, 0 for texts."""
 
     backbone: float
     extraction: float
@@ -47,6 +49,7 @@ class Rates:
     disk_write: float
     disk_warm: float
     disk_cold: float | None
+    image: float = 0.0
 
 
 def runs(run: Callable[[], Any], device: torch.device, seconds: float = 1.0, least: int = 2) -> list[float]:
@@ -72,6 +75,7 @@ def best(run: Callable[[], Any], device: torch.device, seconds: float = 1.0) -> 
 def shallow(family: Family, blocks: int) -> Family:
     """The same family at the same width with few blocks."""
     config = copy.deepcopy(family.config)
+    config.vocab_size = min(config.vocab_size, 1024)
     for name in ("num_layers", "num_decoder_layers", "num_hidden_layers"):
         if hasattr(config, name):
             setattr(config, name, blocks)
@@ -96,35 +100,41 @@ def random_batch(
     """A batch of random states in `dtype`; decoder positions are chains, as those of one target a sample."""
     g = torch.Generator().manual_seed(0)
     rows = {s: int(n.sum()) for s, n in lengths.items()}
-    columns = {}
-    for name in family.columns:
+    batch = family.made_up(lengths)
+    for name, column in batch.columns.items():
         stream, what = name.split(".")
         if what == "parent":
-            columns[name] = torch.from_numpy(np.concatenate([np.arange(n) - 1 for n in lengths[stream]]))
-        else:
-            columns[name] = torch.zeros(rows[stream], dtype=torch.long)
-            if what == "ids":
-                columns[name].random_(2, min(1000, family.config.vocab_size), generator=g)
-    tensors = {n: torch.randn(rows[stream_of(n)], family.state_width(n), generator=g).to(dtype) for n in states}
-    batch = Batch(tensors, columns, lengths)
+            column.copy_(torch.from_numpy(np.concatenate([np.arange(n) - 1 for n in lengths[stream]])))
+        elif what == "ids":
+            column.random_(2, min(1000, family.config.vocab_size), generator=g)
+    for name in states:
+        batch.states[name] = torch.randn(rows[stream_of(name)], family.state_width(name), generator=g).to(dtype)
     batch.targets = {"label": torch.randint(classes, (len(batch),), generator=g)}
     return batch.to(device)
 
 
 def backbone_rate(family: Family, lengths: dict[str, np.ndarray], device: torch.device) -> float:
-    """FLOP/s of the frozen forward pass of two blocks."""
-    from transformers import AutoModel, AutoModelForSeq2SeqLM
-
-    positions = sum(float(n.mean()) for n in lengths.values())
-    small, lengths = shallow(family, 2), head(lengths, max(4, int(RATE_TOKENS / positions)))
-    maker: Any = AutoModelForSeq2SeqLM if family.writes_text else AutoModel
-    small.config.vocab_size = min(small.config.vocab_size, 1024)
-    model = maker.from_config(small.config, attn_implementation="sdpa").eval().to(device)
+    """FLOP/s of the frozen forward pass of two blocks; of an image backbone, which is smaller and whose stages differ,
+    of all."""
+    positions = sum(float(lengths[s].mean()) for s in family.streams)
+    lengths = head(lengths, max(4, int(RATE_TOKENS / positions)))
+    small = family if family.modality == "image" else shallow(family, 2)
+    model = fresh_backbone(small, "sdpa").to(device)
     batch = random_batch(small, lengths, [], 2, device)
     states = small.states()
     with torch.inference_mode():
         seconds = best(lambda: small.run(model, batch, states), device)
     return backbone_operations(small, lengths, states) / seconds
+
+
+def random_tail(family: Family, name: str, config: TunerConfig) -> Tail:
+    """The tail that tuner `name` needs, of no particular weights. An image family takes it out of a whole backbone,
+    whose buffers (statistics, shift masks) have to make sense; a text family builds it by itself, however large."""
+    if family.modality == "text":
+        return tail_for(name, config, family, "sdpa")
+    model = fresh_backbone(family, "sdpa")
+    late = {i: family.block_weights(model, i) for i in tuner_class(name, family).late_layers(config, family)}
+    return tail_for(name, config, family, "sdpa", family.tail_weights(model), late)
 
 
 def step_seconds(
@@ -138,7 +148,7 @@ def step_seconds(
 ) -> float:
     """Seconds of one training step as the loop makes it, on states in `dtype`, the fixed cost of a step included."""
     objective = class_objective(family, tuner_class(name, family), [(2 + i, 1) for i in range(classes)])
-    tail = tail_for(name, config, family, "sdpa")
+    tail = random_tail(family, name, config)
     for parameter in tail.parameters():
         parameter.data.normal_(std=0.02)
     model = Model.build(name, config, family, tail, objective, 0).to(device).train()
@@ -164,9 +174,16 @@ def step_seconds(
     if device.type != "cpu" or samples <= 32:
         return seconds(lengths)
     small, large = head(lengths, 8), head(lengths, 24)
-    sizes = [sum(int(n.sum()) for n in part.values()) for part in (small, large, lengths)]
+    sizes = [sum(int(part[s].sum()) for s in family.streams) for part in (small, large, lengths)]
     first, second = seconds(small), seconds(large)
     return second + max(0.0, second - first) / (sizes[1] - sizes[0]) * (sizes[2] - sizes[1])
+
+
+def image_seconds(pictures: Sequence[Picture]) -> float:
+    """Seconds to read one of `pictures` and make it into pixels, several at once as a batch is."""
+    begun = time.perf_counter()
+    load_pixels(pictures)
+    return (time.perf_counter() - begun) / len(pictures)
 
 
 def decode_rate(width: int, fmt: str) -> float:

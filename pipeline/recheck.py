@@ -1,52 +1,79 @@
-"""`pipeline store verify --recompute K`: random samples through the backbone again, compared with what is stored."""
+"""`pipeline store verify --recompute K`: random samples through the backbone again, compared with what is stored.
+
+Of texts the store keeps what the backbone was fed. Of images it keeps the names: they are read again from the folders
+given, and taken only where they still are what was extracted, by their sample key.
+"""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from extract.backbones.base import Family
 from extract.backbones.inputs import Inputs
+from extract.checkpoint import Checkpoint
+from extract.identity import refuse_other
 from pipeline.extracting import load_backbone
-from pipeline.resolve import family_from
-from store import Space, Store, StoreError, decode, stream_of
+from pipeline.job import text_options
+from pipeline.resolve import Found
+from pipeline.stored import family_from, source_of
+from store import Space, Store, decode, stream_of
+from store.errors import UserError
 from store.index import families
 from store.rewrite import read_family
+from store.samples import Samples
 
 # Largest difference in a row over the row's largest value: rounding of the number format, and of another batch shape.
 FORMAT_TOLERANCE = {"float32": 0.0, "float16": 1e-3, "bfloat16": 8e-3, "int8": 8e-3}
 PRECISION_TOLERANCE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
 
 
-def recheck(store: Store, count: int, model: str = "", seed: int | None = None) -> list[dict[str, Any]]:
-    """Compare `count` random samples of each space. One entry a space: the worst difference, the tolerance, `ok`.
+def recheck(
+    store: Store, count: int, model: str = "", seed: int | None = None, data: Sequence[str | Path] = ()
+) -> list[dict[str, Any]]:
+    """Compare `count` random samples of each space. One entry a space: the worst difference, the tolerance, `ok`, and
+    how many samples were passed over because their image is not at hand.
 
-    Raises UserError if the checkpoint is not at hand, StoreError if it is another one.
+    `data`: folders that the file names of images are relative to. Raises UserError if the checkpoint or every image is
+    not at hand, or the checkpoint is another one.
     """
-    return [_recheck(store, space, count, model, random.Random(seed)) for space in store.spaces()]
+    return [_recheck(store, space, count, model, random.Random(seed), data) for space in store.spaces()]
 
 
-def _recheck(store: Store, space: Space, count: int, model: str, pick: random.Random) -> dict[str, Any]:
+def _recheck(
+    store: Store, space: Space, count: int, model: str, pick: random.Random, data: Sequence[str | Path]
+) -> dict[str, Any]:
     from extract.checkpoint import resolve
 
     identity = space.identity
-    checkpoint = resolve(model or store.load_json(identity["weights"], "source.json")["names"][0])
-    if checkpoint.weights_digest != identity["weights"]:
-        raise StoreError(f"{checkpoint.name}: not the weights that space {space.id[:12]} was extracted with")
+    checkpoint = resolve(model or source_of(store, space)["names"][0])
+    refuse_other(checkpoint, identity)
     family = family_from(store, space)
     checkpoint.family.projection = family.projection
+    images = family.modality == "image"
+    inputs_of = _images(space, family, checkpoint, data) if images else _columns(family)
     backbone = load_backbone(checkpoint, identity["precision"], identity["attention"], torch.device("cpu"))
     tolerance = FORMAT_TOLERANCE[identity["format"]] + PRECISION_TOLERANCE[identity["precision"]]
     found = families(space.segments())
     places = [(f, i) for f in found for i in range(len(f.base))]
-    worst, where, checked = 0.0, "", 0
-    for member, position in pick.sample(places, min(count, len(places))):
+    worst, where, checked, absent = 0.0, "", 0, 0
+    for member, position in pick.sample(places, len(places)):
+        if checked == count:
+            break
         states = [n for n, s in member.holder.items() if n in s.states]
-        read = read_family(member, list(member.holder), np.array([position]))
-        columns = {n: read.columns[n] for n in family.columns}
-        inputs = Inputs({stream_of(n): read.lengths[stream_of(n)] for n in columns}, columns, np.zeros(1, bool))
+        # Samples whose image is not at hand are passed over before their states are read.
+        read = None if images else read_family(member, list(member.holder), np.array([position]))
+        inputs = inputs_of(member.base.keys[position], read)
+        if inputs is None:
+            absent += 1
+            continue
+        read = read or read_family(member, list(member.holder), np.array([position]))
         checked += 1
         with torch.inference_mode():
             live = backbone.states(inputs, states)
@@ -57,11 +84,55 @@ def _recheck(store: Store, space: Space, count: int, model: str, pick: random.Ra
             difference = float(((kept - now).abs().amax(1) / scale.clamp_min(float(scale.mean()) * 0.1)).max())
             if not difference <= worst:
                 worst, where = difference, f"{name} of sample {read.keys[0]} in segment {member.holder[name].id}"
+    if absent and not checked:
+        raise UserError(
+            f"--data: of space {space.id[:12]} no image is in {', '.join(map(str, data))} as it was extracted; give "
+            "the folder that the task's file names are relative to"
+        )
     return {
         "space": space.id,
         "samples": checked,
+        "absent": absent,
         "worst": worst,
         "where": where,
         "tolerance": tolerance,
         "ok": bool(worst <= tolerance),
     }
+
+
+InputsOf = Callable[[str, Samples | None], Inputs | None]
+
+
+def _columns(family: Family) -> InputsOf:
+    """A sample's inputs from its stored columns."""
+
+    def inputs(key: str, read: Samples | None) -> Inputs:
+        assert read is not None
+        columns = {n: read.columns[n] for n in family.columns}
+        return Inputs({stream_of(n): read.lengths[stream_of(n)] for n in columns}, columns, np.zeros(1, bool))
+
+    return inputs
+
+
+def _images(space: Space, family: Family, checkpoint: Checkpoint, data: Sequence[str | Path]) -> InputsOf:
+    """A sample's inputs from its image, by the file name that a task table has; None where none is as it was."""
+    if not data:
+        raise UserError(
+            f"--recompute: space {space.id[:12]} is of images, which a store does not keep: give their folder, --data"
+        )
+    names: dict[str, set[tuple[str, ...]]] = {}
+    for info in space.tables():
+        table = space.read_table(info)
+        for key, fields in zip(table.keys, table.texts, strict=True):
+            names.setdefault(key, set()).add(tuple(fields))
+    options = replace(text_options(Found(space, family, {}, {})), skip_bad=True)
+
+    def inputs(key: str, read: Samples | None) -> Inputs | None:
+        for fields in sorted(names.get(key, ())):
+            for folder in data:
+                found = family.prepare(checkpoint.tokenizer, [fields], replace(options, root=str(folder)))
+                if found.keys() == [key]:
+                    return found
+        return None
+
+    return inputs

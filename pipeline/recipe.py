@@ -12,14 +12,16 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import yaml
-
+from pipeline.recipe_file import recipe_text, recipe_values
 from pipeline.values import checked_value
 from store.errors import UserError
 
 FORMATS = ("float32", "bfloat16", "float16", "int8")
 PRECISIONS = ("float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
+# Options that are 1 or more.
+_FROM_ONE = ["limit", "max_length", "batch_size", "batch_tokens", "epochs", "max_steps", "accumulate", "patience"]
+_FROM_ONE += ["window", "views", "reduction", "alpha", "tail_size"]
 
 
 def _option(
@@ -45,7 +47,8 @@ class Recipe:
     task: str = _option(
         "",
         "Task: a GLUE name (see `pipeline tasks`), your own .csv, .tsv or .jsonl file, a folder of pictures, or "
-        "hub:DATASET, pictures from Hugging Face.",
+        "hub:DATASET, pictures from Hugging Face; of what is stored also its name, or NAME@ID (see `pipeline store "
+        "status`).",
         "extract train",
         metavar="NAME",
     )
@@ -136,12 +139,15 @@ class Recipe:
         "extract train",
         metavar="SIZE",
     )
-    views: int = _option(
-        1,
-        "Pictures: fixed views of each training picture, the plain one and augmented ones (crop, flip, colour).",
+    views: int | None = _option(
+        None,
+        "Pictures: fixed views of each training picture, the plain one and augmented ones (crop, flip, colour). "
+        "Default: 1; train takes what the store has, or the first so many.",
         "extract train",
     )
-    view_seed: int = _option(0, "Pictures: seed that draws the augmented views.", "extract train")
+    view_seed: int | None = _option(
+        None, "Pictures: seed that draws the augmented views. Default: 0.", "extract train", metavar="SEED"
+    )
     skip_bad: bool = _option(
         False, "Pictures: leave out files that are damaged or not RGB, and count them.", "extract train"
     )
@@ -175,9 +181,11 @@ class Recipe:
     )
     blend: str | None = _option(
         None,
-        "SHERL: how layers are blended. Default: redundancy, the method; the others are the ablations of its Fig. 4.",
+        "SHERL: how layers are blended. Default: redundancy, the method. Its Fig. 4 has max, average, mhsa "
+        "(self-attention over layers), linear and linear-learned (a learned redundancy); attention, from the guide, is "
+        "ours.",
         "train",
-        choices=("redundancy", "linear", "attention", "average", "max"),
+        choices=("redundancy", "max", "average", "mhsa", "linear", "linear-learned", "attention"),
     )
     recompute: bool = _option(
         False, "SHERL: compute the blend again in the backward pass; less memory, a longer step.", "train"
@@ -185,15 +193,22 @@ class Recipe:
     insert: str | None = _option(
         None,
         "SHERL: where the blend enters: last, the last layer; single:S, layer S, those after it as they are; multi:S, "
-        "each layer from S on gets a blend of its own (Figs 6 and 9). Default: last. Extract with the same.",
+        "each layer from S on gets a blend of its own (Figs 6 and 9); none: no layer is live, the blend is the output "
+        "(Fig 5). Default: last. Extract with the same.",
         "extract train",
-        metavar="last|single:S|multi:S",
+        metavar="last|none|single:S|multi:S",
     )
     tail: str | None = _option(
         None,
         "SHERL: what trains inside the live layers (Fig 5). Default: frozen, nothing.",
         "train",
         choices=("frozen", "lora", "bitfit", "adapter", "prompt"),
+    )
+    tail_size: int | None = _option(
+        None,
+        "SHERL: size of what --tail adds: LoRA's rank, the adapter's width, virtual rows. Default: the paper's, a "
+        "sixteenth of the backbone's width, or 30 rows.",
+        "train",
     )
     init: str | None = _option(
         None,
@@ -310,7 +325,12 @@ class Recipe:
         "whose protocol draws batches at random.",
         "train",
     )
-    out: str | None = _option(None, "Run folder. Default: runs/TASK-TUNER-MODEL-sSEED.", "train", metavar="FOLDER")
+    out: str | None = _option(
+        None,
+        "Run folder. Default: runs/TASK-TUNER-MODEL-sSEED; of a task of your own, TASK is NAME@ID.",
+        "train",
+        metavar="FOLDER",
+    )
     overwrite: bool = _option(False, "Replace a finished run in the same folder.", "train")
     tensorboard: bool = _option(False, "Also write TensorBoard events (extra `tensorboard`).", "train")
 
@@ -319,20 +339,7 @@ class Recipe:
             value, choices = getattr(self, f.name), f.metadata["choices"]
             if value is not None and choices and value not in choices:
                 raise UserError(f"{option_name(f.name)}: one of {', '.join(choices)}, not {value!r}")
-        for name in (
-            "limit",
-            "max_length",
-            "batch_size",
-            "epochs",
-            "max_steps",
-            "accumulate",
-            "reduction",
-            "alpha",
-            "window",
-            "patience",
-            "batch_tokens",
-            "views",
-        ):
+        for name in _FROM_ONE:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{option_name(name)}: at least 1, not {value}")
@@ -358,9 +365,8 @@ class Recipe:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
     def to_yaml(self, header: str = "") -> str:
-        """YAML that `read_recipe` takes back, below a comment."""
-        comment = "".join(f"# {line}\n" for line in header.splitlines())
-        return comment + yaml.safe_dump(self.to_mapping(), sort_keys=False)
+        """YAML that `read_recipe` takes back, below a comment that ends with a digest of the options."""
+        return recipe_text(self.to_mapping(), header)
 
 
 def option_name(name: str) -> str:
@@ -382,21 +388,16 @@ def checked_names(values: Mapping[str, Any], where: str) -> dict[str, Any]:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise UserError(f"{where}: unknown option {key!r}{hint}")
+        if name in out:
+            raise UserError(f"{where}: {option_name(name)} is given twice, once as {key!r}: keep one of them")
         out[name] = value
     return out
 
 
-def read_recipe(path: str | Path) -> dict[str, Any]:
-    """The options a recipe file sets. UserError when it is absent, not YAML, or has an unknown or ill-typed option."""
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"recipe {path}: cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"recipe {path}: not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"recipe {path}: expected `option: value` lines")
-    return _checked(values, f"recipe {path}")
+def read_recipe(path: str | Path, record: bool = False) -> dict[str, Any]:
+    """The options a recipe file sets. UserError for an unknown or ill-typed one and for what `recipe_values` refuses,
+    with `record` (for a run's own recipe) a changed file too."""
+    return _checked(recipe_values(path, record), f"recipe {path}")
 
 
 def _checked(values: Mapping[str, Any], where: str) -> dict[str, Any]:

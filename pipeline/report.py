@@ -46,6 +46,12 @@ def _metrics(metrics: dict[str, Any] | None) -> str:
     return "  ".join(f"{k} {v:.4f}" for k, v in metrics.items() if k != "average" or len(metrics) != 2)
 
 
+def layout_text(layout: dict[str, Any]) -> str:
+    """The blocks that an order of samples followed, named by their digest."""
+    many = layout["blocks"] > 1
+    return f"{layout['xxh3'][:12]} ({layout['blocks']:,} block{'s' if many else ''})"
+
+
 def metrics_text(result: dict[str, Any]) -> str:
     """The end of a training."""
     return "\n".join(
@@ -54,6 +60,7 @@ def metrics_text(result: dict[str, Any]) -> str:
             f"test: {_metrics(result['test'])}",
             f"{result['trainable_parameters']:,} trainable parameters, {result['seconds_per_epoch']:.1f} s an epoch "
             f"({100 * result['wait_share']:.0f} % of it waiting for data)",
+            f"layout of the samples: {layout_text(result['layout'])}",
             f"run: {result['run']}",
         ]
     )

@@ -11,13 +11,15 @@ from typing import Any
 import torch
 
 from extract.backbones import Family, TextOptions
+from extract.backbones.images import Preprocess
 from extract.checkpoint import Checkpoint, local
-from extract.identity import SpaceOptions, space_identity
-from extract.projection import load_projection
+from extract.identity import SpaceOptions, space_identity, views_text
 from extract.tasks import Task, canonical_name, load_task
 from extract.tasks.base import TaskSpec
 from extract.tasks.hub_images import PREFIX, hub_folder
+from pipeline.command_line import extract_command
 from pipeline.recipe import Recipe, option_name
+from pipeline.stored import family_from, source_of
 from store import Space, Store
 from store.errors import SpaceMismatch, StoreError, UserError
 from store.resolve import resolve as resolve_space
@@ -27,6 +29,7 @@ from train.tuners import TunerConfig, tuner_class, tuner_config, tuner_names
 DEFAULT_STORE = "activations"
 # Options of a recipe that are fields of a feature space.
 SPACE_FIELDS = ("format", "projection", "precision", "attention", "prompt", "max_length", "truncation_side")
+PICTURES = ("image_size", "views", "view_seed")  # and those that say how pictures are made
 
 
 def store_path(recipe: Recipe) -> str:
@@ -76,8 +79,8 @@ def space_options(recipe: Recipe, spec: TaskSpec) -> SpaceOptions:
         root=picture_root(recipe),
         skip_bad=recipe.skip_bad,
         image_size=size_text(recipe.image_size),
-        views=recipe.views,
-        view_seed=recipe.view_seed,
+        views=recipe.views or 1,
+        view_seed=recipe.view_seed or 0,
     )
     return SpaceOptions(
         format=recipe.format or "float16",
@@ -153,20 +156,20 @@ class Found:
     source: dict[str, Any]
 
 
-def family_from(store: Store, space: Space) -> Family:
-    """The family of a space, from the configuration kept beside its tail weights."""
-    from transformers import AutoConfig
+def wanted_fields(recipe: Recipe) -> dict[str, Any]:
+    """The fields of an identity that the recipe asks for in so many words."""
+    wanted: dict[str, Any] = {k: v for k in SPACE_FIELDS if (v := getattr(recipe, k)) is not None}
+    if recipe.image_size is not None:
+        wanted["image_size"] = Preprocess().sized(size_text(recipe.image_size)).extent_text
+    if recipe.views is not None or recipe.view_seed is not None:
+        # A seed alone asks for views: without any, nothing is drawn.
+        wanted["views"] = views_text(recipe.views or 2, recipe.view_seed or 0)
+    return wanted
 
-    from extract.backbones import family_for
 
-    raw = dict(store.load_json(space.identity["weights"], "config.json"))
-    family = family_for(AutoConfig.for_model(raw.pop("model_type"), **raw))
-    family.projection = load_projection(store, space.identity)
-    return family
-
-
-def find_space(recipe: Recipe) -> Found:
-    """The one feature space of the store that fits the recipe's model, task and explicit options.
+def find_space(recipe: Recipe, exactly: str | None = None) -> Found:
+    """The one feature space of the store that fits the recipe's model, task and explicit options; or the one whose id
+    is `exactly`, of which nothing else is asked.
 
     When the checkpoint is at hand its digests must match, so that a changed checkpoint is noticed; when it is not, the
     name it was extracted under decides. Raises StoreError saying which command to run, or SpaceMismatch naming the
@@ -178,12 +181,17 @@ def find_space(recipe: Recipe) -> Found:
     spaces = [s for s in store.spaces() if any(t.task == task for t in s.tables())]
     if not spaces:
         raise StoreError(f"the store {store.where} holds no states of task {task!r}; run: {extract_command(recipe)}")
+    if exactly is not None:
+        if space := next((s for s in spaces if s.id == exactly), None):
+            return _found(store, space)
+        others = ", ".join(s.id[:12] for s in spaces)
+        raise StoreError(f"feature space {exactly} is not in {store.where}, which has of task {task!r}: {others}")
     if recipe.space:
         spaces = [s for s in spaces if s.id.startswith(recipe.space)]
         if len(spaces) != 1:
             raise StoreError(f"--space {recipe.space}: fits {len(spaces)} spaces with task {task!r}, must fit one")
-    wanted: dict[str, Any] = {k: v for k in SPACE_FIELDS if (v := getattr(recipe, k)) is not None}
-    if recipe.model and not recipe.space:
+    wanted = wanted_fields(recipe)
+    if recipe.model:
         checkpoint = local(recipe.model)
         if checkpoint is not None:
             wanted.update(
@@ -201,37 +209,18 @@ def find_space(recipe: Recipe) -> Found:
                     f"to add this model run: {extract_command(recipe)}"
                 )
             spaces = named
-    space = resolve_space(spaces, wanted)
+    return _found(store, resolve_space(spaces, wanted))
+
+
+def _found(store: Store, space: Space) -> Found:
     digest = space.identity["weights"]
-    return Found(
-        space,
-        family_from(store, space),
-        store.load_tensors(digest, "tail.safetensors"),
-        store.load_json(digest, "source.json"),
-    )
+    family = family_from(store, space)
+    return Found(space, family, store.load_tensors(digest, "tail.safetensors"), source_of(store, space))
 
 
 def names_of(store: Store, space: Space) -> list[str]:
     """The names a space's model goes by."""
-    return list(store.load_json(space.identity["weights"], "source.json").get("names", []))
-
-
-def extract_command(recipe: Recipe, tuner: str | None = None) -> str:
-    """The command that would put into the store what `recipe` needs."""
-    parts = ["pipeline extract"]
-    for name in ("model", "task", "data", "text", "text_pair", "label", "store", *SPACE_FIELDS, "limit"):
-        value = getattr(recipe, name)
-        if value not in (None, ""):
-            text = str(value)
-            parts.append(f"{option_name(name)} {text if ' ' not in text else repr(text)}")
-    parts.append(f"--for {tuner or recipe.tuner}")
-    if recipe.init not in (None, "random"):
-        parts += [f"--{n} {v}" for n in ("init", "prune", "reduction") if (v := getattr(recipe, n)) is not None]
-    if recipe.insert is not None:
-        parts.append(f"--insert {recipe.insert}")
-    if recipe.layers:
-        parts.append(f"--layers {','.join(map(str, recipe.layers))}")
-    return " ".join(parts)
+    return list(source_of(store, space)["names"])
 
 
 def expected_identity(checkpoint: Checkpoint, recipe: Recipe, spec: TaskSpec) -> dict[str, Any]:

@@ -7,13 +7,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from extract.backbones.images import SUFFIXES as PICTURES
 from extract.backbones.live import Backbone
 from extract.checkpoint import Checkpoint
 from extract.tasks.base import Rows, TaskSpec
 from extract.tasks.glue import GLUE
 from extract.tasks.images import pictures
 from extract.tasks.sheet import read_sheet
-from pipeline.extracting import prepare_split
+from pipeline.command_line import quoted
+from pipeline.extracting import Say, prepare_split
 from pipeline.job import (
     Job,
     batch_size_of,
@@ -24,15 +26,18 @@ from pipeline.job import (
     text_options,
 )
 from pipeline.recipe import Recipe, read_recipe
+from pipeline.rows import checked_rows, token_doubts
 from store.errors import StoreError, UserError
-from train.checkpoint import TUNER, load_tuner
+from train.checkpoint import TUNER, check
 from train.checkpoint import load as load_checkpoint
 from train.evaluate import evaluate, predict
 from train.generate import generate
 from train.live import LiveSource
 from train.metrics import score
 from train.model import Model
+from train.objectives.label_text import LabelText
 from train.order import Order
+from train.tuners.livelayers import saved_size
 
 
 @dataclass
@@ -54,49 +59,51 @@ class Run:
         return self._live
 
     def evaluate(self, split: str) -> dict[str, float]:
-        """Metrics of `split` from the store."""
+        """Metrics of `split` from the store, computed as at the end of training."""
         if split not in self.job.tables:
             raise UserError(f"the store has no {split} rows of {self.spec.name}; it has: {', '.join(self.job.tables)}")
         source = store_source(self.job, split, self._batch_size())
-        return evaluate(self.model, source, self.job.objective.scorer(), self.job.device)
+        precision = self.job.recipe.train_precision
+        return evaluate(self.model, source, self.job.objective.scorer(), self.job.device, precision)
 
     def generate(self, split: str) -> dict[str, Any]:
-        """Free generation on `split` with the frozen decoder live: metrics by exact match of the written text, and the
-        share of answers that are a target at all. Raises UserError on backbones that write no text."""
-        if not self.job.objective.wants.text_head:
-            raise UserError(
-                "--generate: only runs of objective label-text write text; this one's is " + self.job.objective.name
-            )
+        """Free generation on `split` with the frozen decoder live: metrics by exact match of the written text (of a
+        regression by the number written), and the share of answers that are a target at all. Raises UserError for runs
+        that write no text."""
+        objective = self.job.objective
+        if not isinstance(objective, LabelText):
+            raise UserError(f"--generate: only runs of objective label-text write text; this one's is {objective.name}")
         backbone, checkpoint = self.live()
         written = generate(self.model, backbone, relive(self.job, split, checkpoint).inputs)
         texts = checkpoint.tokenizer.batch_decode(written, skip_special_tokens=True)
-        targets = {t: i for i, t in enumerate(self.spec.targets)}
-        chosen: list[Any] = [self._value(targets.get(t.strip())) for t in texts]
+        answers = [objective.meaning(t) for t in texts]
         labels = self.job.tables[split].labels
         if any(label is None for label in labels):
             raise UserError(f"the {split} rows of {self.spec.name} have no labels to score against")
-        known = sum(c is not None for c in chosen)
-        return {**score(self.spec.metrics, chosen, labels), "in_targets": known / len(chosen)}
+        known = sum(t.strip() in self.spec.targets for t in texts)
+        return {**score(self.spec.metrics, answers, objective.rounded(labels)), "in_targets": known / len(texts)}
 
-    def predict(self, texts: Sequence[Sequence[str]], root: str | Path = "") -> list[dict[str, Any]]:
-        """What is told of each text, text pair or picture, the backbone run live: `label` (a class's name, or a number)
-        and its `probability` where there is one. `root`: the folder that names of pictures are relative to."""
-        if not texts:
+    def predict(
+        self, texts: Sequence[str | Sequence[str]], root: str | Path = "", say: Say = lambda text: None
+    ) -> list[dict[str, Any]]:
+        """What is told of each row, the backbone run live: `label` (a class's name, or a number) and its `probability`
+        where there is one. A row: the text of each of the task's fields, or the name of a picture; where that is one,
+        also without a sequence around it. `root`: the folder that names of pictures are relative to. Raises UserError
+        for rows of another shape or kind."""
+        checked = checked_rows(texts, self.spec)
+        if not checked:
             return []
+        rows = Rows(checked, [None] * len(checked))
         backbone, checkpoint = self.live()
-        rows = Rows([tuple(t) for t in texts], [None] * len(texts))
         candidates = next(iter(self.job.tables.values())).header.get("candidates", [])
         options = replace(text_options(self.job.found), root=str(root))
         part = prepare_split(backbone.family, checkpoint.tokenizer, self.spec, "predict", rows, options, candidates)
+        for line in token_doubts(checkpoint.tokenizer, backbone.family, [part]):
+            say(f"warning: {line}")
         # Sorted by length, so that batches hold little padding; `predict` puts the answers back in order.
         order = Order(part.inputs.tokens(), self._batch_size())
         source = LiveSource(backbone, part.inputs, None, self.job.states, order)
-        return predict(self.model, source, self.job.device)
-
-    def _value(self, target: int | None) -> Any:
-        if target is None:
-            return None
-        return target if self.spec.kind == "classification" else self.spec.values[target]
+        return predict(self.model, source, self.job.device, self.job.recipe.train_precision)
 
     def _batch_size(self) -> int:
         return batch_size_of(self.job.recipe, self.job.paper)
@@ -105,26 +112,26 @@ class Run:
 def load_run(folder: str | Path, **overrides: Any) -> Run:
     """The run in `folder`. `overrides`: options of the recipe that are different here (store, device, model).
 
-    Raises UserError when the folder is not a finished run, or its feature space is not in the store.
+    Raises UserError when the folder is not a finished run, a file of it is damaged, or its feature space is not in the
+    store. A run of a version that wrote no digests loads with a Notice.
     """
     folder = Path(folder)
     if not (folder / "recipe.yaml").is_file():
         raise UserError(f"{folder}: not a run folder, it has no recipe.yaml")
     if not (folder / TUNER).is_file():
-        raise UserError(f"{folder}: the run has no trained tuner yet; `pipeline train --recipe {folder}/recipe.yaml`")
-    recipe = Recipe.from_mapping(read_recipe(folder / "recipe.yaml"), str(folder / "recipe.yaml"))
-    recipe = replace(recipe, limit=None, **{k: v for k, v in overrides.items() if v is not None})
-    version = load_checkpoint(folder / TUNER)[1].get("rows")
+        again = f"pipeline train --recipe {quoted(str(folder / 'recipe.yaml'))} --out {quoted(str(folder))}"
+        raise UserError(f"{folder}: the run has no trained tuner yet; run: {again}")
+    recipe = Recipe.from_mapping(read_recipe(folder / "recipe.yaml", record=True), str(folder / "recipe.yaml"))
+    recipe = replace(recipe, limit=None, views=None, **{k: v for k, v in overrides.items() if v is not None})
+    state, about = load_checkpoint(folder / TUNER)
+    # The papers' sizes are the default now and were not always; a run says its own.
+    recipe = replace(recipe, tail_size=recipe.tail_size or saved_size(state))
     try:
-        job = load_job(recipe, version)
+        job = load_job(recipe, about.get("rows"), about.get("space"))
     except StoreError as error:
         raise StoreError(f"{folder}: {error}") from None
     model = job.model()
-    state, about = load_tuner(folder / TUNER, model.trainable_state())
-    if about.get("space") != job.found.space.id:
-        raise UserError(
-            f"{folder}: trained from feature space {about.get('space')}, the store gives {job.found.space.id}"
-        )
+    check(state, model.trainable_state(), folder / TUNER)
     model.load_trainable(state)
     return Run(folder, job, model.to(job.device))
 
@@ -135,12 +142,16 @@ def read_inputs(
     """Ids and fields of a file's rows. An id is what stands in a column `id`, else the row's number from 1, or the name
     of a picture. Fields: columns named by `text` and `text_pair`, or by the task's own field names.
 
-    GLUE's files are understood in their own layout; a folder gives the pictures below it. Raises UserError for a
-    missing column or a bad file.
+    GLUE's files are understood in their own layout; a folder gives the pictures below it, a picture itself. Raises
+    UserError for a missing column, a bad file or a folder without pictures.
     """
     if path.is_dir():
-        names = [p.relative_to(path).as_posix() for p in pictures(path)]
+        if not (found := pictures(path)):
+            raise UserError(f"{path}: there are no pictures in this folder")
+        names = [p.relative_to(path).as_posix() for p in found]
         return names, [(name,) for name in names]
+    if path.suffix.lower() in PICTURES and path.is_file():
+        return [path.name], [(path.name,)]
     glue = GLUE.get(spec.name)
     sheet = read_sheet(path)
     if glue and glue.header and text is None and not set(spec.fields) <= set(sheet.columns):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pipeline.command import command, say
+from pipeline.command_line import store_command
 from store.errors import StoreError, UserError
 
 if TYPE_CHECKING:
@@ -66,8 +67,11 @@ def status(as_json: bool, where: str) -> tuple[Any, str]:
 @click.option("--deep", is_flag=True, help="Read every byte and check its digest, not only names and sizes.")
 @click.option("--recompute", type=int, default=0, metavar="K", help="Run the backbone on K random samples and compare.")
 @click.option("--model", default="", metavar="NAME", help="For --recompute: the checkpoint, where it has moved.")
+@click.option(
+    "--data", multiple=True, metavar="FOLDER", help="For --recompute of images: where their names begin; repeatable."
+)
 @command
-def verify(as_json: bool, where: str, deep: bool, recompute: int, model: str) -> tuple[Any, str]:
+def verify(as_json: bool, where: str, deep: bool, recompute: int, model: str, data: tuple[str, ...]) -> tuple[Any, str]:
     """Check a store; changes nothing. Exit status 1 if something is wrong."""
     opened = _open(where)
     found = [asdict(p) for p in opened.verify(deep)]
@@ -75,14 +79,17 @@ def verify(as_json: bool, where: str, deep: bool, recompute: int, model: str) ->
     if recompute:
         from pipeline.recheck import recheck
 
-        compared = recheck(opened, recompute, model)
+        compared = recheck(opened, recompute, model, data=data)
         found += [c for c in compared if not c["ok"]]
     if found:
         for problem in found[:50]:
             say("  ".join(str(v) for v in problem.values() if v not in ("", None)))
-        raise Problems(f"{len(found)} problems in {opened.where}: `pipeline store repair` puts aside what is damaged")
+        mend = store_command("repair", where)
+        raise Problems(f"{len(found)} problems in {opened.where}: `{mend}` puts aside what is damaged")
     depth = "every digest" if deep else "names and sizes"
     more = f"; {sum(c['samples'] for c in compared)} samples computed again agree" if compared else ""
+    if absent := sum(c["absent"] for c in compared):
+        more += f", {absent} passed over: their image is not in --data as it was extracted"
     return {"store": opened.where, "problems": [], "recomputed": compared}, f"{opened.where}: {depth} checked{more}"
 
 
@@ -183,7 +190,12 @@ def gc(as_json: bool, where: str, older_than: str, delete: bool) -> tuple[Any, s
     found = litter(opened, seconds(older_than))
     if delete:
         collect(opened, found)
-    return {"deleted": delete, "found": [asdict(f) for f in found]}, litter_text(found, delete)
+    text = litter_text(found.litter, delete)
+    if found.kept:
+        for line in (text, *found.kept):
+            say(line)
+        raise Problems(f"{len(found.kept)} segments were kept: `pipeline store repair` brings them back to readers")
+    return {"deleted": delete, "found": [asdict(f) for f in found.litter]}, text
 
 
 @store.command()
@@ -211,10 +223,16 @@ def compact(as_json: bool, where: str, space: str) -> tuple[Any, str]:
 def rm(as_json: bool, space: str, where: str, yes: bool) -> tuple[Any, str]:
     """Remove a feature space with all its states."""
     from pipeline.report import size_text
-    from store.upkeep import remove_space
+    from store.upkeep import finish_removals, remove_space
 
     opened = _open(where)
-    found = opened.space(space)
+    finished = finish_removals(opened, space) if space else []
+    try:
+        found = opened.space(space)
+    except StoreError:
+        if not finished:
+            raise
+        return {"space": finished[0], "bytes": 0}, f"removed what an interrupted rm had left of {finished[0][:12]}"
     size = size_text(sum(s.nbytes for s in found.segments()))
     if not yes and not click.confirm(f"remove space {found.id[:12]} with {size} of states?", err=True):
         raise UserError("nothing was removed")

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 from pipeline.report import pairs_text, size_text, table_text
+from pipeline.stored import source_of
+from pipeline.versions import versions_of
 from store import Segment, Space, Store
 from store.names import is_segment, segment_path, space_path
 from store.sweep import lost_manifest
+from store.tables import TableInfo
 
 
 def status_what(store: Store) -> dict[str, Any]:
@@ -21,11 +25,8 @@ def _space_what(store: Store, space: Space) -> dict[str, Any]:
     segments = space.segments()
     digest = str(space.identity.get("weights", ""))
     known = store.has_weights(digest, "source.json") if digest else False
-    source = store.load_json(digest, "source.json") if known else {}
-    tasks: dict[str, dict[str, int]] = {}
-    for table in space.tables():
-        rows = tasks.setdefault(table.task, {})
-        rows[table.split] = max(rows.get(table.split, 0), table.rows)
+    source = source_of(store, space) if known else {}
+    tasks = _tasks(space)
     names = [n for n in space.files.names(f"{space_path(space.id)}/segments") if is_segment(n)]
     superseded = space.superseded()
     unsealed = set(names) - {s.id for s in segments} - set(superseded)
@@ -39,7 +40,8 @@ def _space_what(store: Store, space: Space) -> dict[str, Any]:
         "segments": len(segments),
         "states": sorted({n for s in segments for n in s.states}),
         "bytes": sum(s.nbytes for s in segments),
-        "tasks": tasks,
+        "tasks": {t["name"]: t["rows"] for t in tasks},
+        "tables": tasks,
         "unsealed": len(unsealed) - len(lost),
         "without a manifest": len(lost),
         "superseded": len(superseded),
@@ -47,9 +49,27 @@ def _space_what(store: Store, space: Space) -> dict[str, Any]:
     }
 
 
+def _tasks(space: Space) -> list[dict[str, Any]]:
+    """The tasks with tables: by their names, or where several have one name as NAME@ID."""
+    damaged: list[TableInfo] = []
+    found = versions_of(space, damaged=damaged)
+    count = Counter(v.task for v in found)
+    listed: list[dict[str, Any]] = [
+        {
+            "name": v.name if count[v.task] > 1 else v.task,
+            "id": v.name,
+            "rows": dict(sorted(v.rows.items())),
+            "reads": v.reads,
+        }
+        for v in sorted(found, key=lambda v: (v.task, v.created))
+    ]
+    unread = [{"name": f"{t.task} (damaged)", "rows": {t.split: t.rows}, "reads": t.path} for t in damaged]
+    return listed + unread
+
+
 def _written(segments: Sequence[Segment]) -> dict[str, Any]:
     """Who wrote the segments, when, from which data, with what."""
-    found = [p for s in segments for p in (s.provenance, *s.provenance.get("rewritten", {}).get("others", []))]
+    found = [p for s in segments for p in (s.provenance, *_rewritten(s.provenance))]
     when = sorted(s.created for s in segments)
 
     def distinct(*path: str) -> list[str]:
@@ -59,7 +79,8 @@ def _written(segments: Sequence[Segment]) -> dict[str, Any]:
             for part in path:
                 value = value.get(part) if isinstance(value, dict) else None
             if value not in (None, "", [], {}):
-                values[str(value)] = None
+                # One line, and not a long one, whatever a writer has put there.
+                values[" ".join(str(value)[:200].split())] = None
         return sorted(values)
 
     return {
@@ -74,6 +95,13 @@ def _written(segments: Sequence[Segment]) -> dict[str, Any]:
     }
 
 
+def _rewritten(provenance: dict[str, Any]) -> list[Any]:
+    """The other provenances that `compact` has put together into one segment."""
+    rewritten = provenance.get("rewritten")
+    others = rewritten.get("others") if isinstance(rewritten, dict) else None
+    return others if isinstance(others, list) else []
+
+
 def status_text(what: dict[str, Any]) -> str:
     """The same as text."""
     lines = [f"store {what['store']}: {len(what['spaces'])} feature space{'s' * (len(what['spaces']) != 1)}"]
@@ -86,7 +114,10 @@ def status_text(what: dict[str, Any]) -> str:
             f"space {s['space'][:12]}  {s['model']}  {i.get('format')}, computed in {i.get('precision')}{length}",
             f"  {s['samples']:,} samples, {len(s['states'])} states, {size_text(s['bytes'])}, {s['segments']} segments"
             + "".join(f", {m}" for m in more),
-            *(f"  {task}: " + ", ".join(f"{k} {v:,}" for k, v in rows.items()) for task, rows in s["tasks"].items()),
+            *(
+                f"  {t['name']}: " + ", ".join(f"{k} {v:,}" for k, v in t["rows"].items()) + f"; {t['reads']}"
+                for t in s["tables"]
+            ),
         ]
         if w["first"]:
             by = f" by {', '.join(w['by'])}" if w["by"] else ""

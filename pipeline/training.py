@@ -8,16 +8,33 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from extract.tasks import canonical_name
+from extract.tasks import is_named
 from extract.tasks.base import TaskSpec
-from pipeline.job import Job, batch_size_of, grouped, live_backbone, load_job, sources
+from extract.tasks.hub_images import PREFIX
+from extract.tasks.registry import is_folder, is_table
+from pipeline.command_line import extract_command
+from pipeline.doubts import doubts, limit_doubt
+from pipeline.job import (
+    Job,
+    as_extracted,
+    batch_size_of,
+    grouped,
+    live_backbone,
+    load_job,
+    picture_options,
+    sources,
+    views_of,
+)
 from pipeline.recipe import Recipe
-from pipeline.resolve import Found, extract_command, store_path
+from pipeline.resolve import store_path
+from pipeline.unused import refuse_for_training, refuse_for_tuners
+from pipeline.versions import columns_text, task_id
 from store.errors import StoreError, UserError
 from store.places import absolute
 from train.loop import FitOptions, fit
 from train.model import Model
 from train.ranks import Ranks
+from train.runlog import write_bytes
 
 Say = Callable[[str], None]
 LARGE_TASKS = ("mnli", "qnli", "qqp", "sst2")
@@ -47,23 +64,38 @@ def fit_options(recipe: Recipe, spec: TaskSpec, model: Model) -> FitOptions:
     )
 
 
-def run_folder(recipe: Recipe, found: Found) -> Path:
-    """--out, or a folder named after the run."""
+def run_folder(job: Job) -> Path:
+    """--out, or a folder named after the run: the task by its name where everybody means the same by it, else with the
+    beginning of its id."""
+    recipe, task = job.recipe, job.spec.name
     if recipe.out:
         return Path(recipe.out)
-    model = found.source["names"][0].replace("/", "_")
-    name = f"{canonical_name(recipe.task)}-{recipe.tuner}-{model}-s{recipe.seed}" + ("-live" if recipe.live else "")
-    return Path("runs") / name
+    task = task if is_named(task) else f"{task}@{job.version[:8]}"
+    model = job.found.source["names"][0].replace("/", "_")
+    return Path("runs") / (f"{task}-{recipe.tuner}-{model}-s{recipe.seed}" + ("-live" if recipe.live else ""))
+
+
+def make_folder(folder: Path) -> None:
+    """Make the folder of `--out`. Raises UserError where a file stands in its place, or it cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        file = next((p for p in (folder, *folder.parents) if p.is_file()), None)
+        why = f"{file} is a file" if file else error.strerror or str(error)
+        raise UserError(f"--out {folder}: the folder cannot be made ({why}); choose another") from None
 
 
 def run_train(recipe: Recipe, say: Say, quiet: bool = False) -> dict[str, Any]:
     """Train what `recipe` says; `say` takes the lines a person reads. Returns the metrics with the run's folder."""
+    refuse_for_tuners(recipe, [recipe.tuner], "train")
     job = load_job(recipe)
+    refuse_for_training(recipe, job.found.family)
     if "train" not in job.tables:
         raise StoreError(
-            f"the store has no train rows of {job.spec.name}; run: {extract_command(recipe)} --split train"
+            f"the store has no train rows of {job.spec.name}; run: "
+            f"{extract_command(as_extracted(recipe, job.found), split=('train',))}"
         )
-    folder = run_folder(recipe, job.found)
+    folder = run_folder(job)
     if (folder / "metrics.json").exists() and not recipe.overwrite:
         raise UserError(f"{folder} holds a finished run; give another --out, or --overwrite to replace it")
     model = job.model(recipe.seed)
@@ -78,8 +110,12 @@ def run_train(recipe: Recipe, say: Say, quiet: bool = False) -> dict[str, Any]:
         f"{options.epochs} epochs, {model.trainable_parameters():,} trainable parameters, "
         + ("live backbone" if recipe.live else "from the store")
     )
+    say(f"rows {task_id(table.header)}: {columns_text(table.header)}, of {str(table.header.get('created'))[:10]}")
     say(f"space {job.found.space.id[:12]}: {describe_space(job)}")
-    folder.mkdir(parents=True, exist_ok=True)
+    odd = job_doubts(job)
+    for sentence in odd:
+        say(f"warning: {sentence}")
+    make_folder(folder)
     if Ranks.from_environment().rank == 0:
         write_recipe(folder, job, options, size)
     metrics = fit(
@@ -96,7 +132,14 @@ def run_train(recipe: Recipe, say: Say, quiet: bool = False) -> dict[str, Any]:
     )
     if remark := model.tuner.remark():
         say(f"{recipe.tuner}: {remark}")
-    return {"run": str(folder), "space": job.found.space.id, "tuner": recipe.tuner, "task": job.spec.name, **metrics}
+    about = {"run": str(folder), "space": job.found.space.id, "tuner": recipe.tuner, "task": job.spec.name}
+    return {**about, **metrics, "warnings": odd}
+
+
+def job_doubts(job: Job) -> list[str]:
+    """What is odd about the rows of a run, a sentence each."""
+    limit = limit_doubt(job.recipe.limit, job.tables["train"]) if "train" in job.tables else ""
+    return [*([limit] if limit else []), *doubts(job.tables, job.found.family.modality == "image")]
 
 
 def describe_space(job: Job) -> str:
@@ -108,11 +151,19 @@ def describe_space(job: Job) -> str:
     )
 
 
+def lasting_name(job: Job) -> str:
+    """The task as a recipe names it for good: by its file or folder, by a name that everybody knows, or by its id."""
+    task = job.recipe.task
+    own = is_table(task) or is_folder(task) or is_named(task) or task.startswith(PREFIX)
+    return task if own else task_id(next(iter(job.tables.values())).header)
+
+
 def write_recipe(folder: Path, job: Job, options: FitOptions, batch_size: int) -> None:
     """recipe.yaml: the run's options with every default resolved, so that it can be run again by `--recipe`."""
     identity = job.found.space.identity
     resolved = replace(
         job.recipe,
+        task=lasting_name(job),
         model=job.recipe.model or job.found.source["names"][0],
         store=absolute(store_path(job.recipe)),
         space=job.found.space.id,
@@ -122,10 +173,13 @@ def write_recipe(folder: Path, job: Job, options: FitOptions, batch_size: int) -
         lr=options.lr,
         warmup_steps=options.warmup_steps,
         warmup_ratio=options.warmup_ratio,
+        views=views_of(job.tables["train"]) if "image_size" in identity else None,
         out=None,
         overwrite=False,
-        **{k: identity[k] for k in ("format", "precision", "attention", "max_length", "truncation_side")},
+        **{k: identity[k] for k in ("format", "projection", "precision", "attention")},
+        **{k: identity[k] for k in ("max_length", "truncation_side")},
+        **picture_options(identity),
     )
     title = f"{job.recipe.tuner} on {job.spec.name}, {time.strftime('%Y-%m-%d')}"
     header = f"{title}\npipeline train --recipe recipe.yaml --out OTHER"
-    (folder / "recipe.yaml").write_text(resolved.to_yaml(header), encoding="utf-8")
+    write_bytes(folder / "recipe.yaml", resolved.to_yaml(header).encode())

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import reprlib
 from typing import Any, get_args
 
 from store.errors import UserError
+
+
+def short(value: Any) -> str:
+    """`value` for a message: YAML's references make lists of lists that have no end when written out."""
+    return reprlib.repr(value)[:200]
 
 
 def checked_value(name: str, hint: Any, value: Any, where: str) -> Any:
@@ -16,10 +22,12 @@ def checked_value(name: str, hint: Any, value: Any, where: str) -> Any:
     kind = next(k for k in kinds if k is not type(None))
     if args := get_args(kind):
         values = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+        if not all(isinstance(v, str | int | float) for v in values):
+            raise UserError(f"{where}: {name}: expected {args[0].__name__} values, not {short(value)}")
         try:
             return tuple(args[0](str(v).strip()) for v in values if str(v).strip())
         except ValueError:
-            raise UserError(f"{where}: {name}: expected {args[0].__name__} values, not {value!r}") from None
+            raise UserError(f"{where}: {name}: expected {args[0].__name__} values, not {short(value)}") from None
     if (kind is bool and isinstance(value, bool)) or (kind is str and isinstance(value, str)):
         return value
     if kind is int and isinstance(value, int) and not isinstance(value, bool):
@@ -28,6 +36,6 @@ def checked_value(name: str, hint: Any, value: Any, where: str) -> Any:
     if kind is float and not isinstance(value, bool):
         try:
             return float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             pass
-    raise UserError(f"{where}: {name}: expected {kind.__name__}, not {value!r}")
+    raise UserError(f"{where}: {name}: expected {kind.__name__}, not {short(value)}")

@@ -1,119 +1,279 @@
 """Which of a store's task tables a run reads: all of one version of the task, never a mix.
 
-A table of a user's own is known by its file's name, and the file changes: rows are added, labels corrected, another
-column becomes the label. The store keeps every table. Splits of different versions must not meet, because what one
-holds out the other may train on.
+A task is its rows and the columns they were read from; its name is only its file's. The store keeps the tables of every
+version: of an edited file, of another file of the same name, of another label column. Splits of different versions must
+not meet, because what one holds out the other may train on. Where a name fits several, the data at hand decides; of
+editions of one origin that which was extracted last; and else the user, by file or by id (`train@3f2a91bc04de`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from extract.tasks import canonical_name
-from extract.tasks.sheet import SUFFIXES, sheet_digest
+from extract.tasks import canonical_name, split_id
+from pipeline.athand import AtHand
 from pipeline.recipe import Recipe
+from pipeline.stored import check_table
 from store import Space, TaskTable, digest_json
 from store.errors import StoreError
-from store.tables import TableInfo
+from store.records import Record
+from store.tables import TableInfo, created_of, version_of
+
+ID_LENGTH = 12
 
 
-def version_of(header: Mapping[str, Any]) -> str:
-    """Digest of what the rows of a table were made of: its dataset and how labels and texts were read from it."""
-    return digest_json([header.get("spec"), header.get("provenance")])
+class AmbiguousTask(StoreError):
+    """A task was asked for by a name that fits several."""
 
 
-class _Tables:
-    """The stored tables of one task, each read once, the last written first."""
+@dataclass
+class Version:
+    """The stored tables of one version of a task, each with its header."""
 
-    def __init__(self, space: Space, task: str) -> None:
-        self.space = space
-        self.infos = sorted((t for t in space.tables() if t.task == task), key=lambda t: t.modified, reverse=True)
-        self._read: dict[str, TaskTable] = {}
+    task: str
+    id: str
+    tables: list[tuple[TableInfo, dict[str, Any]]] = field(default_factory=list)
 
-    def read(self, info: TableInfo) -> TaskTable:
-        if info.path not in self._read:
-            self._read[info.path] = self.space.read_table(info)
-        return self._read[info.path]
+    @property
+    def name(self) -> str:
+        """What it is called where its task's name would not do."""
+        return f"{self.task}@{self.id[:ID_LENGTH]}"
 
-    def of(self, version: str) -> dict[str, TaskTable]:
-        """The largest table of each split in `version`, of equals the last written."""
-        out: dict[str, TaskTable] = {}
-        for info in sorted(self.infos, key=lambda t: -t.rows):
-            if info.split not in out and version_of((table := self.read(info)).header) == version:
-                out[info.split] = table
-        return dict(sorted(out.items()))
+    @property
+    def header(self) -> dict[str, Any]:
+        """Of one of its tables: in spec and provenance all agree."""
+        return self.tables[0][1]
+
+    @property
+    def created(self) -> str:
+        """When a table of it was written last; "" where none says."""
+        return max(created_of(header) for _, header in self.tables)
+
+    @property
+    def origins(self) -> dict[str, str]:
+        """Where it was read from → when it was written from there last."""
+        found: dict[str, str] = {}
+        for _, header in self.tables:
+            if origin := str(header.get("origin") or ""):
+                found[origin] = max(found.get(origin, ""), created_of(header))
+        return found
+
+    @property
+    def rows(self) -> dict[str, int]:
+        """Split → rows of its largest table."""
+        return {info.split: info.rows for info, _ in sorted(self.tables, key=lambda t: t[0].rows)}
+
+    def replaced_by(self, other: Version) -> bool:
+        """Whether `other` is a later edition: the same columns, written later from wherever this was read from."""
+        mine, theirs = self.origins, other.origins
+        later = bool(mine) and all("" < when < theirs.get(origin, "") for origin, when in mine.items())
+        return later and _columns(self.header) == _columns(other.header)
+
+    @property
+    def reads(self) -> str:
+        """Its columns and classes, and when it was made, for people who must choose."""
+        return f"{columns_text(self.header)}, extracted {self.created[:16].replace('T', ' ') or '?'}"
+
+    @property
+    def counts(self) -> str:
+        """ "test 6, train 48" """
+        return ", ".join(f"{split} {count:,}" for split, count in sorted(self.rows.items()))
 
 
-def stored_tables(space: Space, recipe: Recipe, version: str | None = None) -> dict[str, TaskTable]:
-    """The tables of the recipe's task by split: of `version`, else of the version written last that is what the recipe
-    says of columns and files. Raises StoreError saying what differs where there is none."""
-    task = canonical_name(recipe.task)
-    tables, refused = _Tables(space, task), ""
-    digests = _digests(recipe) if version is None else {}
-    seen: set[str] = set()
-    for info in tables.infos:
-        header = tables.read(info).header
-        found = version_of(header)
-        if found in seen:
-            continue
-        seen.add(found)
-        differs = (found != version) if version else unlike(recipe, header, digests)
+def versions_of(space: Space, task: str | None = None, damaged: list[TableInfo] | None = None) -> list[Version]:
+    """The versions of `task`, or of every task, in `space`, the last written first. Damaged tables are added to
+    `damaged`; without it, raises StoreError for one."""
+    found: dict[tuple[str, str], Version] = {}
+    for info in space.tables():
+        if task is None or info.task == task:
+            try:
+                header = space.read_header(info)
+            except StoreError:
+                if damaged is None:
+                    raise
+                damaged.append(info)
+                continue
+            version = version_of(header)
+            found.setdefault((info.task, version), Version(info.task, version)).tables.append((info, header))
+    return sorted(found.values(), key=lambda v: v.created, reverse=True)
+
+
+def stored_tables(
+    space: Space, recipe: Recipe, images: bool = False, version: str | None = None
+) -> dict[str, TaskTable]:
+    """The tables of the recipe's task by split: of `version`, else of the one that is what the recipe says of columns
+    and files. `images`: its rows are pictures.
+
+    Raises StoreError saying what differs where none is, or that tables are gone; AmbiguousTask where several are.
+    """
+    task, wanted = canonical_name(recipe.task), version or split_id(recipe.task)[1]
+    known = versions_of(space, task)
+    if wanted:
+        fitting = [v for v in known if v.id.startswith(wanted)]
+        if not fitting and version:
+            raise StoreError(f"the store no longer has the rows of task {task!r} as they were then")
+        if not fitting:
+            there = ", ".join(v.name for v in known)
+            raise StoreError(f"there is no task {recipe.task} in this feature space, there is {there}")
+        if not version and (differs := unlike(recipe, fitting[0].header)):
+            raise StoreError(f"task {recipe.task} is not as asked for: {differs}")
+    else:
+        fitting = _fitting(space, recipe, known, AtHand(recipe, images))
+    fitting = _distinct(space, fitting)
+    if len(fitting) > 1:
+        which = "; ".join(f"{v.name}: {v.counts}, {v.reads}" for v in fitting)
+        raise AmbiguousTask(
+            f"task {recipe.task!r} fits {len(fitting)} tasks of this feature space: say which one by its file, --task "
+            f"PATH, by its columns, --text and --label, or by its id, such as --task {fitting[0].name}; there are: "
+            f"{which}"
+        )
+    return _whole(fitting[0], _read(space, fitting[0]))
+
+
+def _fitting(space: Space, recipe: Recipe, known: Sequence[Version], data: AtHand) -> list[Version]:
+    """The versions that are what the recipe says, without those of which a later edition is among them."""
+    task, refused, found = canonical_name(recipe.task), "", []
+    for version in known:
+        differs = unlike(recipe, version.header) or data.differs(version.header)
+        refused = refused or differs
         if not differs:
-            return tables.of(found)
-        refused = refused or str(differs)
-    if version:
-        raise StoreError(f"the store no longer has the rows of task {task!r} as they were then")
-    raise StoreError(f"task {task!r} is in the store, but not as asked for: {refused}")
+            found.append(version)
+    if not found:
+        raise StoreError(f"task {task!r} is in the store, but not as asked for: {refused}")
+    there = {v.id for v in known}
+    lost = [r for r in space.records() if r.task == task and r.version not in there]
+    if lost and not data:
+        # It may be the one that is meant, and nothing that is left says so.
+        name = f"{task}@{lost[0].version[:ID_LENGTH]}"
+        raise StoreError(
+            f"the tables of {name} are gone from the store: copy them back, extract again, or say which task is meant: "
+            f"--task PATH, or --task {found[0].name}"
+        )
+    return [v for v in found if not any(v.replaced_by(other) for other in found)]
 
 
-def unlike(recipe: Recipe, header: Mapping[str, Any], digests: Mapping[str, tuple[str, str]]) -> str:
-    """In what a stored table is not what `recipe` says, "" where it is. What is left out fits anything, and so does a
-    table without the fact. `digests`: split → (file, its digest) of the files at hand."""
-    spec, origin = header.get("spec", {}), header.get("provenance", {})
-    fields = [*spec.get("fields", ()), "", ""]
+def _read(space: Space, version: Version) -> dict[str, TaskTable]:
+    """The largest table of each split, of equals the last written."""
+    out: dict[str, TaskTable] = {}
+    for info, _ in sorted(version.tables, key=lambda t: (t[0].rows, created_of(t[1])), reverse=True):
+        if info.split not in out:
+            out[info.split] = check_table(space.read_table(info), space.files.where(info.path))
+    return dict(sorted(out.items()))
+
+
+def _whole(version: Version, tables: dict[str, TaskTable]) -> dict[str, TaskTable]:
+    """`tables`, if all is there that was written beside them. Raises StoreError."""
+    gone: dict[str, int] = {}
+    for table in tables.values():
+        beside = table.header.get("beside")
+        for split, rows in beside.items() if isinstance(beside, dict) else ():
+            if type(rows) is int and (split not in tables or len(tables[split]) < rows):
+                gone[split] = max(rows, gone.get(split, 0))
+    if gone:
+        what = " and ".join(f"{rows:,} {split} rows" for split, rows in sorted(gone.items()))
+        raise StoreError(
+            f"{what} of {version.name} are not in the store, though they were extracted with its other rows: an "
+            "extraction was stopped, or a table was deleted"
+        )
+    return tables
+
+
+def _distinct(space: Space, versions: Sequence[Version]) -> list[Version]:
+    """One of those that hold the same rows with the same labels: it does not matter which is read."""
+    if len(versions) < 2:
+        return list(versions)
+    found: dict[str, Version] = {}
+    for version in versions:
+        tables = _read(space, version)
+        rows = {split: [t.keys, t.labels, t.texts] for split, t in tables.items()}
+        found.setdefault(digest_json([rows, version.header.get("spec")]), version)
+    return list(found.values())
+
+
+def columns_text(header: Mapping[str, Any]) -> str:
+    """ "premise, claim to gold (no, yes)": the columns and classes of a table."""
+    spec = _object(header, "spec")
+    label, classes = _object(header, "provenance").get("label", "label"), _names(spec.get("labels"))
+    what = ", ".join(classes[:4]) + (", …" if len(classes) > 4 else "") if classes else "a number"
+    return f"{', '.join(_names(spec.get('fields')))} to {label} ({what})"
+
+
+def task_id(header: Mapping[str, Any]) -> str:
+    """The name that no other task has: "train@3f2a91bc04de"."""
+    return f"{header.get('task')}@{version_of(header)[:ID_LENGTH]}"
+
+
+def _columns(header: Mapping[str, Any]) -> list[Any]:
+    spec, made = _object(header, "spec"), _object(header, "provenance")
+    return [_names(spec.get("fields")), made.get("label"), spec.get("kind")]
+
+
+def _object(header: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A member of a header that is an object; {} where it is none."""
+    value = header.get(name)
+    return value if isinstance(value, dict) else {}
+
+
+def _names(value: Any) -> list[str]:
+    return [str(name) for name in value] if isinstance(value, list) else []
+
+
+def unlike(recipe: Recipe, header: Mapping[str, Any]) -> str:
+    """In what a stored table was not read as `recipe` says, "" where it was. What is left out fits anything, and so
+    does a table without the fact."""
+    spec, made = _object(header, "spec"), _object(header, "provenance")
+    fields = [*_names(spec.get("fields")), "", ""]
     for option, asked, there in (
         ("--text", recipe.text, fields[0]),
         ("--text-pair", recipe.text_pair, fields[1]),
-        ("--label", recipe.label, origin.get("label")),
+        ("--label", recipe.label, made.get("label")),
         ("--kind", recipe.kind, spec.get("kind")),
     ):
         if asked is not None and there is not None and asked != there:
             return f"{option} was {there!r}, now {asked!r}"
-    files = origin.get("files")
-    for split, (path, digest) in digests.items() if isinstance(files, dict) else ():
-        if files.get(split) != digest:
-            return f"{path} is not the file that was extracted on {str(header.get('created'))[:10]}, or has changed"
     return ""
 
 
-def _digests(recipe: Recipe) -> dict[str, tuple[str, str]]:
-    """The files of a table of the user's own that are at hand. A teammate trains without any of them."""
-    if Path(recipe.task).suffix.lower() not in SUFFIXES:
-        return {}
-    path = Path(recipe.task)
-    if recipe.data and not path.exists():
-        path = Path(recipe.data) / path
-    given = {"train": path, "validation": recipe.validation, "test": recipe.test}
-    return {s: (str(p), sheet_digest(Path(p))) for s, p in given.items() if p and Path(p).is_file()}
-
-
-def save_tables(space: Space, made: Mapping[str, TaskTable]) -> None:
-    """Store the tables of an extraction. What is there already and of the version written last is left alone, so that
-    an extraction with nothing to do writes nothing."""
+def save_tables(space: Space, made: Mapping[str, TaskTable], states: Sequence[str]) -> None:
+    """Store the tables of an extraction, and the record of it: of these samples `states` are stored. What is there
+    already is left alone unless another version has come since, so that an extraction with nothing to do writes
+    nothing."""
     first = next(iter(made.values()))
-    tables = _Tables(space, first.task)
-    last = version_of(tables.read(tables.infos[0]).header) if tables.infos else ""
+    version, rows = version_of(first.header), {split: len(table) for split, table in made.items()}
+    named = Record(first.task, version, rows)
+    stored = versions_of(space, first.task)
+    own = [(info, header) for v in stored if v.id == version for info, header in v.tables]
     for split, table in made.items():
-        same = [t for t in tables.infos if t.split == split and t.rows == len(table)] if last else []
-        if last != version_of(table.header) or not any(_equal(tables.read(t), table) for t in same):
+        table.header["extracted"] = named.id
+        alike = [
+            (info, header)
+            for info, header in own
+            if (info.split, info.rows) == (split, len(table)) and _current(header, table.header, stored)
+        ]
+        if not any(_equal(space.read_table(info), table) for info, _ in alike):
             space.save_table(table)
+    space.save_record(named)
+    space.save_record(Record(first.task, version, rows, tuple(states)))
+
+
+def _current(header: Mapping[str, Any], new: Mapping[str, Any], stored: Sequence[Version]) -> bool:
+    """Whether a stored table with `header` says what one with the header `new` would: that its version is the latest
+    edition of the new one's origin. With no other version there is nothing to say."""
+    others = [v for v in stored if v.id != version_of(new)]
+    if not others:
+        return True
+    rivals = [v for v in others if new.get("origin") in v.origins and _columns(v.header) == _columns(new)]
+    origin = str(new.get("origin"))
+    return header.get("origin") == origin and all(v.origins[origin] < created_of(header) for v in rivals)
 
 
 def _equal(one: TaskTable, other: TaskTable) -> bool:
-    """Whether two tables say the same; when they were written does not matter, and a stored header has no `rows`."""
-    heads = [{k: v for k, v in t.header.items() if k not in ("created", "rows")} for t in (one, other)]
+    """Whether two tables say the same; when and where from they were written does not matter, and a stored header has
+    no `rows`."""
+    apart = ("created", "rows", "origin", "extracted")
+    heads = [{k: v for k, v in t.header.items() if k not in apart} for t in (one, other)]
     return digest_json(heads[0]) == digest_json(heads[1]) and (
         (one.keys, one.labels, one.texts) == (other.keys, other.labels, other.texts)
     )

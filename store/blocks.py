@@ -67,10 +67,12 @@ def plan_blocks(
     states: Sequence[str],
     columns: Sequence[str] = (),
     max_block_bytes: int = SEGMENT_BYTES,
+    groups: np.ndarray | None = None,
 ) -> BlockPlan:
     """Blocks of at most `max_block_bytes` that cover `keys`; only a single larger sample exceeds it.
 
-    A key that occurs twice is read once. Raises MissingStates if a sample or a state of one is not stored.
+    `groups`: (n,) int64; samples of two groups share no block. A key that occurs twice (in a group) is read once.
+    Raises MissingStates if a sample or a state of one is not stored.
     """
     names = [*dict.fromkeys((*states, *columns))]
     family, position = index.locate(keys, names)
@@ -78,8 +80,11 @@ def plan_blocks(
     streams = [*dict.fromkeys(stream_of(name) for name in names)]
     plan = BlockPlan([], np.zeros(len(keys), np.int64), np.zeros(len(keys), np.int64), {}, 0)
     plan.lengths = {stream: np.zeros(len(keys), np.int64) for stream in streams}
-    order = np.argsort(family, kind="stable")
-    borders = np.flatnonzero(np.diff(family[order], prepend=-1, append=-1))
+    apart = family
+    if groups is not None:
+        apart = np.unique(np.stack([family, groups], 1), axis=0, return_inverse=True)[1].ravel()
+    order = np.argsort(apart, kind="stable")
+    borders = np.flatnonzero(np.diff(apart[order], prepend=-1, append=-1))
     for low, high in pairwise(borders):
         where = order[low:high]
         member = index.families[family[where[0]]]

@@ -1,6 +1,10 @@
 """Errors a user can act on. The command line prints each as one line and exits with a non-zero status."""
 
 
+class Notice(UserWarning):
+    """Something the user should know, although the work goes on. The command line prints it as one line."""
+
+
 class UserError(Exception):
     """Something the user can mend. Its message is one line: what is wrong, where, what to do."""
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,6 +16,7 @@ from typing import Any
 
 from store.digest import Digest, digest_bytes
 from store.errors import StoreError
+from store.names import temporary_name
 
 _PIECE = 512 << 10  # read and digested at a time: the digest finds it in the processor's cache
 
@@ -187,8 +187,7 @@ class Files:
 
     def publish(self, name: str, data: bytes) -> None:
         """Write `name` atomically and durably: readers see the whole file or none."""
-        folder, base = name.rsplit("/", 1) if "/" in name else ("", name)
-        temporary = f"{folder}/.{base}.{secrets.token_hex(4)}.tmp".lstrip("/")
+        temporary = temporary_name(name)
         try:
             self.write(temporary, [data])
             self.sync([temporary])
@@ -196,18 +195,21 @@ class Files:
         except BaseException:
             self.remove(temporary)
             raise
-        self.sync([folder])
+        self.sync([name.rpartition("/")[0]])
 
     def remove(self, name: str) -> None:
         """Remove a file if it is there."""
         Path(f"{self.root}/{name}").unlink(missing_ok=True)
 
     def remove_tree(self, folder: str, last: str = "") -> None:
-        """Remove `folder` with all in it; the file `last` goes after the others, so that a kill can be made good."""
+        """Remove `folder` with all in it; the file `last` goes after all else, so that a kill can be made good."""
+        top = self.path(folder)
         for name in self.walk(folder):
             if name != last:
                 self.remove(f"{folder}/{name}")
-        shutil.rmtree(self.path(folder), ignore_errors=True)
+        for inside in top.glob("*/") if last else ():
+            shutil.rmtree(inside, ignore_errors=True)
+        shutil.rmtree(top, ignore_errors=True)
 
     def move(self, source: str, target: str) -> None:
         """Rename a file or folder. Raises FileExistsError if `target` is a file or a folder that is not empty."""

@@ -13,7 +13,10 @@ from store.errors import StoreError
 from store.formats import FORMATS
 from store.names import (
     FORMAT,
+    MAX_FILES,
     MAX_LENGTH,
+    MAX_NAMES,
+    MAX_STREAMS,
     MAX_WIDTH,
     are_keys,
     is_key,
@@ -105,6 +108,7 @@ def load_manifest(data: bytes, where: str | Path, space: str, segment: str) -> M
     need(isinstance(keys, list) and are_keys(keys), "samples.keys are not xxh3-128 digests")
     need(len(set(keys)) == len(keys), "a sample key occurs twice")
     need(isinstance(listed, dict) and all(is_stream(s) for s in listed), "samples.lengths is malformed")
+    need(len(listed) <= MAX_STREAMS, f"it has more than {MAX_STREAMS} streams")
     lengths = {}
     for stream, values in listed.items():
         sound = isinstance(values, list) and len(values) == len(keys)
@@ -123,16 +127,21 @@ def load_manifest(data: bytes, where: str | Path, space: str, segment: str) -> M
         states[name] = StateInfo(info["width"], info["format"], info["scale"])
     columns: Any = document.get("columns")
     need(isinstance(columns, list), "columns is missing")
-    need(all(is_state(c) and stream_of(c) in lengths and c not in states for c in columns), "columns is malformed")
+    need(len(states) + len(columns) <= MAX_NAMES, f"it has more than {MAX_NAMES} states and columns")
+    need(all(map(is_state, columns)) and len(set(columns)) == len(columns), "columns is malformed")
+    need(all(stream_of(c) in lengths and c not in states for c in columns), "columns is malformed")
 
     files = {}
     listed = document.get("files")
     need(isinstance(listed, list), "files is missing")
+    # Each is asked for on the disk: what is listed without bound would be waited for without end.
+    need(len(listed) <= MAX_FILES, f"it lists more than {MAX_FILES} files")
     for entry in listed:
         sound = isinstance(entry, dict) and is_relative(entry.get("name")) and is_key(entry.get("xxh3"))
         need(
             sound and type(entry.get("size")) is int and 0 <= entry["size"] < 1 << 50, "an entry of files is malformed"
         )
+        need(entry["name"] not in files, "a file is listed twice")
         files[entry["name"]] = (entry["size"], entry["xxh3"])
     provenance: Any = document.get("provenance")
     created: Any = document.get("created")

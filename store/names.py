@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from store.errors import StoreError
 
 FORMAT = 1
+QUARANTINE = "quarantine"
 CHUNK_BYTES = 8 << 20
 SEGMENT_BYTES = 128 << 20
 SEGMENT_SECONDS = 60.0
@@ -25,6 +26,9 @@ MAX_WEIGHTS_BYTES = 16 << 30
 MAX_LENGTH = 1 << 31
 MAX_ROWS = 1 << 40
 MAX_WIDTH = 1 << 20
+MAX_FILES = 1 << 16  # of one segment
+MAX_NAMES = 1 << 12  # states and columns of one segment
+MAX_STREAMS = 1 << 8
 
 _KEY = re.compile(r"[0-9a-f]{32}")
 _KEYS = re.compile(r"[0-9a-f]*")
@@ -32,6 +36,7 @@ _STREAM = re.compile(r"[a-z][a-z0-9_]{0,31}")
 _ARRAY = re.compile(r"[a-z][a-z0-9_]{0,31}\.[A-Za-z0-9][A-Za-z0-9_-]{0,63}(\.[A-Za-z0-9][A-Za-z0-9_-]{0,63}){0,3}")
 _SEGMENT = re.compile(r"[0-9]{8}T[0-9]{9}-[0-9a-f]{16}")
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 _TASK = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+@-]{0,127}")
 
 
@@ -73,6 +78,17 @@ def is_file(text: object) -> bool:
 def is_relative(text: object) -> bool:
     """Whether `text` is a relative path of at most six safe names."""
     return isinstance(text, str) and text.count("/") < 6 and all(is_file(part) for part in text.split("/"))
+
+
+def temporary_name(path: str) -> str:
+    """A name beside `path` under which it is written before it is renamed."""
+    folder, _, base = path.rpartition("/")
+    return f"{folder}/.{base}.{secrets.token_hex(4)}.tmp".lstrip("/")
+
+
+def is_temporary(path: str) -> bool:
+    """Whether `path` is what a kill leaves of a file that was not yet whole: never read, of no account."""
+    return _TEMPORARY.fullmatch(path.rsplit("/", 1)[-1]) is not None
 
 
 def check_task(text: str) -> str:

@@ -46,7 +46,8 @@ def cache_bytes() -> int:
 def _remote(where: str, folder: str, limit: int, process: int) -> Files:
     """One for each place, so that connections are shared; `process`: a fork must not share them."""
     from store.cache import Cache
-    from store.remote import HttpFiles, S3Files
+    from store.mirror import HttpFiles
+    from store.remote import S3Files
 
     kinds = {"s3": S3Files, "http": HttpFiles, "https": HttpFiles}
     scheme = urlsplit(where).scheme

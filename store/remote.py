@@ -1,4 +1,4 @@
-"""Stores that are not on a disk: S3-compatible buckets, and read-only mirrors over HTTP(S), through fsspec.
+"""Stores that are not on a disk: S3-compatible buckets, through fsspec; `store.mirror` is the same over HTTP(S).
 
 Credentials come from where the protocol's own tools take them (AWS_* variables, ~/.aws, ~/.netrc), never from the URL,
 so they reach no recipe, manifest, log or message. Objects appear whole or not at all, so a manifest written last seals
@@ -7,17 +7,17 @@ a segment here as it does on a disk. What never changes is kept in the local cac
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
+import logging
 import os
 import re
+import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
-from email.utils import parsedate_to_datetime
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, TypeVar
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 from store.cache import Cache
 from store.digest import digest_bytes
@@ -25,7 +25,11 @@ from store.errors import StoreError, UserError
 from store.files import Files
 
 T = TypeVar("T")
-_TRIES = 4
+_TRIES = 6
+CONNECT_SECONDS, ANSWER_SECONDS = 4.0, 20.0  # what one try waits for a server at most
+STRANGER_SECONDS = 10.0  # after that a server that has never answered is not asked again
+QUIET_SECONDS, REPEAT_SECONDS = 2.0, 10.0  # when a line first says what is waited for, and how often it is said again
+_LOG = logging.getLogger(__name__)  # warnings reach stderr unless the program that uses us says otherwise
 _SECRET = re.compile(r"(?i)((?:signature|credential|security-token|password|secret\w*)\W{1,3})[^\s&\"',]+")
 _SECRETS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "FSSPEC_S3_KEY", "FSSPEC_S3_SECRET")
 
@@ -60,6 +64,7 @@ class RemoteFiles(Files):
         self.root = check_url(url)
         self.cache = cache
         self.fetched = 0  # bytes that came from the other side
+        self._answered, self._said = False, -REPEAT_SECONDS
 
     def where(self, name: str) -> str:
         return f"{self.root}/{name}".rstrip("/")
@@ -111,21 +116,53 @@ class RemoteFiles(Files):
 
     def _ask(self, doing: str, name: str, call: Callable[[], T]) -> T:
         """`call`, tried again where the network failed; every failure becomes one line without credentials."""
-        for attempt in range(_TRIES):
-            try:
-                return call()
-            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-                raise FileNotFoundError(self.where(name)) from None
-            except UserError:
-                raise
-            except Exception as error:
-                known = redact(" ".join(str(error).split())[:300]) or type(error).__name__
-                if isinstance(error, PermissionError) or "credentials" in known.lower():
-                    raise StoreError(f"no permission while {doing} {self.where(name)}: {known}") from None
-                if attempt + 1 == _TRIES:
-                    raise StoreError(f"{known} while {doing} {self.where(name)}: check network and address") from None
-                time.sleep(0.1 * 4**attempt)
+        began = time.monotonic()
+        with self._saying(doing, name):
+            for attempt in range(_TRIES):
+                try:
+                    result = call()
+                    self._answered = True
+                    return result
+                except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+                    self._answered = True
+                    raise FileNotFoundError(self.where(name)) from None
+                except UserError:
+                    raise
+                except Exception as error:
+                    known = redact(" ".join(str(error).split())[:300]) or type(error).__name__
+                    if isinstance(error, PermissionError) or "credentials" in known.lower():
+                        raise StoreError(f"no permission while {doing} {self.where(name)}: {known}") from None
+                    pause = 0.1 * 3**attempt
+                    waited = time.monotonic() - began + pause
+                    if attempt + 1 == _TRIES or (waited > STRANGER_SECONDS and not self._answered):
+                        what = f"{known} while {doing} {self.where(name)} at {self.server}"
+                        raise StoreError(f"{what}: check network and address") from None
+                    time.sleep(pause)
         raise AssertionError
+
+    @contextmanager
+    def _saying(self, doing: str, name: str) -> Iterator[None]:
+        """Says what is waited for, as a warning on the log, as long as the body takes."""
+        done = threading.Event()
+
+        def say() -> None:
+            wait = QUIET_SECONDS
+            while not done.wait(wait):
+                now, wait = time.monotonic(), REPEAT_SECONDS
+                if now - self._said >= REPEAT_SECONDS - 1:  # many requests wait at once
+                    self._said = now
+                    _LOG.warning("waiting for %s, %s %s", self.server, doing, self.where(name))
+
+        threading.Thread(target=say, daemon=True).start()
+        try:
+            yield
+        finally:
+            done.set()
+
+    @property
+    def server(self) -> str:
+        """Who answers, for people."""
+        return urlsplit(self.root).netloc
 
     def make(self, folder: str) -> None:
         """Folders need no making here."""
@@ -147,10 +184,21 @@ class S3Files(RemoteFiles):
         except ImportError:
             raise UserError("s3:// needs s3fs: pip install 'activation-pipeline[s3]'") from None
         # Checksums of our own are checked on both ends; those sent as trailers upset many compatible servers.
-        plain = {"request_checksum_calculation": "when_required", "response_checksum_validation": "when_required"}
+        config = {
+            "request_checksum_calculation": "when_required",
+            "response_checksum_validation": "when_required",
+            "connect_timeout": CONNECT_SECONDS,
+            "read_timeout": ANSWER_SECONDS,
+            "retries": {"total_max_attempts": 1},  # `_ask` tries again, and says so
+        }
         self.fs = s3fs.S3FileSystem(
-            use_listings_cache=False, default_fill_cache=False, skip_instance_cache=True, config_kwargs=plain
+            use_listings_cache=False, default_fill_cache=False, skip_instance_cache=True, config_kwargs=config
         )
+        self.fs.retries = 1
+
+    @property
+    def server(self) -> str:
+        return redact(os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "S3")
 
     def size(self, name: str) -> int | None:
         try:
@@ -202,7 +250,12 @@ class S3Files(RemoteFiles):
     def publish(self, name: str, data: bytes) -> None:
         """Put the object and make sure that it arrived: by its ETag where that is the MD5, else by reading it back."""
         for attempt in range(_TRIES):
-            self._ask("writing", name, lambda: self.fs.pipe_file(self.where(name), data))
+            try:
+                self._ask("writing", name, lambda: self.fs.pipe_file(self.where(name), data))
+            except FileNotFoundError:
+                bucket = urlsplit(self.root).netloc
+                what = f"there is no bucket {bucket!r} at {self.server}: make it first, or check the name"
+                raise StoreError(what) from None
             info = self._ask("looking for", name, lambda: self.fs.info(self.where(name), refresh=True))
             etag = str(info.get("ETag", "")).strip('"')
             if etag == hashlib.md5(data, usedforsecurity=False).hexdigest():
@@ -226,100 +279,6 @@ class S3Files(RemoteFiles):
             old, new = self.where(f"{source}/{name}"), self.where(f"{target}/{name}")
             self._ask("moving", name, partial(self.fs.cp_file, old, new))
         self.remove_tree(source)
-
-
-class HttpFiles(RemoteFiles):
-    """A read-only mirror: a store's folder served by any web server that lists folders (nginx: `autoindex on`)."""
-
-    searchable = False
-
-    def __init__(self, url: str, cache: Cache | None = None) -> None:
-        super().__init__(url, cache)
-        import fsspec
-
-        self.fs: Any = fsspec.filesystem("http", client_kwargs={"trust_env": True})
-
-    def size(self, name: str) -> int | None:
-        head = self._head(name)
-        return None if head is None else int(head.get("Content-Length", 0))
-
-    def sizes(self, folder: str, names: Iterable[str]) -> dict[str, int | None]:
-        from concurrent.futures import ThreadPoolExecutor
-
-        names = list(names)
-        with ThreadPoolExecutor(16) as pool:
-            return dict(zip(names, pool.map(lambda n: self.size(f"{folder}/{n}"), names), strict=True))
-
-    def modified(self, name: str) -> float:
-        head = self._head(name) or {}
-        try:
-            return parsedate_to_datetime(head["Last-Modified"]).timestamp()
-        except (KeyError, ValueError):
-            return 0.0
-
-    def names(self, folder: str) -> list[str]:
-        top = self.where(folder) + "/"
-        try:
-            found = self._ask("listing", folder, lambda: self.fs.ls(top, detail=False))
-        except FileNotFoundError:
-            return []
-        names = {unquote(url[len(top) :].rstrip("/")) for url in found if url.startswith(top)}
-        return sorted(n for n in names if n and not set(n) & set("/?#") and n not in (".", ".."))
-
-    def walk(self, folder: str) -> list[str]:
-        raise StoreError(f"{self.where(folder)}: an HTTP mirror cannot be searched; pull it and look at the copy")
-
-    def _head(self, name: str) -> dict[str, str] | None:
-        async def head() -> dict[str, str]:
-            session = await self.fs.set_session()
-            async with session.head(self.where(name), allow_redirects=False) as answer:
-                self._judge(answer)
-                return dict(answer.headers)
-
-        try:
-            return self._ask("looking for", name, lambda: self._run(head))
-        except FileNotFoundError:
-            return None
-
-    def _get(self, name: str, most: int) -> bytes:
-        async def get() -> bytes:
-            session = await self.fs.set_session()
-            headers = {"Accept-Encoding": "identity"}
-            async with session.get(self.where(name), headers=headers, allow_redirects=False) as answer:
-                self._judge(answer)
-                # Never more than was asked for, whatever the server says or sends.
-                parts, left = [], most
-                async for part in answer.content.iter_chunked(1 << 20):
-                    parts.append(part[:left])
-                    left -= len(parts[-1])
-                    if not left:
-                        break
-                else:
-                    size = answer.content_length
-                    if size is not None and size != most - left:
-                        raise OSError(f"the answer broke off after {most - left} of {size} bytes")
-                return b"".join(parts)
-
-        return self._run(get)
-
-    def _run(self, call: Callable[[], Any]) -> Any:
-        from fsspec.asyn import sync
-
-        return sync(self.fs.loop, asyncio.wait_for, call(), 300)
-
-    @staticmethod
-    def _judge(answer: Any) -> None:
-        if answer.status in (404, 410) or 300 <= answer.status < 400:
-            raise FileNotFoundError
-        if answer.status in (401, 403):
-            raise PermissionError(f"the server answers {answer.status}")
-        if answer.status >= 400:
-            raise OSError(f"the server answers {answer.status}")
-
-    def _refuse(self, *args: Any, **options: Any) -> Any:
-        raise StoreError(f"{self.root} is a read-only mirror: write to the store it is a mirror of, or pull it")
-
-    write = publish = remove = remove_tree = move = make = _refuse
 
 
 def is_immutable(name: str) -> bool:

@@ -16,16 +16,14 @@ from store.document import dump_document, load_document
 from store.errors import StoreError
 from store.files import Files
 from store.index import Family, families
-from store.names import FORMAT, MAX_SMALL_JSON, is_key, segment_path, space_path
+from store.names import FORMAT, MAX_SMALL_JSON, QUARANTINE, is_key, segment_path, space_path
 from store.places import open_files
 from store.rewrite import salvage
-from store.segment import Problem, Segment
-from store.space import LOST, Space
+from store.segment import NotSealed, Problem, Segment
+from store.space import LOST, Space, has_space, lost_identity, still_sealed
 from store.store import KIND
 from store.sweep import lost_manifest
 from store.tables import verify_tables
-
-QUARANTINE = "quarantine"
 
 
 @dataclass
@@ -46,13 +44,16 @@ def repair(where: str, dry_run: bool = False) -> Repaired:
     if not _store_file(files, done, dry_run):
         return done
     for name in files.names("spaces"):
-        if not is_key(name):
+        # What another process is just making or removing is not there, and not to be touched.
+        there = is_key(name) and has_space(files, name)
+        if not is_key(name) or not (there or lost_identity(files, name)):
             continue
         try:
             space = Space(files, name)
         except StoreError as error:
             done.problems.append({"file": f"{space_path(name)}/space.json", "what": str(error)})
-            _aside(files, f"{space_path(name)}/space.json", done, dry_run)
+            if there:
+                _aside(files, f"{space_path(name)}/space.json", done, dry_run)
             continue
         _repair_space(space, done, dry_run)
     for digest in files.names("weights"):
@@ -67,6 +68,8 @@ def _repair_weights(files: Files, digest: str, bad: set[str], done: Repaired, dr
     """Put aside the damaged files of a checkpoint and keep the sound ones, a projection's fit above all: it cannot be
     made again. Without a sound manifest nothing tells which are sound, so all go."""
     folder = f"weights/{digest}"
+    if is_key(digest) and weights.being_written(files, digest):
+        return  # Its manifest is about to change: named as damaged, and left to a repair that nobody races with.
     try:
         listed = weights.listed(files, digest) if is_key(digest) else None
     except StoreError:
@@ -117,11 +120,13 @@ def _repair_space(space: Space, done: Repaired, dry_run: bool) -> None:
             continue
         try:
             segment = Segment(files, space.id, name)
+        except NotSealed:
+            continue
         except StoreError as error:
             done.problems.append({"segment": name, "file": f"{folder}/manifest.json", "what": str(error)})
             _aside(files, folder, done, dry_run)
             continue
-        problems = segment.verify(deep=True)
+        problems = still_sealed(files, space.id, name, segment.verify(deep=True))
         if problems:
             bad[name] = problems
             done.problems.append(damage(segment, problems))
@@ -129,6 +134,11 @@ def _repair_space(space: Space, done: Repaired, dry_run: bool) -> None:
             opened.append(segment)
         elif problems:
             _aside(files, folder, done, dry_run)
+    there = {s.id for s in opened} | superseded.intersection(files.names(f"{space_path(space.id)}/segments"))
+    for segment in opened:
+        if segment.base is not None and segment.base not in there:
+            done.problems.append({"segment": segment.id, "what": f"supplements {segment.base}, which is gone"})
+            _aside(files, segment.folder, done, dry_run)
     for family in families(opened):
         members = [family.base, *family.supplements]
         if not dry_run and any(s.id in bad for s in members):

@@ -31,7 +31,7 @@ def resolve(spaces: Sequence[Space], wanted: Mapping[str, Any]) -> Space:
     if len(exact) == 1:
         return exact[0]
     if exact:
-        raise SpaceMismatch(f"{len(exact)} feature spaces fit, say which one: {_apart(exact)}")
+        raise SpaceMismatch(f"{len(exact)} feature spaces fit, say which one, --space ID: {_apart(exact)}")
     nearest = min(spaces, key=lambda space: (len(differing[space.id]), space.id))
     said = "; ".join(f"{name} is {_show(has)}, asked for {_show(want)}" for name, has, want in differing[nearest.id])
     others = f" ({len(spaces) - 1} more differ as much or more)" if len(spaces) > 1 else ""

@@ -12,12 +12,13 @@ import numpy as np
 import torch
 
 from store.arrays import ArraySpec, Runs, check_file, damaged, parse_group, read_rows, wanted_chunks
+from store.digest import digest_bytes
 from store.document import parse_json
 from store.errors import MissingStates, StoreError
 from store.files import Files
 from store.formats import Encoded
 from store.manifest import StateInfo, load_manifest
-from store.names import MAX_JSON, MAX_SMALL_JSON, segment_path, stream_of
+from store.names import MAX_JSON, MAX_SMALL_JSON, is_temporary, segment_path, stream_of
 from store.samples import Samples, offsets_of
 
 STORED_DTYPES = {"float32": "float32", "bfloat16": "uint16", "float16": "float16", "int8": "int8"}
@@ -40,7 +41,8 @@ class Segment:
     """A sealed segment of a feature space. Raises StoreError if its manifest is damaged, foreign or newer.
 
     `keys`: n sample keys. `lengths`: stream → (n,) int64. `states`: name → StateInfo. `columns`: names. `base`: id of
-    the segment that this one supplements, or None. `nbytes`: bytes of all its files.
+    the segment that this one supplements, or None. `nbytes`: bytes of all its files. `seal`: size and xxh3-128 of the
+    manifest.json that was read.
     """
 
     def __init__(self, files: Files, space: str, segment: str) -> None:
@@ -49,15 +51,18 @@ class Segment:
         where = files.where(f"{self.folder}/manifest.json")
         name = f"{self.folder}/manifest.json"
         try:
+            data = files.read(name, MAX_JSON)
             try:
-                manifest = load_manifest(files.read(name, MAX_JSON), where, space, segment)
+                manifest = load_manifest(data, where, space, segment)
             except StoreError:
                 if not files.forget(name):
                     raise
-                manifest = load_manifest(files.read(name, MAX_JSON), where, space, segment)
+                data = files.read(name, MAX_JSON)
+                manifest = load_manifest(data, where, space, segment)
         except FileNotFoundError:
             raise NotSealed(f"segment {segment} is not there or not sealed: {where} is missing") from None
         self.manifest = manifest
+        self.seal = len(data), digest_bytes(data)
         self.base, self.keys, self.lengths = manifest.base, manifest.keys, manifest.lengths
         self.states: dict[str, StateInfo] = manifest.states
         self.columns = manifest.columns
@@ -159,7 +164,7 @@ class Segment:
                     found.append(Problem(self.id, name, str(error)))
         # A web server lists no folder of any depth; what it has beyond the manifest is never read.
         there = set(self.files.walk(self.folder)) if self.files.searchable else set()
-        extra = there - set(self.manifest.files) - {"manifest.json", "writer.json"}
+        extra = {n for n in there - set(self.manifest.files) - {"manifest.json", "writer.json"} if not is_temporary(n)}
         found += [Problem(self.id, name, "is not in the manifest") for name in sorted(extra)]
         if not found:
             try:

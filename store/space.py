@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from store.blocks import BlockPlan, plan_blocks
 from store.digest import digest_json
@@ -14,14 +17,58 @@ from store.document import load_document
 from store.errors import StoreError
 from store.files import Files
 from store.index import Index, Lookup
-from store.names import FORMAT, MAX_JSON, MAX_SMALL_JSON, SEGMENT_BYTES, is_key, is_segment, segment_path, space_path
+from store.names import (
+    FORMAT,
+    MAX_JSON,
+    MAX_SMALL_JSON,
+    SEGMENT_BYTES,
+    is_key,
+    is_segment,
+    is_temporary,
+    segment_path,
+    space_path,
+)
+from store.records import Record, list_records, read_record, save_record
+from store.references import unfound
 from store.segment import NotSealed, Problem, Segment
 from store.sweep import lost_manifest, sweep
-from store.tables import TableInfo, TaskTable, list_tables, load_table, read_table, save_table, verify_tables
+from store.tables import (
+    TableInfo,
+    TaskTable,
+    list_tables,
+    load_table,
+    read_header,
+    read_table,
+    save_table,
+    verify_tables,
+)
 from store.writer import SegmentWriter
 
 KIND = "activation-space"
+REMOVING = "removing.json"  # a note of who is removing the space; from then on it is not there
 LOST = "is missing: it was deleted, or not all of the segment has been copied; restore it, or extract again"
+
+
+def has_space(files: Files, space: str) -> bool:
+    """Whether there is a feature space `space`, and nobody has begun to remove it."""
+    home = space_path(space)
+    return files.size(f"{home}/space.json") is not None and files.size(f"{home}/{REMOVING}") is None
+
+
+def lost_identity(files: Files, space: str) -> bool:
+    """Whether there are files of a feature space, but no `space.json`; False where one is being made or removed."""
+    home = space_path(space)
+    inside = files.names(home)
+    if {"space.json", REMOVING} & set(inside):
+        return False
+    held = files.walk(home) if files.searchable else [n for name in inside for n in files.names(f"{home}/{name}")]
+    whole = [name for name in held if not is_temporary(name)]
+    return bool(whole) and all(files.size(f"{home}/{name}") is None for name in ("space.json", REMOVING))
+
+
+def still_sealed(files: Files, space: str, segment: str, problems: list[Problem]) -> list[Problem]:
+    """`problems`; none if the segment has lost its seal since, to a `gc` or `repair` that runs at this moment."""
+    return problems if files.size(f"{segment_path(space, segment)}/manifest.json") is not None else []
 
 
 class Space:
@@ -34,7 +81,7 @@ class Space:
         self.files, self.id = files, space
         name = f"{space_path(space)}/space.json"
         where = files.where(name)
-        if not is_key(space) or files.size(name) is None:
+        if not is_key(space) or not has_space(files, space):
             raise StoreError(f"there is no feature space {space} in {files.root}")
         document = load_document(files.read(name, MAX_SMALL_JSON), where, KIND)
         identity = document.get("identity")
@@ -110,9 +157,18 @@ class Space:
         try:
             if self.files.local and self.files.size(f"{segment_path(self.id, name)}/manifest.json") is None:
                 return None
-            return Segment(self.files, self.id, name)
+            return self._segment(name)
         except NotSealed:
             return None
+
+    def _segment(self, name: str) -> Segment:
+        segment = Segment(self.files, self.id, name)
+        for state, info in segment.states.items():
+            if self.format is not None and info.format != self.format:
+                raise StoreError(
+                    f"segment {name}: {state} is {info.format}, this feature space holds {self.format}: delete it"
+                )
+        return segment
 
     def writer(self, provenance: dict[str, Any], base: Segment | None = None) -> SegmentWriter:
         """A writer for one segment after another; with `base`, for a supplement of that segment."""
@@ -147,12 +203,15 @@ class Space:
         states: Sequence[str],
         columns: Sequence[str] = (),
         max_block_bytes: int = SEGMENT_BYTES,
+        groups: np.ndarray | None = None,
     ) -> BlockPlan:
-        """Blocks that cover `keys`. Raises MissingStates if a sample or a state of one is not stored."""
-        return plan_blocks(self.files, self.id, self.index(), keys, states, columns, max_block_bytes)
+        """Blocks that cover `keys`, those of two `groups` (n,) apart. Raises MissingStates if a sample or a state of
+        one is not stored."""
+        return plan_blocks(self.files, self.id, self.index(), keys, states, columns, max_block_bytes, groups)
 
     def verify(self, deep: bool = False) -> list[Problem]:
-        """What is wrong with any sealed segment or table: names and sizes, with `deep` every digest."""
+        """What is wrong with any sealed segment or table: names and sizes, with `deep` every digest, and whether all
+        that something names is there."""
         found = []
         for name in self._segment_names():
             if self.files.size(f"{segment_path(self.id, name)}/manifest.json") is None:
@@ -160,7 +219,9 @@ class Space:
                     found.append(Problem(name, "manifest.json", LOST))
                 continue
             try:
-                found += Segment(self.files, self.id, name).verify(deep)
+                found += still_sealed(self.files, self.id, name, self._segment(name).verify(deep))
+            except NotSealed:
+                continue
             except StoreError as error:
                 found.append(Problem(name, "manifest.json", str(error)))
         if not deep:
@@ -171,7 +232,7 @@ class Space:
             except StoreError as error:
                 found.append(Problem("", self._marker(name), str(error)))
         tables = verify_tables(self.files, self._tasks)
-        return found + [Problem("", path, what) for path, what in tables]
+        return found + [Problem("", path, what) for path, what in tables] + unfound(self)
 
     def save_table(self, table: TaskTable) -> Path:
         """Store a task table; returns its path. Never changes or removes another."""
@@ -184,13 +245,29 @@ class Space:
     def load_table(self, task: str, split: str, rows: int | None = None, path: str | None = None) -> TaskTable:
         """The table with `rows` rows, or the largest, of equals the newest; or the one at `path` (a TableInfo's).
 
-        Raises MissingStates if there is none, StoreError if it is damaged.
+        Raises MissingStates if there is none, StoreError if it is damaged or headers do not say which is the newest.
         """
         return load_table(self.files, self._tasks, task, split, rows, path)
 
     def read_table(self, info: TableInfo) -> TaskTable:
         """A table that `tables` listed. Raises StoreError if it is damaged or gone."""
         return read_table(self.files, info)
+
+    def read_header(self, info: TableInfo) -> dict[str, Any]:
+        """The header of a table that `tables` listed. Raises StoreError if the table is damaged or gone."""
+        return read_header(self.files, info)
+
+    def save_record(self, record: Record) -> None:
+        """Store the record of an extraction; never changes or removes another."""
+        save_record(self.files, self._tasks, record)
+
+    def records(self) -> list[Record]:
+        """The records of extractions, those that can be read."""
+        found = []
+        for path in list_records(self.files, self._tasks):
+            with suppress(StoreError):
+                found.append(read_record(self.files, path))
+        return found
 
     @cached_property
     def _tasks(self) -> str:

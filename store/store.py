@@ -18,7 +18,8 @@ from store.places import is_remote, open_files
 from store.resolve import resolve
 from store.segment import Problem
 from store.space import KIND as SPACE_KIND
-from store.space import Space
+from store.space import REMOVING, Space, has_space, lost_identity
+from store.sweep import abandoned
 
 KIND = "activation-store"
 
@@ -97,7 +98,7 @@ class Store:
         """The feature space `id`; its first characters suffice if no other begins so. Raises StoreError."""
         if is_key(id):
             return Space(self.files, id)
-        names = [n for n in self.files.names("spaces") if is_key(n) and id and n.startswith(id)]
+        names = [n for n in self.files.names("spaces") if is_key(n) and id and n.startswith(id) and self._has_space(n)]
         if len(names) != 1:
             what = f"{len(names)} feature spaces begin with" if names else "there is no feature space"
             raise StoreError(f"{what} {id!r} in {self.files.root}")
@@ -108,6 +109,7 @@ class Store:
         plain = parse_json(canonical_json(dict(identity)), "identity")
         space = digest_json(plain)
         if not self._has_space(space):
+            self._finish_removal(space)
             document = dump_document({"kind": SPACE_KIND, "format": FORMAT, "id": space, "identity": plain})
             try:
                 self.files.make(f"{space_path(space)}/segments")
@@ -139,21 +141,39 @@ class Store:
 
     def verify(self, deep: bool = False) -> list[Problem]:
         """What is wrong with any feature space or kept weights: names and sizes, with `deep` every digest."""
-        found = []
+        found: list[Problem] = []
+        needed: dict[Any, str] = {}
         for name in self.files.names("spaces"):
             try:
-                if self._has_space(name) or self._holds_anything(name):
-                    found += Space(self.files, name).verify(deep)
+                if self._has_space(name) or lost_identity(self.files, name):
+                    space = Space(self.files, name)
+                    if space.tables():  # who trains from them needs the checkpoint's tail
+                        needed.setdefault(space.identity.get("weights"), name)
+                    found += space.verify(deep)
             except StoreError as error:
                 found.append(Problem("", f"{space_path(name)}/space.json", str(error)))
         for name in self.files.names("weights"):
             found += [Problem("", file, what) for file, what in weights.verify(self.files, name, deep)]
+        for digest, name in needed.items():
+            if is_key(digest) and not any(entry[0] != "." for entry in self.files.names(f"weights/{digest}")):
+                what = f"is missing, feature space {name[:12]} needs it: restore it, or extract again"
+                found.append(Problem("", f"weights/{digest}", what))
         return found
 
-    def _holds_anything(self, space: str) -> bool:
-        """False for a space that another process is just making."""
-        inside = self.files.names(space_path(space))
-        return any(self.files.names(f"{space_path(space)}/{name}") for name in inside)
+    def _finish_removal(self, space: str) -> None:
+        """Remove what a removal of `space` that was killed has left. Raises StoreError where one is under way."""
+        note = f"{space_path(space)}/{REMOVING}"
+        if self.files.size(note) is None:
+            return
+        if not abandoned(self.files, note):
+            raise StoreError(
+                f"feature space {space} is being removed from {self.files.root}: wait until that is done, or finish it "
+                f"with `pipeline store rm {space[:12]}`"
+            )
+        try:
+            self.files.remove_tree(space_path(space), last=REMOVING)
+        except OSError as error:
+            raise explain(error, "removing a feature space from", self.files.root) from error
 
     def _has_space(self, space: str) -> bool:
-        return self.files.size(f"{space_path(space)}/space.json") is not None
+        return has_space(self.files, space)

@@ -1,4 +1,4 @@
-"""Removing what killed writers left: segments without a manifest."""
+"""Who is at work in a folder, and removing what killed writers left: segments without a manifest."""
 
 from __future__ import annotations
 
@@ -14,6 +14,19 @@ from store.names import MAX_SMALL_JSON, segment_path
 
 # A folder with nothing in it but temporary files is what a writer leaves that was killed before it said who it is.
 _EMPTY_SECONDS = 3600.0
+
+
+def sign(files: Files, name: str) -> None:
+    """Write the note `name`: this process is at work in its folder."""
+    files.publish(name, dump_document({"kind": "activation-writer", **describe_writer()}))
+
+
+def abandoned(files: Files, name: str) -> bool:
+    """Whether the process that wrote the note `name` is surely dead; False where there is no such note."""
+    try:
+        return is_dead(load_document(files.read(name, MAX_SMALL_JSON), files.where(name), "activation-writer"))
+    except (FileNotFoundError, StoreError):
+        return False
 
 
 def sweep(files: Files, space: str, segments: Iterable[str], older_than: float | None = None) -> int:
@@ -47,7 +60,7 @@ def disown(files: Files, folder: str) -> None:
     """Take the seal off a segment that is to be removed, so that a kill leaves what the next sweep takes for a dead
     writer's."""
     with suppress(OSError, StoreError):  # A full disk must not keep anyone from making room.
-        files.publish(f"{folder}/writer.json", dump_document({"kind": "activation-writer", **describe_writer()}))
+        sign(files, f"{folder}/writer.json")
     files.remove(f"{folder}/manifest.json")
 
 
@@ -62,9 +75,6 @@ def _is_litter(files: Files, folder: str, older_than: float | None) -> bool:
             return True
         if all(name.startswith(".") for name in names):
             return age > _EMPTY_SECONDS
-        if "writer.json" not in names:
-            return False
-        data = files.read(f"{folder}/writer.json", MAX_SMALL_JSON)
-        return is_dead(load_document(data, folder, "activation-writer"))
+        return abandoned(files, f"{folder}/writer.json")
     except (FileNotFoundError, StoreError):
         return False  # Another sweep is at it, or it is not ours to judge.

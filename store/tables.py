@@ -12,14 +12,17 @@ import json
 import math
 import re
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
-from store.digest import canonical_json, digest_bytes
+from store.digest import canonical_json, digest_bytes, digest_json
 from store.document import parse_json
 from store.errors import MissingStates, StoreError
 from store.files import Files, explain
-from store.names import FORMAT, MAX_TABLE_BYTES, are_keys, check_task
+from store.names import FORMAT, MAX_JSON, MAX_TABLE_BYTES, are_keys, check_task, is_key
+from store.records import list_records, read_record, record_path
 
 _NAME = re.compile(r"(?P<split>.+)-(?P<rows>[0-9]{1,12})-(?P<digest>[0-9a-f]{16})\.jsonl\.gz")
 _KIND = "activation-task-table"
@@ -51,13 +54,28 @@ class TaskTable:
 
 @dataclass(frozen=True)
 class TableInfo:
-    """One stored table: `path` relative to the store, `rows`, and `modified` in seconds since the epoch."""
+    """One stored table: `path` relative to the store, and `rows`."""
 
     task: str
     split: str
     rows: int
     path: str
-    modified: float
+
+
+def version_of(header: Mapping[str, Any]) -> str:
+    """Digest of what the rows of a table were made of: its dataset and how labels and texts were read from it. It
+    tells tasks of one name apart."""
+    return digest_json([header.get("spec"), header.get("provenance")])
+
+
+def created_of(header: Mapping[str, Any]) -> str:
+    """When a table was made, as its header says, in a form that sorts: ISO 8601, in UTC; "" where it does not say."""
+    created = header.get("created")
+    try:
+        when = datetime.fromisoformat(created) if isinstance(created, str) else None
+    except ValueError:
+        when = None
+    return "" if when is None or when.tzinfo is None else when.astimezone(UTC).isoformat(timespec="microseconds")
 
 
 def save_table(files: Files, folder: str, table: TaskTable) -> str:
@@ -96,16 +114,18 @@ def list_tables(files: Files, folder: str) -> list[TableInfo]:
             match = _NAME.fullmatch(name)
             if match:
                 path = f"{folder}/{task}/{name}"
-                found.append(TableInfo(task, match["split"], int(match["rows"]), path, files.modified(path)))
-    return sorted(found, key=lambda t: (t.task, t.split, t.rows, t.modified, t.path))
+                found.append(TableInfo(task, match["split"], int(match["rows"]), path))
+    return sorted(found, key=lambda t: (t.task, t.split, t.rows, t.path))
 
 
 def load_table(
     files: Files, folder: str, task: str, split: str, rows: int | None = None, path: str | None = None
 ) -> TaskTable:
-    """The table of `task` and `split` with `rows` rows, or the largest, of equals the newest; or the one at `path`.
+    """The table of `task` and `split` with `rows` rows, or the largest, of equals the newest by its header; or the one
+    at `path`.
 
-    Raises MissingStates if there is none (it lists what there is), StoreError if it is damaged.
+    Raises MissingStates if there is none (it lists what there is), StoreError if it is damaged, or if headers do not
+    say which of several is the newest.
     """
     stored = list_tables(files, folder)
     same = [t for t in stored if t.task == task and t.split == split]
@@ -117,26 +137,57 @@ def load_table(
             names = ", ".join(dict.fromkeys(f"{t.task}/{t.split}" for t in stored))
             what = f"in this feature space: {'stored are ' + names if names else 'no task is stored yet'}"
         raise MissingStates(f"there is no table of task {task!r}, split {split!r} {what}; extract it first")
-    return read_table(files, fitting[-1])
+    largest = [t for t in fitting if t.rows == fitting[-1].rows]
+    if len(largest) > 1:
+        written = {t.path: created_of(read_header(files, t)) for t in largest}
+        largest = [t for t in largest if written[t.path] in (max(written.values()), "")]
+    if len(largest) > 1:
+        raise StoreError(
+            f"{len(largest)} tables of task {task!r}, split {split!r} have {largest[0].rows} rows, and their headers "
+            "do not say which is the newest: say which by its path"
+        )
+    return read_table(files, largest[0])
 
 
 def verify_tables(files: Files, folder: str) -> list[tuple[str, str]]:
-    """Damaged tables, and traces of those that are gone: (path, what) each. Reads every byte."""
+    """Damaged tables and records of extractions, and what they name that is gone: (path, what) each. Reads every
+    byte."""
     found = []
     infos = list_tables(files, folder)
-    there = {(t.task, t.split, t.rows) for t in infos}
-    gone: dict[tuple[str, str], str] = {}
+    headers: dict[str, dict[str, Any]] = {}
+    there: set[tuple[str, str, int, str]] = set()
     for info in infos:
         try:
-            table = read_table(files, info)
+            header = headers[info.path] = read_table(files, info).header
+            there.add((info.task, info.split, info.rows, version_of(header)))
         except StoreError as error:
             found.append((info.path, str(error)))
-            continue
-        beside = table.header.get("beside")
-        for split, rows in beside.items() if isinstance(beside, dict) else ():
-            if type(rows) is int and (info.task, split, rows) not in there:
-                gone[info.task, f"{split}-{rows}"] = f"is missing: it was written with {info.path}; extract again"
-    found += [(f"{folder}/{task}/{str(name)[:80]}", what) for (task, name), what in gone.items()]
+    # What is damaged is not gone as well.
+    damaged = {(t.task, t.split, t.rows) for t in infos if t.path not in headers}
+    gone: dict[str, str] = {}
+
+    def need(task: str, version: str, rows: Mapping[str, Any], by: str) -> None:
+        for split, count in rows.items():
+            known = (task, split, count, version) in there or (task, split, count) in damaged
+            if type(count) is int and not known:
+                name = f"{folder}/{task}/{str(split)[:80]}-{count}"
+                gone[f"{name} {version}"] = f"is missing: it was written with {by}; extract again"
+
+    for info in infos:
+        header = headers.get(info.path, {})
+        beside, record = header.get("beside"), header.get("extracted")
+        if isinstance(beside, dict):
+            need(info.task, version_of(header), beside, info.path)
+        if record is not None and (not is_key(record) or files.size(record_path(folder, info.task, record)) is None):
+            name = f"{folder}/{info.task}/extracted-{str(record)[:32]}.json"
+            gone[name] = "is missing: tables name it; extract again, which writes it anew"
+    for path in list_records(files, folder):
+        try:
+            kept = read_record(files, path)
+            need(kept.task, kept.version, kept.rows, path)
+        except StoreError as error:
+            found.append((path, str(error)))
+    found += [(name.split(" ")[0], what) for name, what in gone.items()]
     tasks = {t.task for t in infos}
     for task in files.names(folder):
         if task not in tasks and all(name[0] == "." for name in files.names(f"{folder}/{task}")):
@@ -144,23 +195,25 @@ def verify_tables(files: Files, folder: str) -> list[tuple[str, str]]:
     return found
 
 
+def read_header(files: Files, info: TableInfo) -> dict[str, Any]:
+    """The header of a listed table, without its rows, which are checked but not parsed. Raises StoreError if the table
+    is damaged or gone."""
+    data = _checked(files, info)
+    try:
+        first = gzip.GzipFile(fileobj=io.BytesIO(data)).readline(MAX_JSON)
+    except (OSError, EOFError, ValueError, MemoryError, zlib.error) as error:
+        raise _bad(files, info, str(error) or "it does not fit in memory") from error
+    return _header(files, info, first)
+
+
 def read_table(files: Files, info: TableInfo) -> TaskTable:
     """A listed table. Raises StoreError if it is damaged or gone."""
-    where = files.where(info.path)
 
     def bad(what: str) -> StoreError:
-        return StoreError(f"task table {where} is damaged: {what}; restore it from another copy, or delete and extract")
+        return _bad(files, info, what)
 
-    size = files.size(info.path)
-    if size is None:
-        raise bad("it is missing")
-    if size > MAX_TABLE_BYTES:
-        raise bad(f"it has {size} bytes, more than the {MAX_TABLE_BYTES} allowed")
-    data = files.read(info.path, size)
-    if digest_bytes(data)[:16] != info.path.rsplit("-", 1)[1][:16] and files.forget(info.path):
-        data = files.read(info.path, size)
-    if digest_bytes(data)[:16] != info.path.rsplit("-", 1)[1][:16]:
-        raise bad("its digest does not match its name")
+    data = _checked(files, info)
+    size = len(data)
     limit = min(_MAX_RATIO * size + _SLACK, _MAX_PLAIN)
     try:
         plain = gzip.GzipFile(fileobj=io.BytesIO(data)).read(limit + 1)
@@ -169,16 +222,9 @@ def read_table(files: Files, info: TableInfo) -> TaskTable:
     if len(plain) > limit:
         raise bad(f"it unpacks to more than {limit} bytes")
     first, *lines = plain.split(b"\n")[:-1] or [b""]
-    header = parse_json(first, f"task table {where}")
-    version = header.pop("format", None)
-    if type(version) is int and version > FORMAT:
-        raise StoreError(
-            f"task table {where} is of format {version}, this version reads up to {FORMAT}: install a newer one"
-        )
-    if header.pop("kind_of_file", None) != _KIND or header.pop("rows", None) != info.rows or len(lines) != info.rows:
+    header = _header(files, info, first)
+    if len(lines) != info.rows:
         raise bad("its header does not match its rows")
-    if (header.get("task"), header.get("split")) != (info.task, info.split):
-        raise bad("its header names another task or split")
     try:
         found = json.loads(b"[" + b",".join(lines) + b"]")
         keys = [row[0] for row in found]
@@ -190,6 +236,42 @@ def read_table(files: Files, info: TableInfo) -> TaskTable:
     if not sound or not all(isinstance(t, list) and all(isinstance(s, str) for s in t) for t in texts):
         raise bad("a row is malformed")
     return TaskTable(header, keys, labels, texts)
+
+
+def _bad(files: Files, info: TableInfo, what: str) -> StoreError:
+    where = files.where(info.path)
+    return StoreError(f"task table {where} is damaged: {what}; restore it from another copy, or delete and extract")
+
+
+def _checked(files: Files, info: TableInfo) -> bytes:
+    """The table's file, whose digest is the one in its name."""
+    size = files.size(info.path)
+    if size is None:
+        raise _bad(files, info, "it is missing")
+    if size > MAX_TABLE_BYTES:
+        raise _bad(files, info, f"it has {size} bytes, more than the {MAX_TABLE_BYTES} allowed")
+    data = files.read(info.path, size)
+    if digest_bytes(data)[:16] != info.path.rsplit("-", 1)[1][:16] and files.forget(info.path):
+        data = files.read(info.path, size)
+    if digest_bytes(data)[:16] != info.path.rsplit("-", 1)[1][:16]:
+        raise _bad(files, info, "its digest does not match its name")
+    return data
+
+
+def _header(files: Files, info: TableInfo, first: bytes) -> dict[str, Any]:
+    """The header of a table from its first line."""
+    where = files.where(info.path)
+    header = parse_json(first, f"task table {where}")
+    version = header.pop("format", None)
+    if type(version) is int and version > FORMAT:
+        raise StoreError(
+            f"task table {where} is of format {version}, this version reads up to {FORMAT}: install a newer one"
+        )
+    if header.pop("kind_of_file", None) != _KIND or header.pop("rows", None) != info.rows:
+        raise _bad(files, info, "its header does not match its rows")
+    if (header.get("task"), header.get("split")) != (info.task, info.split):
+        raise _bad(files, info, "its header names another task or split")
+    return header
 
 
 def _is_label(value: object) -> bool:

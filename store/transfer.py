@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 
 from store import weights
-from store.alive import describe_writer, is_dead
 from store.digest import digest_bytes
-from store.document import dump_document, load_document
 from store.errors import StoreError
 from store.files import Files, explain
-from store.names import MAX_JSON, MAX_SMALL_JSON, is_key, segment_path
+from store.names import MAX_JSON, is_key, segment_path
 from store.segment import Segment
 from store.space import Space
 from store.store import Store
+from store.sweep import abandoned, sign
+from store.tables import TableInfo, read_table
 
 INCOMING = ".incoming-"
 
@@ -73,7 +72,10 @@ def _copy_space(space: Space, target: Store, done: Copied, progress: Callable[[s
         s for s in mine.superseded() if target.files.size(f"{segment_path(mine.id, s)}/manifest.json") is not None
     }
     there = {s.id for s in mine.segments()} | hidden
-    for segment in space.segments():
+    # In this order: a table is written when the samples that it names are sealed.
+    tables = space.tables()
+    segments = space.segments()
+    for segment in segments:
         if segment.id in there:
             done.skipped += 1
             continue
@@ -81,7 +83,7 @@ def _copy_space(space: Space, target: Store, done: Copied, progress: Callable[[s
             _copy_segment(segment, target.files, done, progress)
         except Damaged as error:
             done.problems.append(str(error))
-    for table in sorted(space.tables(), key=lambda t: t.modified):
+    for table in tables:
         if target.files.size(table.path) is None:
             try:
                 data = space.files.read(table.path, MAX_JSON * 16)
@@ -95,6 +97,36 @@ def _copy_space(space: Space, target: Store, done: Copied, progress: Callable[[s
             done.tables += 1
             done.bytes += len(data)
             progress(table.path, len(data))
+    for record in space.records():
+        mine.save_record(record)
+    done.problems += _unlisted(space, mine, tables, segments)
+
+
+def _unlisted(space: Space, mine: Space, tables: list[TableInfo], listed: list[Segment]) -> list[str]:
+    """What the tables and supplements of `space` name, and neither its own listing nor `mine` has: a folder that is
+    listed in part only looks like a store with fewer segments."""
+    held = [*listed, *mine.segments()]
+    there = {segment.id for segment in held}
+    known = {key for segment in held for key in segment.keys}
+    splits = {(t.task, t.split, t.rows) for t in (*tables, *mine.tables())}
+    where, found = space.files.where(""), []
+    for segment in listed:
+        if segment.base is not None and segment.base not in there:
+            found.append(f"{where} lists segment {segment.id}, but not its base {segment.base}")
+    for info in tables:
+        files = mine.files if mine.files.local else space.files
+        try:
+            table = read_table(files, info)
+        except StoreError:
+            continue  # it is damaged, and was named as such
+        beside = table.header.get("beside")
+        for split, rows in beside.items() if isinstance(beside, dict) else ():
+            if (info.task, split, rows) not in splits:
+                found.append(f"{where} lists {info.path}, but not the table {split} of {rows} rows written with it")
+        absent = sum(key not in known for key in table.keys)
+        if absent:
+            found.append(f"{where} lists no segment with {absent:,} of the {len(table):,} samples of {info.path}")
+    return [f"{what}: its listing may be cut short; copy again, or extract those there" for what in found]
 
 
 class Damaged(StoreError):
@@ -103,8 +135,7 @@ class Damaged(StoreError):
 
 def _copy_segment(segment: Segment, target: Files, done: Copied, progress: Callable[[str, int], None]) -> None:
     folder = _claim(target, segment) if target.local else segment.folder
-    if not target.local:
-        _sign(target, folder)
+    sign(target, f"{folder}/writer.json")
     there = target.sizes(folder, segment.manifest.files)
     made: set[str] = set()
     for name, (size, digest) in segment.manifest.files.items():
@@ -125,15 +156,18 @@ def _copy_segment(segment: Segment, target: Files, done: Copied, progress: Calla
     names = [f"{folder}/{name}" for name in segment.manifest.files]
     target.sync(names)
     target.sync(sorted({name.rsplit("/", 1)[0] for name in names}))
+    # The very manifest that was checked when the segment was opened, not whatever stands there now.
+    seal = _read(segment.files, f"{segment.folder}/manifest.json", *segment.seal)
     if target.local:
         # As the disk gives them back; a bucket has said so for each object already.
-        for name, (size, digest) in segment.manifest.files.items():
+        target.publish(f"{folder}/manifest.json", seal)
+        for name, (size, digest) in {**segment.manifest.files, "manifest.json": segment.seal}.items():
             if _digest(target, f"{folder}/{name}", size) != digest:
                 raise StoreError(f"{target.where(f'{folder}/{name}')} is not what was written there: check the disk")
-    target.publish(f"{folder}/manifest.json", segment.files.read(f"{segment.folder}/manifest.json", MAX_JSON))
-    target.remove(f"{folder}/writer.json")
-    if target.local:
         _place(target, folder, segment.folder)
+    else:
+        target.publish(f"{folder}/manifest.json", seal)
+        target.remove(f"{folder}/writer.json")
     done.segments += 1
 
 
@@ -143,28 +177,19 @@ def _claim(target: Files, segment: Segment) -> str:
     prefix = f"{INCOMING}{segment.id}-"
     mine = f"{parent}/{prefix}{secrets.token_hex(4)}"
     for name in target.names(parent):
-        if name.startswith(prefix) and abandoned(target, f"{parent}/{name}"):
+        if name.startswith(prefix) and abandoned(target, f"{parent}/{name}/writer.json"):
             # A rename succeeds for one of those who try.
-            with suppress(OSError):
+            try:
                 target.move(f"{parent}/{name}", mine)
-                break
+            except OSError:
+                continue
+            # What it was about to rename when it died would be a stranger in the sealed segment.
+            for file in target.walk(mine):
+                if file not in segment.manifest.files and file != "writer.json":
+                    target.remove(f"{mine}/{file}")
+            break
     target.make(mine)
-    _sign(target, mine)
     return mine
-
-
-def _sign(target: Files, folder: str) -> None:
-    """Say who is at work in `folder`."""
-    target.publish(f"{folder}/writer.json", dump_document({"kind": "activation-writer", **describe_writer()}))
-
-
-def abandoned(files: Files, folder: str) -> bool:
-    """Whether the process that gathers a segment in `folder` is dead."""
-    try:
-        data = files.read(f"{folder}/writer.json", MAX_SMALL_JSON)
-        return is_dead(load_document(data, folder, "activation-writer"))
-    except (FileNotFoundError, StoreError):
-        return False
 
 
 def _place(target: Files, folder: str, final: str) -> None:
@@ -172,6 +197,8 @@ def _place(target: Files, folder: str, final: str) -> None:
     for _ in range(2):
         try:
             target.move(folder, final)
+            # Only now: a kill before it leaves a folder that the next transfer finds and goes on with.
+            target.remove(f"{final}/writer.json")
             return
         except FileExistsError:
             if target.size(f"{final}/manifest.json") is not None:

@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from store.alive import is_dead
-from store.document import load_document
+import numpy as np
+
+from store import weights
 from store.errors import StoreError
-from store.files import Files
-from store.names import MAX_SMALL_JSON, is_segment, segment_path, space_path, stream_of
-from store.repair import QUARANTINE
-from store.space import Space
+from store.files import Files, explain
+from store.names import (
+    QUARANTINE,
+    is_key,
+    is_segment,
+    is_temporary,
+    segment_path,
+    space_path,
+    stream_of,
+)
+from store.segment import Segment
+from store.space import REMOVING, Space
 from store.store import Store
-from store.sweep import disown
-from store.transfer import INCOMING, abandoned
+from store.sweep import abandoned, disown, sign
+from store.tables import created_of, version_of
+from store.transfer import INCOMING
 
 DAY = 86400.0
 WORK = "work"
+WRITTEN_ANEW, REMOVED = "written anew", "of a feature space that was removed"
 
 
 @dataclass(frozen=True)
@@ -31,54 +43,127 @@ class Litter:
     why: str
 
 
-def litter(store: Store, older_than: float = DAY) -> list[Litter]:
-    """What no reader needs. Only what is surely dead, or older than `older_than` seconds. Removes nothing."""
-    files = store.files
-    found = [Litter(name, size_of(files, name), "unfinished file") for name in _strays(files, "", older_than)]
+@dataclass
+class Found:
+    """What `gc` found: `litter` to be removed, and in `kept`, one line each, what it must not remove."""
+
+    litter: list[Litter] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
+
+
+def litter(store: Store, older_than: float = DAY) -> Found:
+    """What no reader needs. Only what is surely dead, or older than `older_than` seconds. Removes nothing.
+
+    A segment that was written anew is litter only if every sample and state of it is read back, sound, from others.
+    """
+    files, found = store.files, Found()
+    found.litter += [Litter(name, size_of(files, name), "unfinished file") for name in _strays(files, "", older_than)]
     spaces = store.spaces()
     for space in spaces:
-        found += _of_space(space, older_than)
-    for name in files.names(QUARANTINE):
-        if _old(files, f"{QUARANTINE}/{name}", older_than):
-            found.append(Litter(f"{QUARANTINE}/{name}", size_of(files, f"{QUARANTINE}/{name}"), "put aside as damaged"))
+        found.litter += _of_space(space, older_than, found.kept)
     used = {str(space.identity.get("weights")) for space in spaces}
+
+    def check(path: str, why: str, old: bool | None = None) -> None:
+        if _old(files, path, older_than) if old is None else old:
+            found.litter.append(Litter(path, size_of(files, path), why))
+
+    for name in files.names("spaces"):
+        note = f"{space_path(name)}/{REMOVING}"
+        if is_key(name) and files.size(note) is not None:
+            check(space_path(name), REMOVED, abandoned(files, note) or _old(files, note, older_than))
+    for name in files.names(QUARANTINE):
+        check(f"{QUARANTINE}/{name}", "put aside as damaged")
     for name in files.names("weights"):
-        if name not in used and _old(files, f"weights/{name}", older_than):
-            found.append(Litter(f"weights/{name}", size_of(files, f"weights/{name}"), "weights of no feature space"))
+        if name not in used:
+            check(f"weights/{name}", "weights of no feature space")
+            continue
+        over = all(abandoned(files, n) or _old(files, n, older_than) for n in weights.notes(files, name))
+        for file in weights.unfinished(files, name) if over else ():
+            check(file, "writer is dead", True)
+        for file in _strays(files, f"weights/{name}", older_than):
+            check(file, "unfinished file", True)
     return found
 
 
-def collect(store: Store, found: list[Litter]) -> None:
-    """Remove what `litter` found."""
-    for item in found:
-        if _is_file(store.files, item.path):
-            store.files.remove(item.path)
-        else:
-            # The seal goes first, so that a segment that loses its files does not look sealed.
-            if is_segment(item.path.rsplit("/", 1)[-1]):
-                disown(store.files, item.path)
-            store.files.remove(f"{item.path}/manifest.json")
-            store.files.remove_tree(item.path, last="writer.json")
-        if item.why == "written anew":
-            space, segment = item.path.split("/")[1::2]
-            store.files.remove(f"{space_path(space)}/superseded/{segment}")
+def collect(store: Store, found: Found) -> None:
+    """Remove what `litter` found. Raises StoreError where the store cannot be written."""
+    try:
+        for item in found.litter:
+            _remove(store.files, item)
+    except OSError as error:
+        raise explain(error, "removing from", store.where) from error
 
 
-def _of_space(space: Space, older_than: float) -> Iterator[Litter]:
+def _remove(files: Files, item: Litter) -> None:
+    path = item.path
+    if _is_file(files, path):
+        files.remove(path)
+    elif item.why == REMOVED:
+        files.remove_tree(path, last=REMOVING)
+    elif path.startswith("weights/") and is_key(path.removeprefix("weights/")):
+        # With a note in it, what a kill leaves of it is an unfinished folder, not one that has lost its manifest.
+        note = weights.leave_note(files, path.removeprefix("weights/"))
+        files.remove(f"{path}/manifest.json")
+        files.remove_tree(path, last=note.rsplit("/", 1)[-1])
+    else:
+        # The seal goes first, so that a segment that loses its files does not look sealed.
+        if is_segment(path.rsplit("/", 1)[-1]):
+            disown(files, path)
+        files.remove(f"{path}/manifest.json")
+        files.remove_tree(path, last="writer.json")
+    if item.why == WRITTEN_ANEW:
+        space, segment = path.split("/")[1::2]
+        files.remove(f"{space_path(space)}/superseded/{segment}")
+
+
+class _Sound:
+    """Whether what a segment holds is there in the segments that readers see; each of these is read once."""
+
+    def __init__(self, space: Space) -> None:
+        self.index = space.index()
+        self._known: dict[str, bool] = {}
+
+    def covers(self, segment: Segment) -> bool:
+        """Whether every sample of `segment` with all its states and columns stands, sound, where readers find it."""
+        names = [*segment.states, *segment.columns]
+        number, _ = self.index.locate(segment.keys, names)
+        held = [self.index.families[f] for f in np.unique(number)] if (number >= 0).all() else []
+        if not held and len(segment):
+            return False
+        return all(
+            not family.missing(names) and all(self._sound(s) for s in (family.base, *map(family.holder.get, names)))
+            for family in held
+        )
+
+    def _sound(self, segment: Segment | None) -> bool:
+        if segment is None:
+            return False
+        if segment.id not in self._known:
+            self._known[segment.id] = not segment.verify(deep=True)
+        return self._known[segment.id]
+
+
+def _of_space(space: Space, older_than: float, kept: list[str]) -> Iterator[Litter]:
     files, home = space.files, space_path(space.id)
     segments = space.segments()
     live = {s.id for s in segments}
     superseded = set(space.superseded())
+    sound = _Sound(space)
     for name in files.names(f"{home}/segments"):
         folder = segment_path(space.id, name)
         size = 0
         why = ""
         if name.startswith(INCOMING):
-            why = "unfinished transfer" if abandoned(files, folder) or _old(files, folder, older_than) else ""
+            dead = abandoned(files, f"{folder}/writer.json")
+            why = "unfinished transfer" if dead or _old(files, folder, older_than) else ""
         elif is_segment(name) and files.size(f"{folder}/manifest.json") is None:
-            why = "writer is dead" if _dead(files, folder) else "unsealed" if _old(files, folder, older_than) else ""
+            dead = abandoned(files, f"{folder}/writer.json")
+            why = "writer is dead" if dead else "unsealed" if _old(files, folder, older_than) else ""
         elif name in superseded and name not in live:
-            why = "written anew" if _old(files, f"{home}/superseded/{name}", older_than) else ""
+            why = WRITTEN_ANEW if _old(files, f"{home}/superseded/{name}", older_than) else ""
+            if why and not sound.covers(Segment(files, space.id, name)):
+                kept.append(f"{files.where(folder)} was written anew, but not all of it is found sound elsewhere")
+                why = ""
         elif name in live:
             base = next(s.base for s in segments if s.id == name)
             if base is not None and base not in live and _old(files, folder, older_than):
@@ -88,31 +173,36 @@ def _of_space(space: Space, older_than: float) -> Iterator[Litter]:
             yield Litter(folder, size, why)
     for name in superseded - set(files.names(f"{home}/segments")):
         yield Litter(f"{home}/superseded/{name}", 0, "note on a segment that is gone")
-    newest: dict[tuple[str, str, int], str] = {}
-    for table in space.tables():
-        before = newest.get((table.task, table.split, table.rows))
-        if before is not None and _old(files, before, older_than):
-            yield Litter(before, size_of(files, before), "an older table of the same rows")
-        newest[table.task, table.split, table.rows] = table.path
+    for path in _older_tables(space):
+        if _old(files, path, older_than):
+            yield Litter(path, size_of(files, path), "an older table of the same rows")
     for name in files.names(f"{home}/{WORK}"):
         if _old(files, f"{home}/{WORK}/{name}", older_than):
             yield Litter(f"{home}/{WORK}/{name}", size_of(files, f"{home}/{WORK}/{name}"), "left by a cluster's work")
-    for folder in (home, *(f"{home}/tasks/{task}" for task in files.names(f"{home}/tasks"))):
+    tasks = [f"{home}/tasks/{task}" for task in files.names(f"{home}/tasks")]
+    sealed = [segment_path(space.id, name) for name in live | superseded] if files.local else []
+    for folder in (home, f"{home}/superseded", *tasks, *sealed):
         for name in _strays(files, folder, older_than):
             yield Litter(name, size_of(files, name), "unfinished file")
 
 
+def _older_tables(space: Space) -> Iterator[str]:
+    """Tables that were written anew: of the same split, number of rows, version and origin, and not the last."""
+    same: dict[tuple[str, ...], list[tuple[str, str]]] = {}
+    for info in space.tables():
+        try:
+            header = space.read_header(info)
+        except StoreError:
+            continue
+        name = (info.task, info.split, str(info.rows), version_of(header), str(header.get("origin")))
+        same.setdefault(name, []).append((created_of(header), info.path))
+    for found in same.values():
+        yield from (path for created, path in sorted(found)[:-1] if created)
+
+
 def _strays(files: Files, folder: str, older_than: float) -> list[str]:
-    names = [f"{folder}/{n}".lstrip("/") for n in files.names(folder) if n.startswith(".") and n.endswith(".tmp")]
+    names = [f"{folder}/{n}".lstrip("/") for n in files.names(folder) if is_temporary(n)]
     return [name for name in names if _old(files, name, min(older_than, 3600.0))]
-
-
-def _dead(files: Files, folder: str) -> bool:
-    try:
-        data = files.read(f"{folder}/writer.json", MAX_SMALL_JSON)
-        return is_dead(load_document(data, folder, "activation-writer"))
-    except (FileNotFoundError, StoreError):
-        return False
 
 
 def _old(files: Files, name: str, older_than: float) -> bool:
@@ -161,9 +251,36 @@ def usage(store: Store) -> dict[str, Any]:
 
 
 def remove_space(store: Store, space: Space) -> int:
-    """Remove a feature space with all its states; returns the bytes. What a kill leaves, a second call removes."""
-    segments = space.segments()
-    for segment in segments:
-        disown(store.files, segment.folder)
-    store.files.remove_tree(space_path(space.id), last="space.json")
-    return sum(s.nbytes for s in segments)
+    """Remove a feature space with all its states; returns the bytes. From the first step on no reader sees the space;
+    what a kill leaves is unseen too, and `finish_removals`, `gc` or the next extraction of it removes the rest.
+
+    Raises StoreError where the store cannot be written.
+    """
+    size, last = sum(s.nbytes for s in space.segments()), REMOVING
+    try:
+        try:
+            sign(store.files, f"{space_path(space.id)}/{REMOVING}")
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            last = "space.json"  # A full disk must not keep anyone from making room.
+        store.files.remove_tree(space_path(space.id), last=last)
+    except OSError as error:
+        raise explain(error, "removing a feature space from", store.where) from error
+    return size
+
+
+def finish_removals(store: Store, start: str) -> list[str]:
+    """Remove what is left of feature spaces whose removal was interrupted and whose id begins with `start`; their ids.
+
+    Raises StoreError where the store cannot be written.
+    """
+    files, done = store.files, []
+    try:
+        for name in files.names("spaces"):
+            if is_key(name) and name.startswith(start) and files.size(f"{space_path(name)}/{REMOVING}") is not None:
+                files.remove_tree(space_path(name), last=REMOVING)
+                done.append(name)
+    except OSError as error:
+        raise explain(error, "removing a feature space from", store.where) from error
+    return done

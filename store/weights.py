@@ -1,12 +1,15 @@
 """Tail weights, kept once a checkpoint for all its feature spaces: `weights/<digest>/*.safetensors` and `*.json`.
 
 A manifest, written last, lists each file's size and xxh3-128; both are checked before a byte is parsed. Files are only
-ever added, and writing the same ones again changes nothing, so any number of processes may do it at once.
+ever added, and writing the same ones again changes nothing, so any number of processes may do it at once. Each leaves a
+note `writer-….json` while it does: what it is making is not damage, and what it leaves when it is killed is not either.
 """
 
 from __future__ import annotations
 
 import json
+import re
+import secrets
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -20,8 +23,10 @@ from store.document import dump_document, load_document, parse_json
 from store.errors import MissingStates, StoreError
 from store.files import Files, explain
 from store.names import FORMAT, MAX_SMALL_JSON, MAX_WEIGHTS_BYTES, is_file, is_key
+from store.sweep import abandoned, sign
 
 _KIND = "activation-weights"
+_NOTE = re.compile(r"writer-[0-9a-f]{8}\.json")
 _SETTLE = 0.02  # seconds between writing the manifest and looking whether it is still ours
 
 
@@ -47,6 +52,7 @@ def add_bytes(files: Files, digest: str, contents: Mapping[str, bytes]) -> None:
     needed = 0
     try:
         files.make(folder)
+        note = leave_note(files, digest)
         mine = {}
         for name, data in contents.items():
             needed = len(data)
@@ -60,8 +66,36 @@ def add_bytes(files: Files, digest: str, contents: Mapping[str, bytes]) -> None:
             time.sleep(_SETTLE)
             there = listed(files, digest) or {}
         files.sync(["weights"])
+        for left in (note, *(n for n in notes(files, digest) if abandoned(files, n))):
+            files.remove(left)
     except OSError as error:
         raise explain(error, "writing weights to", files.root, needed, files.free) from error
+
+
+def leave_note(files: Files, digest: str) -> str:
+    """Say that this process is at work on the weights of `digest`; returns the note, which it removes at the end."""
+    note = f"{_folder(digest)}/writer-{secrets.token_hex(4)}.json"
+    sign(files, note)
+    return note
+
+
+def notes(files: Files, digest: str) -> list[str]:
+    """The notes of those who are at work on the weights of `digest`, or were when they were killed."""
+    return [f"weights/{digest}/{name}" for name in files.names(f"weights/{digest}") if _NOTE.fullmatch(name)]
+
+
+def being_written(files: Files, digest: str) -> bool:
+    """Whether anyone who is not surely dead is at work on the weights of `digest`."""
+    return any(not abandoned(files, note) for note in notes(files, digest))
+
+
+def unfinished(files: Files, digest: str) -> list[str]:
+    """Files that the manifest of `digest` does not list, the notes of their writers last; none without a note."""
+    left = notes(files, digest)
+    known = {"manifest.json", *(listed(files, digest) or {})}
+    # Without a note they are not ours to judge: a manifest was lost, or is still being copied.
+    names = [f"weights/{digest}/{n}" for n in files.names(f"weights/{digest}") if n not in known and is_file(n)]
+    return [*(name for name in names if name not in left), *left] if left else []
 
 
 def publish_manifest(files: Files, digest: str, there: Mapping[str, tuple[int, str]]) -> None:
@@ -96,7 +130,7 @@ def verify(files: Files, digest: str, deep: bool) -> list[tuple[str, str]]:
     found = []
     try:
         there = listed(files, digest) if is_key(digest) else {}
-        if there is None and any(name[0] != "." for name in files.names(f"weights/{digest}")):
+        if there is None and _lost_manifest(files, digest):
             found.append((f"weights/{digest}/manifest.json", "is missing: extract again, which writes the folder anew"))
         for name, (size, _) in (there or {}).items():
             if deep or files.size(f"weights/{digest}/{name}") != size:
@@ -107,6 +141,15 @@ def verify(files: Files, digest: str, deep: bool) -> list[tuple[str, str]]:
     except StoreError as error:
         found.append((f"weights/{digest}/manifest.json", str(error)))
     return found
+
+
+def _lost_manifest(files: Files, digest: str) -> bool:
+    """Whether there are files, but neither a manifest nor the note of somebody who is, or was, writing it."""
+    names = [name for name in files.names(f"weights/{digest}") if name[0] != "."]
+    if not names or "manifest.json" in names or any(_NOTE.fullmatch(name) for name in names):
+        return False
+    # A note goes after the manifest has come: it may have been finished while we looked.
+    return files.size(f"weights/{digest}/manifest.json") is None
 
 
 def _folder(digest: str) -> str:
@@ -133,13 +176,17 @@ def listed(files: Files, digest: str) -> dict[str, tuple[int, str]] | None:
     out = {}
     for entry in entries if isinstance(entries, list) else [{}]:
         sound = isinstance(entry, dict) and is_file(entry.get("name")) and is_key(entry.get("xxh3"))
-        sound = sound and type(entry.get("size")) is int and 0 <= entry["size"] <= MAX_WEIGHTS_BYTES
+        sound = sound and type(entry.get("size")) is int and 0 <= entry["size"] <= _limit(entry["name"])
         if not sound or document.get("digest") != digest:
             raise StoreError(
                 f"{path} is malformed: restore it from another copy, or delete the folder and extract again"
             )
         out[entry["name"]] = (entry["size"], entry["xxh3"])
     return out
+
+
+def _limit(name: str) -> int:
+    return MAX_SMALL_JSON if name.endswith(".json") else MAX_WEIGHTS_BYTES
 
 
 def _load(files: Files, digest: str, name: str) -> bytes:

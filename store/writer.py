@@ -15,10 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from store.alive import describe_writer
 from store.arrays import ArraySpec, chunk_buffers, group_files
 from store.digest import canonical_json
-from store.document import dump_document
 from store.errors import StoreError
 from store.files import Files, explain
 from store.formats import Encoded
@@ -26,6 +24,7 @@ from store.manifest import KIND, Manifest, StateInfo
 from store.names import FORMAT, MAX_JSON, MAX_LENGTH, new_segment_id, segment_path, stream_of
 from store.samples import Samples
 from store.segment import STORED_DTYPES, Segment
+from store.sweep import sign
 
 Source = Callable[[], np.ndarray]
 
@@ -127,7 +126,7 @@ class SegmentWriter:
         arrays = self._arrays(len(keys), lengths)
         attributes = {"kind": KIND, "format": FORMAT, "space": self._space, "segment": segment}
         files.make(folder)
-        files.publish(f"{folder}/writer.json", dump_document({"kind": "activation-writer", **describe_writer()}))
+        sign(files, f"{folder}/writer.json")
         written = {}
         for name, data in group_files([spec for spec, _ in arrays], attributes).items():
             if "/" in name:

@@ -13,8 +13,8 @@ from store.errors import UserError
 ATTENTION = ("query", "value", "qkv", "q_proj", "v_proj", "q", "v")  # what LoRA is put on, by module name
 
 
-def add_lora(module: nn.Module, what: str) -> None:
-    """LoRA of rank 8 on the queries and values in `module`, in place (`peft`). `what`: names the module in errors.
+def add_lora(module: nn.Module, what: str, rank: int = 8, alpha: int = 16, dropout: float = 0.1) -> None:
+    """LoRA on the queries and values in `module`, in place (`peft`). `what`: names the module in errors.
 
     Raises UserError where peft is not installed, or the module has no attention.
     """
@@ -26,7 +26,8 @@ def add_lora(module: nn.Module, what: str) -> None:
     targets = [n for n in ATTENTION if n in names]
     if not targets:
         raise UserError(f"lora: {what} has no attention to put it on")
-    inject_adapter_in_model(LoraConfig(r=8, lora_alpha=16, lora_dropout=0.1, target_modules=targets), module)
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets)
+    inject_adapter_in_model(config, module)
 
 
 def free_biases(module: nn.Module, what: str) -> None:
@@ -38,22 +39,41 @@ def free_biases(module: nn.Module, what: str) -> None:
         p.requires_grad_(True)
 
 
-class Bottleneck(nn.Module):
-    """x + up(GELU(down x)), the way up started at zero."""
+def add_biases(module: nn.Module, norms: tuple[type[nn.Module], ...]) -> None:
+    """A zero bias to every Linear in `module` and every module of the types `norms` that has none (BitFit on T5, which
+    has no biases of its own). A norm adds its bias to what it returns."""
+    for part in list(module.modules()):
+        if getattr(part, "bias", None) is not None:
+            continue
+        if isinstance(part, nn.Linear):
+            part.bias = nn.Parameter(part.weight.new_zeros(part.out_features))
+        elif isinstance(part, norms):
+            part.bias = nn.Parameter(torch.zeros_like(part.weight))  # type: ignore[arg-type]
+            part.register_forward_hook(lambda norm, _args, out: out + norm.bias)
 
-    def __init__(self, width: int, inner: int) -> None:
+
+class Bottleneck(nn.Module):
+    """x + up(GELU(down x)), the way up started at zero. `published`: as in LST's code instead, both ways started at
+    N(0, 0.01²) with zero biases, and GELU in its tanh form."""
+
+    def __init__(self, width: int, inner: int, published: bool = False) -> None:
         super().__init__()
         self.down, self.up = nn.Linear(width, inner), nn.Linear(inner, width)
-        nn.init.zeros_(self.up.weight)
-        nn.init.zeros_(self.up.bias)
+        self.gelu = "tanh" if published else "none"
+        for way in (self.down, self.up) if published else ():
+            nn.init.normal_(way.weight, std=0.01)
+            nn.init.zeros_(way.bias)
+        if not published:
+            nn.init.zeros_(self.up.weight)
+            nn.init.zeros_(self.up.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.up(nn.functional.gelu(self.down(x)))
+        return x + self.up(nn.functional.gelu(self.down(x), approximate=self.gelu))
 
 
-def add_adapter(block: nn.Module, width: int) -> None:
-    """A bottleneck of `width` / 8 on the block's output."""
-    adapter = Bottleneck(width, max(1, width // 8))
+def add_adapter(block: nn.Module, width: int, inner: int, published: bool = False) -> None:
+    """A bottleneck of `inner` channels on what `block` returns, (…, `width`). `published`: see `Bottleneck`."""
+    adapter = Bottleneck(width, inner, published)
     block.add_module("adapter", adapter)
     block.register_forward_hook(
         lambda _block, _args, out: (adapter(out[0]), *out[1:]) if isinstance(out, tuple) else adapter(out)

@@ -1,14 +1,16 @@
 """Files of a run: `tuner.safetensors` (the result) and `resume.safetensors` (all that a killed run needs to go on).
 
 Both are safetensors files: tensors plus one JSON text in the header. Nothing is pickled. A file is written beside its
-name, synced and renamed, so that a reader sees the old or the new one and never a part. Random-number states are not
-kept: the loop reseeds from (seed, step) before every step, so they follow from the step count.
+name, synced and renamed, so that a reader sees the old or the new one and never a part. A digest of all that is in it
+stands in the header and is checked when it is read. Random-number states are not kept: the loop reseeds from
+(seed, step) before every step, so they follow from the step count.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,17 +21,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
-from store.errors import UserError
+from store.digest import Digest, canonical_json
+from store.errors import Notice, UserError
 
 TUNER = "tuner.safetensors"
 RESUME = "resume.safetensors"
-_HEADER = "pipeline"
+_HEADER, _DIGEST = "pipeline", "xxh3"
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
     """Write `tensors` and the JSON-able `info` to `path`, atomically. Raises UserError when the disk refuses."""
     kept = {name: t.detach().to("cpu").contiguous().clone() for name, t in tensors.items()}
-    about = {_HEADER: json.dumps(info)}
+    text = json.dumps(info)
+    about = {_HEADER: text, _DIGEST: _digest(kept, text)}
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         partial.touch()
@@ -55,27 +59,47 @@ def replace(partial: Path, path: Path) -> None:
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of `path`, on the CPU, and its info. Raises UserError for a missing, foreign or damaged file."""
+    """The tensors of `path`, on the CPU, and its info. Raises UserError for a missing, foreign or damaged file. A file
+    from before there were digests is taken as it is, with a Notice."""
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            info = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
-            return {name: file.get_tensor(name) for name in file.keys()}, info  # noqa: SIM118
+            about = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if not {_HEADER} <= about.keys() <= {_HEADER, _DIGEST}:
+            raise ValueError("its header is not that of a run's file")
+        if _DIGEST in about and about[_DIGEST] != _digest(tensors, about[_HEADER]):
+            raise ValueError("it differs from its digest")
+        info = json.loads(about[_HEADER])
+        if not isinstance(info, dict):
+            raise ValueError("its header is not that of a run's file")
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: is this a run folder, and did training get this far?") from None
-    except (OSError, SafetensorError, ValueError) as error:
-        raise UserError(f"{path} is damaged or no safetensors file ({error}): train again, or copy it anew") from error
+    except (OSError, SafetensorError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
+        what = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{path} is damaged or no safetensors file ({what}): copy it anew, or delete it and train"
+        ) from error
+    if _DIGEST not in about:
+        warnings.warn(
+            f"{path} is of an older version and has no digest: damage to this run's files would not be noticed",
+            Notice,
+            stacklevel=2,
+        )
+    return tensors, info
+
+
+def _digest(tensors: Mapping[str, Tensor], info: str) -> str:
+    """xxh3-128 of the info's text and of each tensor's name, type, shape and bytes, by name."""
+    state = Digest(canonical_json(info))
+    for name, tensor in sorted(tensors.items()):
+        state.update(canonical_json([name, str(tensor.dtype), list(tensor.shape)]))
+        state.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return str(state.hexdigest())
 
 
 def save_tuner(path: Path, state: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
     """The trained parameters of a tuner, by name."""
     save(path, state, info)
-
-
-def load_tuner(path: Path, expected: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The parameters in `path`, with exactly the names and shapes of `expected`; UserError names what differs."""
-    tensors, info = load(path)
-    check(tensors, expected, path)
-    return tensors, info
 
 
 def check(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> None:
@@ -95,28 +119,26 @@ def check(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: P
             )
 
 
-def save_run(
-    path: Path,
-    model: Mapping[str, Tensor],
-    best: Mapping[str, Tensor],
-    optimizer: Mapping[str, Tensor],
-    info: Mapping[str, Any],
-) -> None:
-    """A resumable checkpoint: present weights, best weights so far (may be empty), optimizer tensors."""
-    parts = {"model": model, "best": best, "optimizer": optimizer}
+# Of a resumable checkpoint: present weights, best weights so far (may be empty), the optimizer's tensors, and for each
+# split the block of each sample that the order of the run follows.
+PARTS = ("model", "best", "optimizer", "layout")
+
+
+def save_run(path: Path, parts: Mapping[str, Mapping[str, Tensor]], info: Mapping[str, Any]) -> None:
+    """A resumable checkpoint: tensors by name for each of `PARTS`."""
     save(path, {f"{part}/{name}": t for part, tensors in parts.items() for name, t in tensors.items()}, info)
 
 
-def load_run(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
-    """Undo `save_run`: model, best, optimizer, info."""
+def load_run(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """Undo `save_run`: parts and info."""
     tensors, info = load(path)
-    parts: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "optimizer": {}}
+    parts: dict[str, dict[str, Tensor]] = {part: {} for part in PARTS}
     for name, tensor in tensors.items():
         part, _, rest = name.partition("/")
         if part not in parts:
             raise UserError(f"{path} is not a resumable checkpoint (it holds {name}): choose another --out")
         parts[part][rest] = tensor
-    return parts["model"], parts["best"], parts["optimizer"], info
+    return parts, info
 
 
 def optimizer_state(optimizer: Optimizer, names: list[str]) -> dict[str, Tensor]:

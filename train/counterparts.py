@@ -1,7 +1,10 @@
 """Live counterparts: methods that train inside the backbone, for tables beside the tuners. Nothing of them is cached.
 
-Each is one function that makes some of a loaded backbone trainable. An objective's head reads the
-last state; a text-to-text backbone is read by its own head and scored among the targets, as tuners are.
+Each is one function that makes some of a loaded backbone trainable. An objective's head reads the last state; a
+text-to-text backbone is read by its own head and scored among the targets, as tuners are.
+
+There are two presets: ours, for any backbone, and `paper`, what LST and SHERL set beside themselves on T5. The paper's
+counts at T5-base with a vocabulary of 32,100 are reproduced: `tests/train/test_published_settings.py`.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from extract.backbones.batch import Batch, stream_of
 from extract.backbones.dropout import use_fast_dropout
 from extract.backbones.live import Backbone
 from store.errors import UserError
-from train.adapters import VirtualTokens, add_adapter, add_lora, free_biases
+from train.adapters import VirtualTokens, add_adapter, add_biases, add_lora, free_biases
 from train.features import Features
 from train.live import LiveSource
 from train.model import Reader
@@ -29,7 +32,7 @@ from train.objectives.base import Objective
 from train.tuners.base import rows_of
 
 _NORMS = (nn.LayerNorm, nn.BatchNorm2d, nn.GroupNorm, T5LayerNorm)
-PROMPT = 20  # virtual tokens of prompt tuning
+PROMPT, PAPER_PROMPT = 20, 100  # virtual tokens of prompt tuning
 
 
 @dataclass(frozen=True)
@@ -73,13 +76,54 @@ def _adapter(family: Family, model: nn.Module) -> None:
         raise UserError(f"adapter: {family.name} backbones have no token blocks to put it on")
     for stream in family.streams:
         for block in family.stack(model, stream):
-            add_adapter(block, family.width)
+            add_adapter(block, family.width, max(1, family.width // 8))
 
 
 def _prompt(family: Family, model: Any) -> None:
     if family.modality != "text":
         raise UserError(f"prompt: {family.name} backbones read no tokens that virtual ones could stand before")
     model.set_input_embeddings(VirtualTokens(model.get_input_embeddings(), PROMPT))
+
+
+def _paper_full(family: Family, model: nn.Module) -> None:
+    _on_t5(family)
+    _full(family, model)
+
+
+def _paper_bitfit(family: Family, model: nn.Module) -> None:
+    _on_t5(family)
+    add_biases(model, _NORMS)
+    free_biases(model, f"a {family.name} backbone")
+
+
+def _paper_lora(family: Family, model: nn.Module) -> None:
+    _on_t5(family)
+    add_biases(model, _NORMS)
+    add_lora(model, f"a {family.name} backbone", rank=32, alpha=32)
+    free_biases(model, f"a {family.name} backbone")
+
+
+def _paper_adapter(family: Family, model: nn.Module) -> None:
+    _on_t5(family)
+    inner = max(1, family.width // 16)
+    for stream in family.streams:
+        for block in family.stack(model, stream):
+            layers: Any = block.layer  # self-attention first, the feed-forward layer last; cross-attention has none
+            add_adapter(layers[0].SelfAttention, family.width, inner, published=True)
+            add_adapter(layers[-1].DenseReluDense, family.width, inner, published=True)
+    _norms(family, model)
+
+
+def _paper_prompt(family: Family, model: Any) -> None:
+    _on_t5(family)
+    model.set_input_embeddings(VirtualTokens(model.get_input_embeddings(), PAPER_PROMPT))
+
+
+def _on_t5(family: Family) -> None:
+    if family.name != "t5":
+        raise UserError(
+            f"--preset paper: the papers' settings are for T5, not for a {family.name} backbone; leave it out"
+        )
 
 
 COUNTERPARTS = {
@@ -95,11 +139,34 @@ COUNTERPARTS = {
     )
 }
 
+# As LST's released configurations have them; the counts are those of the papers' tables.
+PAPER = {
+    c.name: c
+    for c in (
+        Counterpart("full", "full fine-tuning", 3e-4, _paper_full, 3e-4),
+        Counterpart(
+            "lora", "LoRA of rank 32, alpha 32 on queries and values, biases added and trained", 3e-4, _paper_lora, 3e-4
+        ),
+        Counterpart(
+            "adapter",
+            "two adapters of width D / 16 a block, after attention and feed-forward, norms trained",
+            3e-4,
+            _paper_adapter,
+            3e-4,
+        ),
+        Counterpart("prompt", f"{PAPER_PROMPT} virtual tokens before the text", 0.3, _paper_prompt, 0.3, PAPER_PROMPT),
+        Counterpart("bitfit", "biases added to Linears, norms and the head", 3e-4, _paper_bitfit, 3e-4),
+    )
+}
+PRESETS = {"ours": COUNTERPARTS, "paper": PAPER}
 
-def counterpart(name: str) -> Counterpart:
-    """The counterpart called `name`; UserError offering the nearest otherwise."""
+
+def counterpart(name: str, preset: str = "ours") -> Counterpart:
+    """The counterpart called `name` in the settings of `preset`; UserError offering the nearest otherwise."""
+    if name in PRESETS[preset]:
+        return PRESETS[preset][name]
     if name in COUNTERPARTS:
-        return COUNTERPARTS[name]
+        raise UserError(f"--preset {preset}: the papers have no {name}; they have: {', '.join(PRESETS[preset])}")
     near = difflib.get_close_matches(name, COUNTERPARTS, n=2, cutoff=0.4) or list(COUNTERPARTS)
     raise UserError(f"unknown counterpart {name!r}; did you mean {' or '.join(near)}?")
 

@@ -11,22 +11,24 @@ import torch
 
 from extract.backbones.inputs import Inputs
 from extract.backbones.live import Backbone
+from train.finite import refuse_nan
 from train.model import Model
 from train.model import state_names as names_of
 
-MAX_LENGTH = 20  # of the official code's evaluation after each epoch
+# Tokens after which an answer is cut, or the longest target's where that is more: what is longer is no target. The
+# official code cuts at 20 after each epoch and at 128 at the end, which changes no score.
+MAX_LENGTH = 20
 
 
 @torch.inference_mode()
-def generate(
-    model: Model, backbone: Backbone, inputs: Inputs, max_length: int = MAX_LENGTH, batch_size: int = 64
-) -> list[list[int]]:
-    """The token ids written for each sample, without the start id and the end token."""
+def generate(model: Model, backbone: Backbone, inputs: Inputs, batch_size: int = 64) -> list[list[int]]:
+    """The token ids written for each sample, without the start id and the end token. Raises NotFinite for NaN."""
     model.eval()
     config = backbone.family.config
     end = config.eos_token_id if isinstance(config.eos_token_id, int) else config.eos_token_id[0]
     states = names_of(model.tuner.name, model.tuner.config, backbone.family)
     start = backbone.family.start_id  # type: ignore[attr-defined]
+    max_length = max([MAX_LENGTH, *(len(c) for c in model.target.candidates)])
     out: list[list[int]] = []
     for low in range(0, len(inputs), batch_size):
         part = inputs.take(np.arange(low, min(low + batch_size, len(inputs))))
@@ -37,7 +39,7 @@ def generate(
             layout = batch.layout("decoder")
             last = layout.first + layout.lengths - 1
             (rows,) = model(batch).values()
-            tokens = model.tuner.tail.logits(rows[last]).argmax(-1).tolist()
+            tokens = refuse_nan(model.tuner.tail.logits(rows[last])).argmax(-1).tolist()
             done |= np.asarray(tokens) == end
             for chain, token in zip(chains, tokens, strict=True):
                 chain.append(token)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -33,6 +34,9 @@ class LiveSource:
 
     def __len__(self) -> int:
         return len(self.order)
+
+    def follow(self, block: np.ndarray) -> None:
+        self.order = replace(self.order, block=block)
 
     def epochs(self, first: int, end: int, start: int = 0) -> Iterator[Batch]:
         for epoch in range(first, end):

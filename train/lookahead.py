@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from concurrent.futures import CancelledError
 from typing import Any
 
 import numpy as np
 import torch
 
+from store.samples import Samples
 from train.assemble import Loaded
 from train.readers import Reader
 
@@ -21,7 +22,8 @@ class LookAhead:
     of the present one have been, so that its first batches need not wait. `blocks`: block number → what the reader is
     given, with its `nbytes`. `limit`: bytes that may be read or waiting beyond the present batch (one block is always
     allowed). `kept`: blocks that are in memory already; with `keep`, those read are added to it and not dropped.
-    `device`: where blocks are put, the host's memory if None.
+    `device`: where blocks are put, the host's memory if None. `check`: raises for a block that is no input of the
+    backbone.
     """
 
     def __init__(
@@ -33,9 +35,10 @@ class LookAhead:
         kept: MutableMapping[int, Loaded],
         keep: bool,
         device: torch.device | None = None,
+        check: Callable[[Samples], None] = lambda samples: None,
     ) -> None:
         self._epochs, self._blocks, self._reader, self._limit = epochs, blocks, reader, limit
-        self._kept, self._keep, self._device = kept, keep, device
+        self._kept, self._keep, self._device, self._check = kept, keep, device, check
         self._uses: deque[np.ndarray] = deque()  # of the batches not yet taken
         self._known = 0  # batches of the epochs asked for so far
         self._begins = 0  # the first batch of the latest of them
@@ -88,7 +91,9 @@ class LookAhead:
         number = reading % len(self._blocks)
         if number in self._kept:
             return self._kept[number]
-        loaded = Loaded.of(self._asked.pop(reading).result())
+        samples = self._asked.pop(reading).result()
+        self._check(samples)
+        loaded = Loaded.of(samples)
         if self._device is not None:
             loaded = loaded.to(self._device)
         if self._keep:

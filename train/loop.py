@@ -1,9 +1,10 @@
 """`fit`: train a tuner, keep its best epoch, survive a kill.
 
-After every `checkpoint_every` steps and every epoch `resume.safetensors` holds the weights, the optimizer and the
-place (epoch, batch, step). Randomness is reseeded from (seed, step) before each step and the order of samples follows
-from (seed, epoch), so a run that was killed anywhere and started again gives the losses of one that was not, bit for
-bit on the same machine. Price of a checkpoint: four times the trainable parameters in float32, written and synced.
+At the start, after every `checkpoint_every` steps and every epoch `resume.safetensors` holds the weights, the
+optimizer, the place (epoch, batch, step) and the blocks that samples stood in at the start. Randomness is reseeded from
+(seed, step) before each step and the order of samples follows from (seed, epoch) and those blocks, so a run that was
+killed anywhere and started again, also on a store that was compacted since, gives the losses of one that was not, bit
+for bit on the same machine. Price of a checkpoint: four times the trainable parameters in float32, written and synced.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -27,6 +29,7 @@ from store.errors import UserError
 from store.malloc import keep_freed_memory, return_freed_memory
 from train import checkpoint
 from train.evaluate import Trainable, autocast, closing, evaluate
+from train.finite import NotFinite
 from train.interrupt import Interrupt, Interrupted
 from train.objectives.base import Scorer
 from train.optim import adamw, reseed
@@ -38,12 +41,6 @@ from train.source import Source
 from train.state import State, refuse_other_run
 
 __all__ = ["FitOptions", "Interrupted", "NotFinite", "Trainable", "evaluate", "fit"]
-
-
-class NotFinite(UserError):
-    """The loss or its gradient became NaN or infinite; all ranks stop together."""
-
-    everywhere = True
 
 
 def fit(
@@ -121,9 +118,7 @@ class _Run:
 
     def all(self, progress: bool, resume: bool) -> dict[str, Any]:
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        found = resume and self.saved.exists()
-        if found:
-            self.restore(self.saved)
+        found = resume and self.saved.exists() and self.restore(self.saved)
         self.ranks.wait()  # Before rank 0 changes what the others read.
         if not found:
             for name in (checkpoint.RESUME, checkpoint.TUNER, "metrics.json"):
@@ -132,7 +127,7 @@ class _Run:
         self.schedule = scheduler(
             self.optimizer, options.schedule, options.warmup(self.total), self.total, step=state.step
         )
-        self.log = RunLog(self.run_dir, state.step, state.evaluations, options.tensorboard)
+        self.log = RunLog(self.run_dir, state, options.tensorboard)
         self.bar = tqdm(
             total=self.total,
             initial=state.step,
@@ -141,6 +136,8 @@ class _Run:
             file=sys.stderr,
             mininterval=0.5 if sys.stderr.isatty() else 30.0,
         )
+        if resume and not found:
+            self.save(begun=False)  # the layout of the start, should the store be compacted before the next checkpoint
         epochs = -(-self.total // -(-len(self.train) // options.accumulate))
         try:
             with closing(self.train.epochs(state.epoch, epochs, state.batch)) as stream:
@@ -148,6 +145,10 @@ class _Run:
                     self.epoch(stream)
                     self.close_epoch()
             return self.finish()
+        except NotFinite:
+            # Resuming would end here again, and only stand in the way of a run with other options.
+            (self.run_dir / checkpoint.RESUME).unlink(missing_ok=True)
+            raise
         finally:
             self.bar.close()
             self.log.close()
@@ -164,12 +165,7 @@ class _Run:
             group.append(batch)
             if len(group) < options.accumulate and place < batches:
                 continue
-            try:
-                entry = self.step(group)
-            except NotFinite:
-                # Resuming would end here again, and only stand in the way of a run with other options.
-                (self.run_dir / checkpoint.RESUME).unlink(missing_ok=True)
-                raise
+            entry = self.step(group)
             state.step, state.batch = state.step + 1, place
             group = []
             now = time.perf_counter()
@@ -282,13 +278,27 @@ class _Run:
         state = self.state
         state.best_epoch, state.best, state.since_best = state.epoch + 1, metrics, 0
         self.best = {name: t.detach().cpu().clone() for name, t in self.model.trainable_state().items()}
-        about = {**self.info, "epoch": state.best_epoch, "step": state.step, "validation": finite(metrics)}
+        self.write_best()
+
+    def write_best(self) -> None:
+        """`tuner.safetensors` as of the best epoch so far."""
+        state, epoch = self.state, self.state.best_epoch
+        step = min(state.step, (epoch or 0) * -(-len(self.train) // self.options.accumulate))
+        about = {
+            **self.info,
+            "layout": self.train.order.layout(),
+            "epoch": epoch,
+            "step": step,
+            "validation": finite(state.best),
+        }
         checkpoint.save_tuner(self.run_dir / checkpoint.TUNER, self.best, about)
 
     def finish(self) -> dict[str, Any]:
         """Restore the best epoch, score the test split, write metrics.json."""
         state = self.state
         self.model.load_trainable(self.best)
+        # Of a resumed run the file is from before: gone or damaged since, perhaps. What is scored is what is kept.
+        self.write_best()
         test = None
         if self.test is not None:
             test = evaluate(self.model, self.test, self.scorer(), self.device, self.options.precision, self.check)
@@ -303,6 +313,7 @@ class _Run:
             "epochs": state.epoch,
             "steps": state.step,
             "stopped": state.stopped,
+            "layout": self.train.order.layout(),
             "seconds": state.seconds,
             "seconds_per_epoch": state.seconds / max(1, state.step) * steps_an_epoch,
             "wait_share": state.wait_seconds / state.seconds if state.seconds else 0.0,
@@ -320,33 +331,72 @@ class _Run:
                 "give the same command again"
             )
 
-    def save(self) -> None:
-        self.state.scaler = self.scaler.state_dict()
+    def save(self, begun: bool = True) -> None:
+        """Write the checkpoint; `begun`: whether it may be one of a step, which is not given up for other options."""
+        self.state.scaler, self.state.log = self.scaler.state_dict(), self.log.written()
         checkpoint.save_run(
             self.run_dir / checkpoint.RESUME,
-            self.model.trainable_state(),
-            self.best,
-            checkpoint.optimizer_state(self.optimizer, self.names),
-            {"state": finite(asdict(self.state)), "run": self.identity()},
+            {
+                "model": self.model.trainable_state(),
+                "best": self.best,
+                "optimizer": checkpoint.optimizer_state(self.optimizer, self.names),
+                "layout": {n: torch.from_numpy(s.order.block.astype("int32")) for n, s in self.sources().items()},
+            },
+            {
+                "state": finite(asdict(self.state)),
+                "run": {**self.identity(), "order": self.train.order.digest()},
+                "begun": begun,
+            },
         )
 
-    def restore(self, path: Path) -> None:
-        """Undo `save`. Raises UserError naming an option that has changed since."""
-        model, best, optimizer, about = checkpoint.load_run(path)
+    def restore(self, path: Path) -> bool:
+        """Undo `save`. Raises UserError naming an option that has changed since; False instead for a run that had not
+        begun, since nothing is lost by starting anew."""
+        parts, about = checkpoint.load_run(path)
         try:
             state, saved = State(**about["state"]), dict(about["run"])
         except (KeyError, TypeError) as error:
             raise UserError(f"{path} is not a checkpoint of this version ({error}): choose another --out") from None
-        refuse_other_run(saved, self.identity(), self.run_dir)
-        checkpoint.check(model, self.model.trainable_state(), path)
-        self.model.load_trainable(model)
-        checkpoint.load_optimizer_state(self.optimizer, self.names, optimizer)
+        layout = {name: block.numpy().astype("int64") for name, block in parts["layout"].items()}
+        try:
+            self.refuse_other(saved, layout)
+        except UserError:
+            if about.get("begun", True):
+                raise
+            return False
+        for name, block in layout.items():
+            if not np.array_equal(self.sources()[name].order.block, block):
+                self.sources()[name].follow(block)
+        checkpoint.check(parts["model"], self.model.trainable_state(), path)
+        self.model.load_trainable(parts["model"])
+        checkpoint.load_optimizer_state(self.optimizer, self.names, parts["optimizer"])
         self.scaler.load_state_dict(state.scaler)
-        self.state, self.best = state, best
+        self.state, self.best = state, parts["best"]
+        return True
+
+    def refuse_other(self, saved: Mapping[str, Any], layout: Mapping[str, np.ndarray]) -> None:
+        """UserError where the run `saved` over the blocks `layout` is not this one on whatever blocks. A checkpoint of
+        an older version has no layout, and its order must be that of now."""
+        refuse_other_run(saved, self.identity(), self.run_dir)
+        sources = self.sources()
+        for name in dict.fromkeys((*sources, *layout)) if layout else ():
+            now, then = sources[name].n if name in sources else 0, len(layout.get(name, ()))
+            if now != then:
+                raise UserError(
+                    f"{self.run_dir} holds an unfinished run with {then:,} {name} samples, now {now:,}: "
+                    "choose another --out"
+                )
+        order = replace(self.train.order, block=layout.get("train", self.train.order.block))
+        refuse_other_run(saved, {"order": order.digest()}, self.run_dir)
+
+    def sources(self) -> dict[str, Source]:
+        """The sources there are, by split."""
+        found = {"train": self.train, "validation": self.validation, "test": self.test}
+        return {name: source for name, source in found.items() if source is not None}
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for a run to be resumed, as JSON gives it back."""
         options = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.options).items()}
         order = self.train.order
         sizes = {"samples": order.n, "batch_size": order.batch_size, "order_seed": order.seed}
-        return {**options, **sizes, "order": order.digest(), **self.info}
+        return {**options, **sizes, **self.info}

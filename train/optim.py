@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import numpy as np
 import torch
 from torch import nn
@@ -10,7 +13,25 @@ from store.errors import UserError
 from train.options import FitOptions
 
 
-def adamw(model: nn.Module, options: FitOptions) -> tuple[torch.optim.AdamW, list[str]]:
+class AdamW(torch.optim.AdamW):
+    """AdamW with eps outside the bias correction, as in the library of the papers' runs (transformers 4.6): a step is
+    lr · √(1 − β₂ᵗ) / (1 − β₁ᵗ) · m / (√v + eps). torch corrects v before it adds eps, and does the same with
+    eps / √(1 − β₂ᵗ). At β₂ = 0.999 eps counts 32 times as much in the first step."""
+
+    def step(self, closure: Any = None) -> Any:
+        given = [group["eps"] for group in self.param_groups]
+        for group, eps in zip(self.param_groups, given, strict=True):
+            # All parameters of a run have a gradient in every step, so any of them knows how many were made.
+            made = next((int(self.state[p]["step"]) for p in group["params"] if self.state.get(p)), 0)
+            group["eps"] = eps / math.sqrt(1 - group["betas"][1] ** (made + 1))
+        try:
+            return super().step(closure)
+        finally:
+            for group, eps in zip(self.param_groups, given, strict=True):
+                group["eps"] = eps
+
+
+def adamw(model: nn.Module, options: FitOptions) -> tuple[AdamW, list[str]]:
     """AdamW over the trainable parameters, and their names in the order of its groups.
 
     Biases, norms and gates (fewer than two dimensions) are not decayed, as everywhere in the field. Raises UserError
@@ -26,7 +47,7 @@ def adamw(model: nn.Module, options: FitOptions) -> tuple[torch.optim.AdamW, lis
         for names, decay in ((decayed, options.weight_decay), (others, 0.0))
         if names
     ]
-    return torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, eps=options.eps), decayed + others
+    return AdamW(groups, lr=options.lr, betas=options.betas, eps=options.eps), decayed + others
 
 
 def reseed(seed: int, step: int, device: torch.device) -> None:

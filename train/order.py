@@ -1,4 +1,4 @@
-"""The order of samples in an epoch: a stateless function of (seed, epoch).
+"""The order of samples in an epoch: a stateless function of (seed, epoch) and of the blocks they stand in.
 
 Blocks are permuted, then every block's samples are scattered over the stretch of the epoch that `window` blocks take:
 the block at place p gives each of its samples the key `low(p) + u · window`, u uniform in [0, 1), and the keys are
@@ -14,6 +14,7 @@ Price: one sort of n keys an epoch (about 0.1 s for a million samples).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -68,6 +69,11 @@ class Order:
     def __len__(self) -> int:
         """Batches of an epoch; the last may be smaller than `batch_size`."""
         return -(-self.n // self.batch_size)
+
+    def layout(self) -> dict[str, Any]:
+        """Which samples stand in which block, in short: how many `blocks`, and the `xxh3` of `block`."""
+        blocks = len(np.unique(self.block))
+        return {"blocks": blocks, "xxh3": digest_bytes(np.ascontiguousarray(self.block, dtype="<i8"))}
 
     def digest(self) -> str:
         """Equal for orders that are equal in every epoch; a resumed run checks it."""

@@ -8,8 +8,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from store.digest import Digest, digest_bytes
 from store.errors import UserError
 from train.checkpoint import replace
+from train.state import State
 
 
 def finite(value: Any) -> Any:
@@ -25,25 +27,34 @@ def finite(value: Any) -> Any:
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write `value` to `path`, atomically."""
+    write_bytes(path, (json.dumps(finite(value), indent=2) + "\n").encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write `data` to `path`, atomically."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    partial.write_text(json.dumps(finite(value), indent=2) + "\n", encoding="utf-8")
+    partial.write_bytes(data)
     replace(partial, path)
 
 
 class RunLog:
     """Appends to `run_dir/log.jsonl`, and to TensorBoard's events where asked for.
 
-    A resumed run first drops what was logged after its checkpoint, so every step stands there once.
+    A resumed run first drops what was logged after its checkpoint `state`, so every step stands there once. Raises
+    UserError where the file no longer begins with what the checkpoint says.
     """
 
-    def __init__(self, run_dir: Path, keep_steps: int, keep_evaluations: int, tensorboard: bool = False) -> None:
+    def __init__(self, run_dir: Path, state: State, tensorboard: bool = False) -> None:
         path = run_dir / "log.jsonl"
-        kept = _kept(path, keep_steps, keep_evaluations) if keep_steps or keep_evaluations else []
-        partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-        partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        replace(partial, path)
+        kept = _kept(path, state) if state.step and path.exists() else b""
+        write_bytes(path, kept)
+        self._bytes, self._digest = len(kept), Digest(kept)
         self._file = path.open("a", encoding="utf-8")
         self._board = _board(run_dir) if tensorboard else None
+
+    def written(self) -> dict[str, Any]:
+        """What stands in the file: how many `bytes`, and their `xxh3`."""
+        return {"bytes": self._bytes, "xxh3": self._digest.hexdigest()}
 
     def step(self, entry: dict[str, Any]) -> None:
         self._write(entry)
@@ -64,16 +75,32 @@ class RunLog:
             self._board.close()
 
     def _write(self, entry: dict[str, Any]) -> None:
-        self._file.write(json.dumps(finite(entry)) + "\n")
+        line = json.dumps(finite(entry)) + "\n"
+        self._file.write(line)
         self._file.flush()
+        self._bytes += len(line.encode())
+        self._digest.update(line.encode())
 
 
-def _kept(path: Path, steps: int, evaluations: int) -> list[str]:
-    """The lines of the first `steps` steps and `evaluations` evaluations; a torn last line is dropped."""
-    lines: list[str] = []
-    if not path.exists():
-        return lines
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+def _kept(path: Path, state: State) -> bytes:
+    """What was logged up to the checkpoint `state`."""
+    raw = path.read_bytes()
+    if not state.log:
+        return _counted(raw, state.step, state.evaluations)
+    raw = raw[: state.log["bytes"]]
+    if digest_bytes(raw) != state.log["xxh3"]:
+        raise UserError(
+            f"{path} is not what this run has written, it is damaged or was changed: restore it, or delete it to go on "
+            "without the record of the steps before"
+        )
+    return raw
+
+
+def _counted(raw: bytes, steps: int, evaluations: int) -> bytes:
+    """The lines of the first `steps` steps and `evaluations` evaluations, for a checkpoint of an older version, which
+    does not say where the log ended; a torn last line is dropped."""
+    lines = []
+    for line in raw.splitlines():
         try:
             entry = json.loads(line)
         except ValueError:
@@ -85,8 +112,8 @@ def _kept(path: Path, steps: int, evaluations: int) -> list[str]:
             evaluations -= 1
             keep = evaluations >= 0
         if keep:
-            lines.append(line)
-    return lines
+            lines.append(line + b"\n")
+    return b"".join(lines)
 
 
 def _board(run_dir: Path) -> Any:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Protocol
 
+import numpy as np
+
 from extract.backbones.batch import Batch
 from train.order import Order
 
@@ -24,6 +26,11 @@ class Source(Protocol):
 
     def __len__(self) -> int:
         """Batches of an epoch."""
+        ...
+
+    def follow(self, block: np.ndarray) -> None:
+        """Hand out the samples in the order that they have where they stand in the blocks `block`, (n,) int64: that of
+        a run which began before the store was laid out anew."""
         ...
 
     def epochs(self, first: int, end: int, start: int = 0) -> Iterator[Batch]:

@@ -13,7 +13,7 @@ from store.errors import UserError
 _FREE = {"patience", "checkpoint_every", "tensorboard"}
 # Digests, which say nothing to a reader: what has changed instead.
 _CONTENT = {
-    "order": "other blocks of samples: the store's segments or the window have",
+    "order": "an order of other blocks: the store's segments, --window or --group-by-length have",
     "rows": "other rows or labels: the task's table has",
 }
 
@@ -21,7 +21,8 @@ _CONTENT = {
 @dataclass
 class State:
     """Goes to the checkpoint as JSON. `epoch`, `batch`, `step` count from 0 and are the next to do; `best_epoch` counts
-    from 1. `seconds` and `wait_seconds` are those of all steps so far, evaluation and checkpoints apart."""
+    from 1. `seconds` and `wait_seconds` are those of all steps so far, evaluation and checkpoints apart. `log`: size
+    and digest of what was logged so far."""
 
     epoch: int = 0
     batch: int = 0
@@ -34,6 +35,7 @@ class State:
     wait_seconds: float = 0.0
     stopped: str | None = None
     scaler: dict[str, Any] = field(default_factory=dict)
+    log: dict[str, Any] = field(default_factory=dict)
 
 
 def refuse_other_run(saved: Mapping[str, Any], now: Mapping[str, Any], run_dir: Path) -> None:

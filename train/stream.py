@@ -2,7 +2,7 @@
 
 Blocks (runs of whole samples, tens of megabytes) are read by Dask tasks a bounded number of bytes ahead, batches are
 gathered from the open blocks one batch ahead of the step, in background threads. Which samples stand in which batch
-follows from (seed, epoch) alone (`train.order`): not from the tier, the number of threads or ranks.
+follows from (seed, epoch) and the blocks alone (`train.order`): not from the tier, the number of threads or ranks.
 
 Memory: about 1.5 · `window` blocks (2 · `window` where one epoch passes into the next) plus `lookahead_bytes` as
 stored, plus two batches; in the device or host tier, all blocks as stored. Nothing outlives an iterator but the blocks
@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from threading import Condition
 from typing import Any
 
@@ -27,6 +29,7 @@ from extract.backbones.batch import Batch
 from store import SEGMENT_BYTES
 from store.errors import UserError
 from store.malloc import keep_freed_memory, return_freed_memory
+from store.samples import Samples
 from train.assemble import Loaded, Part, assemble
 from train.lookahead import LookAhead
 from train.order import Order, rank_slice
@@ -45,9 +48,10 @@ class StoreSource:
     batch. `host_bytes`: keep the blocks in memory if they take no more (None: half of the memory free at the first
     epoch; 0: never). `tier`: "device", "host" or "disk" instead of what fits; `device`: where the blocks of the device
     tier go, and then the batches are there, too. `scheduler`: address of a `distributed` scheduler, else `workers`
-    threads. `ahead`: batches made before they are asked for, in a thread (0: none, no thread). `pin`: page-locked
-    batches, for copies to a GPU.
-    `dtype`: of the decoded states; None: as stored, but float32 where rows have scales.
+    threads. `share`: (i, k) hands out the batches i, i + k, … of `epochs`, for k readers that take turns. `ahead`:
+    batches made before they are asked for, in a thread (0: none, no thread). `pin`: page-locked batches, for copies to
+    a GPU. `dtype`: of the decoded states; None: as stored, but float32 where rows have scales. `check`: called with
+    each block that was read, to refuse what is no input of the backbone.
 
     Raises MissingStates if something is not stored, UserError for wrong options or targets.
     """
@@ -73,12 +77,16 @@ class StoreSource:
         workers: int | None = None,
         rank: int = 0,
         world: int = 1,
+        share: tuple[int, int] = (0, 1),
         ahead: int = 1,
         pin: bool = False,
         dtype: torch.dtype | None = torch.float32,
+        check: Callable[[Samples], None] = lambda samples: None,
     ) -> None:
         if not 0 <= rank < world:
             raise UserError(f"rank must be in [0, {world}), got {rank}")
+        if not 0 <= share[0] < share[1]:
+            raise UserError(f"share must be (i, k) with i in [0, k), got {share}")
         for name, value, least in (
             ("lookahead_bytes", lookahead_bytes, 0),
             ("ahead", ahead, 0),
@@ -92,18 +100,18 @@ class StoreSource:
             raise UserError(f"{len(targets)} targets for {len(keys)} samples: one each is needed")
         self.targets = targets
         self.states, self.columns = list(states), list(columns)
-        self.plan = space.plan(keys, self.states, self.columns, max_block_bytes=block_bytes)
+        self._plan = partial(space.plan, keys, self.states, self.columns, max_block_bytes=block_bytes)
+        self.plan = self._plan()
         try:
             rows = np.sum(list(self.plan.lengths.values()), axis=0) if group_by_length else None
             self.order = Order(np.asarray(self.plan.block), batch_size, seed, window, rows)
         except ValueError as error:
             raise UserError(str(error)) from None
-        self._slot = np.asarray(self.plan.slot)
-        self._rank, self._world = rank, world
+        self._rank, self._world, self._share = rank, world, share
         self._lookahead, self._host_bytes = lookahead_bytes, host_bytes
         self._wanted_tier, self._device = tier, torch.device(device)
         self._scheduler, self._workers = scheduler, workers
-        self._ahead, self._pin, self._dtype = ahead, pin, dtype
+        self._ahead, self._pin, self._dtype, self._check = ahead, pin, dtype, check
         self._kept: dict[int, Loaded] = {}
         self._tier: str | None = None
 
@@ -135,8 +143,25 @@ class StoreSource:
         the next one's first blocks are read. Close the iterator to stop early."""
         if not 0 <= start <= len(self):
             raise UserError(f"start must be in [0, {len(self)}], the batches of an epoch; got {start}")
-        batches = (self.order.epoch(e)[start if e == first else 0 :] for e in range(first, end))
-        return self._run(batches, max(0, end - first) * len(self) - start)
+        count = len(range(self._share[0], (end - first) * len(self) - start, self._share[1]))
+        return self._run(self._mine(first, end, start), count)
+
+    def _mine(self, first: int, end: int, start: int) -> Iterator[list[np.ndarray]]:
+        """For each epoch the batches of this share, where there are any."""
+        number, shares = self._share
+        done = 0
+        for epoch in range(first, end):
+            batches = self.order.epoch(epoch)[start if epoch == first else 0 :]
+            if mine := batches[(number - done) % shares :: shares]:
+                yield mine
+            done += len(batches)
+
+    def follow(self, block: np.ndarray) -> None:
+        """Hand out the samples in the order that they have where they stand in the blocks `block`, (n,) int64, wherever
+        they stand now. Each block of then is read as one or a few of now, so memory stays bounded by the window."""
+        self.forget()
+        self.plan = self._plan(groups=block)
+        self.order = replace(self.order, block=block)
 
     def sequential(self) -> Iterator[Batch]:
         """Every sample once, block after block."""
@@ -158,7 +183,7 @@ class StoreSource:
         keep = self.tier in ("device", "host")
         shares: deque[np.ndarray] = deque()
         uses = self._uses(epochs, shares)
-        blocks = LookAhead(uses, self.plan.blocks, reader, self._lookahead, self._kept, keep, place)
+        blocks = LookAhead(uses, self.plan.blocks, reader, self._lookahead, self._kept, keep, place, self._check)
         # Two, for a consumer that waits; one that computes for a while between two batches keeps but one of them busy.
         maker = ThreadPoolExecutor(2, "make-batch", _one_thread) if self._ahead else None
         turns = _Turns()
@@ -191,7 +216,7 @@ class StoreSource:
             shares.extend(mine)
             # A rank whose share of a last, small batch is empty still makes the step: it needs a block for the widths.
             yield [
-                np.unique(self.order.block[share if len(share) else batch[:1]])
+                np.unique(self.plan.block[share if len(share) else batch[:1]])
                 for share, batch in zip(mine, batches, strict=True)
             ]
 
@@ -202,9 +227,10 @@ class StoreSource:
         return self._make(share, loaded)
 
     def _make(self, index: np.ndarray, blocks: dict[int, Loaded]) -> Batch:
-        """The samples `index` (B,), which stand by block."""
-        block = self.order.block[index]
-        parts = [Part(loaded, self._slot[index[block == number]]) for number, loaded in blocks.items()]
+        """The samples `index` (B,). They stand by block, or, where another layout is followed, in runs of a block."""
+        runs = np.split(index, np.flatnonzero(np.diff(self.plan.block[index])) + 1)
+        some = next(iter(blocks.values()))  # for a share without samples
+        parts = [Part(blocks[self.plan.block[r[0]]] if len(r) else some, self.plan.slot[r]) for r in runs]
         device = self._device if self.tier == "device" else "cpu"
         pin = self._pin and device == "cpu"
         batch = assemble(parts, self.states, self.columns, self._dtype, pin, device)

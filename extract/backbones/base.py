@@ -9,19 +9,22 @@ one subclass under `@register`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from extract.backbones.batch import Batch, Layout
+from extract.backbones.batch import Batch, Layout, stream_of
 from extract.backbones.inputs import Inputs
 from extract.projection import Projection
 from store.errors import UserError
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,8 @@ class TextOptions:
     Of image families: `root`, the folder that file names are relative to; `skip_bad`, leave out pictures that cannot be
     read; `image_size`, "HEIGHTxWIDTH" of what the backbone sees, "own" for each
     picture's own, "" for the checkpoint's; `views`, how many fixed
-    augmented views of a training picture there are (1: the plain one alone), and `view_seed`, which draws them.
+    augmented views of a training picture there are (1: the plain one alone), and `view_seed`, which draws them;
+    `upright`, turn pictures as their EXIF orientation says (False: of spaces made before that was done).
     """
 
     prompt: str = ""
@@ -42,6 +46,7 @@ class TextOptions:
     image_size: str = ""
     views: int = 1
     view_seed: int = 0
+    upright: bool = True
 
 
 class Vocabulary(Protocol):
@@ -188,6 +193,18 @@ class Family(ABC):
         """Per-row integer inputs kept beside the states."""
         return tuple(f"{s}.ids" for s in self.streams)
 
+    def refuse_columns(self, lengths: Mapping[str, np.ndarray], columns: Mapping[str, np.ndarray]) -> str | None:
+        """What is wrong with stored columns, None if they can be inputs: every id is looked up in a table."""
+        for name, size in self.tables().items():
+            column = columns.get(name)
+            if column is not None and len(column) and not 0 <= int(column.min()) <= int(column.max()) < size:
+                return f"{name} holds numbers from {column.min()} to {column.max()}, its table has {size} entries"
+        return None
+
+    def tables(self) -> dict[str, int]:
+        """Column → entries of the table that its numbers are looked up in."""
+        return {f"{stream}.ids": self.config.vocab_size for stream in self.streams}
+
     def processor(self, folder: Path) -> Any:
         """What turns a sample into inputs where that is not a tokenizer (images); None otherwise."""
         return None
@@ -214,10 +231,21 @@ class Family(ABC):
         Families that do not write text have none."""
         raise NotImplementedError(f"{self.name} does not generate text")
 
+    def made_up(self, lengths: Mapping[str, np.ndarray], device: torch.device | str = "cpu") -> Batch:
+        """A batch of samples of these lengths, stream → (B,), with columns of zeros and without states: what costs are
+        counted and timed on. On the meta device too."""
+        rows = {stream: int(n.sum()) for stream, n in lengths.items()}
+        columns = {c: torch.zeros(rows[stream_of(c)], dtype=torch.long, device=device) for c in self.columns}
+        return Batch({}, columns, dict(lengths))
+
     # -- the frozen part -----------------------------------------------------------------------------------------
     @abstractmethod
     def load(self, folder: Path, dtype: torch.dtype, attention: str, device: torch.device | str) -> nn.Module:
         """The backbone in eval mode, no parameter trainable. Raises UserError when weights are missing."""
+
+    def keep_tokens(self, model: Any, tokens: int) -> None:  # noqa: B027 (most have nothing to cut)
+        """Cut from a loaded backbone the rows of its tables from `tokens` on, the number of ids its tokenizer has. Only
+        where there is a softmax over them: nothing by default."""
 
     @abstractmethod
     def run(self, model: nn.Module, batch: Batch, states: Sequence[str]) -> dict[str, Tensor]:
@@ -268,6 +296,7 @@ class Family(ABC):
         """A live block from what `block_weights` gave; None gives the shape only."""
         block = self.bare_block(attention)
         if weights is not None:
+            check_fit(block.state_dict(), weights)
             if next(block.parameters()).is_meta:
                 block = block.to_empty(device="cpu")
             block.load_state_dict(weights)
@@ -369,6 +398,33 @@ def load_frozen(cls: Any, folder: Path, dtype: torch.dtype, attention: str, devi
             f"(first: {(missing + wrong)[0]}); the backbone would run on random weights, so nothing was done"
         )
     return model.to(device).eval().requires_grad_(False)
+
+
+def check_fit(shapes: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    """Raises UserError naming the first of `shapes`, what a live layer is made of, that `weights` do not fill."""
+    for name, value in shapes.items():
+        found = weights.get(name)
+        if found is None or found.shape != value.shape:
+            what = "is missing" if found is None else f"is {tuple(found.shape)} instead of {tuple(value.shape)}"
+            raise UserError(
+                f"the weights kept of the live layer are not those of its configuration: {name} {what}; "
+                "restore the store's weights from another copy, or extract again"
+            )
+
+
+def filled(make: Callable[[], M], weights: Mapping[str, Tensor] | None) -> M:
+    """What `make` gives, with `weights`; None leaves it as made. Its shapes are looked at on the meta device first, so
+    that a configuration allocates nothing that the weights do not fill."""
+    if weights is not None:
+        with torch.device("meta"):
+            shapes = make().state_dict()
+        check_fit(shapes, weights)
+        if unknown := sorted(weights.keys() - shapes.keys()):
+            raise UserError(f"the weights kept of the live layer hold {unknown[0]}, which it has not: extract again")
+    module = make()
+    if weights is not None:
+        module.load_state_dict(weights)
+    return module
 
 
 def freeze(module: nn.Module) -> nn.Module:

@@ -24,6 +24,7 @@ from extract.backbones.base import (
     Tail,
     TextOptions,
     collect,
+    filled,
     freeze,
     key_mask,
     load_frozen,
@@ -137,6 +138,9 @@ class Bert(Family):
     def columns(self) -> tuple[str, ...]:
         return ("encoder.ids", "encoder.types") if self.config.type_vocab_size > 1 else ("encoder.ids",)
 
+    def tables(self) -> dict[str, int]:
+        return {"encoder.ids": self.config.vocab_size, "encoder.types": self.config.type_vocab_size}
+
     def prepare(
         self,
         tokenizer: Any,
@@ -194,10 +198,7 @@ class Bert(Family):
         return {k: v.detach().float().cpu().contiguous() for k, v in out.items() if v.is_floating_point()}
 
     def tail(self, weights: dict[str, Tensor] | None, attention: str) -> BertTail:
-        tail = BertTail(self.config, attention)
-        if weights is not None:
-            tail.load_state_dict(weights)
-        return tail
+        return filled(lambda: BertTail(self.config, attention), weights)
 
     def norm(self, stream: str) -> nn.Module:
         return nn.Identity()

@@ -17,12 +17,16 @@ from torch import Tensor
 from extract.backbones.batch import Batch
 
 COLUMN = "grid.sizes"
+SIZES = "sizes of maps"  # what a batch derives from the column, (B, streams, 2)
+EXTENT = ("height", "width")  # of an image in pixels, beside its lengths where a batch is only made up
 
 
 def sizes(batch: Batch, streams: Sequence[str], stream: str) -> np.ndarray:
     """(B, 2) int64 height and width of each sample's map of `stream`."""
-    column = batch.columns[COLUMN].cpu().numpy().reshape(len(batch), len(streams), 2)
-    return column[:, list(streams).index(stream)]
+    found = batch.derive(
+        SIZES, lambda b: b.columns[COLUMN].cpu().numpy().reshape(len(b), len(streams), 2)
+    )  # once a batch: on a GPU it waits for the device
+    return found[:, list(streams).index(stream)]
 
 
 def per_size(rows: Tensor, shapes: np.ndarray, run: Callable[[Tensor], Tensor]) -> Tensor:
@@ -70,8 +74,13 @@ def sum_cells(rows: Tensor, cell: Tensor, count: int) -> Tensor:
 
 def mean_cells(rows: Tensor, cell: Tensor, count: int) -> Tensor:
     """The mean over each cell."""
-    many = torch.bincount(cell, minlength=count).clamp(min=1).to(rows.dtype)
-    return sum_cells(rows, cell, count) / many[:, None]
+    return sum_cells(rows, cell, count) / cell_counts(cell, count).to(rows.dtype)[:, None]
+
+
+def cell_counts(cell: Tensor, count: int) -> Tensor:
+    """(count,) float32: how many fine positions each cell has, at least 1. On the meta device too, unlike bincount."""
+    ones = torch.ones(len(cell), device=cell.device)
+    return sum_cells(ones, cell, count).clamp(min=1)
 
 
 def max_cells(rows: Tensor, cell: Tensor, count: int) -> Tensor:

@@ -2,12 +2,14 @@
 
 `Preprocess` is the backbone's own (size, crop, interpolation, normalisation). A `Picture` is one file under one
 preprocessing and one *view*: view 0 is the plain picture, the others are fixed random crops, flips and colour changes
-drawn from (seed, view, file). Its key is the xxh3-128 of the file's bytes, the preprocessing and the view.
+drawn from (seed, view, file). Its key is the xxh3-128 of the file's bytes, the preprocessing and the view. A picture is
+turned as its EXIF orientation says before anything else is done to it.
 """
 
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -31,6 +33,18 @@ INTERPOLATIONS = {
 }
 _PIL_NAMES = {int(v): k for k, v in INTERPOLATIONS.items()}
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm")
+# EXIF 2.3, tag 0x0112: how the stored pixels are to be turned for a viewer.
+ORIENTATION = 0x0112
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+MOST_PIXELS = 89_478_485  # of a picture, a quarter of a gigabyte decoded; what Pillow warns at
 VIEW_POLICY = "crop0.6-1,flip0.5,color0.2"
 
 
@@ -140,50 +154,86 @@ class Picture:
     seed: int
     key: str
     extent: tuple[int, int]
+    upright: bool = True
 
     def pixels(self) -> Tensor:
         """(3, height, width) float32. Raises UserError for a file that cannot be read any more."""
-        image = open_image(self.path)
+        image = open_image(self.path, self.upright)
         if self.view:
             image = augmented(image, np.random.default_rng(int(self.key[:16], 16)))
         return self.preprocess.pixels(self.preprocess.frame(image))
 
 
-def open_image(path: Path) -> Image.Image:
-    """An RGB picture, decoded whole. Raises UserError naming the file that is absent, damaged or not RGB."""
+@dataclass(frozen=True)
+class Blank:
+    """An image of nothing, for counting and timing what a backbone does with one of this (height, width)."""
+
+    extent: tuple[int, int]
+
+    def pixels(self) -> Tensor:
+        """(3, height, width) zeros that take no memory."""
+        return torch.zeros(()).expand(3, *self.extent)
+
+
+def header_extent(path: Path, upright: bool = True) -> tuple[int, int]:
+    """(width, height) of an image by its header alone, `upright` as `open_image` turns it. Raises UserError for a file
+    that has none."""
     try:
         with Image.open(path) as image:
+            width, height = image.size
+            turned = upright and image.getexif().get(ORIENTATION, 1) >= 5
+            return (height, width) if turned else (width, height)
+    except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: no picture that can be read ({_short(error)})") from None
+
+
+def open_image(path: Path, upright: bool = True) -> Image.Image:
+    """An RGB picture, decoded whole; `upright`: turned as its EXIF orientation says. Raises UserError naming the file
+    that is absent, damaged, not RGB, or of more than `MOST_PIXELS`, which is not decoded."""
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise UserError(f"{path}: not a regular file; replace it, or leave it out: --skip-bad")
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise Image.DecompressionBombError
             image.load()
             if image.mode != "RGB":
                 raise UserError(f"{path}: not an RGB picture but {image.mode}; convert it, or leave it out: --skip-bad")
-            return image.copy()
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            turn = TURNS.get(image.getexif().get(ORIENTATION, 1)) if upright else None
+            return image.copy() if turn is None else image.transpose(turn)
+    except Image.DecompressionBombError:
+        most = f"more than {MOST_PIXELS:,} pixels"
+        raise UserError(f"{path}: {most}; make it smaller, or leave it out: --skip-bad") from None
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
         why = "no such file" if isinstance(error, FileNotFoundError) else f"damaged picture ({_short(error)})"
         raise UserError(f"{path}: {why}; repair it, or leave it out: --skip-bad") from None
 
 
-def look(path: Path, preprocess: Preprocess, view: int, seed: int) -> Picture | UserError:
+def look(path: Path, preprocess: Preprocess, view: int, seed: int, upright: bool = True) -> Picture | UserError:
     """The picture at `path`, decoded once to be sure that it can be; or what is wrong with it."""
     try:
-        image = open_image(path)
+        image = open_image(path, upright)
     except UserError as error:
         return error
     what = f"{preprocess.digest}:view {view}" + (f" of {VIEW_POLICY}, seed {seed}" if view else "")
     h = xxhash.xxh3_128(path.read_bytes())
     h.update(what.encode())
-    return Picture(path, preprocess, view, seed, h.hexdigest(), preprocess.extent(*image.size))
+    return Picture(path, preprocess, view, seed, h.hexdigest(), preprocess.extent(*image.size), upright)
 
 
-def look_all(paths: Sequence[Path], preprocess: Preprocess, views: Sequence[int], seed: int) -> list[Any]:
+def look_all(
+    paths: Sequence[Path], preprocess: Preprocess, views: Sequence[int], seed: int, upright: bool = True
+) -> list[Any]:
     """`look` at many, on a few threads, in order."""
-    with ThreadPoolExecutor(4) as pool:
-        return list(pool.map(lambda p: look(p[0], preprocess, p[1], seed), zip(paths, views, strict=True)))
+    with warnings.catch_warnings(), ThreadPoolExecutor(4) as pool:
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # such pictures are refused by name
+        return list(pool.map(lambda p: look(p[0], preprocess, p[1], seed, upright), zip(paths, views, strict=True)))
 
 
-def load_pixels(pictures: Sequence[Picture]) -> list[Tensor]:
+def load_pixels(pictures: Sequence[Picture | Blank]) -> list[Tensor]:
     """Pixels of many, on a few threads, in order."""
     with ThreadPoolExecutor(4) as pool:
-        return list(pool.map(Picture.pixels, pictures))
+        return list(pool.map(lambda picture: picture.pixels(), pictures))
 
 
 def augmented(image: Image.Image, rng: np.random.Generator) -> Image.Image:

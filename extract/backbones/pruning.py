@@ -3,12 +3,13 @@
 The walk goes through the maps in the order they are applied and carries one set of channels P. A map keeps the columns
 P; its rows are scored by the L1 norm of their importance over those columns and the best stay. Maps that share input
 and output (queries, keys and values; a gated feed-forward's two) are scored by the product of their importances and
-keep the same rows. Kept channels stay in ascending order.
+keep the same rows.
 
-*Running* is the released code's form: after every map, P is the set of rows just chosen. The residual stream is then
-not aligned (each sublayer adds channels of its own choice to it) and rows of attention are chosen across heads.
+*Running* is the released code's form: after every map, P is the set of rows just chosen, in the released order (see
+`released_order`). The residual stream is then not aligned (each sublayer adds channels of its own choice to it), rows
+of attention are chosen across heads, and the side network's heads are the kept rows cut into equal runs.
 *Aligned* is ours: one set of residual channels, scored over every map that reads or writes the stream, serves them
-all, and every attention head keeps an equal share of its rows.
+all, every attention head keeps an equal share of its rows, and all stay in ascending order.
 """
 
 from __future__ import annotations
@@ -57,6 +58,15 @@ def best(score: Tensor, keep: int, heads: int = 1) -> Tensor:
     return (top + offset).flatten().sort().values
 
 
+def released_order(rows: Tensor, total: int) -> Tensor:
+    """`rows`, some of 0 … `total` - 1, in the order in which the released code keeps them: it takes the difference of
+    two Python sets of ints and lists it. CPython's order: a place in a hash table follows from the int and from how
+    many there are, so it is the same in every run."""
+    every = set(range(total))
+    pruned = every - set(rows.tolist())
+    return torch.tensor(list(every - pruned), device=rows.device)
+
+
 def residual_scores(first: Tensor, importance: Tensors, steps: Iterable[Step]) -> Tensor:
     """(D,) importance of each residual channel over the embedding and all maps that read or write it."""
     total = first.double()
@@ -73,7 +83,11 @@ def prune(
     """The pruned tensors by target name, float32 on the host. `first`: (D,) score of each residual channel in the
     embedding; `width`: residual channels that stay. See the module for the two forms."""
     out: dict[str, Tensor] = {}
-    kept = residual = best(residual_scores(first, importance, steps) if aligned else first.double(), width)
+
+    def chosen(score: Tensor, keep: int, heads: int = 1) -> Tensor:
+        return best(score, keep, heads) if aligned else released_order(best(score, keep), len(score))
+
+    kept = residual = chosen(residual_scores(first, importance, steps) if aligned else first.double(), width)
     for step in steps:
         if isinstance(step, Norm):
             for part in ("weight", "bias"):
@@ -82,7 +96,7 @@ def prune(
             continue
         score = math.prod(importance[f"{s}.weight"].double()[:, kept] for s in step.sources)
         assert isinstance(score, Tensor)
-        rows = residual if aligned and step.residual else best(score.sum(1), step.keep, step.heads if aligned else 1)
+        rows = residual if aligned and step.residual else chosen(score.sum(1), step.keep, step.heads)
         for source, target in zip(step.sources, step.targets, strict=True):
             out[f"{target}.weight"] = parameters[f"{source}.weight"][rows][:, kept]
             if (bias := parameters.get(f"{source}.bias")) is not None:

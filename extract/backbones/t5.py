@@ -11,13 +11,15 @@ count as its place, so a chain is exactly the causal decoder.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.models.t5.modeling_t5 import T5Attention, T5Block, T5ForConditionalGeneration, T5LayerNorm, T5Stack
 
 from extract.backbones.base import (
@@ -27,6 +29,7 @@ from extract.backbones.base import (
     TextOptions,
     attention_mask,
     collect,
+    filled,
     freeze,
     key_mask,
     load_frozen,
@@ -38,6 +41,7 @@ from extract.backbones.inputs import Inputs, ragged
 from extract.backbones.pruning import prune_t5
 from extract.backbones.t5_attention import cross_attend, is_cheaper
 from extract.backbones.text import decision_trie, gold_chain, tokenize
+from store.errors import UserError
 
 # Kept layers of the papers (0-based), by number of blocks; LST Table 1 and SHERL's released scripts. T5-large keeps 13
 # in SHERL (layer 22 is the decoder's guide), 12 in LST; the largest models keep the last one or two.
@@ -87,17 +91,17 @@ def run_decoder_block(block: nn.Module, grid: Tensor, memory: Tensor, context: A
 class T5Tail(Tail):
     """See the module's docstring."""
 
-    def __init__(self, config: Any, attention: str, tied: bool) -> None:
+    def __init__(self, config: Any, attention: str, tied: bool, tokens: int) -> None:
         super().__init__()
         self.config = _decoder_config(config, attention)
         self.scale = config.d_model**-0.5 if _scales_outputs(config) else 1.0
-        self.shared = nn.Embedding(config.vocab_size, config.d_model)
+        self.shared = nn.Embedding(tokens, config.d_model)
         self.block = T5Block(self.config, has_relative_attention_bias=False, layer_idx=config.num_decoder_layers - 1)
         self.relative_attention_bias = nn.Embedding(config.relative_attention_num_buckets, config.num_heads)
         self.encoder_norm = T5LayerNorm(config.d_model, eps=config.layer_norm_epsilon)
         self.decoder_norm = T5LayerNorm(config.d_model, eps=config.layer_norm_epsilon)
         use_fast_dropout(self)
-        self.lm_head = None if tied else nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.lm_head = None if tied else nn.Linear(config.d_model, tokens, bias=False)
         self.dropout = Dropout(config.dropout_rate)
         freeze(self)
 
@@ -131,7 +135,10 @@ class T5Tail(Tail):
 
 class T5SideStack(SideStack):
     """T5 blocks with d_model, d_ff and d_kv over r and the number of heads unchanged; the first owns the relative
-    position bias, a T5 norm ends the stack (LST §3.2). Random initialisation is T5's own."""
+    position bias, a T5 norm ends the stack (LST §3.2).
+
+    First weights are those of the released code, whose library initialises each missing module alone: a Linear is
+    N(0, 0.01²), not what T5 gives it by its place, and the bias table N(0, 1), which is torch's own."""
 
     def __init__(self, config: Any, stream: str, layers: Sequence[int], reduction: int) -> None:
         super().__init__()
@@ -143,6 +150,9 @@ class T5SideStack(SideStack):
         self.width, self.config, self.stream = side.d_model, side, stream
         self.blocks, self.norm = use_fast_dropout(stack.block), stack.final_layer_norm
         self.dropout = Dropout(config.dropout_rate)
+        for module in self.blocks.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.01 if isinstance(module, nn.Linear) else 1.0)
 
     blocks: Any
 
@@ -210,6 +220,14 @@ class T5(Family):
     def columns(self) -> tuple[str, ...]:
         return ("encoder.ids", "decoder.ids", "decoder.parent")
 
+    def refuse_columns(self, lengths: Mapping[str, np.ndarray], columns: Mapping[str, np.ndarray]) -> str | None:
+        if (parent := columns.get("decoder.parent")) is not None:
+            count = np.asarray(lengths["decoder"], np.int64)
+            place = np.arange(len(parent)) - np.repeat(np.cumsum(count) - count, count)
+            if bool(((parent < -1) | (parent >= place)).any()):
+                return "decoder.parent names positions that are not before their own"
+        return super().refuse_columns(lengths, columns)
+
     def candidates(self, tokenizer: Any, targets: Sequence[str]) -> list[list[int]]:
         return [list(ids) for ids in tokenizer(list(targets))["input_ids"]] if targets else []
 
@@ -248,7 +266,28 @@ class T5(Family):
         )
 
     def load(self, folder: Path, dtype: torch.dtype, attention: str, device: torch.device | str) -> nn.Module:
-        return load_frozen(T5ForConditionalGeneration, folder, dtype, attention, device)
+        model: Any = load_frozen(T5ForConditionalGeneration, folder, dtype, attention, device)
+        # transformers 5 ties the head of every T5 that comes without one, also where it is not that of the embedding.
+        said = json.loads((folder / "config.json").read_text()).get("tie_word_embeddings", True)
+        if not said and model.lm_head.weight is model.shared.weight:
+            raise UserError(
+                f"checkpoint {folder}: config.json says that the head is not the embedding (tie_word_embeddings: "
+                "false), but the weights hold no lm_head.weight: save the whole T5ForConditionalGeneration, or correct "
+                "config.json"
+            )
+        return model
+
+    def keep_tokens(self, model: Any, tokens: int) -> None:
+        """As the official code does: of T5's 32,128 rows 28 are no token's and take no part in the softmax."""
+        holders = (model.shared, model.encoder.embed_tokens, model.decoder.embed_tokens, model.lm_head)
+        tables = list({id(h.weight): h.weight for h in holders}.values())
+        for table in tables if tokens < self.config.vocab_size else ():
+            # Tied tables stay one, a head of its own stays its own.
+            cut = nn.Parameter(table.detach()[:tokens].clone(), requires_grad=False)
+            for holder in holders:
+                if holder.weight is table:
+                    holder.weight = cut
+                    setattr(holder, "num_embeddings" if isinstance(holder, nn.Embedding) else "out_features", tokens)
 
     def run(self, model: Any, batch: Batch, states: Sequence[str]) -> dict[str, Tensor]:
         out: dict[str, Tensor] = {}
@@ -282,9 +321,11 @@ class T5(Family):
         return model.decoder.dropout(model.decoder.final_layer_norm(rows))
 
     def logits(self, model: Any, rows: Tensor, tokens: Tensor | None = None) -> Tensor:
-        table = model.lm_head.weight
+        table, bias = model.lm_head.weight, model.lm_head.bias  # a bias where BitFit gave it one
         scale = self.config.d_model**-0.5 if _scales_outputs(self.config) else 1.0
-        return (rows * scale) @ (table if tokens is None else table[tokens]).t()
+        if tokens is not None:
+            table, bias = table[tokens], None if bias is None else bias[tokens]
+        return F.linear(rows * scale, table, bias)
 
     def bare_block(self, attention: str) -> nn.Module:
         block = T5Block(_decoder_config(self.config, attention), has_relative_attention_bias=False, layer_idx=1)
@@ -308,10 +349,11 @@ class T5(Family):
         return {k: v.detach().float().cpu().contiguous() for k, v in weights.items()}
 
     def tail(self, weights: dict[str, Tensor] | None, attention: str) -> T5Tail:
-        tail = T5Tail(self.config, attention, tied=weights is None or "lm_head.weight" not in weights)
-        if weights is not None:
-            tail.load_state_dict(weights)
-        return tail
+        tied = _scales_outputs(self.config) if weights is None else "lm_head.weight" not in weights
+        shared = None if weights is None else weights.get("shared.weight")
+        # A store of before the cut holds all rows, and means them.
+        tokens = self.config.vocab_size if shared is None else len(shared)
+        return filled(lambda: T5Tail(self.config, attention, tied, tokens), weights)
 
     def norm(self, stream: str) -> nn.Module:
         return T5LayerNorm(self.config.d_model, eps=self.config.layer_norm_epsilon)

@@ -21,9 +21,9 @@ from extract.backbones.dropout import kept, masked
 
 def is_cheaper(layer: Any, queries: int) -> bool:
     """Whether `queries` a sample are few enough: the products shrink by width / (queries · heads). Never where
-    something was put on the maps (LoRA): their weights are read here."""
+    something was put on the maps (LoRA, biases): their weights are read here."""
     attention = layer.EncDecAttention
-    plain = type(attention.k) is nn.Linear and type(attention.v) is nn.Linear
+    plain = all(type(map_) is nn.Linear and map_.bias is None for map_ in (attention.k, attention.v))
     return plain and 2 * queries * attention.n_heads <= attention.d_model
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -19,10 +19,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from extract.backbones.base import Family, SideStack, TextOptions, load_frozen
+from extract.backbones.base import Family, SideStack, TextOptions, check_fit, load_frozen
 from extract.backbones.batch import Batch
-from extract.backbones.grids import COLUMN, sizes
-from extract.backbones.images import Preprocess, load_pixels, look_all
+from extract.backbones.grids import COLUMN, EXTENT, SIZES, sizes
+from extract.backbones.images import Blank, Preprocess, load_pixels, look_all
 from extract.backbones.inputs import Inputs
 from store.errors import UserError
 
@@ -45,6 +45,18 @@ class Vision(Family):
     @property
     def columns(self) -> tuple[str, ...]:
         return (COLUMN,)
+
+    def refuse_columns(self, lengths: Mapping[str, np.ndarray], columns: Mapping[str, np.ndarray]) -> str | None:
+        column = columns.get(COLUMN)
+        if column is None:
+            return None
+        if bool((np.asarray(lengths["grid"]) != 2 * len(self.streams)).any()) or int(column.min(initial=1)) < 1:
+            return f"{COLUMN} does not hold a height and a width for each of {len(self.streams)} streams"
+        maps = column.astype(np.int64).reshape(-1, len(self.streams), 2).prod(2) + self.extra_rows
+        for place, stream in enumerate(self.streams):
+            if stream in lengths and bool((maps[:, place] != lengths[stream]).any()):
+                return f"{COLUMN} does not agree with the lengths of {stream}"
+        return None
 
     @abstractmethod
     def grid(self, stream: str, height: int, width: int) -> tuple[int, int]:
@@ -70,20 +82,42 @@ class Vision(Family):
         """
         preprocess = tokenizer.sized(options.image_size)
         paths, views = [Path(options.root) / t[0] for t in texts], [int(t[1]) if len(t) > 1 else 0 for t in texts]
-        found = look_all(paths, preprocess, views, options.view_seed)
+        found = look_all(paths, preprocess, views, options.view_seed, options.upright)
         bad = {i: str(p) for i, p in enumerate(found) if isinstance(p, UserError)}
         if bad and not options.skip_bad:
             more = f" (and {len(bad) - 1} more like it)" if len(bad) > 1 else ""
             raise UserError(f"{next(iter(bad.values()))}{more}")
         good = [p for p in found if not isinstance(p, UserError)]
+        if bad and not good:
+            raise UserError(f"none of the {len(bad):,} pictures can be used, the first: {next(iter(bad.values()))}")
         pictures = np.empty(len(good), object)
         pictures[:] = good
-        grids = np.array([[self.grid(s, *p.extent) for s in self.streams] for p in good], np.int64)
-        grids = grids.reshape(len(good), len(self.streams), 2)
-        lengths = {s: grids[:, i].prod(1) + self.extra_rows for i, s in enumerate(self.streams)}
-        lengths["grid"] = np.full(len(good), 2 * len(self.streams), np.int64)
-        columns = {COLUMN: grids.reshape(-1).astype(np.int32)}
+        extents = np.array([p.extent for p in good], np.int64).reshape(len(good), 2)
+        lengths = {s: n for s, n in self.measure(extents).items() if s not in EXTENT}
+        columns = {COLUMN: self._grids(extents).reshape(-1).astype(np.int32)}
         return Inputs(lengths, columns, np.zeros(len(good), bool), pictures, bad)
+
+    def measure(self, extents: np.ndarray) -> dict[str, np.ndarray]:
+        """Lengths of images of `extents` (n, 2) in pixels: stream → (n,), and what `made_up` needs beside them."""
+        grids = self._grids(extents)
+        lengths = {s: grids[:, i].prod(1) + self.extra_rows for i, s in enumerate(self.streams)}
+        lengths["grid"] = np.full(len(extents), 2 * len(self.streams), np.int64)
+        return lengths | {name: extents[:, i] for i, name in enumerate(EXTENT)}
+
+    def _grids(self, extents: np.ndarray) -> np.ndarray:
+        """(n, streams, 2): the map of each stream."""
+        grids = np.array([[self.grid(s, int(h), int(w)) for s in self.streams] for h, w in extents], np.int64)
+        return grids.reshape(len(extents), len(self.streams), 2)
+
+    def made_up(self, lengths: Mapping[str, np.ndarray], device: torch.device | str = "cpu") -> Batch:
+        extents = np.stack([lengths[name] for name in EXTENT], 1)
+        grids = self._grids(extents)
+        batch = super().made_up({s: n for s, n in lengths.items() if s not in EXTENT}, device)
+        if torch.device(device).type != "meta":
+            batch.columns[COLUMN] = torch.from_numpy(grids.reshape(-1)).to(device)
+        batch.derive(SIZES, lambda _: grids)  # the meta device holds no values to read it from
+        batch.pictures = [Blank((int(h), int(w))) for h, w in extents]
+        return batch
 
     # -- modules -------------------------------------------------------------------------------------------------
     def make(self, attention: str = "sdpa") -> Any:
@@ -164,6 +198,8 @@ def fill(parts: dict[str, nn.Module], weights: dict[str, Tensor] | None) -> None
     """Put what `keep` gave into modules made on the meta device; None leaves them there."""
     if weights is None:
         return
+    held = [(p, *entry) for p, m in parts.items() for entry in (*m.named_parameters(), *m.named_buffers())]
+    check_fit({f"{prefix}.{name}": value for prefix, name, value in held}, weights)
     for prefix, module in parts.items():
         module.to_empty(device="cpu")
         for name, value in (*module.named_parameters(), *module.named_buffers()):

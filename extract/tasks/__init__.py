@@ -6,7 +6,7 @@ task.rows("train").head(1000)
 """
 
 from extract.tasks.base import SPLIT_SEED, SPLITS, Rows, Task, TaskError, TaskSpec, fixed_order
-from extract.tasks.registry import canonical_name, load_task, register, task_names
+from extract.tasks.registry import canonical_name, is_named, load_task, register, split_id, task_names
 
 __all__ = [
     "SPLITS",
@@ -17,7 +17,9 @@ __all__ = [
     "TaskSpec",
     "canonical_name",
     "fixed_order",
+    "is_named",
     "load_task",
     "register",
+    "split_id",
     "task_names",
 ]

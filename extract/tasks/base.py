@@ -65,11 +65,7 @@ class TaskSpec:
     def target_index(self, label: int | float) -> int:
         """The place in `targets` of a label: the class itself, or the nearest grid value (a half goes to the even
         neighbour, as `np.round` does: 4.25 on the 0.1 grid is "4.2"). Values outside the grid go to its ends."""
-        if self.kind == "classification":
-            return int(label)
-        per_unit = (len(self.values) - 1) / (self.values[-1] - self.values[0])
-        place = int(np.rint(float(label) * per_unit)) - int(np.rint(self.values[0] * per_unit))
-        return min(max(place, 0), len(self.values) - 1)
+        return int(label) if self.kind == "classification" else nearest(self.values, float(label))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; tuples become lists."""
@@ -84,6 +80,14 @@ class TaskSpec:
             raise TaskError(f"task description lacks {', '.join(absent)}")
         known: dict[str, Any] = {n: tuple(data[n]) if isinstance(data[n], list) else data[n] for n in names}
         return cls(**known)
+
+
+def nearest(values: Sequence[float], number: float) -> int:
+    """The place of the nearest of evenly spaced `values`; a half goes to the even neighbour, what is outside to the
+    ends."""
+    per_unit = (len(values) - 1) / (values[-1] - values[0])
+    place = int(np.rint(number * per_unit)) - int(np.rint(values[0] * per_unit))
+    return min(max(place, 0), len(values) - 1)
 
 
 @dataclass
@@ -117,13 +121,16 @@ class Rows:
 class Task:
     """A task with the splits that are there. `absent` says, for a split that is not, why and what to do.
 
-    `provenance`: dataset, revision, licence, source and split rule; nothing of the machine it was read on.
+    `provenance`: dataset, revision, licence, source and split rule; nothing of the machine it was read on. `origin`: a
+    digest of the machine and the places that it was read from, "" where there are none: rows of one origin are
+    editions of one thing, others only share a name.
     """
 
     spec: TaskSpec
     splits: dict[str, Rows]
     provenance: dict[str, Any]
     absent: dict[str, str] = field(default_factory=dict)
+    origin: str = ""
 
     def rows(self, split: str) -> Rows:
         """The rows of `split`. Raises `TaskError` saying why it is not there and which splits are."""

@@ -8,6 +8,9 @@ A table of file names with labels is a task like any other table; its first text
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 
 import xxhash
@@ -15,6 +18,7 @@ import xxhash
 from extract.backbones.images import SUFFIXES
 from extract.tasks.base import SPLITS, Rows, Task, TaskError, TaskSpec, fixed_order
 from extract.tasks.table import HELD_OUT, table_name
+from store.digest import digest_json
 
 SPLIT_NAMES: dict[str, str] = {"train": "train", "validation": "validation", "val": "validation", "valid": "validation",
                "dev": "validation", "test": "test"}  # fmt: skip
@@ -24,6 +28,27 @@ def pictures(folder: Path) -> list[Path]:
     """Every picture below `folder` by its suffix, sorted; hidden ones are left out."""
     found = (p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
     return sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts))
+
+
+def contents(root: Path, names: Iterable[str]) -> str:
+    """Digest of what the files `names` below `root` hold, in whichever order they are named; one that cannot be read
+    counts as empty."""
+
+    def digest(name: str) -> tuple[str, str]:
+        try:
+            about = (root / name).stat()
+            return name, _digest(root / name, about.st_size, about.st_mtime_ns, about.st_ino)
+        except OSError:
+            return name, ""
+
+    with ThreadPoolExecutor(4) as pool:
+        return digest_json(list(pool.map(digest, sorted(set(names)))))
+
+
+@lru_cache(1 << 16)
+def _digest(path: Path, size: int, changed: int, inode: int) -> str:
+    """Of a file's bytes; one that has not changed is read once in a process."""
+    return xxhash.xxh3_128_hexdigest(path.read_bytes())
 
 
 def load_folder(folder: Path, name: str | None = None) -> Task:

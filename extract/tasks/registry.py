@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import re
+import socket
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -13,9 +16,11 @@ from extract.tasks.hub_images import PREFIX, hub_name, load_hub_images
 from extract.tasks.images import load_folder
 from extract.tasks.sheet import SUFFIXES
 from extract.tasks.table import load_table, table_name
+from store.digest import digest_json
 
 Loader = Callable[[Path | None, float], Task]
 
+_ID = re.compile(r"(.+)@([0-9a-f]{6,32})")
 _TASKS: dict[str, tuple[str, Loader]] = {}
 
 
@@ -59,40 +64,68 @@ def load_task(
     options = {"text": text, "text-pair": text_pair, "label": label, "kind": kind, "validation": validation,
                "test": test, "metrics": metrics, "task-name": task_name}  # fmt: skip
     if name.startswith(PREFIX):
-        return load_hub_images(name, data)
-    if _is_table(name):
-        path = Path(name)
-        if data is not None and not path.exists():
-            path = data / name
-        return load_table(
+        return replace(load_hub_images(name, data), origin=digest_json(["hub", name]))
+    if is_table(name):
+        path = table_path(name, data)
+        made = load_table(
             path, text=text, text_pair=text_pair, label=label, kind=kind, validation=validation, test=test,
             metrics=metrics, name=task_name,
         )  # fmt: skip
-    if _is_folder(name):
-        return load_folder(Path(name), task_name)
+        return replace(made, origin=_origin(path, validation, test))
+    if is_folder(name):
+        return replace(load_folder(Path(name), task_name), origin=_origin(Path(name)))
     known = _resolve(name)
     given = [f"--{option}" for option, value in options.items() if value]
     if given:
         raise TaskError(f"task {known} is a public task; {', '.join(given)} is for a table of your own (--task my.csv)")
-    return _TASKS[known][1](data, grid)
+    origin = digest_json(["hub", known]) if data is None else _origin(data)
+    return replace(_TASKS[known][1](data, grid), origin=origin)
+
+
+def table_path(name: str, data: Path | None) -> Path:
+    """The file of the table `name`: below `data` where it is not there as it is."""
+    path = Path(name)
+    return data / name if data is not None and not path.exists() else path
+
+
+def _origin(*places: Path | None) -> str:
+    return digest_json([socket.gethostname(), *(str(place.resolve()) if place else "" for place in places)])
 
 
 def canonical_name(name: str) -> str:
     """`TaskSpec.name` of what `load_task(name)` would load, without reading anything: "SST-2" is sst2, "my data.csv" is
-    my-data. Any other name is returned as it is: a store may hold tables of tasks that are not registered here."""
+    my-data. Of a stored task's id, train@3f2a91bc, it is the part before the @. Any other name is returned as it is: a
+    store may hold tables of tasks that are not registered here."""
     if name.startswith(PREFIX):
         return hub_name(name)
-    if _is_folder(name):
+    if is_folder(name):
         return table_name(Path(name).resolve().name)
-    return table_name(Path(name).stem) if _is_table(name) else _known(name) or name
+    if is_table(name):
+        return table_name(Path(name).stem)
+    name = split_id(name)[0]
+    return _known(name) or name
 
 
-def _is_folder(name: str) -> bool:
+def split_id(name: str) -> tuple[str, str]:
+    """A stored task's name and the beginning of its id: "train@3f2a91bc" is ("train", "3f2a91bc"), "train" ("train",
+    "")."""
+    found = None if is_folder(name) or is_table(name) else _ID.fullmatch(name)
+    return (found[1], found[2]) if found else (name, "")
+
+
+def is_folder(name: str) -> bool:
+    """Whether `name` is a folder (of pictures) and no named task."""
     return not _known(name) and Path(name).is_dir()
 
 
-def _is_table(name: str) -> bool:
+def is_table(name: str) -> bool:
+    """Whether `name` is the file of a table, there or not."""
     return Path(name).suffix.lower() in SUFFIXES
+
+
+def is_named(name: str) -> bool:
+    """Whether `name` is that of a registered task."""
+    return _known(name) is not None
 
 
 def _known(name: str) -> str | None:
@@ -104,6 +137,8 @@ def _known(name: str) -> str | None:
 def _resolve(name: str) -> str:
     if known := _known(name):
         return known
+    if split_id(name)[1]:
+        raise TaskError(f"{name} names rows that are in a store; here the task's own file is needed: --task FILE")
     near = difflib.get_close_matches(name.lower(), _TASKS, n=3, cutoff=0.5)
     offer = f"did you mean {' or '.join(near)}?" if near else f"tasks: {', '.join(_TASKS)}."
     raise TaskError(f"unknown task {name!r}; {offer} A table of your own is given by its file: --task my.csv")

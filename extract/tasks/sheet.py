@@ -9,6 +9,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ from extract.tasks.base import TaskError
 from store.digest import digest_bytes
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json")
+_HALF_A_PAIR = re.compile("[\ud800-\udfff]")
 LONGEST_FIELD = 16 << 20  # characters; Python's own limit of 131,072 is less than a long document
 
 
@@ -81,6 +84,10 @@ def sheet_digest(path: Path) -> str:
 
 def _read(path: Path) -> bytes:
     try:
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            # Reading a pipe waits for whoever is to write it, for ever perhaps.
+            raise TaskError(f"cannot read {path}: a pipe or device, not a file; save what it gives as a file first")
         return path.read_bytes()
     except FileNotFoundError:
         raise TaskError(f"no such file: {path}") from None
@@ -163,5 +170,16 @@ def _json_rows(path: Path, text: str) -> tuple[list[str], list[list[Any]], list[
     for number, item in objects:
         if not isinstance(item, dict):
             raise TaskError(f"{path}, line {number}: a JSON object is expected, not {type(item).__name__}")
+        for key, value in item.items():
+            if not _is_text(key) or (isinstance(value, str) and not _is_text(value)):
+                raise TaskError(
+                    f"{path}, line {number}: half a surrogate pair in {ascii(key)[:80]}, which is no character; "
+                    "write the text as UTF-8"
+                )
     names = list(dict.fromkeys(key for _, item in objects for key in item))
     return names, [[item.get(name) for name in names] for _, item in objects], [number for number, _ in objects]
+
+
+def _is_text(value: str) -> bool:
+    """False where JSON's \\uXXXX made half a surrogate pair, which no tokenizer and no file can take."""
+    return value.isascii() or _HALF_A_PAIR.search(value) is None

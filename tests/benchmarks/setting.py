@@ -7,6 +7,7 @@ texts themselves; lengths are what it gives, and are printed.
 from __future__ import annotations
 
 import csv
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModel, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
 
+from extract.backbones import Family, Inputs, family_for
 from extract.tasks import load_task
 from pipeline.extracting import run_extract
 from pipeline.recipe import Recipe
+from pipeline.resolve import open_task, space_options
 from pipeline.shapes import known_config
 
 GLUE = Path(__file__).resolve().parents[3] / "shared" / "data" / "glue"
@@ -87,6 +90,27 @@ def positions(samples: int) -> tuple[np.ndarray, str]:
     fast = trained_tokenizer(prompts, True)
     lengths = [len(ids) for ids in fast(prompts[:samples], truncation=True, max_length=128)["input_ids"]]
     return np.asarray(lengths, np.int64), f"the first {samples} training rows of RTE"
+
+
+def words_of(samples: int) -> str:
+    """What the texts of a benchmark are."""
+    real = (GLUE / "RTE" / "train.tsv").is_file()
+    return f"{samples} training rows of RTE" if real else f"{samples} made-up texts of {LENGTH} words"
+
+
+def prepared(shape: str, samples: int) -> tuple[Family, Inputs, int]:
+    """The family of a shape, and the training inputs of `samples` texts as extraction makes them; how many classes."""
+    with tempfile.TemporaryDirectory() as folder:
+        texts, options, _ = texts_and_task(samples, Path(folder))
+        task = open_task(Recipe(**options))
+    family = family_for(known_config(SHAPES[shape]))
+    lm = family.writes_text
+    fast = trained_tokenizer(texts, lm)
+    candidates = family.candidates(fast, task.spec.targets) if lm else []
+    rows = task.rows("train").head(samples)
+    gold = [task.spec.target_index(label) for label in rows.labels if label is not None] if lm else None
+    made = family.prepare(fast, rows.texts, space_options(Recipe(**options), task.spec).text, candidates, gold)
+    return family, made, len(task.spec.labels)
 
 
 def checkpoint(shape: str, folder: Path, texts: list[str]) -> Path:

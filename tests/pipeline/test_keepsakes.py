@@ -36,13 +36,13 @@ def common(checkpoints, table, tmp_path):
 
 STEPS = ("--batch-size", 16, "--max-steps", 4, "--warmup-ratio", 0.1)
 CASES = {
-    "t5-fisher": ("t5", "lst", ["--init", "fisher"], "lst-fisher-running-r4-pairs-"),
+    "t5-fisher": ("t5", "lst", ["--init", "fisher"], "lst-fisher-released-r4-pairs-"),
     "t5-aligned": ("t5", "lst", ["--init", "fisher", "--prune", "aligned"], "lst-fisher-aligned-r4"),
     "bert-magnitude": (
         "bert",
         "lst",
         ["--init", "magnitude"],
-        "lst-magnitude-running-r4.safetensors",
+        "lst-magnitude-released-r4.safetensors",
     ),
     "t5-multi": ("t5", "sherl", ["--insert", "multi:1"], "block-1.safetensors"),
     "bert-single": ("bert", "sherl", ["--insert", "single:2"], "block-2.safetensors"),

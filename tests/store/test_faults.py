@@ -29,6 +29,22 @@ def read(store: Path) -> list[Samples]:
     return [read_block(block) for block in home.plan(KEYS, STATES, COLUMNS).blocks]
 
 
+def damage(victim: Path, pick: random.Random) -> str:
+    """Flip a bit of the file, cut it or delete it; says what was done."""
+    data = victim.read_bytes()
+    kind = pick.choice(["flip", "flip", "delete", "truncate"])
+    if kind == "flip":
+        place, bit = pick.randrange(len(data)), pick.randrange(8)
+        victim.write_bytes(data[:place] + bytes([data[place] ^ (1 << bit)]) + data[place + 1 :])
+        return f"flip bit {bit} of byte {place} of"
+    if kind == "truncate":
+        left = pick.randrange(len(data))
+        victim.write_bytes(data[:left])
+        return f"cut to {left} of {len(data)} bytes"
+    victim.unlink()
+    return "delete"
+
+
 def test_random_faults(tmp_path: Path) -> None:
     """Found by the deep verification, and never handed out as data. A thousand: `FAULTS=1000 pytest …`."""
     fill(tmp_path)
@@ -37,16 +53,9 @@ def test_random_faults(tmp_path: Path) -> None:
     pick = random.Random(0)
     files = sorted(p for p in store.rglob("*") if p.is_file())
     for number in range(int(os.environ.get("FAULTS", "100"))):
-        victim, kind = pick.choice(files), pick.choice(["flip", "flip", "delete", "truncate"])
+        victim = pick.choice(files)
         data = victim.read_bytes()
-        if kind == "flip":
-            place = pick.randrange(len(data))
-            victim.write_bytes(data[:place] + bytes([data[place] ^ (1 << pick.randrange(8))]) + data[place + 1 :])
-        elif kind == "truncate":
-            victim.write_bytes(data[: pick.randrange(len(data))])
-        else:
-            victim.unlink()
-        what = f"{number}: {kind} {victim.relative_to(store)}"
+        what = f"{number}: {damage(victim, pick)} {victim.relative_to(store)}"
         try:
             assert Store.open(store).verify(deep=True), what
         except StoreError as error:
@@ -132,7 +141,7 @@ def test_interrupted_push_pull_and_merge(tmp_path: Path, monkeypatch: pytest.Mon
             except Stop:
                 stops += 1
                 # The process that was killed is dead to the next one.
-                monkeypatch.setattr("store.transfer.is_dead", lambda writer: True)
+                monkeypatch.setattr("store.sweep.is_dead", lambda writer: True)
                 for name in ("write", "publish", "move", "read", "remove"):
                     end.files.__dict__.pop(name, None)
         raise AssertionError("never done")

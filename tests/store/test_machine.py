@@ -163,7 +163,7 @@ class Machine(RuleBasedStateMachine):
             for name in ("make", "write", "publish", "sync", "remove"):
                 patch.setattr(files, name, step(getattr(files, name)))
             patch.setattr(SegmentWriter, "_undo", lambda self, folder: None)
-            patch.setattr("store.writer.describe_writer", dead)
+            patch.setattr("store.sweep.describe_writer", dead)
             with suppress(Killed):
                 pending.writer.seal()
         if self.manifests(pending.place) != before:
@@ -196,7 +196,7 @@ class Machine(RuleBasedStateMachine):
                 return type(target.files).write(target.files, *args)
 
             patch.setattr(target.files, "write", write)
-            patch.setattr("store.transfer.describe_writer", dead)
+            patch.setattr("store.sweep.describe_writer", dead)
             with suppress(Killed):
                 transfer(self.store(place), target)
         name = PLACES[1 - PLACES.index(place)]
@@ -211,7 +211,7 @@ class Machine(RuleBasedStateMachine):
         self.pending = [p for p in self.pending if p.place != place or p.writer._base is None]
         store = self.store(place)
         collect(store, litter(store, older_than=0))
-        assert litter(self.store(place), older_than=0) == []
+        assert litter(self.store(place), older_than=0).litter == []
 
     @rule(place=places)
     def sweep(self, place: str) -> None:

@@ -175,20 +175,23 @@ def test_tables_round_trip(tmp_path_factory: pytest.TempPathFactory, rows: list[
 def test_which_table(tmp_path: Path) -> None:
     home = space(tmp_path)
 
-    def put(count: int, note: str, split: str = "train") -> Path:
-        return home.save_table(TaskTable({"task": "sst2", "split": split, "note": note}, KEYS[:count], [0] * count))
+    def put(count: int, note: str, split: str = "train", day: int = 1) -> Path:
+        created = f"2026-11-{day:02d}T12:00:00.000+00:00"
+        header = {"task": "sst2", "split": split, "note": note, "created": created}
+        return home.save_table(TaskTable(header, KEYS[:count], [0] * count))
 
     with pytest.raises(MissingStates, match="no task is stored yet"):
         home.load_table("sst2", "train")
     put(10, "ten")
-    old, new = put(20, "old"), put(20, "new")
-    os.utime(old, (1, 1))
-    os.utime(new, (2, 2))
+    new, old = put(20, "new", day=9), put(20, "old", day=8)
+    os.utime(new, (1, 1))  # copying changes the time of a file
+    os.utime(old, (2, 2))
     put(30, "other split", "validation-mismatched")
     assert home.load_table("sst2", "train").header["note"] == "new"
     assert home.load_table("sst2", "train", rows=10).header["note"] == "ten"
     assert [t.rows for t in home.tables()] == [10, 20, 20, 30]
-    assert home.load_table("sst2", "train", path=home.tables()[1].path).header["note"] == "old"
+    path = old.relative_to(tmp_path / "store").as_posix()
+    assert home.load_table("sst2", "train", path=path).header["note"] == "old"
     assert home.load_table("sst2", "validation-mismatched").keys == KEYS[:30]
     with pytest.raises(MissingStates, match="with 15 rows: stored are 10, 20, 20"):
         home.load_table("sst2", "train", rows=15)

@@ -30,7 +30,7 @@ def test_a_tuner_comes_back_exactly(tmp_path: Path) -> None:
     state = {"a": torch.randn(3, 2), "b.c": torch.randn(4, dtype=torch.bfloat16), "n": torch.tensor(7)}
     path = tmp_path / checkpoint.TUNER
     checkpoint.save_tuner(path, state, {"epoch": 3})
-    back, info = checkpoint.load_tuner(path, state)
+    back, info = checkpoint.load(path)
     assert info == {"epoch": 3}
     assert back.keys() == state.keys()
     assert all(torch.equal(back[k], state[k]) and back[k].dtype == state[k].dtype for k in state)
@@ -50,13 +50,14 @@ def test_the_optimizer_goes_on_as_if_never_stopped(tmp_path: Path) -> None:
     model = net()
     optimizer, names = adam(model, 3)
     path = tmp_path / checkpoint.RESUME
-    checkpoint.save_run(path, model.state_dict(), {}, checkpoint.optimizer_state(optimizer, names), {"step": 3})
-    weights, best, tensors, info = checkpoint.load_run(path)
-    assert (best, info) == ({}, {"step": 3})
+    parts = {"model": model.state_dict(), "optimizer": checkpoint.optimizer_state(optimizer, names)}
+    checkpoint.save_run(path, parts, {"step": 3})
+    found, info = checkpoint.load_run(path)
+    assert (found["best"], info) == ({}, {"step": 3})
     other = net()
-    other.load_state_dict(weights)
+    other.load_state_dict(found["model"])
     again = torch.optim.AdamW(other.parameters(), lr=0.1)
-    checkpoint.load_optimizer_state(again, names, tensors)
+    checkpoint.load_optimizer_state(again, names, found["optimizer"])
     for step in range(3, 6):
         torch.manual_seed(step)
         again.zero_grad()
@@ -94,12 +95,13 @@ def test_a_pickle_is_refused(tmp_path: Path) -> None:
 def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     path = tmp_path / checkpoint.TUNER
     checkpoint.save_tuner(path, {"a": torch.zeros(2), "b": torch.zeros(3, 2)}, {})
+    found, _ = checkpoint.load(path)
     with pytest.raises(UserError, match=r"b has shape \(3, 2\) but the model needs \(3, 4\)"):
-        checkpoint.load_tuner(path, {"a": torch.zeros(2), "b": torch.zeros(3, 4)})
+        checkpoint.check(found, {"a": torch.zeros(2), "b": torch.zeros(3, 4)}, path)
     with pytest.raises(UserError, match="lacks tensors c"):
-        checkpoint.load_tuner(path, {"a": torch.zeros(2), "b": torch.zeros(3, 2), "c": torch.zeros(1)})
+        checkpoint.check(found, {"a": torch.zeros(2), "b": torch.zeros(3, 2), "c": torch.zeros(1)}, path)
     with pytest.raises(UserError, match="holds unknown tensors b"):
-        checkpoint.load_tuner(path, {"a": torch.zeros(2)})
+        checkpoint.check(found, {"a": torch.zeros(2)}, path)
     with pytest.raises(UserError, match="not a resumable checkpoint"):
         checkpoint.load_run(path)
 

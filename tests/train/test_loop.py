@@ -142,7 +142,7 @@ def test_the_best_epoch_is_restored_and_saved(tmp_path: Path) -> None:
         lambda: Told(fake),
     )
     assert result["best_epoch"] == 2
-    saved, info = checkpoint.load_tuner(tmp_path / checkpoint.TUNER, model.trainable_state())
+    saved, info = checkpoint.load(tmp_path / checkpoint.TUNER)
     assert info["epoch"] == 2 and info["validation"] == {"average": 0.9}
     for name, tensor in model.trainable_state().items():
         assert torch.equal(tensor, seen[1][name]) and torch.equal(saved[name], tensor)

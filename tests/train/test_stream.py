@@ -118,6 +118,16 @@ def test_what_is_not_stored_is_said(tmp_path: Path) -> None:
     assert caught.value.samples == 10 and caught.value.states == ("encoder.9",)
 
 
+@pytest.mark.parametrize("shares", [1, 2, 5, 12])  # 12: more than an epoch has batches
+def test_readers_that_take_turns_get_the_batches_of_one(monkeypatch: pytest.MonkeyPatch, shares: int) -> None:
+    source, _ = make(monkeypatch)
+    assert len(source) < 12
+    whole = indices(source.epochs(0, 3, 2))
+    parts = [indices(make(monkeypatch, share=(i, shares))[0].epochs(0, 3, 2)) for i in range(shares)]
+    assert [parts[n % shares][n // shares] for n in range(len(whole))] == whole
+    assert sum(map(len, parts)) == len(whole)
+
+
 @pytest.mark.parametrize("ahead", [0, 1, 3])
 def test_resume_gives_the_remaining_batches(monkeypatch: pytest.MonkeyPatch, ahead: int) -> None:
     source, _ = make(monkeypatch, ahead=ahead)

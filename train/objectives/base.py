@@ -32,11 +32,12 @@ class ObjectiveConfig:
 @dataclass(frozen=True)
 class Answers:
     """What a task says of its targets. `labels`: class names in index order. `metrics`: names known to
-    `train.metrics`. `token_ids`: of each target text, for a backbone that writes text. `values`: the number each of
-    these texts stands for, where targets are numbers."""
+    `train.metrics`. For a backbone that writes text, `texts`: what it answers, and `token_ids` of each; `values`: the
+    number each text stands for, where targets are numbers."""
 
     labels: tuple[str, ...] = ()
     metrics: tuple[str, ...] = ()
+    texts: tuple[str, ...] = ()
     token_ids: tuple[tuple[int, ...], ...] = ()
     values: tuple[float, ...] = ()
 
@@ -44,7 +45,7 @@ class Answers:
     def of_classes(cls, classes: int, token_ids: Sequence[Sequence[int]] = ()) -> Answers:
         """Classes without names, where only their number matters."""
         labels = tuple(str(i) for i in range(classes))
-        return cls(labels, ("accuracy",), tuple(tuple(ids) for ids in token_ids))
+        return cls(labels, ("accuracy",), token_ids=tuple(tuple(ids) for ids in token_ids))
 
 
 class Head(nn.Module):

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from extract.backbones.base import Vocabulary
 from extract.backbones.batch import Batch
 from train.features import Feature, Features
+from train.finite import refuse_nan
 from train.objectives.base import Objective, Outputs, register
 from train.objectives.pooled import PooledConfig, PooledHead
 from train.objectives.scores import ScalarScorer
@@ -25,7 +26,7 @@ class ClassHead(PooledHead):
         return {"class": F.cross_entropy(self.outputs(features, batch), batch.targets["label"])}
 
     def predict(self, features: Features, batch: Batch) -> Outputs:
-        chance, label = self.outputs(features, batch).float().softmax(-1).max(-1)
+        chance, label = refuse_nan(self.outputs(features, batch)).softmax(-1).max(-1)
         return {"label": label, "probability": chance}
 
 

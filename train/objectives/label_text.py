@@ -17,8 +17,10 @@ from torch.nn import functional as F
 
 from extract.backbones.base import Vocabulary
 from extract.backbones.batch import Batch
+from extract.tasks.base import nearest
 from store.errors import UserError
 from train.features import Feature, Features, Want
+from train.finite import refuse_nan
 from train.objectives.base import Answers, Head, Objective, ObjectiveConfig, Outputs, register
 from train.objectives.scores import ScalarScorer
 
@@ -79,12 +81,12 @@ class TextHead(Head):
 
     def choose(self, rows: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """(B,) index of the target that greedy decoding among the targets ends in, and its probability: the product
-        over the positions where targets part, each among the tokens that go on."""
+        over the positions where targets part, each among the tokens that go on. Raises NotFinite for NaN."""
         layout = batch.layout("decoder")
         ids, parent = batch.columns["decoder.ids"], batch.columns["decoder.parent"]
         above = layout.first[layout.sample] + parent
         tokens = self.table[self.table != IGNORE].unique()
-        logits = self.vocabulary.logits(rows, tokens).float()
+        logits = refuse_nan(self.vocabulary.logits(rows, tokens).float())
         column = torch.searchsorted(tokens, self.table.clamp(min=0))
         column = column.clamp(max=len(tokens) - 1)
         node = layout.first.clone()
@@ -137,8 +139,23 @@ class LabelText(Objective):
         (name,) = features
         return TextHead(name, vocabulary, self.answers.token_ids, self.answers.values)
 
+    def rounded(self, labels: Sequence[float] | np.ndarray) -> list[float]:
+        """Labels as they are taught: a number is scored against the text it was rounded to, as in the papers' code."""
+        values = self.answers.values
+        return [values[nearest(values, label)] for label in labels] if values else list(labels)
+
+    def meaning(self, text: str) -> int | float | None:
+        """What a freely written answer says: the class whose text it is, or any number, on the grid or not; else
+        None."""
+        if not self.answers.values:
+            return self.answers.texts.index(text.strip()) if text.strip() in self.answers.texts else None
+        try:
+            return float(text)
+        except ValueError:
+            return None
+
     def scorer(self) -> ScalarScorer:
-        return ScalarScorer(self.answers.metrics)
+        return ScalarScorer(self.answers.metrics, self.rounded)
 
     def entries(self, out: Outputs) -> list[dict[str, Any]]:
         named = self.answers.labels if not self.answers.values else ()

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from extract.backbones.base import Vocabulary
 from extract.backbones.batch import Batch
 from train.features import Feature, Features
+from train.finite import refuse_nan
 from train.objectives.base import Objective, Outputs, Scorer, register
 from train.objectives.pooled import PooledConfig, PooledHead
 
@@ -36,11 +37,11 @@ class MultilabelHead(PooledHead):
 
     def losses(self, features: Features, batch: Batch) -> dict[str, Tensor]:
         assert batch.targets is not None
-        logits = self.outputs(features, batch).float()
+        logits = self.outputs(features, batch)
         return {"labels": F.binary_cross_entropy_with_logits(logits, batch.targets["labels"])}
 
     def predict(self, features: Features, batch: Batch) -> Outputs:
-        return {"chances": self.outputs(features, batch).float().sigmoid()}
+        return {"chances": refuse_nan(self.outputs(features, batch)).sigmoid()}
 
 
 class MultilabelScorer(Scorer):

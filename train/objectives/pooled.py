@@ -37,7 +37,7 @@ class PooledHead(Head):
         nn.init.zeros_(self.linear.bias)
 
     def outputs(self, features: Features, batch: Batch) -> Tensor:
-        """(B, outputs)."""
+        """(B, outputs), float32 under autocast too: labels and NumPy have no bfloat16."""
         pooled = []
         for name, feature in self.features.items():
             rows = features[name].float()
@@ -45,4 +45,4 @@ class PooledHead(Head):
                 layout = batch.layout(feature.stream)
                 rows = layout.mean(rows) if self.pooling == "mean" else rows.index_select(0, layout.first)
             pooled.append(rows)
-        return self.linear(pooled[0] if len(pooled) == 1 else torch.cat(pooled, dim=1))
+        return self.linear(pooled[0] if len(pooled) == 1 else torch.cat(pooled, dim=1)).float()

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from extract.backbones.base import Vocabulary
 from extract.backbones.batch import Batch
 from train.features import Feature, Features
+from train.finite import refuse_nan
 from train.objectives.base import Objective, Outputs, register
 from train.objectives.pooled import PooledConfig, PooledHead
 from train.objectives.scores import ScalarScorer
@@ -23,10 +24,10 @@ class NumberHead(PooledHead):
     def losses(self, features: Features, batch: Batch) -> dict[str, Tensor]:
         assert batch.targets is not None
         out = self.outputs(features, batch).squeeze(-1)
-        return {"number": F.mse_loss(out.float(), batch.targets["label"].float())}
+        return {"number": F.mse_loss(out, batch.targets["label"].float())}
 
     def predict(self, features: Features, batch: Batch) -> Outputs:
-        return {"label": self.outputs(features, batch).squeeze(-1).float()}
+        return {"label": refuse_nan(self.outputs(features, batch)).squeeze(-1)}
 
 
 @register("regression", PooledConfig)

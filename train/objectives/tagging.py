@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from extract.backbones.base import Vocabulary
 from extract.backbones.batch import Batch
 from train.features import Feature, Features, Want
+from train.finite import refuse_nan
 from train.objectives.base import Head, Objective, ObjectiveConfig, Outputs, Scorer, register
 from train.objectives.spans import OUTSIDE, SpanCounts
 
@@ -48,7 +49,7 @@ class TagHead(Head):
 
     def predict(self, features: Features, batch: Batch) -> Outputs:
         """`tags`: for each sample the tag of each word, None for words that were cut off."""
-        best = self.linear(features[self.name].float()).argmax(-1).cpu().numpy()
+        best = refuse_nan(self.linear(features[self.name].float())).argmax(-1).cpu().numpy()
         begin = np.concatenate([[0], np.cumsum(batch.lengths[self.stream])])
         told: list[list[int | None]] = []
         for i, meta in enumerate(batch.metas):

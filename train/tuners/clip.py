@@ -77,15 +77,18 @@ class UniptTower(Tower):
     def blend(self, guide: Tensor, low: list[Tensor], layout: Layout, base: Tensor) -> Tensor:
         around = guide[layout.sample]
         products = [F.relu((around * t).sum(-1, keepdim=True)) for t in low]
-        tokens = torch.stack([_gather(p, t, layout, base) for p, t in zip(products, low, strict=True)], 1)
+        tokens = torch.stack([_gather(p, t, layout, base, True) for p, t in zip(products, low, strict=True)], 1)
         scores = torch.cat([self.score(guide * layout.mean(t)) for t in low], dim=1)
         return (scores.softmax(1).unsqueeze(-1) * tokens).sum(1)
 
 
-def _gather(weights: Tensor, rows: Tensor, layout: Layout, base: Tensor) -> Tensor:
-    """(rows, 1) weights ≥ 0, l1-normalised within each sample; their weighted sum of rows and the base row. (B, d)."""
+def _gather(weights: Tensor, rows: Tensor, layout: Layout, base: Tensor, clamped: bool = False) -> Tensor:
+    """(rows, 1) weights ≥ 0, l1-normalised within each sample; their weighted sum of rows and the base row. (B, d).
+
+    The released SHERL adds 1e-6 to a sum of weights, the released UniPT makes it 1e-6 at least (`clamped`)."""
     zero = rows.new_zeros(len(layout.lengths), 1)
-    total = zero.index_add(0, layout.sample, weights) + EPSILON
+    total = zero.index_add(0, layout.sample, weights)
+    total = total.clamp(min=EPSILON) if clamped else total + EPSILON
     share = weights / total[layout.sample]
     return rows.new_zeros(len(base), rows.shape[1]).index_add(0, layout.sample, share * rows) + rows[base]
 

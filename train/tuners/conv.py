@@ -14,12 +14,12 @@ from torch.nn import functional as F
 
 from extract.backbones.base import Family, Tail
 from extract.backbones.batch import Batch
-from extract.backbones.grids import cells, max_cells, mean_cells, sizes, sum_cells
+from extract.backbones.grids import cell_counts, cells, max_cells, mean_cells, sizes, sum_cells
 from store.errors import UserError
 from train.features import Features, Want
 from train.tuners.base import Tuner, TunerConfig, checked_reduction, form, full_precision, rows_of
 from train.tuners.livelayers import refuse
-from train.tuners.mtsa import mix
+from train.tuners.mtsa import SCORED, learned, mix
 from train.tuners.sherl import SherlConfig
 from train.tuners.unipt import EPSILON, Aggregate, UniptConfig
 
@@ -78,10 +78,13 @@ class SherlConv(Tuner):
     def __init__(self, config: SherlConfig, family: Family, tail: Tail, wants: Want) -> None:
         super().__init__(config, family, tail, wants)
         refuse({"insert": config.insert, "tail": config.tail}, family)
+        if config.recompute:
+            raise UserError(f"recompute: SHERL on {family.name} backbones keeps what it computes; leave it out")
         inner = checked_reduction(config.reduction, family.width)
         self.names = taps(config, family, "sherl", live=True)
         self.down = nn.ModuleList(ConvNorm(family.width_of(n.split(".")[0]), inner) for n in self.names)
-        self.score = nn.Linear(inner, 1) if config.blend in ("redundancy", "linear") else None
+        self.score = nn.Linear(inner, 1) if config.blend in SCORED else None
+        self.learned = learned(config.blend, len(self.names) - 1, inner)
         self.up = ConvNorm(inner, family.width)
         self.gate = nn.Parameter(torch.full((), 0.1 if config.gate is None else float(config.gate)))
         self.norm = family.norm(family.streams[-1])
@@ -100,7 +103,7 @@ class SherlConv(Tuner):
                 rows, cell = batch.states[name].float(), where[name.split(".")[0]]
                 pooled = 2 * rows if cell is None else max_cells(rows, cell, count) + mean_cells(rows, cell, count)
                 low.append(down(pooled))
-            blended = mix(torch.stack(low[:-1], 1), low[-1], self.score, self.config.blend)
+            blended = mix(torch.stack(low[:-1], 1), low[-1], self.score, self.config.blend, self.learned, EPSILON)
             guide = batch.states[self.names[-1]].float()
             rows = F.relu(self.up(blended)) + torch.tanh(self.gate / self.config.temperature) * guide
         return {self.stream: self.norm(self.tail({self.stream: rows}, batch))}
@@ -109,7 +112,8 @@ class SherlConv(Tuner):
 @form("unipt", "pyramid")
 class UniptConv(Tuner):
     """UniPT's CNN form (methods §3): a convolution of the last map weighs the positions of each finer one within their
-    cell, on top of the plain mean; the weighted sums go through convolution and batch norm to the token attention.
+    cell, on top of the plain mean; the weighted sums go through convolution and batch norm to the token attention, and
+    what that gives through another convolution and batch norm.
 
     Parameters with widths Cᵢ of the n − 1 finer taps and D: Σ (D Cᵢ + Cᵢ + Cᵢ d + 3d) + (Dd + 3d) + (d + 1) +
     (d² + 3d) + dD + D.
@@ -125,7 +129,7 @@ class UniptConv(Tuner):
         widths = [family.width_of(n.split(".")[0]) for n in self.names]
         self.guide = nn.ModuleList(nn.Linear(family.width, w) for w in widths[:-1])
         self.down = nn.ModuleList(ConvNorm(w, inner) for w in widths)
-        self.aggregate = Aggregate(inner)
+        self.aggregate = Aggregate(inner, ConvNorm(inner, inner))
         self.up = nn.Linear(inner, family.width)
         self.stream = family.streams[-1]
         self.features = {self.stream: rows_of(family, self.stream)}
@@ -146,8 +150,9 @@ class UniptConv(Tuner):
 
 
 def gathered(rows: Tensor, guide: Tensor, cell: Tensor) -> Tensor:
-    """Weighted sum of `rows` (fine, C) over each cell: l1-normalised products with `guide` (coarse, C), plus 1 / k²."""
-    products = (rows * guide[cell]).sum(-1, keepdim=True)
-    total = sum_cells(products.abs(), cell, len(guide)) + EPSILON
-    share = torch.bincount(cell, minlength=len(guide)).clamp(min=1).to(rows.dtype).reciprocal()[:, None]
+    """Weighted sum of `rows` (fine, C) over each cell: rectified, l1-normalised products with `guide` (coarse, C), plus
+    1 / k²."""
+    products = F.relu((rows * guide[cell]).sum(-1, keepdim=True))
+    total = sum_cells(products, cell, len(guide)) + EPSILON
+    share = cell_counts(cell, len(guide)).to(rows.dtype).reciprocal()[:, None]
     return sum_cells(rows * (products / total[cell] + share[cell]), cell, len(guide))

@@ -1,46 +1,57 @@
 """The live layers of a tail, as they are or with something trainable in them (SHERL Fig. 5).
 
-LoRA and trainable biases go into copies of the layers, for the tail is shared and stays frozen. A bottleneck adapter
-works on a layer's output. Virtual rows (prompt) stand before what a layer reads first: the sequence itself on encoders;
-on a text-to-text backbone the encoder's positions, which its decoder layer attends to.
+LoRA and trainable biases go into copies of the layers, for the tail is shared and stays frozen; a T5 has no biases, so
+its copies get some, from zero. A bottleneck adapter works on a layer's output. Virtual rows (prompt) stand before what
+a layer reads first: the sequence itself on encoders; on a text-to-text backbone the encoder's positions, which its
+decoder layer attends to. The sizes are the paper's: LoRA and adapters at reduction 16, 30 virtual rows.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 from extract.backbones.base import Family, Tail
 from extract.backbones.batch import Batch, Layout
 from extract.backbones.bylength import by_length
 from store.errors import UserError
-from train.adapters import Bottleneck, add_lora, free_biases
+from train.adapters import Bottleneck, add_biases, add_lora, free_biases
 
 TAILS = ("frozen", "lora", "bitfit", "adapter", "prompt")
-PROMPT = 20  # virtual rows
+SIZED = ("lora", "adapter", "prompt")
+REDUCTION = 16  # LoRA's rank and the adapter's width are the backbone's width over this
+PROMPT = 30  # virtual rows
 
 
 class LiveLayers(nn.Module):
-    """Calls live layer i of `layers` on `hidden` as a `Tail` does. `how`: one of `TAILS`."""
+    """Calls live layer i of `layers` on `hidden` as a `Tail` does. `how`: one of `TAILS`. `size`: of those in `SIZED`,
+    LoRA's rank, the adapter's width, or virtual rows; the paper's where it is None."""
 
-    def __init__(self, tail: Tail, family: Family, layers: Sequence[int], how: str) -> None:
+    def __init__(self, tail: Tail, family: Family, layers: Sequence[int], how: str, size: int | None = None) -> None:
         super().__init__()
         object.__setattr__(self, "tail", tail)  # not this module's, see Tuner
         self.layers, self.streams = list(layers), family.streams
         self.copies, self.adapters, self.prompts = nn.ModuleDict(), nn.ModuleDict(), nn.ParameterDict()
+        what = f"the live layer of a {family.name} backbone"
+        size = size or (PROMPT if how == "prompt" else max(1, family.width // REDUCTION))
         for i in self.layers:
             if how in ("lora", "bitfit"):
                 block = copy.deepcopy(self._block(i))
-                (add_lora if how == "lora" else free_biases)(block, f"the live layer of a {family.name} backbone")
+                if how == "lora":
+                    add_lora(block, what, rank=size, alpha=2 * size)
+                else:
+                    add_biases(block, (T5LayerNorm,))
+                    free_biases(block, what)
                 self.copies[str(i)] = block
             elif how == "adapter":
-                self.adapters[str(i)] = Bottleneck(family.width, max(1, family.width // 8))
+                self.adapters[str(i)] = Bottleneck(family.width, size)
             elif how == "prompt":
-                self.prompts[str(i)] = nn.Parameter(0.02 * torch.randn(PROMPT, family.width))
+                self.prompts[str(i)] = nn.Parameter(0.02 * torch.randn(size, family.width))
 
     tail: Tail
 
@@ -65,6 +76,15 @@ class LiveLayers(nn.Module):
             return self.tail.through(block, hidden, batch)
         (stream,) = self.streams
         return by_length(batch, stream, hidden[stream], lambda x, part: self.tail.through(block, {stream: x}, part))
+
+
+def saved_size(state: Mapping[str, Tensor]) -> int | None:
+    """The `size` of the live layers of a saved tuner; None where nothing in them has one."""
+    ends = ("lora_A.default.weight", ".down.weight")
+    for name, tensor in state.items():
+        if ".live." in name and (".prompts." in name or name.endswith(ends)):
+            return tensor.shape[0]
+    return None
 
 
 def prepend(rows: Tensor, batch: Batch, stream: str, prompt: Tensor) -> tuple[Tensor, Batch, Tensor]:

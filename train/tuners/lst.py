@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from extract.backbones.base import Family, Tail
 from extract.backbones.batch import Batch
 from extract.backbones.bylength import by_length
-from extract.backbones.dropout import Dropout
 from store.errors import UserError
 from train.features import Features, Want
 from train.tuners.base import Start, Tuner, TunerConfig, checked_reduction, linear, register, rows_of
 
 INITS = ("random", "magnitude", "fisher")
-PRUNES = ("running", "aligned")
+# The forms of pruning, and what they are called in the store. A file called "running" there was made by an older
+# version, which kept rows in ascending order, not in the released one; it is no longer read.
+PRUNES = {"running": "released", "aligned": "aligned"}
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,11 @@ class Ladder(nn.Module):
         self.down = nn.ModuleList(linear(family.state_width(f"{stream}.{i}"), inner) for i in self.layers)
         self.gates = nn.Parameter(torch.zeros(family.depth(stream)))
         self.side = family.side_stack(stream, self.layers, config.reduction)
-        self.dropout = Dropout(family.dropout)
 
     def rungs(self, batch: Batch, embedding: Tensor) -> Tensor:
-        """(rows, D) embedding and the kept states → (rows, 1 + layers, D / r)."""
-        rows = self.first(self.dropout(embedding.float()) if self.dropout.p else embedding)
+        """(rows, D) embedding and the kept states → (rows, 1 + layers, D / r). `Tail.embed` has dropped out the
+        embedding, once as in the released code."""
+        rows = self.first(embedding)
         states = (batch.states[f"{self.stream}.{i}"] for i in self.layers)
         return torch.stack([rows, *(down(h) for down, h in zip(self.down, states, strict=True))], dim=1)
 
@@ -115,7 +116,7 @@ class Lst(Tuner):
         def make(model: Any, importance: dict[str, Tensor]) -> dict[str, Tensor]:
             return family.pruned(model, importance, config.reduction, config.prune == "aligned")
 
-        return Start(f"lst-{config.init}-{config.prune}-r{config.reduction}", config.init == "fisher", make)
+        return Start(f"lst-{config.init}-{PRUNES[config.prune]}-r{config.reduction}", config.init == "fisher", make)
 
     def begin(self, weights: dict[str, Tensor]) -> None:
         for stream, ladder in self._ladders():

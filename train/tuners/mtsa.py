@@ -4,8 +4,9 @@ Token-wise: it works on packed rows and never sees padding. Everything is comput
 surrounding precision, because the paper's epsilon of 1e-6 vanishes in float16.
 
 Where the released code and the paper differ the code is followed: the score is a learned weighted inner product, all
-maps have biases, and ReLU precedes the up-projection. Two guards are ours: the norm has 1e-6 inside the root, so that
-its gradient at an all-zero row is finite, and redundancy is at least 1 (the paper states r ≥ 1; the code gives 0/0).
+maps have biases, and ReLU precedes the up-projection. Two guards are ours: a squared norm counts as 1e-6 at least, so
+that the gradient at an all-zero row is finite, and redundancy is at least 1 (the paper states r ≥ 1; the code gives
+0/0).
 """
 
 from __future__ import annotations
@@ -18,20 +19,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from store.errors import UserError
 from train.tuners.base import full_precision, linear
 
-EPSILON = 1e-6
+EPSILON = 1e-6  # added to norms in the released T5, CLIP-ViL and CLIP4Clip code; 1e-8 in that for CNNs
+SMALLEST = 1e-6  # a squared norm
 CHUNK_ROWS = 1024  # rows recomputed at a time
 
 
-def redundancy(features: Tensor) -> Tensor:
+def redundancy(features: Tensor, epsilon: float = EPSILON) -> Tensor:
     """Summed rectified cosine similarity of each layer's feature to all of them, SHERL eq. 2.
 
     `features`: (rows, layers, width) float32. Returns (rows, layers), each ≥ 1. A zero row counts as redundancy 1.
     """
     # Scaling the products, not the features, keeps nothing of the features' size for the backward pass.
     products = _Gram.apply(features)
-    scale = (products.diagonal(dim1=1, dim2=2) + EPSILON).rsqrt()
+    scale = (products.diagonal(dim1=1, dim2=2).clamp(min=SMALLEST).sqrt() + epsilon).reciprocal()
     return (products * scale.unsqueeze(1) * scale.unsqueeze(2)).relu_().sum(-1).clamp(min=1.0)
 
 
@@ -49,31 +52,56 @@ class _Gram(torch.autograd.Function):
         return torch.bmm(grad + grad.transpose(1, 2), x)
 
 
-def layer_weights(scores: Tensor, redundant: Tensor) -> Tensor:
-    """Rectified scores over redundancy, normalised to sum 1 over layers (SHERL eq. 3). Both (rows, layers)."""
+def layer_weights(scores: Tensor, redundant: Tensor, epsilon: float = EPSILON) -> Tensor:
+    """Rectified scores over redundancy, l1-normalised over layers (SHERL eq. 3). `scores`: (rows, layers); `redundant`:
+    the same, or (layers,) where it is learned, which may become negative."""
     weights = F.relu(scores) / redundant
-    return weights / (weights.sum(-1, keepdim=True) + EPSILON)
+    return weights / (weights.abs().sum(-1, keepdim=True) + epsilon)
 
 
-# How the layers are blended; the first is SHERL's, the others its ablations (Fig. 4): the learned attention without
-# redundancy, softmax attention from the guide, and no attention at all.
-BLENDS = ("redundancy", "linear", "attention", "average", "max")
+# How the layers are blended; the first is SHERL's. Its ablations (Fig. 4) are max and average pooling, multi-head
+# self-attention, the learned attention without redundancy, and with a learned one. "attention", softmax attention from
+# the guide, is ours.
+BLENDS = ("redundancy", "max", "average", "mhsa", "linear", "linear-learned", "attention")
+SCORED = ("redundancy", "linear", "linear-learned")  # those with the learned product w, c
+HEADS = 4  # of mhsa, from the paper
 
 
-def mix(layers: Tensor, guide: Tensor, score: nn.Linear | None, how: str) -> Tensor:
-    """Blend `layers` (rows, layers, d) into (rows, d), the guide (rows, d) added. `score`: the learned product w, c."""
+def learned(how: str, layers: int, inner: int) -> nn.Module | nn.Parameter | None:
+    """What else a blend of `layers` features of width `inner` learns: mhsa its attention, linear-learned a redundancy a
+    layer, from 1. Raises UserError where the heads of mhsa do not divide the width."""
+    if how == "linear-learned":
+        return nn.Parameter(torch.ones(layers))
+    if how != "mhsa":
+        return None
+    if inner % HEADS:
+        raise UserError(f"blend: the {HEADS} heads of mhsa do not divide the side width {inner}; change --reduction")
+    return nn.MultiheadAttention(inner, HEADS, batch_first=True)
+
+
+def mix(
+    layers: Tensor, guide: Tensor, score: nn.Linear | None, how: str, own: Any = None, epsilon: float = EPSILON
+) -> Tensor:
+    """Blend `layers` (rows, layers, d) into (rows, d), the guide (rows, d) added. `score`: the learned product w, c;
+    `own`: what `learned` gave; `epsilon`: what is added to norms. The paper does not say how the rows of mhsa become
+    one; here they are averaged."""
     if how == "max":
         return layers.amax(1) + guide
     if how == "average":
         return layers.mean(1) + guide
+    if how == "mhsa":
+        return own(layers, layers, layers, need_weights=False)[0].mean(1) + guide
     if score is None:
         weights = (torch.bmm(layers, guide.unsqueeze(-1)).squeeze(-1) / layers.shape[-1] ** 0.5).softmax(-1)
     else:
         # The learned score w·(E ∘ e) + c is one product of E with w ∘ e.
         query = guide * score.weight[0]
         scores = torch.bmm(layers, query.unsqueeze(-1)).squeeze(-1) + score.bias
-        redundant = redundancy(layers) if how == "redundancy" else torch.ones_like(scores)
-        weights = layer_weights(scores, redundant)
+        if how == "redundancy":
+            redundant = redundancy(layers, epsilon)
+        else:
+            redundant = own if how == "linear-learned" else torch.ones_like(scores)
+        weights = layer_weights(scores, redundant, epsilon)
     return torch.bmm(weights.unsqueeze(1), layers).squeeze(1) + guide
 
 
@@ -82,7 +110,8 @@ class MTSA(nn.Module):
     `BLENDS`.
 
     Parameters per set: width·d + d and 2(d² + d); in all d + 1 for the score, d·width + width for the way up and 1 for
-    the gate (methods §1.6 without the norm that follows).
+    the gate (methods §1.6 without the norm that follows). Blends other than the three `SCORED` have no score;
+    "linear-learned" has n − 1 more, "mhsa" 4(d² + d).
     """
 
     def __init__(
@@ -103,7 +132,8 @@ class MTSA(nn.Module):
         # The two d × d maps of each set, W' (mix) and W (gate), side by side: one batched product serves all sets.
         self.mix_weight = nn.Parameter(torch.empty(sets, inner, 2 * inner).normal_(std=0.01))
         self.mix_bias = nn.Parameter(torch.zeros(sets, 1, 2 * inner))
-        self.score = linear(inner, 1) if blend in ("redundancy", "linear") else None
+        self.score = linear(inner, 1) if blend in SCORED else None
+        self.learned = learned(blend, sets - 1, inner)
         self.up = linear(inner, width)
         self.gate = nn.Parameter(torch.full((), float(gate)))
 
@@ -128,6 +158,6 @@ class MTSA(nn.Module):
             mixed, gated = torch.baddbmm(self.mix_bias, low, self.mix_weight).chunk(2, dim=-1)
             refined = (mixed + low) * torch.sigmoid(gated)
             layers, guide = refined[:-1].transpose(0, 1), refined[-1]
-            blended = mix(layers, guide, self.score, self.blend)
+            blended = mix(layers, guide, self.score, self.blend, own=self.learned)
             # As a vector the ratio widens a `last` in half precision, which a scalar would not.
             return self.up(F.relu(blended)) + self.ratio().view(1) * last

@@ -12,7 +12,7 @@ from extract.backbones.dropout import Dropout
 from store.errors import UserError
 from train.features import Features, Want
 from train.tuners.base import Tuner, TunerConfig, checked_reduction, register, rows_of
-from train.tuners.livelayers import TAILS, LiveLayers
+from train.tuners.livelayers import SIZED, TAILS, LiveLayers
 from train.tuners.mtsa import BLENDS, MTSA
 
 
@@ -21,11 +21,15 @@ class SherlConfig(TunerConfig):
     """`reduction`: r, side width is D / r. `gate`: start of alpha; 0 is the paper's (the live layer then sees the
     blend only), 0.1 starts the gate at u = 0.76. None: 0 on text-to-text backbones, 0.1 on encoders, where the paper's
     start is fragile (methods §8; a deviation, and the papers have no such rows). `temperature`: T of the gate.
-    `blend`: "redundancy" is SHERL; "linear", "attention", "average" and "max" are the ablations of its Fig. 4.
+    `blend`: "redundancy" is SHERL; "max", "average", "mhsa", "linear" and "linear-learned" are the ablations of its
+    Fig. 4 (MaxPool, AvePool, MHSA, LinearA, LinearA(r)); "attention" is ours.
 
     `insert`: where the blend of the last stream enters. "last": the last layer. "single:S": layer S; those after it run
     on its output. "multi:S": every layer from S on gets a blend of its own, of all features before it (Figs 6, 9).
+    "none": no layer is live, the blend of the same features is the output ("(-) Regulate" of Fig. 5); on text-to-text
+    backbones nothing then reads the encoder's blend, so there is none.
     `tail`: what trains inside the live layers (Fig. 5): "frozen", nothing; "lora", "bitfit", "adapter" or "prompt".
+    `tail_size`: LoRA's rank, the adapter's width or the prompt's rows; the paper's by default (see `LiveLayers`).
     `recompute`: compute the blend again in the backward pass instead of keeping what lies between: less memory, the
     same numbers, a longer step."""
 
@@ -35,28 +39,38 @@ class SherlConfig(TunerConfig):
     blend: str = "redundancy"
     insert: str = "last"
     tail: str = "frozen"
+    tail_size: int | None = None
     recompute: bool = False
 
     def __post_init__(self) -> None:
         how, _, number = self.insert.partition(":")
-        if self.insert != "last" and (how not in ("single", "multi") or not number.isdigit()):
-            raise ValueError(f"insert: last, single:S or multi:S with a layer's number, not {self.insert!r}")
+        if self.insert not in ("last", "none") and (how not in ("single", "multi") or not number.isdigit()):
+            raise ValueError(f"insert: last, none, or single:S or multi:S with a layer's number, not {self.insert!r}")
         if self.tail not in TAILS:
             raise ValueError(f"tail: one of {', '.join(TAILS)}, not {self.tail!r}")
+        if self.tail != "frozen" and self.insert == "none":
+            raise ValueError(f"tail: with insert none no layer is live that {self.tail} could train in")
+        if self.tail_size is not None and (self.tail not in SIZED or self.tail_size < 1):
+            raise ValueError(f"tail_size: a number above 0, with tail {' or '.join(SIZED)}; tail is {self.tail}")
         if self.blend not in BLENDS:
             raise ValueError(f"blend: one of {', '.join(BLENDS)}, not {self.blend!r}")
         if self.temperature <= 0:
             raise ValueError(f"temperature: must be above 0, not {self.temperature}")
 
     def first_live(self, family: Family) -> int:
-        """The number of the first live layer. UserError for one that the backbone does not have."""
+        """The number of the first live layer, with "none" of the last one, which the blend then does not enter.
+        UserError for one that the backbone does not have."""
         last = family.depth(family.streams[-1]) - 1
-        if self.insert == "last":
+        if self.insert in ("last", "none"):
             return last
         number = int(self.insert.partition(":")[2])
         if not 1 <= number <= last:
             raise UserError(f"insert: the blend can enter layers 1 to {last} of this backbone, not {number}")
         return number
+
+    def streams(self, family: Family) -> tuple[str, ...]:
+        """Those that are blended."""
+        return family.streams[-1:] if self.insert == "none" else family.streams
 
 
 @register("sherl", SherlConfig)
@@ -77,7 +91,7 @@ class Sherl(Tuner):
         super().__init__(config, family, tail, wants)
         inner = checked_reduction(config.reduction, family.width)
         gate = (0.0 if wants.text_head else 0.1) if config.gate is None else config.gate
-        self.names = {s: _names(config, family, s) for s in family.streams}
+        self.names = {s: _names(config, family, s) for s in config.streams(family)}
         self.stream = family.streams[-1]
         self.features = {self.stream: rows_of(family, self.stream)}
         sets = {s: [family.width, *map(family.state_width, n)] for s, n in self.names.items()}
@@ -94,8 +108,9 @@ class Sherl(Tuner):
         self.mtsa = nn.ModuleDict(
             {k: MTSA(n, inner, gate, config.temperature, config.blend, config.recompute) for k, n in sets.items()}
         )
-        self.live = LiveLayers(tail, family, range(first, last + 1), config.tail)
-        self.norm = nn.ModuleDict({s: family.norm(s) for s in family.streams})
+        live = range(first, last + 1) if config.insert != "none" else ()
+        self.live = LiveLayers(tail, family, live, config.tail, config.tail_size)
+        self.norm = nn.ModuleDict({s: family.norm(s) for s in self.names})
         self.dropout = Dropout(family.dropout)
 
     @classmethod
@@ -104,7 +119,7 @@ class Sherl(Tuner):
 
     @classmethod
     def states(cls, config: SherlConfig, family: Family) -> list[str]:
-        return [n for s in family.streams for n in (*family.embedding(s), *_names(config, family, s))]
+        return [n for s in config.streams(family) for n in (*family.embedding(s), *_names(config, family, s))]
 
     def forward(self, batch: Batch) -> Features:
         hidden: dict[str, Tensor] = {}
@@ -132,6 +147,6 @@ def _names(config: SherlConfig, family: Family, stream: str) -> list[str]:
     if stream == family.streams[-1]:
         first = config.first_live(family)
         layers = [i for i in layers if i < first]
-        if not layers or config.insert != "last":
+        if not layers or config.insert not in ("last", "none"):
             layers = sorted({*layers, first - 1})  # the guide is what would enter the first live layer
     return [f"{stream}.{i}" for i in layers]

@@ -22,7 +22,7 @@ from extract.backbones.batch import Batch, Layout
 from train.features import Features, Want
 from train.tuners.base import StateLinear, Tuner, TunerConfig, checked_reduction, full_precision, register, rows_of
 
-EPSILON = 1e-6
+EPSILON = 1e-8  # added to l1 norms, as in the released BERT and CNN code
 
 
 @dataclass(frozen=True)
@@ -45,14 +45,15 @@ def attend(anchor: Tensor, target: Tensor) -> Tensor:
 class Aggregate(nn.Module):
     """Targets and anchor at side width → the anchor with the confidence-weighted sum of mixed targets added to it.
 
-    confᵢ = Lin(mean(anchor) ∘ mean(targetᵢ)), softmax over layers; the sum goes through LayerNorm(Linear d → d).
-    Everything is in float32. Parameters: d + 1 for the confidence, d² + 3d for the map.
+    confᵢ = Lin(mean(anchor) ∘ mean(targetᵢ)), softmax over layers; the sum goes through `project`, d → d, a map and its
+    norm: LayerNorm(Linear) where none is given. Everything is in float32. Parameters: d + 1 for the confidence, d² + 3d
+    for the map and its norm.
     """
 
-    def __init__(self, inner: int) -> None:
+    def __init__(self, inner: int, project: nn.Module | None = None) -> None:
         super().__init__()
         self.confidence = nn.Linear(inner, 1)
-        self.project = nn.Sequential(nn.Linear(inner, inner), nn.LayerNorm(inner))
+        self.project = project or nn.Sequential(nn.Linear(inner, inner), nn.LayerNorm(inner))
 
     def forward(self, anchor: Tensor, targets: Sequence[Tensor], layout: Layout) -> Tensor:
         """`anchor` and each of `targets`: (rows, d). Returns (rows, d)."""

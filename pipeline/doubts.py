@@ -1,0 +1,98 @@
+"""What is odd about the rows of a task: said with counts, before hours are spent on them, and left to the user.
+
+None of it is refused: real data sets have blank texts, texts that two people labelled differently, and rows that stand
+twice. But a score on them is not what it seems.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+
+from extract.tasks.base import SPLITS, TaskSpec
+from store import TaskTable
+
+OWN = ("table", "image folder")  # sources of tasks that we split where no split is given
+
+
+def doubts(tables: Mapping[str, TaskTable], images: bool = False) -> list[str]:
+    """A sentence for each oddity in the rows of `tables` (split → table). `images`: compare them by what they show, the
+    sample key, rather than by the names of their files."""
+    tables = {name: tables[name] for name in SPLITS if name in tables}
+    rows = {name: _contents(table, images) for name, table in tables.items()}
+    found = [] if images else [_blank(name, table) for name, table in tables.items()]
+    found.append(_contradictions(tables, rows, images))
+    for place, name in enumerate(tables):
+        before = list(tables)[:place]
+        found.append(_shared(name, before, tables, rows, images))
+    return [sentence for sentence in found if sentence]
+
+
+def limit_doubt(limit: int | None, table: TaskTable) -> str:
+    """What to say of a --limit above the rows of `table`, "" where it is not."""
+    there, total = len(table), table.header.get("total", 0)
+    if limit is None or limit <= there:
+        return ""
+    if there < total:
+        return (
+            f"--limit {limit:,}: the store holds {there:,} of the {total:,} {table.split} rows, all of them are used; "
+            "extract with a larger --limit for more"
+        )
+    return f"--limit {limit:,}: there are {there:,} {table.split} rows, all of them are used"
+
+
+def _contents(table: TaskTable, images: bool) -> Sequence[Hashable]:
+    """What each row is known by: its texts, where the table has them and they are not names of files."""
+    return [key if images else tuple(texts) or key for key, texts in zip(table.keys, table.texts, strict=True)]
+
+
+def _blank(name: str, table: TaskTable) -> str:
+    blank = sum(any(not text.strip() for text in texts) for texts in table.texts)
+    return f"{blank:,} of {len(table):,} {name} rows have a blank text" if blank else ""
+
+
+def _contradictions(tables: Mapping[str, TaskTable], rows: Mapping[str, Sequence[Hashable]], images: bool) -> str:
+    """Rows that are alike and have another label than the first of them."""
+    first: dict[Hashable, int | float] = {}
+    unlike: dict[Hashable, str] = {}
+    for name, table in tables.items():
+        for place, (content, label) in enumerate(zip(rows[name], table.labels, strict=True)):
+            if label is None:
+                continue
+            other = first.setdefault(content, label)
+            if other != label and content not in unlike:
+                spec = TaskSpec.from_dict(table.header["spec"])
+                unlike[content] = f"{_shown(table, place)} as {_label(spec, other)} and {_label(spec, label)}"
+    if not unlike:
+        return ""
+    what = "image" if images else "text"
+    return f"{len(unlike):,} of {len(first):,} {what}s stand with two labels, first: {next(iter(unlike.values()))}"
+
+
+def _shared(
+    name: str,
+    before: Sequence[str],
+    tables: Mapping[str, TaskTable],
+    rows: Mapping[str, Sequence[Hashable]],
+    images: bool,
+) -> str:
+    """Rows of the split `name` that stand in one of the splits `before` too."""
+    seen = set().union(*(rows[other] for other in before))
+    shared = [place for place, content in enumerate(rows[name]) if content in seen]
+    if not shared:
+        return ""
+    origin = tables[name].header.get("provenance", {})
+    ours = origin.get("splits") == "held-out" and origin.get("source") in OWN and name not in origin.get("files", ())
+    advice = "give each image once" if images else "remove what stands twice, or give --validation and --test"
+    return (
+        f"{len(shared):,} of {len(tables[name]):,} {name} rows stand in {' or '.join(before)} too, first: "
+        f"{_shown(tables[name], shared[0])}" + (f"; the split is drawn from the rows: {advice}" if ours else "")
+    )
+
+
+def _shown(table: TaskTable, place: int) -> str:
+    text = " | ".join(table.texts[place])
+    return repr(text if len(text) <= 60 else text[:60] + "…")
+
+
+def _label(spec: TaskSpec, label: int | float) -> str:
+    return spec.labels[int(label)] if spec.kind == "classification" else f"{label:g}"

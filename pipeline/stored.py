@@ -1,0 +1,204 @@
+"""What a store says, checked before anything is made from it: whoever wrote it, a bad value is one line.
+
+The store checks its own format (names, sizes, digests, shapes). Here are the parts whose meaning is the pipeline's: the
+identity of a feature space, the configuration and the names of its checkpoint, headers and labels of task tables, and
+what states and columns must be for the backbone.
+"""
+
+from __future__ import annotations
+
+import math
+import string
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+from extract.backbones import Family, family_for
+from extract.identity import PRECISIONS
+from extract.projection import load_projection
+from extract.tasks.base import TaskError, TaskSpec
+from store import FORMATS, Samples, Space, Store, TaskTable
+from store.errors import StoreError, UserError
+from store.names import is_key
+
+# The deepest published networks have some hundred layers; the largest numbers of a configuration are vocabularies and
+# longest positions.
+MAX_LAYERS, MAX_NUMBER = 512, 1 << 24
+MAX_NAME, MAX_CLASSES, MAX_TARGET = 200, 1 << 20, 1 << 10
+_COUNTS = ("layer", "depth", "block", "stage")
+# Of a head that is never built; the library makes a name for each of as many classes as the first says.
+_HEADS = ("num_labels", "id2label", "label2id")
+
+
+def refuse(where: str, what: str) -> StoreError:
+    """The one line for content that no writer of ours makes."""
+    return StoreError(f"{where} is malformed: {what}; restore it from another copy, or extract again")
+
+
+def family_from(store: Store, space: Space) -> Family:
+    """The family of a space, from the configuration kept beside its tail weights. Raises StoreError for one that no
+    backbone has: of a wrong type, or so large that only its making would fill the memory."""
+    from transformers import AutoConfig
+
+    identity = check_identity(space)
+    where = store.files.where(f"weights/{identity['weights']}/config.json")
+    raw = {k: v for k, v in store.load_json(identity["weights"], "config.json").items() if k not in _HEADS}
+    bound_numbers(raw, where)
+    kind = raw.pop("model_type", None)
+    if not isinstance(kind, str):
+        raise refuse(where, "model_type is missing")
+    try:
+        family = family_for(AutoConfig.for_model(kind, **raw))
+        layers = [family.depth(stream) for stream in family.streams]
+        sound = all(isinstance(n, int) and 1 <= n <= MAX_LAYERS for n in layers)
+    except UserError:
+        raise
+    except Exception as error:  # whatever the library makes of foreign values
+        raise refuse(where, " ".join(str(error).split())[:200] or type(error).__name__) from error
+    if not sound:
+        raise refuse(where, f"a backbone has 1 to {MAX_LAYERS} layers")
+    family.projection = load_projection(store, identity)
+    return family
+
+
+def bound_numbers(value: Any, where: str, name: str = "") -> None:
+    """Raises StoreError for a number in a configuration that is beyond any backbone's. `name`: of the field."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            bound_numbers(inner, where, str(key))
+    elif isinstance(value, list):
+        for inner in value:
+            bound_numbers(inner, where, name)
+    elif isinstance(value, int):
+        most = MAX_LAYERS if any(word in name for word in _COUNTS) else MAX_NUMBER
+        if abs(value) > most:
+            raise refuse(where, f"{name} is {value}, at most {most} is allowed")
+
+
+def check_identity(space: Space) -> dict[str, Any]:
+    """The identity of `space`, its fields of the types that are worked with. Raises StoreError naming the first that is
+    not; fields of other versions are left alone."""
+    identity, where = space.identity, space.files.where(f"spaces/{space.id}/space.json")
+
+    def need(name: str, sound: bool) -> None:
+        if not sound:
+            raise refuse(where, f"identity.{name} is {str(identity.get(name, 'missing'))[:80]!r}")
+
+    need("weights", is_key(identity.get("weights")))
+    need("format", identity.get("format") in FORMATS)
+    need("precision", identity.get("precision") in tuple(PRECISIONS))
+    need("attention", identity.get("attention") in ("sdpa", "eager"))
+    need("max_length", type(identity.get("max_length")) is int and 1 <= identity["max_length"] <= MAX_NUMBER)
+    need("truncation_side", identity.get("truncation_side") in ("left", "right"))
+    need("prompt", isinstance(identity.get("prompt"), str) and plain_prompt(identity["prompt"]))
+    for name in ("views", "projection", "projection_fit", "image_size"):
+        need(name, isinstance(identity.get(name, ""), str))
+    need("projection_fit", identity.get("projection", "none") == "none" or is_key(identity.get("projection_fit")))
+    return identity
+
+
+def plain_prompt(prompt: str) -> bool:
+    """Whether a prompt only puts in the fields {0} and {1}: {0:999999999} would fill the memory."""
+    try:
+        found = [parts[1:] for parts in string.Formatter().parse(prompt)]
+    except ValueError:
+        return False
+    return all(field in (None, "0", "1") and not spec and not how for field, spec, how in found)
+
+
+def source_of(store: Store, space: Space) -> dict[str, Any]:
+    """What a space's checkpoint is called: `names`, one at least, and `revision`."""
+    digest = str(space.identity.get("weights"))
+    where = store.files.where(f"weights/{digest}/source.json")
+    if not is_key(digest):
+        raise refuse(store.files.where(f"spaces/{space.id}/space.json"), "identity.weights is no digest")
+    source = store.load_json(digest, "source.json")
+    names = source.get("names")
+    if not isinstance(names, list) or not names or not all(is_name(name) for name in names):
+        raise refuse(where, "names must list what the checkpoint is called")
+    if not isinstance(source.get("revision", ""), str):
+        raise refuse(where, "revision must be text")
+    return source
+
+
+def is_name(value: object) -> bool:
+    """Whether `value` can name a checkpoint or a class: some printable text."""
+    return isinstance(value, str) and 0 < len(value) <= MAX_NAME and value.isprintable()
+
+
+def check_header(header: Mapping[str, Any], where: str) -> TaskSpec:
+    """The task that a table's header describes. Raises StoreError naming `where` and the field that is not what it must
+    be."""
+    for name, kinds in (
+        ("provenance", dict), ("candidates", list), ("beside", dict), ("total", int), ("created", str),
+        ("decoder", str), ("model", str),
+    ):  # fmt: skip
+        if name in header and (not isinstance(header[name], kinds) or isinstance(header[name], bool)):
+            raise refuse(where, f"{name} in its header is not of the right type")
+    spec = _spec(header.get("spec"), where)
+    _check_candidates(header.get("candidates", []), spec, where)
+    return spec
+
+
+def check_table(table: TaskTable, where: str) -> TaskTable:
+    """`table`, its header, labels and texts being what a task's are. Raises StoreError naming `where` and what is
+    not."""
+    spec = check_header(table.header, where)
+    for row, (label, texts) in enumerate(zip(table.labels, table.texts, strict=True)):
+        named = spec.kind == "classification" and label is not None
+        if named and (type(label) is not int or not 0 <= label < len(spec.labels)):
+            raise refuse(where, f"the label {label} of row {row + 1} is none of the {len(spec.labels)} classes")
+        if not len(spec.fields) <= len(texts) <= 2:
+            raise refuse(where, f"row {row + 1} has {len(texts)} texts, the task has {len(spec.fields)}")
+    return table
+
+
+def _spec(raw: Any, where: str) -> TaskSpec:
+    if not isinstance(raw, dict):
+        raise refuse(where, "its header describes no task")
+    for name in ("labels", "metrics", "fields", "targets"):
+        values = raw.get(name)
+        if not isinstance(values, list) or len(values) > MAX_CLASSES or not all(isinstance(v, str) for v in values):
+            raise refuse(where, f"spec.{name} in its header is no list of texts")
+    values = raw.get("values")
+    if not isinstance(values, list) or len(values) > MAX_CLASSES or not all(_is_number(v) for v in values):
+        raise refuse(where, "spec.values in its header is no list of numbers")
+    if any(b <= a for a, b in pairwise(values)):
+        raise refuse(where, "spec.values in its header do not ascend")
+    if not isinstance(raw.get("name"), str) or not isinstance(raw.get("prompt"), str) or not raw["metrics"]:
+        raise refuse(where, "spec.name, spec.prompt or spec.metrics is missing in its header")
+    try:
+        return TaskSpec.from_dict(raw)
+    except (TaskError, TypeError) as error:
+        raise refuse(where, str(error)) from None
+
+
+def _check_candidates(candidates: Sequence[Any], spec: TaskSpec, where: str) -> None:
+    sound = not candidates or len(candidates) == len(spec.targets)
+    for ids in candidates:
+        sound = sound and isinstance(ids, list) and 1 <= len(ids) <= MAX_TARGET
+        sound = sound and all(type(i) is int and 0 <= i <= MAX_NUMBER for i in ids)
+    if not sound:
+        raise refuse(where, "candidates in its header are not the token ids of each target")
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+
+
+def check_states(space: Space, family: Family, states: Sequence[str]) -> None:
+    """Raises StoreError for a stored state that has not the width the backbone gives it."""
+    for segment in space.segments():
+        for name in states:
+            info = segment.states.get(name)
+            if info is not None and info.width != family.state_width(name):
+                raise refuse(
+                    f"segment {segment.id}",
+                    f"{name} is {info.width} wide, the backbone's is {family.state_width(name)}",
+                )
+
+
+def check_columns(family: Family, samples: Samples) -> None:
+    """Raises StoreError where the columns of `samples`, a block as read, cannot be inputs of the backbone."""
+    if wrong := family.refuse_columns(samples.lengths, samples.columns):
+        raise StoreError(f"the samples from {samples.keys[0]} on are malformed: {wrong}; extract again in a new store")

@@ -1,0 +1,121 @@
+"""SHERL and UniPT on staged backbones, set up as a golden case says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import ResNetConfig
+
+from extract.backbones import Batch
+from extract.backbones.base import Family, family_for
+from tests.golden import Case
+from tests.golden.compare import Place, Setup
+from tests.golden.texts import Pairs, affine
+from train.tuners import tuner_config
+from train.tuners.conv import ConvNorm, SherlConv, UniptConv
+from train.tuners.unipt import Aggregate
+
+
+def staged(case: Case) -> tuple[Family, Batch]:
+    """A ResNet of the case's widths whose last stage has three blocks, and the case's maps as packed rows."""
+    c = case.config
+    family = family_for(ResNetConfig(embedding_size=c["widths"][0], hidden_sizes=c["widths"], depths=[1, 1, 1, 3]))
+    states, lengths = {}, {}
+    grids = np.asarray([[n, n] for n in c["sizes"]], np.int32)
+    for stream in family.streams:
+        maps = case.tensors[f"input/{stream}"]
+        # The released code names a stage's map alike, be it that before the live block or the last.
+        last = range(family.depth(stream))[-2:]
+        rows = maps.flatten(2).transpose(1, 2).reshape(-1, maps.shape[1])
+        states |= {f"{stream}.{i}": rows for i in last}
+        lengths[stream] = np.full(c["batch"], maps.shape[2] * maps.shape[3])
+    lengths["grid"] = np.full(c["batch"], grids.size)
+    columns = {"grid.sizes": torch.from_numpy(np.tile(grids.reshape(-1), c["batch"])).long()}
+    return family, Batch(states, columns, lengths)
+
+
+def conv_norm(ours: str, official: str) -> tuple[dict[str, Place], dict[str, Place]]:
+    """A 1 × 1 convolution and batch norm: their parameters, and the running statistics."""
+    places = {
+        f"{official}.0.weight": Place(f"{ours}.linear.weight", lambda t: t[..., None, None]),
+        f"{official}.0.bias": Place(f"{ours}.linear.bias"),
+        **affine(f"{ours}.norm", f"{official}.1"),
+    }
+    return places, {f"{official}.1.{n}": Place(f"{ours}.norm.{n}") for n in ("running_mean", "running_var")}
+
+
+def as_maps(rows: Tensor, like: Tensor) -> Tensor:
+    """Packed rows as maps of the shape of `like` (B, C, H, W)."""
+    batch, channels, height, width = like.shape
+    return rows.view(batch, height, width, channels).permute(0, 3, 1, 2)
+
+
+def sherl_resnet(case: Case) -> Setup:
+    c = case.config
+    family, batch = staged(case)
+    weights: dict[str, Tensor] = {}
+    for name, tensor in case.under("backbone").items():
+        kind, _, rest = name.removeprefix("layer4.2.").partition(".")
+        part = "convolution" if kind.startswith("conv") else "normalization"
+        weights[f"block.layer.{int(kind[-1]) - 1}.{part}.{rest}"] = tensor
+    counters = {f"block.layer.{i}.normalization.num_batches_tracked": torch.tensor(0) for i in range(3)}
+    tail = family.tail({**weights, **counters}, "sdpa")
+    tuner = SherlConv(tuner_config("sherl", {"reduction": 1}), family, tail)
+    # The released side width is a part of the joint width, which no reduction of the backbone's gives.
+    tuner.down = nn.ModuleList(ConvNorm(w, c["hidden"]) for w in c["widths"])
+    tuner.score, tuner.up = nn.Linear(c["hidden"], 1), ConvNorm(c["hidden"], family.width)
+    side = "side_module"
+    places, buffers = conv_norm("up", f"{side}.conv_out")
+    for i in range(len(c["widths"])):
+        more, stats = conv_norm(f"down.{i}", f"{side}.hor_block.{i}.conv")
+        places, buffers = places | more, buffers | stats
+    places |= affine("score", f"{side}.guide_block.fc_attn")
+    places[f"{side}.gate_params"] = Place("gate", lambda t: t.view(1))
+    seen: dict[str, Tensor] = {}
+    tail.register_forward_pre_hook(lambda _m, args: seen.update(args[0]))
+    cotangent = case.tensors["input/cotangent"]
+
+    def run() -> tuple[Tensor, Pairs]:
+        rows = tuner(batch)
+        official = case.tensors["output/side"]
+        maps = as_maps(rows, official)
+        # The released pooling of the live block's map: the largest and the mean of each 2 × 2 cell, summed.
+        pooled = nn.functional.max_pool2d(maps, 2) + nn.functional.avg_pool2d(maps, 2)
+        tokens = pooled.flatten(2).transpose(1, 2)
+        blend = as_maps(seen[tuner.stream], official)
+        return (tokens * cotangent).sum(), {
+            "side": (blend, official),
+            "tokens": (tokens, case.tensors["output/tokens"]),
+        }
+
+    return Setup(tuner, places, run, buffers)
+
+
+def unipt_maps(case: Case) -> Setup:
+    c = case.config
+    family, batch = staged(case)
+    tuner = UniptConv(tuner_config("unipt", {"reduction": 1}), family, family.tail(None, "sdpa"))
+    # The released side width is a part of the joint width, to which the way up goes.
+    tuner.down = nn.ModuleList(ConvNorm(w, c["hidden"]) for w in c["widths"])
+    tuner.aggregate = Aggregate(c["hidden"], ConvNorm(c["hidden"], c["hidden"]))
+    tuner.up = nn.Linear(c["hidden"], c["embed"])
+    places, buffers = conv_norm("aggregate.project", "projection_layer")
+    for i in range(len(c["widths"])):
+        more, stats = conv_norm(f"down.{i}", f"downsample_layers.{i}")
+        places, buffers = places | more, buffers | stats
+    convolutions = {f"guide.{i}": f"identity_layers.{i}.0" for i in range(len(tuner.guide))}
+    convolutions["up"] = "upsample_layer.1"
+    for ours, official in convolutions.items():
+        places[f"{official}.weight"] = Place(f"{ours}.weight", lambda t: t[..., None, None])
+        places[f"{official}.bias"] = Place(f"{ours}.bias")
+    places |= affine("aggregate.confidence", "gate_layer")
+
+    def run() -> tuple[Tensor, Pairs]:
+        tokens = tuner(batch).view_as(case.tensors["output/tokens"])
+        total: Any = (tokens * case.tensors["input/cotangent"]).sum()
+        return total, {"tokens": (tokens, case.tensors["output/tokens"])}
+
+    return Setup(tuner, places, run, buffers)

@@ -1,0 +1,121 @@
+"""Rows that are odd, and limits above what is there: said with counts, never refused."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from torch.utils.data import DataLoader, IterableDataset
+
+import pipeline
+from store.errors import Notice
+from tests import vision
+from tests.pipeline.test_errors import run
+
+PLAIN = [(f"film number {i}", str(i % 2)) for i in range(30)]
+
+
+def write(path: Path, rows: list[tuple[str, str]]) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("sentence", "label"), *rows])
+    return path
+
+
+def extracted(model: Path, task: Path, store: Path, *more: object) -> list[str]:
+    """The warnings of an extraction."""
+    result = run("extract", "--model", model, "--task", task, "--store", store, "--for", "probe", *more)
+    assert result.exit_code == 0, result.output
+    return warnings_of(result.stderr)
+
+
+def warnings_of(text: str) -> list[str]:
+    return [line.removeprefix("warning: ") for line in text.splitlines() if line.startswith("warning:")]
+
+
+def test_odd_rows_are_counted_when_extracted_and_when_trained(checkpoints, tmp_path):
+    both = [("both ways", str(i % 2)) for i in range(7)]
+    rows = [*PLAIN[:25], *[("  ", "0")] * 10, *[("twice the same", "0")] * 8, *both]
+    task, store = write(tmp_path / "odd.csv", rows), tmp_path / "store"
+    said = extracted(checkpoints["bert"], task, store)
+    splits = {t.split: t for s in pipeline.open_store(str(store)).spaces() for t in map(s.read_table, s.tables())}
+    texts = {name: [x[0] for x in table.texts] for name, table in splits.items()}
+    blank = texts["train"].count("  ")
+    assert f"{blank} of 40 train rows have a blank text" in said
+    assert [x for x in said if x.startswith("1 of 28 texts stand with two labels, first: 'both ways' as ")]
+    for name, before in (("validation", texts["train"]), ("test", texts["train"] + texts["validation"])):
+        shared = sum(text in before for text in texts[name])
+        (line,) = [x for x in said if x.startswith(f"{shared} of 5 {name} rows stand in train")]
+        assert shared and "--validation and --test" in line
+    train = ["train", "--task", task, "--store", store, "--tuner", "probe", "--epochs", 1]
+    assert warnings_of(run(*train, "--out", tmp_path / "a").stderr) == said
+    assert json.loads(run(*train, "--out", tmp_path / "b", "--json").stdout)["warnings"] == said
+
+
+def test_plain_rows_give_no_word(checkpoints, tmp_path):
+    assert extracted(checkpoints["bert"], write(tmp_path / "plain.csv", PLAIN), tmp_path / "store") == []
+
+
+def test_a_test_file_of_training_rows_is_said_without_blaming_the_split(checkpoints, tmp_path):
+    write(tmp_path / "test.csv", [*PLAIN[:4], ("new", "0")])
+    task = write(tmp_path / "train.csv", PLAIN)
+    (line,) = extracted(checkpoints["bert"], task, tmp_path / "store", "--test", tmp_path / "test.csv")
+    assert line.startswith("4 of 5 test rows stand in train or validation too") and "drawn" not in line
+
+
+def test_two_values_of_one_text_in_a_regression(checkpoints, tmp_path):
+    rows = [(f"film number {i}", f"{i / 7:.2f}") for i in range(30)] + [("a film", "1.5"), ("a film", "2.25")]
+    said = extracted(checkpoints["bert"], write(tmp_path / "stars.csv", rows), tmp_path / "store")
+    (line,) = [x for x in said if "two labels" in x]
+    assert "1 of 31 texts" in line and "1.5" in line and "2.25" in line
+
+
+def test_images_are_compared_by_what_they_show(checkpoints, tmp_path):
+    folder = vision.write_folder(tmp_path / "halves")
+    one, other = (sorted(p for p in c.iterdir())[0] for c in sorted(folder.iterdir())[:2])
+    other.write_bytes(one.read_bytes())
+    (line,) = [x for x in extracted(checkpoints["resnet"], folder, tmp_path / "store") if "two labels" in x]
+    assert line.startswith("1 of 59 images") and one.parent.name in line and other.parent.name in line
+
+
+@pytest.fixture(scope="module")
+def stored(checkpoints, table, tmp_path_factory) -> list[object]:
+    """40 of 96 training rows."""
+    store = tmp_path_factory.mktemp("stored") / "store"
+    options = ["--model", checkpoints["bert"], "--task", table, "--store", store]
+    words = ["--text", "first", "--text-pair", "second", "--label", "label", "--limit", 40, "--for", "probe"]
+    assert run("extract", *options, *words).exit_code == 0
+    return options
+
+
+def test_a_limit_above_what_is_stored_is_said(stored, tmp_path):
+    train = ["train", *stored, "--tuner", "probe", "--epochs", 1, "--out"]
+    above = run(*train, tmp_path / "a", "--limit", 60)
+    assert warnings_of(above.stderr) == [
+        "--limit 60: the store holds 40 of the 96 train rows, all of them are used; extract with a larger --limit for "
+        "more"
+    ]
+    assert warnings_of(run(*train, tmp_path / "b", "--limit", 40).stderr) == []
+    more = ["--tuners", "probe", "--epochs", 1, "--limit", 60, "--out", tmp_path / "c"]
+    assert len(warnings_of(run("compare", *stored, *more).stderr)) == 1
+    with pytest.warns(Notice, match="holds 40 of the 96 train rows"):
+        next(pipeline.stream(states=["encoder.3"], task="pairs", store=str(stored[-1]), limit=60))
+
+
+class Rows(IterableDataset):
+    """What a user wraps around `pipeline.stream`."""
+
+    def __init__(self, store: str) -> None:
+        self.store = store
+
+    def __iter__(self):
+        for batch in pipeline.stream(states=["encoder.3"], task="pairs", store=self.store, batch_size=7, epochs=2):
+            yield batch.index.tolist()
+
+
+def test_the_workers_of_a_loader_share_the_batches(stored):
+    rows = Rows(str(stored[-1]))
+    alone = list(rows)
+    assert len(alone) == 12
+    assert list(DataLoader(rows, batch_size=None, num_workers=2)) == alone

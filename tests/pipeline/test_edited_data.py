@@ -1,0 +1,94 @@
+"""Data at hand that is not what was extracted is noticed: GLUE's layout, folders of pictures, tables of file names."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from pipeline.job import load_job
+from pipeline.recipe import Recipe
+from store import StoreError
+from tests import vision
+from tests.pipeline.test_errors import refused, run
+from tests.pipeline.test_versions import extract
+
+
+def write_rte(folder: Path, flipped: bool = False) -> Path:
+    names = ("not_entailment", "entailment")
+    (folder / "RTE").mkdir(parents=True, exist_ok=True)
+    for split, rows in (("train", 24), ("dev", 12)):
+        lines = [f"{i}\tthe cat sleeps {split}\ta dog runs {i}\t{names[(i + flipped) % 2]}" for i in range(rows)]
+        text = "\n".join(["index\tsentence1\tsentence2\tlabel", *lines]) + "\n"
+        (folder / "RTE" / f"{split}.tsv").write_text(text, encoding="utf-8")
+    return folder
+
+
+def options_of(checkpoint: Path, folder: Path) -> dict[str, str]:
+    return {"model": str(checkpoint), "store": str(folder / "store"), "tuner": "probe"}
+
+
+def test_flipped_labels_of_a_named_task(checkpoints, tmp_path):
+    options = options_of(checkpoints["bert"], tmp_path)
+    data = {"data": str(write_rte(tmp_path / "glue"))}
+    extract(options, Path("rte"), **data)
+    before = load_job(Recipe(task="rte", **options, **data)).tables["train"].labels
+    write_rte(tmp_path / "glue", flipped=True)
+    words = ["--task", "rte", "--data", data["data"], "--model", options["model"], "--store", options["store"]]
+    refused(
+        run("train", *words, "--tuner", "probe", "--out", tmp_path / "run"), data["data"], "changed", "pipeline extract"
+    )
+    assert not (tmp_path / "run").exists()
+    extract(options, Path("rte"), **data)
+    after = load_job(Recipe(task="rte", **options, **data)).tables["train"].labels
+    assert sorted(before) == sorted(after) and before != after
+    assert load_job(Recipe(task="rte", **options)).tables["train"].labels == after  # the same folder, later
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return vision.write_folder(tmp_path / "halves", 20)
+
+
+def changes(folder: Path) -> dict[str, object]:
+    left, upper = sorted((folder / "left").iterdir()), sorted((folder / "upper").iterdir())
+    return {
+        "replaced": lambda: shutil.copyfile(upper[0], left[0]),
+        "moved": lambda: left[0].rename(folder / "upper" / f"x{left[0].name}"),
+        "gone": left[0].unlink,
+    }
+
+
+@pytest.mark.parametrize("change", ["replaced", "moved", "gone"])
+def test_a_changed_picture(checkpoints, tmp_path, folder, change):
+    options = options_of(checkpoints["cifar"], tmp_path)
+    extract(options, folder)
+    assert len(load_job(Recipe(task=str(folder), **options)).tables) == 3
+    changes(folder)[change]()
+    with pytest.raises(StoreError, match=r"halves.*changed.*pipeline extract"):
+        load_job(Recipe(task=str(folder), **options))
+    extract(options, folder)
+    job = load_job(Recipe(task=str(folder), **options))
+    assert sum(map(len, job.tables.values())) == (19 if change == "gone" else 20)
+    assert load_job(Recipe(task="halves", **options)).version == job.version
+
+
+def test_a_replaced_picture_of_a_table_of_names(checkpoints, tmp_path, folder):
+    options = options_of(checkpoints["cifar"], tmp_path)
+    names = [p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*.png"))]
+    rows = "\n".join(f"{name},{name.split('/')[0]}" for name in names)
+    (folder / "labels.csv").write_text(f"file,label\n{rows}\n", encoding="utf-8")
+    given = {"text": "file"}
+    extract(options, folder / "labels.csv", limit=5, **given)
+    assert load_job(Recipe(task=str(folder / "labels.csv"), **options))
+    changes(folder)["replaced"]()
+    with pytest.raises(StoreError, match=r"labels.csv.*changed"):
+        load_job(Recipe(task=str(folder / "labels.csv"), **options, **given))
+
+
+def test_without_the_files_nothing_is_compared(checkpoints, tmp_path, folder):
+    options = options_of(checkpoints["cifar"], tmp_path)
+    extract(options, folder)
+    shutil.rmtree(folder)
+    assert load_job(Recipe(task="halves", **options)).tables

@@ -1,0 +1,202 @@
+"""Every command line that is printed is complete: read by a shell and by click it is the recipe it was made from."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from dataclasses import fields, replace
+from typing import Any, get_args, get_type_hints
+
+import pytest
+
+from pipeline import plan as planning
+from pipeline.cli import main
+from pipeline.command_line import command_line, extraction, quoted
+from pipeline.options import build_recipe
+from pipeline.recipe import Recipe
+from tests import tiny
+from tests.pipeline.test_errors import refused, run
+
+NASTY = 'it\'s a  b\t$HOME `x` \\ "q"\n{0}\u00a0é'
+
+
+def words(line: str) -> list[str]:
+    """What a shell makes of `line`."""
+    out = subprocess.run(
+        ["bash", "-c", f"printf '%s\\0' {line}"], capture_output=True, check=True, env={"LC_ALL": "C.UTF-8"}
+    )
+    return out.stdout.decode().split("\0")[:-1]
+
+
+def parsed(line: str) -> tuple[str, Recipe]:
+    """The command and the recipe that the software reads out of a printed line."""
+    program, command, *rest = words(line)
+    assert program == "pipeline"
+    given = main.commands[command].make_context(command, rest).params  # type: ignore[attr-defined]
+    assert not given.pop("as_json")
+    recipe_file = given.pop("recipe_file")
+    return command, build_recipe({k: v for k, v in given.items() if k not in ("budget", "memory")}, recipe_file)
+
+
+def taken(recipe: Recipe, command: str) -> Recipe:
+    """`recipe` without what `command` does not take."""
+    others = {f.name: f.default for f in fields(Recipe) if command not in f.metadata["on"]}
+    return replace(recipe, **others)
+
+
+def unlike_default(field: Any) -> Any:
+    """Some valid value of an option that is not its default."""
+    hint = get_type_hints(Recipe)[field.name]
+    kind = next((k for k in get_args(hint) if k is not type(None)), hint) if type(None) in get_args(hint) else hint
+    if field.metadata["choices"]:
+        return next(c for c in reversed(field.metadata["choices"]) if c != field.default)
+    if args := get_args(kind):
+        return (args[0](3), args[0](5))
+    return {bool: not field.default, int: 7, float: 0.3, str: NASTY}[kind]
+
+
+FULL = Recipe(**{f.name: unlike_default(f) for f in fields(Recipe)})
+
+
+@pytest.mark.parametrize("command", ["extract", "train"])
+def test_every_option_comes_back(command):
+    name, found = parsed(command_line(command, FULL))
+    assert name == command and found == taken(FULL, command)
+    shown = " ".join(command_line(command, FULL).split())  # an error is shown as one line, blanks joined
+    assert parsed(shown)[1] == found
+    assert parsed(command_line(command, Recipe()))[1] == Recipe()
+    assert parsed(command_line("train", Recipe(zero_init=False)))[1].zero_init is False
+
+
+@pytest.mark.parametrize("text", ["", " ", "a b", "two  blanks", " edge ", "it's", "a\nb", "\x01f", "$'x'", "\u3000"])
+def test_a_word_survives_the_shell_and_being_shown_in_one_line(text):
+    assert words(" ".join(f"echo {quoted(text)}".split())) == ["echo", text]
+
+
+def test_an_extraction_reads_what_training_reads():
+    """Everything both take is carried over, save what means something else there."""
+    made = extraction(FULL)
+    both = [f.name for f in fields(Recipe) if f.metadata["on"] == ["extract", "train"]]
+    differ = {n for n in both if getattr(made, n) != getattr(FULL, n)}
+    assert differ == {"batch_size", "seed"} and made.tuners == (FULL.tuner,)
+
+
+@pytest.fixture
+def own(tmp_path):
+    """A task in three files with a column each for text and label, below a folder with a blank in its name."""
+    folder = tmp_path / "my task"
+    folder.mkdir()
+    for seed, split in enumerate(("train", "dev", "held out")):
+        tiny.write_table(folder / f"{split}.tsv", 30 if split == "train" else 14, seed)
+    return folder
+
+
+@pytest.fixture
+def options(own, checkpoints, tmp_path):
+    return {
+        "model": str(checkpoints["bert"]), "task": str(own / "train.tsv"), "validation": str(own / "dev.tsv"),
+        "test": str(own / "held out.tsv"), "text": "first", "text_pair": "second", "label": "label",
+        "store": str(tmp_path / "store"), "max_length": 16, "truncation_side": "left", "precision": "bfloat16",
+        "attention": "eager",
+    }  # fmt: skip
+
+
+@pytest.fixture
+def no_measuring(monkeypatch):
+    for name, value in (("backbone_rate", 1e9), ("step_seconds", 0.01), ("decode_rate", 1e9)):
+        monkeypatch.setattr(planning.measured, name, lambda *a, value=value: value)
+    monkeypatch.setattr(planning.measured, "disk_rates", lambda *a: (1e9, 1e9, 1e9))
+
+
+@pytest.mark.parametrize("more", [{}, {"budget": "40kB"}, {"memory": "100kB"}])
+def test_plan_prints_what_it_planned(options, more, no_measuring):
+    recipe = Recipe(**options, tuner="lst", lr=2e-3, epochs=3, batch_size=8, seed=2, accumulate=3, reduction=4)
+    budget, memory = (None if more.get(k) is None else planning_size(more[k]) for k in ("budget", "memory"))
+    plan, text = planning.run_plan(recipe, budget, memory)
+    extract, train = plan["commands"]
+    assert f"  {extract}\n  {train}" in text
+    asked = replace(recipe, format=plan["format"])
+    if budget is not None:
+        asked = replace(asked, limit=parsed(extract)[1].limit)
+        assert asked.limit
+    if memory is not None:
+        found = parsed(train)[1]
+        assert found.batch_size < 8 and found.batch_size * found.accumulate >= 8 * 3
+        asked = replace(asked, batch_size=found.batch_size, accumulate=found.accumulate, host_memory="0")
+    asked = replace(asked, live=parsed(train)[1].live)
+    assert parsed(train) == ("train", taken(asked, "train"))
+    assert parsed(extract) == ("extract", taken(extraction(asked), "extract"))
+
+
+def planning_size(text: str) -> float:
+    from pipeline.job import parse_size
+
+    return float(parse_size(text))
+
+
+def line_of(error: str) -> str:
+    """The command that an error ends in."""
+    found = re.search(r"run: (pipeline .*)$", error)
+    assert found, error
+    return found[1]
+
+
+def argv(recipe: Recipe, command: str) -> list[str]:
+    return words(command_line(command, recipe))[1:]
+
+
+def test_the_commands_of_errors_lead_to_the_run_that_was_asked_for(options, tmp_path):
+    """Each refusal of `train` says a command; followed, the next one says less, until it trains on the given splits."""
+    asked = Recipe(**options, tuner="lst", reduction=4, epochs=1, batch_size=8, out=str(tmp_path / "run"))
+    other = replace(extraction(asked), task=options["validation"], validation=None, test=None, tuners=("probe",))
+    assert run(*argv(other, "extract")).exit_code == 0
+    line = line_of(refused(run(*argv(asked, "train"))))  # of this task there is nothing in the store
+    assert parsed(line)[1] == taken(extraction(asked), "extract")
+    probe = replace(parsed(line)[1], tuners=("probe",))
+    assert run(*argv(probe, "extract")).exit_code == 0
+    line = line_of(refused(run(*argv(asked, "train"))))  # states of another tuner
+    assert parsed(line)[1] == taken(extraction(asked), "extract")
+    # A teammate leaves out what the store knows: the command says it.
+    short = replace(asked, max_length=None, truncation_side=None, precision=None, attention=None)
+    line = line_of(refused(run(*argv(short, "train"))))
+    assert parsed(line)[1] == taken(extraction(asked), "extract")
+    assert run(*words(line)[1:]).exit_code == 0
+    done = run(*argv(asked, "train"))
+    assert done.exit_code == 0, done.output
+    assert "30 train rows" in done.stderr  # nothing was held out: the other two files are validation and test
+
+
+def test_a_run_that_was_not_finished_says_how_to_go_on(options, tmp_path):
+    folder = tmp_path / "half a run"
+    folder.mkdir()
+    asked = Recipe(**options, tuner="lst", epochs=1)
+    (folder / "recipe.yaml").write_text(asked.to_yaml())
+    line = line_of(refused(run("evaluate", folder)))
+    assert parsed(line) == ("train", replace(asked, out=str(folder)))
+
+
+def test_a_prompt_that_the_store_has_is_said(checkpoints, table, tmp_path):
+    options = {"model": str(checkpoints["t5"]), "task": str(table), "text": "first", "label": "label",
+               "store": str(tmp_path / "store"), "reduction": 4, "tuner": "lst"}  # fmt: skip
+    asked = Recipe(**options, prompt=NASTY.replace("é", ""))
+    assert run(*argv(replace(extraction(asked), tuners=("probe",)), "extract")).exit_code == 0
+    line = line_of(refused(run(*argv(replace(asked, prompt=None), "train"))))
+    assert parsed(line)[1] == taken(extraction(asked), "extract")
+
+
+def test_views_and_size_that_the_store_has_are_said(checkpoints, pictures, tmp_path):
+    options = {"model": str(checkpoints["vit"]), "task": str(pictures), "store": str(tmp_path / "store")}
+    asked = Recipe(**options, tuner="sherl", views=3, view_seed=5, image_size="40x40", limit=8)
+    assert run(*argv(replace(extraction(asked), tuners=("probe",)), "extract")).exit_code == 0
+    line = line_of(refused(run(*argv(Recipe(**options, tuner="sherl", limit=8), "train"))))
+    assert parsed(line)[1] == taken(extraction(asked), "extract")
+
+
+def test_a_damaged_store_is_named_in_the_command(options, tmp_path):
+    asked = Recipe(**{**options, "store": str(tmp_path / "a store")}, tuners=("probe",))
+    assert run(*argv(asked, "extract")).exit_code == 0
+    next((tmp_path / "a store").rglob("c.0")).write_bytes(b"x")
+    said = run("store", "verify", "--store", tmp_path / "a store")
+    assert said.exit_code == 1
+    line = re.search(r"`(pipeline store [^`]*)`", said.stderr)[1]  # type: ignore[index]
+    assert words(line) == ["pipeline", "store", "repair", "--store", str(tmp_path / "a store")]

@@ -1,0 +1,39 @@
+"""Training in half precision: every kind of target, losses in full width."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from tests import tiny
+from tests.pipeline.test_errors import run
+from train.features import Feature
+from train.objectives.regression import NumberHead
+
+
+@pytest.mark.parametrize("tuner", ["probe", "sherl"])
+def test_a_table_of_numbers_trains_in_bfloat16(checkpoints, tmp_path, tuner):
+    table = tmp_path / "numbers.csv"
+    table.write_text("words,score\n" + "".join(f"{t},{i / 7:.3f}\n" for i, t in enumerate(tiny.sentences(40))))
+    common = ["--model", checkpoints["bert"], "--task", table, "--text", "words", "--label", "score",
+              "--store", tmp_path / "store"]  # fmt: skip
+    assert run("extract", *common, "--for", tuner).exit_code == 0
+    options = ["--tuner", tuner, "--reduction", 4, "--epochs", 1, "--batch-size", 8, "--out", tmp_path / "run"]
+    result = run("train", *common, *options, "--train-precision", "bfloat16", "--json")
+    assert result.exit_code == 0, result.output
+    assert np.isfinite(json.loads(result.stdout)["test"]["pearson"])
+
+
+def test_values_are_not_rounded_to_the_precision_of_the_products():
+    """4.01 is no bfloat16: a loss in half precision would learn towards 4.0."""
+    head = NumberHead({"a": Feature(8)}, 1, "mean")
+    torch.nn.init.zeros_(head.linear.weight)
+    batch = type("Batch", (), {"targets": {"label": torch.full((2,), 4.01)}})()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = head.losses({"a": torch.randn(2, 8)}, batch)["number"]
+    assert float(loss.detach()) == pytest.approx(4.01**2, rel=1e-6)
+    loss.backward()
+    assert head.linear.bias.grad is not None

@@ -1,0 +1,35 @@
+"""What a side network reads of the embedding is dropped out once while training, as in the released code."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from extract.checkpoint import resolve
+from pipeline.objectives import class_objective
+from tests.extract.test_backbones import inputs_of
+from train.model import Model, state_names, tail_for
+from train.tuners import tuner_config
+
+P = 0.1
+
+
+@pytest.mark.parametrize("family", ["t5", "bert", "roberta"])
+@pytest.mark.parametrize("tuner", ["lst", "sherl", "unipt"])
+def test_the_embedding_is_dropped_once(checkpoints, family, tuner):
+    checkpoint = resolve(str(checkpoints[family]))
+    made, config = checkpoint.family, tuner_config(tuner, {"reduction": 4})
+    backbone = made.load(checkpoint.folder, torch.float32, "sdpa", "cpu")
+    tail = tail_for(tuner, config, made, "sdpa", made.tail_weights(backbone))
+    model = Model.build(
+        tuner, config, made, tail, class_objective(made, tuner_class(tuner, made), ((5, 1), (6, 1))), 0
+    ).train()
+    batch = inputs_of(checkpoint, 24).batch()
+    batch.states = made.run(backbone, batch, state_names(tuner, config, made))
+    zeros = []
+    first = {"lst": "ladders.encoder.first", "sherl": "mtsa.encoder.down.0", "unipt": "down.0.0"}[tuner]
+    model.tuner.get_submodule(first).register_forward_pre_hook(lambda _, args: zeros.append((args[0] == 0).float()))
+    model(batch)
+    (dropped,) = zeros
+    assert dropped.numel() > 4000
+    assert dropped.mean().item() == pytest.approx(P, abs=5 * (P * (1 - P) / dropped.numel()) ** 0.5)
