@@ -125,12 +125,15 @@ def _images(space: Space, family: Family, checkpoint: Checkpoint, data: Sequence
         table = space.read_table(info)
         for key, fields in zip(table.keys, table.texts, strict=True):
             names.setdefault(key, set()).add(tuple(fields))
-    options = replace(text_options(Found(space, family, {}, {})), skip_bad=True)
+    options = text_options(Found(space, family, {}, {}))
 
     def inputs(key: str, read: Samples | None) -> Inputs | None:
         for fields in sorted(names.get(key, ())):
             for folder in data:
-                found = family.prepare(checkpoint.tokenizer, [fields], replace(options, root=str(folder)))
+                try:
+                    found = family.prepare(checkpoint.tokenizer, [fields], replace(options, root=str(folder)))
+                except UserError:  # it is not there, or cannot be read
+                    continue
                 if found.keys() == [key]:
                     return found
         return None

@@ -77,9 +77,9 @@ class Run:
         written = generate(self.model, backbone, relive(self.job, split, checkpoint).inputs)
         texts = checkpoint.tokenizer.batch_decode(written, skip_special_tokens=True)
         answers = [objective.meaning(t) for t in texts]
-        labels = self.job.tables[split].labels
-        if any(label is None for label in labels):
-            raise UserError(f"the {split} rows of {self.spec.name} have no labels to score against")
+        labels = [label for label in self.job.tables[split].labels if label is not None]
+        if len(labels) < len(texts):
+            raise UserError(f"not all {split} rows of {self.spec.name} have labels to score against")
         known = sum(t.strip() in self.spec.targets for t in texts)
         return {**score(self.spec.metrics, answers, objective.rounded(labels)), "in_targets": known / len(texts)}
 

@@ -15,7 +15,7 @@ from typing import Any
 from extract.tasks import canonical_name, split_id
 from pipeline.athand import AtHand
 from pipeline.recipe import Recipe
-from pipeline.stored import check_table
+from pipeline.stored import check_header, check_table
 from store import Space, TaskTable, digest_json
 from store.errors import StoreError
 from store.records import Record
@@ -90,6 +90,7 @@ def versions_of(space: Space, task: str | None = None, damaged: list[TableInfo] 
         if task is None or info.task == task:
             try:
                 header = space.read_header(info)
+                check_header(header, space.files.where(info.path))
             except StoreError:
                 if damaged is None:
                     raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,8 @@ def train_both(
         "lr": 1e-3 if tuner == "unipt" else None,
         **more,
     }
+    if "reduction" not in {f.name for f in fields(base.tuner_class(tuner).config_class)}:
+        common["reduction"] = None  # such an option is refused
     run_train(Recipe(**common, out=str(folder / "cached")), silent, quiet=True)
     run_train(Recipe(**common, live=True, out=str(folder / "live")), silent, quiet=True)
     return losses(folder / "cached"), losses(folder / "live")
@@ -101,6 +104,6 @@ def test_a_new_tuner_is_live_as_cached_by_being_registered(stores, tmp_path, mon
 
     monkeypatch.setitem(base._TUNERS, "toy", toy_tuner.Toy)
     options = stores(family, "float32")
-    run_extract(Recipe(**options, tuners=("toy",)), silent, quiet=True)
+    run_extract(Recipe(**options | {"reduction": None}, tuners=("toy",)), silent, quiet=True)
     cached, live = train_both(options, "toy", tmp_path, 4)
     assert len(cached) == 4 and worst_of(cached, live) <= BOUNDS["float32"][1]

@@ -148,11 +148,12 @@ def argv(recipe: Recipe, command: str) -> list[str]:
 def test_the_commands_of_errors_lead_to_the_run_that_was_asked_for(options, tmp_path):
     """Each refusal of `train` says a command; followed, the next one says less, until it trains on the given splits."""
     asked = Recipe(**options, tuner="lst", reduction=4, epochs=1, batch_size=8, out=str(tmp_path / "run"))
-    other = replace(extraction(asked), task=options["validation"], validation=None, test=None, tuners=("probe",))
+    other = replace(extraction(asked), task=options["validation"], validation=None, test=None,
+                    tuners=("probe",), reduction=None)  # fmt: skip
     assert run(*argv(other, "extract")).exit_code == 0
     line = line_of(refused(run(*argv(asked, "train"))))  # of this task there is nothing in the store
     assert parsed(line)[1] == taken(extraction(asked), "extract")
-    probe = replace(parsed(line)[1], tuners=("probe",))
+    probe = replace(parsed(line)[1], tuners=("probe",), reduction=None)
     assert run(*argv(probe, "extract")).exit_code == 0
     line = line_of(refused(run(*argv(asked, "train"))))  # states of another tuner
     assert parsed(line)[1] == taken(extraction(asked), "extract")
@@ -179,7 +180,7 @@ def test_a_prompt_that_the_store_has_is_said(checkpoints, table, tmp_path):
     options = {"model": str(checkpoints["t5"]), "task": str(table), "text": "first", "label": "label",
                "store": str(tmp_path / "store"), "reduction": 4, "tuner": "lst"}  # fmt: skip
     asked = Recipe(**options, prompt=NASTY.replace("é", ""))
-    assert run(*argv(replace(extraction(asked), tuners=("probe",)), "extract")).exit_code == 0
+    assert run(*argv(replace(extraction(asked), tuners=("probe",), reduction=None), "extract")).exit_code == 0
     line = line_of(refused(run(*argv(replace(asked, prompt=None), "train"))))
     assert parsed(line)[1] == taken(extraction(asked), "extract")
 

@@ -9,7 +9,7 @@ from extract.checkpoint import resolve
 from pipeline.objectives import class_objective
 from tests.extract.test_backbones import inputs_of
 from train.model import Model, state_names, tail_for
-from train.tuners import tuner_config
+from train.tuners import tuner_class, tuner_config
 
 P = 0.1
 
