@@ -18,8 +18,8 @@ import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
 
-from extract.backbones.base import Family, family_for
-from store.errors import UserError
+from pipeline.extract.backbones.base import Family, family_for
+from pipeline.store.errors import UserError
 
 # Short names; anything else is a folder or a hub id.
 SHORT_NAMES = {

@@ -21,15 +21,15 @@ import torch
 from safetensors.torch import load, save
 from tqdm import tqdm
 
-from extract.backbones.inputs import Inputs
-from extract.backbones.live import Backbone
-from extract.identity import PRECISIONS, differences_of
-from extract.order import extraction_batches
-from extract.projection import load_projection
-from extract.run import Interrupted, Report, compute, plan_work
-from store import SEGMENT_BYTES, Space, Store, stream_of
-from store.errors import StoreError, UserError
-from store.names import space_path
+from pipeline.extract.backbones.inputs import Inputs
+from pipeline.extract.backbones.live import Backbone
+from pipeline.extract.identity import PRECISIONS, differences_of
+from pipeline.extract.order import extraction_batches
+from pipeline.extract.projection import load_projection
+from pipeline.extract.run import Interrupted, Report, compute, plan_work
+from pipeline.store import SEGMENT_BYTES, Space, Store, stream_of
+from pipeline.store.errors import StoreError, UserError
+from pipeline.store.names import space_path
 
 _WORK_LIMIT = 1 << 36
 _BUSY = Lock()
@@ -168,7 +168,7 @@ def run_piece(piece: Piece) -> dict[str, int]:
 @lru_cache(maxsize=1)
 def _backbone(model: str, device: str, store: str, space: str) -> Backbone:
     """The backbone of a space, loaded once a worker. Raises StoreError if the checkpoint here is another one."""
-    from extract.checkpoint import resolve
+    from pipeline.extract.checkpoint import resolve
 
     opened = Store.open(store)
     identity = opened.space(space).identity

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from extract.backbones.base import TextOptions
-from extract.backbones.images import VIEW_POLICY
-from extract.checkpoint import Checkpoint
-from extract.projection import parse_projection
-from store.errors import UserError
+from pipeline.extract.backbones.base import TextOptions
+from pipeline.extract.backbones.images import VIEW_POLICY
+from pipeline.extract.checkpoint import Checkpoint
+from pipeline.extract.projection import parse_projection
+from pipeline.store.errors import UserError
 
 FORMAT_VERSION = 1
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

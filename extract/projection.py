@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from store.digest import digest_bytes
-from store.errors import NonFinite, StoreError, UserError
+from pipeline.store.digest import digest_bytes
+from pipeline.store.errors import NonFinite, StoreError, UserError
 
 KINDS = ("pca", "orthogonal")
 

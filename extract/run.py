@@ -20,13 +20,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from extract.backbones.batch import stream_of
-from extract.backbones.inputs import Inputs
-from extract.backbones.live import Backbone
-from extract.order import consecutive_batches, extraction_batches
-from store import SEGMENT_BYTES, SEGMENT_SECONDS, Encoded, Samples, Segment, SegmentWriter, Space, encode
-from store.errors import NonFinite, UserError
-from store.malloc import keep_freed_memory, return_freed_memory
+from pipeline.extract.backbones.batch import stream_of
+from pipeline.extract.backbones.inputs import Inputs
+from pipeline.extract.backbones.live import Backbone
+from pipeline.extract.order import consecutive_batches, extraction_batches
+from pipeline.store import SEGMENT_BYTES, SEGMENT_SECONDS, Encoded, Samples, Segment, SegmentWriter, Space, encode
+from pipeline.store.errors import NonFinite, UserError
+from pipeline.store.malloc import keep_freed_memory, return_freed_memory
 
 
 class Interrupted(UserError):

@@ -45,8 +45,6 @@ def _check_packages() -> None:
 _check_packages()
 
 if TYPE_CHECKING:
-    from extract.backbones.base import Family as Family
-    from extract.backbones.batch import Batch as Batch
     from pipeline.api import evaluate as evaluate
     from pipeline.api import extract as extract
     from pipeline.api import load_run as load_run
@@ -54,32 +52,34 @@ if TYPE_CHECKING:
     from pipeline.api import predict as predict
     from pipeline.api import stream as stream
     from pipeline.api import train as train
+    from pipeline.extract.backbones.base import Family as Family
+    from pipeline.extract.backbones.batch import Batch as Batch
     from pipeline.recipe import Recipe as Recipe
     from pipeline.runs import Run as Run
-    from store.errors import UserError as UserError
-    from store.space import Space as Space
-    from store.store import Store as Store
-    from train.tuners.base import Tuner as Tuner
-    from train.tuners.base import TunerConfig as TunerConfig
-    from train.tuners.base import register as register
+    from pipeline.store.errors import UserError as UserError
+    from pipeline.store.space import Space as Space
+    from pipeline.store.store import Store as Store
+    from pipeline.train.tuners.base import Tuner as Tuner
+    from pipeline.train.tuners.base import TunerConfig as TunerConfig
+    from pipeline.train.tuners.base import register as register
 
 # Imported when first used: the command line starts at once, torch is loaded when something needs it.
 _HOMES = {
-    "Batch": "extract.backbones.batch",
-    "Family": "extract.backbones.base",
+    "Batch": "pipeline.extract.backbones.batch",
+    "Family": "pipeline.extract.backbones.base",
     "Recipe": "pipeline.recipe",
     "Run": "pipeline.runs",
-    "Space": "store.space",
-    "Store": "store.store",
-    "Tuner": "train.tuners.base",
-    "TunerConfig": "train.tuners.base",
-    "UserError": "store.errors",
+    "Space": "pipeline.store.space",
+    "Store": "pipeline.store.store",
+    "Tuner": "pipeline.train.tuners.base",
+    "TunerConfig": "pipeline.train.tuners.base",
+    "UserError": "pipeline.store.errors",
     "evaluate": "pipeline.api",
     "extract": "pipeline.api",
     "load_run": "pipeline.api",
     "open_store": "pipeline.api",
     "predict": "pipeline.api",
-    "register": "train.tuners.base",
+    "register": "pipeline.train.tuners.base",
     "stream": "pipeline.api",
     "train": "pipeline.api",
 }

@@ -9,24 +9,24 @@ from typing import Any
 
 from torch.utils.data import get_worker_info
 
-from extract.backbones import Batch
-from extract.tasks.base import Task, TaskSpec
 from pipeline.doubts import limit_doubt
+from pipeline.extract.backbones import Batch
+from pipeline.extract.tasks.base import Task, TaskSpec
 from pipeline.extracting import run_extract
 from pipeline.job import first_views, limited, parse_size, tables_of
 from pipeline.recipe import Recipe, checked_names
 from pipeline.resolve import device_of, find_space, store_path
 from pipeline.runs import Run, load_run
+from pipeline.store import Space, Store
+from pipeline.store.errors import Notice, UserError
+from pipeline.train.objectives import Answers
+from pipeline.train.objectives.classification import Classification
+from pipeline.train.objectives.pooled import PooledConfig
+from pipeline.train.objectives.regression import Regression
+from pipeline.train.stream import StoreSource
+from pipeline.train.targets import Targets
 from pipeline.training import run_train
 from pipeline.unused import refuse_for_stream
-from store import Space, Store
-from store.errors import Notice, UserError
-from train.objectives import Answers
-from train.objectives.classification import Classification
-from train.objectives.pooled import PooledConfig
-from train.objectives.regression import Regression
-from train.stream import StoreSource
-from train.targets import Targets
 
 Say = Callable[[str], None]
 

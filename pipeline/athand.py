@@ -11,12 +11,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from extract.tasks import TaskError, is_named
-from extract.tasks.base import Task
-from extract.tasks.hub_images import PREFIX
-from extract.tasks.images import contents
-from extract.tasks.registry import is_folder, is_table, table_path
-from extract.tasks.sheet import read_sheet, sheet_digest
+from pipeline.extract.tasks import TaskError, is_named
+from pipeline.extract.tasks.base import Task
+from pipeline.extract.tasks.hub_images import PREFIX
+from pipeline.extract.tasks.images import contents
+from pipeline.extract.tasks.registry import is_folder, is_table, table_path
+from pipeline.extract.tasks.sheet import read_sheet, sheet_digest
 from pipeline.recipe import Recipe
 from pipeline.resolve import open_task, picture_root
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from extract.checkpoint import Checkpoint, resolve
+from pipeline.extract.checkpoint import Checkpoint, resolve
 from pipeline.extracting import run_extract
 from pipeline.job import live_backbone, load_job, sources
 from pipeline.operations import fresh_backbone
@@ -24,8 +24,8 @@ from pipeline.plan import Plan, predict, workload
 from pipeline.recipe import Recipe
 from pipeline.report import size_text, table_text
 from pipeline.resolve import device_of, open_task, store_path
-from store.errors import UserError
-from train.loop import FitOptions, fit
+from pipeline.store.errors import UserError
+from pipeline.train.loop import FitOptions, fit
 
 ROWS = 128
 WARM_UP_ROWS = 8

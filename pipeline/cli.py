@@ -224,7 +224,7 @@ def models(as_json: bool) -> tuple[Any, str]:
 @command
 def tasks(as_json: bool) -> tuple[Any, str]:
     """Named tasks; a table of your own is a task too."""
-    from extract.tasks import task_names
+    from pipeline.extract.tasks import task_names
     from pipeline.report import pairs_text
 
     listed = task_names()
@@ -237,7 +237,7 @@ def tasks(as_json: bool) -> tuple[Any, str]:
 def tuners(as_json: bool) -> tuple[Any, str]:
     """Tuners and their options."""
     from pipeline.report import pairs_text
-    from train.tuners import tuner_class, tuner_names
+    from pipeline.train.tuners import tuner_class, tuner_names
 
     listed = [(n, tuner_class(n).description) for n in tuner_names()]
     return {"tuners": dict(listed)}, pairs_text(listed)

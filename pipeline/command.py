@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from store.errors import Notice, UserError
+from pipeline.store.errors import Notice, UserError
 
 
 def say(text: str) -> None:

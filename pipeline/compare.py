@@ -14,18 +14,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from extract.backbones import Batch, Family
+from pipeline.extract.backbones import Batch, Family
 from pipeline.extracting import Say, load_backbone
 from pipeline.job import Job, batch_size_of, live_backbone, live_source, load_job, sources
 from pipeline.operations import backbone_model, kept_bytes
 from pipeline.recipe import Recipe
 from pipeline.report import layout_text, size_text, table_text
+from pipeline.store.errors import UserError
+from pipeline.train.counterparts import COUNTERPARTS, CounterpartModel, counterpart, input_source
+from pipeline.train.loop import FitOptions, fit
+from pipeline.train.tuners import tuner_names
 from pipeline.training import fit_options, job_doubts, make_folder, run_train
 from pipeline.unused import for_tuner, refuse_for_tuners
-from store.errors import UserError
-from train.counterparts import COUNTERPARTS, CounterpartModel, counterpart, input_source
-from train.loop import FitOptions, fit
-from train.tuners import tuner_names
 
 HEAD = ("method", "trainable", "share", "memory", "s/epoch", "metric", "spread", "seeds")
 

@@ -6,14 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from extract.checkpoint import local
 from pipeline.command_line import command_line, quoted, store_command
 from pipeline.demo_data import demo_task
+from pipeline.extract.checkpoint import local
 from pipeline.extracting import run_extract
 from pipeline.recipe import Recipe
 from pipeline.report import size_text, table_text
+from pipeline.store.errors import UserError
 from pipeline.training import run_train
-from store.errors import UserError
 
 TUNERS = ("probe", "sherl", "lst")
 OPTIONS: dict[str, dict[str, Any]] = {

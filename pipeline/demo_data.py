@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 from xxhash import xxh3_128_hexdigest
 
-from extract.tasks import Rows, Task, TaskSpec
+from pipeline.extract.tasks import Rows, Task, TaskSpec
 
 LABELS = ("entailment", "not_entailment")
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 
-from extract.tasks.base import SPLITS, TaskSpec
-from store import TaskTable
+from pipeline.extract.tasks.base import SPLITS, TaskSpec
+from pipeline.store import TaskTable
 
 OWN = ("table", "image folder")  # sources of tasks that we split where no split is given
 

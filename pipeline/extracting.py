@@ -12,23 +12,23 @@ from typing import Any
 
 import torch
 
-from extract.backbones import Family, Inputs, TextOptions, stream_of
-from extract.backbones.live import Backbone
-from extract.checkpoint import Checkpoint, resolve
-from extract.identity import PRECISIONS, space_identity
-from extract.run import Report, compute, provenance_of
-from extract.tasks.base import SPLITS, Rows, Task, TaskSpec
-from extract.tasks.images import contents
 from pipeline.doubts import doubts
+from pipeline.extract.backbones import Family, Inputs, TextOptions, stream_of
+from pipeline.extract.backbones.live import Backbone
+from pipeline.extract.checkpoint import Checkpoint, resolve
+from pipeline.extract.identity import PRECISIONS, space_identity
+from pipeline.extract.run import Report, compute, provenance_of
+from pipeline.extract.tasks.base import SPLITS, Rows, Task, TaskSpec
+from pipeline.extract.tasks.images import contents
 from pipeline.keepsakes import keep
 from pipeline.projecting import project, widths_text
 from pipeline.recipe import Recipe
 from pipeline.resolve import device_of, need, open_task, refuse_full_readers, space_options, store_path, wanted_states
 from pipeline.rows import refuse_other_kind, refuse_unknown_ids, token_doubts
+from pipeline.store import Space, Store, TaskTable, bytes_per_value
+from pipeline.store.errors import UserError
 from pipeline.unused import refuse_for_kind, refuse_for_tuners
 from pipeline.versions import save_tables, task_id
-from store import Space, Store, TaskTable, bytes_per_value
-from store.errors import UserError
 
 Say = Callable[[str], None]
 
@@ -138,7 +138,7 @@ def run_extract(recipe: Recipe, say: Say, quiet: bool = False, task: Task | None
         "quiet": quiet,
     }
     if recipe.scheduler:
-        from extract.distributed import compute_on
+        from pipeline.extract.distributed import compute_on
 
         each = estimated_bytes(inputs, states, family, options.format) / len(keys)
         model = os.path.abspath(recipe.model) if Path(recipe.model).is_dir() else recipe.model  # noqa: PTH100

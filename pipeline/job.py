@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from dask.utils import parse_bytes
 
-from extract.backbones import TextOptions
-from extract.backbones.live import Backbone
-from extract.checkpoint import Checkpoint, local, resolve
-from extract.identity import options_of, refuse_other, space_identity
-from extract.tasks import canonical_name
-from extract.tasks.base import Rows, TaskSpec
 from pipeline.command_line import extract_command
+from pipeline.extract.backbones import TextOptions
+from pipeline.extract.backbones.live import Backbone
+from pipeline.extract.checkpoint import Checkpoint, local, resolve
+from pipeline.extract.identity import options_of, refuse_other, space_identity
+from pipeline.extract.tasks import canonical_name
+from pipeline.extract.tasks.base import Rows, TaskSpec
 from pipeline.extracting import Split, load_backbone, prepare_split, task_tables
 from pipeline.keepsakes import make_start, start_file, stored_late, stored_start
 from pipeline.objectives import make_objective
@@ -36,21 +36,21 @@ from pipeline.resolve import (
     tuner_options,
 )
 from pipeline.rows import refuse_other_kind
+from pipeline.store import Space, Store, TaskTable, digest_json
+from pipeline.store.errors import MissingStates, StoreError, UserError
+from pipeline.store.tables import version_of
 from pipeline.stored import check_columns, check_states
+from pipeline.train.live import LiveSource
+from pipeline.train.model import Model, tail_for
+from pipeline.train.objectives import Objective
+from pipeline.train.order import Order
+from pipeline.train.ranks import Ranks
+from pipeline.train.source import Source
+from pipeline.train.stream import StoreSource
+from pipeline.train.targets import Targets
+from pipeline.train.tuners import TunerConfig, tuner_class
 from pipeline.unused import refuse_for_kind
 from pipeline.versions import AmbiguousTask, stored_tables
-from store import Space, Store, TaskTable, digest_json
-from store.errors import MissingStates, StoreError, UserError
-from store.tables import version_of
-from train.live import LiveSource
-from train.model import Model, tail_for
-from train.objectives import Objective
-from train.order import Order
-from train.ranks import Ranks
-from train.source import Source
-from train.stream import StoreSource
-from train.targets import Targets
-from train.tuners import TunerConfig, tuner_class
 
 
 @dataclass

@@ -13,20 +13,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from extract.backbones import Batch, Family
-from extract.backbones.live import Backbone
-from extract.tasks import canonical_name
-from extract.tasks.base import TaskSpec
 from pipeline.command_line import extract_command
+from pipeline.extract.backbones import Batch, Family
+from pipeline.extract.backbones.live import Backbone
+from pipeline.extract.tasks import canonical_name
+from pipeline.extract.tasks.base import TaskSpec
 from pipeline.objectives import make_objective
 from pipeline.recipe import Recipe
 from pipeline.resolve import tuner_options
-from store import Store, digest_json
-from store.errors import MissingStates, UserError
-from train.importance import FISHER_SAMPLES, fisher, magnitude
-from train.objectives import Objective
-from train.targets import Targets
-from train.tuners import Start, tuner_class, tuner_names
+from pipeline.store import Store, digest_json
+from pipeline.store.errors import MissingStates, UserError
+from pipeline.train.importance import FISHER_SAMPLES, fisher, magnitude
+from pipeline.train.objectives import Objective
+from pipeline.train.targets import Targets
+from pipeline.train.tuners import Start, tuner_class, tuner_names
 
 if TYPE_CHECKING:
     from pipeline.extracting import Say, Split

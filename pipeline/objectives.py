@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from extract.backbones.base import Family
-from extract.tasks.base import TaskSpec
+from pipeline.extract.backbones.base import Family
+from pipeline.extract.tasks.base import TaskSpec
 from pipeline.recipe import Recipe
-from store.errors import UserError
-from train.objectives import Answers, Objective, objective_class, objective_config, objective_names
-from train.tuners import Tuner
+from pipeline.store.errors import UserError
+from pipeline.train.objectives import Answers, Objective, objective_class, objective_config, objective_names
+from pipeline.train.tuners import Tuner
 
 TARGETS = {"classification": "class", "regression": "number"}  # kind of a task → type of its targets
 

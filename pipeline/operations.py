@@ -18,12 +18,12 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from extract.backbones.base import Family
-from extract.backbones.batch import Batch, stream_of
-from extract.backbones.vision import Vision
+from pipeline.extract.backbones.base import Family
+from pipeline.extract.backbones.batch import Batch, stream_of
+from pipeline.extract.backbones.vision import Vision
 from pipeline.objectives import class_objective
-from train.model import Model, tail_for
-from train.tuners import TunerConfig, tuner_class
+from pipeline.train.model import Model, tail_for
+from pipeline.train.tuners import TunerConfig, tuner_class
 
 
 @dataclass(frozen=True)

@@ -23,17 +23,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from extract.backbones.base import Family, TextOptions, family_for
-from extract.backbones.batch import stream_of
-from extract.backbones.images import Picture, Preprocess, header_extent, look_all
-from extract.backbones.vision import Vision
-from extract.checkpoint import Checkpoint, local
-from extract.order import extraction_batches
-from extract.projection import orthogonal, parse_projection
-from extract.tasks import Task
-from extract.tasks.base import Rows
 from pipeline import rates as measured
 from pipeline.advice import plan_text, recommend
+from pipeline.extract.backbones.base import Family, TextOptions, family_for
+from pipeline.extract.backbones.batch import stream_of
+from pipeline.extract.backbones.images import Picture, Preprocess, header_extent, look_all
+from pipeline.extract.backbones.vision import Vision
+from pipeline.extract.checkpoint import Checkpoint, local
+from pipeline.extract.order import extraction_batches
+from pipeline.extract.projection import orthogonal, parse_projection
+from pipeline.extract.tasks import Task
+from pipeline.extract.tasks.base import Rows
 from pipeline.job import batch_size_of, grouped
 from pipeline.operations import (
     Operations,
@@ -48,14 +48,14 @@ from pipeline.recipe import Recipe
 from pipeline.resolve import device_of, need, open_task, refuse_full_readers, space_options, store_path, tuner_options
 from pipeline.rows import refuse_other_kind
 from pipeline.shapes import known_config
+from pipeline.store import FORMATS, SEGMENT_BYTES, bytes_per_value
+from pipeline.store.errors import UserError
+from pipeline.store.formats import unscaled_dtype
+from pipeline.store.malloc import keep_freed_memory
+from pipeline.train.order import Order
+from pipeline.train.tiers import available_memory
+from pipeline.train.tuners import TunerConfig, tuner_class
 from pipeline.unused import refuse_for_kind, refuse_for_tuners
-from store import FORMATS, SEGMENT_BYTES, bytes_per_value
-from store.errors import UserError
-from store.formats import unscaled_dtype
-from store.malloc import keep_freed_memory
-from train.order import Order
-from train.tiers import available_memory
-from train.tuners import TunerConfig, tuner_class
 
 SAMPLED = 2000  # rows whose lengths stand for all
 PICTURES = 16  # images that reading is timed on

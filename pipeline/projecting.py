@@ -8,13 +8,21 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from extract.backbones import Inputs
-from extract.backbones.live import Backbone
-from extract.order import consecutive_batches
-from extract.projection import Projection, about_name, file_name, fit, load_projection, parse_projection, sample
 from pipeline.command_line import store_command
-from store import Store
-from store.errors import StoreError
+from pipeline.extract.backbones import Inputs
+from pipeline.extract.backbones.live import Backbone
+from pipeline.extract.order import consecutive_batches
+from pipeline.extract.projection import (
+    Projection,
+    about_name,
+    file_name,
+    fit,
+    load_projection,
+    parse_projection,
+    sample,
+)
+from pipeline.store import Store
+from pipeline.store.errors import StoreError
 
 FIT_SAMPLES = 1024
 

@@ -19,16 +19,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from extract.backbones.base import Family, Tail
-from extract.backbones.batch import Batch, stream_of
-from extract.backbones.images import Picture, load_pixels
+from pipeline.extract.backbones.base import Family, Tail
+from pipeline.extract.backbones.batch import Batch, stream_of
+from pipeline.extract.backbones.images import Picture, load_pixels
 from pipeline.objectives import class_objective
 from pipeline.operations import backbone_operations, fresh_backbone
-from store.formats import decode, encode
-from train.model import Model, tail_for
-from train.optim import adamw
-from train.options import FitOptions
-from train.tuners import TunerConfig, tuner_class
+from pipeline.store.formats import decode, encode
+from pipeline.train.model import Model, tail_for
+from pipeline.train.optim import adamw
+from pipeline.train.options import FitOptions
+from pipeline.train.tuners import TunerConfig, tuner_class
 
 DISK_SAMPLE = 256 << 20
 RATE_TOKENS = 2048  # positions of a batch that the backbone's rate is measured on, at most

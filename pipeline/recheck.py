@@ -15,19 +15,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from extract.backbones.base import Family
-from extract.backbones.inputs import Inputs
-from extract.checkpoint import Checkpoint
-from extract.identity import refuse_other
+from pipeline.extract.backbones.base import Family
+from pipeline.extract.backbones.inputs import Inputs
+from pipeline.extract.checkpoint import Checkpoint
+from pipeline.extract.identity import refuse_other
 from pipeline.extracting import load_backbone
 from pipeline.job import text_options
 from pipeline.resolve import Found
+from pipeline.store import Space, Store, decode, stream_of
+from pipeline.store.errors import UserError
+from pipeline.store.index import families
+from pipeline.store.rewrite import read_family
+from pipeline.store.samples import Samples
 from pipeline.stored import family_from, source_of
-from store import Space, Store, decode, stream_of
-from store.errors import UserError
-from store.index import families
-from store.rewrite import read_family
-from store.samples import Samples
 
 # Largest difference in a row over the row's largest value: rounding of the number format, and of another batch shape.
 FORMAT_TOLERANCE = {"float32": 0.0, "float16": 1e-3, "bfloat16": 8e-3, "int8": 8e-3}
@@ -49,7 +49,7 @@ def recheck(
 def _recheck(
     store: Store, space: Space, count: int, model: str, pick: random.Random, data: Sequence[str | Path]
 ) -> dict[str, Any]:
-    from extract.checkpoint import resolve
+    from pipeline.extract.checkpoint import resolve
 
     identity = space.identity
     checkpoint = resolve(model or source_of(store, space)["names"][0])

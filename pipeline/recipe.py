@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from pipeline.recipe_file import recipe_text, recipe_values
+from pipeline.store.errors import UserError
 from pipeline.values import checked_value
-from store.errors import UserError
 
 FORMATS = ("float32", "bfloat16", "float16", "int8")
 PRECISIONS = ("float32", "bfloat16", "float16")

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from extract.backbones import families
-from extract.checkpoint import SHORT_NAMES
-from store.errors import UserError
+from pipeline.extract.backbones import families
+from pipeline.extract.checkpoint import SHORT_NAMES
+from pipeline.store.errors import UserError
 
 
 def pairs_text(pairs: Sequence[tuple[str, str]]) -> str:

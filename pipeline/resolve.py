@@ -10,21 +10,21 @@ from typing import Any
 
 import torch
 
-from extract.backbones import Family, TextOptions
-from extract.backbones.images import Preprocess
-from extract.checkpoint import Checkpoint, local
-from extract.identity import SpaceOptions, space_identity, views_text
-from extract.tasks import Task, canonical_name, load_task
-from extract.tasks.base import TaskSpec
-from extract.tasks.hub_images import PREFIX, hub_folder
 from pipeline.command_line import extract_command
+from pipeline.extract.backbones import Family, TextOptions
+from pipeline.extract.backbones.images import Preprocess
+from pipeline.extract.checkpoint import Checkpoint, local
+from pipeline.extract.identity import SpaceOptions, space_identity, views_text
+from pipeline.extract.tasks import Task, canonical_name, load_task
+from pipeline.extract.tasks.base import TaskSpec
+from pipeline.extract.tasks.hub_images import PREFIX, hub_folder
 from pipeline.recipe import Recipe, option_name
+from pipeline.store import Space, Store
+from pipeline.store.errors import SpaceMismatch, StoreError, UserError
+from pipeline.store.resolve import resolve as resolve_space
 from pipeline.stored import family_from, source_of
-from store import Space, Store
-from store.errors import SpaceMismatch, StoreError, UserError
-from store.resolve import resolve as resolve_space
-from train.model import union_states
-from train.tuners import TunerConfig, tuner_class, tuner_config, tuner_names
+from pipeline.train.model import union_states
+from pipeline.train.tuners import TunerConfig, tuner_class, tuner_config, tuner_names
 
 DEFAULT_STORE = "activations"
 # Options of a recipe that are fields of a feature space.

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from extract.backbones import Family, Inputs
-from extract.backbones.images import SUFFIXES
-from extract.tasks.base import TaskSpec
-from store.errors import UserError
+from pipeline.extract.backbones import Family, Inputs
+from pipeline.extract.backbones.images import SUFFIXES
+from pipeline.extract.tasks.base import TaskSpec
+from pipeline.store.errors import UserError
 
 if TYPE_CHECKING:
     from pipeline.extracting import Split

@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from extract.backbones.images import SUFFIXES as PICTURES
-from extract.backbones.live import Backbone
-from extract.checkpoint import Checkpoint
-from extract.tasks.base import Rows, TaskSpec
-from extract.tasks.glue import GLUE
-from extract.tasks.images import pictures
-from extract.tasks.sheet import read_sheet
 from pipeline.command_line import quoted
+from pipeline.extract.backbones.images import SUFFIXES as PICTURES
+from pipeline.extract.backbones.live import Backbone
+from pipeline.extract.checkpoint import Checkpoint
+from pipeline.extract.tasks.base import Rows, TaskSpec
+from pipeline.extract.tasks.glue import GLUE
+from pipeline.extract.tasks.images import pictures
+from pipeline.extract.tasks.sheet import read_sheet
 from pipeline.extracting import Say, prepare_split
 from pipeline.job import (
     Job,
@@ -27,17 +27,17 @@ from pipeline.job import (
 )
 from pipeline.recipe import Recipe, read_recipe
 from pipeline.rows import checked_rows, token_doubts
-from store.errors import StoreError, UserError
-from train.checkpoint import TUNER, check
-from train.checkpoint import load as load_checkpoint
-from train.evaluate import evaluate, predict
-from train.generate import generate
-from train.live import LiveSource
-from train.metrics import score
-from train.model import Model
-from train.objectives.label_text import LabelText
-from train.order import Order
-from train.tuners.livelayers import saved_size
+from pipeline.store.errors import StoreError, UserError
+from pipeline.train.checkpoint import TUNER, check
+from pipeline.train.checkpoint import load as load_checkpoint
+from pipeline.train.evaluate import evaluate, predict
+from pipeline.train.generate import generate
+from pipeline.train.live import LiveSource
+from pipeline.train.metrics import score
+from pipeline.train.model import Model
+from pipeline.train.objectives.label_text import LabelText
+from pipeline.train.order import Order
+from pipeline.train.tuners.livelayers import saved_size
 
 
 @dataclass

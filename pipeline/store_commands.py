@@ -10,10 +10,10 @@ import click
 
 from pipeline.command import command, say
 from pipeline.command_line import store_command
-from store.errors import StoreError, UserError
+from pipeline.store.errors import StoreError, UserError
 
 if TYPE_CHECKING:
-    from store import Store
+    from pipeline.store import Store
 
 _STORE = click.option(
     "--store",
@@ -38,7 +38,7 @@ def place(where: str) -> str:
 
 
 def _open(where: str) -> Store:
-    from store import Store
+    from pipeline.store import Store
 
     return Store.open(place(where))
 
@@ -105,7 +105,7 @@ class Problems(StoreError):
 @command
 def repair(as_json: bool, where: str, dry_run: bool) -> tuple[Any, str]:
     """Put aside what is damaged and keep what is sound; extract then fills the hole."""
-    from store.repair import repair as mend
+    from pipeline.store.repair import repair as mend
 
     done = mend(place(where), dry_run)
     lines = ["  ".join(str(v) for v in p.values()) for p in done.problems]
@@ -125,8 +125,8 @@ def _transfer(source: str, target: str, space: str, quiet: bool) -> tuple[Any, s
     from tqdm import tqdm
 
     from pipeline.report import size_text
-    from store import Store
-    from store.transfer import transfer
+    from pipeline.store import Store
+    from pipeline.store.transfer import transfer
 
     begin = Store.open(source)
     spaces = [begin.space(space).id] if space else None
@@ -183,8 +183,8 @@ def merge(as_json: bool, other: str, where: str) -> tuple[Any, str]:
 @command
 def gc(as_json: bool, where: str, older_than: str, delete: bool) -> tuple[Any, str]:
     """Find what no reader needs: unfinished, superseded, in quarantine. Removes nothing without --delete."""
+    from pipeline.store.upkeep import collect, litter
     from pipeline.store_report import litter_text
-    from store.upkeep import collect, litter
 
     opened = _open(where)
     found = litter(opened, seconds(older_than))
@@ -204,7 +204,7 @@ def gc(as_json: bool, where: str, older_than: str, delete: bool) -> tuple[Any, s
 @command
 def compact(as_json: bool, where: str, space: str) -> tuple[Any, str]:
     """Write duplicates, supplements and small segments anew; gc removes the old ones later."""
-    from store.rewrite import compact as rewrite
+    from pipeline.store.rewrite import compact as rewrite
 
     opened = _open(where)
     spaces = [opened.space(space)] if space else opened.spaces()
@@ -223,7 +223,7 @@ def compact(as_json: bool, where: str, space: str) -> tuple[Any, str]:
 def rm(as_json: bool, space: str, where: str, yes: bool) -> tuple[Any, str]:
     """Remove a feature space with all its states."""
     from pipeline.report import size_text
-    from store.upkeep import finish_removals, remove_space
+    from pipeline.store.upkeep import finish_removals, remove_space
 
     opened = _open(where)
     finished = finish_removals(opened, space) if space else []
@@ -245,8 +245,8 @@ def rm(as_json: bool, space: str, where: str, yes: bool) -> tuple[Any, str]:
 @command
 def du(as_json: bool, where: str) -> tuple[Any, str]:
     """What takes how much room."""
+    from pipeline.store.upkeep import usage
     from pipeline.store_report import usage_text
-    from store.upkeep import usage
 
     what = usage(_open(where))
     return what, usage_text(what)
@@ -258,7 +258,7 @@ def du(as_json: bool, where: str) -> tuple[Any, str]:
 @command
 def share(as_json: bool, group: str, where: str) -> tuple[Any, str]:
     """Let a group of this machine read and write the store, whatever each member's umask."""
-    from store.share import share_with
+    from pipeline.store.share import share_with
 
     path = place(where)
     count = share_with(path, group)

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipeline.report import pairs_text, size_text, table_text
+from pipeline.store import Segment, Space, Store
+from pipeline.store.names import is_segment, segment_path, space_path
+from pipeline.store.sweep import lost_manifest
+from pipeline.store.tables import TableInfo
 from pipeline.stored import source_of
 from pipeline.versions import versions_of
-from store import Segment, Space, Store
-from store.names import is_segment, segment_path, space_path
-from store.sweep import lost_manifest
-from store.tables import TableInfo
 
 
 def status_what(store: Store) -> dict[str, Any]:

@@ -13,13 +13,13 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from extract.backbones import Family, family_for
-from extract.identity import PRECISIONS
-from extract.projection import load_projection
-from extract.tasks.base import TaskError, TaskSpec
-from store import FORMATS, Samples, Space, Store, TaskTable
-from store.errors import StoreError, UserError
-from store.names import is_key
+from pipeline.extract.backbones import Family, family_for
+from pipeline.extract.identity import PRECISIONS
+from pipeline.extract.projection import load_projection
+from pipeline.extract.tasks.base import TaskError, TaskSpec
+from pipeline.store import FORMATS, Samples, Space, Store, TaskTable
+from pipeline.store.errors import StoreError, UserError
+from pipeline.store.names import is_key
 
 # The deepest published networks have some hundred layers; the largest numbers of a configuration are vocabularies and
 # longest positions.

@@ -8,12 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from extract.tasks import is_named
-from extract.tasks.base import TaskSpec
-from extract.tasks.hub_images import PREFIX
-from extract.tasks.registry import is_folder, is_table
 from pipeline.command_line import extract_command
 from pipeline.doubts import doubts, limit_doubt
+from pipeline.extract.tasks import is_named
+from pipeline.extract.tasks.base import TaskSpec
+from pipeline.extract.tasks.hub_images import PREFIX
+from pipeline.extract.tasks.registry import is_folder, is_table
 from pipeline.job import (
     Job,
     as_extracted,
@@ -27,14 +27,14 @@ from pipeline.job import (
 )
 from pipeline.recipe import Recipe
 from pipeline.resolve import store_path
+from pipeline.store.errors import StoreError, UserError
+from pipeline.store.places import absolute
+from pipeline.train.loop import FitOptions, fit
+from pipeline.train.model import Model
+from pipeline.train.ranks import Ranks
+from pipeline.train.runlog import write_bytes
 from pipeline.unused import refuse_for_training, refuse_for_tuners
 from pipeline.versions import columns_text, task_id
-from store.errors import StoreError, UserError
-from store.places import absolute
-from train.loop import FitOptions, fit
-from train.model import Model
-from train.ranks import Ranks
-from train.runlog import write_bytes
 
 Say = Callable[[str], None]
 LARGE_TASKS = ("mnli", "qnli", "qqp", "sst2")

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
-from extract.backbones import Family
+from pipeline.extract.backbones import Family
 from pipeline.recipe import Recipe, option_name
-from store.errors import UserError
-from train.tuners import tuner_class, tuner_names
+from pipeline.store.errors import UserError
+from pipeline.train.tuners import tuner_class, tuner_names
 
 _FIELDS = {f.name: f for f in fields(Recipe)}
 # What a recipe says of texts and of pictures without changing anything: also what recipes of runs write out.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import reprlib
 from typing import Any, get_args
 
-from store.errors import UserError
+from pipeline.store.errors import UserError
 
 
 def short(value: Any) -> str:

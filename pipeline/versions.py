@@ -12,14 +12,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from extract.tasks import canonical_name, split_id
 from pipeline.athand import AtHand
+from pipeline.extract.tasks import canonical_name, split_id
 from pipeline.recipe import Recipe
+from pipeline.store import Space, TaskTable, digest_json
+from pipeline.store.errors import StoreError
+from pipeline.store.records import Record
+from pipeline.store.tables import TableInfo, created_of, version_of
 from pipeline.stored import check_header, check_table
-from store import Space, TaskTable, digest_json
-from store.errors import StoreError
-from store.records import Record
-from store.tables import TableInfo, created_of, version_of
 
 ID_LENGTH = 12
 

@@ -7,52 +7,52 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from store.blocks import Block, BlockPlan, Part, read_block
-    from store.digest import canonical_json, digest_bytes, digest_json
-    from store.errors import MissingStates, NonFinite, SpaceMismatch, StoreError, UserError
-    from store.formats import FORMATS, Encoded, bytes_per_value, check_format, decode, encode
-    from store.index import Lookup
-    from store.names import CHUNK_BYTES, FORMAT, SEGMENT_BYTES, SEGMENT_SECONDS, stream_of
-    from store.samples import Samples
-    from store.segment import Problem, Segment
-    from store.space import Space
-    from store.store import Store
-    from store.tables import TableInfo, TaskTable
-    from store.writer import SegmentWriter
+    from pipeline.store.blocks import Block, BlockPlan, Part, read_block
+    from pipeline.store.digest import canonical_json, digest_bytes, digest_json
+    from pipeline.store.errors import MissingStates, NonFinite, SpaceMismatch, StoreError, UserError
+    from pipeline.store.formats import FORMATS, Encoded, bytes_per_value, check_format, decode, encode
+    from pipeline.store.index import Lookup
+    from pipeline.store.names import CHUNK_BYTES, FORMAT, SEGMENT_BYTES, SEGMENT_SECONDS, stream_of
+    from pipeline.store.samples import Samples
+    from pipeline.store.segment import Problem, Segment
+    from pipeline.store.space import Space
+    from pipeline.store.store import Store
+    from pipeline.store.tables import TableInfo, TaskTable
+    from pipeline.store.writer import SegmentWriter
 
 _HOMES = {
-    "Block": "store.blocks",
-    "BlockPlan": "store.blocks",
-    "CHUNK_BYTES": "store.names",
-    "Encoded": "store.formats",
-    "FORMAT": "store.names",
-    "FORMATS": "store.formats",
-    "Lookup": "store.index",
-    "MissingStates": "store.errors",
-    "NonFinite": "store.errors",
-    "Part": "store.blocks",
-    "Problem": "store.segment",
-    "SEGMENT_BYTES": "store.names",
-    "SEGMENT_SECONDS": "store.names",
-    "Samples": "store.samples",
-    "Segment": "store.segment",
-    "SegmentWriter": "store.writer",
-    "Space": "store.space",
-    "SpaceMismatch": "store.errors",
-    "Store": "store.store",
-    "StoreError": "store.errors",
-    "TableInfo": "store.tables",
-    "TaskTable": "store.tables",
-    "UserError": "store.errors",
-    "bytes_per_value": "store.formats",
-    "canonical_json": "store.digest",
-    "check_format": "store.formats",
-    "decode": "store.formats",
-    "digest_bytes": "store.digest",
-    "digest_json": "store.digest",
-    "encode": "store.formats",
-    "read_block": "store.blocks",
-    "stream_of": "store.names",
+    "Block": "pipeline.store.blocks",
+    "BlockPlan": "pipeline.store.blocks",
+    "CHUNK_BYTES": "pipeline.store.names",
+    "Encoded": "pipeline.store.formats",
+    "FORMAT": "pipeline.store.names",
+    "FORMATS": "pipeline.store.formats",
+    "Lookup": "pipeline.store.index",
+    "MissingStates": "pipeline.store.errors",
+    "NonFinite": "pipeline.store.errors",
+    "Part": "pipeline.store.blocks",
+    "Problem": "pipeline.store.segment",
+    "SEGMENT_BYTES": "pipeline.store.names",
+    "SEGMENT_SECONDS": "pipeline.store.names",
+    "Samples": "pipeline.store.samples",
+    "Segment": "pipeline.store.segment",
+    "SegmentWriter": "pipeline.store.writer",
+    "Space": "pipeline.store.space",
+    "SpaceMismatch": "pipeline.store.errors",
+    "Store": "pipeline.store.store",
+    "StoreError": "pipeline.store.errors",
+    "TableInfo": "pipeline.store.tables",
+    "TaskTable": "pipeline.store.tables",
+    "UserError": "pipeline.store.errors",
+    "bytes_per_value": "pipeline.store.formats",
+    "canonical_json": "pipeline.store.digest",
+    "check_format": "pipeline.store.formats",
+    "decode": "pipeline.store.formats",
+    "digest_bytes": "pipeline.store.digest",
+    "digest_json": "pipeline.store.digest",
+    "encode": "pipeline.store.formats",
+    "read_block": "pipeline.store.blocks",
+    "stream_of": "pipeline.store.names",
 }
 
 __all__ = [

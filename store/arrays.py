@@ -23,10 +23,10 @@ import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec
 from zarr.storage import MemoryStore
 
-from store.digest import digest_bytes
-from store.errors import StoreError
-from store.files import Files
-from store.names import CHUNK_BYTES, MAX_CHUNK_BYTES, MAX_ROWS, MAX_WIDTH
+from pipeline.store.digest import digest_bytes
+from pipeline.store.errors import StoreError
+from pipeline.store.files import Files
+from pipeline.store.names import CHUNK_BYTES, MAX_CHUNK_BYTES, MAX_ROWS, MAX_WIDTH
 
 _DTYPES = {"float32": "<f4", "float16": "<f2", "uint16": "<u2", "int32": "<i4", "int8": "|i1"}
 # What another program may have put in place of our own two codecs; nothing here can run code.
@@ -242,7 +242,7 @@ def _read_with_zarr(files: Files, folder: str, array: ArraySpec, runs: Runs, dig
 
 
 def _through_zarr(files: Files, folder: str, array: ArraySpec, runs: Runs, digests: Digests) -> np.ndarray:
-    from store.foreign import open_array, read_array
+    from pipeline.store.foreign import open_array, read_array
 
     def check(chunk: str) -> int:
         name = f"{array.name}/{chunk}"

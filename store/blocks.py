@@ -13,13 +13,13 @@ from itertools import pairwise
 
 import numpy as np
 
-from store.errors import MissingStates
-from store.files import Files
-from store.index import Family, Index
-from store.names import SEGMENT_BYTES, stream_of
-from store.places import open_files
-from store.samples import Samples
-from store.segment import Segment
+from pipeline.store.errors import MissingStates
+from pipeline.store.files import Files
+from pipeline.store.index import Family, Index
+from pipeline.store.names import SEGMENT_BYTES, stream_of
+from pipeline.store.places import open_files
+from pipeline.store.samples import Samples
+from pipeline.store.segment import Segment
 
 
 @dataclass(frozen=True)

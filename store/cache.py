@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from threading import Lock
 
-from store.digest import digest_bytes
+from pipeline.store.digest import digest_bytes
 
 
 class Cache:

@@ -10,9 +10,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from store.digest import canonical_json, digest_bytes
-from store.errors import StoreError
-from store.names import FORMAT
+from pipeline.store.digest import canonical_json, digest_bytes
+from pipeline.store.errors import StoreError
+from pipeline.store.names import FORMAT
 
 _HEAD = b'{"xxh3":"'
 _TAIL = b'",'

@@ -14,9 +14,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from store.digest import Digest, digest_bytes
-from store.errors import StoreError
-from store.names import temporary_name
+from pipeline.store.digest import Digest, digest_bytes
+from pipeline.store.errors import StoreError
+from pipeline.store.names import temporary_name
 
 _PIECE = 512 << 10  # read and digested at a time: the digest finds it in the processor's cache
 

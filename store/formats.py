@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from store.errors import NonFinite
+from pipeline.store.errors import NonFinite
 
 FORMATS = ("float32", "bfloat16", "float16", "int8")
 

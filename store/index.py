@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from store.errors import StoreError
-from store.segment import Segment
+from pipeline.store.errors import StoreError
+from pipeline.store.segment import Segment
 
 _SHIFT = 32
 

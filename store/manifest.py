@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from store.document import dump_document, load_document
-from store.errors import StoreError
-from store.formats import FORMATS
-from store.names import (
+from pipeline.store.document import dump_document, load_document
+from pipeline.store.errors import StoreError
+from pipeline.store.formats import FORMATS
+from pipeline.store.names import (
     FORMAT,
     MAX_FILES,
     MAX_LENGTH,

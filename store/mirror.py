@@ -9,9 +9,9 @@ from html.parser import HTMLParser
 from typing import Any
 from urllib.parse import unquote, urljoin
 
-from store.cache import Cache
-from store.errors import StoreError
-from store.remote import ANSWER_SECONDS, CONNECT_SECONDS, RemoteFiles
+from pipeline.store.cache import Cache
+from pipeline.store.errors import StoreError
+from pipeline.store.remote import ANSWER_SECONDS, CONNECT_SECONDS, RemoteFiles
 
 _MAX_LISTING = 256 << 20
 

@@ -10,7 +10,7 @@ import re
 import secrets
 from datetime import UTC, datetime
 
-from store.errors import StoreError
+from pipeline.store.errors import StoreError
 
 FORMAT = 1
 QUARANTINE = "quarantine"

@@ -7,8 +7,8 @@ from functools import lru_cache
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from store.errors import UserError
-from store.files import Files
+from pipeline.store.errors import UserError
+from pipeline.store.files import Files
 
 CACHE_BYTES = 20 * 10**9
 
@@ -45,9 +45,9 @@ def cache_bytes() -> int:
 @lru_cache(maxsize=64)
 def _remote(where: str, folder: str, limit: int, process: int) -> Files:
     """One for each place, so that connections are shared; `process`: a fork must not share them."""
-    from store.cache import Cache
-    from store.mirror import HttpFiles
-    from store.remote import S3Files
+    from pipeline.store.cache import Cache
+    from pipeline.store.mirror import HttpFiles
+    from pipeline.store.remote import S3Files
 
     kinds = {"s3": S3Files, "http": HttpFiles, "https": HttpFiles}
     scheme = urlsplit(where).scheme

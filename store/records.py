@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from store.digest import digest_json
-from store.document import dump_document, load_document
-from store.errors import StoreError
-from store.files import Files, explain
-from store.names import FORMAT, MAX_SMALL_JSON, check_task, is_key, is_state
+from pipeline.store.digest import digest_json
+from pipeline.store.document import dump_document, load_document
+from pipeline.store.errors import StoreError
+from pipeline.store.files import Files, explain
+from pipeline.store.names import FORMAT, MAX_SMALL_JSON, check_task, is_key, is_state
 
 KIND = "activation-extraction"
 _PREFIX, _SUFFIX = "extracted-", ".json"

@@ -9,15 +9,15 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from store.errors import StoreError
-from store.manifest import load_manifest
-from store.names import MAX_JSON, QUARANTINE, segment_path, space_path
-from store.records import Record, record_path
-from store.segment import Problem, Segment
-from store.tables import version_of
+from pipeline.store.errors import StoreError
+from pipeline.store.manifest import load_manifest
+from pipeline.store.names import MAX_JSON, QUARANTINE, segment_path, space_path
+from pipeline.store.records import Record, record_path
+from pipeline.store.segment import Problem, Segment
+from pipeline.store.tables import version_of
 
 if TYPE_CHECKING:
-    from store.space import Space
+    from pipeline.store.space import Space
 
 
 Tables = Mapping[str, tuple[tuple[str, str, int, str], list[str]]]

@@ -19,10 +19,10 @@ from functools import partial
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from store.cache import Cache
-from store.digest import digest_bytes
-from store.errors import StoreError, UserError
-from store.files import Files
+from pipeline.store.cache import Cache
+from pipeline.store.digest import digest_bytes
+from pipeline.store.errors import StoreError, UserError
+from pipeline.store.files import Files
 
 T = TypeVar("T")
 _TRIES = 6

@@ -11,19 +11,19 @@ import secrets
 from dataclasses import dataclass, field
 from typing import Any
 
-from store import weights
-from store.document import dump_document, load_document
-from store.errors import StoreError
-from store.files import Files
-from store.index import Family, families
-from store.names import FORMAT, MAX_SMALL_JSON, QUARANTINE, is_key, segment_path, space_path
-from store.places import open_files
-from store.rewrite import salvage
-from store.segment import NotSealed, Problem, Segment
-from store.space import LOST, Space, has_space, lost_identity, still_sealed
-from store.store import KIND
-from store.sweep import lost_manifest
-from store.tables import verify_tables
+from pipeline.store import weights
+from pipeline.store.document import dump_document, load_document
+from pipeline.store.errors import StoreError
+from pipeline.store.files import Files
+from pipeline.store.index import Family, families
+from pipeline.store.names import FORMAT, MAX_SMALL_JSON, QUARANTINE, is_key, segment_path, space_path
+from pipeline.store.places import open_files
+from pipeline.store.rewrite import salvage
+from pipeline.store.segment import NotSealed, Problem, Segment
+from pipeline.store.space import LOST, Space, has_space, lost_identity, still_sealed
+from pipeline.store.store import KIND
+from pipeline.store.sweep import lost_manifest
+from pipeline.store.tables import verify_tables
 
 
 @dataclass

@@ -9,11 +9,11 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from store.digest import canonical_json
-from store.errors import SpaceMismatch, StoreError
+from pipeline.store.digest import canonical_json
+from pipeline.store.errors import SpaceMismatch, StoreError
 
 if TYPE_CHECKING:
-    from store.space import Space
+    from pipeline.store.space import Space
 
 _ABSENT = object()
 

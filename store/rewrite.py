@@ -10,16 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from store.arrays import ArraySpec, check_file
-from store.blocks import runs_of
-from store.document import dump_document
-from store.errors import StoreError
-from store.formats import Encoded
-from store.index import Family, families
-from store.names import SEGMENT_BYTES, space_path, stream_of
-from store.samples import Samples
-from store.segment import Segment
-from store.space import Space
+from pipeline.store.arrays import ArraySpec, check_file
+from pipeline.store.blocks import runs_of
+from pipeline.store.document import dump_document
+from pipeline.store.errors import StoreError
+from pipeline.store.formats import Encoded
+from pipeline.store.index import Family, families
+from pipeline.store.names import SEGMENT_BYTES, space_path, stream_of
+from pipeline.store.samples import Samples
+from pipeline.store.segment import Segment
+from pipeline.store.space import Space
 
 KIND = "activation-superseded"
 

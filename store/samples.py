@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from store.formats import Encoded
-from store.names import are_keys, is_state, is_stream, stream_of
+from pipeline.store.formats import Encoded
+from pipeline.store.names import are_keys, is_state, is_stream, stream_of
 
 
 @dataclass

@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from store.arrays import ArraySpec, Runs, check_file, damaged, parse_group, read_rows, wanted_chunks
-from store.digest import digest_bytes
-from store.document import parse_json
-from store.errors import MissingStates, StoreError
-from store.files import Files
-from store.formats import Encoded
-from store.manifest import StateInfo, load_manifest
-from store.names import MAX_JSON, MAX_SMALL_JSON, is_temporary, segment_path, stream_of
-from store.samples import Samples, offsets_of
+from pipeline.store.arrays import ArraySpec, Runs, check_file, damaged, parse_group, read_rows, wanted_chunks
+from pipeline.store.digest import digest_bytes
+from pipeline.store.document import parse_json
+from pipeline.store.errors import MissingStates, StoreError
+from pipeline.store.files import Files
+from pipeline.store.formats import Encoded
+from pipeline.store.manifest import StateInfo, load_manifest
+from pipeline.store.names import MAX_JSON, MAX_SMALL_JSON, is_temporary, segment_path, stream_of
+from pipeline.store.samples import Samples, offsets_of
 
 STORED_DTYPES = {"float32": "float32", "bfloat16": "uint16", "float16": "float16", "int8": "int8"}
 

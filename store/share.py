@@ -7,10 +7,10 @@ import shutil
 import stat
 from pathlib import Path
 
-from store.errors import StoreError
-from store.files import explain
-from store.places import is_remote
-from store.store import Store
+from pipeline.store.errors import StoreError
+from pipeline.store.files import explain
+from pipeline.store.places import is_remote
+from pipeline.store.store import Store
 
 
 def share_with(where: str, group: str) -> int:

@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from store.blocks import BlockPlan, plan_blocks
-from store.digest import digest_json
-from store.document import load_document
-from store.errors import StoreError
-from store.files import Files
-from store.index import Index, Lookup
-from store.names import (
+from pipeline.store.blocks import BlockPlan, plan_blocks
+from pipeline.store.digest import digest_json
+from pipeline.store.document import load_document
+from pipeline.store.errors import StoreError
+from pipeline.store.files import Files
+from pipeline.store.index import Index, Lookup
+from pipeline.store.names import (
     FORMAT,
     MAX_JSON,
     MAX_SMALL_JSON,
@@ -28,11 +28,11 @@ from store.names import (
     segment_path,
     space_path,
 )
-from store.records import Record, list_records, read_record, save_record
-from store.references import unfound
-from store.segment import NotSealed, Problem, Segment
-from store.sweep import lost_manifest, sweep
-from store.tables import (
+from pipeline.store.records import Record, list_records, read_record, save_record
+from pipeline.store.references import unfound
+from pipeline.store.segment import NotSealed, Problem, Segment
+from pipeline.store.sweep import lost_manifest, sweep
+from pipeline.store.tables import (
     TableInfo,
     TaskTable,
     list_tables,
@@ -42,7 +42,7 @@ from store.tables import (
     save_table,
     verify_tables,
 )
-from store.writer import SegmentWriter
+from pipeline.store.writer import SegmentWriter
 
 KIND = "activation-space"
 REMOVING = "removing.json"  # a note of who is removing the space; from then on it is not there

@@ -8,18 +8,18 @@ from typing import Any
 
 import torch
 
-from store import weights
-from store.digest import canonical_json, digest_json
-from store.document import dump_document, load_document, parse_json
-from store.errors import StoreError
-from store.files import Files, explain
-from store.names import FORMAT, MAX_SMALL_JSON, is_key, space_path
-from store.places import is_remote, open_files
-from store.resolve import resolve
-from store.segment import Problem
-from store.space import KIND as SPACE_KIND
-from store.space import REMOVING, Space, has_space, lost_identity
-from store.sweep import abandoned
+from pipeline.store import weights
+from pipeline.store.digest import canonical_json, digest_json
+from pipeline.store.document import dump_document, load_document, parse_json
+from pipeline.store.errors import StoreError
+from pipeline.store.files import Files, explain
+from pipeline.store.names import FORMAT, MAX_SMALL_JSON, is_key, space_path
+from pipeline.store.places import is_remote, open_files
+from pipeline.store.resolve import resolve
+from pipeline.store.segment import Problem
+from pipeline.store.space import KIND as SPACE_KIND
+from pipeline.store.space import REMOVING, Space, has_space, lost_identity
+from pipeline.store.sweep import abandoned
 
 KIND = "activation-store"
 

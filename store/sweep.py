@@ -6,11 +6,11 @@ import time
 from collections.abc import Iterable
 from contextlib import suppress
 
-from store.alive import describe_writer, is_dead
-from store.document import dump_document, load_document
-from store.errors import StoreError
-from store.files import Files
-from store.names import MAX_SMALL_JSON, segment_path
+from pipeline.store.alive import describe_writer, is_dead
+from pipeline.store.document import dump_document, load_document
+from pipeline.store.errors import StoreError
+from pipeline.store.files import Files
+from pipeline.store.names import MAX_SMALL_JSON, segment_path
 
 # A folder with nothing in it but temporary files is what a writer leaves that was killed before it said who it is.
 _EMPTY_SECONDS = 3600.0

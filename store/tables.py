@@ -17,12 +17,12 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from store.digest import canonical_json, digest_bytes, digest_json
-from store.document import parse_json
-from store.errors import MissingStates, StoreError
-from store.files import Files, explain
-from store.names import FORMAT, MAX_JSON, MAX_TABLE_BYTES, are_keys, check_task, is_key
-from store.records import list_records, read_record, record_path
+from pipeline.store.digest import canonical_json, digest_bytes, digest_json
+from pipeline.store.document import parse_json
+from pipeline.store.errors import MissingStates, StoreError
+from pipeline.store.files import Files, explain
+from pipeline.store.names import FORMAT, MAX_JSON, MAX_TABLE_BYTES, are_keys, check_task, is_key
+from pipeline.store.records import list_records, read_record, record_path
 
 _NAME = re.compile(r"(?P<split>.+)-(?P<rows>[0-9]{1,12})-(?P<digest>[0-9a-f]{16})\.jsonl\.gz")
 _KIND = "activation-task-table"

@@ -11,16 +11,16 @@ import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from store import weights
-from store.digest import digest_bytes
-from store.errors import StoreError
-from store.files import Files, explain
-from store.names import MAX_JSON, is_key, segment_path
-from store.segment import Segment
-from store.space import Space
-from store.store import Store
-from store.sweep import abandoned, sign
-from store.tables import TableInfo, read_table
+from pipeline.store import weights
+from pipeline.store.digest import digest_bytes
+from pipeline.store.errors import StoreError
+from pipeline.store.files import Files, explain
+from pipeline.store.names import MAX_JSON, is_key, segment_path
+from pipeline.store.segment import Segment
+from pipeline.store.space import Space
+from pipeline.store.store import Store
+from pipeline.store.sweep import abandoned, sign
+from pipeline.store.tables import TableInfo, read_table
 
 INCOMING = ".incoming-"
 

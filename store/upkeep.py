@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from store import weights
-from store.errors import StoreError
-from store.files import Files, explain
-from store.names import (
+from pipeline.store import weights
+from pipeline.store.errors import StoreError
+from pipeline.store.files import Files, explain
+from pipeline.store.names import (
     QUARANTINE,
     is_key,
     is_segment,
@@ -22,12 +22,12 @@ from store.names import (
     space_path,
     stream_of,
 )
-from store.segment import Segment
-from store.space import REMOVING, Space
-from store.store import Store
-from store.sweep import abandoned, disown, sign
-from store.tables import created_of, version_of
-from store.transfer import INCOMING
+from pipeline.store.segment import Segment
+from pipeline.store.space import REMOVING, Space
+from pipeline.store.store import Store
+from pipeline.store.sweep import abandoned, disown, sign
+from pipeline.store.tables import created_of, version_of
+from pipeline.store.transfer import INCOMING
 
 DAY = 86400.0
 WORK = "work"

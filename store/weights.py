@@ -18,12 +18,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from store.digest import digest_bytes
-from store.document import dump_document, load_document, parse_json
-from store.errors import MissingStates, StoreError
-from store.files import Files, explain
-from store.names import FORMAT, MAX_SMALL_JSON, MAX_WEIGHTS_BYTES, is_file, is_key
-from store.sweep import abandoned, sign
+from pipeline.store.digest import digest_bytes
+from pipeline.store.document import dump_document, load_document, parse_json
+from pipeline.store.errors import MissingStates, StoreError
+from pipeline.store.files import Files, explain
+from pipeline.store.names import FORMAT, MAX_SMALL_JSON, MAX_WEIGHTS_BYTES, is_file, is_key
+from pipeline.store.sweep import abandoned, sign
 
 _KIND = "activation-weights"
 _NOTE = re.compile(r"writer-[0-9a-f]{8}\.json")

@@ -15,16 +15,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from store.arrays import ArraySpec, chunk_buffers, group_files
-from store.digest import canonical_json
-from store.errors import StoreError
-from store.files import Files, explain
-from store.formats import Encoded
-from store.manifest import KIND, Manifest, StateInfo
-from store.names import FORMAT, MAX_JSON, MAX_LENGTH, new_segment_id, segment_path, stream_of
-from store.samples import Samples
-from store.segment import STORED_DTYPES, Segment
-from store.sweep import sign
+from pipeline.store.arrays import ArraySpec, chunk_buffers, group_files
+from pipeline.store.digest import canonical_json
+from pipeline.store.errors import StoreError
+from pipeline.store.files import Files, explain
+from pipeline.store.formats import Encoded
+from pipeline.store.manifest import KIND, Manifest, StateInfo
+from pipeline.store.names import FORMAT, MAX_JSON, MAX_LENGTH, new_segment_id, segment_path, stream_of
+from pipeline.store.samples import Samples
+from pipeline.store.segment import STORED_DTYPES, Segment
+from pipeline.store.sweep import sign
 
 Source = Callable[[], np.ndarray]
 

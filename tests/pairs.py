@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from extract.backbones.base import Family
-from extract.backbones.bert import Bert
-from extract.backbones.clip_text import ClipText
-from extract.backbones.resnet import ResNet
-from extract.backbones.swin import Swin
-from extract.backbones.t5 import T5
-from extract.backbones.vit import Vit
-from train.tuners import tuner_names
+from pipeline.extract.backbones.base import Family
+from pipeline.extract.backbones.bert import Bert
+from pipeline.extract.backbones.clip_text import ClipText
+from pipeline.extract.backbones.resnet import ResNet
+from pipeline.extract.backbones.swin import Swin
+from pipeline.extract.backbones.t5 import T5
+from pipeline.extract.backbones.vit import Vit
+from pipeline.train.tuners import tuner_names
 
 TEXT: dict[str, type[Family]] = {"t5": T5, "bert": Bert, "roberta": Bert, "clip_text": ClipText}
 IMAGES: dict[str, type[Family]] = {

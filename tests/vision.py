@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import CLIPVisionConfig, CLIPVisionModel, ResNetConfig, ResNetModel, ViTConfig, ViTModel
 
-from extract.backbones.cifar import CifarResNetConfig, CifarResNetModel
+from pipeline.extract.backbones.cifar import CifarResNetConfig, CifarResNetModel
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 

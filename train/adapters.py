@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from store.errors import UserError
+from pipeline.store.errors import UserError
 
 ATTENTION = ("query", "value", "qkv", "q_proj", "v_proj", "q", "v")  # what LoRA is put on, by module name
 

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from extract.backbones.batch import Batch, stream_of
-from store.formats import Encoded, decode, rescale
-from store.samples import Samples, rows_of
+from pipeline.extract.backbones.batch import Batch, stream_of
+from pipeline.store.formats import Encoded, decode, rescale
+from pipeline.store.samples import Samples, rows_of
 
 LONG = 8192  # bytes a sample on average, from which on samples are copied one by one
 

@@ -21,8 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
-from store.digest import Digest, canonical_json
-from store.errors import Notice, UserError
+from pipeline.store.digest import Digest, canonical_json
+from pipeline.store.errors import Notice, UserError
 
 TUNER = "tuner.safetensors"
 RESUME = "resume.safetensors"

@@ -19,17 +19,17 @@ import torch
 from torch import Tensor, nn
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
-from extract.backbones.base import Family
-from extract.backbones.batch import Batch, stream_of
-from extract.backbones.dropout import use_fast_dropout
-from extract.backbones.live import Backbone
-from store.errors import UserError
-from train.adapters import VirtualTokens, add_adapter, add_biases, add_lora, free_biases
-from train.features import Features
-from train.live import LiveSource
-from train.model import Reader
-from train.objectives.base import Objective
-from train.tuners.base import rows_of
+from pipeline.extract.backbones.base import Family
+from pipeline.extract.backbones.batch import Batch, stream_of
+from pipeline.extract.backbones.dropout import use_fast_dropout
+from pipeline.extract.backbones.live import Backbone
+from pipeline.store.errors import UserError
+from pipeline.train.adapters import VirtualTokens, add_adapter, add_biases, add_lora, free_biases
+from pipeline.train.features import Features
+from pipeline.train.live import LiveSource
+from pipeline.train.model import Reader
+from pipeline.train.objectives.base import Objective
+from pipeline.train.tuners.base import rows_of
 
 _NORMS = (nn.LayerNorm, nn.BatchNorm2d, nn.GroupNorm, T5LayerNorm)
 PROMPT, PAPER_PROMPT = 20, 100  # virtual tokens of prompt tuning

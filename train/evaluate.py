@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from extract.backbones.batch import Batch
-from store.errors import UserError
-from train.objectives.base import Outputs, Scorer
-from train.options import PRECISIONS
-from train.source import Source
+from pipeline.extract.backbones.batch import Batch
+from pipeline.store.errors import UserError
+from pipeline.train.objectives.base import Outputs, Scorer
+from pipeline.train.options import PRECISIONS
+from pipeline.train.source import Source
 
 
 class Trainable(Protocol):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from store.errors import UserError
+from pipeline.store.errors import UserError
 
 
 class NotFinite(UserError):

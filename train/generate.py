@@ -9,11 +9,11 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from extract.backbones.inputs import Inputs
-from extract.backbones.live import Backbone
-from train.finite import refuse_nan
-from train.model import Model
-from train.model import state_names as names_of
+from pipeline.extract.backbones.inputs import Inputs
+from pipeline.extract.backbones.live import Backbone
+from pipeline.train.finite import refuse_nan
+from pipeline.train.model import Model
+from pipeline.train.model import state_names as names_of
 
 # Tokens after which an answer is cut, or the longest target's where that is more: what is longer is no target. The
 # official code cuts at 20 after each epoch and at 128 at the end, which changes no score.

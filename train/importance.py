@@ -7,10 +7,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from extract.backbones.base import Family
-from extract.backbones.batch import Batch
-from train.counterparts import CounterpartModel, counterpart
-from train.objectives.base import Objective
+from pipeline.extract.backbones.base import Family
+from pipeline.extract.backbones.batch import Batch
+from pipeline.train.counterparts import CounterpartModel, counterpart
+from pipeline.train.objectives.base import Objective
 
 FISHER_SAMPLES = 1024
 

@@ -7,7 +7,7 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-from store.errors import UserError
+from pipeline.store.errors import UserError
 
 
 class Interrupted(UserError):

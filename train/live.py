@@ -9,11 +9,11 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from extract.backbones.batch import Batch
-from extract.backbones.inputs import Inputs
-from extract.backbones.live import Backbone
-from train.order import Order
-from train.targets import Targets
+from pipeline.extract.backbones.batch import Batch
+from pipeline.extract.backbones.inputs import Inputs
+from pipeline.extract.backbones.live import Backbone
+from pipeline.train.order import Order
+from pipeline.train.targets import Targets
 
 
 class LiveSource:

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from store.samples import Samples
-from train.assemble import Loaded
-from train.readers import Reader
+from pipeline.store.samples import Samples
+from pipeline.train.assemble import Loaded
+from pipeline.train.readers import Reader
 
 
 class LookAhead:

@@ -24,21 +24,21 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from extract.backbones.batch import Batch
-from store.errors import UserError
-from store.malloc import keep_freed_memory, return_freed_memory
-from train import checkpoint
-from train.evaluate import Trainable, autocast, closing, evaluate
-from train.finite import NotFinite
-from train.interrupt import Interrupt, Interrupted
-from train.objectives.base import Scorer
-from train.optim import adamw, reseed
-from train.options import FitOptions
-from train.ranks import Ranks
-from train.runlog import RunLog, finite, write_json
-from train.schedule import scheduler
-from train.source import Source
-from train.state import State, refuse_other_run
+from pipeline.extract.backbones.batch import Batch
+from pipeline.store.errors import UserError
+from pipeline.store.malloc import keep_freed_memory, return_freed_memory
+from pipeline.train import checkpoint
+from pipeline.train.evaluate import Trainable, autocast, closing, evaluate
+from pipeline.train.finite import NotFinite
+from pipeline.train.interrupt import Interrupt, Interrupted
+from pipeline.train.objectives.base import Scorer
+from pipeline.train.optim import adamw, reseed
+from pipeline.train.options import FitOptions
+from pipeline.train.ranks import Ranks
+from pipeline.train.runlog import RunLog, finite, write_json
+from pipeline.train.schedule import scheduler
+from pipeline.train.source import Source
+from pipeline.train.state import State, refuse_other_run
 
 __all__ = ["FitOptions", "Interrupted", "NotFinite", "Trainable", "evaluate", "fit"]
 

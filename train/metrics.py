@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy import stats
 from sklearn import metrics as sk
 
-from store.errors import UserError
+from pipeline.store.errors import UserError
 
 INVALID_CLASS = -1
 INVALID_VALUE = -1.0  # what an unparsable number counts as: below every STS-B score

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from extract.backbones.base import Family, Tail
-from extract.backbones.batch import Batch
-from store.errors import UserError
-from train.features import Features
-from train.objectives.base import Head, Objective, Outputs
-from train.tuners.base import Tuner, TunerConfig, tuner_class
+from pipeline.extract.backbones.base import Family, Tail
+from pipeline.extract.backbones.batch import Batch
+from pipeline.store.errors import UserError
+from pipeline.train.features import Features
+from pipeline.train.objectives.base import Head, Objective, Outputs
+from pipeline.train.tuners.base import Tuner, TunerConfig, tuner_class
 
 
 class Reader(nn.Module):

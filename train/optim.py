@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from store.errors import UserError
-from train.options import FitOptions
+from pipeline.store.errors import UserError
+from pipeline.train.options import FitOptions
 
 
 class AdamW(torch.optim.AdamW):

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from store.errors import UserError
-from train.schedule import SCHEDULES
+from pipeline.store.errors import UserError
+from pipeline.train.schedule import SCHEDULES
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from store.digest import digest_bytes
+from pipeline.store.digest import digest_bytes
 
 GROUP = 16  # batches sorted by length together: enough to lose nearly all padding, few enough to touch few blocks
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from store.errors import UserError
+from pipeline.store.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 
 import dask
 
-import store
-from store.errors import UserError
+from pipeline import store
+from pipeline.store.errors import UserError
 
 
 class Reader(Protocol):

@@ -8,10 +8,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from store.digest import Digest, digest_bytes
-from store.errors import UserError
-from train.checkpoint import replace
-from train.state import State
+from pipeline.store.digest import Digest, digest_bytes
+from pipeline.store.errors import UserError
+from pipeline.train.checkpoint import replace
+from pipeline.train.state import State
 
 
 def finite(value: Any) -> Any:

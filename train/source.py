@@ -7,8 +7,8 @@ from typing import Protocol
 
 import numpy as np
 
-from extract.backbones.batch import Batch
-from train.order import Order
+from pipeline.extract.backbones.batch import Batch
+from pipeline.train.order import Order
 
 
 class Source(Protocol):

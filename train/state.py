@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from store.errors import UserError
+from pipeline.store.errors import UserError
 
 # Options that may differ when a run is resumed: they change no step.
 _FREE = {"patience", "checkpoint_every", "tensorboard"}

@@ -25,17 +25,17 @@ import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
 
-from extract.backbones.batch import Batch
-from store import SEGMENT_BYTES
-from store.errors import UserError
-from store.malloc import keep_freed_memory, return_freed_memory
-from store.samples import Samples
-from train.assemble import Loaded, Part, assemble
-from train.lookahead import LookAhead
-from train.order import Order, rank_slice
-from train.readers import make_reader
-from train.targets import Targets
-from train.tiers import choose
+from pipeline.extract.backbones.batch import Batch
+from pipeline.store import SEGMENT_BYTES
+from pipeline.store.errors import UserError
+from pipeline.store.malloc import keep_freed_memory, return_freed_memory
+from pipeline.store.samples import Samples
+from pipeline.train.assemble import Loaded, Part, assemble
+from pipeline.train.lookahead import LookAhead
+from pipeline.train.order import Order, rank_slice
+from pipeline.train.readers import make_reader
+from pipeline.train.targets import Targets
+from pipeline.train.tiers import choose
 
 
 class StoreSource:

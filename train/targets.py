@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from extract.backbones.batch import Batch, moved
-from store.errors import UserError
-from train.objectives.base import Objective
+from pipeline.extract.backbones.batch import Batch, moved
+from pipeline.store.errors import UserError
+from pipeline.train.objectives.base import Objective
 
 
 class Targets:

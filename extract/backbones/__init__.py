@@ -1,9 +1,9 @@
 """Backbones: one file a family. Import a family's module here to register it."""
 
-from extract.backbones import bert, clip_text, resnet, swin, t5, vit
-from extract.backbones.base import Family, SideStack, Tail, TextOptions, families, family_for, register
-from extract.backbones.batch import Batch, Layout, stream_of
-from extract.backbones.inputs import Inputs
+from pipeline.extract.backbones import bert, clip_text, resnet, swin, t5, vit
+from pipeline.extract.backbones.base import Family, SideStack, Tail, TextOptions, families, family_for, register
+from pipeline.extract.backbones.batch import Batch, Layout, stream_of
+from pipeline.extract.backbones.inputs import Inputs
 
 __all__ = [
     "Batch",

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from extract.backbones.batch import Batch, Layout, stream_of
-from extract.backbones.inputs import Inputs
-from extract.projection import Projection
-from store.errors import UserError
+from pipeline.extract.backbones.batch import Batch, Layout, stream_of
+from pipeline.extract.backbones.inputs import Inputs
+from pipeline.extract.projection import Projection
+from pipeline.store.errors import UserError
 
 M = TypeVar("M", bound=nn.Module)
 

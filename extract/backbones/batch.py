@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from store.names import stream_of as stream_of
-from store.samples import offsets_of
+from pipeline.store.names import stream_of as stream_of
+from pipeline.store.samples import offsets_of
 
 T = TypeVar("T")
 

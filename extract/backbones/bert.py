@@ -18,7 +18,7 @@ from transformers.models.camembert.modeling_camembert import CamembertModel
 from transformers.models.roberta.modeling_roberta import RobertaEmbeddings, RobertaLayer, RobertaModel
 from transformers.models.xlm_roberta.modeling_xlm_roberta import XLMRobertaModel
 
-from extract.backbones.base import (
+from pipeline.extract.backbones.base import (
     Family,
     SideStack,
     Tail,
@@ -30,11 +30,11 @@ from extract.backbones.base import (
     load_frozen,
     register,
 )
-from extract.backbones.batch import Batch
-from extract.backbones.dropout import SIDE, use_fast_dropout
-from extract.backbones.inputs import Inputs, ragged
-from extract.backbones.pruning import prune_bert
-from extract.backbones.text import tokenize
+from pipeline.extract.backbones.batch import Batch
+from pipeline.extract.backbones.dropout import SIDE, use_fast_dropout
+from pipeline.extract.backbones.inputs import Inputs, ragged
+from pipeline.extract.backbones.pruning import prune_bert
+from pipeline.extract.backbones.text import tokenize
 
 _MODELS: dict[str, Any] = {
     "bert": BertModel,

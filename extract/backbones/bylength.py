@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from extract.backbones.batch import Batch, stream_of
-from store.samples import offsets_of, rows_of
+from pipeline.extract.backbones.batch import Batch, stream_of
+from pipeline.store.samples import offsets_of, rows_of
 
 PARTS = 4  # more would cut little more padding, and each costs the same kernel calls again
 SAMPLES = 4  # in a part at least

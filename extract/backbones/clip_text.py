@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
-from extract.backbones.base import (
+from pipeline.extract.backbones.base import (
     Family,
     SideStack,
     Tail,
@@ -25,12 +25,12 @@ from extract.backbones.base import (
     load_frozen,
     register,
 )
-from extract.backbones.batch import Batch, Layout
-from extract.backbones.inputs import Inputs, ragged
-from extract.backbones.pruning import prune_vit
-from extract.backbones.text import tokenize
-from extract.backbones.vision import fill, keep
-from extract.backbones.vit import VitSideStack
+from pipeline.extract.backbones.batch import Batch, Layout
+from pipeline.extract.backbones.inputs import Inputs, ragged
+from pipeline.extract.backbones.pruning import prune_vit
+from pipeline.extract.backbones.text import tokenize
+from pipeline.extract.backbones.vision import fill, keep
+from pipeline.extract.backbones.vit import VitSideStack
 
 
 def causal_mask(layout: Layout, attention: str, dtype: torch.dtype) -> Tensor:

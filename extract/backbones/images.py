@@ -23,7 +23,7 @@ import xxhash
 from PIL import Image, ImageEnhance, UnidentifiedImageError
 from torch import Tensor
 
-from store.errors import UserError
+from pipeline.store.errors import UserError
 
 INTERPOLATIONS = {
     "nearest": Image.Resampling.NEAREST,

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 import xxhash
 
-from extract.backbones.batch import Batch, stream_of
-from store.samples import offsets_of, rows_of
+from pipeline.extract.backbones.batch import Batch, stream_of
+from pipeline.store.samples import offsets_of, rows_of
 
 
 def ragged(sequences: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from extract.backbones.base import Family
-from extract.backbones.batch import Batch
-from extract.backbones.inputs import Inputs
+from pipeline.extract.backbones.base import Family
+from pipeline.extract.backbones.batch import Batch
+from pipeline.extract.backbones.inputs import Inputs
 
 
 @dataclass

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from store.errors import UserError
+from pipeline.store.errors import UserError
 
 Tensors = Mapping[str, Tensor]
 

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from extract.backbones.base import Tail, collect, freeze
-from extract.backbones.batch import Batch
-from extract.backbones.grids import per_size
-from extract.backbones.vision import Vision, fill, in_order, keep, map_sizes, pixel_groups
+from pipeline.extract.backbones.base import Tail, collect, freeze
+from pipeline.extract.backbones.batch import Batch
+from pipeline.extract.backbones.grids import per_size
+from pipeline.extract.backbones.vision import Vision, fill, in_order, keep, map_sizes, pixel_groups
 
 
 class PyramidTail(Tail):

@@ -12,11 +12,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from extract.backbones.base import register
-from extract.backbones.batch import Batch
-from extract.backbones.pyramid import Pyramid, PyramidTail
-from extract.backbones.vision import map_sizes
-from store.errors import UserError
+from pipeline.extract.backbones.base import register
+from pipeline.extract.backbones.batch import Batch
+from pipeline.extract.backbones.pyramid import Pyramid, PyramidTail
+from pipeline.extract.backbones.vision import map_sizes
+from pipeline.store.errors import UserError
 
 
 class SwinTail(PyramidTail):

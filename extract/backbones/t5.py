@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.models.t5.modeling_t5 import T5Attention, T5Block, T5ForConditionalGeneration, T5LayerNorm, T5Stack
 
-from extract.backbones.base import (
+from pipeline.extract.backbones.base import (
     Family,
     SideStack,
     Tail,
@@ -35,13 +35,13 @@ from extract.backbones.base import (
     load_frozen,
     register,
 )
-from extract.backbones.batch import Batch
-from extract.backbones.dropout import SIDE, Dropout, use_fast_dropout
-from extract.backbones.inputs import Inputs, ragged
-from extract.backbones.pruning import prune_t5
-from extract.backbones.t5_attention import cross_attend, is_cheaper
-from extract.backbones.text import decision_trie, gold_chain, tokenize
-from store.errors import UserError
+from pipeline.extract.backbones.batch import Batch
+from pipeline.extract.backbones.dropout import SIDE, Dropout, use_fast_dropout
+from pipeline.extract.backbones.inputs import Inputs, ragged
+from pipeline.extract.backbones.pruning import prune_t5
+from pipeline.extract.backbones.t5_attention import cross_attend, is_cheaper
+from pipeline.extract.backbones.text import decision_trie, gold_chain, tokenize
+from pipeline.store.errors import UserError
 
 # Kept layers of the papers (0-based), by number of blocks; LST Table 1 and SHERL's released scripts. T5-large keeps 13
 # in SHERL (layer 22 is the decoder's guide), 12 in LST; the largest models keep the last one or two.

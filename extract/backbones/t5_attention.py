@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from extract.backbones.batch import Layout
-from extract.backbones.dropout import kept, masked
+from pipeline.extract.backbones.batch import Layout
+from pipeline.extract.backbones.dropout import kept, masked
 
 
 def is_cheaper(layer: Any, queries: int) -> bool:

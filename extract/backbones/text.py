@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from store.errors import UserError
+from pipeline.store.errors import UserError
 
 
 def tokenize(

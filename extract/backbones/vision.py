@@ -19,12 +19,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from extract.backbones.base import Family, SideStack, TextOptions, check_fit, load_frozen
-from extract.backbones.batch import Batch
-from extract.backbones.grids import COLUMN, EXTENT, SIZES, sizes
-from extract.backbones.images import Blank, Preprocess, load_pixels, look_all
-from extract.backbones.inputs import Inputs
-from store.errors import UserError
+from pipeline.extract.backbones.base import Family, SideStack, TextOptions, check_fit, load_frozen
+from pipeline.extract.backbones.batch import Batch
+from pipeline.extract.backbones.grids import COLUMN, EXTENT, SIZES, sizes
+from pipeline.extract.backbones.images import Blank, Preprocess, load_pixels, look_all
+from pipeline.extract.backbones.inputs import Inputs
+from pipeline.store.errors import UserError
 
 _HEADS = ("head.", "head_dist.", "fc.", "classifier.", "fc_norm.", "norm_head.", "linear.", "pooler.")
 

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionModel, ViTModel
 
-from extract.backbones.base import SideStack, Tail, collect, freeze, key_mask, register
-from extract.backbones.batch import Batch
-from extract.backbones.pruning import prune_vit
-from extract.backbones.vision import Vision, fill, in_order, keep, pixel_groups
-from store.errors import UserError
+from pipeline.extract.backbones.base import SideStack, Tail, collect, freeze, key_mask, register
+from pipeline.extract.backbones.batch import Batch
+from pipeline.extract.backbones.pruning import prune_vit
+from pipeline.extract.backbones.vision import Vision, fill, in_order, keep, pixel_groups
+from pipeline.store.errors import UserError
 
 EMBED = "encoder.embed"
 

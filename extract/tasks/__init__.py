@@ -5,8 +5,8 @@ task = load_task("my.csv", text="premise", text_pair="claim", label="gold")  # a
 task.rows("train").head(1000)
 """
 
-from extract.tasks.base import SPLIT_SEED, SPLITS, Rows, Task, TaskError, TaskSpec, fixed_order
-from extract.tasks.registry import canonical_name, is_named, load_task, register, split_id, task_names
+from pipeline.extract.tasks.base import SPLIT_SEED, SPLITS, Rows, Task, TaskError, TaskSpec, fixed_order
+from pipeline.extract.tasks.registry import canonical_name, is_named, load_task, register, split_id, task_names
 
 __all__ = [
     "SPLITS",

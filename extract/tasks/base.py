@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from store.errors import UserError
+from pipeline.store.errors import UserError
 
 SPLITS = ("train", "validation", "test")
 SPLIT_SEED = 42  # of the LST / SHERL protocol; never the run's seed, so that every seed sees the same splits

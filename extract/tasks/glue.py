@@ -21,9 +21,9 @@ from typing import Any, Literal
 import numpy as np
 import xxhash
 
-from extract.tasks.base import Label, Rows, Task, TaskError, TaskSpec, fixed_order
-from extract.tasks.hub import read_hub
-from extract.tasks.sheet import Sheet, read_sheet
+from pipeline.extract.tasks.base import Label, Rows, Task, TaskError, TaskSpec, fixed_order
+from pipeline.extract.tasks.hub import read_hub
+from pipeline.extract.tasks.sheet import Sheet, read_sheet
 
 HUB_NAME = "nyu-mll/glue"
 HELD_OUT = 1000  # validation rows taken from a large training split

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from extract.tasks.base import Rows, TaskError
+from pipeline.extract.tasks.base import Rows, TaskError
 
 
 def read_hub(dataset: str, config: str, fields: tuple[str, ...]) -> tuple[dict[str, Rows], str]:

@@ -15,9 +15,9 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
-from extract.tasks.base import Task, TaskError
-from extract.tasks.images import SPLIT_NAMES, load_folder
-from extract.tasks.table import table_name
+from pipeline.extract.tasks.base import Task, TaskError
+from pipeline.extract.tasks.images import SPLIT_NAMES, load_folder
+from pipeline.extract.tasks.table import table_name
 
 PREFIX = "hub:"
 MARK = ".source.json"

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import xxhash
 
-from extract.backbones.images import SUFFIXES
-from extract.tasks.base import SPLITS, Rows, Task, TaskError, TaskSpec, fixed_order
-from extract.tasks.table import HELD_OUT, table_name
-from store.digest import digest_json
+from pipeline.extract.backbones.images import SUFFIXES
+from pipeline.extract.tasks.base import SPLITS, Rows, Task, TaskError, TaskSpec, fixed_order
+from pipeline.extract.tasks.table import HELD_OUT, table_name
+from pipeline.store.digest import digest_json
 
 SPLIT_NAMES: dict[str, str] = {"train": "train", "validation": "validation", "val": "validation", "valid": "validation",
                "dev": "validation", "test": "test"}  # fmt: skip

@@ -10,13 +10,13 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from extract.tasks.base import Task, TaskError
-from extract.tasks.glue import GLUE, load_glue
-from extract.tasks.hub_images import PREFIX, hub_name, load_hub_images
-from extract.tasks.images import load_folder
-from extract.tasks.sheet import SUFFIXES
-from extract.tasks.table import load_table, table_name
-from store.digest import digest_json
+from pipeline.extract.tasks.base import Task, TaskError
+from pipeline.extract.tasks.glue import GLUE, load_glue
+from pipeline.extract.tasks.hub_images import PREFIX, hub_name, load_hub_images
+from pipeline.extract.tasks.images import load_folder
+from pipeline.extract.tasks.sheet import SUFFIXES
+from pipeline.extract.tasks.table import load_table, table_name
+from pipeline.store.digest import digest_json
 
 Loader = Callable[[Path | None, float], Task]
 

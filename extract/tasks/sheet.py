@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from extract.tasks.base import TaskError
-from store.digest import digest_bytes
+from pipeline.extract.tasks.base import TaskError
+from pipeline.store.digest import digest_bytes
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json")
 _HALF_A_PAIR = re.compile("[\ud800-\udfff]")

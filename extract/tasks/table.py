@@ -15,9 +15,9 @@ from typing import Any, Literal
 
 import xxhash
 
-from extract.tasks.base import Label, Rows, Task, TaskError, TaskSpec, fixed_order
-from extract.tasks.glue import GLUE
-from extract.tasks.sheet import Sheet, read_sheet
+from pipeline.extract.tasks.base import Label, Rows, Task, TaskError, TaskSpec, fixed_order
+from pipeline.extract.tasks.glue import GLUE
+from pipeline.extract.tasks.sheet import Sheet, read_sheet
 
 HELD_OUT = 0.1  # share of the rows, each, for validation and test
 GRID_STEPS = 50  # a regression grid has at most this many steps

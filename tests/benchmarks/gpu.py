@@ -28,24 +28,24 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from extract.backbones.base import Family, family_for
-from extract.backbones.inputs import Inputs
-from extract.backbones.live import Backbone
-from extract.order import extraction_batches
-from extract.run import compute
+from pipeline.extract.backbones.base import Family, family_for
+from pipeline.extract.backbones.inputs import Inputs
+from pipeline.extract.backbones.live import Backbone
+from pipeline.extract.order import extraction_batches
+from pipeline.extract.run import compute
 from pipeline.objectives import class_objective
 from pipeline.operations import count
 from pipeline.report import table_text
 from pipeline.shapes import known_config
-from store import Store
+from pipeline.store import Store
+from pipeline.train.counterparts import CounterpartModel, counterpart, input_source
+from pipeline.train.live import LiveSource
+from pipeline.train.loop import FitOptions, fit
+from pipeline.train.model import Model, state_names
+from pipeline.train.stream import StoreSource
+from pipeline.train.targets import Targets
+from pipeline.train.tuners import tuner_class, tuner_config
 from tests.benchmarks import results
-from train.counterparts import CounterpartModel, counterpart, input_source
-from train.live import LiveSource
-from train.loop import FitOptions, fit
-from train.model import Model, state_names
-from train.stream import StoreSource
-from train.targets import Targets
-from train.tuners import tuner_class, tuner_config
 
 PAGE = Path(__file__).parent / "RESULTS-gpu.md"
 LENGTHS = {"rte": (4.25, 0.45), "mnli": (3.7, 0.4)}  # of a lognormal: means of about 77 and 44 positions, at most 128
@@ -208,7 +208,7 @@ class StoreOrder:
     """The order of batches without a store."""
 
     def __init__(self, s: Setting) -> None:
-        from train.order import Order
+        from pipeline.train.order import Order
 
         self.order = Order(np.zeros(len(s.labels), np.int64), s.batch)
 

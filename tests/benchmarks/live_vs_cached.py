@@ -31,15 +31,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from extract.backbones import Family
+from pipeline.extract.backbones import Family
 from pipeline.job import Job, live_backbone, load_job, sources
 from pipeline.operations import Operations, backbone_model, backbone_operations, step_operations, tuner_model
 from pipeline.report import table_text
-from store import bytes_per_value
+from pipeline.store import bytes_per_value
+from pipeline.train.loop import FitOptions, fit
+from pipeline.train.order import Order
+from pipeline.train.tuners import TunerConfig, tuner_class, tuner_config
 from tests.benchmarks import results, setting
-from train.loop import FitOptions, fit
-from train.order import Order
-from train.tuners import TunerConfig, tuner_class, tuner_config
 
 # What live is → whether batches hold texts of like length. The harder one to beat comes first.
 LIVE = {"at its best": True, "as published": False}

@@ -36,10 +36,10 @@ from torch.utils.data import DataLoader, Dataset
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from pipeline.report import table_text
-from store import Samples, Store, digest_bytes, encode, read_block
-from store.malloc import keep_freed_memory
+from pipeline.store import Samples, Store, digest_bytes, encode, read_block
+from pipeline.store.malloc import keep_freed_memory
+from pipeline.train.stream import StoreSource
 from tests.benchmarks import results
-from train.stream import StoreSource
 
 STATES, WIDTH = [f"encoder.{i}" for i in (1, 2, 3, 5, 6, 7, 9, 10, 11)], 768
 HANDED: torch.dtype | None = None  # what batches are decoded to; None: as stored

@@ -29,14 +29,14 @@ from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from extract.backbones.base import Family, family_for
+from pipeline.extract.backbones.base import Family, family_for
 from pipeline.objectives import class_objective
 from pipeline.operations import NoValues, backbone_model, meta_batch, surrogate_loss, tuner_model
 from pipeline.report import table_text
 from pipeline.shapes import known_config
+from pipeline.train.counterparts import CounterpartModel, counterpart
+from pipeline.train.tuners import tuner_class, tuner_config
 from tests.benchmarks import results, setting
-from train.counterparts import CounterpartModel, counterpart
-from train.tuners import tuner_class, tuner_config
 
 STEPS = 2  # the second one begins with what the first has left
 

@@ -16,8 +16,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModel, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
 
-from extract.backbones import Family, Inputs, family_for
-from extract.tasks import load_task
+from pipeline.extract.backbones import Family, Inputs, family_for
+from pipeline.extract.tasks import load_task
 from pipeline.extracting import run_extract
 from pipeline.recipe import Recipe
 from pipeline.resolve import open_task, space_options

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import zarr
 
-from store import FORMATS, Encoded, Samples, Store, decode, digest_bytes, encode, read_block
+from pipeline.store import FORMATS, Encoded, Samples, Store, decode, digest_bytes, encode, read_block
 
 ROWS, WIDTH, STATES, SAMPLES = 26_200, 640, 2, 100
 

@@ -14,16 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from extract.backbones.inputs import Inputs
-from extract.checkpoint import Checkpoint
-from extract.identity import SpaceOptions, space_identity
+from pipeline.extract.backbones.inputs import Inputs
+from pipeline.extract.checkpoint import Checkpoint
+from pipeline.extract.identity import SpaceOptions, space_identity
 from pipeline.operations import tuner_model
+from pipeline.store import digest_json
+from pipeline.train.tuners import tuner_config
 from pipeline.versions import version_of
-from store import digest_json
 from tests import tiny, vision
 from tests.pairs import SUITE, pairs
 from tests.train.conformance import small_options
-from train.tuners import tuner_config
 
 FILE = Path(__file__).with_name("snapshot.json")
 SPEC = {

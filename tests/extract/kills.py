@@ -19,13 +19,13 @@ from typing import Any
 
 import torch
 
-from extract.backbones.base import TextOptions
-from extract.backbones.inputs import Inputs
-from extract.backbones.live import Backbone
-from extract.checkpoint import Checkpoint
-from extract.identity import SpaceOptions, space_identity
-from extract.run import compute
-from store import Store
+from pipeline.extract.backbones.base import TextOptions
+from pipeline.extract.backbones.inputs import Inputs
+from pipeline.extract.backbones.live import Backbone
+from pipeline.extract.checkpoint import Checkpoint
+from pipeline.extract.identity import SpaceOptions, space_identity
+from pipeline.extract.run import compute
+from pipeline.store import Store
 from tests import tiny
 
 STATES = ["encoder.1", "encoder.3"]

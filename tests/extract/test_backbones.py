@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from extract.backbones import TextOptions
-from extract.backbones.t5_attention import is_cheaper
-from extract.backbones.text import decision_trie, gold_chain
-from extract.checkpoint import Checkpoint
+from pipeline.extract.backbones import TextOptions
+from pipeline.extract.backbones.t5_attention import is_cheaper
+from pipeline.extract.backbones.text import decision_trie, gold_chain
+from pipeline.extract.checkpoint import Checkpoint
 from tests import tiny
 
 PROMPTS = {"t5": "task first: {0} second: {1}", "bert": "", "roberta": "", "clip_text": ""}

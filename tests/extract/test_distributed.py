@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from store import Store, decode
+from pipeline.store import Store, decode
 from tests import tiny
 from tests.pipeline.test_errors import refused, run
 from tests.store.servers import free_port

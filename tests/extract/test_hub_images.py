@@ -11,9 +11,9 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from extract.tasks import canonical_name, load_task
 from pipeline.cli import main
-from store import UserError
+from pipeline.extract.tasks import canonical_name, load_task
+from pipeline.store import UserError
 
 FEATURES = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["dark", "light/bright"])})
 

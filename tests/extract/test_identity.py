@@ -18,14 +18,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from extract.backbones.base import TextOptions
-from extract.backbones.images import Preprocess
-from extract.backbones.live import Backbone
-from extract.checkpoint import Checkpoint
-from extract.identity import PRECISIONS, SpaceOptions, space_identity
-from extract.run import compute
-from store import SpaceMismatch, Store
-from store.resolve import resolve
+from pipeline.extract.backbones.base import TextOptions
+from pipeline.extract.backbones.images import Preprocess
+from pipeline.extract.backbones.live import Backbone
+from pipeline.extract.checkpoint import Checkpoint
+from pipeline.extract.identity import PRECISIONS, SpaceOptions, space_identity
+from pipeline.extract.run import compute
+from pipeline.store import SpaceMismatch, Store
+from pipeline.store.resolve import resolve
 from tests import tiny
 
 TEXTS = [(t,) for t in tiny.sentences(12)]
@@ -87,7 +87,7 @@ def edit(name: str, change: Callable[[dict[str, Any]], Any]) -> Change:
 
 
 def other_family(setup: Setup, patch: pytest.MonkeyPatch) -> Setup:
-    from extract.backbones.t5 import T5
+    from pipeline.extract.backbones.t5 import T5
 
     patch.setattr(T5, "name", "t5x")
     return setup

@@ -9,13 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from extract.backbones import Inputs, TextOptions
-from extract.backbones.grids import cells, max_cells, mean_cells
-from extract.backbones.images import Preprocess
-from extract.checkpoint import Checkpoint
-from extract.identity import SpaceOptions, space_identity
-from extract.tasks import TaskError, canonical_name, load_task
-from store import UserError
+from pipeline.extract.backbones import Inputs, TextOptions
+from pipeline.extract.backbones.grids import cells, max_cells, mean_cells
+from pipeline.extract.backbones.images import Preprocess
+from pipeline.extract.checkpoint import Checkpoint
+from pipeline.extract.identity import SpaceOptions, space_identity
+from pipeline.extract.tasks import TaskError, canonical_name, load_task
+from pipeline.store import UserError
 from tests import vision
 from tests.pairs import IMAGES
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from extract.backbones import TextOptions
-from extract.backbones.images import MOST_PIXELS, Preprocess, look, open_image
-from extract.checkpoint import Checkpoint
-from extract.identity import SpaceOptions, space_identity
-from store import UserError
+from pipeline.extract.backbones import TextOptions
+from pipeline.extract.backbones.images import MOST_PIXELS, Preprocess, look, open_image
+from pipeline.extract.checkpoint import Checkpoint
+from pipeline.extract.identity import SpaceOptions, space_identity
+from pipeline.store import UserError
 
 # What an EXIF orientation means for the pixels of a file, in numpy's terms (EXIF 2.3, tag 0x0112).
 MEANT = {

@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from extract.projection import Moments, Projection, fit, orthogonal, parse_projection
+from pipeline.extract.projection import Moments, Projection, fit, orthogonal, parse_projection
 from pipeline.extracting import run_extract
 from pipeline.recheck import recheck
 from pipeline.recipe import Recipe
 from pipeline.runs import load_run
+from pipeline.store import Store, UserError
+from pipeline.store.repair import repair
+from pipeline.train.tuners import tuner_class
 from pipeline.training import run_train
-from store import Store, UserError
-from store.repair import repair
 from tests.pipeline.test_parity import losses, silent
-from train.tuners import tuner_class
 
 
 def test_pca_rebuilds_what_lies_in_few_directions():

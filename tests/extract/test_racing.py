@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from extract.run import compute
-from store import Store, StoreError
-from store.rewrite import compact
-from store.upkeep import collect, litter
+from pipeline.extract.run import compute
+from pipeline.store import Store, StoreError
+from pipeline.store.rewrite import compact
+from pipeline.store.upkeep import collect, litter
 from tests.extract.kills import STATES, Killing, content
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here: not raced")

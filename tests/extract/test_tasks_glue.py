@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from extract.tasks import SPLITS, Rows, TaskSpec, load_task, task_names
-from store.errors import UserError
+from pipeline.extract.tasks import SPLITS, Rows, TaskSpec, load_task, task_names
+from pipeline.store.errors import UserError
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "glue"
 HEAD = "sentence1\tsentence2\tlabel"

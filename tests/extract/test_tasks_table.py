@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from extract.tasks import canonical_name, load_task
-from extract.tasks.table import regression_grid
-from store.errors import UserError
+from pipeline.extract.tasks import canonical_name, load_task
+from pipeline.extract.tasks.table import regression_grid
+from pipeline.store.errors import UserError
 
 
 def write(path: Path, text: str | bytes) -> str:

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from transformers import ResNetConfig
 
-from extract.backbones import Batch
-from extract.backbones.base import Family, family_for
+from pipeline.extract.backbones import Batch
+from pipeline.extract.backbones.base import Family, family_for
+from pipeline.train.tuners import tuner_config
+from pipeline.train.tuners.conv import ConvNorm, SherlConv, UniptConv
+from pipeline.train.tuners.unipt import Aggregate
 from tests.golden import Case
 from tests.golden.compare import Place, Setup
 from tests.golden.texts import Pairs, affine
-from train.tuners import tuner_config
-from train.tuners.conv import ConvNorm, SherlConv, UniptConv
-from train.tuners.unipt import Aggregate
 
 
 def staged(case: Case) -> tuple[Family, Batch]:

@@ -11,18 +11,18 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from extract.backbones import Batch, Family
-from extract.backbones.batch import Layout
-from extract.checkpoint import Checkpoint
+from pipeline.extract.backbones import Batch, Family
+from pipeline.extract.backbones.batch import Layout
+from pipeline.extract.checkpoint import Checkpoint
+from pipeline.train.model import Model
+from pipeline.train.objectives import Answers, ObjectiveConfig
+from pipeline.train.objectives.label_text import LabelText
+from pipeline.train.tuners import tuner_config
+from pipeline.train.tuners.mtsa import MTSA
+from pipeline.train.tuners.unipt import Aggregate, Down, Unipt
 from tests.golden import Case
 from tests.golden.compare import Place, Setup
 from tests.golden.gpo import Gpo
-from train.model import Model
-from train.objectives import Answers, ObjectiveConfig
-from train.objectives.label_text import LabelText
-from train.tuners import tuner_config
-from train.tuners.mtsa import MTSA
-from train.tuners.unipt import Aggregate, Down, Unipt
 
 Pairs = dict[str, tuple[Tensor, Tensor]]
 

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from extract.backbones.batch import Layout
+from pipeline.extract.backbones.batch import Layout
+from pipeline.train.tuners.clip import SherlTower, Tower, UniptTower
 from tests.golden import Case
 from tests.golden.compare import NoSystem, Place, Setup
 from tests.golden.texts import Pairs, affine
-from train.tuners.clip import SherlTower, Tower, UniptTower
 
 
 def clip4clip(case: Case) -> Setup:

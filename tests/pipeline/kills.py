@@ -25,12 +25,12 @@ import numpy as np
 import torch
 
 from pipeline.cli import main as command_line
-from store import Store
-from store.blocks import _segment
-from store.files import Files
-from store.index import families
-from store.rewrite import read_family
-from store.sweep import sign
+from pipeline.store import Store
+from pipeline.store.blocks import _segment
+from pipeline.store.files import Files
+from pipeline.store.index import families
+from pipeline.store.rewrite import read_family
+from pipeline.store.sweep import sign
 from tests import tiny
 
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod")

@@ -10,14 +10,14 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from extract.backbones.bert import Bert
-from extract.checkpoint import Checkpoint
 from pipeline.cli import main
+from pipeline.extract.backbones.bert import Bert
+from pipeline.extract.checkpoint import Checkpoint
 from pipeline.objectives import class_objective
-from store import UserError
+from pipeline.store import UserError
+from pipeline.train.counterparts import COUNTERPARTS, CounterpartModel, counterpart
+from pipeline.train.tuners import tuner_class
 from tests.train.conformance import Case
-from train.counterparts import COUNTERPARTS, CounterpartModel, counterpart
-from train.tuners import tuner_class
 
 THREE = class_objective(Bert, tuner_class("probe"), [()] * 3)
 

@@ -9,14 +9,14 @@ import pytest
 import torch
 from transformers import T5Config, TimmWrapperConfig
 
-from extract.backbones import family_for
-from extract.checkpoint import SHORT_NAMES
+from pipeline.extract.backbones import family_for
+from pipeline.extract.checkpoint import SHORT_NAMES
 from pipeline.objectives import class_objective
 from pipeline.recipe import Recipe, read_recipe
+from pipeline.train.features import Want
+from pipeline.train.model import Model
+from pipeline.train.tuners import tuner_class, tuner_config
 from tests.train.test_tuners import COUNTS, T5
-from train.features import Want
-from train.model import Model
-from train.tuners import tuner_class, tuner_config
 
 ALL = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 CONFIGS = [path for path in ALL if "-t5-" in path.stem]

@@ -9,9 +9,9 @@ import pytest
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 
-from extract.tasks import SPLITS
 from pipeline import demo_data
 from pipeline.demo_data import GRAMMAR, demo_task
+from pipeline.extract.tasks import SPLITS
 
 
 def test_same_seed_same_rows() -> None:

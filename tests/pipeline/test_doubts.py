@@ -10,7 +10,7 @@ import pytest
 from torch.utils.data import DataLoader, IterableDataset
 
 import pipeline
-from store.errors import Notice
+from pipeline.store.errors import Notice
 from tests import vision
 from tests.pipeline.test_errors import run
 

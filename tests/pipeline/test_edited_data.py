@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.job import load_job
 from pipeline.recipe import Recipe
-from store import StoreError
+from pipeline.store import StoreError
 from tests import vision
 from tests.pipeline.test_errors import refused, run
 from tests.pipeline.test_versions import extract

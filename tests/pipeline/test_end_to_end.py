@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from store import Store, read_block
+from pipeline.store import Store, read_block
 from tests import tiny
 from tests.pipeline.test_errors import run
 
@@ -59,7 +59,7 @@ def test_evaluate_gives_the_metrics_of_training(trained):
 def test_predict_on_the_test_rows_gives_the_labels_of_evaluate(trained, tmp_path):
     from pipeline.job import store_source
     from pipeline.runs import load_run
-    from train.evaluate import predict
+    from pipeline.train.evaluate import predict
 
     _, folder, kept, _ = trained
     loaded = load_run(folder / "run")

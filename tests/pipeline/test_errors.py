@@ -195,7 +195,7 @@ def test_missing_weights_are_not_run_at_random(common, checkpoints, tmp_path):
 def test_a_full_disk_keeps_the_store_whole(common, tmp_path, monkeypatch):
     import errno
 
-    from store.files import Files
+    from pipeline.store.files import Files
 
     real = Files.write
 

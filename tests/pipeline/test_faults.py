@@ -21,14 +21,14 @@ from safetensors.torch import load_file
 
 from pipeline.recipe import Recipe
 from pipeline.runs import load_run
+from pipeline.store import Store
+from pipeline.store.blocks import _segment
+from pipeline.store.errors import UserError
+from pipeline.train.tuners.sherl import Sherl
 from pipeline.training import run_train
-from store import Store
-from store.blocks import _segment
-from store.errors import UserError
 from tests.pipeline.test_errors import run
 from tests.pipeline.test_interrupt import after
 from tests.store.test_faults import damage
-from train.tuners.sherl import Sherl
 
 # What the store's files are, by where they stand; every file is one of these.
 KINDS = {

@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.command import printable
 from pipeline.recipe import Recipe
+from pipeline.store import Store
+from pipeline.store.digest import canonical_json, digest_bytes
+from pipeline.store.document import dump_document
+from pipeline.store.errors import UserError
 from pipeline.training import run_train
-from store import Store
-from store.digest import canonical_json, digest_bytes
-from store.document import dump_document
-from store.errors import UserError
 from tests.pipeline.test_errors import refused, run
 from tests.store.test_damage import rewrite_manifest
 

@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from pipeline.cli import main
-from store import Store
+from pipeline.store import Store
 from tests import vision
 
 

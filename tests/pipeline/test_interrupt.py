@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from extract.backbones.live import Backbone
-from store import Store
+from pipeline.extract.backbones.live import Backbone
+from pipeline.store import Store
+from pipeline.train.tuners.probe import Probe
 from tests.pipeline.test_errors import run
-from train.tuners.probe import Probe
 
 WORDS = ["--text", "first", "--text-pair", "second", "--label", "label"]
 

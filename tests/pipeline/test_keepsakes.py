@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from pipeline.cli import main
-from store import Store
+from pipeline.store import Store
 
 
 def run(*words, ok: bool = True):

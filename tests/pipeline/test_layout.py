@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.train.tuners.probe import Probe
 from tests.pipeline.test_errors import run
 from tests.pipeline.test_interrupt import after
-from train.tuners.probe import Probe
 
 WORDS = ["--text", "first", "--text-pair", "second", "--label", "label"]
 

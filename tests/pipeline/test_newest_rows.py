@@ -9,8 +9,8 @@ import pytest
 
 from pipeline.job import load_job
 from pipeline.recipe import Recipe
-from store import Store, StoreError, TaskTable
-from store.transfer import transfer
+from pipeline.store import Store, StoreError, TaskTable
+from pipeline.store.transfer import transfer
 from tests.pipeline.test_versions import extract, labels, write
 from tests.store.helpers import key, sealed, space
 

@@ -10,9 +10,9 @@ import pytest
 
 from pipeline.extracting import run_extract
 from pipeline.recipe import Recipe
+from pipeline.train.tuners import base, tuner_names
 from pipeline.training import run_train
 from tests.pairs import IMAGES, SUITE, TEXT, pairs
-from train.tuners import base, tuner_names
 
 STEPS = 20
 # Largest relative difference of a loss to the live one: of the first step (the direct effect of the format) and of any

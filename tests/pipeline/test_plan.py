@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from extract.backbones import family_for
-from extract.checkpoint import Checkpoint
 from pipeline import plan as planning
 from pipeline.advice import split_limit
+from pipeline.extract.backbones import family_for
+from pipeline.extract.checkpoint import Checkpoint
 from pipeline.extracting import run_extract
 from pipeline.job import parse_size
 from pipeline.objectives import class_objective
@@ -23,11 +23,11 @@ from pipeline.plan import Workload, predict, run_plan, workload
 from pipeline.rates import Rates, random_batch
 from pipeline.recipe import Recipe
 from pipeline.shapes import known_config
-from store.errors import UserError
+from pipeline.store.errors import UserError
+from pipeline.train.model import Model
+from pipeline.train.tuners import tuner_class, tuner_config
 from tests.pairs import TEXT, pairs
 from tests.train.conformance import small_options
-from train.model import Model
-from train.tuners import tuner_class, tuner_config
 
 FAST = Rates(backbone=1e9, extraction=1e9, step=0.01, decode=1e9, disk_write=1e9, disk_warm=1e9, disk_cold=1e9)
 

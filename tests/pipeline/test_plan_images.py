@@ -11,17 +11,17 @@ import pytest
 import torch
 from PIL import Image
 
-from extract.checkpoint import Checkpoint
 from pipeline import rates
+from pipeline.extract.checkpoint import Checkpoint
 from pipeline.operations import count, saved_bytes
 from pipeline.plan import workload
 from pipeline.rates import random_batch
 from pipeline.recipe import Recipe
+from pipeline.train.tuners import tuner_config
 from tests import vision
 from tests.pairs import IMAGES, SUITE, pairs
 from tests.pipeline.test_errors import refused, run
 from tests.train.conformance import Case, small_options
-from train.tuners import tuner_config
 
 
 @pytest.mark.parametrize(("name", "tuner"), pairs({n: c for n, c in IMAGES.items() if n in SUITE}))

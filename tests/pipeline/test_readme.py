@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from extract.checkpoint import local
 from pipeline.demo_data import demo_task
+from pipeline.extract.checkpoint import local
 from pipeline.extracting import run_extract
 from pipeline.recipe import Recipe
 

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from extract.backbones.vit import Vit
+from pipeline.extract.backbones.vit import Vit
 from tests import vision
 from tests.pipeline.test_errors import refused, run
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from store.blocks import _segment
-from store.places import _remote
+from pipeline.store.blocks import _segment
+from pipeline.store.places import _remote
+from pipeline.train.stream import StoreSource
 from tests.pipeline.test_errors import run
 from tests.store import servers
-from train.stream import StoreSource
 
 
 @pytest.fixture(scope="module")

@@ -13,15 +13,15 @@ from safetensors.torch import save_file
 
 import pipeline
 from pipeline.recipe import Recipe, read_recipe
-from store import UserError
-from store.errors import Notice
+from pipeline.store import UserError
+from pipeline.store.errors import Notice
+from pipeline.train import checkpoint
+from pipeline.train.features import Feature
+from pipeline.train.finite import NotFinite
+from pipeline.train.model import Model
+from pipeline.train.objectives.classification import ClassHead
+from pipeline.train.tuners.probe import Probe
 from tests.pipeline.test_errors import refused, run
-from train import checkpoint
-from train.features import Feature
-from train.finite import NotFinite
-from train.model import Model
-from train.objectives.classification import ClassHead
-from train.tuners.probe import Probe
 
 WORDS = ["--text", "first", "--text-pair", "second", "--label", "label"]
 
@@ -108,7 +108,7 @@ def test_predictions_are_never_made_of_nan(trained, monkeypatch):
 
 @pytest.mark.parametrize("kind", [ClassHead, NumberHead])
 def test_one_nan_among_many_is_refused(kind):
-    from extract.backbones.batch import Batch
+    from pipeline.extract.backbones.batch import Batch
 
     head = kind({"a": Feature(4)}, 3 if kind is ClassHead else 1, "mean")
     rows = torch.randn(5, 4)
@@ -120,7 +120,7 @@ def test_one_nan_among_many_is_refused(kind):
 
 
 def test_a_text_to_text_head_refuses_nan_too(checkpoints, pictures):
-    from extract.checkpoint import Checkpoint
+    from pipeline.extract.checkpoint import Checkpoint
     from tests.train.conformance import Case
 
     case = Case(Checkpoint(checkpoints["t5"], "t5"), "sherl", pictures)

@@ -10,7 +10,7 @@ import pytest
 import pipeline
 from pipeline.job import load_job
 from pipeline.recipe import Recipe
-from store import Store, StoreError
+from pipeline.store import Store, StoreError
 from tests.pipeline.test_errors import refused, run
 from tests.pipeline.test_versions import extract, labels, write
 

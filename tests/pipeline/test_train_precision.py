@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.train.features import Feature
+from pipeline.train.objectives.regression import NumberHead
 from tests import tiny
 from tests.pipeline.test_errors import run
-from train.features import Feature
-from train.objectives.regression import NumberHead
 
 
 @pytest.mark.parametrize("tuner", ["probe", "sherl"])

@@ -11,8 +11,8 @@ import yaml
 import pipeline
 from pipeline.recipe import field_names
 from pipeline.runs import load_run
+from pipeline.store import UserError
 from pipeline.unused import STREAM_OPTIONS
-from store import UserError
 from tests.pipeline.test_errors import refused, run
 
 
@@ -130,7 +130,7 @@ def test_stream_refuses_at_the_call(stored):
 
 
 def test_stream_hands_on_how_to_read(stored, monkeypatch):
-    from train.stream import StoreSource
+    from pipeline.train.stream import StoreSource
 
     seen = []
     original = StoreSource.__init__

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from extract.checkpoint import resolve
+from pipeline.extract.checkpoint import resolve
 from pipeline.extracting import load_backbone
-from store import Store, UserError
+from pipeline.store import Store, UserError
 from tests import tiny
 from tests.pipeline.test_errors import run
 from tests.pipeline.test_parity import losses

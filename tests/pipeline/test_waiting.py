@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
+from pipeline.store import Store, StoreError, UserError
+from pipeline.store.places import _remote
 from pipeline.training import make_folder
-from store import Store, StoreError, UserError
-from store.places import _remote
 from tests.pipeline.test_errors import refused, run
 from tests.store import servers
 from tests.store.helpers import sealed, space
@@ -38,7 +38,7 @@ def test_a_pipe_is_refused(tmp_path: Path, table: Path, checkpoints: Any, option
     """In a process of its own, since waiting for a pipe cannot be interrupted from within."""
     os.mkfifo(tmp_path / "my.csv")
     code = (
-        "import sys; from pathlib import Path; from extract.tasks import load_task; from store import UserError\n"
+        "import sys; from pathlib import Path; from pipeline.extract.tasks import load_task; from pipeline.store import UserError\n"
         "task, option, pipe = sys.argv[1:]\n"
         "more = {} if option == '--task' else {option.strip('-'): Path(pipe)}\n"
         "try: load_task(pipe if option == '--task' else task, text='first', label='label', **more)\n"
@@ -55,10 +55,10 @@ def test_a_server_that_does_not_answer(
     client: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, kind: str
 ) -> None:
     """It takes the connection and is silent: a line says who is waited for, and the wait ends."""
-    monkeypatch.setattr("store.remote.ANSWER_SECONDS", 1.0)
-    monkeypatch.setattr("store.mirror.ANSWER_SECONDS", 1.0)
-    monkeypatch.setattr("store.remote.STRANGER_SECONDS", 1.5)
-    monkeypatch.setattr("store.remote.QUIET_SECONDS", 0.3)
+    monkeypatch.setattr("pipeline.store.remote.ANSWER_SECONDS", 1.0)
+    monkeypatch.setattr("pipeline.store.mirror.ANSWER_SECONDS", 1.0)
+    monkeypatch.setattr("pipeline.store.remote.STRANGER_SECONDS", 1.5)
+    monkeypatch.setattr("pipeline.store.remote.QUIET_SECONDS", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         here = f"127.0.0.1:{listener.getsockname()[1]}"
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{here}")

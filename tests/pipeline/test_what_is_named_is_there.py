@@ -11,10 +11,10 @@ import pytest
 import pipeline
 from pipeline.job import load_job
 from pipeline.recipe import Recipe
-from store import Store, StoreError
-from store.rewrite import compact
-from store.transfer import transfer
-from store.upkeep import collect, litter
+from pipeline.store import Store, StoreError
+from pipeline.store.rewrite import compact
+from pipeline.store.transfer import transfer
+from pipeline.store.upkeep import collect, litter
 from tests.pipeline.test_errors import refused, run
 from tests.pipeline.test_versions import extract, labels, write
 
@@ -62,7 +62,7 @@ def test_training_misses_a_table(copied, made, split, tmp_path):
 
 
 def test_a_kill_after_the_first_table(checkpoints, tmp_path, monkeypatch):
-    from store.space import Space
+    from pipeline.store.space import Space
 
     options = {"model": str(checkpoints["bert"]), "store": str(tmp_path / "store"), "tuner": "probe"}
     task, save, saved = write(tmp_path / "my.csv", 30), Space.save_table, []

@@ -12,10 +12,10 @@ import pytest
 import yaml
 from PIL import Image
 
-from extract.checkpoint import Checkpoint
-from extract.identity import differences_of, options_of, space_identity
+from pipeline.extract.checkpoint import Checkpoint
+from pipeline.extract.identity import differences_of, options_of, space_identity
 from pipeline.runs import load_run
-from store import Store, UserError
+from pipeline.store import Store, UserError
 from tests.pipeline.test_errors import refused, run
 
 
@@ -189,7 +189,7 @@ def test_a_space_of_before_orientation_keeps_meaning_pixels_as_they_are(checkpoi
     common = ["--model", checkpoints["cifar"], "--task", tmp_path / "photos", "--store", tmp_path / "store"]
     train = ["train", *common, "--tuner", "probe", "--epochs", 1, "--format", "float32"]
     with monkeypatch.context() as patch:  # as an earlier version extracted
-        from extract.backbones.base import TextOptions
+        from pipeline.extract.backbones.base import TextOptions
 
         patch.setattr(TextOptions.__init__, "__defaults__", (*TextOptions.__init__.__defaults__[:-1], False))
         assert run("extract", *common, "--for", "probe", "--format", "float32").exit_code == 0

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 import pipeline
-from extract.checkpoint import Checkpoint
+from pipeline.extract.checkpoint import Checkpoint
 from pipeline.runs import load_run
-from store import UserError
+from pipeline.store import UserError
 from tests import tiny
 from tests.pipeline.test_errors import refused, run
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from store import Samples, Segment, Space, Store, digest_bytes, encode
+from pipeline.store import Samples, Segment, Space, Store, digest_bytes, encode
 
 IDENTITY = {"format": "float16", "format_version": 1, "backbone": {"family": "t5", "name": "tiny"}, "max_length": 128}
 

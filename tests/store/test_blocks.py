@@ -13,7 +13,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from store import MissingStates, Space, read_block
+from pipeline.store import MissingStates, Space, read_block
 from tests.store.helpers import key, samples, sealed, space
 
 STATES, COLUMNS = ["encoder.3", "decoder.1"], ["encoder.ids", "decoder.ids"]
@@ -48,7 +48,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Space:
     """Three segments of 40 samples, the last overlapping the second, and a supplement of the first."""
     home = space(tmp_path_factory.mktemp("blocks"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("store.arrays.CHUNK_BYTES", 200)
+        patch.setattr("pipeline.store.arrays.CHUNK_BYTES", 200)
         first = sealed(home, list(range(40)), large=True)
         sealed(home, list(range(40, 80)))
         sealed(home, list(range(70, 110))[::-1])

@@ -12,8 +12,8 @@ import pytest
 from click.testing import CliRunner
 
 from pipeline.cli import main
-from store import FORMATS, Store, decode
-from store.rewrite import compact
+from pipeline.store import FORMATS, Store, decode
+from pipeline.store.rewrite import compact
 from tests.store import foreign
 from tests.store.helpers import key, samples, sealed, space
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-import store
-from store import FORMATS, decode
+from pipeline import store
+from pipeline.store import FORMATS, decode
 from tests.store.helpers import samples, sealed, space
 
 PAGE = Path(store.__file__).with_name("FORMAT.md").read_text(encoding="utf-8")

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from store import FORMATS, Encoded, NonFinite, bytes_per_value, decode, encode
+from pipeline.store import FORMATS, Encoded, NonFinite, bytes_per_value, decode, encode
 
 FLOAT_MAX = float(np.finfo(np.float32).max)
 SHAPES = npst.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=6)

@@ -13,10 +13,10 @@ import numcodecs
 import numpy as np
 import pytest
 
-from store import Segment, Store, StoreError
-from store.digest import digest_bytes
-from store.document import dump_document
-from store.foreign import zstd_size
+from pipeline.store import Segment, Store, StoreError
+from pipeline.store.digest import digest_bytes
+from pipeline.store.document import dump_document
+from pipeline.store.foreign import zstd_size
 from tests.store.helpers import sealed, space
 from tests.store.test_damage import reopened, rewrite_manifest, rewrite_metadata
 

@@ -19,14 +19,14 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from store import Samples, SegmentWriter, Space, Store, StoreError, read_block, stream_of
-from store.alive import describe_writer
-from store.blocks import _segment
-from store.index import families
-from store.repair import repair
-from store.rewrite import compact
-from store.transfer import transfer
-from store.upkeep import collect, litter
+from pipeline.store import Samples, SegmentWriter, Space, Store, StoreError, read_block, stream_of
+from pipeline.store.alive import describe_writer
+from pipeline.store.blocks import _segment
+from pipeline.store.index import families
+from pipeline.store.repair import repair
+from pipeline.store.rewrite import compact
+from pipeline.store.transfer import transfer
+from pipeline.store.upkeep import collect, litter
 from tests.store.helpers import IDENTITY, assert_equal, key, samples
 
 STATES = ("encoder.1", "encoder.3", "decoder.1")
@@ -80,7 +80,7 @@ class Machine(RuleBasedStateMachine):
     def begin(self, mine: list[int], theirs: list[int]) -> None:
         self.folder = Path(tempfile.mkdtemp())
         self.patch = pytest.MonkeyPatch()
-        self.patch.setattr("store.arrays.CHUNK_BYTES", 64)
+        self.patch.setattr("pipeline.store.arrays.CHUNK_BYTES", 64)
         self.patch.setattr("os.fsync", lambda descriptor: None)  # Processes are killed here, no machine is.
         self.model: dict[str, Model] = {place: {} for place in PLACES}
         self.pending: list[Pending] = []
@@ -163,7 +163,7 @@ class Machine(RuleBasedStateMachine):
             for name in ("make", "write", "publish", "sync", "remove"):
                 patch.setattr(files, name, step(getattr(files, name)))
             patch.setattr(SegmentWriter, "_undo", lambda self, folder: None)
-            patch.setattr("store.sweep.describe_writer", dead)
+            patch.setattr("pipeline.store.sweep.describe_writer", dead)
             with suppress(Killed):
                 pending.writer.seal()
         if self.manifests(pending.place) != before:
@@ -196,7 +196,7 @@ class Machine(RuleBasedStateMachine):
                 return type(target.files).write(target.files, *args)
 
             patch.setattr(target.files, "write", write)
-            patch.setattr("store.sweep.describe_writer", dead)
+            patch.setattr("pipeline.store.sweep.describe_writer", dead)
             with suppress(Killed):
                 transfer(self.store(place), target)
         name = PLACES[1 - PLACES.index(place)]

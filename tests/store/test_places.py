@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from store import MissingStates, Store, StoreError, TaskTable, UserError, read_block
-from store.blocks import _segment
-from store.cache import Cache
-from store.places import _remote, cache_bytes, open_files
-from store.remote import redact
-from store.transfer import transfer
+from pipeline.store import MissingStates, Store, StoreError, TaskTable, UserError, read_block
+from pipeline.store.blocks import _segment
+from pipeline.store.cache import Cache
+from pipeline.store.places import _remote, cache_bytes, open_files
+from pipeline.store.remote import redact
+from pipeline.store.transfer import transfer
 from tests.store import servers
 from tests.store.helpers import assert_equal, key, samples, sealed, snapshot, space
 

@@ -14,10 +14,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from store import MissingStates, SpaceMismatch, Store, StoreError, TaskTable
-from store.digest import digest_bytes
-from store.document import dump_document
-from store.resolve import resolve
+from pipeline.store import MissingStates, SpaceMismatch, Store, StoreError, TaskTable
+from pipeline.store.digest import digest_bytes
+from pipeline.store.document import dump_document
+from pipeline.store.resolve import resolve
 from tests.store.helpers import IDENTITY, key, sealed, snapshot, space
 
 

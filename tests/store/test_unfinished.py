@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 import torch
 
-from store import Space, Store, StoreError
-from store.alive import describe_writer
-from store.document import dump_document
-from store.files import Files
-from store.names import temporary_name
-from store.repair import repair
-from store.rewrite import compact
-from store.transfer import transfer
-from store.upkeep import collect, finish_removals, litter, remove_space
+from pipeline.store import Space, Store, StoreError
+from pipeline.store.alive import describe_writer
+from pipeline.store.document import dump_document
+from pipeline.store.files import Files
+from pipeline.store.names import temporary_name
+from pipeline.store.repair import repair
+from pipeline.store.rewrite import compact
+from pipeline.store.transfer import transfer
+from pipeline.store.upkeep import collect, finish_removals, litter, remove_space
 from tests.store.helpers import IDENTITY, assert_equal, samples, sealed, snapshot, space
 from tests.store.test_places import fill
 

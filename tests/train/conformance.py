@@ -16,16 +16,16 @@ import numpy as np
 import pytest
 import torch
 
-from extract.backbones import Batch, Inputs, TextOptions, stream_of
-from extract.checkpoint import Checkpoint
-from extract.tasks import load_task
+from pipeline.extract.backbones import Batch, Inputs, TextOptions, stream_of
+from pipeline.extract.checkpoint import Checkpoint
+from pipeline.extract.tasks import load_task
 from pipeline.objectives import class_objective
-from store import UserError, decode, encode
+from pipeline.store import UserError, decode, encode
+from pipeline.train.model import Model, state_names, tail_for
+from pipeline.train.objectives import Objective
+from pipeline.train.tuners import tuner_class, tuner_config
 from tests.extract.test_backbones import inputs_of
 from tests.train.formulas import FORMULAS
-from train.model import Model, state_names, tail_for
-from train.objectives import Objective
-from train.tuners import tuner_class, tuner_config
 
 
 def small_options(tuner: str) -> dict[str, Any]:

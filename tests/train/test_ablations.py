@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from extract.checkpoint import Checkpoint
-from store import UserError
+from pipeline.extract.checkpoint import Checkpoint
+from pipeline.store import UserError
+from pipeline.train.tuners import tuner_config
+from pipeline.train.tuners.mtsa import MTSA, learned, mix
 from tests.train.conformance import Case
-from train.tuners import tuner_config
-from train.tuners.mtsa import MTSA, learned, mix
 
 ROWS, LAYERS, D = 5, 3, 8
 

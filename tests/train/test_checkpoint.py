@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from store.errors import UserError
-from train import checkpoint
+from pipeline.store.errors import UserError
+from pipeline.train import checkpoint
 
 
 def net() -> nn.Sequential:

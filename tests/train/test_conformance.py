@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from extract.checkpoint import Checkpoint
-from store import UserError
+from pipeline.extract.checkpoint import Checkpoint
+from pipeline.store import UserError
+from pipeline.train.tuners import base, tuner_class, tuner_names
 from tests.pairs import SUITE, pairs
 from tests.train.conformance import CHECKS, Case
 from tests.train.formulas import FORMULAS
-from train.tuners import base, tuner_class, tuner_names
 
 
 @pytest.fixture(scope="module")

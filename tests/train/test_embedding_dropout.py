@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from extract.checkpoint import resolve
+from pipeline.extract.checkpoint import resolve
 from pipeline.objectives import class_objective
+from pipeline.train.model import Model, state_names, tail_for
+from pipeline.train.tuners import tuner_class, tuner_config
 from tests.extract.test_backbones import inputs_of
-from train.model import Model, state_names, tail_for
-from train.tuners import tuner_class, tuner_config
 
 P = 0.1
 

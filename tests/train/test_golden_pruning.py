@@ -20,10 +20,10 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import T5Config, T5ForConditionalGeneration
 
-from extract.backbones import Inputs, family_for
-from train.importance import fisher, magnitude
-from train.objectives import Answers, Objective, ObjectiveConfig
-from train.objectives.label_text import LabelText
+from pipeline.extract.backbones import Inputs, family_for
+from pipeline.train.importance import fisher, magnitude
+from pipeline.train.objectives import Answers, Objective, ObjectiveConfig
+from pipeline.train.objectives.label_text import LabelText
 
 FOLDER = Path(os.environ.get("GOLDEN") or Path(__file__).parents[1] / "golden")
 TOLERANCE = 1e-5  # of a tensor's largest value, float32

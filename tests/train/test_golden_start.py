@@ -18,10 +18,10 @@ import pytest
 import torch
 from transformers import T5Config
 
-from extract.backbones import family_for
+from pipeline.extract.backbones import family_for
+from pipeline.train.model import Model
+from pipeline.train.tuners import tuner_config
 from tests.train.test_tuners import T5, TWO
-from train.model import Model
-from train.tuners import tuner_config
 
 FILE = Path(os.environ.get("GOLDEN") or Path(__file__).parents[1] / "golden") / "initial_weights.json"
 REDUCTION = 8

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from extract.checkpoint import Checkpoint
-from store import UserError
+from pipeline.extract.checkpoint import Checkpoint
+from pipeline.store import UserError
+from pipeline.train.tuners import tuner_class, tuner_config
 from tests.train.conformance import Case
-from train.tuners import tuner_class, tuner_config
 
 
 def case_of(checkpoints, pictures, family: str = "bert", **options) -> Case:

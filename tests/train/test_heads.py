@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from extract.backbones.inputs import Inputs
-from extract.backbones.text import decision_trie, gold_chain
-from train.features import Feature
-from train.objectives.label_text import TextHead
-from train.objectives.pooled import PooledHead
-from train.objectives.regression import NumberHead
+from pipeline.extract.backbones.inputs import Inputs
+from pipeline.extract.backbones.text import decision_trie, gold_chain
+from pipeline.train.features import Feature
+from pipeline.train.objectives.label_text import TextHead
+from pipeline.train.objectives.pooled import PooledHead
+from pipeline.train.objectives.regression import NumberHead
 
 VOCABULARY = 12
 
@@ -92,7 +92,7 @@ def test_choice_is_greedy_decoding_among_the_targets(targets):
 
 
 def test_regression_targets_round_half_to_even_as_the_inputs_were_made():
-    from extract.tasks.base import TaskSpec
+    from pipeline.extract.tasks.base import TaskSpec
 
     values = tuple(round(0.1 * i, 1) for i in range(51))
     spec = TaskSpec("stsb", "regression", (), ("pearson",), ("a",), "{0}", tuple(f"{v:.1f}" for v in values), values)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from train.objectives import Answers, ObjectiveConfig
-from train.objectives.label_text import LabelText
-from train.objectives.pooled import PooledConfig
-from train.objectives.regression import Regression
-from train.objectives.scores import ScalarScorer
+from pipeline.train.objectives import Answers, ObjectiveConfig
+from pipeline.train.objectives.label_text import LabelText
+from pipeline.train.objectives.pooled import PooledConfig
+from pipeline.train.objectives.regression import Regression
+from pipeline.train.objectives.scores import ScalarScorer
 
 GRID = tuple(round(0.1 * i, 1) for i in range(51))
 TEXTS = tuple(f"{v:.1f}" for v in GRID)

@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-import store
-from store.errors import UserError
-from store.rewrite import compact
+from pipeline import store
+from pipeline.store.errors import UserError
+from pipeline.store.rewrite import compact
+from pipeline.train import checkpoint
+from pipeline.train.live import LiveSource
+from pipeline.train.loop import FitOptions, fit
+from pipeline.train.order import Order
+from pipeline.train.stream import StoreSource
 from tests.train.test_loop import Killed, Stopping, course, kill, score
 from tests.train.toys import COLUMNS, STATES, ToyModel, check, key, samples
-from train import checkpoint
-from train.live import LiveSource
-from train.loop import FitOptions, fit
-from train.order import Order
-from train.stream import StoreSource
 
 # Writers that raced: some samples are stored twice, which compacting undoes.
 SEGMENTS = (range(20), range(10, 34), range(34, 52), range(50, 70))

@@ -6,15 +6,15 @@ import pytest
 import torch
 from transformers import T5Config
 
-from extract.backbones import family_for
-from extract.checkpoint import Checkpoint
+from pipeline.extract.backbones import family_for
+from pipeline.extract.checkpoint import Checkpoint
 from pipeline.objectives import class_objective
-from store import UserError
+from pipeline.store import UserError
+from pipeline.train.features import Want
+from pipeline.train.model import Model, tail_for
+from pipeline.train.tuners import tuner_class, tuner_config
 from tests.train.conformance import CHECKS, Case, parameters_are_those_of_the_formula
 from tests.train.test_tuners import CHAINS, T5
-from train.features import Want
-from train.model import Model, tail_for
-from train.tuners import tuner_class, tuner_config
 
 VARIANTS = [{"insert": "single:1"}, {"insert": "multi:1"}, {"insert": "none"}] + [
     {"tail": t} for t in ("lora", "bitfit", "adapter", "prompt")

@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 import torch
 
-import store
-from extract.backbones.batch import Batch
-from store.errors import UserError
+from pipeline import store
+from pipeline.extract.backbones.batch import Batch
+from pipeline.store.errors import UserError
+from pipeline.train import checkpoint
+from pipeline.train.loop import FitOptions, Interrupted, NotFinite, fit
+from pipeline.train.schedule import factor
+from pipeline.train.stream import StoreSource
 from tests.train.toys import COLUMNS, STATES, Told, ToyModel, ToySpace, key, targets
-from train import checkpoint
-from train.loop import FitOptions, Interrupted, NotFinite, fit
-from train.schedule import factor
-from train.stream import StoreSource
 
 SPACE = ToySpace([9] * 12)
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from scipy import stats
 from sklearn import metrics as sk
 
-from store.errors import UserError
-from train.metrics import METRICS, score
+from pipeline.store.errors import UserError
+from pipeline.train.metrics import METRICS, score
 
 
 @pytest.fixture(autouse=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from extract.backbones import bylength, dropout
-from extract.checkpoint import Checkpoint
+from pipeline.extract.backbones import bylength, dropout
+from pipeline.extract.checkpoint import Checkpoint
 from tests.train.conformance import Case
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from extract.checkpoint import Checkpoint
-from store import UserError
+from pipeline.extract.checkpoint import Checkpoint
+from pipeline.store import UserError
+from pipeline.train.importance import fisher, magnitude
+from pipeline.train.tuners import tuner_class, tuner_config
 from tests.train.conformance import Case
-from train.importance import fisher, magnitude
-from train.tuners import tuner_class, tuner_config
 
 R = 4
 

@@ -8,17 +8,17 @@ import json
 import pytest
 import torch
 
-from extract.backbones import family_for
-from extract.checkpoint import Checkpoint
+from pipeline.extract.backbones import family_for
+from pipeline.extract.checkpoint import Checkpoint
 from pipeline.objectives import class_objective
 from pipeline.operations import backbone_model
 from pipeline.shapes import known_config
-from store.errors import UserError
+from pipeline.store.errors import UserError
+from pipeline.train.counterparts import PAPER, CounterpartModel, counterpart
+from pipeline.train.tuners import tuner_class
 from tests.pipeline.test_compare import trains_only_its_own
 from tests.pipeline.test_errors import refused, run
 from tests.train.conformance import Case
-from train.counterparts import PAPER, CounterpartModel, counterpart
-from train.tuners import tuner_class
 
 TOTAL = 222_882_048  # T5-base with the embedding of the tokenizer's 32,100 rows, as the released code has it
 COUNTS = {"adapter": 3_625_728, "lora": 3_821_412, "bitfit": 282_468, "prompt": 76_800, "full": TOTAL}

@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from store.errors import UserError
+from pipeline.store.errors import UserError
+from pipeline.train.loop import FitOptions, NotFinite, fit
+from pipeline.train.ranks import Ranks
+from pipeline.train.stream import StoreSource
 from tests.pipeline.test_errors import run
 from tests.store.servers import free_port
 from tests.train.test_loop import SPACE, scorer, source
 from tests.train.toys import ToyModel
-from train.loop import FitOptions, NotFinite, fit
-from train.ranks import Ranks
-from train.stream import StoreSource
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def stored(tmp_path_factory: pytest.TempPathFactory, checkpoints: Any, table: Pa
 @pytest.mark.parametrize("world", [1, 2, 4])
 @pytest.mark.parametrize("grouped", [False, True])
 def test_ranks_see_together_what_one_process_sees(stored: Path, world: int, grouped: bool) -> None:
-    from store import Store
+    from pipeline.store import Store
 
     (space,) = Store.open(stored).spaces()
     table = space.load_table("pairs", "train")
@@ -82,7 +82,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_both(tmp_path: Path, monkey
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr("store.read_block", SPACE.read_block)
+    monkeypatch.setattr("pipeline.store.read_block", SPACE.read_block)
     children = []
     for rank in (0, 1):
         child = os.fork()

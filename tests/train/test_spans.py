@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from train.objectives.spans import SpanCounts, spans
+from pipeline.train.objectives.spans import SpanCounts, spans
 
 
 @pytest.mark.parametrize(

@@ -6,18 +6,18 @@ import pytest
 import torch
 from transformers import BertConfig, T5Config, TimmWrapperConfig
 
-from extract.backbones import family_for
-from extract.checkpoint import Checkpoint
+from pipeline.extract.backbones import family_for
+from pipeline.extract.checkpoint import Checkpoint
 from pipeline.objectives import class_objective
-from store import UserError
+from pipeline.store import UserError
+from pipeline.train.features import Want
+from pipeline.train.model import Model
+from pipeline.train.tuners import Tuner, TunerConfig, register, tuner_class, tuner_config, tuner_names
+from pipeline.train.tuners.base import StateLinear
+from pipeline.train.tuners.clip import SherlTower, UniptTower
+from pipeline.train.tuners.mtsa import BLENDS, MTSA, layer_weights, redundancy
 from tests.extract.test_backbones import inputs_of
 from tests.train.conformance import Case
-from train.features import Want
-from train.model import Model
-from train.tuners import Tuner, TunerConfig, register, tuner_class, tuner_config, tuner_names
-from train.tuners.base import StateLinear
-from train.tuners.clip import SherlTower, UniptTower
-from train.tuners.mtsa import BLENDS, MTSA, layer_weights, redundancy
 
 T5 = {
     "t5-base": {"d_model": 768, "d_kv": 64, "d_ff": 3072, "num_layers": 12, "num_heads": 12},
@@ -206,7 +206,7 @@ def test_unipt_is_the_formula(checkpoints):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("mixed", [False, True])
 def test_recomputing_changes_no_number(monkeypatch, dtype, mixed):
-    monkeypatch.setattr("train.tuners.mtsa.CHUNK_ROWS", 4)
+    monkeypatch.setattr("pipeline.train.tuners.mtsa.CHUNK_ROWS", 4)
     features, found = [torch.randn(11, 24).to(dtype) for _ in range(4)], []
     for recompute in (False, True):
         torch.manual_seed(0)

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from extract.backbones.base import Family, Tail
-from extract.backbones.batch import Batch
-from train.features import Features, Want
-from train.tuners import Tuner, TunerConfig, register
-from train.tuners.base import rows_of
+from pipeline.extract.backbones.base import Family, Tail
+from pipeline.extract.backbones.batch import Batch
+from pipeline.train.features import Features, Want
+from pipeline.train.tuners import Tuner, TunerConfig, register
+from pipeline.train.tuners.base import rows_of
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from extract.backbones.batch import Batch
-from store.formats import decode, encode
-from store.samples import Samples
-from train.objectives.base import Answers, Scorer
-from train.objectives.classification import Classification
-from train.objectives.pooled import PooledConfig
-from train.objectives.scores import ScalarScorer
-from train.targets import Targets
+from pipeline.extract.backbones.batch import Batch
+from pipeline.store.formats import decode, encode
+from pipeline.store.samples import Samples
+from pipeline.train.objectives.base import Answers, Scorer
+from pipeline.train.objectives.classification import Classification
+from pipeline.train.objectives.pooled import PooledConfig
+from pipeline.train.objectives.scores import ScalarScorer
+from pipeline.train.targets import Targets
 
 STATES = ("encoder.0", "encoder.2", "decoder.1")
 COLUMNS = ("encoder.ids", "decoder.ids")
@@ -99,7 +99,7 @@ class ToySpace:
         return ToyPlan([ToyBlock(b, 1000) for b in range(len(self.sizes))], place[:, 0], place[:, 1])
 
     def read_block(self, block: ToyBlock) -> Samples:
-        from store.errors import StoreError
+        from pipeline.store.errors import StoreError
 
         time.sleep(self.delay)
         self.reads.append(block.number)

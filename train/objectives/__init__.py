@@ -1,7 +1,7 @@
 """Objectives: one file a kind of target, with its head. Import an objective's module here to register it."""
 
-from train.objectives import classification, label_text, multilabel, regression, tagging
-from train.objectives.base import (
+from pipeline.train.objectives import classification, label_text, multilabel, regression, tagging
+from pipeline.train.objectives.base import (
     Answers,
     Head,
     Objective,

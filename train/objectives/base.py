@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from extract.backbones.base import Vocabulary
-from extract.backbones.batch import Batch
-from store.errors import UserError
-from train.features import Feature, Features, Want
+from pipeline.extract.backbones.base import Vocabulary
+from pipeline.extract.backbones.batch import Batch
+from pipeline.store.errors import UserError
+from pipeline.train.features import Feature, Features, Want
 
 Outputs = dict[str, Any]  # name → tensor with a first dimension of B, or a sequence of B entries
 

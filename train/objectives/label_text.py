@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from extract.backbones.base import Vocabulary
-from extract.backbones.batch import Batch
-from extract.tasks.base import nearest
-from store.errors import UserError
-from train.features import Feature, Features, Want
-from train.finite import refuse_nan
-from train.objectives.base import Answers, Head, Objective, ObjectiveConfig, Outputs, register
-from train.objectives.scores import ScalarScorer
+from pipeline.extract.backbones.base import Vocabulary
+from pipeline.extract.backbones.batch import Batch
+from pipeline.extract.tasks.base import nearest
+from pipeline.store.errors import UserError
+from pipeline.train.features import Feature, Features, Want
+from pipeline.train.finite import refuse_nan
+from pipeline.train.objectives.base import Answers, Head, Objective, ObjectiveConfig, Outputs, register
+from pipeline.train.objectives.scores import ScalarScorer
 
 IGNORE = -100
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from extract.backbones.batch import Batch
-from train.features import Feature, Features
-from train.objectives.base import Head, ObjectiveConfig
+from pipeline.extract.backbones.batch import Batch
+from pipeline.train.features import Feature, Features
+from pipeline.train.objectives.base import Head, ObjectiveConfig
 
 POOLINGS = ("mean", "first")
 

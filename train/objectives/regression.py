@@ -9,13 +9,13 @@ import numpy as np
 from torch import Tensor
 from torch.nn import functional as F
 
-from extract.backbones.base import Vocabulary
-from extract.backbones.batch import Batch
-from train.features import Feature, Features
-from train.finite import refuse_nan
-from train.objectives.base import Objective, Outputs, register
-from train.objectives.pooled import PooledConfig, PooledHead
-from train.objectives.scores import ScalarScorer
+from pipeline.extract.backbones.base import Vocabulary
+from pipeline.extract.backbones.batch import Batch
+from pipeline.train.features import Feature, Features
+from pipeline.train.finite import refuse_nan
+from pipeline.train.objectives.base import Objective, Outputs, register
+from pipeline.train.objectives.pooled import PooledConfig, PooledHead
+from pipeline.train.objectives.scores import ScalarScorer
 
 
 class NumberHead(PooledHead):

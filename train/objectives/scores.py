@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from extract.backbones.batch import Batch
-from train.metrics import score
-from train.objectives.base import Outputs, Scorer
+from pipeline.extract.backbones.batch import Batch
+from pipeline.train.metrics import score
+from pipeline.train.objectives.base import Outputs, Scorer
 
 
 class ScalarScorer(Scorer):

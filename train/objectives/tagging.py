@@ -9,12 +9,12 @@ import numpy as np
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from extract.backbones.base import Vocabulary
-from extract.backbones.batch import Batch
-from train.features import Feature, Features, Want
-from train.finite import refuse_nan
-from train.objectives.base import Head, Objective, ObjectiveConfig, Outputs, Scorer, register
-from train.objectives.spans import OUTSIDE, SpanCounts
+from pipeline.extract.backbones.base import Vocabulary
+from pipeline.extract.backbones.batch import Batch
+from pipeline.train.features import Feature, Features, Want
+from pipeline.train.finite import refuse_nan
+from pipeline.train.objectives.base import Head, Objective, ObjectiveConfig, Outputs, Scorer, register
+from pipeline.train.objectives.spans import OUTSIDE, SpanCounts
 
 IGNORE = -100
 

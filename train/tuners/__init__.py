@@ -1,7 +1,7 @@
 """Tuners: one file a method. Import a method's module here to register it."""
 
-from train.tuners import clip, conv, e3va, head2toe, lst, probe, sherl, sidetuning, unipt
-from train.tuners.base import (
+from pipeline.train.tuners import clip, conv, e3va, head2toe, lst, probe, sherl, sidetuning, unipt
+from pipeline.train.tuners.base import (
     Start,
     StateLinear,
     Tuner,

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from extract.backbones.base import Family, Tail
-from extract.backbones.batch import Batch
-from store.errors import UserError
-from train.features import Feature, Features, Kind, Want
+from pipeline.extract.backbones.base import Family, Tail
+from pipeline.extract.backbones.batch import Batch
+from pipeline.store.errors import UserError
+from pipeline.train.features import Feature, Features, Kind, Want
 
 
 @dataclass(frozen=True)

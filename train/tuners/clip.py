@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from extract.backbones.base import Family, Tail
-from extract.backbones.batch import Batch, Layout
-from train.features import Feature, Features, Want
-from train.tuners.base import StateLinear, Tuner, TunerConfig, checked_reduction, full_precision, register
-from train.tuners.mtsa import EPSILON, mix
+from pipeline.extract.backbones.base import Family, Tail
+from pipeline.extract.backbones.batch import Batch, Layout
+from pipeline.train.features import Feature, Features, Want
+from pipeline.train.tuners.base import StateLinear, Tuner, TunerConfig, checked_reduction, full_precision, register
+from pipeline.train.tuners.mtsa import EPSILON, mix
 
 
 @dataclass(frozen=True)

@@ -12,16 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from extract.backbones.base import Family, Tail
-from extract.backbones.batch import Batch
-from extract.backbones.grids import cell_counts, cells, max_cells, mean_cells, sizes, sum_cells
-from store.errors import UserError
-from train.features import Features, Want
-from train.tuners.base import Tuner, TunerConfig, checked_reduction, form, full_precision, rows_of
-from train.tuners.livelayers import refuse
-from train.tuners.mtsa import SCORED, learned, mix
-from train.tuners.sherl import SherlConfig
-from train.tuners.unipt import EPSILON, Aggregate, UniptConfig
+from pipeline.extract.backbones.base import Family, Tail
+from pipeline.extract.backbones.batch import Batch
+from pipeline.extract.backbones.grids import cell_counts, cells, max_cells, mean_cells, sizes, sum_cells
+from pipeline.store.errors import UserError
+from pipeline.train.features import Features, Want
+from pipeline.train.tuners.base import Tuner, TunerConfig, checked_reduction, form, full_precision, rows_of
+from pipeline.train.tuners.livelayers import refuse
+from pipeline.train.tuners.mtsa import SCORED, learned, mix
+from pipeline.train.tuners.sherl import SherlConfig
+from pipeline.train.tuners.unipt import EPSILON, Aggregate, UniptConfig
 
 
 class ConvNorm(nn.Module):

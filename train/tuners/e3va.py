@@ -24,12 +24,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from extract.backbones.base import Family, Tail
-from extract.backbones.batch import Batch
-from extract.backbones.swin import SwinTail
-from store.errors import UserError
-from train.features import Features, Want
-from train.tuners.base import Tuner, TunerConfig, register, rows_of, state_linear
+from pipeline.extract.backbones.base import Family, Tail
+from pipeline.extract.backbones.batch import Batch
+from pipeline.extract.backbones.swin import SwinTail
+from pipeline.store.errors import UserError
+from pipeline.train.features import Features, Want
+from pipeline.train.tuners.base import Tuner, TunerConfig, register, rows_of, state_linear
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from extract.backbones.base import Family, Tail
-from extract.backbones.batch import Batch, stream_of
-from store.errors import UserError
-from train.features import Features, Want
-from train.objectives.pooled import PooledHead
-from train.tuners.base import Tuner, TunerConfig, register, rows_of
+from pipeline.extract.backbones.base import Family, Tail
+from pipeline.extract.backbones.batch import Batch, stream_of
+from pipeline.store.errors import UserError
+from pipeline.train.features import Features, Want
+from pipeline.train.objectives.pooled import PooledHead
+from pipeline.train.tuners.base import Tuner, TunerConfig, register, rows_of
 
 
 @dataclass(frozen=True)

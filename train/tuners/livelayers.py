@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
-from extract.backbones.base import Family, Tail
-from extract.backbones.batch import Batch, Layout
-from extract.backbones.bylength import by_length
-from store.errors import UserError
-from train.adapters import Bottleneck, add_biases, add_lora, free_biases
+from pipeline.extract.backbones.base import Family, Tail
+from pipeline.extract.backbones.batch import Batch, Layout
+from pipeline.extract.backbones.bylength import by_length
+from pipeline.store.errors import UserError
+from pipeline.train.adapters import Bottleneck, add_biases, add_lora, free_biases
 
 TAILS = ("frozen", "lora", "bitfit", "adapter", "prompt")
 SIZED = ("lora", "adapter", "prompt")

@@ -9,12 +9,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from extract.backbones.base import Family, Tail
-from extract.backbones.batch import Batch
-from extract.backbones.bylength import by_length
-from store.errors import UserError
-from train.features import Features, Want
-from train.tuners.base import Start, Tuner, TunerConfig, checked_reduction, linear, register, rows_of
+from pipeline.extract.backbones.base import Family, Tail
+from pipeline.extract.backbones.batch import Batch
+from pipeline.extract.backbones.bylength import by_length
+from pipeline.store.errors import UserError
+from pipeline.train.features import Features, Want
+from pipeline.train.tuners.base import Start, Tuner, TunerConfig, checked_reduction, linear, register, rows_of
 
 INITS = ("random", "magnitude", "fisher")
 # The forms of pruning, and what they are called in the store. A file called "running" there was made by an older

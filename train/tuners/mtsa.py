@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from store.errors import UserError
-from train.tuners.base import full_precision, linear
+from pipeline.store.errors import UserError
+from pipeline.train.tuners.base import full_precision, linear
 
 EPSILON = 1e-6  # added to norms in the released T5, CLIP-ViL and CLIP4Clip code; 1e-8 in that for CNNs
 SMALLEST = 1e-6  # a squared norm

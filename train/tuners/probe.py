@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from extract.backbones.base import Family, Tail
-from extract.backbones.batch import Batch
-from train.features import Features, Want
-from train.tuners.base import Tuner, TunerConfig, register, rows_of
+from pipeline.extract.backbones.base import Family, Tail
+from pipeline.extract.backbones.batch import Batch
+from pipeline.train.features import Features, Want
+from pipeline.train.tuners.base import Tuner, TunerConfig, register, rows_of
 
 
 @dataclass(frozen=True)

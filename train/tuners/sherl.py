@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from extract.backbones.base import Family, Tail
-from extract.backbones.batch import Batch
-from extract.backbones.dropout import Dropout
-from store.errors import UserError
-from train.features import Features, Want
-from train.tuners.base import Tuner, TunerConfig, checked_reduction, register, rows_of
-from train.tuners.livelayers import SIZED, TAILS, LiveLayers
-from train.tuners.mtsa import BLENDS, MTSA
+from pipeline.extract.backbones.base import Family, Tail
+from pipeline.extract.backbones.batch import Batch
+from pipeline.extract.backbones.dropout import Dropout
+from pipeline.store.errors import UserError
+from pipeline.train.features import Features, Want
+from pipeline.train.tuners.base import Tuner, TunerConfig, checked_reduction, register, rows_of
+from pipeline.train.tuners.livelayers import SIZED, TAILS, LiveLayers
+from pipeline.train.tuners.mtsa import BLENDS, MTSA
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from extract.backbones.base import Family, Tail
-from extract.backbones.batch import Batch
-from train.features import Features, Want
-from train.tuners.base import Tuner, TunerConfig, checked_reduction, register, rows_of
+from pipeline.extract.backbones.base import Family, Tail
+from pipeline.extract.backbones.batch import Batch
+from pipeline.train.features import Features, Want
+from pipeline.train.tuners.base import Tuner, TunerConfig, checked_reduction, register, rows_of
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from extract.backbones.base import Family, Tail
-from extract.backbones.batch import Batch, Layout
-from train.features import Features, Want
-from train.tuners.base import StateLinear, Tuner, TunerConfig, checked_reduction, full_precision, register, rows_of
+from pipeline.extract.backbones.base import Family, Tail
+from pipeline.extract.backbones.batch import Batch, Layout
+from pipeline.train.features import Features, Want
+from pipeline.train.tuners.base import (
+    StateLinear,
+    Tuner,
+    TunerConfig,
+    checked_reduction,
+    full_precision,
+    register,
+    rows_of,
+)
 
 EPSILON = 1e-8  # added to l1 norms, as in the released BERT and CNN code
 
