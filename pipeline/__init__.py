@@ -2,20 +2,21 @@
 
     import pipeline
 
-    pipeline.extract(model="minilm", task="sst2", data="glue")
-    run = pipeline.train(model="minilm", task="sst2", tuner="lst", out="runs/mine")
-    pipeline.load_run("runs/mine").predict([("what a film",)])
-    for batch in pipeline.stream(task="sst2", states=["encoder.5"], batch_size=32, epochs=2): ...
+    features = pipeline.open_store("features", create=True)
+    features.extract(model="minilm", task="sst2", data="glue")
+    run = features.train(task="sst2", tuner="lst", out="runs/mine")
+    run.predict(["what a film"])
+    for batch in features.stream(task="sst2", states=["encoder.5"], batch_size=32, epochs=2): ...
+
+`pipeline.extract`, `pipeline.train` and `pipeline.store` are packages: how features are made, learned from and kept.
 
 Options are the fields of `Recipe`, with the names of the command line.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 # Threads that wait for each other spin for milliseconds by default. Where another program (or our own thread that makes
@@ -25,33 +26,11 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
-def _check_packages() -> None:
-    """The top-level names `extract`, `store` and `train` are common; a script of that name would hide ours."""
-    ours = Path(__file__).resolve().parent.parent
-    for name in ("extract", "store", "train"):
-        spec = importlib.util.find_spec(name)
-        origin = Path(spec.origin).resolve() if spec and spec.origin else None
-        if origin is None or origin != ours / name / "__init__.py":
-            from sys import exit, stderr
-
-            message = (
-                f"error: `import {name}` finds {origin or 'nothing'}, not this project's package; rename that file or "
-                "folder, or run from another directory\n"
-            )
-            stderr.write(message)
-            exit(2)
-
-
-_check_packages()
-
 if TYPE_CHECKING:
-    from pipeline.api import evaluate as evaluate
-    from pipeline.api import extract as extract
+    __version__: str
+    from pipeline.api import FeatureStore as FeatureStore
     from pipeline.api import load_run as load_run
     from pipeline.api import open_store as open_store
-    from pipeline.api import predict as predict
-    from pipeline.api import stream as stream
-    from pipeline.api import train as train
     from pipeline.extract.backbones.base import Family as Family
     from pipeline.extract.backbones.batch import Batch as Batch
     from pipeline.recipe import Recipe as Recipe
@@ -67,6 +46,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Batch": "pipeline.extract.backbones.batch",
     "Family": "pipeline.extract.backbones.base",
+    "FeatureStore": "pipeline.api",
     "Recipe": "pipeline.recipe",
     "Run": "pipeline.runs",
     "Space": "pipeline.store.space",
@@ -74,20 +54,19 @@ _HOMES = {
     "Tuner": "pipeline.train.tuners.base",
     "TunerConfig": "pipeline.train.tuners.base",
     "UserError": "pipeline.store.errors",
-    "evaluate": "pipeline.api",
-    "extract": "pipeline.api",
     "load_run": "pipeline.api",
     "open_store": "pipeline.api",
-    "predict": "pipeline.api",
     "register": "pipeline.train.tuners.base",
-    "stream": "pipeline.api",
-    "train": "pipeline.api",
 }
 
-__all__ = sorted(_HOMES)
+__all__ = sorted([*_HOMES, "__version__"])
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("activation-pipeline")
     if name not in _HOMES:
         raise AttributeError(f"module 'pipeline' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

@@ -1,4 +1,5 @@
-"""The functions of the public Python API. They take the recipe's options as keywords and raise `UserError`."""
+"""The public Python API: a store is opened, and what is done with it are its methods. They take the recipe's options as
+keywords and raise `UserError`."""
 
 from __future__ import annotations
 
@@ -33,11 +34,6 @@ Say = Callable[[str], None]
 
 def _silent(text: str) -> None:
     """Says nothing."""
-
-
-def open_store(path: str = "", create: bool = False) -> Store:
-    """The store at `path` (default: $PIPELINE_STORE, else ./activations). StoreError when it is none."""
-    return Store.open(store_path(Recipe(store=path)), create=create)
 
 
 def extract(task: str | Task = "", *, say: Say = _silent, **options: Any) -> dict[str, Any]:
@@ -98,12 +94,33 @@ def stream(
     return (batch.to(device) for batch in source.epochs(0, epochs))
 
 
-def evaluate(run: str | Path | Run, split: str = "test") -> dict[str, float]:
-    """Metrics of a finished run on `split`, from the store."""
-    return (run if isinstance(run, Run) else load_run(run)).evaluate(split)
+class FeatureStore:
+    """A store and what is done with it. `store` is the store itself: its feature spaces, tables and upkeep."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    def __repr__(self) -> str:
+        return f"FeatureStore({self.store.where!r})"
+
+    def spaces(self) -> list[Space]:
+        """Its feature spaces."""
+        return self.store.spaces()
+
+    def extract(self, task: str | Task = "", *, say: Say = _silent, **options: Any) -> dict[str, Any]:
+        """Run the backbone once over a task's rows and store the states, see `extract`."""
+        return extract(task, say=say, store=self.store.where, **options)
+
+    def train(self, *, say: Say = _silent, **options: Any) -> Run:
+        """Train a tuner from the store. Returns the finished run; `Run.metrics` are its scores."""
+        return load_run(train(say=say, store=self.store.where, **options)["run"])
+
+    def stream(self, **options: Any) -> Iterator[Batch]:
+        """Shuffled batches of any states of a task, see `stream`."""
+        return stream(store=self.store.where, **options)
 
 
-def predict(run: str | Path | Run, texts: Sequence[str | Sequence[str]]) -> list[dict[str, Any]]:
-    """Label and probability, or a number, for each tuple of text fields (of a task with one field, also for each text),
-    the backbone run live. Raises UserError for rows of another shape."""
-    return (run if isinstance(run, Run) else load_run(run)).predict(texts)
+def open_store(path: str | Path = "", create: bool = False) -> FeatureStore:
+    """The store at `path` (default: $PIPELINE_STORE, else ./activations); with `create` it is made where there is none.
+    StoreError when there is none, or something else."""
+    return FeatureStore(Store.open(store_path(Recipe(store=str(path))), create=create))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,7 +41,7 @@ from pipeline.train.order import Order
 from pipeline.train.tuners.livelayers import saved_size
 
 
-@dataclass
+@dataclass(repr=False)
 class Run:
     """A trained tuner with the space it was trained from."""
 
@@ -52,6 +53,15 @@ class Run:
     @property
     def spec(self) -> TaskSpec:
         return self.job.spec
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.folder)!r}, tuner={self.job.recipe.tuner!r}, task={self.spec.name!r})"
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """What training ended with: scores of validation and test, best epoch, trainable parameters, seconds."""
+        found: dict[str, Any] = json.loads((self.folder / "metrics.json").read_text(encoding="utf-8"))
+        return found
 
     def live(self) -> tuple[Backbone, Checkpoint]:
         """The backbone, loaded once."""

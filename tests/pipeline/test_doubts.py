@@ -10,6 +10,7 @@ import pytest
 from torch.utils.data import DataLoader, IterableDataset
 
 import pipeline
+from pipeline import api
 from pipeline.store.errors import Notice
 from tests import vision
 from tests.pipeline.test_errors import run
@@ -39,7 +40,7 @@ def test_odd_rows_are_counted_when_extracted_and_when_trained(checkpoints, tmp_p
     rows = [*PLAIN[:25], *[("  ", "0")] * 10, *[("twice the same", "0")] * 8, *both]
     task, store = write(tmp_path / "odd.csv", rows), tmp_path / "store"
     said = extracted(checkpoints["bert"], task, store)
-    splits = {t.split: t for s in pipeline.open_store(str(store)).spaces() for t in map(s.read_table, s.tables())}
+    splits = {t.split: t for s in pipeline.open_store(store).spaces() for t in map(s.read_table, s.tables())}
     texts = {name: [x[0] for x in table.texts] for name, table in splits.items()}
     blank = texts["train"].count("  ")
     assert f"{blank} of 40 train rows have a blank text" in said
@@ -100,7 +101,7 @@ def test_a_limit_above_what_is_stored_is_said(stored, tmp_path):
     more = ["--tuners", "probe", "--epochs", 1, "--limit", 60, "--out", tmp_path / "c"]
     assert len(warnings_of(run("compare", *stored, *more).stderr)) == 1
     with pytest.warns(Notice, match="holds 40 of the 96 train rows"):
-        next(pipeline.stream(states=["encoder.3"], task="pairs", store=str(stored[-1]), limit=60))
+        next(api.stream(states=["encoder.3"], task="pairs", store=str(stored[-1]), limit=60))
 
 
 class Rows(IterableDataset):
@@ -110,7 +111,7 @@ class Rows(IterableDataset):
         self.store = store
 
     def __iter__(self):
-        for batch in pipeline.stream(states=["encoder.3"], task="pairs", store=self.store, batch_size=7, epochs=2):
+        for batch in api.stream(states=["encoder.3"], task="pairs", store=self.store, batch_size=7, epochs=2):
             yield batch.index.tolist()
 
 

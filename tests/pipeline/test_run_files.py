@@ -20,6 +20,7 @@ from pipeline.train.features import Feature
 from pipeline.train.finite import NotFinite
 from pipeline.train.model import Model
 from pipeline.train.objectives.classification import ClassHead
+from pipeline.train.objectives.regression import NumberHead
 from pipeline.train.tuners.probe import Probe
 from tests.pipeline.test_errors import refused, run
 

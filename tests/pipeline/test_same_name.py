@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import pipeline
+from pipeline import api
 from pipeline.job import load_job
 from pipeline.recipe import Recipe
 from pipeline.store import Store, StoreError
@@ -53,7 +54,7 @@ def test_an_ambiguous_name_is_asked_about(both):
     )  # fmt: skip
     assert said.count("extracted ") == 2
     with pytest.raises(StoreError, match="train@"):
-        next(pipeline.stream(task="train", store=options["store"], states=["encoder.0"]))
+        next(api.stream(task="train", store=options["store"], states=["encoder.0"]))
     classes = {str(p): len(load_job(Recipe(task=str(p), **options)).spec.labels) for p in (sick, sst2)}
     assert classes == {str(sick): 3, str(sst2): 2}
     by_id = {len(load_job(Recipe(task=name, **options)).spec.labels): name for name in (first, second)}
@@ -78,18 +79,18 @@ def test_default_run_folders_do_not_meet(both, tmp_path, monkeypatch):
     options, sick, sst2 = both
     monkeypatch.chdir(tmp_path)
     given = {**options, "epochs": 1, "batch_size": 16}
-    runs = [pipeline.train(task=str(path), **given)["run"] for path in (sick, sst2)]
+    runs = [api.train(task=str(path), **given)["run"] for path in (sick, sst2)]
     assert runs[0] != runs[1] and len(list((tmp_path / "runs").iterdir())) == 2
     for folder, path, classes in zip(runs, (sick, sst2), (3, 2), strict=True):
         assert len(pipeline.load_run(folder).spec.labels) == classes
         with pytest.raises(pipeline.UserError, match="holds a finished run"):
-            pipeline.train(task=str(path), **given)
+            api.train(task=str(path), **given)
 
 
 def test_a_run_by_id_is_trained_again_on_the_same_rows(both, tmp_path):
     options, _, _ = both
     name = next(n for n in ids(options) if len(load_job(Recipe(task=n, **options)).spec.labels) == 3)
-    done = pipeline.train(task=name, epochs=1, batch_size=16, out=str(tmp_path / "run"), **options)
+    done = api.train(task=name, epochs=1, batch_size=16, out=str(tmp_path / "run"), **options)
     assert done["task"] == "train"
     again = run("train", "--recipe", tmp_path / "run" / "recipe.yaml", "--out", tmp_path / "again", "--json")
     assert json.loads(again.stdout)["test"] == done["test"]
@@ -113,7 +114,7 @@ def test_the_same_rows_under_one_name_are_one_task(checkpoints, tmp_path):
     found = set()
     for name in ("a", "b"):
         task = str(write(tmp_path / name / "my.csv", 30))
-        found.add(pipeline.extract(task, model=options["model"], store=options["store"], tuners=["probe"])["task id"])
+        found.add(api.extract(task, model=options["model"], store=options["store"], tuners=["probe"])["task id"])
     assert found == {f"my@{load_job(Recipe(task='my', **options)).version[:12]}"}
     (space,) = Store.open(options["store"]).spaces()
     assert len(space.tables()) == 3 and sum(map(len, labels(options, "my").values())) == 30

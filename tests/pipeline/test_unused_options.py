@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-import pipeline
+from pipeline import api
 from pipeline.recipe import field_names
 from pipeline.runs import load_run
 from pipeline.store import UserError
@@ -22,7 +22,7 @@ def stored(checkpoints, table, tmp_path_factory) -> dict[str, str]:
     store = tmp_path_factory.mktemp("unused") / "store"
     options = {"model": str(checkpoints["bert"]), "task": str(table), "store": str(store)}
     named = {"text": "first", "label": "label", "limit": 24, "tuners": ["probe", "sherl", "lst"]}
-    pipeline.extract(**options, **named)
+    api.extract(**options, **named)
     return options
 
 
@@ -45,7 +45,7 @@ def test_options_of_other_tuners_are_refused(stored, option, tmp_path):
         run("train", "--recipe", tmp_path / "recipe.yaml", "--out", tmp_path / "run"), f"--{option}", owner, "probe"
     )
     with pytest.raises(UserError, match=f"--{option}.*{owner}"):
-        pipeline.train(**stored, tuner="probe", epochs=1, out=str(tmp_path / "run"), **{option: value})
+        api.train(**stored, tuner="probe", epochs=1, out=str(tmp_path / "run"), **{option: value})
     assert [p.name for p in tmp_path.iterdir()] == ["recipe.yaml"]
 
 
@@ -73,7 +73,7 @@ def test_options_without_a_use_in_this_run(stored, checkpoints, table, tmp_path)
     for flag in (["--tier", "disk"], ["--host-memory", "1GB"], ["--scheduler", "tcp://127.0.0.1:1"]):
         refused(run(*live, *flag), flag[0], "--live")
     t5 = {**stored, "model": str(checkpoints["t5"]), "store": str(tmp_path / "t5")}
-    pipeline.extract(**t5, text="first", label="label", limit=8, tuners=["sherl"])
+    api.extract(**t5, text="first", label="label", limit=8, tuners=["sherl"])
     refused(
         run("train", *words(t5), "--tuner", "sherl", "--pooling", "first", "--out", tmp_path / "run"), "--pooling", "t5"
     )
@@ -97,7 +97,7 @@ def test_plan_refuses_what_training_would(stored):
 
 
 def test_a_finished_run_that_once_took_such_an_option_is_still_read(stored, tmp_path):
-    pipeline.train(**stored, tuner="probe", epochs=1, out=str(tmp_path / "run"))
+    api.train(**stored, tuner="probe", epochs=1, out=str(tmp_path / "run"))
     file = tmp_path / "run" / "recipe.yaml"
     file.write_text(yaml.safe_dump({**yaml.safe_load(file.read_text()), "alpha": 32}))
     assert load_run(tmp_path / "run").evaluate("validation")
@@ -118,15 +118,15 @@ def test_a_finished_run_that_once_took_such_an_option_is_still_read(stored, tmp_
 )
 def test_stream_refuses_wrong_options(stored, options, said):
     with pytest.raises(UserError, match=said):
-        next(iter(pipeline.stream(**stored, states=["encoder.3"], **options)))
+        next(iter(api.stream(**stored, states=["encoder.3"], **options)))
 
 
 def test_stream_refuses_at_the_call(stored):
     with pytest.raises(UserError, match="nonsense"):
-        pipeline.stream(**stored, states=["encoder.3"], host_memory="nonsense")
+        api.stream(**stored, states=["encoder.3"], host_memory="nonsense")
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="cuda"):
-            pipeline.stream(**stored, states=["encoder.3"], device="cuda")
+            api.stream(**stored, states=["encoder.3"], device="cuda")
 
 
 def test_stream_hands_on_how_to_read(stored, monkeypatch):
@@ -136,7 +136,7 @@ def test_stream_hands_on_how_to_read(stored, monkeypatch):
     original = StoreSource.__init__
     monkeypatch.setattr(StoreSource, "__init__", lambda *a, **k: (seen.append((a[0], k)), original(*a, **k))[1])
     ways = [{}, {"tier": "disk"}, {"host_memory": "0"}, {"tier": "host", "device": "cpu"}, {"group_by_length": True}]
-    rows = [list(pipeline.stream(**stored, states=["encoder.3"], batch_size=8, **how)) for how in ways]
+    rows = [list(api.stream(**stored, states=["encoder.3"], batch_size=8, **how)) for how in ways]
     assert [source.tier for source, _ in seen] == ["host", "disk", "disk", "host", "host"]
     assert seen[-1][1]["group_by_length"] is True
     for found in rows[1:4]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import pipeline
+from pipeline import api
 from pipeline.job import load_job
 from pipeline.recipe import Recipe
 from pipeline.store import Store, StoreError
@@ -28,7 +29,7 @@ def options(checkpoints, tmp_path) -> dict[str, str]:
 
 def extract(options: dict[str, str], task: Path, **more: object) -> None:
     known = {k: v for k, v in options.items() if k != "tuner"}
-    pipeline.extract(str(task), tuners=["probe"], **known, **more)
+    api.extract(str(task), tuners=["probe"], **known, **more)
 
 
 def labels(options: dict[str, str], task: str | Path, **more: object) -> dict[str, dict[str, object]]:
@@ -78,7 +79,7 @@ def test_the_label_column_asked_for_is_the_one_read(options, tmp_path):
 def test_a_run_keeps_to_the_tables_it_was_trained_on(options, tmp_path):
     extract(options, write(tmp_path / "my.csv", 60))
     out = tmp_path / "run"
-    pipeline.train(task=str(tmp_path / "my.csv"), out=str(out), epochs=2, batch_size=16, **options)
+    api.train(task=str(tmp_path / "my.csv"), out=str(out), epochs=2, batch_size=16, **options)
     before = pipeline.load_run(out).evaluate("test")
     extract(options, write(tmp_path / "my.csv", 60, flipped=True))
     again = pipeline.load_run(out)
@@ -101,10 +102,10 @@ def test_a_run_does_not_go_on_with_other_labels(options, tmp_path, monkeypatch):
         patched.setattr(_Run, "close_epoch", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
         patched.setattr(_Run, "epoch", lambda self, stream: self.save())
         with pytest.raises(KeyboardInterrupt):
-            pipeline.train(**given)
+            api.train(**given)
     extract(options, write(tmp_path / "my.csv", 60, flipped=True))
     with pytest.raises(pipeline.UserError, match="unfinished run"):
-        pipeline.train(**given)
+        api.train(**given)
 
 
 def test_extracting_what_is_there_adds_no_table(options, tmp_path):

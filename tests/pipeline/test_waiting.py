@@ -38,7 +38,8 @@ def test_a_pipe_is_refused(tmp_path: Path, table: Path, checkpoints: Any, option
     """In a process of its own, since waiting for a pipe cannot be interrupted from within."""
     os.mkfifo(tmp_path / "my.csv")
     code = (
-        "import sys; from pathlib import Path; from pipeline.extract.tasks import load_task; from pipeline.store import UserError\n"
+        "import sys; from pathlib import Path\n"
+        "from pipeline.extract.tasks import load_task; from pipeline.store import UserError\n"
         "task, option, pipe = sys.argv[1:]\n"
         "more = {} if option == '--task' else {option.strip('-'): Path(pipe)}\n"
         "try: load_task(pipe if option == '--task' else task, text='first', label='label', **more)\n"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-import pipeline
+from pipeline import api
 from pipeline.job import load_job
 from pipeline.recipe import Recipe
 from pipeline.store import Store, StoreError
@@ -135,7 +135,7 @@ def test_verify_misses(copied, made, what):
 
 
 def extract_again(options: dict[str, str], task: Path, tuner: str) -> None:
-    pipeline.extract(str(task), model=options["model"], store=options["store"], tuners=[tuner])
+    api.extract(str(task), model=options["model"], store=options["store"], tuners=[tuner])
 
 
 def test_verify_misses_a_successor(copied):

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import pipeline
+from pipeline import api
 from pipeline.extract.checkpoint import Checkpoint
 from pipeline.runs import load_run
 from pipeline.store import UserError
@@ -65,7 +65,7 @@ def test_unknown_words_and_samples_that_fall_together_are_warned_of(checkpoints,
     words_known(folder, known=1)
     rows = [f"{'a' if i % 2 else 'cat'} {i}\t{i % 2}" for i in range(40)]  # numbers are what tells them apart
     (tmp_path / "rows.tsv").write_text("\n".join(["text\tlabel", *rows]) + "\n")
-    said = pipeline.extract(task=str(tmp_path / "rows.tsv"), model=str(folder), store=str(tmp_path / "store"))
+    said = api.extract(task=str(tmp_path / "rows.tsv"), model=str(folder), store=str(tmp_path / "store"))
     unknown, together = said["warnings"]
     assert "75% of the tokens" in unknown and "[UNK]" in unknown
     assert "40 distinct texts" in together and "6 distinct samples" in together  # two a split
@@ -75,7 +75,7 @@ def test_unknown_words_and_samples_that_fall_together_are_warned_of(checkpoints,
 
 def test_ordinary_texts_are_not_warned_of(checkpoints, table, tmp_path):
     options = {"text": "first", "label": "label", "tuners": ["probe"], "store": str(tmp_path / "store")}
-    assert pipeline.extract(task=str(table), model=str(checkpoints["t5"]), limit=20, **options)["warnings"] == []
+    assert api.extract(task=str(table), model=str(checkpoints["t5"]), limit=20, **options)["warnings"] == []
 
 
 def test_a_tokenizer_of_another_model_is_refused(checkpoints, table, tmp_path):

@@ -1,0 +1,107 @@
+"""`pipeline` is the only import name: a user's own train.py, store.py, extract/ or store/ are in nobody's way."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+USE = """
+import pipeline, sys
+from pipeline.store import Store
+from pipeline.extract.tasks import task_names
+from pipeline.train.tuners import tuner_names
+assert task_names() and "sherl" in tuner_names() and pipeline.__version__
+mine = {"train", "store", "extract"} & set(sys.modules)
+assert not mine, mine
+from pipeline import api
+assert pipeline.open_store is api.open_store
+print("fine")
+"""
+
+
+@pytest.fixture(params=["files", "packages", "empty folders"])
+def crowded(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A working directory that holds the names of our folders."""
+    for name in ("train", "store", "extract"):
+        if request.param == "files":
+            (tmp_path / f"{name}.py").write_text("raise SystemExit('the wrong one')\n")
+            continue
+        (tmp_path / name).mkdir()
+        if request.param == "packages":
+            (tmp_path / name / "__init__.py").write_text("raise SystemExit('the wrong one')\n")
+    return tmp_path
+
+
+def ran(folder: Path, *command: str, **environment: str) -> str:
+    """What a command printed, run in `folder`."""
+    done = subprocess.run(
+        command, cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_in_a_directory_of_the_same_names(crowded: Path) -> None:
+    (crowded / "use.py").write_text(USE)
+    assert ran(crowded, sys.executable, "use.py", PYTHONPATH=str(ROOT)) == "fine\n"
+
+
+def test_commands_there(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text("raise SystemExit('the wrong one')\n")
+    (tmp_path / "store").mkdir()
+    where = {"PYTHONPATH": str(ROOT)}
+    assert "sherl" in ran(tmp_path, sys.executable, "-m", "pipeline", "tuners", **where)
+    launched = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1", "-m", "pipeline", "--version"]
+    assert "pipeline" in ran(tmp_path, *launched, **where)
+
+
+def test_a_worker_of_a_cluster_there(tmp_path: Path) -> None:
+    pytest.importorskip("distributed")
+    (tmp_path / "store.py").write_text("raise SystemExit('the wrong one')\n")
+    (tmp_path / "use.py").write_text(
+        "from distributed import Client, LocalCluster\n"
+        "def names():\n"
+        "    from pipeline.train.tuners import tuner_names\n"
+        "    return tuner_names()\n"
+        "if __name__ == '__main__':\n"
+        "    with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as c, Client(c) as client:\n"
+        "        print(client.submit(names).result())\n"
+    )
+    assert "lst" in ran(tmp_path, sys.executable, "use.py", PYTHONPATH=str(ROOT))
+
+
+def test_nothing_imports_the_folders_by_their_own_names() -> None:
+    code = "import sys; sys.path.insert(0, sys.argv[1])\n"
+    code += "import pipeline.cli, pipeline.api, pipeline.compare, pipeline.plan\n"
+    code += "print([m for m in sys.modules if m.split('.')[0] in ('train', 'store', 'extract')])"
+    assert ran(ROOT, sys.executable, "-c", code, str(ROOT)) == "[]\n"
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("how", ["wheel", "editable"])
+def test_installed(tmp_path: Path, how: str) -> None:
+    """Built and installed into an environment of its own, beside the packages of this one."""
+    source = tmp_path / "source"
+    shutil.copytree(ROOT, source, symlinks=True, ignore=shutil.ignore_patterns(".git", "__pycache__", ".*_cache"))
+    venv.create(tmp_path / "env", with_pip=False)
+    python = tmp_path / "env" / "bin" / "python"
+    (site,) = (tmp_path / "env" / "lib").glob("python*/site-packages")
+    others = [p for p in sys.path if p.endswith("site-packages")]
+    (site / "others.pth").write_text("\n".join(others))
+    target = [str(source)] if how == "wheel" else ["-e", str(source)]
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "--no-deps", "--force-reinstall"]
+    ran(tmp_path, *pip, *target)
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "train.py").write_text("raise SystemExit('the wrong one')\n")
+    (folder / "use.py").write_text(USE + "print(pipeline.store.__file__)")
+    printed = ran(folder, str(python), "use.py")
+    assert printed.startswith("fine\n") and str(site if how == "wheel" else source) in printed
+    assert "sherl" in ran(folder, str(python), "-m", "pipeline", "tuners")
