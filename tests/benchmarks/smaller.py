@@ -63,7 +63,7 @@ def predictions(model: Any, job: Job, split: str, change: Callable[[Tensor], Ten
         for batch in source.sequential():
             if change is not None:
                 batch.states = {name: change(rows) for name, rows in batch.states.items()}
-            yield model.predict(batch)
+            yield model.predict(batch)["label"]
 
 
 def direct(args: argparse.Namespace) -> Table:
