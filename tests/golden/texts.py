@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pipeline.extract.backbones import Batch, Family
 from pipeline.extract.backbones.batch import Layout
 from pipeline.extract.checkpoint import Checkpoint
+from pipeline.train.features import Features, Want
 from pipeline.train.model import Model
 from pipeline.train.objectives import Answers, ObjectiveConfig
 from pipeline.train.objectives.label_text import LabelText
@@ -145,9 +146,10 @@ class OnT5:
         rows = {n: self.batch.layout(n.partition(".")[0]).unpad(t) if t.ndim == 3 else t for n, t in given.items()}
         return out, {n: (t, self.official(n)) for n, t in rows.items()}
 
-    def finish(self, rows: Tensor) -> tuple[Tensor, Pairs]:
-        """Loss and logits from the rows of the tuner, and the frozen states run again."""
-        loss = self.model.head.loss(rows, self.batch)
+    def finish(self, features: Features) -> tuple[Tensor, Pairs]:
+        """Loss and logits from what the tuner hands out, and the frozen states run again."""
+        (loss,) = self.model.head.losses(features, self.batch).values()
+        (rows,) = features.values()
         pairs = {
             "logits": (self.model.tuner.tail.logits(rows), self.official("logits")),
             "loss": (loss, self.case.tensors["output/loss"]),
@@ -166,8 +168,8 @@ def sherl_t5(case: Case) -> Setup:
         hooked |= {f"{s}.mtsa": tuner.mtsa[s], f"{s}.side_norm": tuner.norm[s]}
 
     def run() -> tuple[Tensor, Pairs]:
-        rows, pairs = on.read(hooked, lambda: tuner(on.batch))
-        loss, more = on.finish(rows)
+        features, pairs = on.read(hooked, lambda: tuner(on.batch))
+        loss, more = on.finish(features)
         return loss, pairs | more
 
     return Setup(tuner, places, run)
@@ -222,7 +224,7 @@ def unipt_bert(case: Case) -> Setup:
     ids = inputs["input_ids"][mask]
     batch.columns = {"encoder.ids": ids, "encoder.types": torch.zeros_like(ids)}
     tail = family.tail(family.tail_weights(model), "sdpa")
-    tuner = Unipt(tuner_config("unipt", {"reduction": 1}), family, tail)
+    tuner = Unipt(tuner_config("unipt", {"reduction": 1}), family, tail, Want())
     # The released side width is a part of the joint width, which no reduction of the backbone's gives.
     tuner.down = nn.ModuleList(Down(c["D"], c["hidden"]) for _ in range(c["layers"] + 1))
     tuner.aggregate, tuner.up = Aggregate(c["hidden"]), nn.Linear(c["hidden"], c["joint"])
@@ -238,7 +240,7 @@ def unipt_bert(case: Case) -> Setup:
     states = rerun(case, family, model, batch)
 
     def run() -> tuple[Tensor, Pairs]:
-        rows = tuner(batch)
+        (rows,) = tuner(batch).values()
         pairs: Pairs = {"side": (rows, case.tensors["output/side"][mask]), **states}
         pooled, more = read_out(case, module["gpo"], batch.layout("encoder"), rows)
         return (pooled * inputs["cotangent"]).sum(), pairs | more
