@@ -169,6 +169,8 @@ def write_recipe(folder: Path, job: Job, options: FitOptions, batch_size: int) -
         space=job.found.space.id,
         batch_size=batch_size,
         group_by_length=grouped(job.recipe, job.paper),
+        objective=job.objective.name,
+        pooling=getattr(job.objective.config, "pooling", None),
         epochs=options.epochs,
         lr=options.lr,
         warmup_steps=options.warmup_steps,
