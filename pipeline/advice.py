@@ -14,16 +14,18 @@ if TYPE_CHECKING:
     from pipeline.plan import Plan, Workload
 
 
-def split_limit(rows: dict[str, int], fits: int) -> int:
-    """The largest --limit, which holds for each split, whose rows are at most `fits` in all; 0 where there is none."""
-    limit, left = 0, fits
-    for splits, n in zip(range(len(rows), 0, -1), sorted(rows.values()), strict=True):
+def split_limit(rows: dict[str, int], fits: int, views: int = 1) -> int:
+    """The largest --limit, which holds for each split, whose rows are at most `fits` in all; 0 where there is none.
+    `views`: how many training rows a picture gives."""
+    times = {split: views if split == "train" else 1 for split in rows}
+    limit, left, shares = 0, fits, sum(times.values())
+    for split, n in sorted(rows.items(), key=lambda entry: entry[1] // times[entry[0]]):
         # The smallest split that is left is taken whole if an equal share of what is left holds it.
-        limit = left // splits
-        if limit < n:
+        limit = left // shares
+        if limit < n // times[split]:
             return limit
-        left -= n
-    return max(rows.values())
+        left, shares = left - n, shares - times[split]
+    return max(n // times[split] for split, n in rows.items())
 
 
 def both(recipe: Recipe) -> list[str]:
@@ -39,7 +41,7 @@ def recommend(plan: Plan, work: Workload, recipe: Recipe, budget: float | None, 
     plan.commands = both(recipe)
     if budget is not None and total > budget:
         rows = int(work.samples * budget / total)
-        limit = split_limit(plan.rows, rows)
+        limit = split_limit(plan.rows, rows, recipe.views or 1)
         over = f"{size_text(total)} as {stored} is over the budget of {size_text(budget)}"
         if limit:
             plan.recommendation = f"{over}: it holds about {rows:,} rows; keep fewer --layers or set --limit"

@@ -14,7 +14,7 @@ from pipeline.doubts import limit_doubt
 from pipeline.extract.backbones import Batch
 from pipeline.extract.tasks.base import Task, TaskSpec
 from pipeline.extracting import run_extract
-from pipeline.job import first_views, limited, parse_size, tables_of
+from pipeline.job import first_views, limited, parse_size, tables_of, views_of
 from pipeline.recipe import Recipe, checked_names
 from pipeline.resolve import device_of, find_space, store_path
 from pipeline.runs import Run, load_run
@@ -78,7 +78,7 @@ def stream(
     if split not in tables:
         raise UserError(f"the store has no {split} rows of {recipe.task}; it has: {', '.join(tables)}")
     chosen = first_views(tables[split], recipe.views) if split == "train" else tables[split]
-    if sentence := limit_doubt(recipe.limit, chosen):
+    if sentence := limit_doubt(recipe.limit, chosen, views_of(chosen)):
         warnings.warn(sentence, Notice, stacklevel=2)
     table = limited(chosen, recipe.limit)
     spec = TaskSpec.from_dict(table.header["spec"])

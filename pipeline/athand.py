@@ -29,18 +29,22 @@ class AtHand:
         self._contents: dict[tuple[str, ...], str] = {}
 
     def __bool__(self) -> bool:
-        return bool(self.files) or self.task is not None
+        return "train" in self.files or self.task is not None
 
     @cached_property
     def files(self) -> dict[str, tuple[Path, str]]:
-        """Of a table of the user's own: split → (file, its digest)."""
+        """Of a table of the user's own: split → (file, its digest). One that is asked for by name or id is without the
+        file of its training rows."""
         recipe = self.recipe
-        if not is_table(recipe.task):
-            return {}
-        path = table_path(recipe.task, Path(recipe.data) if recipe.data else None)
-        given = {"train": path, "validation": recipe.validation, "test": recipe.test}
-        paths = {split: Path(p) for split, p in given.items() if p}
+        paths = {split: Path(p) for split, p in self._beside.items()}
+        if is_table(recipe.task):
+            paths["train"] = table_path(recipe.task, Path(recipe.data) if recipe.data else None)
         return {split: (p, sheet_digest(p)) for split, p in paths.items() if p.is_file()}
+
+    @property
+    def _beside(self) -> dict[str, str]:
+        """The files that are named beside the task's own, here or not."""
+        return {split: path for split in ("validation", "test") if (path := getattr(self.recipe, split))}
 
     @cached_property
     def task(self) -> Task | None:
@@ -63,6 +67,9 @@ class AtHand:
             return ""
         when = f"extracted on {str(header.get('created'))[:10]}"
         files: Any = made.get("files")
+        for split, given in self._beside.items():
+            if not isinstance(files, dict) or split not in files:
+                return f"it was {when} without --{split}, now --{split} {given}"
         for split, (path, digest) in self.files.items() if isinstance(files, dict) else ():
             if files.get(split) != digest:
                 return f"{path} is not the file that was {when}, or has changed"

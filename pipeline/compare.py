@@ -25,7 +25,7 @@ from pipeline.train.counterparts import COUNTERPARTS, CounterpartModel, counterp
 from pipeline.train.loop import FitOptions, fit
 from pipeline.train.tuners import tuner_names
 from pipeline.training import fit_options, job_doubts, make_folder, run_train
-from pipeline.unused import for_tuner, refuse_for_tuners
+from pipeline.unused import for_tuner, refuse_for_training, refuse_for_tuners
 
 HEAD = ("method", "trainable", "share", "memory", "s/epoch", "metric", "spread", "seeds")
 
@@ -55,6 +55,8 @@ def run_compare(
         raise UserError(
             f"--tuners: {'name at least one' if not unknown else f'unknown {unknown[0]!r}'}; there are: {known}"
         )
+    if preset != "ours" and not set(methods) & COUNTERPARTS.keys():
+        raise UserError(f"--preset {preset}: it is for {', '.join(COUNTERPARTS)}, and --tuners names none of them")
     if csv_file and not Path(csv_file).parent.is_dir():
         raise UserError(f"--csv {csv_file}: no such folder: {Path(csv_file).parent}")
     refuse_for_tuners(recipe, [m for m in methods if m not in COUNTERPARTS], "train")
@@ -116,6 +118,7 @@ def _refuse(recipe: Recipe, method: str, preset: str) -> Job:
     or with states that are not stored, a counterpart that the backbone has no place for or whose package is missing."""
     if method not in COUNTERPARTS:
         job = load_job(replace(recipe, tuner=method))
+        refuse_for_training(for_tuner(recipe, method, job.found.family), job.found.family)
         job.model(recipe.seed)
         if not recipe.live:
             sources(job, None)

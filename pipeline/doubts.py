@@ -27,9 +27,9 @@ def doubts(tables: Mapping[str, TaskTable], images: bool = False) -> list[str]:
     return [sentence for sentence in found if sentence]
 
 
-def limit_doubt(limit: int | None, table: TaskTable) -> str:
-    """What to say of a --limit above the rows of `table`, "" where it is not."""
-    there, total = len(table), table.header.get("total", 0)
+def limit_doubt(limit: int | None, table: TaskTable, views: int = 1) -> str:
+    """What to say of a --limit above the rows of `table`, which has each `views` times; "" where it is not."""
+    there, total = len(table) // views, table.header.get("total", 0)
     if limit is None or limit <= there:
         return ""
     if there < total:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ import torch
 from pipeline.doubts import doubts
 from pipeline.extract.backbones import Family, Inputs, TextOptions, stream_of
 from pipeline.extract.backbones.live import Backbone
-from pipeline.extract.checkpoint import Checkpoint, resolve
+from pipeline.extract.checkpoint import CONFIG_NOISE, Checkpoint, resolve
 from pipeline.extract.identity import PRECISIONS, space_identity
 from pipeline.extract.run import Report, compute, provenance_of
 from pipeline.extract.tasks.base import SPLITS, Rows, Task, TaskSpec
@@ -27,6 +28,7 @@ from pipeline.resolve import device_of, need, open_task, refuse_full_readers, sp
 from pipeline.rows import refuse_other_kind, refuse_unknown_ids, token_doubts
 from pipeline.store import Space, Store, TaskTable, bytes_per_value
 from pipeline.store.errors import UserError
+from pipeline.stored import kept_name, made_with, own_kept
 from pipeline.unused import refuse_for_kind, refuse_for_tuners
 from pipeline.versions import save_tables, task_id
 
@@ -117,8 +119,10 @@ def run_extract(recipe: Recipe, say: Say, quiet: bool = False, task: Task | None
     if "://" not in where and not Path(where).exists():
         _ = backbone.model  # a checkpoint that cannot run leaves no trace
     store = Store.open(where, create=True)
-    if not store.has_weights(digest, *KEEPSAKES):
-        store.save_weights(digest, _keepsakes(checkpoint, backbone, task))
+    kept = _kept_mark(store, identity, checkpoint)
+    if not store.has_weights(digest, *(kept_name(name, kept) for name in KEEPSAKES)):
+        parts = _keepsakes(checkpoint, backbone, identity)
+        store.save_weights(digest, {kept_name(name, kept): content for name, content in parts.items()})
     tokens = recipe.batch_tokens or (32768 if device.type == "cuda" else 4096)
     fit_on = next((s.inputs for s in splits if s.name == "train"), inputs)
     identity = project(store, identity, backbone, fit_on, recipe.seed, tokens, task.spec.name, say)
@@ -129,7 +133,7 @@ def run_extract(recipe: Recipe, say: Say, quiet: bool = False, task: Task | None
     warnings = [*token_doubts(checkpoint.tokenizer, family, splits), *odd]
     for sentence in warnings:
         say(f"warning: {sentence}")
-    keep(recipe, task.spec, store, identity, backbone, splits, candidates, say)
+    keep(recipe, task.spec, store, identity, kept, backbone, splits, candidates, say)
     how: dict[str, Any] = {
         "tokens": tokens,
         "batch_size": recipe.batch_size,
@@ -251,15 +255,32 @@ def _describer(splits: Sequence[Split]) -> Callable[[str], str]:
 KEEPSAKES = ("tail.safetensors", "config.json", "source.json")
 
 
-def _keepsakes(checkpoint: Checkpoint, backbone: Backbone, task: Task) -> dict[str, Any]:
+def _keepsakes(checkpoint: Checkpoint, backbone: Backbone, identity: dict[str, Any]) -> dict[str, Any]:
     """What training needs of a checkpoint: tail weights and configuration, and the names it goes by."""
-    config = {**checkpoint.config.to_dict(), "model_type": checkpoint.config.model_type}
     source = {"names": sorted({checkpoint.name}), "revision": checkpoint.revision, "family": checkpoint.family.name}
     return {
         "tail.safetensors": backbone.family.tail_weights(backbone.model),
-        "config.json": config,
-        "source.json": source,
+        "config.json": _config(checkpoint),
+        "source.json": {**source, "made_with": made_with(identity)},
     }
+
+
+def _config(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {**checkpoint.config.to_dict(), "model_type": checkpoint.config.model_type}
+
+
+def _kept_mark(store: Store, identity: dict[str, Any], checkpoint: Checkpoint) -> str:
+    """The mark that this extraction keeps its files under: none, unless the files without one are another space's. Of
+    those of an earlier version, which do not say whose they are, the configuration is compared."""
+    digest = identity["weights"]
+    if not store.has_weights(digest, *KEEPSAKES):
+        return ""
+    there = store.load_json(digest, "source.json").get("made_with")
+    if isinstance(there, dict):
+        return "" if there == made_with(identity) else own_kept(identity)
+    old, new = store.load_json(digest, "config.json"), json.loads(json.dumps(_config(checkpoint)))
+    same = all(old[name] == new[name] for name in old.keys() & new.keys() - CONFIG_NOISE)
+    return "" if same else own_kept(identity)
 
 
 def task_tables(checkpoint: Checkpoint, task: Task, recipe: Recipe, options: TextOptions) -> dict[str, TaskTable]:

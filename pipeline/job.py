@@ -39,7 +39,7 @@ from pipeline.rows import refuse_other_kind
 from pipeline.store import Space, Store, TaskTable, digest_json
 from pipeline.store.errors import MissingStates, StoreError, UserError
 from pipeline.store.tables import version_of
-from pipeline.stored import check_columns, check_states
+from pipeline.stored import check_columns, check_states, kept_of
 from pipeline.train.live import LiveSource
 from pipeline.train.model import Model, tail_for
 from pipeline.train.objectives import Objective
@@ -126,10 +126,11 @@ def load_job(recipe: Recipe, version: str | None = None, space: str | None = Non
     store, digest = Store.open(store_path(recipe)), found.space.identity["weights"]
     named = replace(recipe, model=recipe.model or found.source["names"][0])
     cls = tuner_class(recipe.tuner, found.family)
-    job.late = stored_late(named, store, digest, cls.late_layers(job.config, found.family))
+    kept = kept_of(store, found.space.identity)
+    job.late = stored_late(named, store, digest, kept, cls.late_layers(job.config, found.family))
     if start := cls.start(job.config, found.family):
         keys, labels = (tables["train"].keys, tables["train"].labels) if "train" in tables else ([], [])
-        file = start_file(start, recipe.task, keys, labels, found.space.identity["precision"])
+        file = start_file(start, recipe.task, keys, labels, found.space.identity["precision"], kept)
         job.first = lambda: stored_start(named, store, digest, start, file)
     return job
 
@@ -198,14 +199,17 @@ def unstored_job(recipe: Recipe, space: str = "") -> Job | None:
 
 
 def limited(table: TaskTable, limit: int | None) -> TaskTable:
-    """The first `limit` rows."""
-    if limit is None or limit >= len(table.keys):
+    """The first `limit` rows, of pictures all views of the first `limit`, as an extraction with it stores."""
+    count = len(table) if limit is None else limit * views_of(table)
+    if count >= len(table):
         return table
-    return replace(table, keys=table.keys[:limit], labels=table.labels[:limit], texts=table.texts[:limit])
+    return replace(table, keys=table.keys[:count], labels=table.labels[:count], texts=table.texts[:count])
 
 
 def views_of(table: TaskTable) -> int:
     """How many views of each picture a table has; 1 of a table of texts."""
+    if len(table.header["spec"]["fields"]) > 1:  # a pair of texts, not a picture and the number of its view
+        return 1
     return 1 + max((int(t[1]) for t in table.texts if len(t) > 1), default=0)
 
 
@@ -270,9 +274,11 @@ def as_extracted(recipe: Recipe, found: Found) -> Recipe:
     identity = found.space.identity
     named = {k: identity[k] for k in SPACE_FIELDS if k in identity and k != "prompt"} | picture_options(identity)
     known = {k: v for k, v in named.items() if getattr(recipe, k) is None}
-    if "view_seed" in known and recipe.views is None and isinstance(found.space, Space):
-        trained = (found.space.read_table(t) for t in found.space.tables() if t.split == "train")
-        known["views"] = max(map(views_of, trained), default=1)
+    task, space = canonical_name(recipe.task), found.space
+    tables = [t for t in space.tables() if t.task == task] if isinstance(space, Space) else []
+    if "view_seed" in known and recipe.views is None and isinstance(space, Space):
+        # Views of 2 or more share a space, however many there are.
+        known["views"] = max((views_of(space.read_table(t)) for t in tables if t.split == "train"), default=2)
     usual: dict[str, Any] = {"format": "float16", "projection": "none", "precision": "float32", "attention": "sdpa"}
     usual |= {"max_length": 128, "truncation_side": "right", "view_seed": 0}
     name = recipe.model or found.source["names"][0]
@@ -280,11 +286,9 @@ def as_extracted(recipe: Recipe, found: Found) -> Recipe:
     if checkpoint is not None and checkpoint.tokenizer.extent_text == known["image_size"]:
         usual["image_size"] = known["image_size"]
     stated = {k: v for k, v in known.items() if v != usual.get(k)}
-    if recipe.prompt is None and identity["prompt"] and isinstance(found.space, Space):
-        task = canonical_name(recipe.task)
-        tables = (found.space.read_header(t) for t in found.space.tables() if t.task == task)
-        if identity["prompt"] not in {header["spec"]["prompt"] for header in tables}:
-            stated["prompt"] = identity["prompt"]
+    if recipe.prompt is None and identity["prompt"] and isinstance(space, Space):
+        usual_prompts = {space.read_header(t)["spec"]["prompt"] for t in tables}
+        stated |= {"prompt": identity["prompt"]} if identity["prompt"] not in usual_prompts else {}
     return replace(recipe, model=name, **stated)
 
 

@@ -34,17 +34,18 @@ if TYPE_CHECKING:
 Weights = dict[str, torch.Tensor]
 
 
-def block_file(index: int) -> str:
-    """Where late layer `index` is kept."""
-    return f"block-{index}.safetensors"
+def block_file(index: int, kept: str) -> str:
+    """Where late layer `index` is kept under the mark `kept`."""
+    return f"block-{index}{kept}.safetensors"
 
 
-def start_file(start: Start, task: str, keys: Sequence[str], labels: Sequence[Any], precision: str) -> str:
-    """Where `start` is kept. Fisher information depends on the task's training rows, and so does the name."""
+def start_file(start: Start, task: str, keys: Sequence[str], labels: Sequence[Any], precision: str, kept: str) -> str:
+    """Where `start` is kept under the mark `kept`. Fisher information depends on the task's training rows, and so does
+    the name."""
     if not start.fisher:
-        return f"{start.name}.safetensors"
+        return f"{start.name}{kept}.safetensors"
     rows = {"keys": list(keys[:FISHER_SAMPLES]), "labels": list(labels[:FISHER_SAMPLES]), "precision": precision}
-    return f"{start.name}-{canonical_name(task)[:100]}-{digest_json(rows)[:16]}.safetensors"
+    return f"{start.name}-{canonical_name(task)[:100]}-{digest_json(rows)[:16]}{kept}.safetensors"
 
 
 def make_start(
@@ -71,26 +72,28 @@ def keep(
     spec: TaskSpec,
     store: Store,
     identity: dict[str, Any],
+    kept: str,
     backbone: Backbone,
     splits: Sequence[Split],
     candidates: Sequence[Sequence[int]],
     say: Say,
 ) -> None:
-    """Put what the tuners of `--for` want of the backbone into the store, where it is not there already."""
+    """Put what the tuners of `--for` want of the backbone into the store under the mark `kept`, where it is not there
+    already."""
     family, digest = backbone.family, identity["weights"]
     train = next((s for s in splits if s.name == "train"), None)
     for name in recipe.tuners:
         if name not in tuner_names(family):
             continue
         config, cls = tuner_options(recipe, name, strict=False), tuner_class(name, family)
-        blocks = {block_file(i): i for i in cls.late_layers(config, family)}
+        blocks = {block_file(i, kept): i for i in cls.late_layers(config, family)}
         missing = [f for f in blocks if not store.has_weights(digest, f)]
         if missing:
             say(f"keeping {len(missing)} late layers for {name}")
             store.save_weights(digest, {f: family.block_weights(backbone.model, blocks[f]) for f in missing})
         if start := cls.start(config, family):
             keys, labels = (train.keys, train.rows.labels) if train else ([], [])
-            file = start_file(start, recipe.task, keys, labels, identity["precision"])
+            file = start_file(start, recipe.task, keys, labels, identity["precision"], kept)
             if not store.has_weights(digest, file):
                 say(f"first weights of {name}: {start.name}")
                 objective = make_objective(recipe, spec, candidates, family, cls)
@@ -98,12 +101,12 @@ def keep(
                 store.save_weights(digest, {file: made})
 
 
-def stored_late(recipe: Recipe, store: Store, digest: str, layers: Sequence[int]) -> dict[int, Weights]:
+def stored_late(recipe: Recipe, store: Store, digest: str, kept: str, layers: Sequence[int]) -> dict[int, Weights]:
     """The late layers that a tail needs. Raises MissingStates with the command that puts them there."""
-    absent = [i for i in layers if not store.has_weights(digest, block_file(i))]
+    absent = [i for i in layers if not store.has_weights(digest, block_file(i, kept))]
     if absent:
         raise MissingStates(f"the store does not hold live layer {absent[0]}; run: {extract_command(recipe)}")
-    return {i: store.load_tensors(digest, block_file(i)) for i in layers}
+    return {i: store.load_tensors(digest, block_file(i, kept)) for i in layers}
 
 
 def stored_start(recipe: Recipe, store: Store, digest: str, start: Start, file: str) -> Weights:

@@ -25,15 +25,15 @@ import torch
 
 from pipeline import rates as measured
 from pipeline.advice import plan_text, recommend
-from pipeline.extract.backbones.base import Family, TextOptions, family_for
+from pipeline.extract.backbones.base import Family, family_for
 from pipeline.extract.backbones.batch import stream_of
-from pipeline.extract.backbones.images import Picture, Preprocess, header_extent, look_all
+from pipeline.extract.backbones.images import Picture, Preprocess
 from pipeline.extract.backbones.vision import Vision
 from pipeline.extract.checkpoint import Checkpoint, local
 from pipeline.extract.order import extraction_batches
 from pipeline.extract.projection import orthogonal, parse_projection
 from pipeline.extract.tasks import Task
-from pipeline.extract.tasks.base import Rows
+from pipeline.image_sizes import image_extents, some_pictures
 from pipeline.job import batch_size_of, grouped
 from pipeline.operations import (
     Operations,
@@ -58,7 +58,6 @@ from pipeline.train.tuners import TunerConfig, tuner_class
 from pipeline.unused import refuse_for_kind, refuse_for_tuners
 
 SAMPLED = 2000  # rows whose lengths stand for all
-PICTURES = 16  # images that reading is timed on
 TIERS = {"device": "device memory", "host": "host memory", "disk": "disk"}  # of --tier
 REMOTE = 125e6  # bytes a second of a remote store: 1 Gbit/s, assumed
 TOKENS_A_WORD = {"t5": 1.45, "bert": 1.3}
@@ -208,31 +207,6 @@ def sample_lengths(
     for stream in family.streams[1:]:
         out[stream] = np.full(len(words), 2 if split == "train" else 1, np.int64)
     return out
-
-
-def image_extents(preprocess: Preprocess, rows: Rows, options: TextOptions) -> np.ndarray:
-    """(n, 2) height and width that the images of `rows` have when the backbone sees them. Only where each keeps its own
-    are the files looked at, their headers alone; with `skip_bad` those that have none are left out."""
-    if preprocess.size:
-        return np.tile(np.array(preprocess.size, np.int64), (len(rows), 1))
-    found = []
-    for name, *_ in rows.texts:
-        try:
-            found.append(preprocess.extent(*header_extent(Path(options.root) / name)))
-        except UserError:
-            if not options.skip_bad:
-                raise
-    return np.array(found, np.int64).reshape(-1, 2)
-
-
-def some_pictures(preprocess: Preprocess, rows: Rows, options: TextOptions) -> list[Picture]:
-    """The first few images of `rows`. UserError for one that cannot be read, unless `skip_bad` leaves it out."""
-    paths = [Path(options.root) / name for name, *_ in rows.texts[:PICTURES]]
-    found = look_all(paths, preprocess.sized(options.image_size), [0] * len(paths), 0)
-    for picture in found:
-        if isinstance(picture, UserError) and not options.skip_bad:
-            raise picture
-    return [p for p in found if not isinstance(p, UserError)]
 
 
 def workload(recipe: Recipe, task: Task | None = None) -> Workload:

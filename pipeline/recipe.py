@@ -83,8 +83,8 @@ class Recipe:
     test: str | None = _option(None, "Own table: file with test rows.", "extract train", metavar="FILE")
     grid: float = _option(
         0.1,
-        "Regression with a text-to-text backbone: step of the target numbers. 0.1 is what the papers' code does on "
-        "STS-B (T5 itself used 0.2).",
+        "STS-B with a text-to-text backbone: step of the target numbers. 0.1 is what the papers' code does (T5 itself "
+        "used 0.2).",
         "extract train",
     )
     limit: int | None = _option(
@@ -242,9 +242,7 @@ class Recipe:
     )
     features: float | None = _option(None, "Head2Toe: share of the features that stay. Default: 0.1.", "train")
     lasso: float | None = _option(None, "Head2Toe: weight of the group lasso. Default: 1e-4.", "train")
-    select_after: int | None = _option(
-        None, "Head2Toe: training batches before features are selected. Default: 100.", "train"
-    )
+    select_after: int | None = _option(None, "Head2Toe: training batches before the selection. Default: 100.", "train")
     objective: str | None = _option(
         None,
         "What is learned of the targets (see `pipeline tuners`). Default: from the targets; a text-to-text backbone "
@@ -351,6 +349,9 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise UserError(f"{option_name(name)}: not below 0, was {value}")
+        for name in ("seed", "view_seed"):
+            if (getattr(self, name) or 0) >= 1 << 63:
+                raise UserError(f"{option_name(name)}: below 2^63, was {getattr(self, name)}")
         if self.warmup_ratio is not None and not 0 <= self.warmup_ratio <= 1:
             raise UserError(f"--warmup-ratio: between 0 and 1, not {self.warmup_ratio}")
 

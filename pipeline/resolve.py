@@ -22,7 +22,7 @@ from pipeline.recipe import Recipe, option_name
 from pipeline.store import Space, Store
 from pipeline.store.errors import SpaceMismatch, StoreError, UserError
 from pipeline.store.resolve import resolve as resolve_space
-from pipeline.stored import family_from, source_of
+from pipeline.stored import family_from, kept_name, kept_of, source_of
 from pipeline.train.model import union_states
 from pipeline.train.tuners import TunerConfig, tuner_class, tuner_config, tuner_names
 
@@ -215,7 +215,8 @@ def find_space(recipe: Recipe, exactly: str | None = None) -> Found:
 def _found(store: Store, space: Space) -> Found:
     digest = space.identity["weights"]
     family = family_from(store, space)
-    return Found(space, family, store.load_tensors(digest, "tail.safetensors"), source_of(store, space))
+    tail = store.load_tensors(digest, kept_name("tail.safetensors", kept_of(store, space.identity)))
+    return Found(space, family, tail, source_of(store, space))
 
 
 def names_of(store: Store, space: Space) -> list[str]:

@@ -16,6 +16,7 @@ from pipeline.extract.tasks.base import Rows, TaskSpec
 from pipeline.extract.tasks.glue import GLUE
 from pipeline.extract.tasks.images import pictures
 from pipeline.extract.tasks.sheet import read_sheet
+from pipeline.extract.tasks.table import cell_text
 from pipeline.extracting import Say, prepare_split
 from pipeline.job import (
     Job,
@@ -39,6 +40,9 @@ from pipeline.train.model import Model
 from pipeline.train.objectives.label_text import LabelText
 from pipeline.train.order import Order
 from pipeline.train.tuners.livelayers import saved_size
+
+# Options of a run's recipe that say where things are and not what they are.
+ELSEWHERE = ("store", "model", "data", "device", "tier", "host_memory", "scheduler")
 
 
 @dataclass(repr=False)
@@ -120,11 +124,13 @@ class Run:
 
 
 def load_run(folder: str | Path, **overrides: Any) -> Run:
-    """The run in `folder`. `overrides`: options of the recipe that are different here (store, device, model).
+    """The run in `folder`. `overrides`: options of the recipe that are different here, those of `ELSEWHERE`.
 
-    Raises UserError when the folder is not a finished run, a file of it is damaged, or its feature space is not in the
-    store. A run of a version that wrote no digests loads with a Notice.
+    Raises UserError for other overrides, when the folder is not a finished run, a file of it is damaged, or its feature
+    space is not in the store. A run of a version that wrote no digests loads with a Notice.
     """
+    if other := sorted(overrides.keys() - set(ELSEWHERE)):
+        raise UserError(f"{other[0]}: a run is read as it was trained; what may differ here: {', '.join(ELSEWHERE)}")
     folder = Path(folder)
     if not (folder / "recipe.yaml").is_file():
         raise UserError(f"{folder}: not a run folder, it has no recipe.yaml")
@@ -153,7 +159,7 @@ def read_inputs(
     of a picture. Fields: columns named by `text` and `text_pair`, or by the task's own field names.
 
     GLUE's files are understood in their own layout; a folder gives the pictures below it, a picture itself. Raises
-    UserError for a missing column, a bad file or a folder without pictures.
+    UserError for a missing column or text, a bad file or a folder without pictures.
     """
     if path.is_dir():
         if not (found := pictures(path)):
@@ -171,6 +177,6 @@ def read_inputs(
         asked = (text, text_pair)[i]
         also = tuple(names[0] for names in glue.columns[i : i + 1]) if glue and glue.columns else ()
         name = asked or next((n for n in (field, *also) if n in sheet.columns), field)
-        columns.append(["" if v is None else str(v) for v in sheet.column(name)])
+        columns.append([cell_text(sheet, row, value, name) for row, value in enumerate(sheet.column(name))])
     rows = [tuple(row) for row in zip(*columns, strict=True)]
     return sheet.column("id") if "id" in sheet.columns else list(range(1, len(rows) + 1)), rows

@@ -17,7 +17,7 @@ from pipeline.extract.backbones import Family, family_for
 from pipeline.extract.identity import PRECISIONS
 from pipeline.extract.projection import load_projection
 from pipeline.extract.tasks.base import TaskError, TaskSpec
-from pipeline.store import FORMATS, Samples, Space, Store, TaskTable
+from pipeline.store import FORMATS, Samples, Space, Store, TaskTable, digest_json
 from pipeline.store.errors import StoreError, UserError
 from pipeline.store.names import is_key
 
@@ -25,6 +25,7 @@ from pipeline.store.names import is_key
 # longest positions.
 MAX_LAYERS, MAX_NUMBER = 512, 1 << 24
 MAX_NAME, MAX_CLASSES, MAX_TARGET = 200, 1 << 20, 1 << 10
+_MADE_WITH = ("config", "tokenizer", "precision")
 _COUNTS = ("layer", "depth", "block", "stage")
 # Of a head that is never built; the library makes a name for each of as many classes as the first says.
 _HEADS = ("num_labels", "id2label", "label2id")
@@ -41,8 +42,9 @@ def family_from(store: Store, space: Space) -> Family:
     from transformers import AutoConfig
 
     identity = check_identity(space)
-    where = store.files.where(f"weights/{identity['weights']}/config.json")
-    raw = {k: v for k, v in store.load_json(identity["weights"], "config.json").items() if k not in _HEADS}
+    name = kept_name("config.json", kept_of(store, identity))
+    where = store.files.where(f"weights/{identity['weights']}/{name}")
+    raw = {k: v for k, v in store.load_json(identity["weights"], name).items() if k not in _HEADS}
     bound_numbers(raw, where)
     kind = raw.pop("model_type", None)
     if not isinstance(kind, str):
@@ -59,6 +61,39 @@ def family_from(store: Store, space: Space) -> Family:
         raise refuse(where, f"a backbone has 1 to {MAX_LAYERS} layers")
     family.projection = load_projection(store, identity)
     return family
+
+
+def made_with(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What the files kept of a checkpoint depend on beside its weights: the configuration says how they compute, a
+    tokenizer how many rows the softmax has, and the precision how they were rounded when they were loaded."""
+    return {name: identity.get(name) for name in _MADE_WITH}
+
+
+def own_kept(identity: Mapping[str, Any]) -> str:
+    """The mark of kept files that are of one configuration, tokenizer and precision alone."""
+    return "-" + digest_json(made_with(identity))[:16]
+
+
+def kept_name(name: str, kept: str) -> str:
+    """`name` as kept under the mark `kept`: tail.safetensors, tail-0123456789abcdef.safetensors."""
+    stem, dot, suffix = name.rpartition(".")
+    return f"{stem}{kept}{dot}{suffix}"
+
+
+def kept_of(store: Store, identity: Mapping[str, Any]) -> str:
+    """The mark of the files kept for the space of `identity`: its own, or "" where those without a mark are of it, or
+    do not say of what. Raises StoreError where only another space's are there, as after a merge."""
+    digest = identity["weights"]
+    if store.has_weights(digest, kept_name("source.json", own_kept(identity))):
+        return own_kept(identity)
+    there = store.load_json(digest, "source.json").get("made_with")
+    if isinstance(there, dict) and there != made_with(identity):
+        names = ", ".join(name for name, value in made_with(identity).items() if there.get(name) != value)
+        raise StoreError(
+            f"weights/{digest} in {store.where} are kept for a feature space of another {names} only: extract again "
+            "with the checkpoint of this one, which computes nothing that is stored and keeps what is missing"
+        )
+    return ""
 
 
 def bound_numbers(value: Any, where: str, name: str = "") -> None:
@@ -109,10 +144,12 @@ def plain_prompt(prompt: str) -> bool:
 def source_of(store: Store, space: Space) -> dict[str, Any]:
     """What a space's checkpoint is called: `names`, one at least, and `revision`."""
     digest = str(space.identity.get("weights"))
-    where = store.files.where(f"weights/{digest}/source.json")
     if not is_key(digest):
         raise refuse(store.files.where(f"spaces/{space.id}/space.json"), "identity.weights is no digest")
-    source = store.load_json(digest, "source.json")
+    own = kept_name("source.json", own_kept(space.identity))
+    name = own if store.has_weights(digest, own) else "source.json"
+    where = store.files.where(f"weights/{digest}/{name}")
+    source = store.load_json(digest, name)
     names = source.get("names")
     if not isinstance(names, list) or not names or not all(is_name(name) for name in names):
         raise refuse(where, "names must list what the checkpoint is called")

@@ -138,7 +138,8 @@ def run_train(recipe: Recipe, say: Say, quiet: bool = False) -> dict[str, Any]:
 
 def job_doubts(job: Job) -> list[str]:
     """What is odd about the rows of a run, a sentence each."""
-    limit = limit_doubt(job.recipe.limit, job.tables["train"]) if "train" in job.tables else ""
+    train = job.tables.get("train")
+    limit = "" if train is None else limit_doubt(job.recipe.limit, train, views_of(train))
     return [*([limit] if limit else []), *doubts(job.tables, job.found.family.modality == "image")]
 
 

@@ -8,6 +8,7 @@ editions of one origin that which was extracted last; and else the user, by file
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -118,7 +119,8 @@ def stored_tables(
         if not fitting:
             there = ", ".join(v.name for v in known)
             raise StoreError(f"there is no task {recipe.task} in this feature space, there is {there}")
-        if not version and (differs := unlike(recipe, fitting[0].header)):
+        head = fitting[0].header
+        if not version and (differs := unlike(recipe, head) or AtHand(recipe, images).differs(head)):
             raise StoreError(f"task {recipe.task} is not as asked for: {differs}")
     else:
         fitting = _fitting(space, recipe, known, AtHand(recipe, images))
@@ -234,6 +236,11 @@ def unlike(recipe: Recipe, header: Mapping[str, Any]) -> str:
     ):
         if asked is not None and there is not None and asked != there:
             return f"{option} was {there!r}, now {asked!r}"
+    # The usual grid stands in every recipe and asks for nothing.
+    values = spec.get("values") or []
+    if recipe.grid != Recipe.grid and (len(values) < 2 or not math.isclose(values[1] - values[0], recipe.grid)):
+        step = f"{values[1] - values[0]:g}" if len(values) > 1 else "none"
+        return f"--grid was {step}, now {recipe.grid:g}"
     return ""
 
 

@@ -18,12 +18,12 @@ from pipeline.store.files import Files
 from pipeline.store.index import Family, families
 from pipeline.store.names import FORMAT, MAX_SMALL_JSON, QUARANTINE, is_key, segment_path, space_path
 from pipeline.store.places import open_files
+from pipeline.store.references import missing_tables, read_named
 from pipeline.store.rewrite import salvage
 from pipeline.store.segment import NotSealed, Problem, Segment
 from pipeline.store.space import LOST, Space, has_space, lost_identity, still_sealed
 from pipeline.store.store import KIND
 from pipeline.store.sweep import lost_manifest
-from pipeline.store.tables import verify_tables
 
 
 @dataclass
@@ -143,7 +143,9 @@ def _repair_space(space: Space, done: Repaired, dry_run: bool) -> None:
         members = [family.base, *family.supplements]
         if not dry_run and any(s.id in bad for s in members):
             _repair_family(space, family, done)
-    for path, what in verify_tables(files, f"{space_path(space.id)}/tasks"):
+    folder = f"{space_path(space.id)}/tasks"
+    named = read_named(files, folder)
+    for path, what in (*named.damaged, *missing_tables(files, folder, named)):
         done.problems.append({"file": path, "what": what})
         _aside(files, path, done, dry_run)
     _show_again(space, done, dry_run)

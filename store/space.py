@@ -29,7 +29,7 @@ from pipeline.store.names import (
     space_path,
 )
 from pipeline.store.records import Record, list_records, read_record, save_record
-from pipeline.store.references import unfound
+from pipeline.store.references import missing_tables, read_named, unfound
 from pipeline.store.segment import NotSealed, Problem, Segment
 from pipeline.store.sweep import lost_manifest, sweep
 from pipeline.store.tables import (
@@ -40,7 +40,6 @@ from pipeline.store.tables import (
     read_header,
     read_table,
     save_table,
-    verify_tables,
 )
 from pipeline.store.writer import SegmentWriter
 
@@ -231,8 +230,9 @@ class Space:
                 self.successors(name)
             except StoreError as error:
                 found.append(Problem("", self._marker(name), str(error)))
-        tables = verify_tables(self.files, self._tasks)
-        return found + [Problem("", path, what) for path, what in tables] + unfound(self)
+        named = read_named(self.files, self._tasks)
+        tables = [*named.damaged, *missing_tables(self.files, self._tasks, named)]
+        return found + [Problem("", path, what) for path, what in tables] + unfound(self, named)
 
     def save_table(self, table: TaskTable) -> Path:
         """Store a task table; returns its path. Never changes or removes another."""

@@ -21,8 +21,7 @@ from pipeline.store.digest import canonical_json, digest_bytes, digest_json
 from pipeline.store.document import parse_json
 from pipeline.store.errors import MissingStates, StoreError
 from pipeline.store.files import Files, explain
-from pipeline.store.names import FORMAT, MAX_JSON, MAX_TABLE_BYTES, are_keys, check_task, is_key
-from pipeline.store.records import list_records, read_record, record_path
+from pipeline.store.names import FORMAT, MAX_JSON, MAX_TABLE_BYTES, are_keys, check_task
 
 _NAME = re.compile(r"(?P<split>.+)-(?P<rows>[0-9]{1,12})-(?P<digest>[0-9a-f]{16})\.jsonl\.gz")
 _KIND = "activation-task-table"
@@ -147,52 +146,6 @@ def load_table(
             "do not say which is the newest: say which by its path"
         )
     return read_table(files, largest[0])
-
-
-def verify_tables(files: Files, folder: str) -> list[tuple[str, str]]:
-    """Damaged tables and records of extractions, and what they name that is gone: (path, what) each. Reads every
-    byte."""
-    found = []
-    infos = list_tables(files, folder)
-    headers: dict[str, dict[str, Any]] = {}
-    there: set[tuple[str, str, int, str]] = set()
-    for info in infos:
-        try:
-            header = headers[info.path] = read_table(files, info).header
-            there.add((info.task, info.split, info.rows, version_of(header)))
-        except StoreError as error:
-            found.append((info.path, str(error)))
-    # What is damaged is not gone as well.
-    damaged = {(t.task, t.split, t.rows) for t in infos if t.path not in headers}
-    gone: dict[str, str] = {}
-
-    def need(task: str, version: str, rows: Mapping[str, Any], by: str) -> None:
-        for split, count in rows.items():
-            known = (task, split, count, version) in there or (task, split, count) in damaged
-            if type(count) is int and not known:
-                name = f"{folder}/{task}/{str(split)[:80]}-{count}"
-                gone[f"{name} {version}"] = f"is missing: it was written with {by}; extract again"
-
-    for info in infos:
-        header = headers.get(info.path, {})
-        beside, record = header.get("beside"), header.get("extracted")
-        if isinstance(beside, dict):
-            need(info.task, version_of(header), beside, info.path)
-        if record is not None and (not is_key(record) or files.size(record_path(folder, info.task, record)) is None):
-            name = f"{folder}/{info.task}/extracted-{str(record)[:32]}.json"
-            gone[name] = "is missing: tables name it; extract again, which writes it anew"
-    for path in list_records(files, folder):
-        try:
-            kept = read_record(files, path)
-            need(kept.task, kept.version, kept.rows, path)
-        except StoreError as error:
-            found.append((path, str(error)))
-    found += [(name.split(" ")[0], what) for name, what in gone.items()]
-    tasks = {t.task for t in infos}
-    for task in files.names(folder):
-        if task not in tasks and all(name[0] == "." for name in files.names(f"{folder}/{task}")):
-            found.append((f"{folder}/{task}", "holds no table any more: extract again"))
-    return found
 
 
 def read_header(files: Files, info: TableInfo) -> dict[str, Any]:

@@ -56,8 +56,9 @@ def transfer(
     try:
         for space in source.spaces():
             if spaces is None or space.id in spaces:
-                _copy_space(space, target, done, progress)
+                # Weights first: who finds tables will want to train from them.
                 _copy_weights(source.files, target.files, str(space.identity.get("weights", "")), done, progress)
+                _copy_space(space, target, done, progress)
     except OSError as error:
         raise explain(error, "copying to", target.where, free=target.files.free) from error
     return done

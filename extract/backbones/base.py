@@ -13,18 +13,17 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, TypeVar
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pipeline.extract.backbones.batch import Batch, Layout, stream_of
+from pipeline.extract.backbones.fill import check_fit
 from pipeline.extract.backbones.inputs import Inputs
 from pipeline.extract.projection import Projection
 from pipeline.store.errors import UserError
-
-M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -398,33 +397,6 @@ def load_frozen(cls: Any, folder: Path, dtype: torch.dtype, attention: str, devi
             f"(first: {(missing + wrong)[0]}); the backbone would run on random weights, so nothing was done"
         )
     return model.to(device).eval().requires_grad_(False)
-
-
-def check_fit(shapes: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
-    """Raises UserError naming the first of `shapes`, what a live layer is made of, that `weights` do not fill."""
-    for name, value in shapes.items():
-        found = weights.get(name)
-        if found is None or found.shape != value.shape:
-            what = "is missing" if found is None else f"is {tuple(found.shape)} instead of {tuple(value.shape)}"
-            raise UserError(
-                f"the weights kept of the live layer are not those of its configuration: {name} {what}; "
-                "restore the store's weights from another copy, or extract again"
-            )
-
-
-def filled(make: Callable[[], M], weights: Mapping[str, Tensor] | None) -> M:
-    """What `make` gives, with `weights`; None leaves it as made. Its shapes are looked at on the meta device first, so
-    that a configuration allocates nothing that the weights do not fill."""
-    if weights is not None:
-        with torch.device("meta"):
-            shapes = make().state_dict()
-        check_fit(shapes, weights)
-        if unknown := sorted(weights.keys() - shapes.keys()):
-            raise UserError(f"the weights kept of the live layer hold {unknown[0]}, which it has not: extract again")
-    module = make()
-    if weights is not None:
-        module.load_state_dict(weights)
-    return module
 
 
 def freeze(module: nn.Module) -> nn.Module:

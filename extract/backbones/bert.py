@@ -24,7 +24,6 @@ from pipeline.extract.backbones.base import (
     Tail,
     TextOptions,
     collect,
-    filled,
     freeze,
     key_mask,
     load_frozen,
@@ -32,6 +31,7 @@ from pipeline.extract.backbones.base import (
 )
 from pipeline.extract.backbones.batch import Batch
 from pipeline.extract.backbones.dropout import SIDE, use_fast_dropout
+from pipeline.extract.backbones.fill import filled
 from pipeline.extract.backbones.inputs import Inputs, ragged
 from pipeline.extract.backbones.pruning import prune_bert
 from pipeline.extract.backbones.text import tokenize

@@ -183,7 +183,7 @@ def header_extent(path: Path, upright: bool = True) -> tuple[int, int]:
             width, height = image.size
             turned = upright and image.getexif().get(ORIENTATION, 1) >= 5
             return (height, width) if turned else (width, height)
-    except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: no picture that can be read ({_short(error)})") from None
 
 

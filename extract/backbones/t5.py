@@ -29,7 +29,6 @@ from pipeline.extract.backbones.base import (
     TextOptions,
     attention_mask,
     collect,
-    filled,
     freeze,
     key_mask,
     load_frozen,
@@ -37,6 +36,7 @@ from pipeline.extract.backbones.base import (
 )
 from pipeline.extract.backbones.batch import Batch
 from pipeline.extract.backbones.dropout import SIDE, Dropout, use_fast_dropout
+from pipeline.extract.backbones.fill import filled
 from pipeline.extract.backbones.inputs import Inputs, ragged
 from pipeline.extract.backbones.pruning import prune_t5
 from pipeline.extract.backbones.t5_attention import cross_attend, is_cheaper

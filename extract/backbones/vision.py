@@ -19,8 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pipeline.extract.backbones.base import Family, SideStack, TextOptions, check_fit, load_frozen
+from pipeline.extract.backbones.base import Family, SideStack, TextOptions, load_frozen
 from pipeline.extract.backbones.batch import Batch
+from pipeline.extract.backbones.fill import check_fit
 from pipeline.extract.backbones.grids import COLUMN, EXTENT, SIZES, sizes
 from pipeline.extract.backbones.images import Blank, Preprocess, load_pixels, look_all
 from pipeline.extract.backbones.inputs import Inputs

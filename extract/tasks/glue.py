@@ -26,6 +26,7 @@ from pipeline.extract.tasks.hub import read_hub
 from pipeline.extract.tasks.sheet import Sheet, read_sheet
 
 HUB_NAME = "nyu-mll/glue"
+USUAL_GRID = 0.1  # spacing of the STS-B targets in the papers' code
 HELD_OUT = 1000  # validation rows taken from a large training split
 
 
@@ -96,15 +97,18 @@ GLUE = {
 }  # fmt: skip
 
 
-def load_glue(name: str, data: Path | None = None, grid: float = 0.1) -> Task:
+def load_glue(name: str, data: Path | None = None, grid: float = USUAL_GRID) -> Task:
     """The GLUE task `name` from `data`, a folder in GLUE's own layout, or from Hugging Face `datasets` where None.
 
     `grid`: spacing of the STS-B targets. 0.1 is what the official LST and SHERL code does (`np.round(x * 5 / 5, 1)`);
-    0.2 is T5's own. It has no effect on other tasks. A split whose file is absent is listed in `Task.absent`.
+    0.2 is T5's own. Other tasks have none and refuse another than the usual. A split whose file is absent is listed in
+    `Task.absent`.
     Raises `TaskError` for a missing folder or no network, and for anything wrong in a file.
     """
     task = GLUE[name]
     spec = _spec(task, grid)
+    if grid != USUAL_GRID and spec.kind != "regression":
+        raise TaskError(f"task {name}: --grid is for regression, and its labels are classes")
     if data is None:
         raw, revision = read_hub(HUB_NAME, name, task.fields)
         absent: dict[str, str] = {}

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from pipeline.extract.tasks.base import Task, TaskError
-from pipeline.extract.tasks.glue import GLUE, load_glue
+from pipeline.extract.tasks.glue import GLUE, USUAL_GRID, load_glue
 from pipeline.extract.tasks.hub_images import PREFIX, hub_name, load_hub_images
 from pipeline.extract.tasks.images import load_folder
 from pipeline.extract.tasks.sheet import SUFFIXES
@@ -52,7 +52,7 @@ def load_task(
     test: Path | None = None,
     metrics: Sequence[str] = (),
     task_name: str | None = None,
-    grid: float = 0.1,
+    grid: float = USUAL_GRID,
 ) -> Task:
     """The task called `name`, the table at the path `name` (.csv, .tsv, .jsonl, .json), the pictures in that folder, or
     those of a Hugging Face dataset (hub:DATASET).
@@ -63,6 +63,13 @@ def load_task(
     """
     options = {"text": text, "text-pair": text_pair, "label": label, "kind": kind, "validation": validation,
                "test": test, "metrics": metrics, "task-name": task_name}  # fmt: skip
+    pictures = name.startswith(PREFIX) or is_folder(name)
+    given = [f"--{option}" for option, value in options.items() if value and not (pictures and option == "task-name")]
+    if given and (pictures or is_named(name)):
+        what = "pictures in folders" if pictures else "a public task"
+        raise TaskError(f"task {name} is {what}; {', '.join(given)} is for a table of your own (--task my.csv)")
+    if grid != USUAL_GRID and (pictures or is_table(name)):
+        raise TaskError(f"task {name}: --grid is the step of STS-B's targets, those of a table follow its range")
     if name.startswith(PREFIX):
         return replace(load_hub_images(name, data), origin=digest_json(["hub", name]))
     if is_table(name):
@@ -75,9 +82,6 @@ def load_task(
     if is_folder(name):
         return replace(load_folder(Path(name), task_name), origin=_origin(Path(name)))
     known = _resolve(name)
-    given = [f"--{option}" for option, value in options.items() if value]
-    if given:
-        raise TaskError(f"task {known} is a public task; {', '.join(given)} is for a table of your own (--task my.csv)")
     origin = digest_json(["hub", known]) if data is None else _origin(data)
     return replace(_TASKS[known][1](data, grid), origin=origin)
 

@@ -153,7 +153,7 @@ def _rows(sheet: Sheet, fields: Sequence[str], label: str, classes: tuple[str, .
     index = {name: i for i, name in enumerate(classes)}
     rows = Rows([], [])
     for row, (values, value) in enumerate(zip(zip(*columns, strict=True), given, strict=True)):
-        texts = tuple(_text(sheet, row, v, f) for v, f in zip(values, fields, strict=True))
+        texts = tuple(cell_text(sheet, row, v, f) for v, f in zip(values, fields, strict=True))
         text = _label_text(sheet, row, value)
         answer: Label = None
         if text is not None and classes:
@@ -170,7 +170,8 @@ def _rows(sheet: Sheet, fields: Sequence[str], label: str, classes: tuple[str, .
     return rows
 
 
-def _text(sheet: Sheet, row: int, value: Any, field: str) -> str:
+def cell_text(sheet: Sheet, row: int, value: Any, field: str) -> str:
+    """A cell as the text that a backbone reads. Raises TaskError naming the row for what is missing or no text."""
     if isinstance(value, str):
         return value
     if isinstance(value, (int, float)):

@@ -6,11 +6,7 @@ Also here: a user's own `train.py` must not silently stand in for the project's 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
-
-import pytest
 
 from pipeline.extract.backbones.live import Backbone
 from pipeline.store import Store
@@ -71,11 +67,3 @@ def test_training_goes_on_where_ctrl_c_stopped_it(checkpoints, table, tmp_path, 
         return [x["loss"] for x in lines if "loss" in x]
 
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
-
-
-@pytest.mark.parametrize("name", ["train", "store", "extract"])
-def test_a_script_of_the_same_name_is_named(tmp_path, name):
-    (tmp_path / f"{name}.py").write_text("print('mine')\n")
-    done = subprocess.run([sys.executable, "-m", "pipeline", "--help"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert f"`import {name}` finds" in done.stderr and f"{name}.py" in done.stderr and "Traceback" not in done.stderr

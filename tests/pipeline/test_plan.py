@@ -111,13 +111,18 @@ def test_a_budget_chooses_the_format_or_fewer_rows(checkpoints, table, tmp_path,
     assert "does not hold a row" in none.recommendation
 
 
+@pytest.mark.parametrize("views", [1, 4])
 @pytest.mark.parametrize("fits", [1, 3, 5, 60, 138 * 3, 1000, 2767, 9999])
-def test_the_limit_is_for_each_split(fits):
+def test_the_limit_is_for_each_split(fits, views):
     rows = {"train": 2490, "validation": 138, "test": 139}
-    limit = split_limit(rows, fits)
-    assert sum(min(n, limit) for n in rows.values()) <= fits
+    limit = split_limit({**rows, "train": 2490 * views}, fits, views)
+
+    def stored(limit: int) -> int:
+        return sum(min(n, limit) * (views if split == "train" else 1) for split, n in rows.items())
+
+    assert stored(limit) <= fits
     if limit < 2490:
-        assert sum(min(n, limit + 1) for n in rows.values()) > fits
+        assert stored(limit + 1) > fits
 
 
 def test_a_task_without_training_rows_has_targets_to_time(checkpoints, table, tmp_path):

@@ -80,6 +80,12 @@ def test_options_without_a_use_in_this_run(stored, checkpoints, table, tmp_path)
     assert not (tmp_path / "run").exists()
 
 
+def test_compare_refuses_before_its_first_method_trains(stored, tmp_path):
+    options = ["compare", *words(stored), "--live", "--tier", "disk", "--epochs", 1, "--out", tmp_path / "runs"]
+    refused(run(*options, "--tuners", "partial-1,probe"), "--tier", "--live")
+    assert not (tmp_path / "runs").exists()
+
+
 def test_compare_gives_each_method_its_own_options(stored, tmp_path):
     options = ["compare", *words(stored), "--epochs", 1, "--out", tmp_path / "runs"]
     refused(run(*options, "--tuners", "probe,sherl", "--alpha", 8), "--alpha", "e3va", "probe, sherl")

@@ -86,6 +86,31 @@ def test_the_command_for_what_is_missing_says_how_pictures_are_made(made):
     assert "--views 3" in line and "--view-seed 9" in line and "--for sherl" in line
 
 
+def test_a_recipe_of_before_says_one_view_of_pairs_too(checkpoints, table, tmp_path):
+    pairs = ["--model", checkpoints["bert"], "--task", table, "--text", "first", "--text-pair", "second", "--label",
+             "label", "--store", tmp_path / "store"]  # fmt: skip
+    assert run("extract", *pairs, "--for", "probe", "--limit", 12).exit_code == 0
+    done = run("train", *pairs, "--tuner", "probe", "--views", 1, "--epochs", 1, "--out", tmp_path / "run")
+    assert done.exit_code == 0, done.stderr
+
+
+def test_a_limit_counts_pictures_not_their_views(made, tmp_path):
+    train = ["train", *made["pictures"], "--tuner", "probe", "--max-steps", 1]
+    few = run(*train, "--limit", 2, "--out", tmp_path / "few")
+    assert few.exit_code == 0 and ": 6 of " in few.stderr and "warning" not in few.stderr, few.stderr
+    many = run(*train, "--limit", 40, "--out", tmp_path / "many")
+    assert many.exit_code == 0 and "--limit 40" in many.stderr, many.stderr
+
+
+def test_the_views_of_another_task_are_not_those_of_this_one(made, pictures, tmp_path):
+    options = [*made["pictures"][:-1], shutil.copytree(str(made["pictures"][-1]), tmp_path / "store")]
+    other = [*options[:3], shutil.copytree(str(pictures), tmp_path / "others"), *options[4:]]
+    more = ["--image-size", 64, "--views", 5, "--view-seed", 9, "--limit", 16]
+    assert run("extract", *other, *more, "--for", "probe").exit_code == 0
+    line = refused(run("train", *options, "--tuner", "sherl"), "pipeline extract")
+    assert "--views 3" in line and "--views 5" not in line
+
+
 def changed(checkpoint: object, folder: Path, file: str, change) -> Path:
     shutil.copytree(Path(str(checkpoint)), folder)
     content = json.loads((folder / file).read_text())

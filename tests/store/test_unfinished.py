@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.store import Space, Store, StoreError
+from pipeline.store import Space, Store, StoreError, weights
 from pipeline.store.alive import describe_writer
 from pipeline.store.document import dump_document
 from pipeline.store.files import Files
@@ -166,6 +166,7 @@ def test_a_killed_transfer_leaves_no_stranger_in_the_sealed_segment(
             raise Stopped
         return self.rename(to)
 
+    weights.add_bytes(target.files, DIGEST, weights.stored_bytes(source.files, DIGEST, None))
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", replace)
         patch.setattr(Files, "remove", lambda self, name: None)  # a kill tidies nothing
@@ -178,6 +179,19 @@ def test_a_killed_transfer_leaves_no_stranger_in_the_sealed_segment(
     assert not done.problems and done.resumed_bytes
     assert target.verify(deep=True) == [] and not list(target.path.rglob("*.tmp"))
     assert not list(target.path.rglob("writer*.json")) and not list(target.path.rglob(".incoming-*"))
+
+
+def test_a_killed_transfer_leaves_no_table_without_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = fill(tmp_path / "a")
+    target = Store.create(tmp_path / "b" / "store")
+    with monkeypatch.context() as patch:
+        stop_before(patch, "publish", lambda name: name.startswith("weights/"))
+        with pytest.raises(Stopped):
+            transfer(source, target)
+    bury(target.path)
+    assert target.verify(deep=True) == []
+    assert not transfer(source, target).problems
+    assert target.verify(deep=True) == [] and target.has_weights(DIGEST, "tail.safetensors")
 
 
 def compacted(tmp_path: Path) -> tuple[Space, list[str], list[str]]:
