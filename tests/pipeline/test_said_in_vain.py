@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import pipeline
+from pipeline import api
 from pipeline.compare import run_compare
 from pipeline.extract.tasks import TaskError, load_task
 from pipeline.job import load_job
@@ -25,7 +26,7 @@ def stored(checkpoints, tmp_path_factory) -> tuple[Path, dict[str, Any], str]:
     tiny.write_table(folder / "more.tsv", 12, seed=5)
     options = {"model": str(checkpoints["bert"]), "store": str(folder / "store")}
     columns = {"text": "first", "text_pair": "second", "label": "label"}
-    done = pipeline.extract(str(table), tuners=("probe",), **columns, **options)
+    done = api.extract(str(table), tuners=("probe",), **columns, **options)
     return folder, {**options, "tuner": "probe"}, done["task id"]
 
 
@@ -44,7 +45,7 @@ def test_an_edited_file_beside_a_task_by_name_or_id(checkpoints, tmp_path):
     table, held = tiny.write_table(tmp_path / "rows.tsv", 40), tiny.write_table(tmp_path / "held.tsv", 12, seed=5)
     options = {"model": str(checkpoints["bert"]), "store": str(tmp_path / "store"), "validation": str(held)}
     columns = {"text": "first", "text_pair": "second", "label": "label"}
-    named = pipeline.extract(str(table), tuners=("probe",), **columns, **options)["task id"]
+    named = api.extract(str(table), tuners=("probe",), **columns, **options)["task id"]
     for task in ("rows", named):
         assert len(load_job(Recipe(task=task, tuner="probe", **options)).tables["validation"]) == 12
     held.write_text(held.read_text().replace("\tyes", "\tno", 1))
@@ -72,7 +73,7 @@ def test_columns_of_what_is_no_table(pictures):
 
 def test_a_run_is_read_as_it_was_trained(stored, tmp_path):
     _, options, named = stored
-    pipeline.train(task=named, epochs=1, out=str(tmp_path / "run"), **options)
+    api.train(task=named, epochs=1, out=str(tmp_path / "run"), **options)
     for other in ({"pooling": "first"}, {"train_precision": "bfloat16"}, {"nonsense": 1}):
         with pytest.raises(UserError, match=f"^{next(iter(other))}: a run is read as it was trained"):
             pipeline.load_run(tmp_path / "run", **other)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-import pipeline
+from pipeline import api
 from pipeline.store import Store, StoreError
 from pipeline.store.transfer import transfer
 
@@ -26,7 +26,7 @@ def reconfigured(checkpoint: Path, folder: Path, **changes: Any) -> Path:
 
 def losses(out: Path, **options: Any) -> list[float]:
     """Training losses of a short run."""
-    pipeline.train(out=str(out), epochs=2, seed=0, **options)
+    api.train(out=str(out), epochs=2, seed=0, **options)
     return [row["loss"] for row in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if "loss" in row]
 
 
@@ -48,7 +48,7 @@ def test_another_space_of_the_same_weights_changes_nothing(
 
     def extract(model: Path, store: str, **options: str) -> dict[str, Any]:
         made = {**COLUMNS, **task, **more, **options, "tuners": (how["tuner"],)}
-        return pipeline.extract(model=str(model), store=str(tmp_path / store), **made)
+        return api.extract(model=str(model), store=str(tmp_path / store), **made)
 
     extract(other, "alone", **second)
     extract(checkpoints[family], "shared", **first)
@@ -78,7 +78,7 @@ def test_kept_files_of_an_earlier_version(checkpoints, table, tmp_path):
     """They do not say what they were made with: they are read as before, and not for another configuration."""
     store = tmp_path / "store"
     made = {**COLUMNS, "task": str(table), "limit": 24, "store": str(store), "tuners": ("sherl",)}
-    pipeline.extract(model=str(checkpoints["bert"]), **made)
+    api.extract(model=str(checkpoints["bert"]), **made)
     kept = Store.open(store)
     digest = kept.spaces()[0].identity["weights"]
     files = {name: kept.load_json(digest, name) for name in ("config.json", "source.json")}
@@ -90,9 +90,9 @@ def test_kept_files_of_an_earlier_version(checkpoints, table, tmp_path):
     kept.save_weights(digest, {**files, "tail.safetensors": tail})
     there = set((store / "weights").rglob("*"))
     assert losses(tmp_path / "old", model=str(checkpoints["bert"]), **run) == before
-    pipeline.extract(model=str(checkpoints["bert"]), **made)
+    api.extract(model=str(checkpoints["bert"]), **made)
     assert set((store / "weights").rglob("*")) == there
     other = reconfigured(checkpoints["bert"], tmp_path / "other", layer_norm_eps=0.5)
-    pipeline.extract(model=str(other), **made)
+    api.extract(model=str(other), **made)
     assert losses(tmp_path / "other-run", model=str(other), **run) != before
     assert losses(tmp_path / "again", model=str(checkpoints["bert"]), **run) == before
