@@ -65,9 +65,8 @@ def fit(
     do not fit.
     """
     keep_freed_memory()
-    run = _Run(
-        model, train_source, validation_source, test_source, options, Path(run_dir), scorer, torch.device(device)
-    )
+    splits = (train_source, validation_source, test_source)
+    run = _Run(model, *splits, options, Path(run_dir), scorer, torch.device(device))
     run.info = dict(info or {})
     run.ranks.begin(run.device)
     forked = [run.device] if run.device.type == "cuda" else []
@@ -398,5 +397,4 @@ class _Run:
         """What must be equal for a run to be resumed, as JSON gives it back."""
         options = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.options).items()}
         order = self.train.order
-        sizes = {"samples": order.n, "batch_size": order.batch_size, "order_seed": order.seed}
-        return {**options, **sizes, **self.info}
+        return {**options, "samples": order.n, "batch_size": order.batch_size, "order_seed": order.seed, **self.info}

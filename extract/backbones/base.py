@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -46,13 +46,6 @@ class TextOptions:
     views: int = 1
     view_seed: int = 0
     upright: bool = True
-
-
-class Vocabulary(Protocol):
-    """What has a language-model head: a tail, or a live backbone."""
-
-    def logits(self, rows: Tensor, tokens: Tensor | None = None) -> Tensor:
-        """(rows, width) → (rows, vocabulary), or only the columns `tokens`."""
 
 
 class Tail(nn.Module, ABC):

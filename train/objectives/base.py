@@ -10,18 +10,24 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.extract.backbones.base import Vocabulary
 from pipeline.extract.backbones.batch import Batch
 from pipeline.store.errors import UserError
 from pipeline.train.features import Feature, Features, Want
 
 Outputs = dict[str, Any]  # name → tensor with a first dimension of B, or a sequence of B entries
+
+
+class Vocabulary(Protocol):
+    """What has a language-model head: a tail, or a live backbone."""
+
+    def logits(self, rows: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """(rows, width) → (rows, vocabulary), or only the columns `tokens`."""
 
 
 @dataclass(frozen=True)

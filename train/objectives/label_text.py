@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.extract.backbones.base import Vocabulary
 from pipeline.extract.backbones.batch import Batch
 from pipeline.extract.tasks.base import nearest
 from pipeline.store.errors import UserError
 from pipeline.train.features import Feature, Features, Want
 from pipeline.train.finite import refuse_nan
-from pipeline.train.objectives.base import Answers, Head, Objective, ObjectiveConfig, Outputs, register
+from pipeline.train.objectives.base import Answers, Head, Objective, ObjectiveConfig, Outputs, Vocabulary, register
 from pipeline.train.objectives.scores import ScalarScorer
 
 IGNORE = -100

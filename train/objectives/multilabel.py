@@ -12,11 +12,10 @@ from sklearn.metrics import average_precision_score, f1_score
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.extract.backbones.base import Vocabulary
 from pipeline.extract.backbones.batch import Batch
 from pipeline.train.features import Feature, Features
 from pipeline.train.finite import refuse_nan
-from pipeline.train.objectives.base import Objective, Outputs, Scorer, register
+from pipeline.train.objectives.base import Objective, Outputs, Scorer, Vocabulary, register
 from pipeline.train.objectives.pooled import PooledConfig, PooledHead
 
 

@@ -9,11 +9,10 @@ import numpy as np
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.extract.backbones.base import Vocabulary
 from pipeline.extract.backbones.batch import Batch
 from pipeline.train.features import Feature, Features, Want
 from pipeline.train.finite import refuse_nan
-from pipeline.train.objectives.base import Head, Objective, ObjectiveConfig, Outputs, Scorer, register
+from pipeline.train.objectives.base import Head, Objective, ObjectiveConfig, Outputs, Scorer, Vocabulary, register
 from pipeline.train.objectives.spans import OUTSIDE, SpanCounts
 
 IGNORE = -100
