@@ -17,6 +17,7 @@ from torch import nn
 from pipeline.extract.backbones import Batch, Family
 from pipeline.extracting import Say, load_backbone
 from pipeline.job import Job, batch_size_of, live_backbone, live_source, load_job, sources
+from pipeline.objectives import make_objective
 from pipeline.operations import backbone_model, kept_bytes
 from pipeline.recipe import Recipe
 from pipeline.report import layout_text, size_text, table_text
@@ -170,7 +171,7 @@ def _tuner(recipe: Recipe, name: str) -> dict[str, Any]:
     batch = next(iter(sources(job, backbone, checkpoint)["train"].epochs(0, 1)))
     chosen = {k: v for k, v in asdict(job.config).items() if v not in (None, ())}
     what = ", ".join(f"{k} {v}" for k, v in chosen.items()) or "no options"
-    said = settings(what, recipe, fit_options(recipe, job.spec, model), job.paper)
+    said = settings(what, recipe, fit_options(recipe, job.spec, job.paper, model.tuner.default_lr()), job.paper)
     return _summary(job, model, batch, metrics, [model.tuner.tail]) | {"settings": said}
 
 
@@ -189,7 +190,7 @@ def _counterpart(recipe: Recipe, name: str, preset: str) -> dict[str, Any]:
         if split == "train" or all(label is not None for label in table.labels)
     }
     rate = method.lr_text if job.found.family.writes_text else method.lr
-    options = replace(fit_options(recipe, job.spec, job.model(recipe.seed)), lr=recipe.lr or rate)
+    options = fit_options(recipe, job.spec, job.paper, rate)
     folder = Path(recipe.out or f"runs/{name}")
     metrics = fit(
         model,
@@ -209,8 +210,12 @@ def _counterpart(recipe: Recipe, name: str, preset: str) -> dict[str, Any]:
 
 
 def _probe(recipe: Recipe) -> Job:
-    """What a counterpart shares with a probe's live run: the splits, the order, the target."""
-    return load_job(replace(recipe, tuner="probe", live=True, layers=()))
+    """What a counterpart shares with a probe's live run: the splits and the order. What it learns is the backbone's own
+    way: a text-to-text one writes the label."""
+    job = load_job(replace(recipe, tuner="probe", live=True, layers=()))
+    header = next(iter(job.tables.values())).header
+    job.objective = make_objective(recipe, job.spec, header.get("candidates", ()), job.found.family, None)
+    return job
 
 
 def _summary(job: Job, model: Any, batch: Batch, metrics: dict[str, Any], more: list[nn.Module]) -> dict[str, Any]:

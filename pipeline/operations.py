@@ -158,8 +158,10 @@ def weighted(batches: Iterable[tuple[float, Operations]]) -> Operations:
 
 def surrogate_loss(model: Model, batch: Batch) -> torch.Tensor:
     """The model's loss with every row a target row: the same products as the real one, without looking at values."""
+    features = model(batch)
     if not model.objective.wants.text_head:
-        return model.loss(batch)
-    (rows,) = model(batch).values()
+        (loss,) = model.head.losses(features, batch).values()
+        return loss
+    (rows,) = features.values()
     tokens = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
     return F.cross_entropy(model.tuner.tail.logits(rows).float(), tokens)

@@ -30,7 +30,6 @@ from pipeline.resolve import store_path
 from pipeline.store.errors import StoreError, UserError
 from pipeline.store.places import absolute
 from pipeline.train.loop import FitOptions, fit
-from pipeline.train.model import Model
 from pipeline.train.ranks import Ranks
 from pipeline.train.runlog import write_bytes
 from pipeline.unused import refuse_for_training, refuse_for_tuners
@@ -40,9 +39,9 @@ Say = Callable[[str], None]
 LARGE_TASKS = ("mnli", "qnli", "qqp", "sst2")
 
 
-def fit_options(recipe: Recipe, spec: TaskSpec, model: Model) -> FitOptions:
-    """Training options with the defaults of the papers' protocol on T5 (methods §5) and of ours on encoders."""
-    paper = model.tuner.family.writes_text
+def fit_options(recipe: Recipe, spec: TaskSpec, paper: bool, lr: float) -> FitOptions:
+    """Training options with the defaults of the papers' protocol on T5 (methods §5), where `paper`, and else of ours.
+    `lr`: the method's own learning rate."""
     epochs = recipe.epochs or (10 if spec.name in LARGE_TASKS else 20)
     steps, ratio = recipe.warmup_steps, recipe.warmup_ratio
     if steps is None and ratio is None:
@@ -50,7 +49,7 @@ def fit_options(recipe: Recipe, spec: TaskSpec, model: Model) -> FitOptions:
     return FitOptions(
         epochs=epochs,
         max_steps=recipe.max_steps,
-        lr=recipe.lr or model.tuner.default_lr(),
+        lr=recipe.lr or lr,
         weight_decay=recipe.weight_decay,
         schedule=recipe.schedule,
         warmup_steps=steps,
@@ -99,7 +98,7 @@ def run_train(recipe: Recipe, say: Say, quiet: bool = False) -> dict[str, Any]:
     if (folder / "metrics.json").exists() and not recipe.overwrite:
         raise UserError(f"{folder} holds a finished run; give another --out, or --overwrite to replace it")
     model = job.model(recipe.seed)
-    options = fit_options(recipe, job.spec, model)
+    options = fit_options(recipe, job.spec, job.paper, model.tuner.default_lr())
     backbone, checkpoint = live_backbone(job) if recipe.live else (None, None)
     parts = sources(job, backbone, checkpoint)
     size = batch_size_of(recipe, model.tuner.family.writes_text)

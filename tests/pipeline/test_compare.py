@@ -101,7 +101,7 @@ def test_prompt_tuning_is_tokens_before_the_text(checkpoints, pictures):
     # With the prompt's vectors those of real tokens, the same as a text that begins with these tokens.
     picks = torch.arange(5, 5 + virtual)
     table.prompt.data = table.table.weight[picks].clone()
-    found, at = model.eval()(batch), 0
+    (found,), at = model.eval()(batch).values(), 0
     for i, n in enumerate(batch.lengths["encoder"].tolist()):
         start = int(batch.layout("encoder").first[i])
         ids = torch.cat([picks, batch.columns["encoder.ids"][start : start + n]])[None]

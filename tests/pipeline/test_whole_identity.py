@@ -230,6 +230,6 @@ def test_a_space_of_before_orientation_keeps_meaning_pixels_as_they_are(checkpoi
     upright = Image.open(tmp_path / "photos" / "a" / "0.png").transpose(Image.Transpose.ROTATE_270)
     upright.save(tmp_path / "upright.png")
     answers = [load_run(tmp_path / "old").predict([("upright.png",)], tmp_path)]
-    assert answers[0][0] in ("a", "b")
+    assert answers[0][0]["label"] in ("a", "b")
     with pytest.raises(UserError, match="no such file"):
         load_run(tmp_path / "old").predict([("gone.png",)], tmp_path)
