@@ -6,6 +6,7 @@ carries it to a worker, which opens the segment (kept open from then on) and rea
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -112,7 +113,7 @@ def read_block(block: Block) -> Samples:
     """The samples of `block`, in segment order, as stored. Raises StoreError naming segment and state for damage."""
     out: Samples | None = None
     for part in block.parts:
-        segment = _segment(block.store, block.space, part.segment)
+        segment = _segment(block.store, block.space, part.segment, os.getpid())
         read = segment.read(part.states, part.columns, block.runs)
         if out is None:
             out = read
@@ -125,8 +126,9 @@ def read_block(block: Block) -> Samples:
 
 
 @lru_cache(maxsize=4096)
-def _segment(store: str, space: str, segment: str) -> Segment:
-    """Sealed segments never change, so an opened one is good for as long as the process lives."""
+def _segment(store: str, space: str, segment: str, process: int) -> Segment:
+    """Sealed segments never change, so an opened one is good for as long as the process lives; `process`: a fork must
+    not share its connections."""
     return Segment(open_files(store), space, segment)
 
 
