@@ -18,9 +18,9 @@ from pipeline.train.stream import StoreSource
 class Stream(IterableDataset[Batch]):
     """Shuffled batches, each sample exactly once an epoch; `len` is how many batches one iteration has.
 
-    The order follows from (seed, epoch). An iteration that is taken to its end is followed by the next epoch, one that
-    is broken off begins again where it began; `set_epoch` chooses. Give a `DataLoader` `batch_size=None`: its workers
-    take turns, so that it hands out the batches of one process in their order. Workers know of epochs only what
+    The order follows from (seed, epoch). An iteration whose last batch was taken is followed by the next epoch, one
+    that is broken off begins again where it began; `set_epoch` chooses. Give a `DataLoader` `batch_size=None`: its
+    workers take turns, so that it hands out the batches of one process in their order. Workers know of epochs only what
     `set_epoch` says, as with PyTorch's own samplers: without it every epoch has the same order.
 
     `source`: where the batches come from. `epochs`: that one iteration passes through. `device`: where the batches are.
@@ -66,11 +66,12 @@ class Stream(IterableDataset[Batch]):
         with closing(self._source.epochs(epoch, end, batch, share)) as batches:  # type: ignore[type-var]
             for made in batches:
                 taken += share[1]
-                self._stands = (*divmod(taken, count), end)
+                if taken < end * count or get_worker_info() is not None:
+                    self._stands = (*divmod(taken, count), end)
+                else:  # now, not when it is asked for one more: who knows `len` does not ask
+                    self._begin(end)
                 yield made.to(self._device)
                 del made
-        if get_worker_info() is None:
-            self._begin(end)
 
     def set_epoch(self, epoch: int) -> None:
         """Begin the next iteration with `epoch`, from 0. The epoch that `load_state_dict` stands in goes on where it
@@ -105,15 +106,14 @@ class Stream(IterableDataset[Batch]):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Begin the next iteration where `state` stood. UserError for the state of another stream: its samples, batch
         size, seed, window or blocks differ."""
-        place = [state.get(name) for name in ("epoch", "batch", "end")]
-        if not all(type(n) is int and n >= 0 for n in place):
+        epoch, batch, end = (n if type(n := state.get(name)) is int else -1 for name in ("epoch", "batch", "end"))
+        if min(epoch, batch, end) < 0:
             raise UserError("this is not the state of a stream: give what state_dict() returned")
         if state.get("order") != self._order:
             raise UserError(
                 "this is the state of a stream with other samples, batch size, seed, window or blocks: open the stream "
                 "with the same options, on the store as it was; after `pipeline store compact` begin the epoch anew"
             )
-        epoch, batch, end = place
         if batch >= len(self._source):
             raise UserError(f"the state stands at batch {batch}, an epoch has {len(self._source)}")
         self._begin(epoch, batch, end if epoch < end else None)

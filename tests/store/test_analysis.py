@@ -156,12 +156,12 @@ except (MemoryError, RuntimeError):  # NumPy, torch
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the limit is Linux's")
 def test_a_pca_over_more_than_memory_ends(tmp_path):
-    """64 MB of float32 rows with half of that allowed beyond what the interpreter holds."""
+    """32 MB of float32 rows with half of that allowed beyond what the interpreter holds."""
     home, width, each = space(tmp_path), 128, 8192
     draws = np.random.default_rng(0)
     spread = np.concatenate([[9.0, 6.0, 4.0, 3.0], np.ones(width - 4)])
     total, second, rows = np.zeros(width), np.zeros((width, width)), 0
-    for number in range(16):
+    for number in range(8):
         x = (draws.standard_normal((each, width)) * spread + 1).astype(np.float32)
         part = samples(list(range(number * 64, number * 64 + 64)), (STATE,), columns=False)
         part.lengths["encoder"] = np.full(64, each // 64)
