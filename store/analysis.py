@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.store.blocks import Block, read_block
+from pipeline.store.blocks import Block, cuts_of, parts_of, read_block, runs_of
 from pipeline.store.errors import MissingStates, StoreError
 from pipeline.store.formats import decode
+from pipeline.store.index import Index
 from pipeline.store.names import is_state, stream_of
 from pipeline.store.samples import Samples, offsets_of
 
@@ -82,17 +84,41 @@ def rows_of_state(space: Space, state: str, keys: Sequence[str] | None, block_by
     """`state` of the samples `keys`, or of all that have it, in blocks of at most `block_bytes` as stored."""
     if not is_state(state):
         raise MissingStates(f"{state!r} cannot name a hidden state: `pipeline store status` lists those there are")
-    holding = [f for f in space.index().families if state in f.holder and state in f.holder[state].states]
+    index = space.index()
+    holding = [f for f in index.families if state in f.holder and state in f.holder[state].states]
     if not holding:
         raise MissingStates(f"{space}: no sample has {state}: `pipeline store status` lists the states", 0, (state,))
     widths = {family.holder[state].states[state].width for family in holding}
     if len(widths) > 1:
         raise StoreError(f"{space}: {state} has rows of widths {sorted(widths)}: verify the store")
     if keys is None:
-        keys = list(dict.fromkeys(key for family in holding for key in family.base.keys))
+        blocks, heights = _all_blocks(space, index, state, block_bytes)
     else:
         keys = list(dict.fromkeys(keys))  # a sample that stands in several rows of a task counts once
-    plan = space.plan(keys, [state], max_block_bytes=block_bytes)
-    heights = np.zeros(len(plan.blocks), np.int64)
-    np.add.at(heights, plan.block, plan.lengths[stream_of(state)])
-    return StateRows(state, plan.blocks, offsets_of(heights), widths.pop(), np.dtype(dtype))
+        plan = space.plan(keys, [state], max_block_bytes=block_bytes)
+        blocks = plan.blocks
+        heights = np.zeros(len(blocks), np.int64)
+        np.add.at(heights, plan.block, plan.lengths[stream_of(state)])
+    return StateRows(state, blocks, offsets_of(heights), widths.pop(), np.dtype(dtype))
+
+
+def _all_blocks(space: Space, index: Index, state: str, block_bytes: int) -> tuple[list[Block], np.ndarray]:
+    """Blocks of all samples that have `state`, each sample once, and how many rows each block has."""
+    blocks: list[Block] = []
+    heights: list[int] = []
+    for number, family in enumerate(index.families):
+        if state not in family.holder:
+            continue
+        # A sample that stands in several families is read where a plan would read it.
+        chosen, position = index.locate(family.base.keys, [state])
+        mine = np.flatnonzero((chosen == number) & (position == np.arange(len(position))))
+        if not len(mine):
+            continue
+        lengths = family.lengths(stream_of(state))[mine]
+        sizes = lengths * family.holder[state].row_bytes(state)
+        parts = parts_of(family, [state], [])
+        for a, b in pairwise(cuts_of(sizes, block_bytes)):
+            runs, nbytes = runs_of(mine[a:b]), int(sizes[a:b].sum())
+            blocks.append(Block(space.files.root, space.id, parts, runs, b - a, nbytes))
+            heights.append(int(lengths[a:b].sum()))
+    return blocks, np.array(heights, np.int64)
