@@ -254,6 +254,12 @@ def test_rows_without_labels_give_batches_without_targets(checkpoints, tmp_path,
         assert batch.targets is None and sorted(batch.index.tolist()) == list(range(5))
         assert batch.mean("encoder.3").shape == (5, 32)
     assert not [w for w in recwarn if issubclass(w.category, Notice)]
+    some = unlabelled(tmp_path / "some.csv", ["no", "", "yes", "", ""])
+    features = pipeline.open_store(tmp_path / "other", create=True)
+    features.extract(str(train), test=str(some), **options)
+    with pytest.warns(Notice, match="3 of 5 test rows have no label"):
+        stream = features.stream(task=str(train), split="test", states="encoder.3")
+    assert next(iter(stream)).targets is None
 
 
 def test_status_lists_the_states(features):
