@@ -44,6 +44,14 @@ def make_objective(
     return cls(config, answers)
 
 
+def plain_objective(spec: TaskSpec) -> Objective:
+    """The objective that gives the targets of a task as they are, whatever backbone and tuner there are."""
+    target = TARGETS[spec.kind]
+    classes = [objective_class(name) for name in objective_names()]
+    cls = next(c for c in classes if target in c.targets and not c.wants.text_head)
+    return cls(cls.config_class(), Answers(spec.labels, spec.metrics))
+
+
 def class_objective(family: Family, tuner: type[Tuner], token_ids: Sequence[Sequence[int]]) -> Objective:
     """An objective of `len(token_ids)` classes without names, to count and to time: the default for such a pair."""
     name = "label-text" if family.writes_text and tuner.text_head else "classification"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cached_property
@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.store.analysis import BLOCK_BYTES, rows_of_state
 from pipeline.store.blocks import BlockPlan, plan_blocks
 from pipeline.store.digest import digest_json
 from pipeline.store.document import load_document
@@ -28,6 +29,7 @@ from pipeline.store.names import (
     segment_path,
     space_path,
 )
+from pipeline.store.places import open_files
 from pipeline.store.records import Record, list_records, read_record, save_record
 from pipeline.store.references import missing_tables, read_named, unfound
 from pipeline.store.segment import NotSealed, Problem, Segment
@@ -70,6 +72,10 @@ def still_sealed(files: Files, space: str, segment: str, problems: list[Problem]
     return problems if files.size(f"{segment_path(space, segment)}/manifest.json") is not None else []
 
 
+def _reopened(root: str, space: str) -> Space:
+    return Space(open_files(root), space)
+
+
 class Space:
     """An opened feature space: `id`, the `identity` it is the digest of, and its folder `path`.
 
@@ -96,7 +102,11 @@ class Space:
         self._index: tuple[tuple[str, ...], Index] | None = None
 
     def __repr__(self) -> str:
-        return f"Space({self.id})"
+        return f"Space({self.id[:12]}, {self.format}, in {self.files.root})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process opens it by its place: what was read of it is not carried along."""
+        return _reopened, (self.files.root, self.id)
 
     @property
     def path(self) -> Path:
@@ -207,6 +217,24 @@ class Space:
         """Blocks that cover `keys`, those of two `groups` (n,) apart. Raises MissingStates if a sample or a state of
         one is not stored."""
         return plan_blocks(self.files, self.id, self.index(), keys, states, columns, max_block_bytes, groups)
+
+    def to_dask(
+        self, state: str, keys: Sequence[str] | None = None, dtype: str = "float32", block_bytes: int = BLOCK_BYTES
+    ) -> Any:
+        """State `state` of every sample that has it as a lazy Dask array (rows, width), one chunk a block of about
+        `block_bytes` as stored; nothing is read before something is computed, and every chunk is checked then.
+
+        `keys`: only these samples, a task table's say. Rows stand sample after sample, as `samples` gives them. Runs on
+        this machine or on a `distributed` cluster whose workers see the store under the same path. Raises MissingStates
+        where no sample, or not every one of `keys`, has the state.
+        """
+        return rows_of_state(self, state, keys, block_bytes, dtype).to_dask()
+
+    def samples(
+        self, state: str, keys: Sequence[str] | None = None, dtype: str = "float32", block_bytes: int = BLOCK_BYTES
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        """Key and (rows, width) of each sample, in the order of `to_dask`; one block is in memory at a time."""
+        return rows_of_state(self, state, keys, block_bytes, dtype).samples()
 
     def verify(self, deep: bool = False) -> list[Problem]:
         """What is wrong with any sealed segment or table: names and sizes, with `deep` every digest, and whether all

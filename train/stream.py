@@ -48,10 +48,9 @@ class StoreSource:
     batch. `host_bytes`: keep the blocks in memory if they take no more (None: half of the memory free at the first
     epoch; 0: never). `tier`: "device", "host" or "disk" instead of what fits; `device`: where the blocks of the device
     tier go, and then the batches are there, too. `scheduler`: address of a `distributed` scheduler, else `workers`
-    threads. `share`: (i, k) hands out the batches i, i + k, … of `epochs`, for k readers that take turns. `ahead`:
-    batches made before they are asked for, in a thread (0: none, no thread). `pin`: page-locked batches, for copies to
-    a GPU. `dtype`: of the decoded states; None: as stored, but float32 where rows have scales. `check`: called with
-    each block that was read, to refuse what is no input of the backbone.
+    threads. `ahead`: batches made before they are asked for, in a thread (0: none, no thread). `pin`: page-locked
+    batches, for copies to a GPU. `dtype`: of the decoded states; None: as stored, but float32 where rows have scales.
+    `check`: called with each block that was read, to refuse what is no input of the backbone.
 
     Raises MissingStates if something is not stored, UserError for wrong options or targets.
     """
@@ -77,16 +76,13 @@ class StoreSource:
         workers: int | None = None,
         rank: int = 0,
         world: int = 1,
-        share: tuple[int, int] = (0, 1),
         ahead: int = 1,
         pin: bool = False,
         dtype: torch.dtype | None = torch.float32,
-        check: Callable[[Samples], None] = lambda samples: None,
+        check: Callable[[Samples], None] | None = None,
     ) -> None:
         if not 0 <= rank < world:
             raise UserError(f"rank must be in [0, {world}), got {rank}")
-        if not 0 <= share[0] < share[1]:
-            raise UserError(f"share must be (i, k) with i in [0, k), got {share}")
         for name, value, least in (
             ("lookahead_bytes", lookahead_bytes, 0),
             ("ahead", ahead, 0),
@@ -107,13 +103,17 @@ class StoreSource:
             self.order = Order(np.asarray(self.plan.block), batch_size, seed, window, rows)
         except ValueError as error:
             raise UserError(str(error)) from None
-        self._rank, self._world, self._share = rank, world, share
+        self._rank, self._world = rank, world
         self._lookahead, self._host_bytes = lookahead_bytes, host_bytes
         self._wanted_tier, self._device = tier, torch.device(device)
         self._scheduler, self._workers = scheduler, workers
         self._ahead, self._pin, self._dtype, self._check = ahead, pin, dtype, check
         self._kept: dict[int, Loaded] = {}
         self._tier: str | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the blocks that are kept: another process keeps its own, where they fit there."""
+        return {**self.__dict__, "_kept": {}, "_tier": None}
 
     @property
     def n(self) -> int:
@@ -138,17 +138,19 @@ class StoreSource:
         """The batches of `epoch` from batch `start` on; close the iterator to stop early."""
         return self.epochs(epoch, epoch + 1, start)
 
-    def epochs(self, first: int, end: int, start: int = 0) -> Iterator[Batch]:
+    def epochs(self, first: int, end: int, start: int = 0, share: tuple[int, int] = (0, 1)) -> Iterator[Batch]:
         """The batches of the epochs `first` … `end` - 1, of the first one from batch `start` on. While one epoch ends
-        the next one's first blocks are read. Close the iterator to stop early."""
+        the next one's first blocks are read. `share`: (i, k) hands out the batches i, i + k, … of these, for k readers
+        that take turns. Close the iterator to stop early."""
         if not 0 <= start <= len(self):
             raise UserError(f"start must be in [0, {len(self)}], the batches of an epoch; got {start}")
-        count = len(range(self._share[0], (end - first) * len(self) - start, self._share[1]))
-        return self._run(self._mine(first, end, start), count)
+        if not 0 <= share[0] < share[1]:
+            raise UserError(f"share must be (i, k) with i in [0, k), got {share}")
+        count = len(range(share[0], (end - first) * len(self) - start, share[1]))
+        return self._run(self._mine(first, end, start, *share), count)
 
-    def _mine(self, first: int, end: int, start: int) -> Iterator[list[np.ndarray]]:
-        """For each epoch the batches of this share, where there are any."""
-        number, shares = self._share
+    def _mine(self, first: int, end: int, start: int, number: int, shares: int) -> Iterator[list[np.ndarray]]:
+        """For each epoch the batches of share `number` of `shares`, where there are any."""
         done = 0
         for epoch in range(first, end):
             batches = self.order.epoch(epoch)[start if epoch == first else 0 :]

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.store.errors import UserError
 from pipeline.store.names import stream_of as stream_of
 from pipeline.store.samples import offsets_of
 
@@ -81,7 +82,7 @@ class _Spread(torch.autograd.Function):
         return grad.index_select(0, *ctx.saved_tensors), None, None, None
 
 
-@dataclass
+@dataclass(repr=False)
 class Batch:
     """States of B samples. Nothing in it says whether they came from the store or from the backbone.
 
@@ -107,6 +108,12 @@ class Batch:
     def __len__(self) -> int:
         return len(next(iter(self.lengths.values())))
 
+    def __repr__(self) -> str:
+        shapes = [f"{n} {tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}" for n, x in self.states.items()]
+        found = {"states": shapes, "columns": list(self.columns), "targets": list(self.targets or {})}
+        parts = [f"{what} {', '.join(names)}" for what, names in found.items() if names]
+        return f"Batch({'; '.join([f'{len(self)} samples', *parts, f'on {self.device}'])})"
+
     @property
     def device(self) -> torch.device:
         for tensor in (*self.states.values(), *self.columns.values()):
@@ -122,6 +129,43 @@ class Batch:
         if name not in self._derived:
             self._derived[name] = make(self)
         return self._derived[name]
+
+    def rows(self, name: str) -> Tensor:
+        """State `name` (rows, width) float32. UserError naming the states there are for one that is not among them."""
+        if name not in self.states:
+            raise UserError(f"the batch has no state {name!r}; it has: {', '.join(self.states) or 'none'}")
+        return self.states[name].float()
+
+    def mean(self, name: str) -> Tensor:
+        """(B, width) float32, the mean of state `name` over the rows of each sample; 0 for a sample without rows."""
+        return self.layout(stream_of(name)).mean(self.rows(name))
+
+    def max(self, name: str) -> Tensor:
+        """(B, width) float32, the largest value of each channel in each sample; 0 for a sample without rows."""
+        rows, sample = self.rows(name), self.layout(stream_of(name)).sample
+        out = rows.new_zeros(len(self), rows.shape[1])
+        return out.scatter_reduce(0, sample[:, None].expand_as(rows), rows, "amax", include_self=False)
+
+    def first(self, name: str) -> Tensor:
+        """(B, width) float32, the first row of each sample (BERT's [CLS]); 0 for a sample without rows."""
+        return self._at(name, offsets_of(self.lengths[stream_of(name)])[:-1])
+
+    def last(self, name: str) -> Tensor:
+        """(B, width) float32, the last row of each sample; 0 for a sample without rows."""
+        return self._at(name, offsets_of(self.lengths[stream_of(name)])[1:] - 1)
+
+    def _at(self, name: str, at: np.ndarray) -> Tensor:
+        """Row `at` (B,) of each sample, 0 where a sample has none."""
+        rows, held = self.rows(name), np.asarray(self.lengths[stream_of(name)]) > 0
+        if not held.all():
+            rows, at = torch.cat([rows, rows.new_zeros(1, rows.shape[1])]), np.where(held, at, len(rows))
+        return rows.index_select(0, torch.from_numpy(at).to(rows.device, non_blocking=True))
+
+    def pad(self, name: str, value: float = 0.0) -> tuple[Tensor, Tensor]:
+        """State `name` as (B, L, width) float32, short samples filled up with `value`, and the mask (B, L) bool, true
+        where a sample has rows."""
+        layout = self.layout(stream_of(name))
+        return layout.pad(self.rows(name), value), layout.mask
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`; copies are asynchronous where the memory is pinned."""

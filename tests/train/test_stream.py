@@ -123,7 +123,7 @@ def test_readers_that_take_turns_get_the_batches_of_one(monkeypatch: pytest.Monk
     source, _ = make(monkeypatch)
     assert len(source) < 12
     whole = indices(source.epochs(0, 3, 2))
-    parts = [indices(make(monkeypatch, share=(i, shares))[0].epochs(0, 3, 2)) for i in range(shares)]
+    parts = [indices(make(monkeypatch)[0].epochs(0, 3, 2, (i, shares))) for i in range(shares)]
     assert [parts[n % shares][n // shares] for n in range(len(whole))] == whole
     assert sum(map(len, parts)) == len(whole)
 
