@@ -16,6 +16,7 @@ from pipeline.doubts import doubts
 from pipeline.extract.backbones import Family, Inputs, TextOptions, stream_of
 from pipeline.extract.backbones.live import Backbone
 from pipeline.extract.checkpoint import Checkpoint, resolve
+from pipeline.extract.encoding import arrays_of
 from pipeline.extract.identity import PRECISIONS, space_identity
 from pipeline.extract.run import Report, compute, provenance_of
 from pipeline.extract.tasks.base import SPLITS, Rows, Task, TaskSpec
@@ -256,7 +257,7 @@ def _keepsakes(checkpoint: Checkpoint, backbone: Backbone, task: Task) -> dict[s
     config = {**checkpoint.config.to_dict(), "model_type": checkpoint.config.model_type}
     source = {"names": sorted({checkpoint.name}), "revision": checkpoint.revision, "family": checkpoint.family.name}
     return {
-        "tail.safetensors": backbone.family.tail_weights(backbone.model),
+        "tail.safetensors": arrays_of(backbone.family.tail_weights(backbone.model)),
         "config.json": config,
         "source.json": source,
     }

@@ -9,8 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.extract.backbones import families
-from pipeline.extract.checkpoint import SHORT_NAMES
 from pipeline.store.errors import UserError
 
 
@@ -81,11 +79,17 @@ def scores_text(result: dict[str, Any]) -> str:
 
 def models_what() -> dict[str, Any]:
     """Families and short names."""
+    from pipeline.extract.backbones import families
+    from pipeline.extract.checkpoint import SHORT_NAMES
+
     return {"families": {f.name: f.description for f in families()}, "names": SHORT_NAMES}
 
 
 def models_text() -> str:
     """The same as text."""
+    from pipeline.extract.backbones import families
+    from pipeline.extract.checkpoint import SHORT_NAMES
+
     kinds = [(f.name, f"{f.description} (model types: {', '.join(f.model_types)})") for f in families()]
     return (
         "families\n" + pairs_text(kinds) + "\n\nshort names\n" + pairs_text(list(SHORT_NAMES.items()))

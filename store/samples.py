@@ -14,7 +14,7 @@ from pipeline.store.names import are_keys, is_state, is_stream, stream_of
 class Samples:
     """n samples; the arrays of a stream hold one row a position, samples back to back.
 
-    `keys`: n sample keys. `lengths`: stream → (n,) int64. `states`: name → encoded rows, on the CPU. `columns`: name →
+    `keys`: n sample keys. `lengths`: stream → (n,) int64. `states`: name → encoded rows. `columns`: name →
     (rows,) int32.
     """
 

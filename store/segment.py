@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from ml_dtypes import bfloat16
 
 from pipeline.store.arrays import ArraySpec, Runs, check_file, damaged, parse_group, read_rows, wanted_chunks
 from pipeline.store.digest import digest_bytes
@@ -207,7 +207,5 @@ class Segment:
         info = self.states[name]
         values = self._rows(name, runs)
         if info.format == "bfloat16":
-            tensor = torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
-        else:
-            tensor = torch.from_numpy(values)
-        return Encoded(tensor, torch.from_numpy(self._rows(f"{name}.scale", runs)) if info.scale else None)
+            values = values.view(bfloat16)
+        return Encoded(values, self._rows(f"{name}.scale", runs) if info.scale else None)

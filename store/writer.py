@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
-import torch
+from ml_dtypes import bfloat16
 
 from pipeline.store.arrays import ArraySpec, chunk_buffers, group_files
 from pipeline.store.digest import canonical_json
@@ -71,8 +71,6 @@ class SegmentWriter:
         for name, state in samples.states.items():
             if self._format is not None and state.format != self._format:
                 raise ValueError(f"{name} is {state.format}, this feature space holds {self._format}")
-            if state.values.device.type != "cpu":
-                raise ValueError(f"{name} is on {state.values.device}: call Encoded.cpu() before adding it")
         if any(int(np.max(v, initial=0)) >= MAX_LENGTH for v in samples.lengths.values()):
             raise ValueError(f"a sample has {MAX_LENGTH} rows or more")
         shape = _shape(samples)
@@ -194,14 +192,11 @@ class SegmentWriter:
         return any(state.scale is not None for state in self._states(name))
 
     def _values(self, name: str) -> np.ndarray:
-        values = torch.cat([state.values for state in self._states(name)])
-        if values.dtype == torch.bfloat16:
-            return values.view(torch.int16).numpy().view(np.uint16)
-        return values.numpy()
+        values = np.concatenate([state.values for state in self._states(name)])
+        return values.view(np.uint16) if values.dtype == bfloat16 else values
 
     def _scale(self, name: str) -> np.ndarray:
-        zeros = [torch.zeros(s.rows, dtype=torch.int8) if s.scale is None else s.scale for s in self._states(name)]
-        return torch.cat(zeros).numpy()
+        return np.concatenate([np.zeros(s.rows, np.int8) if s.scale is None else s.scale for s in self._states(name)])
 
     def _column(self, name: str) -> np.ndarray:
         return np.concatenate([part.columns[name] for part in self._parts])

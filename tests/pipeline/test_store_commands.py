@@ -98,7 +98,7 @@ def test_recompute_finds_wrong_states_with_good_digests(
     for segment in space.segments():
         read = segment.read(list(segment.states), list(segment.columns))
         for state in read.states.values():
-            state.values.add_(0.01)
+            np.add(state.values, 0.01, out=state.values, casting="unsafe")
         writer = other.writer({})
         writer.add(read)
         writer.seal()
