@@ -15,6 +15,7 @@ from pipeline.store.blocks import runs_of
 from pipeline.store.document import dump_document
 from pipeline.store.errors import StoreError
 from pipeline.store.index import Family, families
+from pipeline.store.keys import Keys
 from pipeline.store.names import SEGMENT_BYTES, space_path, stream_of
 from pipeline.store.samples import Samples
 from pipeline.store.segment import Segment
@@ -208,7 +209,7 @@ def take(samples: Samples, order: np.ndarray) -> Samples:
         rows[stream] = np.arange(int(counts.sum())) + np.repeat(starts - (ends - counts), counts)
     states = {name: e.take(rows[stream_of(name)]) for name, e in samples.states.items()}
     return Samples(
-        [samples.keys[i] for i in order.tolist()],
+        Keys.of(samples.keys).take(order),
         {stream: v[order] for stream, v in samples.lengths.items()},
         states,
         {name: column[rows[stream_of(name)]] for name, column in samples.columns.items()},

@@ -20,6 +20,7 @@ from pipeline.store.digest import canonical_json
 from pipeline.store.errors import StoreError
 from pipeline.store.files import Files, explain
 from pipeline.store.formats import Encoded
+from pipeline.store.keys import Keys
 from pipeline.store.manifest import KIND, Manifest, StateInfo
 from pipeline.store.names import FORMAT, MAX_JSON, MAX_LENGTH, new_segment_id, segment_path, stream_of
 from pipeline.store.samples import Samples
@@ -100,7 +101,7 @@ class SegmentWriter:
         """
         if not self._parts:
             raise ValueError("there is nothing to seal")
-        keys = [key for part in self._parts for key in part.keys]
+        keys = Keys.joined(Keys.of(part.keys) for part in self._parts)
         lengths = {
             stream: np.concatenate([np.asarray(part.lengths[stream], np.int64) for part in self._parts])
             for stream in self._parts[0].lengths
@@ -119,7 +120,7 @@ class SegmentWriter:
         self.abandon()
         return Segment(self._files, self._space, segment)
 
-    def _write(self, segment: str, folder: str, keys: list[str], lengths: dict[str, np.ndarray]) -> None:
+    def _write(self, segment: str, folder: str, keys: Keys, lengths: dict[str, np.ndarray]) -> None:
         files = self._files
         arrays = self._arrays(len(keys), lengths)
         attributes = {"kind": KIND, "format": FORMAT, "space": self._space, "segment": segment}
@@ -201,7 +202,7 @@ class SegmentWriter:
     def _column(self, name: str) -> np.ndarray:
         return np.concatenate([part.columns[name] for part in self._parts])
 
-    def _check_base(self, keys: list[str], lengths: dict[str, np.ndarray]) -> None:
+    def _check_base(self, keys: Keys, lengths: dict[str, np.ndarray]) -> None:
         base = self._base
         if base is None:
             return

@@ -53,7 +53,7 @@ def content(store: Path) -> dict[str, dict[str, bytes]]:
         offsets = read.offsets("encoder")
         for i, key in enumerate(read.keys):
             for name, state in read.states.items():
-                value = state.values[offsets[i] : offsets[i + 1]].numpy().tobytes()
+                value = state.values[offsets[i] : offsets[i + 1]].tobytes()
                 assert out.setdefault(key, {}).setdefault(name, value) == value
     return out
 

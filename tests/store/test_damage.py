@@ -278,7 +278,7 @@ def test_arrays_written_by_others_are_read_through_zarr(tmp_path: Path, shards: 
     assert foreign.arrays["encoder.3"].foreign_grid and not foreign.arrays["decoder.1"].foreign_grid
     assert_equal(foreign.read(STATES, COLUMNS), expected)
     part = foreign.read(["encoder.3"], (), [(1, 3), (7, 12)])
-    assert part.keys == expected.keys[1:3] + expected.keys[7:]
+    assert part.keys == [*expected.keys[1:3], *expected.keys[7:]]
     offsets = expected.offsets("encoder")
     rows = np.r_[offsets[1] : offsets[3], offsets[7] : offsets[12]]
     assert np.array_equal(part.states["encoder.3"].values, values[rows])
