@@ -7,8 +7,6 @@ from typing import overload
 
 import numpy as np
 
-from pipeline.store.names import are_keys
-
 _AT_ONCE = 4096  # keys written out as text at a time
 
 
@@ -29,9 +27,15 @@ class Keys(Sequence[str]):
         if isinstance(keys, Keys):
             return keys
         keys = keys if isinstance(keys, list) else list(keys)
-        if not are_keys(keys):
+        # Many at once, far faster than one by one.
+        text = "".join(keys) if set(map(type, keys)) <= {str} and set(map(len, keys)) <= {32} else "?"
+        try:
+            data = bytes.fromhex(text)
+        except ValueError:
+            data = b""
+        if data.hex() != text:  # upper case and blanks are read as well
             raise ValueError("a sample key is the 32 lower hex characters of an xxh3-128")
-        words = np.frombuffer(bytes.fromhex("".join(keys)), ">u8").reshape(-1, 2)
+        words = np.frombuffer(data, ">u8").reshape(-1, 2)
         return cls(words[:, 0].astype(np.uint64), words[:, 1].astype(np.uint64))
 
     @classmethod
