@@ -106,7 +106,7 @@ def load_manifest(data: bytes, where: str | Path, space: str, segment: str) -> M
     keys: Any = samples.get("keys")
     listed: Any = samples.get("lengths")
     try:
-        known = Keys.of(keys if isinstance(keys, list) else [None])
+        known = Keys.of(keys if isinstance(keys, list) else [""])
     except ValueError:
         need(False, "samples.keys are not xxh3-128 digests")
     need(known.distinct() == len(known), "a sample key occurs twice")
