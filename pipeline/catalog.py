@@ -5,6 +5,8 @@ The classes say the same of themselves; a test compares the two.
 
 from __future__ import annotations
 
+import sys
+
 # name → description, in the order of `train.tuners.tuner_names`
 TUNERS = {
     "sherl-clip": "SHERL as on CLIP4Clip: a correction of the class token, no live layer",
@@ -36,3 +38,17 @@ FAMILIES = {
     "swin": ("Swin transformers (timm): stages, attention and MLP branches, patch mergings", ()),
     "t5": ("T5 encoder-decoders: v1.0, v1.1, flan", ("t5",)),
 }
+
+
+def tuners() -> dict[str, str]:
+    """name → description of every tuner: ours, and those that modules of the user's have registered by now."""
+    register = sys.modules.get("pipeline.train.tuners")
+    more = {} if register is None else {n: register.tuner_class(n).description for n in register.tuner_names()}
+    return {**TUNERS, **more}
+
+
+def families() -> dict[str, tuple[str, tuple[str, ...]]]:
+    """name → description and model types of every family of backbones, likewise."""
+    register = sys.modules.get("pipeline.extract.backbones")
+    more = {} if register is None else {f.name: (f.description, f.model_types) for f in register.families()}
+    return {**FAMILIES, **more}

@@ -236,10 +236,11 @@ def tasks(as_json: bool) -> tuple[Any, str]:
 @command
 def tuners(as_json: bool) -> tuple[Any, str]:
     """Tuners and their options."""
-    from pipeline.catalog import TUNERS
+    from pipeline import catalog
     from pipeline.report import pairs_text
 
-    return {"tuners": TUNERS}, pairs_text(list(TUNERS.items()))
+    listed = catalog.tuners()
+    return {"tuners": listed}, pairs_text(list(listed.items()))
 
 
 main.add_command(store)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.catalog import FAMILIES
+from pipeline.catalog import families
 from pipeline.extract.names import SHORT_NAMES
 from pipeline.store.errors import UserError
 
@@ -81,12 +81,12 @@ def scores_text(result: dict[str, Any]) -> str:
 
 def models_what() -> dict[str, Any]:
     """Families and short names."""
-    return {"families": {name: what for name, (what, _) in FAMILIES.items()}, "names": SHORT_NAMES}
+    return {"families": {name: what for name, (what, _) in families().items()}, "names": SHORT_NAMES}
 
 
 def models_text() -> str:
     """The same as text."""
-    kinds = [(name, f"{what} (model types: {', '.join(types)})") for name, (what, types) in FAMILIES.items()]
+    kinds = [(name, f"{what} (model types: {', '.join(types)})") for name, (what, types) in families().items()]
     return (
         "families\n" + pairs_text(kinds) + "\n\nshort names\n" + pairs_text(list(SHORT_NAMES.items()))
         + "\n\nAny checkpoint folder or hub id of these families will do: --model FOLDER or --model OWNER/NAME"

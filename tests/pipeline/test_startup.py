@@ -9,9 +9,10 @@ import sys
 
 import pytest
 
+from pipeline import catalog
 from pipeline.catalog import FAMILIES, TUNERS
 from pipeline.extract.backbones import families
-from pipeline.train.tuners import tuner_class, tuner_names
+from pipeline.train.tuners import base, tuner_class, tuner_names
 
 HEAVY = ("torch", "transformers", "tokenizers", "datasets", "timm", "scipy", "sklearn", "PIL", "dask", "zarr")
 CODE = """
@@ -44,3 +45,11 @@ def test_lists_say_what_the_classes_say() -> None:
     ours = {n: tuner_class(n) for n in tuner_names()}  # other tests may have registered theirs
     assert {n: c.description for n, c in ours.items() if c.__module__.startswith("pipeline.")} == TUNERS
     assert {f.name: (f.description, f.model_types) for f in families()} == FAMILIES
+
+
+def test_a_tuner_of_the_users_own_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Mine(base.Tuner):
+        description = "mine"
+
+    monkeypatch.setitem(base._TUNERS, "mine", Mine)
+    assert catalog.tuners()["mine"] == "mine" and catalog.tuners()["lst"] == TUNERS["lst"]
