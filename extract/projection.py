@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.extract.encoding import tensors_of
 from pipeline.store.digest import digest_bytes
 from pipeline.store.errors import NonFinite, StoreError, UserError
 
@@ -158,7 +159,7 @@ def load_projection(store: Any, identity: Mapping[str, Any]) -> Projection | Non
     if identity.get("projection", "none") == "none":
         return None
     wanted = identity["projection_fit"]
-    found = Projection.from_tensors(store.load_tensors(identity["weights"], file_name(wanted)))
+    found = Projection.from_tensors(tensors_of(store.load_tensors(identity["weights"], file_name(wanted))))
     if found.digest != wanted:
         raise StoreError(f"the projection {file_name(wanted)} is another one than its name says: restore it")
     return found

@@ -236,11 +236,11 @@ def tasks(as_json: bool) -> tuple[Any, str]:
 @command
 def tuners(as_json: bool) -> tuple[Any, str]:
     """Tuners and their options."""
+    from pipeline import catalog
     from pipeline.report import pairs_text
-    from pipeline.train.tuners import tuner_class, tuner_names
 
-    listed = [(n, tuner_class(n).description) for n in tuner_names()]
-    return {"tuners": dict(listed)}, pairs_text(listed)
+    listed = catalog.tuners()
+    return {"tuners": listed}, pairs_text(list(listed.items()))
 
 
 main.add_command(store)

@@ -17,6 +17,7 @@ from pipeline.doubts import doubts
 from pipeline.extract.backbones import Family, Inputs, TextOptions, stream_of
 from pipeline.extract.backbones.live import Backbone
 from pipeline.extract.checkpoint import CONFIG_NOISE, Checkpoint, resolve
+from pipeline.extract.encoding import arrays_of
 from pipeline.extract.identity import PRECISIONS, space_identity
 from pipeline.extract.run import Report, compute, provenance_of
 from pipeline.extract.tasks.base import SPLITS, Rows, Task, TaskSpec
@@ -259,7 +260,7 @@ def _keepsakes(checkpoint: Checkpoint, backbone: Backbone, identity: dict[str, A
     """What training needs of a checkpoint: tail weights and configuration, and the names it goes by."""
     source = {"names": sorted({checkpoint.name}), "revision": checkpoint.revision, "family": checkpoint.family.name}
     return {
-        "tail.safetensors": backbone.family.tail_weights(backbone.model),
+        "tail.safetensors": arrays_of(backbone.family.tail_weights(backbone.model)),
         "config.json": _config(checkpoint),
         "source.json": {**source, "made_with": made_with(identity)},
     }

@@ -16,6 +16,7 @@ import torch
 from pipeline.command_line import extract_command
 from pipeline.extract.backbones import Batch, Family
 from pipeline.extract.backbones.live import Backbone
+from pipeline.extract.encoding import arrays_of, tensors_of
 from pipeline.extract.tasks import canonical_name
 from pipeline.extract.tasks.base import TaskSpec
 from pipeline.objectives import make_objective
@@ -90,7 +91,7 @@ def keep(
         missing = [f for f in blocks if not store.has_weights(digest, f)]
         if missing:
             say(f"keeping {len(missing)} late layers for {name}")
-            store.save_weights(digest, {f: family.block_weights(backbone.model, blocks[f]) for f in missing})
+            store.save_weights(digest, {f: arrays_of(family.block_weights(backbone.model, blocks[f])) for f in missing})
         if start := cls.start(config, family):
             keys, labels = (train.keys, train.rows.labels) if train else ([], [])
             file = start_file(start, recipe.task, keys, labels, identity["precision"], kept)
@@ -98,7 +99,7 @@ def keep(
                 say(f"first weights of {name}: {start.name}")
                 objective = make_objective(recipe, spec, candidates, family, cls)
                 made = make_start(start, family, backbone.model, objective, train, backbone.device)
-                store.save_weights(digest, {file: made})
+                store.save_weights(digest, {file: arrays_of(made)})
 
 
 def stored_late(recipe: Recipe, store: Store, digest: str, kept: str, layers: Sequence[int]) -> dict[int, Weights]:
@@ -106,11 +107,11 @@ def stored_late(recipe: Recipe, store: Store, digest: str, kept: str, layers: Se
     absent = [i for i in layers if not store.has_weights(digest, block_file(i, kept))]
     if absent:
         raise MissingStates(f"the store does not hold live layer {absent[0]}; run: {extract_command(recipe)}")
-    return {i: store.load_tensors(digest, block_file(i, kept)) for i in layers}
+    return {i: tensors_of(store.load_tensors(digest, block_file(i, kept))) for i in layers}
 
 
 def stored_start(recipe: Recipe, store: Store, digest: str, start: Start, file: str) -> Weights:
     """First weights from the store. Raises MissingStates with the command that puts them there."""
     if not store.has_weights(digest, file):
         raise MissingStates(f"the store does not hold {start.name} for this task; run: {extract_command(recipe)}")
-    return store.load_tensors(digest, file)
+    return tensors_of(store.load_tensors(digest, file))

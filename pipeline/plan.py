@@ -30,6 +30,7 @@ from pipeline.extract.backbones.batch import stream_of
 from pipeline.extract.backbones.images import Picture, Preprocess
 from pipeline.extract.backbones.vision import Vision
 from pipeline.extract.checkpoint import Checkpoint, local
+from pipeline.extract.encoding import unscaled_dtype
 from pipeline.extract.order import extraction_batches
 from pipeline.extract.projection import orthogonal, parse_projection
 from pipeline.extract.tasks import Task
@@ -50,7 +51,6 @@ from pipeline.rows import refuse_other_kind
 from pipeline.shapes import known_config
 from pipeline.store import FORMATS, SEGMENT_BYTES, bytes_per_value
 from pipeline.store.errors import UserError
-from pipeline.store.formats import unscaled_dtype
 from pipeline.store.malloc import keep_freed_memory
 from pipeline.train.order import Order
 from pipeline.train.tiers import available_memory

@@ -22,9 +22,9 @@ import torch
 from pipeline.extract.backbones.base import Family, Tail
 from pipeline.extract.backbones.batch import Batch, stream_of
 from pipeline.extract.backbones.images import Picture, load_pixels
+from pipeline.extract.encoding import decode, encode
 from pipeline.objectives import class_objective
 from pipeline.operations import backbone_operations, fresh_backbone
-from pipeline.store.formats import decode, encode
 from pipeline.train.model import Model, tail_for
 from pipeline.train.optim import adamw
 from pipeline.train.options import FitOptions

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.extract.backbones import families
-from pipeline.extract.checkpoint import SHORT_NAMES
+from pipeline.catalog import families
+from pipeline.extract.names import SHORT_NAMES
 from pipeline.store.errors import UserError
 
 
@@ -81,12 +81,12 @@ def scores_text(result: dict[str, Any]) -> str:
 
 def models_what() -> dict[str, Any]:
     """Families and short names."""
-    return {"families": {f.name: f.description for f in families()}, "names": SHORT_NAMES}
+    return {"families": {name: what for name, (what, _) in families().items()}, "names": SHORT_NAMES}
 
 
 def models_text() -> str:
     """The same as text."""
-    kinds = [(f.name, f"{f.description} (model types: {', '.join(f.model_types)})") for f in families()]
+    kinds = [(name, f"{what} (model types: {', '.join(types)})") for name, (what, types) in families().items()]
     return (
         "families\n" + pairs_text(kinds) + "\n\nshort names\n" + pairs_text(list(SHORT_NAMES.items()))
         + "\n\nAny checkpoint folder or hub id of these families will do: --model FOLDER or --model OWNER/NAME"

@@ -14,10 +14,12 @@ from pipeline.command_line import extract_command
 from pipeline.extract.backbones import Family, TextOptions
 from pipeline.extract.backbones.images import Preprocess
 from pipeline.extract.checkpoint import Checkpoint, local
+from pipeline.extract.encoding import tensors_of
 from pipeline.extract.identity import SpaceOptions, space_identity, views_text
 from pipeline.extract.tasks import Task, canonical_name, load_task
 from pipeline.extract.tasks.base import TaskSpec
 from pipeline.extract.tasks.hub_images import PREFIX, hub_folder
+from pipeline.place import store_place
 from pipeline.recipe import Recipe, option_name
 from pipeline.store import Space, Store
 from pipeline.store.errors import SpaceMismatch, StoreError, UserError
@@ -26,7 +28,6 @@ from pipeline.stored import family_from, kept_name, kept_of, source_of
 from pipeline.train.model import union_states
 from pipeline.train.tuners import TunerConfig, tuner_class, tuner_config, tuner_names
 
-DEFAULT_STORE = "activations"
 # Options of a recipe that are fields of a feature space.
 SPACE_FIELDS = ("format", "projection", "precision", "attention", "prompt", "max_length", "truncation_side")
 PICTURES = ("image_size", "views", "view_seed")  # and those that say how pictures are made
@@ -34,7 +35,7 @@ PICTURES = ("image_size", "views", "view_seed")  # and those that say how pictur
 
 def store_path(recipe: Recipe) -> str:
     """--store, else $PIPELINE_STORE, else ./activations."""
-    return recipe.store or os.environ.get("PIPELINE_STORE") or DEFAULT_STORE
+    return store_place(recipe.store)
 
 
 def need(recipe: Recipe, *names: str) -> None:
@@ -215,7 +216,7 @@ def find_space(recipe: Recipe, exactly: str | None = None) -> Found:
 def _found(store: Store, space: Space) -> Found:
     digest = space.identity["weights"]
     family = family_from(store, space)
-    tail = store.load_tensors(digest, kept_name("tail.safetensors", kept_of(store, space.identity)))
+    tail = tensors_of(store.load_tensors(digest, kept_name("tail.safetensors", kept_of(store, space.identity))))
     return Found(space, family, tail, source_of(store, space))
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.command_line import quoted
-from pipeline.extract.backbones.images import SUFFIXES as PICTURES
 from pipeline.extract.backbones.live import Backbone
 from pipeline.extract.checkpoint import Checkpoint
 from pipeline.extract.tasks.base import Rows, TaskSpec
 from pipeline.extract.tasks.glue import GLUE
+from pipeline.extract.tasks.images import SUFFIXES as PICTURES
 from pipeline.extract.tasks.images import pictures
 from pipeline.extract.tasks.sheet import read_sheet
 from pipeline.extract.tasks.table import cell_text

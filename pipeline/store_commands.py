@@ -10,6 +10,7 @@ import click
 
 from pipeline.command import command, say
 from pipeline.command_line import store_command
+from pipeline.place import store_place as place
 from pipeline.store.errors import StoreError, UserError
 
 if TYPE_CHECKING:
@@ -27,14 +28,6 @@ _STORE = click.option(
 @click.group()
 def store() -> None:
     """Look after a store and share it."""
-
-
-def place(where: str) -> str:
-    """--store, else $PIPELINE_STORE, else ./activations."""
-    from pipeline.recipe import Recipe
-    from pipeline.resolve import store_path
-
-    return store_path(Recipe(store=where))
 
 
 def _open(where: str) -> Store:

@@ -8,6 +8,7 @@ from typing import Any
 
 from pipeline.report import pairs_text, size_text, table_text
 from pipeline.store import Segment, Space, Store
+from pipeline.store.keys import Keys
 from pipeline.store.names import is_segment, segment_path, space_path
 from pipeline.store.sweep import lost_manifest
 from pipeline.store.tables import TableInfo
@@ -36,7 +37,7 @@ def _space_what(store: Store, space: Space) -> dict[str, Any]:
         "model": ", ".join(source.get("names", ["?"])),
         "revision": source.get("revision", ""),
         "identity": space.identity,
-        "samples": len({k for s in segments for k in s.keys}),
+        "samples": Keys.joined(s.keys for s in segments).distinct(),
         "segments": len(segments),
         "states": sorted({n for s in segments for n in s.states}),
         "bytes": sum(s.nbytes for s in segments),

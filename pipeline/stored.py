@@ -11,15 +11,16 @@ import math
 import string
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pipeline.extract.backbones import Family, family_for
-from pipeline.extract.identity import PRECISIONS
-from pipeline.extract.projection import load_projection
 from pipeline.extract.tasks.base import TaskError, TaskSpec
+from pipeline.recipe import PRECISIONS
 from pipeline.store import FORMATS, Samples, Space, Store, TaskTable, digest_json
 from pipeline.store.errors import StoreError, UserError
 from pipeline.store.names import is_key
+
+if TYPE_CHECKING:
+    from pipeline.extract.backbones import Family
 
 # The deepest published networks have some hundred layers; the largest numbers of a configuration are vocabularies and
 # longest positions.
@@ -40,6 +41,9 @@ def family_from(store: Store, space: Space) -> Family:
     """The family of a space, from the configuration kept beside its tail weights. Raises StoreError for one that no
     backbone has: of a wrong type, or so large that only its making would fill the memory."""
     from transformers import AutoConfig
+
+    from pipeline.extract.backbones import family_for
+    from pipeline.extract.projection import load_projection
 
     identity = check_identity(space)
     name = kept_name("config.json", kept_of(store, identity))
@@ -121,7 +125,7 @@ def check_identity(space: Space) -> dict[str, Any]:
 
     need("weights", is_key(identity.get("weights")))
     need("format", identity.get("format") in FORMATS)
-    need("precision", identity.get("precision") in tuple(PRECISIONS))
+    need("precision", identity.get("precision") in PRECISIONS)
     need("attention", identity.get("attention") in ("sdpa", "eager"))
     need("max_length", type(identity.get("max_length")) is int and 1 <= identity["max_length"] <= MAX_NUMBER)
     need("truncation_side", identity.get("truncation_side") in ("left", "right"))

@@ -11,9 +11,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pipeline.athand import AtHand
 from pipeline.extract.tasks import canonical_name, split_id
 from pipeline.recipe import Recipe
 from pipeline.store import Space, TaskTable, digest_json
@@ -21,6 +20,9 @@ from pipeline.store.errors import StoreError
 from pipeline.store.records import Record
 from pipeline.store.tables import TableInfo, created_of, version_of
 from pipeline.stored import check_header, check_table
+
+if TYPE_CHECKING:
+    from pipeline.athand import AtHand
 
 ID_LENGTH = 12
 
@@ -110,6 +112,8 @@ def stored_tables(
 
     Raises StoreError saying what differs where none is, or that tables are gone; AmbiguousTask where several are.
     """
+    from pipeline.athand import AtHand
+
     task, wanted = canonical_name(recipe.task), version or split_id(recipe.task)[1]
     known = versions_of(space, task)
     if wanted:

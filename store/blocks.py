@@ -169,10 +169,10 @@ def _refuse_missing(index: Index, family: np.ndarray, names: Sequence[str]) -> N
     absent = int((family < 0).sum())
     lacking: dict[str, None] = {}
     partial = 0
-    for number in np.unique(family[family >= 0]):
+    for number, count in zip(*np.unique(family[family >= 0], return_counts=True), strict=True):
         missing = index.families[number].missing(names)
         lacking |= dict.fromkeys(missing)
-        partial += int((family == number).sum()) if missing else 0
+        partial += int(count) if missing else 0
     states = tuple(name for name in names if name in lacking)
     if not absent and not states:
         return

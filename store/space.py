@@ -126,11 +126,8 @@ class Space:
         opened = {}
         names = self._segment_names()
         fresh = [name for name in names if name not in self._opened]
-        if self.files.local:
-            found = [self._open(name) for name in fresh]
-        else:
-            with ThreadPoolExecutor(16) as pool:
-                found = list(pool.map(self._open, fresh))
+        with ThreadPoolExecutor(16) as pool:
+            found = list(pool.map(self._open, fresh))
         new = dict(zip(fresh, found, strict=True))
         for name in names:
             segment = self._opened.get(name) or new[name]

@@ -10,7 +10,7 @@ import torch
 from transformers import T5Config, TimmWrapperConfig
 
 from pipeline.extract.backbones import family_for
-from pipeline.extract.checkpoint import SHORT_NAMES
+from pipeline.extract.names import SHORT_NAMES
 from pipeline.objectives import class_objective
 from pipeline.recipe import Recipe, read_recipe
 from pipeline.train.features import Want

@@ -18,9 +18,10 @@ import torch
 
 from pipeline.extract.backbones import Batch, Inputs, TextOptions, stream_of
 from pipeline.extract.checkpoint import Checkpoint
+from pipeline.extract.encoding import decode, encode
 from pipeline.extract.tasks import load_task
 from pipeline.objectives import class_objective
-from pipeline.store import UserError, decode, encode
+from pipeline.store import UserError
 from pipeline.train.model import Model, state_names, tail_for
 from pipeline.train.objectives import Objective
 from pipeline.train.tuners import tuner_class, tuner_config

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.extract.backbones.batch import Batch
-from pipeline.store.formats import decode, encode
+from pipeline.extract.encoding import decode, encode
 from pipeline.store.samples import Samples
 from pipeline.train.objectives.base import Answers, Scorer
 from pipeline.train.objectives.classification import Classification
@@ -46,7 +46,7 @@ def samples(ids: list[int], fmt: str = "float32") -> Samples:
     return Samples(
         [key(i) for i in ids],
         {s: np.array([m[0][s] for m in made], np.int64) for s in ("encoder", "decoder")},
-        {name: encode(torch.from_numpy(np.concatenate([m[1][name] for m in made])), fmt) for name in STATES},
+        {name: encode(torch.from_numpy(np.concatenate([m[1][name] for m in made])), fmt).numpy() for name in STATES},
         {name: np.concatenate([m[1][name] for m in made]) for name in COLUMNS},
     )
 
