@@ -15,15 +15,12 @@ from pipeline.extract.backbones import Batch
 from pipeline.extract.tasks.base import Task, TaskSpec
 from pipeline.extracting import run_extract
 from pipeline.job import first_views, limited, parse_size, tables_of
+from pipeline.objectives import plain_objective
 from pipeline.recipe import Recipe, checked_names
 from pipeline.resolve import device_of, find_space, store_path
 from pipeline.runs import Run, load_run
 from pipeline.store import Space, Store
 from pipeline.store.errors import Notice, UserError
-from pipeline.train.objectives import Answers
-from pipeline.train.objectives.classification import Classification
-from pipeline.train.objectives.pooled import PooledConfig
-from pipeline.train.objectives.regression import Regression
 from pipeline.train.stream import StoreSource
 from pipeline.train.targets import Targets
 from pipeline.training import run_train
@@ -63,7 +60,9 @@ def stream(
     (`tier`, `host_memory`, `scheduler`, `window`, `group_by_length`), as in `train`; `device` ("cpu" if not given) is
     where the batches are.
 
-    Yields `Batch`: `states[name]` (rows, width) float32, `lengths[stream]` (B,), `targets["label"]` (B,). The workers
+    Yields `Batch`: `states[name]` (rows, width) float32, `lengths[stream]` (B,), `targets`: `label` (B,) for a class or
+    a number, `labels` (B, classes) for several, for tags `tag`, one a position (-100 where no word begins); None where
+    rows have none. The workers
     of a `DataLoader` (an iterable data set that calls this, `batch_size=None`) take turns, so that the loader hands out
     the same batches in the same order as one process. Raises MissingStates for states that were not extracted,
     UserError for options that are wrong or would do nothing.
@@ -82,8 +81,8 @@ def stream(
         warnings.warn(sentence, Notice, stacklevel=2)
     table = limited(chosen, recipe.limit)
     spec = TaskSpec.from_dict(table.header["spec"])
-    plain = Classification if spec.kind == "classification" else Regression
-    targets = None if None in table.labels else Targets(plain(PooledConfig(), Answers()), table.labels)
+    labelled = len(table) and all(label is not None for label in table.labels)
+    targets = Targets(plain_objective(spec), table.labels, table.metas or None) if labelled else None
     worker = get_worker_info()
     source = StoreSource(
         found.space, table.keys, targets, list(states), found.family.columns, batch_size=batch_size, seed=seed,

@@ -38,6 +38,7 @@ from pipeline.train.metrics import score
 from pipeline.train.model import Model
 from pipeline.train.objectives.label_text import LabelText
 from pipeline.train.order import Order
+from pipeline.train.targets import Targets
 from pipeline.train.tuners.livelayers import saved_size
 
 
@@ -90,7 +91,7 @@ class Run:
         labels = [label for label in self.job.tables[split].labels if label is not None]
         if len(labels) < len(texts):
             raise UserError(f"not all {split} rows of {self.spec.name} have labels to score against")
-        known = sum(t.strip() in self.spec.targets for t in texts)
+        known = sum(t.strip() in self.spec.texts for t in texts)
         return {**score(self.spec.metrics, answers, objective.rounded(labels)), "in_targets": known / len(texts)}
 
     def predict(
@@ -112,7 +113,8 @@ class Run:
             say(f"warning: {line}")
         # Sorted by length, so that batches hold little padding; `predict` puts the answers back in order.
         order = Order(part.inputs.tokens(), self._batch_size())
-        source = LiveSource(backbone, part.inputs, None, self.job.states, order)
+        known = Targets(self.job.objective, None, part.inputs.metas) if part.inputs.metas else None
+        source = LiveSource(backbone, part.inputs, known, self.job.states, order)
         return predict(self.model, source, self.job.device, self.job.recipe.train_precision)
 
     def _batch_size(self) -> int:
@@ -146,6 +148,13 @@ def load_run(folder: str | Path, **overrides: Any) -> Run:
     return Run(folder, job, model.to(job.device))
 
 
+def _field(value: Any) -> str:
+    """A cell as the text of a row: a list of words joined by blanks."""
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return "" if value is None else str(value)
+
+
 def read_inputs(
     path: Path, spec: TaskSpec, text: str | None = None, text_pair: str | None = None
 ) -> tuple[list[Any], list[tuple[str, ...]]]:
@@ -171,6 +180,6 @@ def read_inputs(
         asked = (text, text_pair)[i]
         also = tuple(names[0] for names in glue.columns[i : i + 1]) if glue and glue.columns else ()
         name = asked or next((n for n in (field, *also) if n in sheet.columns), field)
-        columns.append(["" if v is None else str(v) for v in sheet.column(name)])
+        columns.append([_field(value) for value in sheet.column(name)])
     rows = [tuple(row) for row in zip(*columns, strict=True)]
     return sheet.column("id") if "id" in sheet.columns else list(range(1, len(rows) + 1)), rows

@@ -29,7 +29,8 @@ M = TypeVar("M", bound=nn.Module)
 
 @dataclass(frozen=True)
 class TextOptions:
-    """How text becomes input ids. `prompt` is used by text-to-text families only; "" elsewhere.
+    """How text becomes input ids. `prompt` is used by text-to-text families only; "" elsewhere. `words`: also find out
+    which word each position belongs to, which changes nothing else.
 
     Of image families: `root`, the folder that file names are relative to; `skip_bad`, leave out pictures that cannot be
     read; `image_size`, "HEIGHTxWIDTH" of what the backbone sees, "own" for each
@@ -47,6 +48,7 @@ class TextOptions:
     views: int = 1
     view_seed: int = 0
     upright: bool = True
+    words: bool = False
 
 
 class Vocabulary(Protocol):
