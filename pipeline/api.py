@@ -60,8 +60,9 @@ def stream(
     as in `train`; `device` ("cpu" if not given) is where the batches are.
 
     A `Batch` has `mean`, `max`, `first`, `last` and `pad` of a state's rows; `states[name]` (rows, width) float32 as
-    they lie; `targets["label"]` (B,), `targets` being None where rows have no label. Raises MissingStates for states
-    that were not extracted, UserError for options that are wrong or would do nothing.
+    they lie; `targets`: `label` (B,) for a class or a number, `labels` (B, classes) for several, for tags `tag`, one a
+    position (-100 where no word begins); None where rows have none. Raises MissingStates for states that were not
+    extracted, UserError for options that are wrong or would do nothing.
     """
     options = checked_names(options, "stream()")
     refuse_for_stream(options)
@@ -81,7 +82,7 @@ def stream(
     if 0 < unlabelled < len(table.labels):
         sentence = f"{unlabelled} of {len(table.labels)} {split} rows have no label: the batches have no targets"
         warnings.warn(sentence, Notice, stacklevel=2)
-    targets = None if unlabelled else Targets(plain_objective(spec), table.labels)
+    targets = None if unlabelled else Targets(plain_objective(spec), table.labels, table.metas or None)
     names = [states] if isinstance(states, str) else list(states)
     source = StoreSource(
         found.space, table.keys, targets, names, found.family.columns, batch_size=batch_size, seed=seed,

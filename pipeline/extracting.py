@@ -61,10 +61,11 @@ def prepare_split(
     those that scoring all targets needs. Raises UserError for rows that the backbone cannot read."""
     refuse_other_kind(family, rows.texts, options.root, f"the {name} rows of {spec.name}")
     gold = None
+    options = replace(options, words=spec.target == "tags")
     if options.views > 1 and name == "train":
         rows = with_views(rows, options.views)
     if name == "train" and candidates:
-        gold = [spec.target_index(label) for label in rows.labels if label is not None]
+        gold = [spec.target_index(label) for label in rows.labels if isinstance(label, int | float)]
     inputs = family.prepare(tokenizer, rows.texts, options, candidates, gold)
     refuse_unknown_ids(family, inputs, f"the {name} rows of {spec.name}")
     if inputs.skipped:
@@ -74,10 +75,8 @@ def prepare_split(
 
 def with_views(rows: Rows, views: int) -> Rows:
     """Each picture `views` times, with the number of the view as a second field: 0 is the plain picture."""
-    several = Rows([], [])
-    for (name, *_), label in zip(rows.texts, rows.labels, strict=True):
-        several.texts += [(name, str(view)) for view in range(views)]
-        several.labels += [label] * views
+    several = rows.take([i for i in range(len(rows)) for _ in range(views)])
+    several.texts = [(name, str(i % views)) for i, (name, *_) in enumerate(several.texts)]
     return several
 
 
@@ -109,7 +108,7 @@ def run_extract(recipe: Recipe, say: Say, quiet: bool = False, task: Task | None
     options = space_options(recipe, task.spec)
     task = with_contents(task, family, options.text)
     identity = space_identity(checkpoint, options)
-    candidates = family.candidates(checkpoint.tokenizer, task.spec.targets) if family.writes_text else []
+    candidates = family.candidates(checkpoint.tokenizer, task.spec.texts) if family.writes_text else []
     splits = [
         _split(family, checkpoint, task, name, recipe.limit, options.text, candidates) for name in _splits(task, recipe)
     ]
@@ -227,18 +226,23 @@ def _announce(
 
 def _labels_text(spec: TaskSpec) -> str:
     """What the label is taken for: a column of numbers with one word among them would be hundreds of classes."""
-    if spec.kind == "regression":
+    if spec.target == "none":
+        return "no label: rows are for `stream` alone, not for training (--label COLUMN)"
+    if spec.target == "number":
         return "label: a number"
     few = ", ".join(spec.labels[:4]) + (", …" if len(spec.labels) > 4 else "")
-    return f"label: {len(spec.labels):,} classes ({few})"
+    what = {"class": "classes", "classes": "classes, any number of them a row", "tags": "tags, one a word"}[spec.target]
+    return f"label: {len(spec.labels):,} {what} ({few})"
 
 
 def _too_many_classes(spec: TaskSpec, splits: Sequence[Split]) -> str:
     """A warning where classes have hardly any rows, "" otherwise."""
     rows = max(s.total for s in splits)
-    if spec.kind == "regression" or len(spec.labels) * 2 <= rows or len(spec.labels) < 20:
+    if spec.target != "class" or len(spec.labels) * 2 <= rows or len(spec.labels) < 20:
         return ""
-    return f"{len(spec.labels):,} classes for {rows:,} rows: is it the right column? --kind regression is for numbers"
+    return (
+        f"{len(spec.labels):,} classes for {rows:,} rows: is it the right column? --objective regression is for numbers"
+    )
 
 
 def _describer(splits: Sequence[Split]) -> Callable[[str], str]:
@@ -288,7 +292,7 @@ def task_tables(checkpoint: Checkpoint, task: Task, recipe: Recipe, options: Tex
     """The task tables an extraction would store, without one."""
     family = checkpoint.family
     task = with_contents(task, family, options)
-    candidates = family.candidates(checkpoint.tokenizer, task.spec.targets) if family.writes_text else []
+    candidates = family.candidates(checkpoint.tokenizer, task.spec.texts) if family.writes_text else []
     names = [s for s in SPLITS if s in task.splits]
     splits = [_split(family, checkpoint, task, name, recipe.limit, options, candidates) for name in names]
     return {s.name: _table(task, s, candidates, checkpoint, splits) for s in splits}
@@ -311,6 +315,7 @@ def _table(
         "rows": len(split.rows),
         "total": split.total,
         "spec": task.spec.to_dict(),
+        "version": task.version,
         "candidates": [list(c) for c in candidates],
         "decoder": "gold" if split.name == "train" and candidates else "trie" if candidates else "",
         "model": checkpoint.name,
@@ -320,7 +325,9 @@ def _table(
         "truncated": int(split.inputs.truncated.sum()),
         "created": datetime.now(UTC).isoformat(timespec="milliseconds"),
     }
-    return TaskTable(header, split.keys, list(split.rows.labels), [list(t) for t in split.rows.texts])
+    rows = split.rows
+    texts, metas = [list(t) for t in rows.texts], [dict(meta) for meta in split.inputs.metas]
+    return TaskTable(header, split.keys, list(rows.labels), texts, list(rows.ids), metas)
 
 
 def _finish(

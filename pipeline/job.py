@@ -88,8 +88,9 @@ class Job:
 
     def targets(self, split: str) -> Targets | None:
         """The targets of a split; None where a row has none."""
-        labels = self.tables[split].labels
-        return None if any(label is None for label in labels) else Targets(self.objective, labels)
+        table = self.tables[split]
+        labelled = all(label is not None for label in table.labels)
+        return Targets(self.objective, table.labels, table.metas or None) if labelled else None
 
     def model(self, seed: int | None = None) -> Model:
         """The tuner on the space's tail, weights drawn from `seed`."""
@@ -203,7 +204,7 @@ def limited(table: TaskTable, limit: int | None) -> TaskTable:
     count = len(table) if limit is None else limit * views_of(table)
     if count >= len(table):
         return table
-    return replace(table, keys=table.keys[:count], labels=table.labels[:count], texts=table.texts[:count])
+    return table.take(range(count))
 
 
 def views_of(table: TaskTable) -> int:
@@ -219,9 +220,7 @@ def first_views(table: TaskTable, views: int | None) -> TaskTable:
         return table
     if views > there:
         raise UserError(f"--views {views}: the store has {there} views of each training picture; extract with --views")
-    rows = [i for i, t in enumerate(table.texts) if int(t[1]) < views]
-    keys, labels, texts = [table.keys[i] for i in rows], [table.labels[i] for i in rows], [table.texts[i] for i in rows]
-    return replace(table, keys=keys, labels=labels, texts=texts)
+    return table.take([i for i, t in enumerate(table.texts) if int(t[1]) < views])
 
 
 def batch_size_of(recipe: Recipe, paper: bool) -> int:

@@ -61,7 +61,7 @@ def make_start(
 
 
 def _singles(split: Split, objective: Objective, device: torch.device) -> Iterator[Batch]:
-    targets = Targets(objective, split.rows.labels)
+    targets = Targets(objective, split.rows.labels, split.inputs.metas or None)
     for i in range(min(FISHER_SAMPLES, len(split.rows))):
         batch = split.inputs.take(np.array([i])).batch(device)
         targets.fill(batch, np.array([i]), device)

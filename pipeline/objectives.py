@@ -11,23 +11,40 @@ from pipeline.store.errors import UserError
 from pipeline.train.objectives import Answers, Objective, objective_class, objective_config, objective_names
 from pipeline.train.tuners import Tuner
 
-TARGETS = {"classification": "class", "regression": "number"}  # kind of a task → type of its targets
+
+def target_types(recipe: Recipe) -> tuple[str, ...]:
+    """The types of target that the recipe's objective learns; () where it names none."""
+    return objective_class(recipe.objective).targets if recipe.objective else ()
+
+
+def refuse_targets(recipe: Recipe, spec: TaskSpec) -> None:
+    """UserError where the recipe's objective does not learn targets of the task's type."""
+    learned = target_types(recipe)
+    if learned and spec.target not in learned:
+        fitting = [n for n in objective_names() if spec.target in objective_class(n).targets]
+        raise UserError(
+            f"--objective {recipe.objective}: the targets of {spec.name} are of type {spec.target}; objectives for "
+            f"these: {', '.join(fitting) or 'none'}"
+        )
 
 
 def objective_name(recipe: Recipe, spec: TaskSpec, family: Family, tuner: type[Tuner] | None) -> str:
-    """The objective asked for, else label-text where backbone and tuner can write the label, else the first one for
-    such targets. `tuner`: None for what trains inside the backbone. UserError where one cannot learn such targets."""
-    target = TARGETS[spec.kind]
+    """The objective asked for, else the first one for such targets; where backbone and tuner write text, a class or a
+    number is written as one. `tuner`: None for what trains inside the backbone. UserError where one cannot learn such
+    targets, or there are none."""
+    target = spec.target
     fitting = [n for n in objective_names() if target in objective_class(n).targets]
-    if recipe.objective:
-        if recipe.objective not in fitting and objective_class(recipe.objective):
-            raise UserError(
-                f"--objective {recipe.objective}: the targets of {spec.name} are of type {target}; objectives for "
-                f"these: {', '.join(fitting)}"
-            )
-        return recipe.objective
+    if target == "none":
+        raise UserError(
+            f"the rows of {spec.name} have no targets to learn: extract with --label COLUMN, or read their states with "
+            "pipeline.stream"
+        )
+    refuse_targets(recipe, spec)
     writes = family.writes_text and (tuner is None or tuner.text_head)
-    return next(n for n in fitting if objective_class(n).wants.text_head == writes)
+    text = next((n for n in fitting if objective_class(n).wants.text_head), None) if writes else None
+    if recipe.objective:
+        return text or recipe.objective
+    return text or next(n for n in fitting if not objective_class(n).wants.text_head)
 
 
 def make_objective(
@@ -40,15 +57,14 @@ def make_objective(
     if not pooled and recipe.pooling is not None:
         raise UserError(f"--pooling: objective {name} pools nothing")
     config = objective_config(name, {"pooling": recipe.pooling} if recipe.pooling else {})
-    answers = Answers(spec.labels, spec.metrics, spec.targets, tuple(tuple(ids) for ids in token_ids), spec.values)
+    answers = Answers(spec.labels, spec.metrics, spec.texts, tuple(tuple(ids) for ids in token_ids), spec.values)
     return cls(config, answers)
 
 
 def plain_objective(spec: TaskSpec) -> Objective:
-    """The objective that gives the targets of a task as they are, whatever backbone and tuner there are."""
-    target = TARGETS[spec.kind]
-    classes = [objective_class(name) for name in objective_names()]
-    cls = next(c for c in classes if target in c.targets and not c.wants.text_head)
+    """What makes tensors of the task's targets, whatever reads them."""
+    fitting = (objective_class(n) for n in objective_names() if spec.target in objective_class(n).targets)
+    cls = next(found for found in fitting if not found.wants.text_head)
     return cls(cls.config_class(), Answers(spec.labels, spec.metrics))
 
 

@@ -194,10 +194,10 @@ def sample_lengths(
         assert isinstance(tokenizer, Preprocess)
         return family.measure(image_extents(tokenizer.sized(text.image_size), rows, text))
     if tokenizer is not None:
-        candidates = family.candidates(tokenizer, spec.targets) if family.writes_text else []
+        candidates = family.candidates(tokenizer, spec.texts) if family.writes_text else []
         gold = None
         if split == "train" and candidates:
-            gold = [spec.target_index(label) for label in rows.labels if label is not None]
+            gold = [spec.target_index(label) for label in rows.labels if isinstance(label, int | float)]
         return family.prepare(tokenizer, rows.texts, text, candidates, gold).lengths
     prompted = [text.prompt.format(*t) if family.writes_text else " ".join(t) for t in rows.texts]
     words = np.asarray([len(p.split()) for p in prompted], float)

@@ -46,8 +46,8 @@ class Recipe:
     )
     task: str = _option(
         "",
-        "Task: a GLUE name (see `pipeline tasks`), your own .csv, .tsv or .jsonl file, a folder of pictures, or "
-        "hub:DATASET, pictures from Hugging Face; of what is stored also its name, or NAME@ID (see `pipeline store "
+        "Task: a GLUE name (see `pipeline tasks`), your own .csv, .tsv, .jsonl or .conll file, a folder of pictures, "
+        "or hub:DATASET, pictures from Hugging Face; of what is stored also its name, or NAME@ID (see `pipeline store "
         "status`).",
         "extract train",
         metavar="NAME",
@@ -55,6 +55,14 @@ class Recipe:
     tuner: str = _option("sherl", "Tuner to train (see `pipeline tuners`).", "train", metavar="NAME")
     store: str = _option(
         "", "The store's folder. Default: $PIPELINE_STORE, else ./activations.", "extract train", metavar="FOLDER"
+    )
+    objective: str | None = _option(
+        None,
+        "What is learned of the label: classification, regression, multilabel, tagging; label-text, where a "
+        "text-to-text backbone writes it. Default: from the data; regression if all labels are numbers with a fraction "
+        "among them.",
+        "extract train",
+        metavar="NAME",
     )
     # the task's data
     data: str | None = _option(
@@ -68,11 +76,11 @@ class Recipe:
         None, "Own table: column with the second text of a pair.", "extract train", metavar="COLUMN"
     )
     label: str | None = _option(None, "Own table: column with the label.", "extract train", metavar="COLUMN")
-    kind: str | None = _option(
+    separator: str | None = _option(
         None,
-        "Own table: what the label is. Default: regression if every label is a non-integer number.",
+        "Own table: what parts several labels in the label column; any number of them a row.",
         "extract train",
-        choices=("classification", "regression"),
+        metavar="TEXT",
     )
     validation: str | None = _option(
         None,
@@ -243,13 +251,6 @@ class Recipe:
     features: float | None = _option(None, "Head2Toe: share of the features that stay. Default: 0.1.", "train")
     lasso: float | None = _option(None, "Head2Toe: weight of the group lasso. Default: 1e-4.", "train")
     select_after: int | None = _option(None, "Head2Toe: training batches before the selection. Default: 100.", "train")
-    objective: str | None = _option(
-        None,
-        "What is learned of the targets (see `pipeline tuners`). Default: from the targets; a text-to-text backbone "
-        "writes the label where the tuner allows it.",
-        "train",
-        metavar="NAME",
-    )
     pooling: str | None = _option(
         None,
         "What a pooled head reads, the mean of the tokens or the first one. Default: mean.",
@@ -397,8 +398,13 @@ def checked_names(values: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 def read_recipe(path: str | Path, record: bool = False) -> dict[str, Any]:
     """The options a recipe file sets. UserError for an unknown or ill-typed one and for what `recipe_values` refuses,
-    with `record` (for a run's own recipe) a changed file too."""
-    return _checked(recipe_values(path, record), f"recipe {path}")
+    with `record` (for a run's own recipe) a changed file too. What earlier versions wrote as `kind` is the
+    objective."""
+    values = dict(recipe_values(path, record))
+    if "kind" in values:
+        kind = values.pop("kind")
+        values["objective"] = values.get("objective") or kind
+    return _checked(values, f"recipe {path}")
 
 
 def _checked(values: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from pipeline.extract.identity import SpaceOptions, space_identity, views_text
 from pipeline.extract.tasks import Task, canonical_name, load_task
 from pipeline.extract.tasks.base import TaskSpec
 from pipeline.extract.tasks.hub_images import PREFIX, hub_folder
+from pipeline.objectives import refuse_targets, target_types
 from pipeline.place import store_place
 from pipeline.recipe import Recipe, option_name
 from pipeline.store import Space, Store
@@ -56,19 +57,23 @@ def device_of(recipe: Recipe) -> torch.device:
 
 
 def open_task(recipe: Recipe) -> Task:
-    """The task with its rows, from a folder, a table or the hub."""
+    """The task with its rows, from a folder, a table or the hub. UserError where the objective asked for learns other
+    targets."""
     need(recipe, "task")
-    return load_task(
+    task = load_task(
         recipe.task,
         Path(recipe.data) if recipe.data else None,
         text=recipe.text,
         text_pair=recipe.text_pair,
         label=recipe.label,
-        kind=recipe.kind,
+        separator=recipe.separator,
+        targets=target_types(recipe),
         validation=Path(recipe.validation) if recipe.validation else None,
         test=Path(recipe.test) if recipe.test else None,
         grid=recipe.grid,
     )
+    refuse_targets(recipe, task.spec)
+    return task
 
 
 def space_options(recipe: Recipe, spec: TaskSpec) -> SpaceOptions:

@@ -39,6 +39,7 @@ from pipeline.train.metrics import score
 from pipeline.train.model import Model
 from pipeline.train.objectives.label_text import LabelText
 from pipeline.train.order import Order
+from pipeline.train.targets import Targets
 from pipeline.train.tuners.livelayers import saved_size
 
 # Options of a run's recipe that say where things are and not what they are.
@@ -94,7 +95,7 @@ class Run:
         labels = [label for label in self.job.tables[split].labels if label is not None]
         if len(labels) < len(texts):
             raise UserError(f"not all {split} rows of {self.spec.name} have labels to score against")
-        known = sum(t.strip() in self.spec.targets for t in texts)
+        known = sum(t.strip() in self.spec.texts for t in texts)
         return {**score(self.spec.metrics, answers, objective.rounded(labels)), "in_targets": known / len(texts)}
 
     def predict(
@@ -116,7 +117,8 @@ class Run:
             say(f"warning: {line}")
         # Sorted by length, so that batches hold little padding; `predict` puts the answers back in order.
         order = Order(part.inputs.tokens(), self._batch_size())
-        source = LiveSource(backbone, part.inputs, None, self.job.states, order)
+        known = Targets(self.job.objective, None, part.inputs.metas) if part.inputs.metas else None
+        source = LiveSource(backbone, part.inputs, known, self.job.states, order)
         return predict(self.model, source, self.job.device, self.job.recipe.train_precision)
 
     def _batch_size(self) -> int:

@@ -176,6 +176,8 @@ def check_header(header: Mapping[str, Any], where: str) -> TaskSpec:
     ):  # fmt: skip
         if name in header and (not isinstance(header[name], kinds) or isinstance(header[name], bool)):
             raise refuse(where, f"{name} in its header is not of the right type")
+    if "version" in header and not is_key(header["version"]):
+        raise refuse(where, "version in its header is no digest")
     spec = _spec(header.get("spec"), where)
     _check_candidates(header.get("candidates", []), spec, where)
     return spec
@@ -185,19 +187,40 @@ def check_table(table: TaskTable, where: str) -> TaskTable:
     """`table`, its header, labels and texts being what a task's are. Raises StoreError naming `where` and what is
     not."""
     spec = check_header(table.header, where)
-    for row, (label, texts) in enumerate(zip(table.labels, table.texts, strict=True)):
-        named = spec.kind == "classification" and label is not None
-        if named and (type(label) is not int or not 0 <= label < len(spec.labels)):
-            raise refuse(where, f"the label {label} of row {row + 1} is none of the {len(spec.labels)} classes")
+    metas = table.metas or [{}] * len(table)
+    for row, (label, texts, meta) in enumerate(zip(table.labels, table.texts, metas, strict=True)):
+        if wrong := _wrong_target(label, spec, meta):
+            raise refuse(where, f"{wrong} (row {row + 1})")
         if not len(spec.fields) <= len(texts) <= 2:
             raise refuse(where, f"row {row + 1} has {len(texts)} texts, the task has {len(spec.fields)}")
     return table
 
 
+def _wrong_target(label: Any, spec: TaskSpec, meta: Mapping[str, Any]) -> str:
+    """What keeps `label` from being a target of the task, "" where nothing does."""
+    if spec.target == "tags":
+        count, word = meta.get("words"), meta.get("word")
+        if type(count) is not int or not isinstance(word, list) or not word or len(word) > MAX_NUMBER:
+            return "it does not say which words positions are"
+        if not all(type(w) is int and -1 <= w < count for w in word):
+            return "positions are of words that are not there"
+        if isinstance(label, list) and len(label) != count:
+            return f"there are {len(label)} tags for {count} words"
+    if label is None:
+        return ""
+    if spec.target in ("classes", "tags"):
+        sound = isinstance(label, list) and all(type(i) is int and 0 <= i < len(spec.labels) for i in label)
+    elif spec.target == "class":
+        sound = type(label) is int and 0 <= label < len(spec.labels)
+    else:
+        sound = spec.target == "number" and _is_number(label)
+    return "" if sound else f"the label {str(label)[:80]} is none of the {len(spec.labels)} classes"
+
+
 def _spec(raw: Any, where: str) -> TaskSpec:
     if not isinstance(raw, dict):
         raise refuse(where, "its header describes no task")
-    for name in ("labels", "metrics", "fields", "targets"):
+    for name in ("labels", "metrics", "fields", "texts"):
         values = raw.get(name)
         if not isinstance(values, list) or len(values) > MAX_CLASSES or not all(isinstance(v, str) for v in values):
             raise refuse(where, f"spec.{name} in its header is no list of texts")
@@ -206,7 +229,8 @@ def _spec(raw: Any, where: str) -> TaskSpec:
         raise refuse(where, "spec.values in its header is no list of numbers")
     if any(b <= a for a, b in pairwise(values)):
         raise refuse(where, "spec.values in its header do not ascend")
-    if not isinstance(raw.get("name"), str) or not isinstance(raw.get("prompt"), str) or not raw["metrics"]:
+    scored = raw["metrics"] or raw.get("target") in ("classes", "tags", "none")
+    if not isinstance(raw.get("name"), str) or not isinstance(raw.get("prompt"), str) or not scored:
         raise refuse(where, "spec.name, spec.prompt or spec.metrics is missing in its header")
     try:
         return TaskSpec.from_dict(raw)
@@ -215,7 +239,7 @@ def _spec(raw: Any, where: str) -> TaskSpec:
 
 
 def _check_candidates(candidates: Sequence[Any], spec: TaskSpec, where: str) -> None:
-    sound = not candidates or len(candidates) == len(spec.targets)
+    sound = not candidates or len(candidates) == len(spec.texts)
     for ids in candidates:
         sound = sound and isinstance(ids, list) and 1 <= len(ids) <= MAX_TARGET
         sound = sound and all(type(i) is int and 0 <= i <= MAX_NUMBER for i in ids)

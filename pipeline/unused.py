@@ -20,9 +20,10 @@ PICTURE_OPTIONS: dict[str, tuple[Any, ...]] = {
     "image_size": (None,), "views": (None, 1), "view_seed": (None, 0), "skip_bad": (False,),
 }  # fmt: skip
 STREAM_OPTIONS = (
-    "model", "task", "store", "data", "text", "text_pair", "label", "kind", "validation", "test", "limit", "space",
-    "format", "projection", "precision", "attention", "prompt", "max_length", "truncation_side", "image_size", "views",
-    "view_seed", "batch_size", "seed", "device", "tier", "host_memory", "scheduler", "window", "group_by_length",
+    "model", "task", "store", "data", "text", "text_pair", "label", "separator", "objective", "validation", "test",
+    "limit", "space", "format", "projection", "precision", "attention", "prompt", "max_length", "truncation_side",
+    "image_size", "views", "view_seed", "batch_size", "seed", "device", "tier", "host_memory", "scheduler", "window",
+    "group_by_length",
 )  # fmt: skip
 
 

@@ -42,6 +42,7 @@ from pipeline.store.tables import (
     read_header,
     read_table,
     save_table,
+    upgrade_tables,
 )
 from pipeline.store.writer import SegmentWriter
 
@@ -262,6 +263,10 @@ class Space:
     def save_table(self, table: TaskTable) -> Path:
         """Store a task table; returns its path. Never changes or removes another."""
         return Path(self.files.where(save_table(self.files, self._tasks, table)))
+
+    def upgrade_tables(self, change: bool = True) -> list[tuple[TableInfo, str]]:
+        """Rewrite tables of format 1 as format 2, see `store.tables.upgrade_tables`."""
+        return upgrade_tables(self.files, self._tasks, change)
 
     def tables(self) -> list[TableInfo]:
         """Every stored task table, by task, split and rows."""

@@ -28,7 +28,8 @@ from pipeline.store.errors import UserError
 
 @dataclass(frozen=True)
 class TextOptions:
-    """How text becomes input ids. `prompt` is used by text-to-text families only; "" elsewhere.
+    """How text becomes input ids. `prompt` is used by text-to-text families only; "" elsewhere. `words`: also find out
+    which word each position belongs to, which changes nothing else.
 
     Of image families: `root`, the folder that file names are relative to; `skip_bad`, leave out pictures that cannot be
     read; `image_size`, "HEIGHTxWIDTH" of what the backbone sees, "own" for each
@@ -46,6 +47,7 @@ class TextOptions:
     views: int = 1
     view_seed: int = 0
     upright: bool = True
+    words: bool = False
 
 
 class Tail(nn.Module, ABC):

@@ -81,7 +81,7 @@ def load_folder(folder: Path, name: str | None = None) -> Task:
     ]
     task = table_name(name or folder.resolve().name)
     targets = tuple(str(i) for i in range(len(classes)))
-    spec = TaskSpec(task, "classification", classes, ("accuracy",), ("image",), f"{task} image: {{0}}", targets)
+    spec = TaskSpec(task, "class", classes, ("accuracy",), ("image",), f"{task} image: {{0}}", targets)
     provenance = {
         "dataset": folder.resolve().name,
         "revision": xxhash.xxh3_128_hexdigest(repr(sorted(names)).encode()),

@@ -39,7 +39,7 @@ KINDS = {
     "array": "spaces/*/segments/*/*/zarr.json",
     "chunk": "spaces/*/segments/*/*/c.*",
     "marker": "spaces/*/superseded/*",
-    "table": "spaces/*/tasks/*/*.jsonl.gz",
+    "table": "spaces/*/tasks/*/*.parquet",
     "record": "spaces/*/tasks/*/extracted-*.json",
     "weights manifest": "weights/*/manifest.json",
     "tail": "weights/*/tail.safetensors",

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.store import Space, StoreError, encode
+from pipeline.extract.encoding import encode
+from pipeline.store import Space, StoreError
 from pipeline.store.errors import MissingStates
 from tests.store.helpers import key, samples, sealed, space
 
@@ -165,7 +166,7 @@ def test_a_pca_over_more_than_memory_ends(tmp_path):
         x = (draws.standard_normal((each, width)) * spread + 1).astype(np.float32)
         part = samples(list(range(number * 64, number * 64 + 64)), (STATE,), columns=False)
         part.lengths["encoder"] = np.full(64, each // 64)
-        part.states[STATE] = encode(torch.from_numpy(x), "float16")
+        part.states[STATE] = encode(torch.from_numpy(x), "float16").numpy()
         writer = home.writer({})
         writer.add(part)
         writer.seal()

@@ -235,7 +235,7 @@ def test_bad_tables(tmp_path: Path) -> None:
             home.load_table("t", "s")
         assert number < 10 and len(home.verify(deep=True)) == 1
     path.unlink()
-    path = path.with_name(f"s-2-{digest_bytes(data)[:16]}.jsonl.gz")
+    path = path.with_name(f"s-2-{digest_bytes(data)[:16]}.parquet")
     path.write_bytes(data[:-1] + b"?")
     with pytest.raises(StoreError, match="digest does not match its name"):
         home.load_table("t", "s")

@@ -95,7 +95,7 @@ def test_regression_targets_round_half_to_even_as_the_inputs_were_made():
     from pipeline.extract.tasks.base import TaskSpec
 
     values = tuple(round(0.1 * i, 1) for i in range(51))
-    spec = TaskSpec("stsb", "regression", (), ("pearson",), ("a",), "{0}", tuple(f"{v:.1f}" for v in values), values)
+    spec = TaskSpec("stsb", "number", (), ("pearson",), ("a",), "{0}", tuple(f"{v:.1f}" for v in values), values)
     head = TextHead("decoder", ToyTail(), [[i + 2, 1] for i in range(51)], values)
     labels = torch.tensor([4.25, 2.35, 0.05, 0.15, 5.0, 0.0, 3.333, 2.45], dtype=torch.float64)
     assert head.target_of(labels).tolist() == [spec.target_index(v) for v in labels.tolist()]
