@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from pipeline.command import command, say
-from pipeline.options import build_recipe, recipe_options
+from pipeline.options import build_recipe, takes, tuners_among
 from pipeline.store_commands import store
 
 EPILOG = """\b
@@ -51,30 +51,27 @@ def main(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-@main.command(short_help="Run the backbone once, store its states.")
-@recipe_options("extract")
+@main.command(short_help="Run the backbone once, store its states.", cls=takes("extract"))
 @command
 def extract(as_json: bool, recipe_file: str | None, **options: Any) -> tuple[Any, str]:
     """Run the backbone once over a task and store its hidden states."""
     from pipeline.extracting import run_extract
 
-    return run_extract(build_recipe(options, recipe_file), _voice(as_json), quiet=as_json), ""
+    return run_extract(build_recipe("extract", options, recipe_file), _voice(as_json), quiet=as_json), ""
 
 
-@main.command(short_help="Train a tuner from the store.")
-@recipe_options("train")
+@main.command(short_help="Train a tuner from the store.", cls=takes("train"))
 @command
 def train(as_json: bool, recipe_file: str | None, **options: Any) -> tuple[Any, str]:
     """Train a tuner from the store; the backbone is not loaded."""
     from pipeline.report import metrics_text
     from pipeline.training import run_train
 
-    result = run_train(build_recipe(options, recipe_file), _voice(as_json), quiet=as_json)
+    result = run_train(build_recipe("train", options, recipe_file), _voice(as_json), quiet=as_json)
     return result, metrics_text(result)
 
 
-@main.command(short_help="What a run will cost, before it is paid.")
-@recipe_options("train")
+@main.command(short_help="What a run will cost, before it is paid.", cls=takes("train"))
 @click.option("--budget", default=None, help="Disk that the states may take, such as 100GB.", metavar="SIZE")
 @click.option("--memory", default=None, help="Memory that training may take, such as 8GB.", metavar="SIZE")
 @command
@@ -86,21 +83,22 @@ def plan(
     from pipeline.plan import run_plan
 
     sizes = [None if size is None else float(parse_size(size)) for size in (budget, memory)]
-    return run_plan(build_recipe(options, recipe_file), *sizes)
+    return run_plan(build_recipe("train", options, recipe_file), *sizes)
 
 
-@main.command(short_help="Measure what plan predicted.")
-@recipe_options("train")
+@main.command(short_help="Measure what plan predicted.", cls=takes("train"))
 @command
 def bench(as_json: bool, recipe_file: str | None, **options: Any) -> tuple[Any, str]:
     """A small run of the same work: predicted, measured and their ratio. At most 128 rows unless --limit says more."""
     from pipeline.bench import run_bench
 
-    return run_bench(build_recipe(options, recipe_file), _voice(as_json))
+    return run_bench(build_recipe("train", options, recipe_file), _voice(as_json))
 
 
-@main.command(short_help="Tuners and live counterparts in one table.")
-@recipe_options("train", "tuner", "seed")  # --tuners and --seeds say it; ignored, they would mislead
+@main.command(
+    short_help="Tuners and live counterparts in one table.",
+    cls=takes("train", "tuner", "seed", names_tuners="methods"),  # --tuners and --seeds say it; ignored, they'd mislead
+)
 @click.option(
     "--tuners",
     "methods",
@@ -131,7 +129,7 @@ def compare(
     """Train several methods on one task and print trainable parameters, memory, seconds an epoch and the metric."""
     from pipeline.compare import default_folder, parse_seeds, run_compare
 
-    recipe = build_recipe(options, recipe_file)
+    recipe = build_recipe("train", options, recipe_file, tuners_among(methods))
     names = list(dict.fromkeys(m.strip() for m in methods.split(",") if m.strip()))
     numbers = [recipe.seed] if seeds is None else parse_seeds(seeds)
     return run_compare(recipe, names, numbers, default_folder(recipe), csv_file, _voice(as_json), preset)

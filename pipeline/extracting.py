@@ -27,7 +27,7 @@ from pipeline.resolve import device_of, need, open_task, refuse_full_readers, sp
 from pipeline.rows import refuse_other_kind, refuse_unknown_ids, token_doubts
 from pipeline.store import Space, Store, TaskTable, bytes_per_value
 from pipeline.store.errors import UserError
-from pipeline.unused import refuse_for_kind, refuse_for_tuners
+from pipeline.unused import refuse_for_kind
 from pipeline.versions import save_tables, task_id
 
 Say = Callable[[str], None]
@@ -100,7 +100,6 @@ def run_extract(recipe: Recipe, say: Say, quiet: bool = False, task: Task | None
     checkpoint = resolve(recipe.model)
     family, states = checkpoint.family, wanted_states(recipe, checkpoint.family)
     refuse_full_readers(recipe, recipe.tuners, family)
-    refuse_for_tuners(recipe, recipe.tuners, "extract")
     refuse_for_kind(recipe, family)
     task = task or open_task(recipe)
     options = space_options(recipe, task.spec)

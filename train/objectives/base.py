@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pipeline.extract.backbones.base import Vocabulary
 from pipeline.extract.backbones.batch import Batch
+from pipeline.extract.options import check_options
 from pipeline.store.errors import UserError
 from pipeline.train.features import Feature, Features, Want
 
@@ -26,7 +27,11 @@ Outputs = dict[str, Any]  # name → tensor with a first dimension of B, or a se
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """Options of an objective; every field has a default."""
+    """Options of an objective are the fields of a subclass, each made by `option`, each with a default. Raises
+    ValueError for a value that an option does not take."""
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
 
 @dataclass(frozen=True)
