@@ -19,6 +19,7 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 
 from pipeline.extract.backbones.base import Family, family_for
+from pipeline.extract.plugins import load_installed
 from pipeline.store.errors import UserError
 
 # Short names; anything else is a folder or a hub id.
@@ -72,7 +73,11 @@ class Checkpoint:
         from transformers import AutoConfig
 
         try:
-            return AutoConfig.from_pretrained(self.folder, local_files_only=True)
+            try:
+                return AutoConfig.from_pretrained(self.folder, local_files_only=True)
+            except (ValueError, KeyError):
+                load_installed()  # a plug-in may bring a configuration that transformers does not have
+                return AutoConfig.from_pretrained(self.folder, local_files_only=True)
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"{self.folder}: config.json cannot be used: {_first_line(error)}") from None
 

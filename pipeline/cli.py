@@ -27,6 +27,15 @@ A paper's setting, on the machine with the big GPU, then anywhere:
 """
 
 
+IMPORT = click.option(
+    "--import",
+    "imports",
+    default=None,
+    help="Modules to import first, where those of the run have moved.",
+    metavar="MODULES",
+)
+
+
 def _quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -142,6 +151,7 @@ def compare(
 @click.option("--store", default=None, help="The store, where it is not the run's own.", metavar="FOLDER")
 @click.option("--model", default=None, help="Checkpoint for --generate, where it has moved.", metavar="NAME")
 @click.option("--device", default=None, type=click.Choice(["auto", "cpu", "cuda"]), help="Where to compute.")
+@IMPORT
 @command
 def evaluate(as_json: bool, run: str, split: str | None, generate: bool, **overrides: Any) -> tuple[Any, str]:
     """Score a finished run from the store."""
@@ -176,6 +186,7 @@ def evaluate(as_json: bool, run: str, split: str | None, generate: bool, **overr
 @click.option("--store", default=None, help="The store, where it is not the run's own.", metavar="FOLDER")
 @click.option("--model", default=None, help="The checkpoint, where it has moved.", metavar="NAME")
 @click.option("--device", default=None, type=click.Choice(["auto", "cpu", "cuda"]), help="Where to compute.")
+@IMPORT
 @command
 def predict(
     as_json: bool, run: str, input_file: str, text: str | None, text_pair: str | None, output: str | None, **over: Any
@@ -213,8 +224,10 @@ def demo(as_json: bool, out: str, seed: int) -> tuple[Any, str]:
 @command
 def models(as_json: bool) -> tuple[Any, str]:
     """Backbones: families and short names."""
+    from pipeline.extract.plugins import load_installed
     from pipeline.report import models_text, models_what
 
+    load_installed()
     return models_what(), models_text()
 
 
@@ -222,9 +235,11 @@ def models(as_json: bool) -> tuple[Any, str]:
 @command
 def tasks(as_json: bool) -> tuple[Any, str]:
     """Named tasks; a table of your own is a task too."""
+    from pipeline.extract.plugins import load_installed
     from pipeline.extract.tasks import task_names
     from pipeline.report import pairs_text
 
+    load_installed()
     listed = task_names()
     more = "\n\nYour own table: --task my.csv --text COLUMN [--text-pair COLUMN] --label COLUMN (.csv, .tsv, .jsonl)"
     return {"tasks": dict(listed)}, pairs_text(listed) + more
@@ -233,10 +248,12 @@ def tasks(as_json: bool) -> tuple[Any, str]:
 @main.command()
 @command
 def tuners(as_json: bool) -> tuple[Any, str]:
-    """Tuners and their options."""
+    """Tuners; `pipeline train --tuner NAME --help` shows the options of one."""
+    from pipeline.extract.plugins import load_installed
     from pipeline.report import pairs_text
     from pipeline.train.tuners import tuner_class, tuner_names
 
+    load_installed()
     listed = [(n, tuner_class(n).description) for n in tuner_names()]
     return {"tuners": dict(listed)}, pairs_text(listed)
 

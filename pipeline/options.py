@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 import click
 
+from pipeline.command import tell
 from pipeline.recipe import Recipe, option_name, read_recipe
 from pipeline.store.errors import Notice, UserError
 
@@ -93,7 +94,7 @@ class OwnerCommand(click.Command):
             tuners, objective = self._chosen(args)
             ctx.meta[_OWNED] = _owned(tuners, objective, self.takes == "extract")
         except UserError as error:
-            raise Refused(error) from None
+            ctx.exit(tell(error))
         words = list(args)
         try:
             return super().parse_args(ctx, args)
@@ -104,7 +105,7 @@ class OwnerCommand(click.Command):
             unknown = [w.partition("=")[0] for w in words if w.startswith("--")]
             names = [w.removeprefix("--").replace("-", "_") for w in unknown if w not in flags]
             if said := refusal(names, [*tuners, *([objective] if objective else [])]):
-                raise Refused(UserError(said)) from None
+                ctx.exit(tell(UserError(said)))
             raise
 
     def _chosen(self, args: Sequence[str]) -> tuple[list[str], str | None]:
@@ -140,19 +141,6 @@ class OwnerCommand(click.Command):
             if rows := [row for p in params if (row := p.get_help_record(ctx))]:
                 with formatter.section(title):
                     formatter.write_dl(rows)
-
-
-class Refused(click.ClickException):
-    """A `UserError` found while the line was read: one line, like any other."""
-
-    def __init__(self, error: UserError) -> None:
-        super().__init__(" ".join(str(error).split()))
-        self.exit_code = error.exit_code
-
-    def show(self, file: Any = None) -> None:
-        from pipeline.command import say
-
-        say(f"error: {self.message}")
 
 
 def _owned(tuners: Sequence[str], objective: str | None, extraction: bool) -> dict[str, list[click.Option]]:

@@ -50,7 +50,8 @@ def _options(config: type[Any]) -> dict[str, tuple[Field[Any], Any]]:
 
 def options_of(kind: str, name: str) -> dict[str, tuple[Field[Any], Any]]:
     """The options of a tuner or objective: name → field, type."""
-    return _options((tuner_class if kind == "tuner" else objective_class)(name).config_class)
+    cls: Any = tuner_class(name) if kind == "tuner" else objective_class(name)
+    return _options(cls.config_class)
 
 
 def _names(kind: str) -> list[str]:
@@ -123,12 +124,16 @@ def recipe_of(
     import_modules(recipe.imports)
     if tuners is None:
         tuners = recipe.tuners if command == "extract" else (recipe.tuner,)
+    for name in tuners:
+        tuner_class(name)  # of an installed plug-in, which is imported now
+    if recipe.objective:
+        objective_class(recipe.objective)
     chooser = _Chooser(tuners, recipe.objective, command == "extract")
     for kind, option, value, where in own:
         chooser.take(option, value, where, kind)
     if chooser.others and not record:
         raise UserError(refusal(chooser.others, [*tuners, *([recipe.objective] if recipe.objective else [])]))
-    return replace(recipe, **chooser.found)
+    return replace(recipe, tuner_options=chooser.found["tuner"], objective_options=chooser.found["objective"])
 
 
 class _Chooser:
@@ -138,7 +143,7 @@ class _Chooser:
         self.extraction = extraction
         self.chosen = {"tuner": tuners, "objective": objective_names() if objective is None else [objective]}
         self.open = objective is None  # which objective it is the data will tell
-        self.found: dict[str, dict[str, Any]] = {f"{kind}_options": {} for kind in KINDS}
+        self.found: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}
         self.others: list[str] = []
 
     def take(self, option: str, value: Any, where: str, only: str) -> None:
@@ -156,9 +161,9 @@ class _Chooser:
                 continue
             hint = options_of(kind, names[0])[option][1]
             if value is None or value in ((), []):
-                self.found[f"{kind}_options"].pop(option, None)
+                self.found[kind].pop(option, None)
             elif not self.extraction or any(about(options_of(kind, n)[option][0]).extraction for n in names):
-                self.found[f"{kind}_options"][option] = checked_value(option, hint, value, where)
+                self.found[kind][option] = checked_value(option, hint, value, where)
             return
         nothing = nothing or (usual and self.open and bool(owners.get("objective")))
         if not nothing and (not self.extraction or any(about(f).extraction for f in fields)):

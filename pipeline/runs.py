@@ -133,7 +133,8 @@ def load_run(folder: str | Path, **overrides: Any) -> Run:
         again = f"pipeline train --recipe {quoted(str(folder / 'recipe.yaml'))} --out {quoted(str(folder))}"
         raise UserError(f"{folder}: the run has no trained tuner yet; run: {again}")
     kept = read_recipe(folder / "recipe.yaml", record=True)
-    recipe = recipe_of("train", (str(folder / "recipe.yaml"), kept), record=True)
+    moved = {"imports": imports} if (imports := overrides.pop("imports", None)) is not None else {}
+    recipe = recipe_of("train", (str(folder / "recipe.yaml"), kept), ("load_run()", moved), record=True)
     recipe = replace(recipe, limit=None, views=None, **{k: v for k, v in overrides.items() if v is not None})
     state, about = load_checkpoint(folder / TUNER)
     told = tuner_class(recipe.tuner).kept_options(state)

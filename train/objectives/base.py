@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from pipeline.extract.backbones.base import Vocabulary
 from pipeline.extract.backbones.batch import Batch
 from pipeline.extract.options import check_options
+from pipeline.extract.plugins import load_installed
 from pipeline.store.errors import UserError
 from pipeline.train.features import Feature, Features, Want
 
@@ -161,7 +162,9 @@ def objective_names() -> list[str]:
 
 
 def objective_class(name: str) -> type[Objective]:
-    """The objective called `name`; UserError listing those there are otherwise."""
+    """The objective called `name`, of an installed plug-in too; UserError listing those there are otherwise."""
+    if name not in _OBJECTIVES:
+        load_installed()
     if name not in _OBJECTIVES:
         raise UserError(f"unknown objective {name!r}; objectives: {', '.join(_OBJECTIVES)}")
     return _OBJECTIVES[name]

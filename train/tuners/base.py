@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from pipeline.extract.backbones.base import Family, Tail
 from pipeline.extract.backbones.batch import Batch
 from pipeline.extract.options import check_options, option
+from pipeline.extract.plugins import load_installed
 from pipeline.store.errors import UserError
 from pipeline.train.features import Feature, Features, Kind, Want
 
@@ -193,10 +194,12 @@ def _form_for(name: str, family: Family) -> type[Tuner] | None:
 
 
 def tuner_class(name: str, family: Family | None = None) -> type[Tuner]:
-    """The tuner called `name`, in its form for `family` if given.
+    """The tuner called `name`, in its form for `family` if given; of an installed plug-in too.
 
     UserError offering the nearest names for an unknown one, or naming those that work on `family`.
     """
+    if name not in _TUNERS:
+        load_installed()
     if name in _TUNERS:
         if family is None:
             return _TUNERS[name]
