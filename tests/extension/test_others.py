@@ -123,3 +123,10 @@ def test_a_broken_plug_in_stops_nobody_else(tmp_path: Path) -> None:
     (info / "entry_points.txt").write_text("[pipeline.plugins]\nbroken = not_there\n")
     ((code, out, err),) = pipeline(["tuners"], path=str(tmp_path / "site"), cwd=tmp_path)
     assert code == 0 and "sherl" in out and "plug-in broken (not_there) cannot be imported" in err
+
+
+def test_their_tuner_goes_through_the_conformance_suite_in_one_line(electra: Path, tmp_path: Path) -> None:
+    code = f"import others, pipeline.testing; pipeline.testing.conform('power', {str(electra)!r}, exponent=1)"
+    env = {**os.environ, "PYTHONPATH": str(OTHERS.parent), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
