@@ -17,6 +17,7 @@ from pipeline.extract.backbones import Family, Inputs, TextOptions, stream_of
 from pipeline.extract.backbones.live import Backbone
 from pipeline.extract.checkpoint import Checkpoint, resolve
 from pipeline.extract.identity import PRECISIONS, space_identity
+from pipeline.extract.plugins import lasting
 from pipeline.extract.run import Report, compute, provenance_of
 from pipeline.extract.tasks.base import SPLITS, Rows, Task, TaskSpec
 from pipeline.extract.tasks.images import contents
@@ -141,6 +142,7 @@ def run_extract(recipe: Recipe, say: Say, quiet: bool = False, task: Task | None
 
         each = estimated_bytes(inputs, states, family, options.format) / len(keys)
         model = os.path.abspath(recipe.model) if Path(recipe.model).is_dir() else recipe.model  # noqa: PTH100
+        how["imports"] = lasting(recipe.imports)
         report = compute_on(recipe.scheduler, space, inputs, keys, states, model, recipe.device, each, **how)
     else:
         report = compute(space, inputs, keys, states, backbone, describe=_describer(splits), **how)
