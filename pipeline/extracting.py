@@ -19,6 +19,7 @@ from pipeline.extract.backbones.live import Backbone
 from pipeline.extract.checkpoint import CONFIG_NOISE, Checkpoint, resolve
 from pipeline.extract.encoding import arrays_of
 from pipeline.extract.identity import PRECISIONS, space_identity
+from pipeline.extract.plugins import lasting
 from pipeline.extract.run import Report, compute, provenance_of
 from pipeline.extract.tasks.base import SPLITS, Rows, Task, TaskSpec
 from pipeline.extract.tasks.images import contents
@@ -30,7 +31,7 @@ from pipeline.rows import refuse_other_kind, refuse_unknown_ids, token_doubts
 from pipeline.store import Space, Store, TaskTable, bytes_per_value
 from pipeline.store.errors import UserError
 from pipeline.stored import kept_name, made_with, own_kept
-from pipeline.unused import refuse_for_kind, refuse_for_tuners
+from pipeline.unused import refuse_for_kind
 from pipeline.versions import save_tables, task_id
 
 Say = Callable[[str], None]
@@ -102,7 +103,6 @@ def run_extract(recipe: Recipe, say: Say, quiet: bool = False, task: Task | None
     checkpoint = resolve(recipe.model)
     family, states = checkpoint.family, wanted_states(recipe, checkpoint.family)
     refuse_full_readers(recipe, recipe.tuners, family)
-    refuse_for_tuners(recipe, recipe.tuners, "extract")
     refuse_for_kind(recipe, family)
     task = task or open_task(recipe)
     options = space_options(recipe, task.spec)
@@ -146,6 +146,7 @@ def run_extract(recipe: Recipe, say: Say, quiet: bool = False, task: Task | None
 
         each = estimated_bytes(inputs, states, family, options.format) / len(keys)
         model = os.path.abspath(recipe.model) if Path(recipe.model).is_dir() else recipe.model  # noqa: PTH100
+        how["imports"] = lasting(recipe.imports)
         report = compute_on(recipe.scheduler, space, inputs, keys, states, model, recipe.device, each, **how)
     else:
         report = compute(space, inputs, keys, states, backbone, describe=_describer(splits), **how)

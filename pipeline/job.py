@@ -21,6 +21,7 @@ from pipeline.extract.tasks.base import Rows, TaskSpec
 from pipeline.extracting import Split, load_backbone, prepare_split, task_tables
 from pipeline.keepsakes import make_start, start_file, stored_late, stored_start
 from pipeline.objectives import make_objective
+from pipeline.owners import config_of
 from pipeline.recipe import Recipe
 from pipeline.resolve import (
     SPACE_FIELDS,
@@ -33,7 +34,6 @@ from pipeline.resolve import (
     picture_root,
     space_options,
     store_path,
-    tuner_options,
 )
 from pipeline.rows import refuse_other_kind
 from pipeline.store import Space, Store, TaskTable, digest_json
@@ -160,7 +160,7 @@ def make_job(
     if found.family.modality == "text":  # a store of earlier versions may hold names of pictures read as text
         for split, table in tables.items():
             refuse_other_kind(found.family, table.texts, "", f"the stored {split} rows of {spec.name}")
-    config = tuner_options(recipe, recipe.tuner)
+    config = config_of(recipe, recipe.tuner)
     tuner = tuner_class(recipe.tuner, found.family)
     states = tuner.states(config, found.family)
     projection = found.family.projection

@@ -20,8 +20,8 @@ from pipeline.extract.encoding import arrays_of, tensors_of
 from pipeline.extract.tasks import canonical_name
 from pipeline.extract.tasks.base import TaskSpec
 from pipeline.objectives import make_objective
+from pipeline.owners import config_of
 from pipeline.recipe import Recipe
-from pipeline.resolve import tuner_options
 from pipeline.store import Store, digest_json
 from pipeline.store.errors import MissingStates, UserError
 from pipeline.train.importance import FISHER_SAMPLES, fisher, magnitude
@@ -86,7 +86,7 @@ def keep(
     for name in recipe.tuners:
         if name not in tuner_names(family):
             continue
-        config, cls = tuner_options(recipe, name, strict=False), tuner_class(name, family)
+        config, cls = config_of(recipe, name, len(recipe.tuners) > 1), tuner_class(name, family)
         blocks = {block_file(i, kept): i for i in cls.late_layers(config, family)}
         missing = [f for f in blocks if not store.has_weights(digest, f)]
         if missing:

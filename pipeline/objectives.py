@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from pipeline.extract.backbones.base import Family
 from pipeline.extract.tasks.base import TaskSpec
+from pipeline.owners import options_of, refusal
 from pipeline.recipe import Recipe
 from pipeline.store.errors import UserError
 from pipeline.train.objectives import Answers, Objective, objective_class, objective_config, objective_names
@@ -53,10 +54,10 @@ def make_objective(
     """The objective of a run. `token_ids`: of each target text, from the task table."""
     name = objective_name(recipe, spec, family, tuner)
     cls = objective_class(name)
-    pooled = hasattr(cls.config_class, "pooling")
-    if not pooled and recipe.pooling is not None:
-        raise UserError(f"--pooling: objective {name} pools nothing")
-    config = objective_config(name, {"pooling": recipe.pooling} if recipe.pooling else {})
+    if others := recipe.objective_options.keys() - options_of("objective", name).keys():
+        how = f"tuner {recipe.tuner} on {family.name} backbones" if tuner else f"{family.name} backbones"
+        raise UserError(refusal(sorted(others), [f"objective {name}, that of {how} here"]))
+    config = objective_config(name, recipe.objective_options)
     answers = Answers(spec.labels, spec.metrics, spec.texts, tuple(tuple(ids) for ids in token_ids), spec.values)
     return cls(config, answers)
 

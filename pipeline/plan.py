@@ -45,8 +45,9 @@ from pipeline.operations import (
     tuner_model,
     weighted,
 )
+from pipeline.owners import config_of
 from pipeline.recipe import Recipe
-from pipeline.resolve import device_of, need, open_task, refuse_full_readers, space_options, store_path, tuner_options
+from pipeline.resolve import device_of, need, open_task, refuse_full_readers, space_options, store_path
 from pipeline.rows import refuse_other_kind
 from pipeline.shapes import known_config
 from pipeline.store import FORMATS, SEGMENT_BYTES, bytes_per_value
@@ -55,7 +56,7 @@ from pipeline.store.malloc import keep_freed_memory
 from pipeline.train.order import Order
 from pipeline.train.tiers import available_memory
 from pipeline.train.tuners import TunerConfig, tuner_class
-from pipeline.unused import refuse_for_kind, refuse_for_tuners
+from pipeline.unused import refuse_for_kind
 
 SAMPLED = 2000  # rows whose lengths stand for all
 TIERS = {"device": "device memory", "host": "host memory", "disk": "disk"}  # of --tier
@@ -215,13 +216,12 @@ def workload(recipe: Recipe, task: Task | None = None) -> Workload:
     family, tokenizer = family_and_tokenizer(recipe.model)
     task = task or open_task(recipe)
     refuse_full_readers(recipe, (recipe.tuner,), family)
-    refuse_for_tuners(recipe, (recipe.tuner,), "train")
     refuse_for_kind(recipe, family)
     if kept := parse_projection(recipe.projection or "none", family.width):
         # Of a projection the widths alone matter here.
         small = {n: family.width for n in family.states() if n not in family.full_states()}
         family.projection = orthogonal(small, kept[1], 0)
-    config = tuner_options(recipe, recipe.tuner)
+    config = config_of(recipe, recipe.tuner)
     splits = [s for s in (recipe.split or task.splits) if len(task.rows(s))]
     rows = {s: min(len(task.rows(s)), recipe.limit or len(task.rows(s))) for s in splits}
     pictures: list[Picture] = []

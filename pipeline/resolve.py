@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from pipeline.extract.tasks import Task, canonical_name, load_task
 from pipeline.extract.tasks.base import TaskSpec
 from pipeline.extract.tasks.hub_images import PREFIX, hub_folder
 from pipeline.objectives import refuse_targets, target_types
+from pipeline.owners import config_of
 from pipeline.place import store_place
 from pipeline.recipe import Recipe, option_name
 from pipeline.store import Space, Store
@@ -27,7 +28,7 @@ from pipeline.store.errors import SpaceMismatch, StoreError, UserError
 from pipeline.store.resolve import resolve as resolve_space
 from pipeline.stored import family_from, kept_name, kept_of, source_of
 from pipeline.train.model import union_states
-from pipeline.train.tuners import TunerConfig, tuner_class, tuner_config, tuner_names
+from pipeline.train.tuners import tuner_class, tuner_names
 
 # Options of a recipe that are fields of a feature space.
 SPACE_FIELDS = ("format", "projection", "precision", "attention", "prompt", "max_length", "truncation_side")
@@ -112,16 +113,6 @@ def size_text(size: str | None) -> str:
     return f"{size}x{size}" if size and size.isdigit() else size or ""
 
 
-def tuner_options(recipe: Recipe, name: str, strict: bool = True) -> TunerConfig:
-    """The config of tuner `name`: those of the recipe's options that it has. With `strict`, `layers` given to a tuner
-    that reads a single layer must be one layer; without (several tuners at once), it is not applied to that tuner."""
-    known = {f.name for f in fields(tuner_class(name).config_class)}
-    options = {k: getattr(recipe, k) for k in known if hasattr(recipe, k) and getattr(recipe, k) not in (None, ())}
-    if not strict and not tuner_class(name).text_head:
-        options.pop("layers", None)
-    return tuner_config(name, options)
-
-
 def wanted_states(recipe: Recipe, family: Family) -> list[str]:
     """The states that the tuners of `--for` read between them."""
     if not recipe.tuners:
@@ -129,7 +120,7 @@ def wanted_states(recipe: Recipe, family: Family) -> list[str]:
     names = recipe.tuners
     if names == Recipe().tuners:  # nobody asked for these by name: those of them that there are
         names = tuple(n for n in names if n in tuner_names(family))
-    return union_states([(name, tuner_options(recipe, name, strict=False)) for name in names], family)
+    return union_states([(name, config_of(recipe, name, len(recipe.tuners) > 1)) for name in names], family)
 
 
 def refuse_full_readers(recipe: Recipe, names: Sequence[str], family: Family) -> None:
@@ -139,7 +130,7 @@ def refuse_full_readers(recipe: Recipe, names: Sequence[str], family: Family) ->
     small = set(family.states()) - set(family.full_states())
     for name in names:
         tuner = tuner_class(name, family)
-        if not tuner.projects and small & set(tuner.states(tuner_options(recipe, name, strict=False), family)):
+        if not tuner.projects and small & set(tuner.states(config_of(recipe, name, len(names) > 1), family)):
             raise UserError(f"tuner {name} reads full states, not {recipe.projection}: extract without it")
 
 

@@ -27,7 +27,8 @@ from pipeline.job import (
     store_source,
     text_options,
 )
-from pipeline.recipe import Recipe, read_recipe
+from pipeline.owners import recipe_of
+from pipeline.recipe import read_recipe
 from pipeline.rows import checked_rows, token_doubts
 from pipeline.store.errors import StoreError, UserError
 from pipeline.train.checkpoint import TUNER, check
@@ -40,10 +41,10 @@ from pipeline.train.model import Model
 from pipeline.train.objectives.label_text import LabelText
 from pipeline.train.order import Order
 from pipeline.train.targets import Targets
-from pipeline.train.tuners.livelayers import saved_size
+from pipeline.train.tuners import tuner_class
 
 # Options of a run's recipe that say where things are and not what they are.
-ELSEWHERE = ("store", "model", "data", "device", "tier", "host_memory", "scheduler")
+ELSEWHERE = ("store", "model", "data", "device", "tier", "host_memory", "scheduler", "imports")
 
 
 @dataclass(repr=False)
@@ -139,11 +140,13 @@ def load_run(folder: str | Path, **overrides: Any) -> Run:
     if not (folder / TUNER).is_file():
         again = f"pipeline train --recipe {quoted(str(folder / 'recipe.yaml'))} --out {quoted(str(folder))}"
         raise UserError(f"{folder}: the run has no trained tuner yet; run: {again}")
-    recipe = Recipe.from_mapping(read_recipe(folder / "recipe.yaml", record=True), str(folder / "recipe.yaml"))
+    kept = read_recipe(folder / "recipe.yaml", record=True)
+    moved = {"imports": imports} if (imports := overrides.pop("imports", None)) is not None else {}
+    recipe = recipe_of("train", (str(folder / "recipe.yaml"), kept), ("load_run()", moved), record=True)
     recipe = replace(recipe, limit=None, views=None, **{k: v for k, v in overrides.items() if v is not None})
     state, about = load_checkpoint(folder / TUNER)
-    # The papers' sizes are the default now and were not always; a run says its own.
-    recipe = replace(recipe, tail_size=recipe.tail_size or saved_size(state))
+    told = tuner_class(recipe.tuner).kept_options(state)
+    recipe = replace(recipe, tuner_options={**told, **recipe.tuner_options})
     try:
         job = load_job(recipe, about.get("rows"), about.get("space"))
     except StoreError as error:

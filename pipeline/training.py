@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from pipeline.command_line import extract_command
 from pipeline.doubts import doubts, limit_doubt
+from pipeline.extract.plugins import lasting
 from pipeline.extract.tasks import is_named
 from pipeline.extract.tasks.base import TaskSpec
 from pipeline.extract.tasks.hub_images import PREFIX
@@ -32,7 +33,8 @@ from pipeline.store.places import absolute
 from pipeline.train.loop import FitOptions, fit
 from pipeline.train.ranks import Ranks
 from pipeline.train.runlog import write_bytes
-from pipeline.unused import refuse_for_training, refuse_for_tuners
+from pipeline.train.tuners import TunerConfig
+from pipeline.unused import refuse_for_training
 from pipeline.versions import columns_text, task_id
 
 Say = Callable[[str], None]
@@ -86,7 +88,6 @@ def make_folder(folder: Path) -> None:
 
 def run_train(recipe: Recipe, say: Say, quiet: bool = False) -> dict[str, Any]:
     """Train what `recipe` says; `say` takes the lines a person reads. Returns the metrics with the run's folder."""
-    refuse_for_tuners(recipe, [recipe.tuner], "train")
     job = load_job(recipe)
     refuse_for_training(recipe, job.found.family)
     if "train" not in job.tables:
@@ -158,6 +159,11 @@ def lasting_name(job: Job) -> str:
     return task if own else task_id(next(iter(job.tables.values())).header)
 
 
+def stated(config: TunerConfig) -> dict[str, Any]:
+    """The options of a config that say something, the defaults among them: a later version may have others."""
+    return {k: v for k, v in asdict(config).items() if v not in (None, ())}
+
+
 def write_recipe(folder: Path, job: Job, options: FitOptions, batch_size: int) -> None:
     """recipe.yaml: the run's options with every default resolved, so that it can be run again by `--recipe`."""
     identity = job.found.space.identity
@@ -170,12 +176,14 @@ def write_recipe(folder: Path, job: Job, options: FitOptions, batch_size: int) -
         batch_size=batch_size,
         group_by_length=grouped(job.recipe, job.paper),
         objective=job.objective.name,
-        pooling=getattr(job.objective.config, "pooling", None),
         epochs=options.epochs,
         lr=options.lr,
         warmup_steps=options.warmup_steps,
         warmup_ratio=options.warmup_ratio,
         views=views_of(job.tables["train"]) if "image_size" in identity else None,
+        imports=lasting(job.recipe.imports),
+        tuner_options=stated(job.config),
+        objective_options=asdict(job.objective.config),
         out=None,
         overwrite=False,
         **{k: identity[k] for k in ("format", "projection", "precision", "attention")},

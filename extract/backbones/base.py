@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from pipeline.extract.backbones.batch import Batch, Layout, stream_of
 from pipeline.extract.backbones.fill import check_fit
 from pipeline.extract.backbones.inputs import Inputs
+from pipeline.extract.plugins import load_installed
 from pipeline.extract.projection import Projection
 from pipeline.store.errors import UserError
 
@@ -328,6 +329,8 @@ def families() -> list[type[Family]]:
 
 def family_for(config: Any) -> Family:
     """The family that serves a configuration's model type; UserError naming those that exist otherwise."""
+    if config.model_type not in _FAMILIES and config.model_type != "timm_wrapper":
+        load_installed()
     cls = _FAMILIES.get(config.model_type)
     if config.model_type == "timm_wrapper":
         name = str(config.architecture)

@@ -107,7 +107,7 @@ def load_glue(name: str, data: Path | None = None, grid: float = USUAL_GRID) -> 
     """
     task = GLUE[name]
     spec = _spec(task, grid)
-    if grid != USUAL_GRID and spec.kind != "regression":
+    if grid != USUAL_GRID and spec.target != "number":
         raise TaskError(f"task {name}: --grid is for regression, and its labels are classes")
     if data is None:
         raw, revision = read_hub(HUB_NAME, name, task.fields)

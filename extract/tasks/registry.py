@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from pipeline.extract.plugins import load_installed
 from pipeline.extract.tasks.base import Task, TaskError
 from pipeline.extract.tasks.glue import GLUE, USUAL_GRID, load_glue
 from pipeline.extract.tasks.hub_images import PREFIX, hub_name, load_hub_images
@@ -136,8 +137,15 @@ def is_named(name: str) -> bool:
 
 def _known(name: str) -> str | None:
     """The registered name, None where there is none; "SST-2" and "sst2" are the same."""
-    plain = {known.lower().replace("-", "").replace("_", ""): known for known in _TASKS}
-    return plain.get(name.lower().replace("-", "").replace("_", ""))
+
+    def look() -> str | None:
+        plain = {known.lower().replace("-", "").replace("_", ""): known for known in _TASKS}
+        return plain.get(name.lower().replace("-", "").replace("_", ""))
+
+    if (found := look()) is None and not is_table(name) and not Path(name).exists():
+        load_installed()
+        found = look()
+    return found
 
 
 def _resolve(name: str) -> str:

@@ -72,7 +72,8 @@ class World:
 
     def options(self, out: Path) -> Recipe:
         return Recipe(
-            model=str(self.checkpoint), task="pairs", tuner="sherl", insert="multi:2", projection="none",
+            model=str(self.checkpoint), task="pairs", tuner="sherl", tuner_options={"insert": "multi:2"},
+            projection="none",
             store=str(self.store), epochs=3, batch_size=8, limit=24, out=str(out), overwrite=False,
         )  # fmt: skip
 

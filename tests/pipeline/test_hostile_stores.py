@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline.command import printable
+from pipeline.owners import recipe_of
 from pipeline.recipe import Recipe
 from pipeline.store import Store, parquet
 from pipeline.store.digest import canonical_json, digest_bytes
@@ -243,7 +244,7 @@ def test_a_recipe_whose_references_nest(tmp_path):
     for _ in range(30):
         nested = [nested] * 10
     with pytest.raises(UserError, match="layers") as error:
-        Recipe.from_mapping({"layers": nested})
+        recipe_of("train", ("recipe", {"layers": nested}))
     assert len(str(error.value)) < 5000
 
 

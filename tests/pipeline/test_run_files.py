@@ -34,7 +34,7 @@ def trained(checkpoints, table, tmp_path_factory) -> tuple[Path, dict]:
     options = ["--model", checkpoints["bert"], "--task", table, "--store", folder / "store"]
     result = run("extract", *options, *WORDS, "--for", "probe")
     assert result.exit_code == 0, result.output
-    more = ["--tuner", "probe", "--epochs", 2, "--batch-size", 16, "--train-precision", "bfloat16"]
+    more = ["--tuner", "probe", "--epochs", 2, "--batch-size", 16, "--train-precision", "bfloat16", "--pooling", "mean"]
     result = run("train", *options, *more, "--out", folder / "run", "--json")
     assert result.exit_code == 0, result.output
     return folder / "run", json.loads(result.stdout)
@@ -60,7 +60,7 @@ def test_a_flipped_bit_in_a_tuner_is_refused(trained, copy):
 def test_a_changed_recipe_is_refused_as_a_record_and_noted_as_a_recipe(trained, copy, tmp_path):
     recipe = copy / "recipe.yaml"
     text = recipe.read_text()
-    assert read_recipe(recipe, record=True)["pooling"] == "mean"
+    assert read_recipe(recipe, record=True)["objective_options"] == {"pooling": "mean"}
     recipe.write_text(text.replace("pooling: mean", "pooling: first"))
     refused(run("evaluate", copy), "recipe.yaml", "digest")
     again = run("train", "--recipe", recipe, "--out", tmp_path / "again", "--epochs", 1)
@@ -149,7 +149,7 @@ def test_an_option_given_twice_is_refused(tmp_path, text, words):
 
 def test_every_flipped_bit_in_a_recipe_that_says_something_is_noticed(tmp_path):
     path = tmp_path / "recipe.yaml"
-    text = Recipe(task="rte", lr=0.25, layers=(1, 2)).to_yaml("a run").encode()
+    text = Recipe(task="rte", lr=0.25, tuner_options={"layers": (1, 2)}).to_yaml("a run").encode()
     path.write_bytes(text)
     whole = read_recipe(path, record=True)
     for place in range(0, len(text), 7):

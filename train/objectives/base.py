@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.extract.backbones.batch import Batch
+from pipeline.extract.options import check_options
+from pipeline.extract.plugins import load_installed
 from pipeline.store.errors import UserError
 from pipeline.train.features import Feature, Features, Want
 
@@ -32,7 +34,11 @@ class Vocabulary(Protocol):
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """Options of an objective; every field has a default."""
+    """Options of an objective are the fields of a subclass, each made by `option`, each with a default. Raises
+    ValueError for a value that an option does not take."""
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
 
 @dataclass(frozen=True)
@@ -162,7 +168,9 @@ def objective_names() -> list[str]:
 
 
 def objective_class(name: str) -> type[Objective]:
-    """The objective called `name`; UserError listing those there are otherwise."""
+    """The objective called `name`, of an installed plug-in too; UserError listing those there are otherwise."""
+    if name not in _OBJECTIVES:
+        load_installed()
     if name not in _OBJECTIVES:
         raise UserError(f"unknown objective {name!r}; objectives: {', '.join(_OBJECTIVES)}")
     return _OBJECTIVES[name]

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.extract.backbones.batch import Batch
+from pipeline.extract.options import option
 from pipeline.train.features import Feature, Features
 from pipeline.train.finite import refuse_nan
 from pipeline.train.objectives.base import Objective, Outputs, Scorer, Vocabulary, register
@@ -23,12 +24,7 @@ from pipeline.train.objectives.pooled import PooledConfig, PooledHead
 class MultilabelConfig(PooledConfig):
     """`threshold`: the probability from which a label is told."""
 
-    threshold: float = 0.5
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.threshold < 1:
-            raise ValueError(f"threshold: between 0 and 1, not {self.threshold}")
+    threshold: float = option(0.5, "Probability from which a label is told.", above=0, below=1)
 
 
 class MultilabelHead(PooledHead):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.extract.backbones.batch import Batch
+from pipeline.extract.options import option
 from pipeline.train.features import Feature, Features
 from pipeline.train.objectives.base import Head, ObjectiveConfig
 
@@ -19,11 +20,7 @@ POOLINGS = ("mean", "first")
 class PooledConfig(ObjectiveConfig):
     """`pooling`: what the head reads of a sample's rows, their mean or the first one."""
 
-    pooling: str = "mean"
-
-    def __post_init__(self) -> None:
-        if self.pooling not in POOLINGS:
-            raise ValueError(f"pooling: {' or '.join(POOLINGS)}, not {self.pooling!r}")
+    pooling: str = option("mean", "What the head reads, the mean of the tokens or the first one.", choices=POOLINGS)
 
 
 class PooledHead(Head):

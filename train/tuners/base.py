@@ -9,7 +9,7 @@ cached batch from a live one. Adding a tuner means adding one file with a config
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, ClassVar
 
@@ -19,16 +19,27 @@ from torch.nn import functional as F
 
 from pipeline.extract.backbones.base import Family, Tail
 from pipeline.extract.backbones.batch import Batch
+from pipeline.extract.options import check_options, option
+from pipeline.extract.plugins import load_installed
 from pipeline.store.errors import UserError
 from pipeline.train.features import Feature, Features, Kind, Want
 
 
 @dataclass(frozen=True)
 class TunerConfig:
-    """Options common to tuners. `layers`: the 0-based blocks whose states are used; empty means the method's own
-    choice for the backbone (the papers' where they give one)."""
+    """Options common to tuners; those of a tuner are the fields of a subclass, each made by `option`, each with a
+    default. Raises ValueError for a value that an option does not take. Empty `layers` are the method's own choice for
+    the backbone (the papers' where they give one)."""
 
-    layers: tuple[int, ...] = ()
+    layers: tuple[int, ...] = option(
+        (),
+        "Blocks (from 0) whose states are used. Default: the paper's choice for the backbone.",
+        metavar="NUMBERS",
+        extraction=True,
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
     def kept(self, family: Family, method: str, stream: str) -> list[int]:
         """The layers used on `stream`. Raises UserError for one that the backbone does not have."""
@@ -93,6 +104,11 @@ class Tuner(nn.Module):
     def states(cls, config: Any, family: Family) -> list[str]:
         """The states this tuner reads, in store order."""
         raise NotImplementedError
+
+    @classmethod
+    def kept_options(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Options that the weights of a finished run tell, for runs written before there were such options."""
+        return {}
 
     @classmethod
     def start(cls, config: Any, family: Family) -> Start | None:
@@ -178,10 +194,12 @@ def _form_for(name: str, family: Family) -> type[Tuner] | None:
 
 
 def tuner_class(name: str, family: Family | None = None) -> type[Tuner]:
-    """The tuner called `name`, in its form for `family` if given.
+    """The tuner called `name`, in its form for `family` if given; of an installed plug-in too.
 
     UserError offering the nearest names for an unknown one, or naming those that work on `family`.
     """
+    if name not in _TUNERS:
+        load_installed()
     if name in _TUNERS:
         if family is None:
             return _TUNERS[name]

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from pipeline.extract.backbones.base import Family, Tail
 from pipeline.extract.backbones.batch import Batch, Layout
+from pipeline.extract.options import option
 from pipeline.train.features import Feature, Features, Want
 from pipeline.train.tuners.base import StateLinear, Tuner, TunerConfig, checked_reduction, full_precision, register
 from pipeline.train.tuners.mtsa import EPSILON, mix
@@ -30,7 +31,7 @@ class ClipConfig(TunerConfig):
     """`reduction`: side width is the backbone's over this. 1 is what the published counts need, though the paper says
     2. `layers`: blocks that are read beside the embedding; all by default."""
 
-    reduction: int = 1
+    reduction: int = option(1, "Side width is the backbone's over this.", least=1)
 
 
 class Tower(nn.Module):

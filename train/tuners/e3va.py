@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from pipeline.extract.backbones.base import Family, Tail
 from pipeline.extract.backbones.batch import Batch
 from pipeline.extract.backbones.swin import SwinTail
+from pipeline.extract.options import option
 from pipeline.store.errors import UserError
 from pipeline.train.features import Features, Want
 from pipeline.train.tuners.base import Tuner, TunerConfig, register, rows_of, state_linear
@@ -37,18 +38,15 @@ class E3vaConfig(TunerConfig):
     """`alpha`: rank of the factors, 8 (E³VA), 16 (+) or 32 (++). `start`: e₀, "embedding" or "zero". `fusion`: "sum" is
     norm(l + e), "highway" norm(e). `zero_init`: start the last factor of each adapter at zero."""
 
-    alpha: int = 8
-    start: str = "embedding"
-    fusion: str = "sum"
-    zero_init: bool = True
-
-    def __post_init__(self) -> None:
-        if self.alpha < 1:
-            raise ValueError(f"alpha: at least 1, not {self.alpha}")
-        if self.start not in ("embedding", "zero"):
-            raise ValueError(f"start: embedding or zero, not {self.start!r}")
-        if self.fusion not in ("sum", "highway"):
-            raise ValueError(f"fusion: sum or highway, not {self.fusion!r}")
+    alpha: int = option(8, "Rank of the adapters; 8, 16, 32 are E3VA, +, ++.", least=1)
+    start: str = option("embedding", "What the highway starts from.", choices=("embedding", "zero"), extraction=True)
+    fusion: str = option(
+        "sum",
+        "What the norms read, the sum of highway and backbone or the highway.",
+        choices=("sum", "highway"),
+        extraction=True,
+    )
+    zero_init: bool = option(True, "Start the last factor of each adapter at zero (ours) or at random.")
 
 
 class LowRank(nn.Module):

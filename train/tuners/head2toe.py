@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pipeline.extract.backbones.base import Family, Tail
 from pipeline.extract.backbones.batch import Batch, stream_of
+from pipeline.extract.options import option
 from pipeline.store.errors import UserError
 from pipeline.train.features import Features, Want
 from pipeline.train.objectives.pooled import PooledHead
@@ -27,17 +28,9 @@ class Head2ToeConfig(TunerConfig):
     """`features`: share of all features that stay. `lasso`: weight of the group lasso, Σ over features of the norm of
     the head's weights on it. `select_after`: training batches before the selection."""
 
-    features: float = 0.1
-    lasso: float = 1e-4
-    select_after: int = 100
-
-    def __post_init__(self) -> None:
-        if not 0 < self.features <= 1:
-            raise ValueError(f"features: a share above 0 and at most 1, not {self.features}")
-        if self.lasso < 0:
-            raise ValueError(f"lasso: not below 0, was {self.lasso}")
-        if self.select_after < 1:
-            raise ValueError(f"select_after: at least 1, not {self.select_after}")
+    features: float = option(0.1, "Share of the features that stay.", above=0, most=1)
+    lasso: float = option(1e-4, "Weight of the group lasso.", least=0)
+    select_after: int = option(100, "Training batches before features are selected.", least=1)
 
 
 @register("head2toe", Head2ToeConfig)

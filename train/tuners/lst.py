@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pipeline.extract.backbones.base import Family, Tail
 from pipeline.extract.backbones.batch import Batch
 from pipeline.extract.backbones.bylength import by_length
+from pipeline.extract.options import option
 from pipeline.store.errors import UserError
 from pipeline.train.features import Features, Want
 from pipeline.train.tuners.base import Start, Tuner, TunerConfig, checked_reduction, linear, register, rows_of
@@ -29,17 +30,29 @@ class LstConfig(TunerConfig):
     "magnitude" or by "fisher" information on the task (LST §3.3; 0.1 and 0.2 points of GLUE average in its ablation).
     `prune`: "running" as in the released code, or "aligned", ours (see `extract.backbones.pruning`)."""
 
-    reduction: int = 8
-    temperature: float = 0.1
-    init: str = "random"
-    prune: str = "running"
+    reduction: int = option(
+        8, "Side width is the backbone's over this. (Extraction: for the weights of --init.)", least=1, extraction=True
+    )
+    temperature: float = option(0.1, "Temperature of the fusion gates.", above=0)
+    init: str = option(
+        "random",
+        "What side blocks start from: random, or the backbone pruned by magnitude or by Fisher information on the "
+        "task. Extract with the same --init, --prune and --reduction.",
+        choices=INITS,
+        extraction=True,
+    )
+    prune: str = option(
+        "running",
+        "How --init chooses channels: running, sublayer by sublayer as released, or aligned, one set for the residual "
+        "stream (ours).",
+        choices=tuple(PRUNES),
+        extraction=True,
+    )
 
     def __post_init__(self) -> None:
-        if self.temperature <= 0:
-            raise ValueError(f"temperature: must be above 0, not {self.temperature}")
-        for name, known in (("init", INITS), ("prune", PRUNES)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}: one of {', '.join(known)}, not {getattr(self, name)!r}")
+        super().__post_init__()
+        if self.prune != "running" and self.init == "random":
+            raise ValueError("--prune says how --init chooses channels; give --init magnitude or fisher with it")
 
 
 class Ladder(nn.Module):

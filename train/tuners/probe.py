@@ -15,6 +15,7 @@ class ProbeConfig(TunerConfig):
     """`layers`: at most one block, whose output is probed; the last by default."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if len(self.layers) > 1:
             raise ValueError(f"layers: a probe reads one layer, not {len(self.layers)}")
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from pipeline.extract.backbones.base import Family, Tail
 from pipeline.extract.backbones.batch import Batch
+from pipeline.extract.options import option
 from pipeline.train.features import Features, Want
 from pipeline.train.tuners.base import Tuner, TunerConfig, checked_reduction, register, rows_of
 
@@ -23,9 +24,10 @@ class SideTuningConfig(TunerConfig):
     """`reduction`: r, the side network's width is D / r. `layers`: at most one block, the frozen output; the last by
     default."""
 
-    reduction: int = 8
+    reduction: int = option(8, "Side width is the backbone's over this.", least=1)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if len(self.layers) > 1:
             raise ValueError(f"layers: side-tuning blends with one layer, not {len(self.layers)}")
 

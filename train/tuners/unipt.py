@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from pipeline.extract.backbones.base import Family, Tail
 from pipeline.extract.backbones.batch import Batch, Layout
+from pipeline.extract.options import option
 from pipeline.train.features import Features, Want
 from pipeline.train.tuners.base import (
     StateLinear,
@@ -37,7 +38,7 @@ EPSILON = 1e-8  # added to l1 norms, as in the released BERT and CNN code
 class UniptConfig(TunerConfig):
     """`reduction`: r, side width is D / r. `layers`: blocks that are read; the deepest of them is the anchor."""
 
-    reduction: int = 8
+    reduction: int = option(8, "Side width is the backbone's over this.", least=1)
 
 
 def attend(anchor: Tensor, target: Tensor) -> Tensor:
