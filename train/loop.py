@@ -251,7 +251,7 @@ class _Run:
                     "seconds": time.perf_counter() - begun,
                 }
             )
-            shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+            shown = "  ".join(f"{k} {v:.4f}" for k, v in metrics.items() if k != "average" or len(metrics) != 2)
             if not self.bar.disable:
                 self.bar.write(f"epoch {state.epoch + 1}/{options.epochs}  {shown}", file=sys.stderr)
             state.since_best += 1
