@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pipeline.extract.tasks import canonical_name, split_id
-from pipeline.objectives import target_types
 from pipeline.recipe import Recipe
 from pipeline.store import Space, TaskTable, digest_json
 from pipeline.store.errors import StoreError
@@ -248,6 +247,8 @@ def unlike(recipe: Recipe, header: Mapping[str, Any]) -> str:
     if recipe.grid != Recipe.grid and (len(values) < 2 or not math.isclose(values[1] - values[0], recipe.grid)):
         step = f"{values[1] - values[0]:g}" if len(values) > 1 else "none"
         return f"--grid was {step}, now {recipe.grid:g}"
+    from pipeline.objectives import target_types  # objectives load torch, which `pipeline store` does without
+
     learned, there = target_types(recipe), spec.get("target")
     if learned and there not in learned:
         return f"--objective {recipe.objective} learns targets of type {' or '.join(learned)}, these are {there}"
