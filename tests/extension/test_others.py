@@ -80,7 +80,8 @@ def test_the_whole_way(electra: Path, tmp_path: Path, way: str) -> None:
     extracted, trained = results(extract, train, path=path, cwd=tmp_path)
     assert extracted["computed"] == 40
     kept = yaml.safe_load((run / "recipe.yaml").read_text())
-    assert kept["tuner_options"] == {"exponent": 2, "seed": 0.5} and kept["objective_options"] == {"margin": 0.7}
+    assert kept["tuner_options"] == {"exponent": 2, "seed": 0.5}
+    assert kept["objective_options"] == {"margin": 0.7, "pooling": "mean"}
     assert kept["imports"] == ([str(package)] if load else [])
     # A process that knows the run alone.
     (tmp_path / "new.csv").write_text("sentence\nthe old cat\na red house sees\n")

@@ -80,7 +80,7 @@ def test_a_run_is_read_as_it_was_trained(stored, tmp_path):
     assert pipeline.load_run(tmp_path / "run", device="cpu").evaluate("test")
 
 
-@pytest.mark.parametrize("second", ["", ', "second": null', ', "second": ["b"]'])
+@pytest.mark.parametrize("second", ["", ', "second": null', ', "second": {"b": 1}'])
 def test_a_text_that_is_missing_is_not_predicted_on(stored, tmp_path, second):
     _, options, named = stored
     rows = tmp_path / "rows.jsonl"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -216,7 +217,8 @@ def test_a_space_of_before_orientation_keeps_meaning_pixels_as_they_are(checkpoi
     with monkeypatch.context() as patch:  # as an earlier version extracted
         from pipeline.extract.backbones.base import TextOptions
 
-        patch.setattr(TextOptions.__init__, "__defaults__", (*TextOptions.__init__.__defaults__[:-1], False))
+        usual = [False if f.name == "upright" else f.default for f in fields(TextOptions)]
+        patch.setattr(TextOptions.__init__, "__defaults__", tuple(usual))
         assert run("extract", *common, "--for", "probe", "--format", "float32").exit_code == 0
     (old,) = Store.open(tmp_path / "store").spaces()
     assert "orientation" not in old.identity

@@ -19,7 +19,7 @@ def load(data: Path | None, grid: float) -> Task:
         texts = [(" ".join(drawn.choices(WORDS, k=k)) + f" {split} {i}",) for i, k in enumerate(lengths)]
         splits[split] = Rows(texts, [k % 2 for k in lengths])
     labels = ("even", "odd")
-    spec = TaskSpec("word-parity", "classification", labels, ("accuracy",), ("sentence",), "{0}", labels)
+    spec = TaskSpec("word-parity", "class", labels, ("accuracy",), ("sentence",), "{0}", labels)
     return Task(spec, splits, {"source": "made up"})
 
 
