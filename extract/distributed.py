@@ -25,6 +25,7 @@ from pipeline.extract.backbones.inputs import Inputs
 from pipeline.extract.backbones.live import Backbone
 from pipeline.extract.identity import PRECISIONS, differences_of
 from pipeline.extract.order import extraction_batches
+from pipeline.extract.plugins import import_modules
 from pipeline.extract.projection import load_projection
 from pipeline.extract.run import Interrupted, Report, compute, plan_work
 from pipeline.store import SEGMENT_BYTES, Space, Store, stream_of
@@ -49,6 +50,7 @@ class Piece:
     stop: int
     base: str
     options: dict[str, Any]
+    imports: tuple[str, ...] = ()
 
 
 def compute_on(
@@ -67,12 +69,13 @@ def compute_on(
     provenance: dict[str, Any] | None = None,
     quiet: bool = False,
     piece_bytes: int = SEGMENT_BYTES,
+    imports: Sequence[str] = (),
 ) -> Report:
     """Like `extract.run.compute`, by the workers of the scheduler at `address`.
 
     `model`: as `extract.checkpoint.resolve` takes it, on the workers too. `device`: "auto", "cpu" or "cuda".
-    `sample_bytes`: of a sample's states, on average. Raises UserError where no scheduler or worker answers, and what a
-    worker raised; what was sealed until then stays.
+    `imports`: modules that register what is not ours. `sample_bytes`: of a sample's states, on average. Raises
+    UserError where no scheduler or worker answers, and what a worker raised; what was sealed until then stays.
     """
     if inputs.pictures is not None:
         raise UserError("--scheduler: only text is extracted on a cluster as yet; leave it out for pictures")
@@ -85,7 +88,9 @@ def compute_on(
     try:
         for item in plan_work(space, inputs, keys, states):
             if item.base is not None:
-                pieces.append(Piece(*common, tuple(item.states), "", 0, len(item.keys), item.base.id, options))
+                pieces.append(
+                    Piece(*common, tuple(item.states), "", 0, len(item.keys), item.base.id, options, tuple(imports))
+                )
                 continue
             # A piece is a fair mix of the task, as a segment is.
             order = np.concatenate(extraction_batches(item.inputs.tokens(), seed, tokens, batch_size))
@@ -94,7 +99,7 @@ def compute_on(
             step = min(share, max(1, int(piece_bytes / max(1.0, sample_bytes))))
             for start in range(0, len(order), step):
                 stop = min(start + step, len(order))
-                pieces.append(Piece(*common, tuple(item.states), file, start, stop, "", options))
+                pieces.append(Piece(*common, tuple(item.states), file, start, stop, "", options, tuple(imports)))
         _run(client, pieces, report, quiet)
     finally:
         client.close()
@@ -149,6 +154,7 @@ def run_piece(piece: Piece) -> dict[str, int]:
     """On a worker: compute what is not stored of `piece` and seal it."""
     # The backbone's hooks are not for two threads at once; a worker with several threads takes turns.
     with _BUSY:
+        import_modules(piece.imports)
         space = Store.open(piece.store).space(piece.space)
         backbone = _backbone(piece.model, piece.device, piece.store, piece.space)
         if piece.base:

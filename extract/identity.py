@@ -65,7 +65,7 @@ def space_identity(checkpoint: Checkpoint, options: SpaceOptions) -> dict[str, A
         "weights": checkpoint.weights_digest,
         "config": checkpoint.config_digest,
         "tokenizer": checkpoint.tokenizer_digest,
-        "prompt": options.text.prompt if family.readout == "lm" else "",
+        "prompt": options.text.prompt if family.writes_text else "",
         "max_length": options.text.max_length,
         "truncation_side": options.text.truncation_side,
         "format": options.format,

@@ -2,7 +2,7 @@
 
 `pca:K` keeps the K directions of largest variance of a sample, `orthogonal:K` K random orthonormal ones. A row x is
 kept as z = (x − mean) V, V (width, K) with orthonormal columns; a tuner's first map then reads K channels, which is the
-same method with that map confined to a subspace (methods §6.3). States that feed the live tail or a readout stay full.
+same method with that map confined to a subspace (methods §6.3). States that feed the live tail or a head stay full.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.extract.encoding import tensors_of
 from pipeline.store.digest import digest_bytes
 from pipeline.store.errors import NonFinite, StoreError, UserError
 
@@ -158,7 +159,7 @@ def load_projection(store: Any, identity: Mapping[str, Any]) -> Projection | Non
     if identity.get("projection", "none") == "none":
         return None
     wanted = identity["projection_fit"]
-    found = Projection.from_tensors(store.load_tensors(identity["weights"], file_name(wanted)))
+    found = Projection.from_tensors(tensors_of(store.load_tensors(identity["weights"], file_name(wanted))))
     if found.digest != wanted:
         raise StoreError(f"the projection {file_name(wanted)} is another one than its name says: restore it")
     return found

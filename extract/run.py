@@ -23,8 +23,9 @@ from tqdm import tqdm
 from pipeline.extract.backbones.batch import stream_of
 from pipeline.extract.backbones.inputs import Inputs
 from pipeline.extract.backbones.live import Backbone
+from pipeline.extract.encoding import encode
 from pipeline.extract.order import consecutive_batches, extraction_batches
-from pipeline.store import SEGMENT_BYTES, SEGMENT_SECONDS, Encoded, Samples, Segment, SegmentWriter, Space, encode
+from pipeline.store import SEGMENT_BYTES, SEGMENT_SECONDS, Encoded, Samples, Segment, SegmentWriter, Space
 from pipeline.store.errors import NonFinite, UserError
 from pipeline.store.malloc import keep_freed_memory, return_freed_memory
 
@@ -167,7 +168,7 @@ def _run(
         encoded: dict[str, Encoded] = {}
         for name in states:
             try:
-                encoded[name] = encode(batch.states[name], space.identity["format"]).cpu()
+                encoded[name] = encode(batch.states[name], space.identity["format"]).numpy()
             except NonFinite as error:
                 ends = np.cumsum(inputs.lengths[stream_of(name)])
                 key = keys[int(np.searchsorted(ends, error.row, side="right"))]

@@ -6,7 +6,7 @@
     features.extract(model="minilm", task="sst2", data="glue")
     run = features.train(task="sst2", tuner="lst", out="runs/mine")
     run.predict(["what a film"])
-    for batch in features.stream(task="sst2", states=["encoder.5"], batch_size=32, epochs=2): ...
+    for batch in features.stream(task="sst2", states="encoder.5", batch_size=32, epochs=2): ...
 
 `pipeline.extract`, `pipeline.train` and `pipeline.store` are packages: how features are made, learned from and kept.
 
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from pipeline.store.errors import UserError as UserError
     from pipeline.store.space import Space as Space
     from pipeline.store.store import Store as Store
+    from pipeline.train.iterable import Stream as Stream
     from pipeline.train.tuners.base import Tuner as Tuner
     from pipeline.train.tuners.base import TunerConfig as TunerConfig
     from pipeline.train.tuners.base import register as register
@@ -51,6 +52,7 @@ _HOMES = {
     "Run": "pipeline.runs",
     "Space": "pipeline.store.space",
     "Store": "pipeline.store.store",
+    "Stream": "pipeline.train.iterable",
     "Tuner": "pipeline.train.tuners.base",
     "TunerConfig": "pipeline.train.tuners.base",
     "UserError": "pipeline.store.errors",

@@ -4,23 +4,24 @@ keywords and raise `UserError`."""
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import get_worker_info
-
 from pipeline.doubts import limit_doubt
-from pipeline.extract.backbones import Batch
 from pipeline.extract.tasks.base import Task, TaskSpec
 from pipeline.extracting import run_extract
-from pipeline.job import first_views, labels_of, limited, parse_size, tables_of, views_of
-from pipeline.recipe import Recipe, checked_names
+from pipeline.job import first_views, limited, parse_size, tables_of, views_of
+from pipeline.objectives import plain_objective
+from pipeline.owners import recipe_of
+from pipeline.recipe import Recipe, named
 from pipeline.resolve import device_of, find_space, store_path
 from pipeline.runs import Run, load_run
 from pipeline.store import Space, Store
 from pipeline.store.errors import Notice, UserError
+from pipeline.train.iterable import Stream
 from pipeline.train.stream import StoreSource
+from pipeline.train.targets import Targets
 from pipeline.training import run_train
 from pipeline.unused import refuse_for_stream
 
@@ -35,37 +36,38 @@ def extract(task: str | Task = "", *, say: Say = _silent, **options: Any) -> dic
     """Run the backbone once over a task's rows and store the states. `task`: a name, a table's path, or a `Task` with
     rows made in Python. Returns what was done (space, rows, samples computed, bytes)."""
     name = task.spec.name if isinstance(task, Task) else task
-    recipe = Recipe.from_mapping({**options, "task": name}, "extract()")
+    recipe = recipe_of("extract", ("extract()", {**options, "task": name}))
     return run_extract(recipe, say, quiet=say is _silent, task=task if isinstance(task, Task) else None)
 
 
 def train(*, say: Say = _silent, **options: Any) -> dict[str, Any]:
     """Train a tuner from the store. Returns the metrics and the run's folder."""
-    return run_train(Recipe.from_mapping(options, "train()"), say, quiet=say is _silent)
+    return run_train(recipe_of("train", ("train()", options)), say, quiet=say is _silent)
 
 
 def stream(
     *,
-    states: Sequence[str],
+    states: str | Sequence[str],
     split: str = "train",
     batch_size: int = 64,
     epochs: int = 1,
     seed: int = 0,
     **options: Any,
-) -> Iterator[Batch]:
-    """Shuffled batches of any states of a task, for a side network of your own. `states`: names such as `encoder.5`
-    (`pipeline store status` lists them). Further options choose task, store and space, and say how they are read
-    (`tier`, `host_memory`, `scheduler`, `window`, `group_by_length`), as in `train`; `device` ("cpu" if not given) is
-    where the batches are.
+) -> Stream:
+    """Shuffled batches of any states of a task, for a side network of your own: a `Stream`, which can be iterated again
+    and again, in a loop or in the workers of a `DataLoader` (`batch_size=None`). `states`: a name such as `encoder.5`,
+    or several (`pipeline store status` lists them). `epochs`: that one iteration passes through. Further options choose
+    task, store and space, and say how they are read (`tier`, `host_memory`, `scheduler`, `window`, `group_by_length`),
+    as in `train`; `device` ("cpu" if not given) is where the batches are.
 
-    Yields `Batch`: `states[name]` (rows, width) float32, `lengths[stream]` (B,), `labels` (B,). The workers of a
-    `DataLoader` (an iterable data set that calls this, `batch_size=None`) take turns, so that the loader hands out the
-    same batches in the same order as one process. Raises MissingStates for states that were not extracted, UserError
-    for options that are wrong or would do nothing.
+    A `Batch` has `mean`, `max`, `first`, `last` and `pad` of a state's rows; `states[name]` (rows, width) float32 as
+    they lie; `targets`: `label` (B,) for a class or a number, `labels` (B, classes) for several, for tags `tag`, one a
+    position (-100 where no word begins); None where rows have none. Raises MissingStates for states that were not
+    extracted, UserError for options that are wrong or would do nothing.
     """
-    options = checked_names(options, "stream()")
+    options = named(options, "stream()")
     refuse_for_stream(options)
-    recipe = Recipe.from_mapping({"device": "cpu", **options, "batch_size": batch_size, "seed": seed}, "stream()")
+    recipe = recipe_of("train", ("stream()", {"device": "cpu", **options, "batch_size": batch_size, "seed": seed}))
     device = device_of(recipe)
     found = find_space(recipe)
     assert isinstance(found.space, Space)
@@ -76,15 +78,20 @@ def stream(
     if sentence := limit_doubt(recipe.limit, chosen, views_of(chosen)):
         warnings.warn(sentence, Notice, stacklevel=2)
     table = limited(chosen, recipe.limit)
-    labels = labels_of(table, TaskSpec.from_dict(table.header["spec"]))
-    worker = get_worker_info()
+    spec = TaskSpec.from_dict(table.header["spec"])
+    unlabelled = sum(label is None for label in table.labels)
+    if 0 < unlabelled < len(table.labels):
+        sentence = f"{unlabelled} of {len(table.labels)} {split} rows have no label: the batches have no targets"
+        warnings.warn(sentence, Notice, stacklevel=2)
+    targets = None if unlabelled else Targets(plain_objective(spec), table.labels, table.metas or None)
+    names = [states] if isinstance(states, str) else list(states)
     source = StoreSource(
-        found.space, table.keys, labels, list(states), found.family.columns, batch_size=batch_size, seed=seed,
+        found.space, table.keys, targets, names, found.family.columns, batch_size=batch_size, seed=seed,
         window=recipe.window, group_by_length=bool(recipe.group_by_length), tier=recipe.tier, device=device,
         host_bytes=None if recipe.host_memory is None else parse_size(recipe.host_memory), scheduler=recipe.scheduler,
-        pin=device.type == "cuda", share=(worker.id, worker.num_workers) if worker else (0, 1),
+        pin=device.type == "cuda",
     )  # fmt: skip
-    return (batch.to(device) for batch in source.epochs(0, epochs))
+    return Stream(source, epochs, device, f"{spec.name} {split}")
 
 
 class FeatureStore:
@@ -108,7 +115,7 @@ class FeatureStore:
         """Train a tuner from the store. Returns the finished run; `Run.metrics` are its scores."""
         return load_run(train(say=say, store=self.store.where, **options)["run"])
 
-    def stream(self, **options: Any) -> Iterator[Batch]:
+    def stream(self, **options: Any) -> Stream:
         """Shuffled batches of any states of a task, see `stream`."""
         return stream(store=self.store.where, **options)
 

@@ -92,7 +92,7 @@ def measure(recipe: Recipe, task: Any, folder: Path) -> dict[str, float]:
     for name, source in parts.items():
         epochs = 2 if name.startswith("live") else 3  # the first ones meet memory that was never touched
         fit(
-            job.model(0), source, None, None, FitOptions(epochs=epochs, lr=1e-6), folder / "run", lambda p, t: {},
+            job.model(0), source, None, None, FitOptions(epochs=epochs, lr=1e-6), folder / "run", job.objective.scorer,
             device_of(recipe), progress=False,
         )  # fmt: skip
         steps = [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]

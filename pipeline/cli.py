@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from pipeline.command import command, say
-from pipeline.options import build_recipe, recipe_options
+from pipeline.options import build_recipe, takes, tuners_among
 from pipeline.store_commands import store
 
 EPILOG = """\b
@@ -25,6 +25,15 @@ A paper's setting, on the machine with the big GPU, then anywhere:
   pipeline extract --model t5-base --task rte
   pipeline train   --recipe configs/sherl-t5-base.yaml --task rte
 """
+
+
+IMPORT = click.option(
+    "--import",
+    "imports",
+    default=None,
+    help="Modules to import first, where those of the run have moved.",
+    metavar="MODULES",
+)
 
 
 def _quiet_libraries() -> None:
@@ -51,30 +60,27 @@ def main(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-@main.command(short_help="Run the backbone once, store its states.")
-@recipe_options("extract")
+@main.command(short_help="Run the backbone once, store its states.", cls=takes("extract"))
 @command
 def extract(as_json: bool, recipe_file: str | None, **options: Any) -> tuple[Any, str]:
     """Run the backbone once over a task and store its hidden states."""
     from pipeline.extracting import run_extract
 
-    return run_extract(build_recipe(options, recipe_file), _voice(as_json), quiet=as_json), ""
+    return run_extract(build_recipe("extract", options, recipe_file), _voice(as_json), quiet=as_json), ""
 
 
-@main.command(short_help="Train a tuner from the store.")
-@recipe_options("train")
+@main.command(short_help="Train a tuner from the store.", cls=takes("train"))
 @command
 def train(as_json: bool, recipe_file: str | None, **options: Any) -> tuple[Any, str]:
     """Train a tuner from the store; the backbone is not loaded."""
     from pipeline.report import metrics_text
     from pipeline.training import run_train
 
-    result = run_train(build_recipe(options, recipe_file), _voice(as_json), quiet=as_json)
+    result = run_train(build_recipe("train", options, recipe_file), _voice(as_json), quiet=as_json)
     return result, metrics_text(result)
 
 
-@main.command(short_help="What a run will cost, before it is paid.")
-@recipe_options("train")
+@main.command(short_help="What a run will cost, before it is paid.", cls=takes("train"))
 @click.option("--budget", default=None, help="Disk that the states may take, such as 100GB.", metavar="SIZE")
 @click.option("--memory", default=None, help="Memory that training may take, such as 8GB.", metavar="SIZE")
 @command
@@ -86,21 +92,22 @@ def plan(
     from pipeline.plan import run_plan
 
     sizes = [None if size is None else float(parse_size(size)) for size in (budget, memory)]
-    return run_plan(build_recipe(options, recipe_file), *sizes)
+    return run_plan(build_recipe("train", options, recipe_file), *sizes)
 
 
-@main.command(short_help="Measure what plan predicted.")
-@recipe_options("train")
+@main.command(short_help="Measure what plan predicted.", cls=takes("train"))
 @command
 def bench(as_json: bool, recipe_file: str | None, **options: Any) -> tuple[Any, str]:
     """A small run of the same work: predicted, measured and their ratio. At most 128 rows unless --limit says more."""
     from pipeline.bench import run_bench
 
-    return run_bench(build_recipe(options, recipe_file), _voice(as_json))
+    return run_bench(build_recipe("train", options, recipe_file), _voice(as_json))
 
 
-@main.command(short_help="Tuners and live counterparts in one table.")
-@recipe_options("train", "tuner", "seed")  # --tuners and --seeds say it; ignored, they would mislead
+@main.command(
+    short_help="Tuners and live counterparts in one table.",
+    cls=takes("train", "tuner", "seed", names_tuners="methods"),  # --tuners and --seeds say it; ignored, they'd mislead
+)
 @click.option(
     "--tuners",
     "methods",
@@ -131,7 +138,7 @@ def compare(
     """Train several methods on one task and print trainable parameters, memory, seconds an epoch and the metric."""
     from pipeline.compare import default_folder, parse_seeds, run_compare
 
-    recipe = build_recipe(options, recipe_file)
+    recipe = build_recipe("train", options, recipe_file, tuners_among(methods))
     names = list(dict.fromkeys(m.strip() for m in methods.split(",") if m.strip()))
     numbers = [recipe.seed] if seeds is None else parse_seeds(seeds)
     return run_compare(recipe, names, numbers, default_folder(recipe), csv_file, _voice(as_json), preset)
@@ -144,6 +151,7 @@ def compare(
 @click.option("--store", default=None, help="The store, where it is not the run's own.", metavar="FOLDER")
 @click.option("--model", default=None, help="Checkpoint for --generate, where it has moved.", metavar="NAME")
 @click.option("--device", default=None, type=click.Choice(["auto", "cpu", "cuda"]), help="Where to compute.")
+@IMPORT
 @command
 def evaluate(as_json: bool, run: str, split: str | None, generate: bool, **overrides: Any) -> tuple[Any, str]:
     """Score a finished run from the store."""
@@ -169,26 +177,34 @@ def evaluate(as_json: bool, run: str, split: str | None, generate: bool, **overr
 )
 @click.option("--text", default=None, help="Column with the text. Default: the task's own.", metavar="COLUMN")
 @click.option("--text-pair", default=None, help="Column with the second text.", metavar="COLUMN")
-@click.option("--output", default=None, help="Write predictions here, one a line. Default: stdout.", metavar="FILE")
+@click.option(
+    "--output",
+    default=None,
+    help="Write predictions here: .csv, or .jsonl. Default: a table on stdout.",
+    metavar="FILE",
+)
 @click.option("--store", default=None, help="The store, where it is not the run's own.", metavar="FOLDER")
 @click.option("--model", default=None, help="The checkpoint, where it has moved.", metavar="NAME")
 @click.option("--device", default=None, type=click.Choice(["auto", "cpu", "cuda"]), help="Where to compute.")
+@IMPORT
 @command
 def predict(
     as_json: bool, run: str, input_file: str, text: str | None, text_pair: str | None, output: str | None, **over: Any
 ) -> tuple[Any, str]:
     """Predict on inputs never seen: the backbone runs live, the tuner cannot tell."""
-    from pipeline.report import write_lines
-    from pipeline.runs import load_run, read_texts
+    from pipeline.report import entries_text, write_entries
+    from pipeline.runs import load_run, read_inputs
 
     loaded = load_run(run, **over)
     given = Path(input_file)
     root = given if given.is_dir() else given.parent
-    found = loaded.predict(read_texts(given, loaded.spec, text, text_pair), root, _voice(as_json))
+    ids, rows = read_inputs(given, loaded.spec, text, text_pair)
+    told = loaded.predict(rows, root, _voice(as_json))
+    found = [{"id": name, **entry} for name, entry in zip(ids, told, strict=True)]
     if output:
-        write_lines(Path(output), found)
+        write_entries(Path(output), found)
         return {"run": run, "rows": len(found), "output": output}, f"{len(found):,} predictions in {output}"
-    return {"run": run, "rows": len(found), "predictions": found}, "\n".join(str(p) for p in found)
+    return {"run": run, "rows": len(found), "predictions": found}, entries_text(found)
 
 
 @main.command(short_help="The whole way on a generated task, in minutes.")
@@ -208,8 +224,10 @@ def demo(as_json: bool, out: str, seed: int) -> tuple[Any, str]:
 @command
 def models(as_json: bool) -> tuple[Any, str]:
     """Backbones: families and short names."""
+    from pipeline.extract.plugins import load_installed
     from pipeline.report import models_text, models_what
 
+    load_installed()
     return models_what(), models_text()
 
 
@@ -217,9 +235,11 @@ def models(as_json: bool) -> tuple[Any, str]:
 @command
 def tasks(as_json: bool) -> tuple[Any, str]:
     """Named tasks; a table of your own is a task too."""
+    from pipeline.extract.plugins import load_installed
     from pipeline.extract.tasks import task_names
     from pipeline.report import pairs_text
 
+    load_installed()
     listed = task_names()
     more = "\n\nYour own table: --task my.csv --text COLUMN [--text-pair COLUMN] --label COLUMN (.csv, .tsv, .jsonl)"
     return {"tasks": dict(listed)}, pairs_text(listed) + more
@@ -228,12 +248,14 @@ def tasks(as_json: bool) -> tuple[Any, str]:
 @main.command()
 @command
 def tuners(as_json: bool) -> tuple[Any, str]:
-    """Tuners and their options."""
+    """Tuners; `pipeline train --tuner NAME --help` shows the options of one."""
+    from pipeline import catalog
+    from pipeline.extract.plugins import load_installed
     from pipeline.report import pairs_text
-    from pipeline.train.tuners import tuner_class, tuner_names
 
-    listed = [(n, tuner_class(n).description) for n in tuner_names()]
-    return {"tuners": dict(listed)}, pairs_text(listed)
+    load_installed()
+    listed = catalog.tuners()
+    return {"tuners": listed}, pairs_text(list(listed.items()))
 
 
 main.add_command(store)

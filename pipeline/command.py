@@ -37,6 +37,13 @@ def _escaped(match: re.Match[str]) -> str:
     return f"\\u{ord(match[0]):04x}"
 
 
+def tell(error: UserError) -> int:
+    """The one line of an error that a user can mend; returns the exit status."""
+    if not error.everywhere or os.environ.get("RANK", "0") == "0":
+        say(f"error: {' '.join(str(error).split())}")
+    return error.exit_code
+
+
 @contextmanager
 def notices() -> Iterator[None]:
     """Within it every `Notice` is a line for a person; other warnings are shown as ever."""
@@ -64,9 +71,7 @@ def command(function: Callable[..., Any]) -> Callable[..., Any]:
             with notices():
                 result, text = function(as_json=as_json, **options)
         except UserError as error:
-            if not error.everywhere or os.environ.get("RANK", "0") == "0":
-                say(f"error: {' '.join(str(error).split())}")
-            sys.exit(error.exit_code)
+            sys.exit(tell(error))
         except KeyboardInterrupt:
             click.echo("stopped", err=True)
             sys.exit(130)

@@ -16,17 +16,23 @@ def command_line(command: str, recipe: Recipe) -> str:
     """`pipeline COMMAND` with every option of `recipe` that the command takes and that is not left at its default,
     shell-quoted: parsed back it is the same recipe."""
     words = ["pipeline", command]
+    from pipeline.owners import owned  # tuners load torch, which `pipeline store` does without
+
     taker = command if command in ("extract", "train") else "train"  # plan, bench and compare take train's options
     for f in fields(recipe):
         value = getattr(recipe, f.name)
         if taker in f.metadata["on"] and value != f.default:
-            words += option(f.name, value)
+            words += option(option_name(f.name), value)
+    names = recipe.tuners if taker == "extract" else (recipe.tuner,)
+    for own in owned(names, recipe.objective, taker == "extract"):
+        values = recipe.tuner_options if own.kind == "tuner" else recipe.objective_options
+        if own.name in values:
+            words += option(own.flag, values[own.name])
     return " ".join(words)
 
 
-def option(name: str, value: Any) -> list[str]:
+def option(flag: str, value: Any) -> list[str]:
     """One option as words of a command line."""
-    flag = option_name(name)
     if isinstance(value, bool):
         return [flag if value else f"--no-{flag.removeprefix('--')}"]
     return [flag, quoted(",".join(map(str, value)) if isinstance(value, tuple) else str(value))]
@@ -58,4 +64,4 @@ def extract_command(recipe: Recipe, **changed: Any) -> str:
 
 def store_command(command: str, store: str, *words: str) -> str:
     """`pipeline store COMMAND` with `words`, on the store at `store`; "" for the default place."""
-    return " ".join(["pipeline", "store", command, *map(quoted, words), *(option("store", store) if store else [])])
+    return " ".join(["pipeline", "store", command, *map(quoted, words), *(option("--store", store) if store else [])])

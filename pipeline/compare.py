@@ -7,7 +7,7 @@ import csv
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,17 @@ from torch import nn
 from pipeline.extract.backbones import Batch, Family
 from pipeline.extracting import Say, load_backbone
 from pipeline.job import Job, batch_size_of, live_backbone, live_source, load_job, sources
+from pipeline.objectives import make_objective
 from pipeline.operations import backbone_model, kept_bytes
+from pipeline.owners import for_tuner
 from pipeline.recipe import Recipe
 from pipeline.report import layout_text, size_text, table_text
-from pipeline.scoring import scorer
 from pipeline.store.errors import UserError
 from pipeline.train.counterparts import COUNTERPARTS, CounterpartModel, counterpart, input_source
 from pipeline.train.loop import FitOptions, fit
 from pipeline.train.tuners import tuner_names
-from pipeline.training import fit_options, job_doubts, make_folder, run_train
-from pipeline.unused import for_tuner, refuse_for_training, refuse_for_tuners
+from pipeline.training import fit_options, job_doubts, make_folder, run_train, stated
+from pipeline.unused import refuse_for_training
 
 HEAD = ("method", "trainable", "share", "memory", "s/epoch", "metric", "spread", "seeds")
 
@@ -60,9 +61,7 @@ def run_compare(
         raise UserError(f"--preset {preset}: it is for {', '.join(COUNTERPARTS)}, and --tuners names none of them")
     if csv_file and not Path(csv_file).parent.is_dir():
         raise UserError(f"--csv {csv_file}: no such folder: {Path(csv_file).parent}")
-    refuse_for_tuners(recipe, [m for m in methods if m not in COUNTERPARTS], "train")
     jobs = [_refuse(recipe, method, preset) for method in methods]
-    family = jobs[0].found.family
     for sentence in job_doubts(jobs[0]):
         say(f"warning: {sentence}")
     make_folder(folder)
@@ -70,9 +69,9 @@ def run_compare(
     for method in methods:
         runs = []
         for seed in seeds:
-            own = recipe if method in COUNTERPARTS else for_tuner(recipe, method, family)
+            own = recipe if method in COUNTERPARTS else for_tuner(recipe, method)
             one = replace(own, seed=seed, out=str(folder / f"{method}-s{seed}"), overwrite=True)
-            runs.append(_counterpart(one, method, preset) if method in COUNTERPARTS else _tuner(one, method))
+            runs.append(_counterpart(one, method, preset) if method in COUNTERPARTS else _tuner(one))
             say(f"{method}, seed {seed}: {runs[-1]['metric']:.4f}, {runs[-1]['seconds_per_epoch']:.2f} s an epoch")
         total = total or runs[0]["backbone"]
         metrics = [r["metric"] for r in runs]
@@ -118,8 +117,8 @@ def _refuse(recipe: Recipe, method: str, preset: str) -> Job:
     """The job of `method`. Raises before hours are spent what it would end in: a tuner without a form for the backbone
     or with states that are not stored, a counterpart that the backbone has no place for or whose package is missing."""
     if method not in COUNTERPARTS:
-        job = load_job(replace(recipe, tuner=method))
-        refuse_for_training(for_tuner(recipe, method, job.found.family), job.found.family)
+        job = load_job(for_tuner(recipe, method))
+        refuse_for_training(job.recipe, job.found.family)
         job.model(recipe.seed)
         if not recipe.live:
             sources(job, None)
@@ -145,34 +144,32 @@ def _text(rows: Sequence[dict[str, Any]], preset: str) -> str:
     ]
     layouts = {r["method"]: r["layout"] for r in rows}
     same = set(layouts.values())
-    said = same.pop() if len(same) == 1 else "; ".join(f"{method} {layout}" for method, layout in layouts.items())
+    laid = same.pop() if len(same) == 1 else "; ".join(f"{method} {layout}" for method, layout in layouts.items())
     made = [f"  {r['method']}: {r['settings']}" for r in rows]
-    lines = [table_text(HEAD, cells), f"layout of the samples: {said}", ""]
+    lines = [table_text(HEAD, cells), f"layout of the samples: {laid}", ""]
     return "\n".join([*lines, f"settings, counterparts by --preset {preset}:", *made])
 
 
-def settings(what: str, recipe: Recipe, options: FitOptions, readout: str) -> str:
+def settings(what: str, recipe: Recipe, options: FitOptions, paper: bool) -> str:
     """What a row of the table was made with, in words: the method's own settings and those of training."""
     warm = f"{options.warmup_steps} steps" if options.warmup_ratio is None else f"{options.warmup_ratio:g} of all steps"
     long = f"{options.epochs} epochs" if options.max_steps is None else f"{options.max_steps} steps"
-    size = f"{batch_size_of(recipe, readout)}" + (f" × {options.accumulate}" if options.accumulate > 1 else "")
+    size = f"{batch_size_of(recipe, paper)}" + (f" × {options.accumulate}" if options.accumulate > 1 else "")
     return (
         f"{what}; lr {options.lr:g}, {options.schedule} after a warm-up of {warm}, batch {size}, {long}, "
         f"clip {options.clip:g}, weight decay {options.weight_decay:g}, {options.precision}"
     )
 
 
-def _tuner(recipe: Recipe, name: str) -> dict[str, Any]:
-    recipe = replace(recipe, tuner=name)
+def _tuner(recipe: Recipe) -> dict[str, Any]:
     metrics = run_train(recipe, lambda text: None, quiet=True)
     job = load_job(recipe)
     model = job.model(recipe.seed).to(job.device)
     backbone, checkpoint = live_backbone(job) if recipe.live else (None, None)
     batch = next(iter(sources(job, backbone, checkpoint)["train"].epochs(0, 1)))
-    chosen = {k: v for k, v in asdict(job.config).items() if v not in (None, ())}
-    what = ", ".join(f"{k} {v}" for k, v in chosen.items()) or "no options"
-    said = settings(what, recipe, fit_options(recipe, job.spec, model), job.model_readout())
-    return _summary(job, model, batch, metrics, [model.tuner.tail]) | {"settings": said}
+    what = ", ".join(f"{k} {v}" for k, v in stated(job.config).items()) or "no options"
+    made = settings(what, recipe, fit_options(recipe, job.spec, job.paper, model.tuner.default_lr()), job.paper)
+    return _summary(job, model, batch, metrics, [model.tuner.tail]) | {"settings": made}
 
 
 def _counterpart(recipe: Recipe, name: str, preset: str) -> dict[str, Any]:
@@ -182,15 +179,15 @@ def _counterpart(recipe: Recipe, name: str, preset: str) -> dict[str, Any]:
     backbone, checkpoint = live_backbone(job)
     identity = job.found.space.identity
     module = load_backbone(checkpoint, identity["precision"], identity["attention"], job.device).model
-    model = CounterpartModel(method, job.found.family, module, job.target, recipe.seed).to(job.device)
-    size = batch_size_of(recipe, job.model_readout())
+    model = CounterpartModel(method, job.found.family, module, job.objective, recipe.seed).to(job.device)
+    size = batch_size_of(recipe, job.paper)
     parts = {
         split: input_source(live_source(job, split, backbone, checkpoint, size), backbone)
         for split, table in job.tables.items()
         if split == "train" or all(label is not None for label in table.labels)
     }
-    rate = method.lr_lm if job.found.family.readout == "lm" else method.lr
-    options = replace(fit_options(recipe, job.spec, job.model(recipe.seed)), lr=recipe.lr or rate)
+    rate = method.lr_text if job.found.family.writes_text else method.lr
+    options = fit_options(recipe, job.spec, job.paper, rate)
     folder = Path(recipe.out or f"runs/{name}")
     metrics = fit(
         model,
@@ -199,19 +196,23 @@ def _counterpart(recipe: Recipe, name: str, preset: str) -> dict[str, Any]:
         parts.get("test"),
         options,
         folder,
-        scorer(job.spec, job.found.family.readout),
+        job.objective.scorer,
         job.device,
         progress=False,
         resume=False,
         info={"counterpart": name, "preset": preset, "space": job.found.space.id},
     )
-    said = settings(method.description, recipe, options, job.model_readout())
-    return _summary(job, model, next(iter(parts["train"].epochs(0, 1))), metrics, []) | {"settings": said}
+    made = settings(method.description, recipe, options, job.paper)
+    return _summary(job, model, next(iter(parts["train"].epochs(0, 1))), metrics, []) | {"settings": made}
 
 
 def _probe(recipe: Recipe) -> Job:
-    """What a counterpart shares with a probe's live run: the splits, the order, the target."""
-    return load_job(replace(recipe, tuner="probe", live=True, layers=()))
+    """What a counterpart shares with a probe's live run: the splits and the order. What it learns is the backbone's own
+    way: a text-to-text one writes the label."""
+    job = load_job(replace(recipe, tuner="probe", tuner_options={}, live=True))
+    header = next(iter(job.tables.values())).header
+    job.objective = make_objective(recipe, job.spec, header.get("candidates", ()), job.found.family, None)
+    return job
 
 
 def _summary(job: Job, model: Any, batch: Batch, metrics: dict[str, Any], more: list[nn.Module]) -> dict[str, Any]:

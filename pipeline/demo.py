@@ -71,8 +71,8 @@ def _table(folder: Path, rows: list[dict[str, Any]], extracted: dict[str, Any]) 
             "",
             table_text(head, body),
             "",
-            f"store: {size_text(size)} for {extracted['samples']:,} samples, {written}; every epoch, seed and "
-            "tuner reuses it",
+            f"store: {size_text(size)} for {extracted['samples']:,} samples and the live end's weights, {written}; "
+            "every epoch, seed and tuner reuses it",
             "",
             "next:",
             f"  {store_command('status', store)}",

@@ -126,12 +126,12 @@ def demo_task(train: int = 2000, validation: int = 500, test: int = 500, seed: i
     splits = {name: _rows(r, n, seen) for name, n in (("train", train), ("validation", validation), ("test", test))}
     spec = TaskSpec(
         name="demo",
-        kind="classification",
+        target="class",
         labels=LABELS,
         metrics=("accuracy",),
         fields=("sentence1", "sentence2"),
         prompt="demo sentence1: {0} sentence2: {1}",
-        targets=("0", "1"),
+        texts=("0", "1"),
     )
     provenance = {
         "dataset": "demo",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 
-from pipeline.extract.tasks.base import SPLITS, TaskSpec
+from pipeline.extract.tasks.base import SPLITS, Label, TaskSpec
 from pipeline.store import TaskTable
 
 OWN = ("table", "image folder")  # sources of tasks that we split where no split is given
@@ -52,7 +52,7 @@ def _blank(name: str, table: TaskTable) -> str:
 
 def _contradictions(tables: Mapping[str, TaskTable], rows: Mapping[str, Sequence[Hashable]], images: bool) -> str:
     """Rows that are alike and have another label than the first of them."""
-    first: dict[Hashable, int | float] = {}
+    first: dict[Hashable, Label] = {}
     unlike: dict[Hashable, str] = {}
     for name, table in tables.items():
         for place, (content, label) in enumerate(zip(rows[name], table.labels, strict=True)):
@@ -61,7 +61,7 @@ def _contradictions(tables: Mapping[str, TaskTable], rows: Mapping[str, Sequence
             other = first.setdefault(content, label)
             if other != label and content not in unlike:
                 spec = TaskSpec.from_dict(table.header["spec"])
-                unlike[content] = f"{_shown(table, place)} as {_label(spec, other)} and {_label(spec, label)}"
+                unlike[content] = f"{_shown(table, place)} as {spec.named(other)} and {spec.named(label)}"
     if not unlike:
         return ""
     what = "image" if images else "text"
@@ -92,7 +92,3 @@ def _shared(
 def _shown(table: TaskTable, place: int) -> str:
     text = " | ".join(table.texts[place])
     return repr(text if len(text) <= 60 else text[:60] + "…")
-
-
-def _label(spec: TaskSpec, label: int | float) -> str:
-    return spec.labels[int(label)] if spec.kind == "classification" else f"{label:g}"

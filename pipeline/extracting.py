@@ -17,7 +17,9 @@ from pipeline.doubts import doubts
 from pipeline.extract.backbones import Family, Inputs, TextOptions, stream_of
 from pipeline.extract.backbones.live import Backbone
 from pipeline.extract.checkpoint import CONFIG_NOISE, Checkpoint, resolve
+from pipeline.extract.encoding import arrays_of
 from pipeline.extract.identity import PRECISIONS, space_identity
+from pipeline.extract.plugins import lasting
 from pipeline.extract.run import Report, compute, provenance_of
 from pipeline.extract.tasks.base import SPLITS, Rows, Task, TaskSpec
 from pipeline.extract.tasks.images import contents
@@ -29,7 +31,7 @@ from pipeline.rows import refuse_other_kind, refuse_unknown_ids, token_doubts
 from pipeline.store import Space, Store, TaskTable, bytes_per_value
 from pipeline.store.errors import UserError
 from pipeline.stored import kept_name, made_with, own_kept
-from pipeline.unused import refuse_for_kind, refuse_for_tuners
+from pipeline.unused import refuse_for_kind
 from pipeline.versions import save_tables, task_id
 
 Say = Callable[[str], None]
@@ -60,10 +62,11 @@ def prepare_split(
     those that scoring all targets needs. Raises UserError for rows that the backbone cannot read."""
     refuse_other_kind(family, rows.texts, options.root, f"the {name} rows of {spec.name}")
     gold = None
+    options = replace(options, words=spec.target == "tags")
     if options.views > 1 and name == "train":
         rows = with_views(rows, options.views)
     if name == "train" and candidates:
-        gold = [spec.target_index(label) for label in rows.labels if label is not None]
+        gold = [spec.target_index(label) for label in rows.labels if isinstance(label, int | float)]
     inputs = family.prepare(tokenizer, rows.texts, options, candidates, gold)
     refuse_unknown_ids(family, inputs, f"the {name} rows of {spec.name}")
     if inputs.skipped:
@@ -73,10 +76,8 @@ def prepare_split(
 
 def with_views(rows: Rows, views: int) -> Rows:
     """Each picture `views` times, with the number of the view as a second field: 0 is the plain picture."""
-    several = Rows([], [])
-    for (name, *_), label in zip(rows.texts, rows.labels, strict=True):
-        several.texts += [(name, str(view)) for view in range(views)]
-        several.labels += [label] * views
+    several = rows.take([i for i in range(len(rows)) for _ in range(views)])
+    several.texts = [(name, str(i % views)) for i, (name, *_) in enumerate(several.texts)]
     return several
 
 
@@ -86,7 +87,7 @@ def load_backbone(checkpoint: Checkpoint, precision: str, attention: str, device
 
     def load() -> Any:
         model = family.load(checkpoint.folder, PRECISIONS[precision], attention, device)
-        if family.readout == "lm":
+        if family.writes_text:
             family.keep_tokens(model, checkpoint.tokens)
         return model
 
@@ -102,13 +103,12 @@ def run_extract(recipe: Recipe, say: Say, quiet: bool = False, task: Task | None
     checkpoint = resolve(recipe.model)
     family, states = checkpoint.family, wanted_states(recipe, checkpoint.family)
     refuse_full_readers(recipe, recipe.tuners, family)
-    refuse_for_tuners(recipe, recipe.tuners, "extract")
     refuse_for_kind(recipe, family)
     task = task or open_task(recipe)
     options = space_options(recipe, task.spec)
     task = with_contents(task, family, options.text)
     identity = space_identity(checkpoint, options)
-    candidates = family.candidates(checkpoint.tokenizer, task.spec.targets) if family.readout == "lm" else []
+    candidates = family.candidates(checkpoint.tokenizer, task.spec.texts) if family.writes_text else []
     splits = [
         _split(family, checkpoint, task, name, recipe.limit, options.text, candidates) for name in _splits(task, recipe)
     ]
@@ -146,6 +146,7 @@ def run_extract(recipe: Recipe, say: Say, quiet: bool = False, task: Task | None
 
         each = estimated_bytes(inputs, states, family, options.format) / len(keys)
         model = os.path.abspath(recipe.model) if Path(recipe.model).is_dir() else recipe.model  # noqa: PTH100
+        how["imports"] = lasting(recipe.imports)
         report = compute_on(recipe.scheduler, space, inputs, keys, states, model, recipe.device, each, **how)
     else:
         report = compute(space, inputs, keys, states, backbone, describe=_describer(splits), **how)
@@ -226,18 +227,23 @@ def _announce(
 
 def _labels_text(spec: TaskSpec) -> str:
     """What the label is taken for: a column of numbers with one word among them would be hundreds of classes."""
-    if spec.kind == "regression":
+    if spec.target == "none":
+        return "no label: rows are for `stream` alone, not for training (--label COLUMN)"
+    if spec.target == "number":
         return "label: a number"
     few = ", ".join(spec.labels[:4]) + (", …" if len(spec.labels) > 4 else "")
-    return f"label: {len(spec.labels):,} classes ({few})"
+    what = {"class": "classes", "classes": "classes, any number of them a row", "tags": "tags, one a word"}[spec.target]
+    return f"label: {len(spec.labels):,} {what} ({few})"
 
 
 def _too_many_classes(spec: TaskSpec, splits: Sequence[Split]) -> str:
     """A warning where classes have hardly any rows, "" otherwise."""
     rows = max(s.total for s in splits)
-    if spec.kind == "regression" or len(spec.labels) * 2 <= rows or len(spec.labels) < 20:
+    if spec.target != "class" or len(spec.labels) * 2 <= rows or len(spec.labels) < 20:
         return ""
-    return f"{len(spec.labels):,} classes for {rows:,} rows: is it the right column? --kind regression is for numbers"
+    return (
+        f"{len(spec.labels):,} classes for {rows:,} rows: is it the right column? --objective regression is for numbers"
+    )
 
 
 def _describer(splits: Sequence[Split]) -> Callable[[str], str]:
@@ -259,7 +265,7 @@ def _keepsakes(checkpoint: Checkpoint, backbone: Backbone, identity: dict[str, A
     """What training needs of a checkpoint: tail weights and configuration, and the names it goes by."""
     source = {"names": sorted({checkpoint.name}), "revision": checkpoint.revision, "family": checkpoint.family.name}
     return {
-        "tail.safetensors": backbone.family.tail_weights(backbone.model),
+        "tail.safetensors": arrays_of(backbone.family.tail_weights(backbone.model)),
         "config.json": _config(checkpoint),
         "source.json": {**source, "made_with": made_with(identity)},
     }
@@ -287,7 +293,7 @@ def task_tables(checkpoint: Checkpoint, task: Task, recipe: Recipe, options: Tex
     """The task tables an extraction would store, without one."""
     family = checkpoint.family
     task = with_contents(task, family, options)
-    candidates = family.candidates(checkpoint.tokenizer, task.spec.targets) if family.readout == "lm" else []
+    candidates = family.candidates(checkpoint.tokenizer, task.spec.texts) if family.writes_text else []
     names = [s for s in SPLITS if s in task.splits]
     splits = [_split(family, checkpoint, task, name, recipe.limit, options, candidates) for name in names]
     return {s.name: _table(task, s, candidates, checkpoint, splits) for s in splits}
@@ -310,6 +316,7 @@ def _table(
         "rows": len(split.rows),
         "total": split.total,
         "spec": task.spec.to_dict(),
+        "version": task.version,
         "candidates": [list(c) for c in candidates],
         "decoder": "gold" if split.name == "train" and candidates else "trie" if candidates else "",
         "model": checkpoint.name,
@@ -319,7 +326,9 @@ def _table(
         "truncated": int(split.inputs.truncated.sum()),
         "created": datetime.now(UTC).isoformat(timespec="milliseconds"),
     }
-    return TaskTable(header, split.keys, list(split.rows.labels), [list(t) for t in split.rows.texts])
+    rows = split.rows
+    texts, metas = [list(t) for t in rows.texts], [dict(meta) for meta in split.inputs.metas]
+    return TaskTable(header, split.keys, list(rows.labels), texts, list(rows.ids), metas)
 
 
 def _finish(

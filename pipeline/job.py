@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,8 @@ from pipeline.extract.tasks import canonical_name
 from pipeline.extract.tasks.base import Rows, TaskSpec
 from pipeline.extracting import Split, load_backbone, prepare_split, task_tables
 from pipeline.keepsakes import make_start, start_file, stored_late, stored_start
+from pipeline.objectives import make_objective
+from pipeline.owners import config_of
 from pipeline.recipe import Recipe
 from pipeline.resolve import (
     SPACE_FIELDS,
@@ -31,7 +34,6 @@ from pipeline.resolve import (
     picture_root,
     space_options,
     store_path,
-    tuner_options,
 )
 from pipeline.rows import refuse_other_kind
 from pipeline.store import Space, Store, TaskTable, digest_json
@@ -39,11 +41,13 @@ from pipeline.store.errors import MissingStates, StoreError, UserError
 from pipeline.store.tables import version_of
 from pipeline.stored import check_columns, check_states, kept_of
 from pipeline.train.live import LiveSource
-from pipeline.train.model import Model, Target, tail_for
+from pipeline.train.model import Model, tail_for
+from pipeline.train.objectives import Objective
 from pipeline.train.order import Order
 from pipeline.train.ranks import Ranks
 from pipeline.train.source import Source
 from pipeline.train.stream import StoreSource
+from pipeline.train.targets import Targets
 from pipeline.train.tuners import TunerConfig, tuner_class
 from pipeline.unused import refuse_for_kind
 from pipeline.versions import AmbiguousTask, stored_tables
@@ -69,27 +73,31 @@ class Job:
         """Which version of the task its tables are of."""
         return version_of(next(iter(self.tables.values())).header)
 
-    @property
-    def target(self) -> Target:
+    @cached_property
+    def objective(self) -> Objective:
+        """What is learned of the targets."""
         header = next(iter(self.tables.values())).header
-        return Target(
-            self.spec.kind,
-            len(self.spec.labels),
-            tuple(tuple(c) for c in header.get("candidates", ())),
-            self.spec.values,
-            "first" if self.recipe.pooling == "first" else "mean",
-        )
+        family = self.found.family
+        tuner = tuner_class(self.recipe.tuner, family)
+        return make_objective(self.recipe, self.spec, header.get("candidates", ()), family, tuner)
 
-    def model_readout(self) -> str:
-        """How the space's family is read out: "lm" or "pooled"."""
-        return self.found.family.readout
+    @property
+    def paper(self) -> bool:
+        """Whether the papers' protocol for text-to-text backbones gives the defaults."""
+        return self.found.family.writes_text
+
+    def targets(self, split: str) -> Targets | None:
+        """The targets of a split; None where a row has none."""
+        table = self.tables[split]
+        labelled = all(label is not None for label in table.labels)
+        return Targets(self.objective, table.labels, table.metas or None) if labelled else None
 
     def model(self, seed: int | None = None) -> Model:
         """The tuner on the space's tail, weights drawn from `seed`."""
         name, family = self.recipe.tuner, self.found.family
         attention = self.found.space.identity["attention"]
         tail = tail_for(name, self.config, family, attention, self.found.tail, self.late)
-        model = Model.build(name, self.config, family, tail, self.target, seed)
+        model = Model.build(name, self.config, family, tail, self.objective, seed)
         if seed is not None and self.first is not None:
             model.tuner.begin(self.first())
         return model
@@ -152,7 +160,7 @@ def make_job(
     if found.family.modality == "text":  # a store of earlier versions may hold names of pictures read as text
         for split, table in tables.items():
             refuse_other_kind(found.family, table.texts, "", f"the stored {split} rows of {spec.name}")
-    config = tuner_options(recipe, recipe.tuner)
+    config = config_of(recipe, recipe.tuner)
     tuner = tuner_class(recipe.tuner, found.family)
     states = tuner.states(config, found.family)
     projection = found.family.projection
@@ -187,7 +195,7 @@ def unstored_job(recipe: Recipe, space: str = "") -> Job | None:
     job.late = {i: family.block_weights(backbone.model, i) for i in cls.late_layers(job.config, family)}
     if start := cls.start(job.config, family):
         train = relive(job, "train", checkpoint) if start.fisher else None
-        job.first = lambda: make_start(start, family, backbone.model, job.target, train, backbone.device)
+        job.first = lambda: make_start(start, family, backbone.model, job.objective, train, backbone.device)
     return job
 
 
@@ -196,7 +204,7 @@ def limited(table: TaskTable, limit: int | None) -> TaskTable:
     count = len(table) if limit is None else limit * views_of(table)
     if count >= len(table):
         return table
-    return replace(table, keys=table.keys[:count], labels=table.labels[:count], texts=table.texts[:count])
+    return table.take(range(count))
 
 
 def views_of(table: TaskTable) -> int:
@@ -212,19 +220,17 @@ def first_views(table: TaskTable, views: int | None) -> TaskTable:
         return table
     if views > there:
         raise UserError(f"--views {views}: the store has {there} views of each training picture; extract with --views")
-    rows = [i for i, t in enumerate(table.texts) if int(t[1]) < views]
-    keys, labels, texts = [table.keys[i] for i in rows], [table.labels[i] for i in rows], [table.texts[i] for i in rows]
-    return replace(table, keys=keys, labels=labels, texts=texts)
+    return table.take([i for i, t in enumerate(table.texts) if int(t[1]) < views])
 
 
-def batch_size_of(recipe: Recipe, readout: str) -> int:
-    """Training batch size: 100 for text-to-text (the papers'), 64 for encoders."""
-    return recipe.batch_size or (100 if readout == "lm" else 64)
+def batch_size_of(recipe: Recipe, paper: bool) -> int:
+    """Training batch size: 100 under the papers' protocol for text-to-text backbones, else 64."""
+    return recipe.batch_size or (100 if paper else 64)
 
 
-def grouped(recipe: Recipe, readout: str) -> bool:
-    """Whether batches hold samples of like length: by default on encoders, not under T5's protocol."""
-    return readout != "lm" if recipe.group_by_length is None else recipe.group_by_length
+def grouped(recipe: Recipe, paper: bool) -> bool:
+    """Whether batches hold samples of like length: by default, but not under the papers' protocol."""
+    return not paper if recipe.group_by_length is None else recipe.group_by_length
 
 
 def store_source(job: Job, split: str, batch_size: int) -> StoreSource:
@@ -242,13 +248,13 @@ def store_source(job: Job, split: str, batch_size: int) -> StoreSource:
         return StoreSource(
             job.found.space,
             table.keys,
-            labels_of(table, job.spec),
+            job.targets(split),
             job.states,
             list(job.found.family.columns),
             batch_size=batch_size,
             seed=recipe.seed,
             window=recipe.window,
-            group_by_length=grouped(recipe, job.model_readout()),
+            group_by_length=grouped(recipe, job.paper),
             scheduler=recipe.scheduler,
             tier=recipe.tier,
             device=job.device,
@@ -294,19 +300,12 @@ def picture_options(identity: Mapping[str, Any]) -> dict[str, Any]:
     return {"image_size": text.image_size, **({"view_seed": text.view_seed} if text.views > 1 else {})}
 
 
-def labels_of(table: TaskTable, spec: TaskSpec) -> np.ndarray | None:
-    """(n,) int64 classes or float64 values; None where a row has no label."""
-    if any(label is None for label in table.labels):
-        return None
-    return np.asarray(table.labels, np.int64 if spec.kind == "classification" else np.float64)
-
-
 def sources(job: Job, backbone: Backbone | None, checkpoint: Checkpoint | None = None) -> dict[str, Source]:
     """A source for each split: from the store, or live when there is a backbone. Both give the same batches."""
-    size = batch_size_of(job.recipe, job.model_readout())
+    size = batch_size_of(job.recipe, job.paper)
     out: dict[str, Source] = {}
     for split in job.tables:
-        if split == "train" or labels_of(job.tables[split], job.spec) is not None:
+        if split == "train" or job.targets(split) is not None:
             if backbone is None:
                 out[split] = store_source(job, split, size)
             else:
@@ -326,10 +325,10 @@ def live_source(job: Job, split: str, backbone: Backbone, checkpoint: Checkpoint
     except MissingStates:
         order = None
     if order is None:
-        lengths = part.inputs.tokens() if grouped(job.recipe, job.model_readout()) else None
+        lengths = part.inputs.tokens() if grouped(job.recipe, job.paper) else None
         recipe = job.recipe
         order = Order(np.zeros(len(part.keys), np.int64), batch_size, recipe.seed, recipe.window, lengths)
-    return LiveSource(backbone, part.inputs, labels_of(job.tables[split], job.spec), job.states, order)
+    return LiveSource(backbone, part.inputs, job.targets(split), job.states, order)
 
 
 def relive(job: Job, split: str, checkpoint: Checkpoint) -> Split:

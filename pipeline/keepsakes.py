@@ -16,14 +16,17 @@ import torch
 from pipeline.command_line import extract_command
 from pipeline.extract.backbones import Batch, Family
 from pipeline.extract.backbones.live import Backbone
+from pipeline.extract.encoding import arrays_of, tensors_of
 from pipeline.extract.tasks import canonical_name
 from pipeline.extract.tasks.base import TaskSpec
+from pipeline.objectives import make_objective
+from pipeline.owners import config_of
 from pipeline.recipe import Recipe
-from pipeline.resolve import tuner_options
 from pipeline.store import Store, digest_json
 from pipeline.store.errors import MissingStates, UserError
 from pipeline.train.importance import FISHER_SAMPLES, fisher, magnitude
-from pipeline.train.model import Target
+from pipeline.train.objectives import Objective
+from pipeline.train.targets import Targets
 from pipeline.train.tuners import Start, tuner_class, tuner_names
 
 if TYPE_CHECKING:
@@ -47,26 +50,22 @@ def start_file(start: Start, task: str, keys: Sequence[str], labels: Sequence[An
 
 
 def make_start(
-    start: Start, family: Family, model: Any, target: Target, split: Split | None, device: torch.device
+    start: Start, family: Family, model: Any, objective: Objective, split: Split | None, device: torch.device
 ) -> Weights:
     """The weights of `start` from a loaded backbone. `split`: the training rows, for Fisher information."""
     if not start.fisher:
         return start.make(model, magnitude(model))
     if split is None or not split.rows.labelled():
         raise UserError("--init fisher needs labelled train rows: extract the train split with it")
-    return start.make(model, fisher(family, model, target, _singles(split, target.kind, device)))
+    return start.make(model, fisher(family, model, objective, _singles(split, objective, device)))
 
 
-def _singles(split: Split, kind: str, device: torch.device) -> Iterator[Batch]:
+def _singles(split: Split, objective: Objective, device: torch.device) -> Iterator[Batch]:
+    targets = Targets(objective, split.rows.labels, split.inputs.metas or None)
     for i in range(min(FISHER_SAMPLES, len(split.rows))):
         batch = split.inputs.take(np.array([i])).batch(device)
-        batch.labels = torch.tensor([split.rows.labels[i]], device=device)
+        targets.fill(batch, np.array([i]), device)
         yield batch
-
-
-def target_of(spec: TaskSpec, candidates: Sequence[Sequence[int]]) -> Target:
-    """What a task's rows are to be predicted as."""
-    return Target(spec.kind, len(spec.labels), tuple(tuple(c) for c in candidates), spec.values)
 
 
 def keep(
@@ -87,20 +86,20 @@ def keep(
     for name in recipe.tuners:
         if name not in tuner_names(family):
             continue
-        config, cls = tuner_options(recipe, name, strict=False), tuner_class(name, family)
+        config, cls = config_of(recipe, name, len(recipe.tuners) > 1), tuner_class(name, family)
         blocks = {block_file(i, kept): i for i in cls.late_layers(config, family)}
         missing = [f for f in blocks if not store.has_weights(digest, f)]
         if missing:
             say(f"keeping {len(missing)} late layers for {name}")
-            store.save_weights(digest, {f: family.block_weights(backbone.model, blocks[f]) for f in missing})
+            store.save_weights(digest, {f: arrays_of(family.block_weights(backbone.model, blocks[f])) for f in missing})
         if start := cls.start(config, family):
             keys, labels = (train.keys, train.rows.labels) if train else ([], [])
             file = start_file(start, recipe.task, keys, labels, identity["precision"], kept)
             if not store.has_weights(digest, file):
                 say(f"first weights of {name}: {start.name}")
-                target = target_of(spec, candidates)
-                made = make_start(start, family, backbone.model, target, train, backbone.device)
-                store.save_weights(digest, {file: made})
+                objective = make_objective(recipe, spec, candidates, family, cls)
+                made = make_start(start, family, backbone.model, objective, train, backbone.device)
+                store.save_weights(digest, {file: arrays_of(made)})
 
 
 def stored_late(recipe: Recipe, store: Store, digest: str, kept: str, layers: Sequence[int]) -> dict[int, Weights]:
@@ -108,11 +107,11 @@ def stored_late(recipe: Recipe, store: Store, digest: str, kept: str, layers: Se
     absent = [i for i in layers if not store.has_weights(digest, block_file(i, kept))]
     if absent:
         raise MissingStates(f"the store does not hold live layer {absent[0]}; run: {extract_command(recipe)}")
-    return {i: store.load_tensors(digest, block_file(i, kept)) for i in layers}
+    return {i: tensors_of(store.load_tensors(digest, block_file(i, kept))) for i in layers}
 
 
 def stored_start(recipe: Recipe, store: Store, digest: str, start: Start, file: str) -> Weights:
     """First weights from the store. Raises MissingStates with the command that puts them there."""
     if not store.has_weights(digest, file):
         raise MissingStates(f"the store does not hold {start.name} for this task; run: {extract_command(recipe)}")
-    return store.load_tensors(digest, file)
+    return tensors_of(store.load_tensors(digest, file))

@@ -21,7 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from pipeline.extract.backbones.base import Family
 from pipeline.extract.backbones.batch import Batch, stream_of
 from pipeline.extract.backbones.vision import Vision
-from pipeline.train.model import Model, Target, tail_for
+from pipeline.objectives import class_objective
+from pipeline.train.model import Model, tail_for
 from pipeline.train.tuners import TunerConfig, tuner_class
 
 
@@ -62,7 +63,7 @@ def fresh_backbone(family: Family, attention: str) -> Any:
 
     if isinstance(family, Vision):
         return family.make(attention).eval()
-    maker: Any = AutoModelForSeq2SeqLM if family.readout == "lm" else AutoModel
+    maker: Any = AutoModelForSeq2SeqLM if family.writes_text else AutoModel
     return maker.from_config(family.config, attn_implementation=attention).eval()
 
 
@@ -73,10 +74,10 @@ def backbone_model(family: Family, attention: str = "eager") -> nn.Module:
 
 
 def tuner_model(family: Family, name: str, config: TunerConfig, classes: int = 2) -> Model:
-    """A tuner with its tail and readout on the meta device."""
-    target = Target("classification", classes, tuple((i, 1) for i in range(classes)))
+    """A tuner with its tail and head on the meta device."""
+    objective = class_objective(family, tuner_class(name, family), [(i, 1) for i in range(classes)])
     with torch.device("meta"):
-        return Model.build(name, config, family, tail_for(name, config, family, "sdpa"), target).train()
+        return Model.build(name, config, family, tail_for(name, config, family, "sdpa"), objective).train()
 
 
 def meta_batch(
@@ -87,7 +88,7 @@ def meta_batch(
     for name in states:
         rows = int(lengths[stream_of(name)].sum())
         batch.states[name] = torch.zeros(rows, family.state_width(name), dtype=dtype, device="meta")
-    batch.labels = torch.zeros(len(batch), dtype=torch.long, device="meta")
+    batch.targets = {"label": torch.zeros(len(batch), dtype=torch.long, device="meta")}
     return batch
 
 
@@ -157,8 +158,10 @@ def weighted(batches: Iterable[tuple[float, Operations]]) -> Operations:
 
 def surrogate_loss(model: Model, batch: Batch) -> torch.Tensor:
     """The model's loss with every row a target row: the same products as the real one, without looking at values."""
-    rows = model(batch)
-    if model.tuner.readout() == "pooled":
-        return model.head.loss(rows, batch)
+    features = model(batch)
+    if not model.objective.wants.text_head:
+        (loss,) = model.head.losses(features, batch).values()
+        return loss
+    (rows,) = features.values()
     tokens = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
     return F.cross_entropy(model.tuner.tail.logits(rows).float(), tokens)

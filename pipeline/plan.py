@@ -30,6 +30,7 @@ from pipeline.extract.backbones.batch import stream_of
 from pipeline.extract.backbones.images import Picture, Preprocess
 from pipeline.extract.backbones.vision import Vision
 from pipeline.extract.checkpoint import Checkpoint, local
+from pipeline.extract.encoding import unscaled_dtype
 from pipeline.extract.order import extraction_batches
 from pipeline.extract.projection import orthogonal, parse_projection
 from pipeline.extract.tasks import Task
@@ -44,18 +45,18 @@ from pipeline.operations import (
     tuner_model,
     weighted,
 )
+from pipeline.owners import config_of
 from pipeline.recipe import Recipe
-from pipeline.resolve import device_of, need, open_task, refuse_full_readers, space_options, store_path, tuner_options
+from pipeline.resolve import device_of, need, open_task, refuse_full_readers, space_options, store_path
 from pipeline.rows import refuse_other_kind
 from pipeline.shapes import known_config
 from pipeline.store import FORMATS, SEGMENT_BYTES, bytes_per_value
 from pipeline.store.errors import UserError
-from pipeline.store.formats import unscaled_dtype
 from pipeline.store.malloc import keep_freed_memory
 from pipeline.train.order import Order
 from pipeline.train.tiers import available_memory
 from pipeline.train.tuners import TunerConfig, tuner_class
-from pipeline.unused import refuse_for_kind, refuse_for_tuners
+from pipeline.unused import refuse_for_kind
 
 SAMPLED = 2000  # rows whose lengths stand for all
 TIERS = {"device": "device memory", "host": "host memory", "disk": "disk"}  # of --tier
@@ -125,7 +126,7 @@ class Workload:
         sizes = np.array([rows[b].sum() for b in batches])
         thirds = [third for third in np.array_split(np.argsort(sizes, kind="stable"), 3) if len(third)]
         picks = [third[np.abs(sizes[third] - sizes[third].mean()).argmin()] for third in thirds]
-        if self.family.readout == "lm" and "train" not in self.rows:
+        if self.family.writes_text and "train" not in self.rows:
             # Only training samples hold a target's positions; elsewhere only the start of one is counted.
             part = part | {s: np.maximum(part[s], 2) for s in self.family.streams[1:]}
         shares = np.array([len(third) / len(batches) for third in thirds])
@@ -194,14 +195,14 @@ def sample_lengths(
         assert isinstance(tokenizer, Preprocess)
         return family.measure(image_extents(tokenizer.sized(text.image_size), rows, text))
     if tokenizer is not None:
-        candidates = family.candidates(tokenizer, spec.targets) if family.readout == "lm" else []
+        candidates = family.candidates(tokenizer, spec.texts) if family.writes_text else []
         gold = None
         if split == "train" and candidates:
-            gold = [spec.target_index(label) for label in rows.labels if label is not None]
+            gold = [spec.target_index(label) for label in rows.labels if isinstance(label, int | float)]
         return family.prepare(tokenizer, rows.texts, text, candidates, gold).lengths
-    prompted = [text.prompt.format(*t) if family.readout == "lm" else " ".join(t) for t in rows.texts]
+    prompted = [text.prompt.format(*t) if family.writes_text else " ".join(t) for t in rows.texts]
     words = np.asarray([len(p.split()) for p in prompted], float)
-    special = 1 if family.readout == "lm" else 1 + len(spec.fields)
+    special = 1 if family.writes_text else 1 + len(spec.fields)
     tokens = np.ceil(words * TOKENS_A_WORD.get(family.name, 1.4)).astype(np.int64) + special
     out = {family.streams[0]: np.clip(tokens, 1, text.max_length)}
     for stream in family.streams[1:]:
@@ -215,13 +216,12 @@ def workload(recipe: Recipe, task: Task | None = None) -> Workload:
     family, tokenizer = family_and_tokenizer(recipe.model)
     task = task or open_task(recipe)
     refuse_full_readers(recipe, (recipe.tuner,), family)
-    refuse_for_tuners(recipe, (recipe.tuner,), "train")
     refuse_for_kind(recipe, family)
     if kept := parse_projection(recipe.projection or "none", family.width):
         # Of a projection the widths alone matter here.
         small = {n: family.width for n in family.states() if n not in family.full_states()}
         family.projection = orthogonal(small, kept[1], 0)
-    config = tuner_options(recipe, recipe.tuner)
+    config = config_of(recipe, recipe.tuner)
     splits = [s for s in (recipe.split or task.splits) if len(task.rows(s))]
     rows = {s: min(len(task.rows(s)), recipe.limit or len(task.rows(s))) for s in splits}
     pictures: list[Picture] = []
@@ -231,7 +231,6 @@ def workload(recipe: Recipe, task: Task | None = None) -> Workload:
         pictures = some_pictures(tokenizer, first, space_options(recipe, task.spec).text)
         if "train" in rows:
             rows["train"] *= recipe.views or 1
-    readout = "pooled" if tuner_class(recipe.tuner, family).pooled else family.readout
     return Workload(
         family,
         recipe.tuner,
@@ -240,8 +239,8 @@ def workload(recipe: Recipe, task: Task | None = None) -> Workload:
         max(2, len(task.spec.labels)),
         {s: sample_lengths(family, tokenizer, task, s, recipe) for s in splits},
         rows,
-        batch_size_of(recipe, readout),
-        grouped(recipe, readout),
+        batch_size_of(recipe, family.writes_text),
+        grouped(recipe, family.writes_text),
         recipe.epochs or (10 if task.spec.name in LARGE_TASKS else 20),
         tokenizer is None,
         pictures,

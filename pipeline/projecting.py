@@ -11,6 +11,7 @@ from torch import Tensor
 from pipeline.command_line import store_command
 from pipeline.extract.backbones import Inputs
 from pipeline.extract.backbones.live import Backbone
+from pipeline.extract.encoding import arrays_of
 from pipeline.extract.order import consecutive_batches
 from pipeline.extract.projection import (
     Projection,
@@ -64,7 +65,7 @@ def project(
             say(f"projection {identity['projection']}: fitting {len(widths)} states on {len(pick):,} samples")
         found = fit(*parsed, seed, widths, _states(backbone, pick, list(widths), tokens))
         about = {"samples": len(pick), "task": task, "seed": seed}
-        files = {file_name(found.digest): found.tensors(), about_name(found.digest): about}
+        files = {file_name(found.digest): arrays_of(found.tensors()), about_name(found.digest): about}
         store.save_weights(identity["weights"], files)
     backbone.family.projection = found
     return {**identity, "projection_fit": found.digest}

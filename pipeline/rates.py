@@ -22,9 +22,10 @@ import torch
 from pipeline.extract.backbones.base import Family, Tail
 from pipeline.extract.backbones.batch import Batch, stream_of
 from pipeline.extract.backbones.images import Picture, load_pixels
+from pipeline.extract.encoding import decode, encode
+from pipeline.objectives import class_objective
 from pipeline.operations import backbone_operations, fresh_backbone
-from pipeline.store.formats import decode, encode
-from pipeline.train.model import Model, Target, tail_for
+from pipeline.train.model import Model, tail_for
 from pipeline.train.optim import adamw
 from pipeline.train.options import FitOptions
 from pipeline.train.tuners import TunerConfig, tuner_class
@@ -108,7 +109,7 @@ def random_batch(
             column.random_(2, min(1000, family.config.vocab_size), generator=g)
     for name in states:
         batch.states[name] = torch.randn(rows[stream_of(name)], family.state_width(name), generator=g).to(dtype)
-    batch.labels = torch.randint(classes, (len(batch),), generator=g)
+    batch.targets = {"label": torch.randint(classes, (len(batch),), generator=g)}
     return batch.to(device)
 
 
@@ -146,21 +147,20 @@ def step_seconds(
     dtype: torch.dtype,
 ) -> float:
     """Seconds of one training step as the loop makes it, on states in `dtype`, the fixed cost of a step included."""
-    chains = tuple((2 + i, 1) for i in range(classes)) if family.readout == "lm" else ()
-    target = Target("classification", classes, chains)
+    objective = class_objective(family, tuner_class(name, family), [(2 + i, 1) for i in range(classes)])
     tail = random_tail(family, name, config)
     for parameter in tail.parameters():
         parameter.data.normal_(std=0.02)
-    model = Model.build(name, config, family, tail, target, 0).to(device).train()
+    model = Model.build(name, config, family, tail, objective, 0).to(device).train()
     options = FitOptions(lr=1e-6)
     optimizer, _ = adamw(model, options)
 
     def seconds(part: dict[str, np.ndarray]) -> float:
         batch = random_batch(family, part, tuner_class(name, family).states(config, family), classes, device, dtype)
-        if chains:
+        if objective.wants.text_head:
             # Inputs of the target's own chain, so that every row is a target row, as in training.
-            assert batch.labels is not None
-            batch.columns["decoder.ids"][batch.columns["decoder.parent"] == 0] = 2 + batch.labels
+            assert batch.targets is not None
+            batch.columns["decoder.ids"][batch.columns["decoder.parent"] == 0] = 2 + batch.targets["label"]
 
         def step() -> None:
             optimizer.zero_grad(set_to_none=True)

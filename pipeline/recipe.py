@@ -1,12 +1,12 @@
-"""`Recipe`: every option of a run, typed and validated, to and from YAML.
+"""`Recipe`: the options that all runs have, typed and validated, and the options of the tuner and the objective.
 
 The command line is made from these fields: a field's metadata says which commands take it and what its help says. A
-recipe file holds the same names; what is given on the command line wins.
+recipe file holds the same names. What the tuner and the objective take is said by them, see `pipeline.owners`, which
+makes recipes.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -14,14 +14,15 @@ from typing import Any, get_type_hints
 
 from pipeline.recipe_file import recipe_text, recipe_values
 from pipeline.store.errors import UserError
-from pipeline.values import checked_value
+from pipeline.values import checked_value, short
 
 FORMATS = ("float32", "bfloat16", "float16", "int8")
 PRECISIONS = ("float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
 # Options that are 1 or more.
 _FROM_ONE = ["limit", "max_length", "batch_size", "batch_tokens", "epochs", "max_steps", "accumulate", "patience"]
-_FROM_ONE += ["window", "views", "reduction", "alpha", "tail_size"]
+_FROM_ONE += ["window", "views"]
+_OWNED = {"help": "", "on": [], "choices": (), "many": False, "metavar": ""}
 
 
 def _option(
@@ -46,8 +47,8 @@ class Recipe:
     )
     task: str = _option(
         "",
-        "Task: a GLUE name (see `pipeline tasks`), your own .csv, .tsv or .jsonl file, a folder of pictures, or "
-        "hub:DATASET, pictures from Hugging Face; of what is stored also its name, or NAME@ID (see `pipeline store "
+        "Task: a GLUE name (see `pipeline tasks`), your own .csv, .tsv, .jsonl or .conll file, a folder of pictures, "
+        "or hub:DATASET, pictures from Hugging Face; of what is stored also its name, or NAME@ID (see `pipeline store "
         "status`).",
         "extract train",
         metavar="NAME",
@@ -55,6 +56,14 @@ class Recipe:
     tuner: str = _option("sherl", "Tuner to train (see `pipeline tuners`).", "train", metavar="NAME")
     store: str = _option(
         "", "The store's folder. Default: $PIPELINE_STORE, else ./activations.", "extract train", metavar="FOLDER"
+    )
+    objective: str | None = _option(
+        None,
+        "What is learned of the label: classification, regression, multilabel, tagging; label-text, where a "
+        "text-to-text backbone writes it. Default: from the data; regression if all labels are numbers with a fraction "
+        "among them.",
+        "extract train",
+        metavar="NAME",
     )
     # the task's data
     data: str | None = _option(
@@ -68,11 +77,11 @@ class Recipe:
         None, "Own table: column with the second text of a pair.", "extract train", metavar="COLUMN"
     )
     label: str | None = _option(None, "Own table: column with the label.", "extract train", metavar="COLUMN")
-    kind: str | None = _option(
+    separator: str | None = _option(
         None,
-        "Own table: what the label is. Default: regression if every label is a non-integer number.",
+        "Own table: what parts several labels in the label column; any number of them a row.",
         "extract train",
-        choices=("classification", "regression"),
+        metavar="TEXT",
     )
     validation: str | None = _option(
         None,
@@ -161,93 +170,16 @@ class Recipe:
     batch_tokens: int | None = _option(
         None, "Extraction: padded tokens of a batch. Default: 4096 on a CPU, 32768 on a GPU.", "extract"
     )
-    # the tuner
-    reduction: int | None = _option(
-        None,
-        "Side width is the backbone's over this. Default: 8. (Extraction: for the weights of --init.)",
-        "extract train",
-    )
-    layers: tuple[int, ...] = _option(
+    # what belongs to their owners: options of the tuner (of several tuners, each takes what it has) and the objective
+    tuner_options: dict[str, Any] = field(default_factory=dict, metadata=_OWNED)
+    objective_options: dict[str, Any] = field(default_factory=dict, metadata=_OWNED)
+    imports: tuple[str, ...] = _option(
         (),
-        "Blocks (from 0) whose states the tuner uses. Default: the paper's choice for the backbone.",
+        "Modules of your own to import first, that register tuners, objectives, backbones or tasks: names, .py files "
+        "or package folders.",
         "extract train",
         many=True,
-        metavar="NUMBERS",
-    )
-    gate: float | None = _option(
-        None,
-        "SHERL: start of the gate alpha. Default: 0, the paper's, on T5; 0.1 on encoders, where that is calmer.",
-        "train",
-    )
-    blend: str | None = _option(
-        None,
-        "SHERL: how layers are blended. Default: redundancy, the method. Its Fig. 4 has max, average, mhsa "
-        "(self-attention over layers), linear and linear-learned (a learned redundancy); attention, from the guide, is "
-        "ours.",
-        "train",
-        choices=("redundancy", "max", "average", "mhsa", "linear", "linear-learned", "attention"),
-    )
-    recompute: bool = _option(
-        False, "SHERL: compute the blend again in the backward pass; less memory, a longer step.", "train"
-    )
-    insert: str | None = _option(
-        None,
-        "SHERL: where the blend enters: last, the last layer; single:S, layer S, those after it as they are; multi:S, "
-        "each layer from S on gets a blend of its own (Figs 6 and 9); none: no layer is live, the blend is the output "
-        "(Fig 5). Default: last. Extract with the same.",
-        "extract train",
-        metavar="last|none|single:S|multi:S",
-    )
-    tail: str | None = _option(
-        None,
-        "SHERL: what trains inside the live layers (Fig 5). Default: frozen, nothing.",
-        "train",
-        choices=("frozen", "lora", "bitfit", "adapter", "prompt"),
-    )
-    tail_size: int | None = _option(
-        None,
-        "SHERL: size of what --tail adds: LoRA's rank, the adapter's width, virtual rows. Default: the paper's, a "
-        "sixteenth of the backbone's width, or 30 rows.",
-        "train",
-    )
-    init: str | None = _option(
-        None,
-        "LST: what side blocks start from: random, or the backbone pruned by magnitude or by Fisher information on the "
-        "task (T5 only). Default: random. Extract with the same --init, --prune and --reduction.",
-        "extract train",
-        choices=("random", "magnitude", "fisher"),
-    )
-    prune: str | None = _option(
-        None,
-        "LST: how --init chooses channels: running, sublayer by sublayer as released, or aligned, one set for the "
-        "residual stream (ours). Default: running.",
-        "extract train",
-        choices=("running", "aligned"),
-    )
-    alpha: int | None = _option(None, "E3VA: rank of the adapters; 8, 16, 32 are E3VA, +, ++. Default: 8.", "train")
-    start: str | None = _option(
-        None,
-        "E3VA: what the highway starts from. Default: embedding.",
-        "extract train",
-        choices=("embedding", "zero"),
-    )
-    fusion: str | None = _option(
-        None,
-        "E3VA: what the norms read, the sum of highway and backbone or the highway. Default: sum.",
-        "extract train",
-        choices=("sum", "highway"),
-    )
-    zero_init: bool | None = _option(
-        None, "E3VA: start the last factor of each adapter at zero (ours) or at random. Default: at zero.", "train"
-    )
-    features: float | None = _option(None, "Head2Toe: share of the features that stay. Default: 0.1.", "train")
-    lasso: float | None = _option(None, "Head2Toe: weight of the group lasso. Default: 1e-4.", "train")
-    select_after: int | None = _option(None, "Head2Toe: training batches before the selection. Default: 100.", "train")
-    pooling: str = _option(
-        "mean",
-        "Encoders: what the head reads, the mean of the tokens or the first one.",
-        "train",
-        choices=("mean", "first"),
+        metavar="MODULES",
     )
     # training
     batch_size: int | None = _option(
@@ -348,40 +280,43 @@ class Recipe:
         if self.warmup_ratio is not None and not 0 <= self.warmup_ratio <= 1:
             raise UserError(f"--warmup-ratio: between 0 and 1, not {self.warmup_ratio}")
 
-    @classmethod
-    def from_mapping(cls, values: Mapping[str, Any], where: str = "recipe") -> Recipe:
-        """From plain values, each checked against its field's type. Raises UserError naming the option and `where`."""
-        return cls(**_checked(values, where))
-
     def to_mapping(self) -> dict[str, Any]:
         """Plain values, ready for YAML or JSON."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+        return _plain(values)
 
     def to_yaml(self, header: str = "") -> str:
         """YAML that `read_recipe` takes back, below a comment that ends with a digest of the options."""
         return recipe_text(self.to_mapping(), header)
 
 
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with lists for tuples, in what is nested too."""
+    lists = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+    return {k: _plain(v) if isinstance(v, dict) else v for k, v in lists.items()}
+
+
+_ALIASES = {"for": "tuners", "import": "imports"}
+
+
 def option_name(name: str) -> str:
-    """The spelling on the command line: max_length → --max-length; `tuners` is spelled --for."""
-    return "--for" if name == "tuners" else "--" + name.replace("_", "-")
+    """The spelling on the command line: max_length → --max-length; `tuners` is spelled --for, `imports` --import."""
+    spelled = next((alias for alias, own in _ALIASES.items() if own == name), name)
+    return "--" + spelled.replace("_", "-")
 
 
 def field_names() -> list[str]:
-    """Every option's name, in order."""
+    """Every common option's name, in order."""
     return [f.name for f in fields(Recipe)]
 
 
-def checked_names(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """`values` with dashes as underscores and `for` as `tuners`. UserError naming the nearest option for an unknown."""
-    known, out = field_names(), {}
+def named(values: Mapping[Any, Any], where: str) -> dict[str, Any]:
+    """`values` by the names of options: dashes as underscores, `for` as `tuners`, `import` as `imports`. UserError for
+    one that is given twice."""
+    out: dict[str, Any] = {}
     for key, value in values.items():
-        name = "tuners" if key == "for" else str(key).replace("-", "_")
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise UserError(f"{where}: unknown option {key!r}{hint}")
+        plain = str(key).replace("-", "_")
+        name = _ALIASES.get(plain, plain)
         if name in out:
             raise UserError(f"{where}: {option_name(name)} is given twice, once as {key!r}: keep one of them")
         out[name] = value
@@ -389,14 +324,23 @@ def checked_names(values: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def read_recipe(path: str | Path, record: bool = False) -> dict[str, Any]:
-    """The options a recipe file sets. UserError for an unknown or ill-typed one and for what `recipe_values` refuses,
-    with `record` (for a run's own recipe) a changed file too."""
-    return _checked(recipe_values(path, record), f"recipe {path}")
+    """What a recipe file sets, by names of options; neither names nor types are checked, which `pipeline.owners` does.
+    What earlier versions wrote as `kind` is the objective. UserError for what `recipe_values` refuses, with `record`
+    (for a run's own recipe) a changed file too."""
+    values = dict(recipe_values(path, record))
+    if "kind" in values:
+        kind = values.pop("kind")
+        values["objective"] = values.get("objective") or kind
+    return named(values, f"recipe {path}")
 
 
-def _checked(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """`values` with each name and each value checked."""
-    return {k: checked_value(k, _HINTS[k], v, where) for k, v in checked_names(values, where).items()}
+def common_value(name: str, value: Any, where: str) -> Any:
+    """`value` as the type of the common option `name`. UserError naming the option and `where`."""
+    if name in ("tuner_options", "objective_options"):
+        if not isinstance(value, Mapping):
+            raise UserError(f"{where}: {name}: expected `option: value` lines, not {short(value)}")
+        return dict(value)
+    return checked_value(name, _HINTS[name], value, where)
 
 
 _HINTS = get_type_hints(Recipe)

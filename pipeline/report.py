@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.extract.backbones import families
-from pipeline.extract.checkpoint import SHORT_NAMES
+from pipeline.catalog import families
+from pipeline.extract.names import SHORT_NAMES
 from pipeline.store.errors import UserError
 
 
@@ -78,23 +81,48 @@ def scores_text(result: dict[str, Any]) -> str:
 
 def models_what() -> dict[str, Any]:
     """Families and short names."""
-    return {"families": {f.name: f.description for f in families()}, "names": SHORT_NAMES}
+    return {"families": {name: what for name, (what, _) in families().items()}, "names": SHORT_NAMES}
 
 
 def models_text() -> str:
     """The same as text."""
-    kinds = [(f.name, f"{f.description} (model types: {', '.join(f.model_types)})") for f in families()]
+    kinds = [(name, f"{what} (model types: {', '.join(types)})") for name, (what, types) in families().items()]
     return (
         "families\n" + pairs_text(kinds) + "\n\nshort names\n" + pairs_text(list(SHORT_NAMES.items()))
         + "\n\nAny checkpoint folder or hub id of these families will do: --model FOLDER or --model OWNER/NAME"
     )  # fmt: skip
 
 
-def write_lines(path: Path, values: Sequence[Any]) -> None:
-    """One value a line, the file replaced at once. Raises UserError when it cannot be written."""
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4f}"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def entries_text(entries: Sequence[Mapping[str, Any]]) -> str:
+    """Predictions as a table, a row a sample."""
+    if not entries:
+        return "no rows"
+    head = list(entries[0])
+    return table_text(head, [[_cell(entry[name]) for name in head] for entry in entries])
+
+
+def write_entries(path: Path, entries: Sequence[Mapping[str, Any]]) -> None:
+    """Predictions as JSON lines (.jsonl) or CSV, the file replaced at once. Raises UserError when it cannot be."""
+    text = io.StringIO()
+    if path.suffix == ".jsonl":
+        text.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+    else:
+        writer = csv.DictWriter(text, list(entries[0]) if entries else [], lineterminator="\n")
+        writer.writeheader()
+        for entry in entries:
+            plain = (str, int, float)
+            writer.writerow(
+                {k: v if isinstance(v, plain) else json.dumps(v, ensure_ascii=False) for k, v in entry.items()}
+            )
     part = path.with_name(path.name + ".part")
     try:
-        part.write_text("".join(f"{v}\n" for v in values), encoding="utf-8")
+        part.write_text(text.getvalue(), encoding="utf-8")
         part.replace(path)
     except OSError as error:
         raise UserError(f"--output {path}: cannot be written: {error.strerror or error}") from None

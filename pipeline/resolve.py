@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +14,22 @@ from pipeline.command_line import extract_command
 from pipeline.extract.backbones import Family, TextOptions
 from pipeline.extract.backbones.images import Preprocess
 from pipeline.extract.checkpoint import Checkpoint, local
+from pipeline.extract.encoding import tensors_of
 from pipeline.extract.identity import SpaceOptions, space_identity, views_text
 from pipeline.extract.tasks import Task, canonical_name, load_task
 from pipeline.extract.tasks.base import TaskSpec
 from pipeline.extract.tasks.hub_images import PREFIX, hub_folder
+from pipeline.objectives import refuse_targets, target_types
+from pipeline.owners import config_of
+from pipeline.place import store_place
 from pipeline.recipe import Recipe, option_name
 from pipeline.store import Space, Store
 from pipeline.store.errors import SpaceMismatch, StoreError, UserError
 from pipeline.store.resolve import resolve as resolve_space
 from pipeline.stored import family_from, kept_name, kept_of, source_of
 from pipeline.train.model import union_states
-from pipeline.train.tuners import TunerConfig, tuner_class, tuner_config, tuner_names
+from pipeline.train.tuners import tuner_class, tuner_names
 
-DEFAULT_STORE = "activations"
 # Options of a recipe that are fields of a feature space.
 SPACE_FIELDS = ("format", "projection", "precision", "attention", "prompt", "max_length", "truncation_side")
 PICTURES = ("image_size", "views", "view_seed")  # and those that say how pictures are made
@@ -34,7 +37,7 @@ PICTURES = ("image_size", "views", "view_seed")  # and those that say how pictur
 
 def store_path(recipe: Recipe) -> str:
     """--store, else $PIPELINE_STORE, else ./activations."""
-    return recipe.store or os.environ.get("PIPELINE_STORE") or DEFAULT_STORE
+    return store_place(recipe.store)
 
 
 def need(recipe: Recipe, *names: str) -> None:
@@ -55,19 +58,23 @@ def device_of(recipe: Recipe) -> torch.device:
 
 
 def open_task(recipe: Recipe) -> Task:
-    """The task with its rows, from a folder, a table or the hub."""
+    """The task with its rows, from a folder, a table or the hub. UserError where the objective asked for learns other
+    targets."""
     need(recipe, "task")
-    return load_task(
+    task = load_task(
         recipe.task,
         Path(recipe.data) if recipe.data else None,
         text=recipe.text,
         text_pair=recipe.text_pair,
         label=recipe.label,
-        kind=recipe.kind,
+        separator=recipe.separator,
+        targets=target_types(recipe),
         validation=Path(recipe.validation) if recipe.validation else None,
         test=Path(recipe.test) if recipe.test else None,
         grid=recipe.grid,
     )
+    refuse_targets(recipe, task.spec)
+    return task
 
 
 def space_options(recipe: Recipe, spec: TaskSpec) -> SpaceOptions:
@@ -106,16 +113,6 @@ def size_text(size: str | None) -> str:
     return f"{size}x{size}" if size and size.isdigit() else size or ""
 
 
-def tuner_options(recipe: Recipe, name: str, strict: bool = True) -> TunerConfig:
-    """The config of tuner `name`: those of the recipe's options that it has. With `strict`, `layers` given to a tuner
-    that reads a single layer must be one layer; without (several tuners at once), it is not applied to that tuner."""
-    known = {f.name for f in fields(tuner_class(name).config_class)}
-    options = {k: getattr(recipe, k) for k in known if hasattr(recipe, k) and getattr(recipe, k) not in (None, ())}
-    if not strict and tuner_class(name).pooled:
-        options.pop("layers", None)
-    return tuner_config(name, options)
-
-
 def wanted_states(recipe: Recipe, family: Family) -> list[str]:
     """The states that the tuners of `--for` read between them."""
     if not recipe.tuners:
@@ -123,7 +120,7 @@ def wanted_states(recipe: Recipe, family: Family) -> list[str]:
     names = recipe.tuners
     if names == Recipe().tuners:  # nobody asked for these by name: those of them that there are
         names = tuple(n for n in names if n in tuner_names(family))
-    return union_states([(name, tuner_options(recipe, name, strict=False)) for name in names], family)
+    return union_states([(name, config_of(recipe, name, len(recipe.tuners) > 1)) for name in names], family)
 
 
 def refuse_full_readers(recipe: Recipe, names: Sequence[str], family: Family) -> None:
@@ -133,7 +130,7 @@ def refuse_full_readers(recipe: Recipe, names: Sequence[str], family: Family) ->
     small = set(family.states()) - set(family.full_states())
     for name in names:
         tuner = tuner_class(name, family)
-        if not tuner.projects and small & set(tuner.states(tuner_options(recipe, name, strict=False), family)):
+        if not tuner.projects and small & set(tuner.states(config_of(recipe, name, len(names) > 1), family)):
             raise UserError(f"tuner {name} reads full states, not {recipe.projection}: extract without it")
 
 
@@ -215,7 +212,7 @@ def find_space(recipe: Recipe, exactly: str | None = None) -> Found:
 def _found(store: Store, space: Space) -> Found:
     digest = space.identity["weights"]
     family = family_from(store, space)
-    tail = store.load_tensors(digest, kept_name("tail.safetensors", kept_of(store, space.identity)))
+    tail = tensors_of(store.load_tensors(digest, kept_name("tail.safetensors", kept_of(store, space.identity))))
     return Found(space, family, tail, source_of(store, space))
 
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.extract.backbones import Family, Inputs
-from pipeline.extract.backbones.images import SUFFIXES
 from pipeline.extract.tasks.base import TaskSpec
+from pipeline.extract.tasks.images import SUFFIXES
 from pipeline.store.errors import UserError
 
 if TYPE_CHECKING:

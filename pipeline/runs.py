@@ -8,14 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from pipeline.command_line import quoted
-from pipeline.extract.backbones.images import SUFFIXES as PICTURES
 from pipeline.extract.backbones.live import Backbone
 from pipeline.extract.checkpoint import Checkpoint
 from pipeline.extract.tasks.base import Rows, TaskSpec
 from pipeline.extract.tasks.glue import GLUE
+from pipeline.extract.tasks.images import SUFFIXES as PICTURES
 from pipeline.extract.tasks.images import pictures
 from pipeline.extract.tasks.sheet import read_sheet
 from pipeline.extract.tasks.table import cell_text
@@ -23,28 +21,30 @@ from pipeline.extracting import Say, prepare_split
 from pipeline.job import (
     Job,
     batch_size_of,
-    labels_of,
     live_backbone,
     load_job,
     relive,
     store_source,
     text_options,
 )
-from pipeline.recipe import Recipe, read_recipe
+from pipeline.owners import recipe_of
+from pipeline.recipe import read_recipe
 from pipeline.rows import checked_rows, token_doubts
-from pipeline.scoring import meaning, scorer
 from pipeline.store.errors import StoreError, UserError
 from pipeline.train.checkpoint import TUNER, check
 from pipeline.train.checkpoint import load as load_checkpoint
 from pipeline.train.evaluate import evaluate, predict
 from pipeline.train.generate import generate
 from pipeline.train.live import LiveSource
+from pipeline.train.metrics import score
 from pipeline.train.model import Model
+from pipeline.train.objectives.label_text import LabelText
 from pipeline.train.order import Order
-from pipeline.train.tuners.livelayers import saved_size
+from pipeline.train.targets import Targets
+from pipeline.train.tuners import tuner_class
 
 # Options of a run's recipe that say where things are and not what they are.
-ELSEWHERE = ("store", "model", "data", "device", "tier", "host_memory", "scheduler")
+ELSEWHERE = ("store", "model", "data", "device", "tier", "host_memory", "scheduler", "imports")
 
 
 @dataclass(repr=False)
@@ -79,31 +79,33 @@ class Run:
         if split not in self.job.tables:
             raise UserError(f"the store has no {split} rows of {self.spec.name}; it has: {', '.join(self.job.tables)}")
         source = store_source(self.job, split, self._batch_size())
-        how = scorer(self.spec, self.model.tuner.readout())
-        return evaluate(self.model, source, how, self.job.device, self.job.recipe.train_precision)
+        precision = self.job.recipe.train_precision
+        return evaluate(self.model, source, self.job.objective.scorer(), self.job.device, precision)
 
     def generate(self, split: str) -> dict[str, Any]:
         """Free generation on `split` with the frozen decoder live: metrics by exact match of the written text (of a
-        regression by the number written), and the share of answers that are a target at all. Raises UserError on
-        backbones that write no text."""
-        if self.model.tuner.readout() != "lm":
-            raise UserError("--generate: only text-to-text backbones generate; this run reads out by pooling")
+        regression by the number written), and the share of answers that are a target at all. Raises UserError for runs
+        that write no text."""
+        objective = self.job.objective
+        if not isinstance(objective, LabelText):
+            raise UserError(f"--generate: only runs of objective label-text write text; this one's is {objective.name}")
         backbone, checkpoint = self.live()
         written = generate(self.model, backbone, relive(self.job, split, checkpoint).inputs)
         texts = checkpoint.tokenizer.batch_decode(written, skip_special_tokens=True)
-        answers = [meaning(self.spec, t) for t in texts]
-        labels = labels_of(self.job.tables[split], self.spec)
-        if labels is None:
-            raise UserError(f"the {split} rows of {self.spec.name} have no labels to score against")
-        known = sum(t.strip() in self.spec.targets for t in texts)
-        return {**scorer(self.spec, "lm")(answers, labels.tolist()), "in_targets": known / len(texts)}
+        answers = [objective.meaning(t) for t in texts]
+        labels = [label for label in self.job.tables[split].labels if label is not None]
+        if len(labels) < len(texts):
+            raise UserError(f"not all {split} rows of {self.spec.name} have labels to score against")
+        known = sum(t.strip() in self.spec.texts for t in texts)
+        return {**score(self.spec.metrics, answers, objective.rounded(labels)), "in_targets": known / len(texts)}
 
     def predict(
         self, texts: Sequence[str | Sequence[str]], root: str | Path = "", say: Say = lambda text: None
-    ) -> list[Any]:
-        """A label (its name) or a value for each row, the backbone run live. A row: the text of each of the task's
-        fields, or the name of a picture; where that is one, also without a sequence around it. `root`: the folder
-        that names of pictures are relative to. Raises UserError for rows of another shape or kind."""
+    ) -> list[dict[str, Any]]:
+        """What is told of each row, the backbone run live: `label` (a class's name, or a number) and its `probability`
+        where there is one. A row: the text of each of the task's fields, or the name of a picture; where that is one,
+        also without a sequence around it. `root`: the folder that names of pictures are relative to. Raises UserError
+        for rows of another shape or kind."""
         checked = checked_rows(texts, self.spec)
         if not checked:
             return []
@@ -116,16 +118,12 @@ class Run:
             say(f"warning: {line}")
         # Sorted by length, so that batches hold little padding; `predict` puts the answers back in order.
         order = Order(part.inputs.tokens(), self._batch_size())
-        source = LiveSource(backbone, part.inputs, None, self.job.states, order)
-        found, _ = predict(self.model, source, self.job.device, self.job.recipe.train_precision)
-        return [self.label(p) for p in found.tolist()]
-
-    def label(self, prediction: float) -> Any:
-        """A prediction as people read it."""
-        return self.spec.labels[int(prediction)] if self.spec.kind == "classification" else float(prediction)
+        known = Targets(self.job.objective, None, part.inputs.metas) if part.inputs.metas else None
+        source = LiveSource(backbone, part.inputs, known, self.job.states, order)
+        return predict(self.model, source, self.job.device, self.job.recipe.train_precision)
 
     def _batch_size(self) -> int:
-        return batch_size_of(self.job.recipe, self.job.model_readout())
+        return batch_size_of(self.job.recipe, self.job.paper)
 
 
 def load_run(folder: str | Path, **overrides: Any) -> Run:
@@ -142,11 +140,13 @@ def load_run(folder: str | Path, **overrides: Any) -> Run:
     if not (folder / TUNER).is_file():
         again = f"pipeline train --recipe {quoted(str(folder / 'recipe.yaml'))} --out {quoted(str(folder))}"
         raise UserError(f"{folder}: the run has no trained tuner yet; run: {again}")
-    recipe = Recipe.from_mapping(read_recipe(folder / "recipe.yaml", record=True), str(folder / "recipe.yaml"))
+    kept = read_recipe(folder / "recipe.yaml", record=True)
+    moved = {"imports": imports} if (imports := overrides.pop("imports", None)) is not None else {}
+    recipe = recipe_of("train", (str(folder / "recipe.yaml"), kept), ("load_run()", moved), record=True)
     recipe = replace(recipe, limit=None, views=None, **{k: v for k, v in overrides.items() if v is not None})
     state, about = load_checkpoint(folder / TUNER)
-    # The papers' sizes are the default now and were not always; a run says its own.
-    recipe = replace(recipe, tail_size=recipe.tail_size or saved_size(state))
+    told = tuner_class(recipe.tuner).kept_options(state)
+    recipe = replace(recipe, tuner_options={**told, **recipe.tuner_options})
     try:
         job = load_job(recipe, about.get("rows"), about.get("space"))
     except StoreError as error:
@@ -157,10 +157,11 @@ def load_run(folder: str | Path, **overrides: Any) -> Run:
     return Run(folder, job, model.to(job.device))
 
 
-def read_texts(
+def read_inputs(
     path: Path, spec: TaskSpec, text: str | None = None, text_pair: str | None = None
-) -> list[tuple[str, ...]]:
-    """The text fields of a file's rows: columns named by `text` and `text_pair`, or by the task's own field names.
+) -> tuple[list[Any], list[tuple[str, ...]]]:
+    """Ids and fields of a file's rows. An id is what stands in a column `id`, else the row's number from 1, or the name
+    of a picture. Fields: columns named by `text` and `text_pair`, or by the task's own field names.
 
     GLUE's files are understood in their own layout; a folder gives the pictures below it, a picture itself. Raises
     UserError for a missing column or text, a bad file or a folder without pictures.
@@ -168,9 +169,10 @@ def read_texts(
     if path.is_dir():
         if not (found := pictures(path)):
             raise UserError(f"{path}: there are no pictures in this folder")
-        return [(p.relative_to(path).as_posix(),) for p in found]
+        names = [p.relative_to(path).as_posix() for p in found]
+        return names, [(name,) for name in names]
     if path.suffix.lower() in PICTURES and path.is_file():
-        return [(path.name,)]
+        return [path.name], [(path.name,)]
     glue = GLUE.get(spec.name)
     sheet = read_sheet(path)
     if glue and glue.header and text is None and not set(spec.fields) <= set(sheet.columns):
@@ -181,11 +183,5 @@ def read_texts(
         also = tuple(names[0] for names in glue.columns[i : i + 1]) if glue and glue.columns else ()
         name = asked or next((n for n in (field, *also) if n in sheet.columns), field)
         columns.append([cell_text(sheet, row, value, name) for row, value in enumerate(sheet.column(name))])
-    return [tuple(row) for row in zip(*columns, strict=True)]
-
-
-def as_array(predictions: Sequence[Any], spec: TaskSpec) -> np.ndarray:
-    """Named predictions → class indices, or values."""
-    if spec.kind == "classification":
-        return np.asarray([spec.labels.index(p) for p in predictions])
-    return np.asarray(predictions, np.float64)
+    rows = [tuple(row) for row in zip(*columns, strict=True)]
+    return sheet.column("id") if "id" in sheet.columns else list(range(1, len(rows) + 1)), rows

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.extract.checkpoint import SHORT_NAMES
+from pipeline.extract.names import SHORT_NAMES
 
 # model type, width, heads, width of a head, feed-forward width, blocks, vocabulary
 _T5 = {

@@ -10,6 +10,7 @@ import click
 
 from pipeline.command import command, say
 from pipeline.command_line import store_command
+from pipeline.place import store_place as place
 from pipeline.store.errors import StoreError, UserError
 
 if TYPE_CHECKING:
@@ -27,14 +28,6 @@ _STORE = click.option(
 @click.group()
 def store() -> None:
     """Look after a store and share it."""
-
-
-def place(where: str) -> str:
-    """--store, else $PIPELINE_STORE, else ./activations."""
-    from pipeline.recipe import Recipe
-    from pipeline.resolve import store_path
-
-    return store_path(Recipe(store=where))
 
 
 def _open(where: str) -> Store:
@@ -119,6 +112,26 @@ def repair(as_json: bool, where: str, dry_run: bool) -> tuple[Any, str]:
             f"{done.lost} samples lost a state: the same extract command fills exactly those"
         )
     return asdict(done), "\n".join(lines)
+
+
+@store.command()
+@_STORE
+@click.option("--dry-run", is_flag=True, help="Only say what would be written anew.")
+@command
+def upgrade(as_json: bool, where: str, dry_run: bool) -> tuple[Any, str]:
+    """Write task tables of format 1 anew as Parquet; runs find their rows as before."""
+    opened = _open(where)
+    done, wrong = [], []
+    for space in opened.spaces():
+        for info, problem in space.upgrade_tables(change=not dry_run):
+            done.append(info.path)
+            if problem:
+                wrong.append(problem)
+                say(problem)
+    if wrong:
+        raise Problems(f"{len(wrong)} of {len(done)} tables were left as they are; the others are done")
+    what = "would be written anew" if dry_run else "written anew" if done else "of format 1, there is nothing to do"
+    return {"store": opened.where, "tables": done}, f"{opened.where}: {len(done)} tables {what}"
 
 
 def _transfer(source: str, target: str, space: str, quiet: bool) -> tuple[Any, str]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from pipeline.report import pairs_text, size_text, table_text
 from pipeline.store import Segment, Space, Store
+from pipeline.store.keys import Keys
 from pipeline.store.names import is_segment, segment_path, space_path
 from pipeline.store.sweep import lost_manifest
 from pipeline.store.tables import TableInfo
@@ -36,7 +37,7 @@ def _space_what(store: Store, space: Space) -> dict[str, Any]:
         "model": ", ".join(source.get("names", ["?"])),
         "revision": source.get("revision", ""),
         "identity": space.identity,
-        "samples": len({k for s in segments for k in s.keys}),
+        "samples": Keys.joined(s.keys for s in segments).distinct(),
         "segments": len(segments),
         "states": sorted({n for s in segments for n in s.states}),
         "bytes": sum(s.nbytes for s in segments),
@@ -102,6 +103,25 @@ def _rewritten(provenance: dict[str, Any]) -> list[Any]:
     return others if isinstance(others, list) else []
 
 
+def names_text(names: Sequence[str]) -> str:
+    """Names of states in their natural order; three or more that count up are told by the first and the last."""
+    parts = [name.rpartition(".") for name in names]
+    numbered = sorted((stem, int(number)) for stem, _, number in parts if number.isdecimal())
+    runs: list[list[int]] = []
+    stems: list[str] = []
+    for stem, number in numbered:
+        if runs and stems[-1] == stem and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+            stems.append(stem)
+    told = []
+    for stem, run in zip(stems, runs, strict=True):
+        shown = [f"{stem}.{number}" for number in run]
+        told += [f"{shown[0]} … {shown[-1]}"] if len(shown) > 2 else shown
+    return ", ".join(told + sorted(name for name, part in zip(names, parts, strict=True) if not part[2].isdecimal()))
+
+
 def status_text(what: dict[str, Any]) -> str:
     """The same as text."""
     lines = [f"store {what['store']}: {len(what['spaces'])} feature space{'s' * (len(what['spaces']) != 1)}"]
@@ -114,6 +134,7 @@ def status_text(what: dict[str, Any]) -> str:
             f"space {s['space'][:12]}  {s['model']}  {i.get('format')}, computed in {i.get('precision')}{length}",
             f"  {s['samples']:,} samples, {len(s['states'])} states, {size_text(s['bytes'])}, {s['segments']} segments"
             + "".join(f", {m}" for m in more),
+            *([f"  states: {names_text(s['states'])}"] if s["states"] else []),
             *(
                 f"  {t['name']}: " + ", ".join(f"{k} {v:,}" for k, v in t["rows"].items()) + f"; {t['reads']}"
                 for t in s["tables"]

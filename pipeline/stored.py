@@ -11,15 +11,16 @@ import math
 import string
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pipeline.extract.backbones import Family, family_for
-from pipeline.extract.identity import PRECISIONS
-from pipeline.extract.projection import load_projection
 from pipeline.extract.tasks.base import TaskError, TaskSpec
+from pipeline.recipe import PRECISIONS
 from pipeline.store import FORMATS, Samples, Space, Store, TaskTable, digest_json
 from pipeline.store.errors import StoreError, UserError
 from pipeline.store.names import is_key
+
+if TYPE_CHECKING:
+    from pipeline.extract.backbones import Family
 
 # The deepest published networks have some hundred layers; the largest numbers of a configuration are vocabularies and
 # longest positions.
@@ -40,6 +41,9 @@ def family_from(store: Store, space: Space) -> Family:
     """The family of a space, from the configuration kept beside its tail weights. Raises StoreError for one that no
     backbone has: of a wrong type, or so large that only its making would fill the memory."""
     from transformers import AutoConfig
+
+    from pipeline.extract.backbones import family_for
+    from pipeline.extract.projection import load_projection
 
     identity = check_identity(space)
     name = kept_name("config.json", kept_of(store, identity))
@@ -121,7 +125,7 @@ def check_identity(space: Space) -> dict[str, Any]:
 
     need("weights", is_key(identity.get("weights")))
     need("format", identity.get("format") in FORMATS)
-    need("precision", identity.get("precision") in tuple(PRECISIONS))
+    need("precision", identity.get("precision") in PRECISIONS)
     need("attention", identity.get("attention") in ("sdpa", "eager"))
     need("max_length", type(identity.get("max_length")) is int and 1 <= identity["max_length"] <= MAX_NUMBER)
     need("truncation_side", identity.get("truncation_side") in ("left", "right"))
@@ -172,6 +176,8 @@ def check_header(header: Mapping[str, Any], where: str) -> TaskSpec:
     ):  # fmt: skip
         if name in header and (not isinstance(header[name], kinds) or isinstance(header[name], bool)):
             raise refuse(where, f"{name} in its header is not of the right type")
+    if "version" in header and not is_key(header["version"]):
+        raise refuse(where, "version in its header is no digest")
     spec = _spec(header.get("spec"), where)
     _check_candidates(header.get("candidates", []), spec, where)
     return spec
@@ -181,19 +187,40 @@ def check_table(table: TaskTable, where: str) -> TaskTable:
     """`table`, its header, labels and texts being what a task's are. Raises StoreError naming `where` and what is
     not."""
     spec = check_header(table.header, where)
-    for row, (label, texts) in enumerate(zip(table.labels, table.texts, strict=True)):
-        named = spec.kind == "classification" and label is not None
-        if named and (type(label) is not int or not 0 <= label < len(spec.labels)):
-            raise refuse(where, f"the label {label} of row {row + 1} is none of the {len(spec.labels)} classes")
+    metas = table.metas or [{}] * len(table)
+    for row, (label, texts, meta) in enumerate(zip(table.labels, table.texts, metas, strict=True)):
+        if wrong := _wrong_target(label, spec, meta):
+            raise refuse(where, f"{wrong} (row {row + 1})")
         if not len(spec.fields) <= len(texts) <= 2:
             raise refuse(where, f"row {row + 1} has {len(texts)} texts, the task has {len(spec.fields)}")
     return table
 
 
+def _wrong_target(label: Any, spec: TaskSpec, meta: Mapping[str, Any]) -> str:
+    """What keeps `label` from being a target of the task, "" where nothing does."""
+    if spec.target == "tags":
+        count, word = meta.get("words"), meta.get("word")
+        if type(count) is not int or not isinstance(word, list) or not word or len(word) > MAX_NUMBER:
+            return "it does not say which words positions are"
+        if not all(type(w) is int and -1 <= w < count for w in word):
+            return "positions are of words that are not there"
+        if isinstance(label, list) and len(label) != count:
+            return f"there are {len(label)} tags for {count} words"
+    if label is None:
+        return ""
+    if spec.target in ("classes", "tags"):
+        sound = isinstance(label, list) and all(type(i) is int and 0 <= i < len(spec.labels) for i in label)
+    elif spec.target == "class":
+        sound = type(label) is int and 0 <= label < len(spec.labels)
+    else:
+        sound = spec.target == "number" and _is_number(label)
+    return "" if sound else f"the label {str(label)[:80]} is none of the {len(spec.labels)} classes"
+
+
 def _spec(raw: Any, where: str) -> TaskSpec:
     if not isinstance(raw, dict):
         raise refuse(where, "its header describes no task")
-    for name in ("labels", "metrics", "fields", "targets"):
+    for name in ("labels", "metrics", "fields", "texts"):
         values = raw.get(name)
         if not isinstance(values, list) or len(values) > MAX_CLASSES or not all(isinstance(v, str) for v in values):
             raise refuse(where, f"spec.{name} in its header is no list of texts")
@@ -202,7 +229,8 @@ def _spec(raw: Any, where: str) -> TaskSpec:
         raise refuse(where, "spec.values in its header is no list of numbers")
     if any(b <= a for a, b in pairwise(values)):
         raise refuse(where, "spec.values in its header do not ascend")
-    if not isinstance(raw.get("name"), str) or not isinstance(raw.get("prompt"), str) or not raw["metrics"]:
+    scored = raw["metrics"] or raw.get("target") in ("classes", "tags", "none")
+    if not isinstance(raw.get("name"), str) or not isinstance(raw.get("prompt"), str) or not scored:
         raise refuse(where, "spec.name, spec.prompt or spec.metrics is missing in its header")
     try:
         return TaskSpec.from_dict(raw)
@@ -211,7 +239,7 @@ def _spec(raw: Any, where: str) -> TaskSpec:
 
 
 def _check_candidates(candidates: Sequence[Any], spec: TaskSpec, where: str) -> None:
-    sound = not candidates or len(candidates) == len(spec.targets)
+    sound = not candidates or len(candidates) == len(spec.texts)
     for ids in candidates:
         sound = sound and isinstance(ids, list) and 1 <= len(ids) <= MAX_TARGET
         sound = sound and all(type(i) is int and 0 <= i <= MAX_NUMBER for i in ids)

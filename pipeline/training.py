@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from pipeline.command_line import extract_command
 from pipeline.doubts import doubts, limit_doubt
+from pipeline.extract.plugins import lasting
 from pipeline.extract.tasks import is_named
 from pipeline.extract.tasks.base import TaskSpec
 from pipeline.extract.tasks.hub_images import PREFIX
@@ -27,23 +28,22 @@ from pipeline.job import (
 )
 from pipeline.recipe import Recipe
 from pipeline.resolve import store_path
-from pipeline.scoring import scorer
 from pipeline.store.errors import StoreError, UserError
 from pipeline.store.places import absolute
 from pipeline.train.loop import FitOptions, fit
-from pipeline.train.model import Model
 from pipeline.train.ranks import Ranks
 from pipeline.train.runlog import write_bytes
-from pipeline.unused import refuse_for_training, refuse_for_tuners
+from pipeline.train.tuners import TunerConfig
+from pipeline.unused import refuse_for_training
 from pipeline.versions import columns_text, task_id
 
 Say = Callable[[str], None]
 LARGE_TASKS = ("mnli", "qnli", "qqp", "sst2")
 
 
-def fit_options(recipe: Recipe, spec: TaskSpec, model: Model) -> FitOptions:
-    """Training options with the defaults of the papers' protocol on T5 (methods §5) and of ours on encoders."""
-    paper = model.tuner.family.readout == "lm"
+def fit_options(recipe: Recipe, spec: TaskSpec, paper: bool, lr: float) -> FitOptions:
+    """Training options with the defaults of the papers' protocol on T5 (methods §5), where `paper`, and else of ours.
+    `lr`: the method's own learning rate."""
     epochs = recipe.epochs or (10 if spec.name in LARGE_TASKS else 20)
     steps, ratio = recipe.warmup_steps, recipe.warmup_ratio
     if steps is None and ratio is None:
@@ -51,7 +51,7 @@ def fit_options(recipe: Recipe, spec: TaskSpec, model: Model) -> FitOptions:
     return FitOptions(
         epochs=epochs,
         max_steps=recipe.max_steps,
-        lr=recipe.lr or model.tuner.default_lr(),
+        lr=recipe.lr or lr,
         weight_decay=recipe.weight_decay,
         schedule=recipe.schedule,
         warmup_steps=steps,
@@ -88,7 +88,6 @@ def make_folder(folder: Path) -> None:
 
 def run_train(recipe: Recipe, say: Say, quiet: bool = False) -> dict[str, Any]:
     """Train what `recipe` says; `say` takes the lines a person reads. Returns the metrics with the run's folder."""
-    refuse_for_tuners(recipe, [recipe.tuner], "train")
     job = load_job(recipe)
     refuse_for_training(recipe, job.found.family)
     if "train" not in job.tables:
@@ -100,10 +99,10 @@ def run_train(recipe: Recipe, say: Say, quiet: bool = False) -> dict[str, Any]:
     if (folder / "metrics.json").exists() and not recipe.overwrite:
         raise UserError(f"{folder} holds a finished run; give another --out, or --overwrite to replace it")
     model = job.model(recipe.seed)
-    options = fit_options(recipe, job.spec, model)
+    options = fit_options(recipe, job.spec, job.paper, model.tuner.default_lr())
     backbone, checkpoint = live_backbone(job) if recipe.live else (None, None)
     parts = sources(job, backbone, checkpoint)
-    size = batch_size_of(recipe, model.tuner.family.readout)
+    size = batch_size_of(recipe, model.tuner.family.writes_text)
     table = job.tables["train"]
     more = f" of {table.header['total']:,}" if len(table.keys) < table.header.get("total", 0) else ""
     say(
@@ -126,7 +125,7 @@ def run_train(recipe: Recipe, say: Say, quiet: bool = False) -> dict[str, Any]:
         parts.get("test"),
         options,
         folder,
-        scorer(job.spec, model.tuner.readout()),
+        job.objective.scorer,
         job.device,
         progress=not quiet,
         info={"space": job.found.space.id, "tuner": recipe.tuner, "rows": job.version},
@@ -160,6 +159,11 @@ def lasting_name(job: Job) -> str:
     return task if own else task_id(next(iter(job.tables.values())).header)
 
 
+def stated(config: TunerConfig) -> dict[str, Any]:
+    """The options of a config that say something, the defaults among them: a later version may have others."""
+    return {k: v for k, v in asdict(config).items() if v not in (None, ())}
+
+
 def write_recipe(folder: Path, job: Job, options: FitOptions, batch_size: int) -> None:
     """recipe.yaml: the run's options with every default resolved, so that it can be run again by `--recipe`."""
     identity = job.found.space.identity
@@ -170,12 +174,16 @@ def write_recipe(folder: Path, job: Job, options: FitOptions, batch_size: int) -
         store=absolute(store_path(job.recipe)),
         space=job.found.space.id,
         batch_size=batch_size,
-        group_by_length=grouped(job.recipe, job.model_readout()),
+        group_by_length=grouped(job.recipe, job.paper),
+        objective=job.objective.name,
         epochs=options.epochs,
         lr=options.lr,
         warmup_steps=options.warmup_steps,
         warmup_ratio=options.warmup_ratio,
         views=views_of(job.tables["train"]) if "image_size" in identity else None,
+        imports=lasting(job.recipe.imports),
+        tuner_options=stated(job.config),
+        objective_options=asdict(job.objective.config),
         out=None,
         overwrite=False,
         **{k: identity[k] for k in ("format", "projection", "precision", "attention")},

@@ -1,15 +1,16 @@
-"""Options that would do nothing are refused: whoever gives one would take the result for that of what they asked."""
+"""Options of all runs that would do nothing in this one are refused: whoever gives one would take the result for that
+of what they asked. (Those of tuners and objectives go to their owners, see `pipeline.owners`.)"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import fields, replace
+from collections.abc import Iterable
+from dataclasses import fields
 from typing import Any
 
 from pipeline.extract.backbones import Family
+from pipeline.owners import KINDS, having
 from pipeline.recipe import Recipe, option_name
 from pipeline.store.errors import UserError
-from pipeline.train.tuners import tuner_class, tuner_names
 
 _FIELDS = {f.name: f for f in fields(Recipe)}
 # What a recipe says of texts and of pictures without changing anything: also what recipes of runs write out.
@@ -20,20 +21,11 @@ PICTURE_OPTIONS: dict[str, tuple[Any, ...]] = {
     "image_size": (None,), "views": (None, 1), "view_seed": (None, 0), "skip_bad": (False,),
 }  # fmt: skip
 STREAM_OPTIONS = (
-    "model", "task", "store", "data", "text", "text_pair", "label", "kind", "validation", "test", "limit", "space",
-    "format", "projection", "precision", "attention", "prompt", "max_length", "truncation_side", "image_size", "views",
-    "view_seed", "batch_size", "seed", "device", "tier", "host_memory", "scheduler", "window", "group_by_length",
+    "model", "task", "store", "data", "text", "text_pair", "label", "separator", "objective", "validation", "test",
+    "limit", "space", "format", "projection", "precision", "attention", "prompt", "max_length", "truncation_side",
+    "image_size", "views", "view_seed", "batch_size", "seed", "device", "tier", "host_memory", "scheduler", "window",
+    "group_by_length", "imports",
 )  # fmt: skip
-
-
-def owners() -> dict[str, list[str]]:
-    """Every option of a recipe that is one of tuners, and the tuners that have it."""
-    found: dict[str, list[str]] = {}
-    for name in tuner_names():
-        for field in fields(tuner_class(name).config_class):
-            if field.name in _FIELDS:
-                found.setdefault(field.name, []).append(name)
-    return found
 
 
 def given(recipe: Recipe, option: str) -> bool:
@@ -41,40 +33,8 @@ def given(recipe: Recipe, option: str) -> bool:
     return getattr(recipe, option) != _FIELDS[option].default
 
 
-def refuse_for_tuners(recipe: Recipe, names: Sequence[str], command: str) -> None:
-    """UserError for options of `command` that none of the tuners `names` has, saying which tuner has each; and for what
-    chooses among ways of an `--init` that is not asked for."""
-    said = [
-        f"{option_name(option)} is an option of {', '.join(having)}"
-        for option, having in owners().items()
-        if command in _FIELDS[option].metadata["on"] and given(recipe, option) and not set(having) & set(names)
-    ]
-    if said:
-        raise UserError(f"{'; '.join(said)}: it would do nothing with {', '.join(names) or 'these methods'}")
-    if recipe.prune is not None and recipe.init in (None, "random"):
-        raise UserError("--prune: it says how --init chooses channels; give --init magnitude or fisher with it")
-
-
-def for_tuner(recipe: Recipe, name: str, family: Family) -> Recipe:
-    """`recipe` for one tuner of several: the options of the others left out."""
-    unused = [option for option, having in owners().items() if name not in having]
-    if not pools(name, family):
-        unused.append("pooling")
-    if "init" in unused or recipe.init in (None, "random"):
-        unused.append("prune")
-    usual: dict[str, Any] = {option: _FIELDS[option].default for option in unused}
-    return replace(recipe, tuner=name, **usual)
-
-
-def pools(name: str, family: Family) -> bool:
-    """Whether tuner `name` on `family` is read out by pooling."""
-    return tuner_class(name, family).pooled or family.readout == "pooled"
-
-
 def refuse_for_training(recipe: Recipe, family: Family) -> None:
-    """UserError for options of training that do nothing with this tuner on this backbone, or in a live run."""
-    if given(recipe, "pooling") and not pools(recipe.tuner, family):
-        raise UserError(f"--pooling: tuner {recipe.tuner} on {family.name} backbones answers in text and pools nothing")
+    """UserError for options of training that do nothing on this backbone, or in a live run."""
     if family.modality == "text":  # of pictures the space itself says what they were made with
         refuse_for_kind(recipe, family)
     if recipe.live:
@@ -91,7 +51,7 @@ def refuse_for_kind(recipe: Recipe, family: Family) -> None:
         if getattr(recipe, option) not in nothing:
             what = "pictures" if text else "texts"
             raise UserError(f"{option_name(option)} is for {what}, and {family.name} backbones read {read}")
-    if text and family.readout != "lm" and recipe.prompt is not None:
+    if text and not family.writes_text and recipe.prompt is not None:
         raise UserError(f"--prompt is for text-to-text backbones; {family.name} ones read the text fields as they are")
     if recipe.view_seed and (recipe.views or 1) < 2:
         raise UserError("--view-seed: it draws the views of --views; give --views 2 or more with it")
@@ -100,5 +60,6 @@ def refuse_for_kind(recipe: Recipe, family: Family) -> None:
 def refuse_for_stream(names: Iterable[str]) -> None:
     """UserError for options given to `stream` that it does not look at."""
     for name in names:
-        if name in _FIELDS and name not in STREAM_OPTIONS:
+        known = name in _FIELDS or any(having(kind, name) for kind in KINDS)
+        if known and name not in STREAM_OPTIONS:
             raise UserError(f"stream(): {name}: it does nothing here; there are: {', '.join(STREAM_OPTIONS)}")

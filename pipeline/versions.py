@@ -11,9 +11,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pipeline.athand import AtHand
 from pipeline.extract.tasks import canonical_name, split_id
 from pipeline.recipe import Recipe
 from pipeline.store import Space, TaskTable, digest_json
@@ -21,6 +20,9 @@ from pipeline.store.errors import StoreError
 from pipeline.store.records import Record
 from pipeline.store.tables import TableInfo, created_of, version_of
 from pipeline.stored import check_header, check_table
+
+if TYPE_CHECKING:
+    from pipeline.athand import AtHand
 
 ID_LENGTH = 12
 
@@ -110,6 +112,8 @@ def stored_tables(
 
     Raises StoreError saying what differs where none is, or that tables are gone; AmbiguousTask where several are.
     """
+    from pipeline.athand import AtHand
+
     task, wanted = canonical_name(recipe.task), version or split_id(recipe.task)[1]
     known = versions_of(space, task)
     if wanted:
@@ -200,6 +204,8 @@ def columns_text(header: Mapping[str, Any]) -> str:
     spec = _object(header, "spec")
     label, classes = _object(header, "provenance").get("label", "label"), _names(spec.get("labels"))
     what = ", ".join(classes[:4]) + (", …" if len(classes) > 4 else "") if classes else "a number"
+    if spec.get("target") == "none":
+        return f"{', '.join(_names(spec.get('fields')))}, unlabelled"
     return f"{', '.join(_names(spec.get('fields')))} to {label} ({what})"
 
 
@@ -210,7 +216,7 @@ def task_id(header: Mapping[str, Any]) -> str:
 
 def _columns(header: Mapping[str, Any]) -> list[Any]:
     spec, made = _object(header, "spec"), _object(header, "provenance")
-    return [_names(spec.get("fields")), made.get("label"), spec.get("kind")]
+    return [_names(spec.get("fields")), made.get("label"), spec.get("target")]
 
 
 def _object(header: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -232,7 +238,7 @@ def unlike(recipe: Recipe, header: Mapping[str, Any]) -> str:
         ("--text", recipe.text, fields[0]),
         ("--text-pair", recipe.text_pair, fields[1]),
         ("--label", recipe.label, made.get("label")),
-        ("--kind", recipe.kind, spec.get("kind")),
+        ("--separator", recipe.separator, made.get("separator")),
     ):
         if asked is not None and there is not None and asked != there:
             return f"{option} was {there!r}, now {asked!r}"
@@ -241,6 +247,11 @@ def unlike(recipe: Recipe, header: Mapping[str, Any]) -> str:
     if recipe.grid != Recipe.grid and (len(values) < 2 or not math.isclose(values[1] - values[0], recipe.grid)):
         step = f"{values[1] - values[0]:g}" if len(values) > 1 else "none"
         return f"--grid was {step}, now {recipe.grid:g}"
+    from pipeline.objectives import target_types  # objectives load torch, which `pipeline store` does without
+
+    learned, there = target_types(recipe), spec.get("target")
+    if learned and there not in learned:
+        return f"--objective {recipe.objective} learns targets of type {' or '.join(learned)}, these are {there}"
     return ""
 
 
@@ -283,5 +294,5 @@ def _equal(one: TaskTable, other: TaskTable) -> bool:
     apart = ("created", "rows", "origin", "extracted")
     heads = [{k: v for k, v in t.header.items() if k not in apart} for t in (one, other)]
     return digest_json(heads[0]) == digest_json(heads[1]) and (
-        (one.keys, one.labels, one.texts) == (other.keys, other.labels, other.texts)
+        (one.keys, one.labels, one.texts, one.metas) == (other.keys, other.labels, other.texts, other.metas)
     )

@@ -1,6 +1,6 @@
 """The activation store: content-keyed hidden states in sealed Zarr segments. The format is written in FORMAT.md.
 
-Public names are imported when first used, so that the errors alone cost neither torch nor zarr.
+Public names are imported when first used, so that the errors alone cost no zarr; nothing here imports torch.
 """
 
 from importlib import import_module
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from pipeline.store.blocks import Block, BlockPlan, Part, read_block
     from pipeline.store.digest import canonical_json, digest_bytes, digest_json
     from pipeline.store.errors import MissingStates, NonFinite, SpaceMismatch, StoreError, UserError
-    from pipeline.store.formats import FORMATS, Encoded, bytes_per_value, check_format, decode, encode
+    from pipeline.store.formats import FORMATS, Encoded, bytes_per_value, check_format, decode
     from pipeline.store.index import Lookup
     from pipeline.store.names import CHUNK_BYTES, FORMAT, SEGMENT_BYTES, SEGMENT_SECONDS, stream_of
     from pipeline.store.samples import Samples
@@ -50,7 +50,6 @@ _HOMES = {
     "decode": "pipeline.store.formats",
     "digest_bytes": "pipeline.store.digest",
     "digest_json": "pipeline.store.digest",
-    "encode": "pipeline.store.formats",
     "read_block": "pipeline.store.blocks",
     "stream_of": "pipeline.store.names",
 }
@@ -85,7 +84,6 @@ __all__ = [
     "decode",
     "digest_bytes",
     "digest_json",
-    "encode",
     "read_block",
     "stream_of",
 ]

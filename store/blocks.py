@@ -6,6 +6,7 @@ carries it to a worker, which opens the segment (kept open from then on) and rea
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -95,8 +96,8 @@ def plan_blocks(
             plan.lengths[stream][where] = lengths[place]
             row = sum(member.holder[n].row_bytes(n) for n in names if stream_of(n) == stream)
             sizes += lengths * row
-        parts = _parts(member, states, columns)
-        cuts = _cut(sizes, max_block_bytes)
+        parts = parts_of(member, states, columns)
+        cuts = cuts_of(sizes, max_block_bytes)
         starts = np.array(cuts[:-1], np.int64)
         within = np.searchsorted(starts, place, "right") - 1
         plan.block[where] = len(plan.blocks) + within
@@ -112,7 +113,7 @@ def read_block(block: Block) -> Samples:
     """The samples of `block`, in segment order, as stored. Raises StoreError naming segment and state for damage."""
     out: Samples | None = None
     for part in block.parts:
-        segment = _segment(block.store, block.space, part.segment)
+        segment = _segment(block.store, block.space, part.segment, os.getpid())
         read = segment.read(part.states, part.columns, block.runs)
         if out is None:
             out = read
@@ -125,12 +126,14 @@ def read_block(block: Block) -> Samples:
 
 
 @lru_cache(maxsize=4096)
-def _segment(store: str, space: str, segment: str) -> Segment:
-    """Sealed segments never change, so an opened one is good for as long as the process lives."""
+def _segment(store: str, space: str, segment: str, process: int) -> Segment:
+    """Sealed segments never change, so an opened one is good for as long as the process lives; `process`: a fork must
+    not share its connections."""
     return Segment(open_files(store), space, segment)
 
 
-def _parts(family: Family, states: Sequence[str], columns: Sequence[str]) -> tuple[Part, ...]:
+def parts_of(family: Family, states: Sequence[str], columns: Sequence[str]) -> tuple[Part, ...]:
+    """What a block of `family` takes from each of its segments."""
     segments = {family.base.id: family.base} | {s.id: s for s in (family.holder[n] for n in (*states, *columns))}
     parts = []
     for segment in segments.values():
@@ -141,7 +144,7 @@ def _parts(family: Family, states: Sequence[str], columns: Sequence[str]) -> tup
     return tuple(parts) or (Part(family.base.id, (), ()),)
 
 
-def _cut(sizes: np.ndarray, limit: int) -> list[int]:
+def cuts_of(sizes: np.ndarray, limit: int) -> list[int]:
     """Cuts [0, …, n] into pieces of about equal size, none above `limit` unless it is one sample."""
     ends = np.cumsum(sizes)
     total = int(ends[-1])
@@ -166,10 +169,10 @@ def _refuse_missing(index: Index, family: np.ndarray, names: Sequence[str]) -> N
     absent = int((family < 0).sum())
     lacking: dict[str, None] = {}
     partial = 0
-    for number in np.unique(family[family >= 0]):
+    for number, count in zip(*np.unique(family[family >= 0], return_counts=True), strict=True):
         missing = index.families[number].missing(names)
         lacking |= dict.fromkeys(missing)
-        partial += int((family == number).sum()) if missing else 0
+        partial += int(count) if missing else 0
     states = tuple(name for name in names if name in lacking)
     if not absent and not states:
         return

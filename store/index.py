@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from pipeline.store.errors import StoreError
+from pipeline.store.keys import Keys
+from pipeline.store.samples import offsets_of
 from pipeline.store.segment import Segment
-
-_SHIFT = 32
 
 
 @dataclass
@@ -72,44 +72,88 @@ class Lookup:
     missing: dict[str, tuple[str, ...]]
 
 
+class KeyIndex:
+    """Where keys stand in several lists of them that follow one another: places 0 … n - 1 over all lists.
+
+    The places are sorted by the first four bytes of their keys and searched there; what is found is compared whole.
+    That is 8 bytes a key beside the 16 of the keys themselves. Raises ValueError beyond 2³² - 1 keys.
+    """
+
+    def __init__(self, lists: Iterable[Keys]) -> None:
+        parts = list(lists)
+        self.keys = Keys.joined(parts)
+        self.starts = offsets_of(np.array([len(part) for part in parts], np.int64))
+        if len(self.keys) >= 1 << 32:
+            raise ValueError(f"{len(self.keys):,} samples in one feature space are more than an index can hold")
+        head = _heads(self.keys)
+        # Stable: among equal keys the one of the earliest list comes first.
+        self._order = np.argsort(head, kind="stable").astype(np.uint32)
+        self._heads = head[self._order]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def first(self, keys: Sequence[str], preferred: np.ndarray | None = None) -> np.ndarray:
+        """The first place of each of `keys` (n,) int64, -1 where there is none. `preferred`: (lists,) bool; a place in
+        such a list goes before one in another."""
+        wanted = Keys.of(keys)
+        heads = _heads(wanted)
+        found = np.full(len(wanted), -1, np.int64)
+        # In ascending order each search begins where the last one ended, in memory that is at hand.
+        left = np.argsort(heads, kind="stable")
+        at = np.searchsorted(self._heads, heads[left])
+        while len(left):
+            inside = at < len(self._heads)
+            inside[inside] = self._heads[at[inside]] == heads[left[inside]]
+            left, at = left[inside], at[inside]
+            place = self._order[at].astype(np.int64)
+            same = (self.keys.high[place] == wanted.high[left]) & (self.keys.low[place] == wanted.low[left])
+            last = same if preferred is None else same & preferred[self.lists(place)]
+            taken = last | (same & (found[left] < 0))
+            found[left[taken]] = place[taken]
+            left, at = left[~last], at[~last] + 1
+        return found
+
+    def lists(self, places: np.ndarray) -> np.ndarray:
+        """The list that each of `places` (n,) int64 is in."""
+        return np.searchsorted(self.starts, places, "right") - 1
+
+
+def _heads(keys: Keys) -> np.ndarray:
+    """The first four bytes of each key, (n,) uint32."""
+    return (keys.high >> np.uint64(32)).astype(np.uint32)
+
+
 class Index:
-    """Sample key → the families and positions that hold it. Built once for a set of segments."""
+    """Sample key → the families and positions that hold it. Built once for a set of segments, from their manifests; it
+    is no part of the store. 24 bytes a sample, the keys of the segments included."""
 
     def __init__(self, segments: Sequence[Segment]) -> None:
         self.families = families(segments)
-        self._first: dict[str, int] = {}
-        self._more: dict[str, list[int]] = {}
-        for number, family in enumerate(self.families):
-            codes = range(number << _SHIFT, (number << _SHIFT) + len(family.base))
-            if self._first.keys().isdisjoint(family.base.keys):
-                self._first.update(zip(family.base.keys, codes, strict=True))
-                continue
-            for key, code in zip(family.base.keys, codes, strict=True):
-                if self._first.setdefault(key, code) != code:
-                    self._more.setdefault(key, []).append(code)
+        self._keys = KeyIndex(family.base.keys for family in self.families)
+        starts = self._keys.starts
+        for family, start, stop in zip(self.families, starts[:-1].tolist(), starts[1:].tolist(), strict=True):
+            # The same keys: the segments give up their own, so that each stands in memory once.
+            for segment in (family.base, *family.supplements):
+                segment.keys = self._keys.keys[start:stop]
 
     def __len__(self) -> int:
-        return len(self._first)
+        return self._keys.keys.distinct()
 
     def states(self) -> dict[str, frozenset[str]]:
         """Sample key → states and columns stored of it, in the fullest family that holds it."""
-        names = [frozenset(family.holder) for family in self.families]
-        out = {key: names[code >> _SHIFT] for key, code in self._first.items()}
-        for key, codes in self._more.items():
-            out[key] = max([out[key], *(names[c >> _SHIFT] for c in codes)], key=len)
+        out: dict[str, frozenset[str]] = {}
+        for family in sorted(self.families, key=lambda family: len(family.holder)):
+            out |= dict.fromkeys(family.base.keys, frozenset(family.holder))
         return out
 
     def locate(self, keys: Sequence[str], names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Family and position of each key, (n,) int64 each: the first family by id that holds all of `names`; where
         none does, the first that holds the sample; -1 where it is not stored."""
-        complete = [not family.missing(names) for family in self.families]
-        codes = np.fromiter((self._first.get(key, -1) for key in keys), np.int64, len(keys))
-        if self._more:
-            for i, key in enumerate(keys):
-                if key in self._more and not complete[codes[i] >> _SHIFT]:
-                    better = (c for c in self._more[key] if complete[c >> _SHIFT])
-                    codes[i] = next(better, codes[i])
-        return codes >> _SHIFT, np.where(codes < 0, -1, codes & ((1 << _SHIFT) - 1))
+        complete = np.array([not family.missing(names) for family in self.families], bool)
+        place = self._keys.first(keys, complete)
+        family = np.where(place < 0, -1, self._keys.lists(place))
+        return family, np.where(place < 0, -1, place - self._keys.starts[family])
 
     def lookup(self, keys: Sequence[str], names: Sequence[str]) -> Lookup:
         """What is stored of `keys` and `names` (states and columns)."""

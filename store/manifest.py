@@ -11,6 +11,7 @@ import numpy as np
 from pipeline.store.document import dump_document, load_document
 from pipeline.store.errors import StoreError
 from pipeline.store.formats import FORMATS
+from pipeline.store.keys import Keys
 from pipeline.store.names import (
     FORMAT,
     MAX_FILES,
@@ -18,7 +19,6 @@ from pipeline.store.names import (
     MAX_NAMES,
     MAX_STREAMS,
     MAX_WIDTH,
-    are_keys,
     is_key,
     is_relative,
     is_segment,
@@ -54,7 +54,7 @@ class Manifest:
     id: str
     space: str
     base: str | None
-    keys: list[str]
+    keys: Keys
     lengths: dict[str, np.ndarray]
     states: dict[str, StateInfo]
     columns: tuple[str, ...]
@@ -70,7 +70,7 @@ class Manifest:
                 "id": self.id,
                 "space": self.space,
                 "base": self.base,
-                "samples": {"keys": self.keys, "lengths": {k: v.tolist() for k, v in self.lengths.items()}},
+                "samples": {"keys": list(self.keys), "lengths": {k: v.tolist() for k, v in self.lengths.items()}},
                 "states": {
                     name: {"stream": stream_of(name), "width": s.width, "format": s.format, "scale": s.scale}
                     for name, s in self.states.items()
@@ -105,14 +105,17 @@ def load_manifest(data: bytes, where: str | Path, space: str, segment: str) -> M
     need(isinstance(samples, dict), "samples is missing")
     keys: Any = samples.get("keys")
     listed: Any = samples.get("lengths")
-    need(isinstance(keys, list) and are_keys(keys), "samples.keys are not xxh3-128 digests")
-    need(len(set(keys)) == len(keys), "a sample key occurs twice")
+    try:
+        known = Keys.of(keys if isinstance(keys, list) else [""])
+    except ValueError:
+        need(False, "samples.keys are not xxh3-128 digests")
+    need(known.distinct() == len(known), "a sample key occurs twice")
     need(isinstance(listed, dict) and all(is_stream(s) for s in listed), "samples.lengths is malformed")
     need(len(listed) <= MAX_STREAMS, f"it has more than {MAX_STREAMS} streams")
     lengths = {}
     for stream, values in listed.items():
-        sound = isinstance(values, list) and len(values) == len(keys)
-        sound = sound and all(type(v) is int and 0 <= v < MAX_LENGTH for v in values)
+        sound = isinstance(values, list) and len(values) == len(keys) and set(map(type, values)) <= {int}
+        sound = sound and min(values, default=0) >= 0 and max(values, default=0) < MAX_LENGTH
         need(sound, f"samples.lengths.{stream} is malformed")
         lengths[stream] = np.array(values, np.int64)
 
@@ -146,4 +149,4 @@ def load_manifest(data: bytes, where: str | Path, space: str, segment: str) -> M
     provenance: Any = document.get("provenance")
     created: Any = document.get("created")
     need(isinstance(provenance, dict) and isinstance(created, str), "provenance or created is malformed")
-    return Manifest(segment, space, base, keys, lengths, states, tuple(columns), files, provenance, created)
+    return Manifest(segment, space, base, known, lengths, states, tuple(columns), files, provenance, created)

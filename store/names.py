@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pipeline.store.errors import StoreError
 
 FORMAT = 1
+TABLE_FORMAT = 2
 QUARANTINE = "quarantine"
 CHUNK_BYTES = 8 << 20
 SEGMENT_BYTES = 128 << 20
@@ -22,6 +23,8 @@ MAX_JSON = 64 << 20
 MAX_SMALL_JSON = 4 << 20
 MAX_CHUNK_BYTES = 1 << 30
 MAX_TABLE_BYTES = 1 << 30
+# Text seldom compresses more than twentyfold; what does more than this is a decompression bomb.
+MAX_UNPACKED_RATIO, UNPACKED_SLACK, MAX_UNPACKED = 400, 16 << 20, 8 << 30
 MAX_WEIGHTS_BYTES = 16 << 30
 MAX_LENGTH = 1 << 31
 MAX_ROWS = 1 << 40
@@ -52,7 +55,9 @@ def is_key(text: object) -> bool:
 
 def are_keys(texts: list[str]) -> bool:
     """`is_key` for many at once, an order of magnitude faster than one by one."""
-    return all(type(t) is str and len(t) == 32 for t in texts) and _KEYS.fullmatch("".join(texts)) is not None
+    if not set(map(type, texts)) <= {str} or not set(map(len, texts)) <= {32}:
+        return False
+    return _KEYS.fullmatch("".join(texts)) is not None
 
 
 def is_stream(text: object) -> bool:

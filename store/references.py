@@ -130,7 +130,7 @@ def _successors(space: Space, segments: Sequence[Segment], stored: Mapping[str, 
 
 def _put_aside(space: Space) -> set[str]:
     """Samples of segments in quarantine: `repair` has said that they are gone."""
-    files, known = space.files, set()
+    files, known = space.files, set[str]()
     prefix = f"{QUARANTINE}/{segment_path(space.id, '').replace('/', '--')}"
     for name in files.names(QUARANTINE):
         path = f"{QUARANTINE}/{name}/manifest.json"

@@ -14,8 +14,8 @@ from pipeline.store.arrays import ArraySpec, check_file
 from pipeline.store.blocks import runs_of
 from pipeline.store.document import dump_document
 from pipeline.store.errors import StoreError
-from pipeline.store.formats import Encoded
 from pipeline.store.index import Family, families
+from pipeline.store.keys import Keys
 from pipeline.store.names import SEGMENT_BYTES, space_path, stream_of
 from pipeline.store.samples import Samples
 from pipeline.store.segment import Segment
@@ -207,12 +207,9 @@ def take(samples: Samples, order: np.ndarray) -> Samples:
         starts, counts = samples.offsets(stream)[order], lengths[order]
         ends = np.cumsum(counts)
         rows[stream] = np.arange(int(counts.sum())) + np.repeat(starts - (ends - counts), counts)
-    states = {
-        name: Encoded(e.values[rows[stream_of(name)]], None if e.scale is None else e.scale[rows[stream_of(name)]])
-        for name, e in samples.states.items()
-    }
+    states = {name: e.take(rows[stream_of(name)]) for name, e in samples.states.items()}
     return Samples(
-        [samples.keys[i] for i in order.tolist()],
+        Keys.of(samples.keys).take(order),
         {stream: v[order] for stream, v in samples.lengths.items()},
         states,
         {name: column[rows[stream_of(name)]] for name, column in samples.columns.items()},

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from pipeline.store.formats import Encoded
-from pipeline.store.names import are_keys, is_state, is_stream, stream_of
+from pipeline.store.keys import Keys
+from pipeline.store.names import is_state, is_stream, stream_of
 
 
 @dataclass
 class Samples:
     """n samples; the arrays of a stream hold one row a position, samples back to back.
 
-    `keys`: n sample keys. `lengths`: stream → (n,) int64. `states`: name → encoded rows, on the CPU. `columns`: name →
-    (rows,) int32.
+    `keys`: n sample keys, as text or as `Keys`. `lengths`: stream → (n,) int64. `states`: name → encoded rows.
+    `columns`: name → (rows,) int32.
     """
 
-    keys: list[str]
+    keys: Sequence[str]
     lengths: dict[str, np.ndarray]
     states: dict[str, Encoded] = field(default_factory=dict)
     columns: dict[str, np.ndarray] = field(default_factory=dict)
@@ -37,8 +39,7 @@ class Samples:
 
     def check(self) -> None:
         """Raises ValueError if names, types or row counts do not fit together."""
-        if not are_keys(self.keys):
-            raise ValueError("a sample key is the 32 lower hex characters of an xxh3-128")
+        Keys.of(self.keys)
         rows: dict[str, int] = {}
         for stream, lengths in self.lengths.items():
             if not is_stream(stream) or np.shape(lengths) != (len(self.keys),) or np.any(np.asarray(lengths) < 0):

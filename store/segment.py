@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from ml_dtypes import bfloat16
 
 from pipeline.store.arrays import ArraySpec, Runs, check_file, damaged, parse_group, read_rows, wanted_chunks
 from pipeline.store.digest import digest_bytes
@@ -17,6 +17,7 @@ from pipeline.store.document import parse_json
 from pipeline.store.errors import MissingStates, StoreError
 from pipeline.store.files import Files
 from pipeline.store.formats import Encoded
+from pipeline.store.keys import Keys
 from pipeline.store.manifest import StateInfo, load_manifest
 from pipeline.store.names import MAX_JSON, MAX_SMALL_JSON, is_temporary, segment_path, stream_of
 from pipeline.store.samples import Samples, offsets_of
@@ -143,7 +144,7 @@ class Segment:
                 for i in wanted_chunks(array, wanted)
             )
         return Samples(
-            [key for a, b in runs for key in self.keys[a:b]],
+            Keys.joined(self.keys[a:b] for a, b in runs),
             {s: np.concatenate([v[a:b] for a, b in runs] or [v[:0]]) for s, v in self.lengths.items()},
             {name: self._state(name, rows[stream_of(name)]) for name in states},
             {name: self._rows(name, rows[stream_of(name)]) for name in columns},
@@ -207,7 +208,5 @@ class Segment:
         info = self.states[name]
         values = self._rows(name, runs)
         if info.format == "bfloat16":
-            tensor = torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
-        else:
-            tensor = torch.from_numpy(values)
-        return Encoded(tensor, torch.from_numpy(self._rows(f"{name}.scale", runs)) if info.scale else None)
+            values = values.view(bfloat16)
+        return Encoded(values, self._rows(f"{name}.scale", runs) if info.scale else None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cached_property
@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.store.analysis import BLOCK_BYTES, rows_of_state
 from pipeline.store.blocks import BlockPlan, plan_blocks
 from pipeline.store.digest import digest_json
 from pipeline.store.document import load_document
@@ -28,6 +29,7 @@ from pipeline.store.names import (
     segment_path,
     space_path,
 )
+from pipeline.store.places import open_files
 from pipeline.store.records import Record, list_records, read_record, save_record
 from pipeline.store.references import missing_tables, read_named, unfound
 from pipeline.store.segment import NotSealed, Problem, Segment
@@ -40,6 +42,7 @@ from pipeline.store.tables import (
     read_header,
     read_table,
     save_table,
+    upgrade_tables,
 )
 from pipeline.store.writer import SegmentWriter
 
@@ -70,6 +73,10 @@ def still_sealed(files: Files, space: str, segment: str, problems: list[Problem]
     return problems if files.size(f"{segment_path(space, segment)}/manifest.json") is not None else []
 
 
+def _reopened(root: str, space: str) -> Space:
+    return Space(open_files(root), space)
+
+
 class Space:
     """An opened feature space: `id`, the `identity` it is the digest of, and its folder `path`.
 
@@ -96,7 +103,11 @@ class Space:
         self._index: tuple[tuple[str, ...], Index] | None = None
 
     def __repr__(self) -> str:
-        return f"Space({self.id})"
+        return f"Space({self.id[:12]}, {self.format}, in {self.files.root})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process opens it by its place: what was read of it is not carried along."""
+        return _reopened, (self.files.root, self.id)
 
     @property
     def path(self) -> Path:
@@ -116,11 +127,8 @@ class Space:
         opened = {}
         names = self._segment_names()
         fresh = [name for name in names if name not in self._opened]
-        if self.files.local:
-            found = [self._open(name) for name in fresh]
-        else:
-            with ThreadPoolExecutor(16) as pool:
-                found = list(pool.map(self._open, fresh))
+        with ThreadPoolExecutor(16) as pool:
+            found = list(pool.map(self._open, fresh))
         new = dict(zip(fresh, found, strict=True))
         for name in names:
             segment = self._opened.get(name) or new[name]
@@ -208,6 +216,24 @@ class Space:
         one is not stored."""
         return plan_blocks(self.files, self.id, self.index(), keys, states, columns, max_block_bytes, groups)
 
+    def to_dask(
+        self, state: str, keys: Sequence[str] | None = None, dtype: str = "float32", block_bytes: int = BLOCK_BYTES
+    ) -> Any:
+        """State `state` of every sample that has it as a lazy Dask array (rows, width), one chunk a block of about
+        `block_bytes` as stored; nothing is read before something is computed, and every chunk is checked then.
+
+        `keys`: only these samples, a task table's say. Rows stand sample after sample, as `samples` gives them. Runs on
+        this machine or on a `distributed` cluster whose workers see the store under the same path. Raises MissingStates
+        where no sample, or not every one of `keys`, has the state.
+        """
+        return rows_of_state(self, state, keys, block_bytes, dtype).to_dask()
+
+    def samples(
+        self, state: str, keys: Sequence[str] | None = None, dtype: str = "float32", block_bytes: int = BLOCK_BYTES
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        """Key and (rows, width) of each sample, in the order of `to_dask`; one block is in memory at a time."""
+        return rows_of_state(self, state, keys, block_bytes, dtype).samples()
+
     def verify(self, deep: bool = False) -> list[Problem]:
         """What is wrong with any sealed segment or table: names and sizes, with `deep` every digest, and whether all
         that something names is there."""
@@ -237,6 +263,10 @@ class Space:
     def save_table(self, table: TaskTable) -> Path:
         """Store a task table; returns its path. Never changes or removes another."""
         return Path(self.files.where(save_table(self.files, self._tasks, table)))
+
+    def upgrade_tables(self, change: bool = True) -> list[tuple[TableInfo, str]]:
+        """Rewrite tables of format 1 as format 2, see `store.tables.upgrade_tables`."""
+        return upgrade_tables(self.files, self._tasks, change)
 
     def tables(self) -> list[TableInfo]:
         """Every stored task table, by task, split and rows."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 
 from pipeline.store import weights
 from pipeline.store.digest import canonical_json, digest_json
@@ -124,15 +124,15 @@ class Store:
         return resolve(self.spaces(), {**(wanted or {}), **fields})
 
     def save_weights(self, digest: str, files: Mapping[str, Mapping[str, Any]]) -> None:
-        """Keep tail weights of the checkpoint `digest`: `NAME.safetensors` → tensors, `NAME.json` → JSON object."""
+        """Keep tail weights of the checkpoint `digest`: `NAME.safetensors` → arrays, `NAME.json` → JSON object."""
         weights.save_weights(self.files, digest, files)
 
     def has_weights(self, digest: str, *names: str) -> bool:
         """Whether weights of `digest` are stored, all of `names` among them."""
         return weights.has_weights(self.files, digest, names)
 
-    def load_tensors(self, digest: str, name: str) -> dict[str, torch.Tensor]:
-        """Tensors kept by `save_weights`, on the CPU. Raises MissingStates, or StoreError if damaged."""
+    def load_tensors(self, digest: str, name: str) -> dict[str, np.ndarray]:
+        """Tensors kept by `save_weights`, as arrays. Raises MissingStates, or StoreError if damaged."""
         return weights.load_tensors(self.files, digest, name)
 
     def load_json(self, digest: str, name: str) -> dict[str, Any]:

@@ -1,46 +1,52 @@
-"""`TaskTable`: the ordered samples of one task and split, with labels and raw texts.
+"""`TaskTable`: the ordered samples of one task and split, with targets and raw texts.
 
-With a table and the store a teammate trains without the dataset. A table is one gzipped file of JSON lines, the header
-first, then `[key, label, [texts…]]` a row. Its name holds its digest: it never changes, and a damaged one is found.
+With a table and the store a teammate trains without the dataset. A table is one file, Parquet (`store.parquet`; in
+format 1 gzipped JSON lines, `store.jsonlines`). Its name holds its digest: it never changes, a damaged one is found.
 """
 
 from __future__ import annotations
 
-import gzip
-import io
-import json
 import math
 import re
-import zlib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from pipeline.store.digest import canonical_json, digest_bytes, digest_json
-from pipeline.store.document import parse_json
+from pipeline.store.digest import digest_bytes, digest_json
 from pipeline.store.errors import MissingStates, StoreError
 from pipeline.store.files import Files, explain
-from pipeline.store.names import FORMAT, MAX_JSON, MAX_TABLE_BYTES, are_keys, check_task
+from pipeline.store.names import MAX_TABLE_BYTES, TABLE_FORMAT, are_keys, check_task, is_key
 
-_NAME = re.compile(r"(?P<split>.+)-(?P<rows>[0-9]{1,12})-(?P<digest>[0-9a-f]{16})\.jsonl\.gz")
+OLD, NEW = ".jsonl.gz", ".parquet"
+_NAME = re.compile(r"(?P<split>.+)-(?P<rows>[0-9]{1,12})-(?P<digest>[0-9a-f]{16})(\.jsonl\.gz|\.parquet)")
 _KIND = "activation-task-table"
-# Text seldom compresses more than twentyfold; what does more than this is a decompression bomb.
-_MAX_RATIO, _SLACK, _MAX_PLAIN = 400, 16 << 20, 8 << 30
 
 
 @dataclass
 class TaskTable:
-    """`header`: JSON with at least `task` and `split` (kind, labels, metrics, … are the caller's).
-    `keys`: n sample keys in task order. `labels`: class index, value or None. `texts`: raw fields of each."""
+    """`header`: JSON with at least `task` and `split` (labels, metrics, … are the caller's). `keys`: n sample keys in
+    task order. `labels`: the target of each, of the type that `header["spec"]["target"]` says: a class index, a number,
+    a list of indices, or None. `texts`: raw fields of each. `ids`: what the user calls each; `metas`: what extraction
+    knows of each (JSON). These may be empty."""
 
     header: dict[str, Any]
     keys: list[str]
-    labels: list[int | float | None]
+    labels: list[Any]
     texts: list[list[str]] = field(default_factory=list)
+    ids: list[str] = field(default_factory=list)
+    metas: list[dict[str, Any]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    def take(self, rows: Sequence[int]) -> TaskTable:
+        """The rows `rows`, in that order."""
+
+        def of(column: list[Any]) -> list[Any]:
+            return [column[i] for i in rows] if column else []
+
+        return TaskTable(self.header, of(self.keys), of(self.labels), of(self.texts), of(self.ids), of(self.metas))
 
     @property
     def task(self) -> str:
@@ -62,9 +68,10 @@ class TableInfo:
 
 
 def version_of(header: Mapping[str, Any]) -> str:
-    """Digest of what the rows of a table were made of: its dataset and how labels and texts were read from it. It
-    tells tasks of one name apart."""
-    return digest_json([header.get("spec"), header.get("provenance")])
+    """What tells tasks of one name apart: a digest of what the rows of a table were made of, its dataset and how
+    targets and texts were read from it. A header that does not say it is known by its `spec` and `provenance`."""
+    version = header.get("version")
+    return str(version) if is_key(version) else digest_json([header.get("spec"), header.get("provenance")])
 
 
 def created_of(header: Mapping[str, Any]) -> str:
@@ -82,20 +89,18 @@ def save_table(files: Files, folder: str, table: TaskTable) -> str:
 
     Raises ValueError if its columns do not fit together, StoreError if it cannot be written.
     """
-    task, split = check_task(table.task), check_task(table.split)
-    texts: list[list[str]] = table.texts or [[]] * len(table)
-    if not len(table.keys) == len(table.labels) == len(texts) or not are_keys(table.keys):
+    from pipeline.store import parquet  # a third of a second, which listing a store does not need
+
+    task, split, n = check_task(table.task), check_task(table.split), len(table)
+    texts: list[list[str]] = table.texts or [[]] * n
+    sized = all(len(column) in (0, n) for column in (table.ids, table.metas))
+    if not sized or not n == len(table.labels) == len(texts) or not are_keys(table.keys):
         raise ValueError("a task table needs as many labels and texts as keys, and keys that are sample keys")
-    if not all(label is None or math.isfinite(label) for label in table.labels):
-        raise ValueError("a label is a class index, a finite number or None")
-    head = {**table.header, "kind_of_file": _KIND, "format": FORMAT, "rows": len(table)}
-    lines = [canonical_json(head)]
-    lines += [
-        json.dumps([key, label, list(text)], ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
-        for key, label, text in zip(table.keys, table.labels, texts, strict=True)
-    ]
-    data = gzip.compress(b"\n".join(lines) + b"\n", compresslevel=6, mtime=0)
-    name = f"{folder}/{task}/{split}-{len(table)}-{digest_bytes(data)[:16]}.jsonl.gz"
+    if not all(math.isfinite(label) for label in table.labels if isinstance(label, float)):
+        raise ValueError("a label is a class index, a finite number, a list of indices or None")
+    header = {**table.header, "kind_of_file": _KIND, "format": TABLE_FORMAT, "rows": n}
+    data = parquet.dump(header, table.keys, table.labels, texts, table.ids, table.metas)
+    name = f"{folder}/{task}/{split}-{n}-{digest_bytes(data)[:16]}{NEW}"
     if files.size(name) is None:
         try:
             files.make(name.rsplit("/", 1)[0])
@@ -103,6 +108,30 @@ def save_table(files: Files, folder: str, table: TaskTable) -> str:
         except OSError as error:
             raise explain(error, "writing a task table to", files.root, len(data), files.free) from error
     return name
+
+
+def upgrade_tables(files: Files, folder: str, change: bool = True) -> list[tuple[TableInfo, str]]:
+    """Rewrite every table of format 1 below `folder` as format 2; with `change` False only tell which. A table goes
+    when the new one was read back equal, so that a kill leaves one of them or both, and readers take either.
+
+    Returns each with "" or what is wrong with it, and then it is left as it is.
+    """
+    done = []
+    for info in list_tables(files, folder):
+        if not info.path.endswith(OLD):
+            continue
+        try:
+            old = read_table(files, info)
+            if change:
+                path = save_table(files, folder, old)
+                if read_table(files, replace(info, path=path)) != old:
+                    raise StoreError(f"{files.where(path)} does not read back as {files.where(info.path)}")
+                files.remove(info.path)
+        except (StoreError, ValueError) as error:
+            done.append((info, str(error)))
+        else:
+            done.append((info, ""))
+    return done
 
 
 def list_tables(files: Files, folder: str) -> list[TableInfo]:
@@ -140,6 +169,10 @@ def load_table(
     if len(largest) > 1:
         written = {t.path: created_of(read_header(files, t)) for t in largest}
         largest = [t for t in largest if written[t.path] in (max(written.values()), "")]
+    if len({t.path.endswith(NEW) for t in largest}) == len(largest) == 2:
+        headers = [read_header(files, t) for t in largest]
+        if headers[0] == headers[1]:  # one table, its rewriting stopped before the old file went
+            largest = [t for t in largest if t.path.endswith(NEW)]
     if len(largest) > 1:
         raise StoreError(
             f"{len(largest)} tables of task {task!r}, split {split!r} have {largest[0].rows} rows, and their headers "
@@ -151,44 +184,31 @@ def load_table(
 def read_header(files: Files, info: TableInfo) -> dict[str, Any]:
     """The header of a listed table, without its rows, which are checked but not parsed. Raises StoreError if the table
     is damaged or gone."""
-    data = _checked(files, info)
+    from pipeline.store import jsonlines, parquet
+
+    data, where = _checked(files, info), f"task table {files.where(info.path)}"
     try:
-        first = gzip.GzipFile(fileobj=io.BytesIO(data)).readline(MAX_JSON)
-    except (OSError, EOFError, ValueError, MemoryError, zlib.error) as error:
-        raise _bad(files, info, str(error) or "it does not fit in memory") from error
-    return _header(files, info, first)
+        read = jsonlines.read_header if info.path.endswith(OLD) else parquet.read_header
+        return _header(files, info, read(data, where))
+    except ValueError as error:
+        raise _bad(files, info, str(error)) from error
 
 
 def read_table(files: Files, info: TableInfo) -> TaskTable:
     """A listed table. Raises StoreError if it is damaged or gone."""
+    from pipeline.store import jsonlines, parquet
 
-    def bad(what: str) -> StoreError:
-        return _bad(files, info, what)
-
-    data = _checked(files, info)
-    size = len(data)
-    limit = min(_MAX_RATIO * size + _SLACK, _MAX_PLAIN)
+    data, where = _checked(files, info), f"task table {files.where(info.path)}"
     try:
-        plain = gzip.GzipFile(fileobj=io.BytesIO(data)).read(limit + 1)
-    except (OSError, EOFError, ValueError, MemoryError, zlib.error) as error:
-        raise bad(str(error) or "it does not fit in memory") from error
-    if len(plain) > limit:
-        raise bad(f"it unpacks to more than {limit} bytes")
-    first, *lines = plain.split(b"\n")[:-1] or [b""]
-    header = _header(files, info, first)
-    if len(lines) != info.rows:
-        raise bad("its header does not match its rows")
-    try:
-        found = json.loads(b"[" + b",".join(lines) + b"]")
-        keys = [row[0] for row in found]
-        labels = [row[1] for row in found]
-        texts = [row[2] for row in found]
-    except (ValueError, RecursionError, LookupError, TypeError) as error:
-        raise bad("a row is malformed") from error
-    sound = len(found) == info.rows and are_keys(keys) and all(map(_is_label, labels))
-    if not sound or not all(isinstance(t, list) and all(isinstance(s, str) for s in t) for t in texts):
-        raise bad("a row is malformed")
-    return TaskTable(header, keys, labels, texts)
+        if info.path.endswith(OLD):
+            header, keys, labels, texts = jsonlines.read_rows(data, info.rows, where)
+            table = TaskTable(header, keys, labels, texts)
+        else:
+            header, columns = parquet.read_rows(data, info.rows, where)
+            table = TaskTable(header, *columns)
+    except ValueError as error:
+        raise _bad(files, info, str(error)) from error
+    return replace(table, header=_header(files, info, header))
 
 
 def _bad(files: Files, info: TableInfo, what: str) -> StoreError:
@@ -211,24 +231,16 @@ def _checked(files: Files, info: TableInfo) -> bytes:
     return data
 
 
-def _header(files: Files, info: TableInfo, first: bytes) -> dict[str, Any]:
-    """The header of a table from its first line."""
-    where = files.where(info.path)
-    header = parse_json(first, f"task table {where}")
-    version = header.pop("format", None)
-    if type(version) is int and version > FORMAT:
+def _header(files: Files, info: TableInfo, header: dict[str, Any]) -> dict[str, Any]:
+    """`header` as a caller gets it, checked against the name of the file."""
+    version, ours = header.pop("format", None), 1 if info.path.endswith(OLD) else TABLE_FORMAT
+    if type(version) is int and version > ours:
         raise StoreError(
-            f"task table {where} is of format {version}, this version reads up to {FORMAT}: install a newer one"
+            f"task table {files.where(info.path)} is of format {version}, this version reads up to {TABLE_FORMAT}: "
+            "install a newer one"
         )
     if header.pop("kind_of_file", None) != _KIND or header.pop("rows", None) != info.rows:
         raise _bad(files, info, "its header does not match its rows")
     if (header.get("task"), header.get("split")) != (info.task, info.split):
         raise _bad(files, info, "its header names another task or split")
     return header
-
-
-def _is_label(value: object) -> bool:
-    """Whether a tensor can hold it: a class index, a finite number, or None."""
-    if type(value) is int:
-        return abs(value) < 1 << 63
-    return value is None or (type(value) is float and math.isfinite(value))

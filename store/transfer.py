@@ -11,10 +11,13 @@ import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from pipeline.store import weights
 from pipeline.store.digest import digest_bytes
 from pipeline.store.errors import StoreError
 from pipeline.store.files import Files, explain
+from pipeline.store.index import KeyIndex
 from pipeline.store.names import MAX_JSON, is_key, segment_path
 from pipeline.store.segment import Segment
 from pipeline.store.space import Space
@@ -108,7 +111,7 @@ def _unlisted(space: Space, mine: Space, tables: list[TableInfo], listed: list[S
     listed in part only looks like a store with fewer segments."""
     held = [*listed, *mine.segments()]
     there = {segment.id for segment in held}
-    known = {key for segment in held for key in segment.keys}
+    known = KeyIndex(segment.keys for segment in held)
     splits = {(t.task, t.split, t.rows) for t in (*tables, *mine.tables())}
     where, found = space.files.where(""), []
     for segment in listed:
@@ -124,7 +127,7 @@ def _unlisted(space: Space, mine: Space, tables: list[TableInfo], listed: list[S
         for split, rows in beside.items() if isinstance(beside, dict) else ():
             if (info.task, split, rows) not in splits:
                 found.append(f"{where} lists {info.path}, but not the table {split} of {rows} rows written with it")
-        absent = sum(key not in known for key in table.keys)
+        absent = int(np.count_nonzero(known.first(table.keys) < 0))
         if absent:
             found.append(f"{where} lists no segment with {absent:,} of the {len(table):,} samples of {info.path}")
     return [f"{what}: its listing may be cut short; copy again, or extract those there" for what in found]

@@ -14,9 +14,10 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, deserialize
+from safetensors.numpy import save
 
 from pipeline.store.digest import digest_bytes
 from pipeline.store.document import dump_document, load_document, parse_json
@@ -27,11 +28,17 @@ from pipeline.store.sweep import abandoned, sign
 
 _KIND = "activation-weights"
 _NOTE = re.compile(r"writer-[0-9a-f]{8}\.json")
+# The types of safetensors; `safetensors.numpy` reads those that NumPy has by itself.
+_DTYPES: dict[str, Any] = {
+    "BOOL": np.bool_, "U8": np.uint8, "I8": np.int8, "U16": np.uint16, "I16": np.int16, "U32": np.uint32,
+    "I32": np.int32, "U64": np.uint64, "I64": np.int64, "F16": np.float16, "F32": np.float32, "F64": np.float64,
+    "BF16": ml_dtypes.bfloat16, "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2,
+}  # fmt: skip
 _SETTLE = 0.02  # seconds between writing the manifest and looking whether it is still ours
 
 
 def save_weights(files: Files, digest: str, contents: Mapping[str, Mapping[str, Any]]) -> None:
-    """Store `contents`: `name.safetensors` → tensors, `name.json` → JSON object. Names already there are kept as is.
+    """Store `contents`: `name.safetensors` → arrays, `name.json` → JSON object. Names already there are kept as is.
 
     Raises ValueError for other names, StoreError if they cannot be written.
     """
@@ -111,10 +118,11 @@ def has_weights(files: Files, digest: str, names: tuple[str, ...] = ()) -> bool:
     return there is not None and all(name in there for name in names)
 
 
-def load_tensors(files: Files, digest: str, name: str) -> dict[str, torch.Tensor]:
-    """The tensors of `name`, on the CPU. Raises MissingStates, or StoreError if the file is damaged."""
+def load_tensors(files: Files, digest: str, name: str) -> dict[str, np.ndarray]:
+    """The tensors of `name`, as arrays. Raises MissingStates, or StoreError if the file is damaged."""
     try:
-        return load(_load(files, digest, name))
+        found = deserialize(_load(files, digest, name))
+        return {n: np.frombuffer(t["data"], _DTYPES[t["dtype"]]).reshape(t["shape"]) for n, t in found}
     except (SafetensorError, LookupError, MemoryError, OverflowError, RuntimeError, TypeError, ValueError) as error:
         what = " ".join(str(error).split())[:200]
         raise StoreError(f"weights/{digest}/{name} is not a safetensors file: {what}") from error
@@ -212,14 +220,7 @@ def _load(files: Files, digest: str, name: str) -> bytes:
 
 
 def _dump_tensors(content: Mapping[str, Any]) -> bytes:
-    seen: set[int] = set()
-    out = {}
-    for name, tensor in content.items():
-        tensor = tensor.detach().cpu().contiguous()
-        # Tied weights share memory, which safetensors refuses.
-        out[name] = tensor.clone() if tensor.untyped_storage().data_ptr() in seen else tensor
-        seen.add(tensor.untyped_storage().data_ptr())
-    return save(out)
+    return save({name: np.asarray(tensor, order="C") for name, tensor in content.items()})
 
 
 def _dump_json(content: Mapping[str, Any]) -> bytes:

@@ -13,13 +13,14 @@ from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
-import torch
+from ml_dtypes import bfloat16
 
 from pipeline.store.arrays import ArraySpec, chunk_buffers, group_files
 from pipeline.store.digest import canonical_json
 from pipeline.store.errors import StoreError
 from pipeline.store.files import Files, explain
 from pipeline.store.formats import Encoded
+from pipeline.store.keys import Keys
 from pipeline.store.manifest import KIND, Manifest, StateInfo
 from pipeline.store.names import FORMAT, MAX_JSON, MAX_LENGTH, new_segment_id, segment_path, stream_of
 from pipeline.store.samples import Samples
@@ -71,8 +72,6 @@ class SegmentWriter:
         for name, state in samples.states.items():
             if self._format is not None and state.format != self._format:
                 raise ValueError(f"{name} is {state.format}, this feature space holds {self._format}")
-            if state.values.device.type != "cpu":
-                raise ValueError(f"{name} is on {state.values.device}: call Encoded.cpu() before adding it")
         if any(int(np.max(v, initial=0)) >= MAX_LENGTH for v in samples.lengths.values()):
             raise ValueError(f"a sample has {MAX_LENGTH} rows or more")
         shape = _shape(samples)
@@ -102,7 +101,7 @@ class SegmentWriter:
         """
         if not self._parts:
             raise ValueError("there is nothing to seal")
-        keys = [key for part in self._parts for key in part.keys]
+        keys = Keys.joined(Keys.of(part.keys) for part in self._parts)
         lengths = {
             stream: np.concatenate([np.asarray(part.lengths[stream], np.int64) for part in self._parts])
             for stream in self._parts[0].lengths
@@ -121,7 +120,7 @@ class SegmentWriter:
         self.abandon()
         return Segment(self._files, self._space, segment)
 
-    def _write(self, segment: str, folder: str, keys: list[str], lengths: dict[str, np.ndarray]) -> None:
+    def _write(self, segment: str, folder: str, keys: Keys, lengths: dict[str, np.ndarray]) -> None:
         files = self._files
         arrays = self._arrays(len(keys), lengths)
         attributes = {"kind": KIND, "format": FORMAT, "space": self._space, "segment": segment}
@@ -194,19 +193,16 @@ class SegmentWriter:
         return any(state.scale is not None for state in self._states(name))
 
     def _values(self, name: str) -> np.ndarray:
-        values = torch.cat([state.values for state in self._states(name)])
-        if values.dtype == torch.bfloat16:
-            return values.view(torch.int16).numpy().view(np.uint16)
-        return values.numpy()
+        values = np.concatenate([state.values for state in self._states(name)])
+        return values.view(np.uint16) if values.dtype == bfloat16 else values
 
     def _scale(self, name: str) -> np.ndarray:
-        zeros = [torch.zeros(s.rows, dtype=torch.int8) if s.scale is None else s.scale for s in self._states(name)]
-        return torch.cat(zeros).numpy()
+        return np.concatenate([np.zeros(s.rows, np.int8) if s.scale is None else s.scale for s in self._states(name)])
 
     def _column(self, name: str) -> np.ndarray:
         return np.concatenate([part.columns[name] for part in self._parts])
 
-    def _check_base(self, keys: list[str], lengths: dict[str, np.ndarray]) -> None:
+    def _check_base(self, keys: Keys, lengths: dict[str, np.ndarray]) -> None:
         base = self._base
         if base is None:
             return

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline.extract.backbones.batch import Batch, stream_of
-from pipeline.store.formats import Encoded, decode, rescale
+from pipeline.extract.encoding import EncodedTensor, decode, rescale
 from pipeline.store.samples import Samples, rows_of
 
 LONG = 8192  # bytes a sample on average, from which on samples are copied one by one
@@ -23,9 +23,11 @@ LONG = 8192  # bytes a sample on average, from which on samples are copied one b
 
 @dataclass(frozen=True)
 class Loaded:
-    """A block in memory. `offsets`: stream → (samples + 1,) int64 row offsets. `columns`: as (rows,) int32 tensors."""
+    """A block in memory. `offsets`: stream → (samples + 1,) int64 row offsets. `states` and `columns`, (rows,) int32,
+    as tensors."""
 
     samples: Samples
+    states: dict[str, EncodedTensor]
     offsets: dict[str, np.ndarray]
     columns: dict[str, Tensor]
 
@@ -33,19 +35,20 @@ class Loaded:
     def of(cls, samples: Samples) -> Loaded:
         return cls(
             samples,
+            {name: EncodedTensor.of(encoded) for name, encoded in samples.states.items()},
             {stream: samples.offsets(stream) for stream in samples.lengths},
             {name: torch.from_numpy(np.ascontiguousarray(column)) for name, column in samples.columns.items()},
         )
 
     def to(self, device: torch.device) -> Loaded:
         """The same with states and columns on `device`."""
-        states = {n: e.to(device) for n, e in self.samples.states.items()}
+        states = {n: e.to(device) for n, e in self.states.items()}
         columns = {n: c.to(device) for n, c in self.columns.items()}
-        return Loaded(replace(self.samples, states=states), self.offsets, columns)
+        return Loaded(replace(self.samples, states={}), states, self.offsets, columns)
 
     def pick(self, name: str, slot: np.ndarray) -> list[Tensor]:
         """The rows of state `name` of the samples `slot`, as stored: views, not copies."""
-        offsets, values = self.offsets[stream_of(name)], self.samples.states[name].values
+        offsets, values = self.offsets[stream_of(name)], self.states[name].values
         return [values[a:b] for a, b in zip(offsets[slot].tolist(), offsets[slot + 1].tolist(), strict=True)]
 
 
@@ -105,11 +108,11 @@ def assemble(
 
     out: dict[str, Tensor] = {}
     for name in states:
-        stream, values = stream_of(name), parts[0].block.samples.states[name].values
+        stream, values = stream_of(name), parts[0].block.states[name].values
         if rows[stream].total * values.shape[1] * values.itemsize > LONG * len(lengths[stream]):
             out[name] = copied(parts, name, lengths[stream], rows[stream], dtype, pin)
         else:
-            picked = gather([p.block.samples.states[name] for p in parts], rows[stream])
+            picked = gather([p.block.states[name] for p in parts], rows[stream])
             out[name] = place(decode(picked, dtype))
     side: dict[str, Tensor] = {}
     for name in columns:
@@ -121,7 +124,7 @@ def copied(
     parts: Sequence[Part], name: str, lengths: np.ndarray, rows: Rows, dtype: torch.dtype | None, pin: bool
 ) -> Tensor:
     """The state `name` of the samples of all parts: a copy a sample, all made in one call."""
-    sources = [p.block.samples.states[name] for p in parts]
+    sources = [p.block.states[name] for p in parts]
     scale = scales(sources, rows)
     # Scaled rows are rebuilt in float32, as `decode` does.
     kind = (dtype or sources[0].values.dtype) if scale is None else torch.float32
@@ -130,7 +133,7 @@ def copied(
     return out if scale is None else rescale(out, scale).to(dtype or torch.float32)
 
 
-def scales(sources: Sequence[Encoded], rows: Rows) -> Tensor | None:
+def scales(sources: Sequence[EncodedTensor], rows: Rows) -> Tensor | None:
     """The scales of the given rows, None where no source has any."""
     found = [e.scale for e in sources]
     known = next((s for s in found if s is not None), None)
@@ -140,6 +143,6 @@ def scales(sources: Sequence[Encoded], rows: Rows) -> Tensor | None:
     return rows.take([known.new_zeros(e.rows) if s is None else s for e, s in zip(sources, found, strict=True)])
 
 
-def gather(sources: Sequence[Encoded], rows: Rows) -> Encoded:
+def gather(sources: Sequence[EncodedTensor], rows: Rows) -> EncodedTensor:
     """The given rows of each source, one source after another, copied once. Sources share one number format."""
-    return Encoded(rows.take([e.values for e in sources]), scales(sources, rows))
+    return EncodedTensor(rows.take([e.values for e in sources]), scales(sources, rows))

@@ -1,7 +1,7 @@
 """Live counterparts: methods that train inside the backbone, for tables beside the tuners. Nothing of them is cached.
 
-Each is one function that makes some of a loaded backbone trainable. On encoders (text and images) a pooled head reads
-the last state; a text-to-text backbone is read by its own head and scored among the targets, as tuners are.
+Each is one function that makes some of a loaded backbone trainable. An objective's head reads the last state; a
+text-to-text backbone is read by its own head and scored among the targets, as tuners are.
 
 There are two presets: ours, for any backbone, and `paper`, what LST and SHERL set beside themselves on T5. The paper's
 counts at T5-base with a vocabulary of 32,100 are reproduced: `tests/train/test_published_settings.py`.
@@ -10,7 +10,6 @@ counts at T5-base with a vocabulary of 32,100 are reproduced: `tests/train/test_
 from __future__ import annotations
 
 import difflib
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,10 +25,11 @@ from pipeline.extract.backbones.dropout import use_fast_dropout
 from pipeline.extract.backbones.live import Backbone
 from pipeline.store.errors import UserError
 from pipeline.train.adapters import VirtualTokens, add_adapter, add_biases, add_lora, free_biases
-from pipeline.train.heads.lm import LMHead
-from pipeline.train.heads.pooled import PooledHead
+from pipeline.train.features import Features
 from pipeline.train.live import LiveSource
-from pipeline.train.model import Target
+from pipeline.train.model import Reader
+from pipeline.train.objectives.base import Objective
+from pipeline.train.tuners.base import rows_of
 
 _NORMS = (nn.LayerNorm, nn.BatchNorm2d, nn.GroupNorm, T5LayerNorm)
 PROMPT, PAPER_PROMPT = 20, 100  # virtual tokens of prompt tuning
@@ -38,13 +38,13 @@ PROMPT, PAPER_PROMPT = 20, 100  # virtual tokens of prompt tuning
 @dataclass(frozen=True)
 class Counterpart:
     """`prepare(family, model)` makes parts of the model trainable or adds to it. `lr`: the rate used by default,
-    `lr_lm` on text-to-text backbones. `virtual`: tokens put before every text."""
+    `lr_text` under a frozen text head. `virtual`: tokens put before every text."""
 
     name: str
     description: str
     lr: float
     prepare: Callable[[Family, nn.Module], None]
-    lr_lm: float = 1e-3
+    lr_text: float = 1e-3
     virtual: int = 0
 
 
@@ -171,24 +171,21 @@ def counterpart(name: str, preset: str = "ours") -> Counterpart:
     raise UserError(f"unknown counterpart {name!r}; did you mean {' or '.join(near)}?")
 
 
-class CounterpartModel(nn.Module):
-    """A backbone with something trainable in it and a readout; what the training loop needs of a model."""
+class CounterpartModel(Reader):
+    """A backbone with something trainable in it and an objective's head on its last state."""
 
-    head: LMHead | PooledHead
-
-    def __init__(self, method: Counterpart, family: Family, model: nn.Module, target: Target, seed: int = 0) -> None:
+    def __init__(
+        self, method: Counterpart, family: Family, model: nn.Module, objective: Objective, seed: int = 0
+    ) -> None:
         super().__init__()
-        self.family, self.backbone, self.target, self.virtual = family, model, target, method.virtual
+        self.family, self.backbone, self.objective, self.virtual = family, model, objective, method.virtual
         model.requires_grad_(False)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             method.prepare(family, model)
             use_fast_dropout(model)
             self.stream = family.streams[-1]
-            if family.readout == "lm":
-                self.head = LMHead(self, target.candidates, target.values)
-            else:
-                self.head = PooledHead(family.width, target.classes, target.kind, self.stream, target.pooling)
+            self.head = objective.head({self.stream: rows_of(family, self.stream, family.width)}, self)
 
     def train(self, mode: bool = True) -> CounterpartModel:
         super().train(mode)
@@ -197,14 +194,14 @@ class CounterpartModel(nn.Module):
                 module.train(False)
         return self
 
-    def forward(self, batch: Batch) -> Tensor:
-        """(rows, width) of the last state, behind the backbone's final norm."""
+    def forward(self, batch: Batch) -> Features:
+        """The last state, behind the backbone's final norm."""
         state, first = f"{self.stream}.{self.family.depth(self.stream) - 1}", self.family.streams[0]
         seen = self._prompted(batch, first) if self.virtual else batch
         rows = self.family.run(self.backbone, seen, [state])[state]
         if self.virtual and self.stream == first:
             rows = rows[text_rows(batch.lengths[first], self.virtual)]
-        return self.family.finish(self.backbone, rows)
+        return {self.stream: self.family.finish(self.backbone, rows)}
 
     def _prompted(self, batch: Batch, stream: str) -> Batch:
         longest = int(batch.lengths[stream].max()) + self.virtual
@@ -220,21 +217,6 @@ class CounterpartModel(nn.Module):
     def logits(self, rows: Tensor, tokens: Tensor | None = None) -> Tensor:
         """(rows, width) → (rows, vocabulary), or only the columns `tokens`."""
         return self.family.logits(self.backbone, rows, tokens)
-
-    def loss(self, batch: Batch) -> Tensor:
-        """Mean loss over the batch, a scalar."""
-        return self.head.loss(self(batch), batch)
-
-    def stepped(self) -> None:
-        """Nothing to do after an optimizer step."""
-
-    def predict(self, batch: Batch) -> Tensor:
-        """(B,) predicted class indices or values, on the host."""
-        return self.head.predict(self(batch), batch).cpu()
-
-    def trainable_parameters(self) -> int:
-        """Number of trainable values, the head's included."""
-        return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
     def trainable_state(self) -> dict[str, Tensor]:
         """Name → tensor of everything that is trained, on the host."""
@@ -275,17 +257,10 @@ def with_virtual(batch: Batch, stream: str, virtual: int, size: int) -> Batch:
 class InputSource(LiveSource):
     """The batches of a `LiveSource` without any states: the model computes its own."""
 
-    def _batch(self, index: np.ndarray) -> Batch:
-        began = time.perf_counter()
-        batch = self.inputs.take(index).batch(self.backbone.device)
-        batch.index = index
-        if self.labels is not None:
-            batch.labels = self.labels[torch.from_numpy(index)].to(self.backbone.device)
-        batch.wait_seconds = time.perf_counter() - began
-        return batch
+    def compute(self, index: np.ndarray) -> Batch:
+        return self.inputs.take(index).batch(self.backbone.device)
 
 
 def input_source(source: LiveSource, backbone: Backbone) -> InputSource:
     """`source` without states."""
-    labels = None if source.labels is None else source.labels.numpy()
-    return InputSource(backbone, source.inputs, labels, [], source.order)
+    return InputSource(backbone, source.inputs, source.targets, [], source.order)

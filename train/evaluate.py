@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 from pipeline.extract.backbones.batch import Batch
 from pipeline.store.errors import UserError
+from pipeline.train.objectives.base import Outputs, Scorer
 from pipeline.train.options import PRECISIONS
 from pipeline.train.source import Source
-
-Score = Callable[[Sequence[Any], Sequence[Any]], dict[str, float]]
 
 
 class Trainable(Protocol):
@@ -25,12 +24,20 @@ class Trainable(Protocol):
         """Mean loss of the batch, a scalar."""
         ...
 
+    def weight(self, batch: Batch) -> float:
+        """What the batch's loss counts for beside others of a step."""
+        ...
+
+    def begin_step(self, step: int, steps: int) -> None:
+        """Called before each optimizer step."""
+        ...
+
     def stepped(self) -> None:
         """Called after each optimizer step."""
         ...
 
-    def predict(self, batch: Batch) -> Tensor:
-        """(B,) class indices or values."""
+    def measure(self, batch: Batch) -> Outputs:
+        """What the scorer reads of the batch, on the host."""
         ...
 
     def trainable_state(self) -> dict[str, Tensor]:
@@ -60,43 +67,55 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 def predict(
-    model: nn.Module,
+    model: Any,
     source: Source,
     device: torch.device | str = "cpu",
     precision: str = "float32",
     check: Callable[[], None] = lambda: None,
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Predictions and labels of all samples of `source`, both (n,) in the order of its task table.
+) -> list[dict[str, Any]]:
+    """What `model.objective` tells of each sample of `source`, in the order of its task table. `check` is called
+    between batches and may raise to stop."""
+    indices: list[np.ndarray] = []
+    entries: list[dict[str, Any]] = []
 
-    Labels are None where the source has none. `check` is called between batches and may raise to stop.
-    """
-    device, was_training = torch.device(device), model.training
-    indices, predictions, labels = [], [], []
-    model.eval()
-    try:
-        with torch.inference_mode(), autocast(device, precision), closing(source.sequential()) as batches:
-            for batch in batches:
-                check()
-                predictions.append(model.predict(batch.to(device)).cpu().numpy())  # type: ignore[operator]
-                indices.append(batch.index)
-                if batch.labels is not None:
-                    labels.append(batch.labels.cpu().numpy())
-    finally:
-        model.train(was_training)
-    order = np.argsort(np.concatenate(indices), kind="stable")
-    return np.concatenate(predictions)[order], np.concatenate(labels)[order] if labels else None
+    def take(batch: Batch) -> None:
+        check()
+        entries.extend(model.objective.entries(model.predict(batch)))
+        indices.append(batch.index)
+
+    _visit(model, source, device, precision, take)
+    return [entries[i] for i in np.argsort(np.concatenate(indices), kind="stable")]
 
 
 def evaluate(
-    model: nn.Module,
+    model: Any,
     source: Source,
-    score: Score,
+    scorer: Scorer,
     device: torch.device | str = "cpu",
     precision: str = "float32",
     check: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """`score(predictions, labels)` over `source`. Raises UserError where the split has no labels."""
-    predictions, labels = predict(model, source, device, precision, check)
-    if labels is None:
-        raise UserError("this split has no labels to score against: use predict, or choose another split")
-    return score(predictions.tolist(), labels.tolist())
+    """The figures of `scorer` over `source`. Raises UserError where the split has no targets."""
+
+    def take(batch: Batch) -> None:
+        check()
+        if batch.targets is None:
+            raise UserError("this split has no labels to score against: use predict, or choose another split")
+        scorer.update(model.measure(batch), batch)
+
+    _visit(model, source, device, precision, take)
+    return scorer.compute()
+
+
+def _visit(
+    model: nn.Module, source: Source, device: torch.device | str, precision: str, take: Callable[[Batch], None]
+) -> None:
+    """`take` every batch of the split once, on `device`, the model in eval mode, in inference mode under autocast."""
+    device, was_training = torch.device(device), model.training
+    model.eval()
+    try:
+        with torch.inference_mode(), autocast(device, precision), closing(source.sequential()) as batches:
+            for batch in batches:
+                take(batch.to(device))
+    finally:
+        model.train(was_training)

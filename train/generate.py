@@ -28,7 +28,7 @@ def generate(model: Model, backbone: Backbone, inputs: Inputs, batch_size: int =
     end = config.eos_token_id if isinstance(config.eos_token_id, int) else config.eos_token_id[0]
     states = names_of(model.tuner.name, model.tuner.config, backbone.family)
     start = backbone.family.start_id  # type: ignore[attr-defined]
-    max_length = max([MAX_LENGTH, *(len(c) for c in model.target.candidates)])
+    max_length = max([MAX_LENGTH, *(len(c) for c in model.objective.answers.token_ids)])
     out: list[list[int]] = []
     for low in range(0, len(inputs), batch_size):
         part = inputs.take(np.arange(low, min(low + batch_size, len(inputs))))
@@ -38,7 +38,8 @@ def generate(model: Model, backbone: Backbone, inputs: Inputs, batch_size: int =
             batch = backbone.states(backbone.family.with_decoder(part, chains), states, torch.float32)
             layout = batch.layout("decoder")
             last = layout.first + layout.lengths - 1
-            tokens = refuse_nan(model.tuner.tail.logits(model.tuner(batch)[last])).argmax(-1).tolist()
+            (rows,) = model(batch).values()
+            tokens = refuse_nan(model.tuner.tail.logits(rows[last])).argmax(-1).tolist()
             done |= np.asarray(tokens) == end
             for chain, token in zip(chains, tokens, strict=True):
                 chain.append(token)

@@ -13,19 +13,20 @@ from pipeline.extract.backbones.batch import Batch
 from pipeline.extract.backbones.inputs import Inputs
 from pipeline.extract.backbones.live import Backbone
 from pipeline.train.order import Order
+from pipeline.train.targets import Targets
 
 
 class LiveSource:
     """The batches a `StoreSource` of the same `order` hands out, their states computed now, in float32.
 
-    `labels`: (n,) int64 classes or float values. `wait_seconds` of a batch is the time the backbone took.
+    `targets`: of the n samples, or None. `wait_seconds` of a batch is the time the backbone took.
     """
 
     def __init__(
-        self, backbone: Backbone, inputs: Inputs, labels: np.ndarray | None, states: Sequence[str], order: Order
+        self, backbone: Backbone, inputs: Inputs, targets: Targets | None, states: Sequence[str], order: Order
     ) -> None:
         self.backbone, self.inputs, self.states, self.order = backbone, inputs, list(states), order
-        self.labels = None if labels is None else torch.from_numpy(np.asarray(labels))
+        self.targets = targets
 
     @property
     def n(self) -> int:
@@ -48,9 +49,13 @@ class LiveSource:
 
     def _batch(self, index: np.ndarray) -> Batch:
         began = time.perf_counter()
-        batch = self.backbone.states(self.inputs.take(index), self.states, torch.float32)
+        batch = self.compute(index)
         batch.index = index
-        if self.labels is not None:
-            batch.labels = self.labels[torch.from_numpy(index)].to(self.backbone.device)
+        if self.targets is not None:
+            self.targets.fill(batch, index, self.backbone.device)
         batch.wait_seconds = time.perf_counter() - began
         return batch
+
+    def compute(self, index: np.ndarray) -> Batch:
+        """The states of the samples `index`."""
+        return self.backbone.states(self.inputs.take(index), self.states, torch.float32)

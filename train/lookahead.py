@@ -35,7 +35,7 @@ class LookAhead:
         kept: MutableMapping[int, Loaded],
         keep: bool,
         device: torch.device | None = None,
-        check: Callable[[Samples], None] = lambda samples: None,
+        check: Callable[[Samples], None] | None = None,
     ) -> None:
         self._epochs, self._blocks, self._reader, self._limit = epochs, blocks, reader, limit
         self._kept, self._keep, self._device, self._check = kept, keep, device, check
@@ -92,7 +92,8 @@ class LookAhead:
         if number in self._kept:
             return self._kept[number]
         samples = self._asked.pop(reading).result()
-        self._check(samples)
+        if self._check is not None:
+            self._check(samples)
         loaded = Loaded.of(samples)
         if self._device is not None:
             loaded = loaded.to(self._device)

@@ -13,7 +13,7 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
@@ -28,9 +28,10 @@ from pipeline.extract.backbones.batch import Batch
 from pipeline.store.errors import UserError
 from pipeline.store.malloc import keep_freed_memory, return_freed_memory
 from pipeline.train import checkpoint
-from pipeline.train.evaluate import Score, Trainable, autocast, closing, evaluate
+from pipeline.train.evaluate import Trainable, autocast, closing, evaluate
 from pipeline.train.finite import NotFinite
 from pipeline.train.interrupt import Interrupt, Interrupted
+from pipeline.train.objectives.base import Scorer
 from pipeline.train.optim import adamw, reseed
 from pipeline.train.options import FitOptions
 from pipeline.train.ranks import Ranks
@@ -49,7 +50,7 @@ def fit(
     test_source: Source | None,
     options: FitOptions,
     run_dir: str | Path,
-    score: Score,
+    scorer: Callable[[], Scorer],
     device: torch.device | str = "cpu",
     progress: bool = True,
     resume: bool = True,
@@ -57,14 +58,15 @@ def fit(
 ) -> dict[str, Any]:
     """Train `model` (see `Trainable`) and return what also goes to `run_dir/metrics.json`.
 
-    The epoch with the best validation "average" is restored at the end and scored on `test_source`; without a
-    validation source that is the last epoch. `score(predictions, labels)` gives the metrics. With `resume`, a
+    The epoch with the best validation figures (`Scorer.value`) is restored at the end and scored on `test_source`;
+    without a validation source that is the last epoch. `scorer()` gives a fresh scorer. With `resume`, a
     `resume.safetensors` in `run_dir` is continued; it is removed when training is done. `info` goes into the header of
     `tuner.safetensors`. Raises NotFinite, Interrupted (the run can be resumed), UserError for options or files that
     do not fit.
     """
     keep_freed_memory()
-    run = _Run(model, train_source, validation_source, test_source, options, Path(run_dir), score, torch.device(device))
+    splits = (train_source, validation_source, test_source)
+    run = _Run(model, *splits, options, Path(run_dir), scorer, torch.device(device))
     run.info = dict(info or {})
     run.ranks.begin(run.device)
     forked = [run.device] if run.device.type == "cuda" else []
@@ -92,7 +94,7 @@ class _Run:
         test: Source | None,
         options: FitOptions,
         run_dir: Path,
-        score: Score,
+        scorer: Callable[[], Scorer],
         device: torch.device,
     ) -> None:
         self.ranks = Ranks.from_environment()
@@ -103,7 +105,7 @@ class _Run:
             run_dir = Path(self.elsewhere.name)
         self.model: Any = model.to(device)
         self.train, self.validation, self.test = train, validation, test
-        self.options, self.run_dir, self.score, self.device = options, run_dir, score, device
+        self.options, self.run_dir, self.scorer, self.device = options, run_dir, scorer, device
         if not len(train):
             raise UserError("the training split has no samples: give another split or a larger limit")
         self.optimizer, self.names = adamw(model, options)
@@ -181,18 +183,19 @@ class _Run:
                 return
 
     def step(self, group: list[Batch]) -> dict[str, Any]:
-        """One optimizer step on the mean loss over all samples of `group`."""
+        """One optimizer step on the mean loss over all of `group`."""
         state, options = self.state, self.options
         number, lr = state.step + 1, self.optimizer.param_groups[0]["lr"]
         reseed(options.seed + 1_000_003 * self.ranks.rank, state.step, self.device)
         self.optimizer.zero_grad(set_to_none=True)
-        samples = sum(len(b) for b in group)
+        self.model.begin_step(state.step, self.total)
+        group = [batch for batch in group if len(batch)]  # This rank's share of a last batch may be empty.
+        weights = [self.model.weight(batch) for batch in group]
+        total = sum(weights)
         mean, trouble = 0.0, ""
-        for batch in group:
-            if not len(batch):
-                continue  # This rank's share of a last, small batch.
+        for batch, weight in zip(group, weights, strict=True):
             on_device = batch.to(self.device)
-            share = len(batch) / samples
+            share = weight / total if total else 0.0
             with autocast(self.device, options.precision):
                 loss = self.model.loss(on_device)
             value = float(loss.detach())
@@ -204,7 +207,7 @@ class _Run:
         # A rank that stopped alone would leave the others waiting for its gradients.
         if self.ranks.any(bool(trouble), self.device):
             raise NotFinite(self.advice(trouble or "another rank's loss is not finite", number, lr))
-        mean, self.interrupt.asked = self.ranks.average(self.parameters, samples, mean, self.interrupt.asked)
+        mean, self.interrupt.asked = self.ranks.average(self.parameters, total, mean, self.interrupt.asked)
         self.scaler.unscale_(self.optimizer)
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, options.clip or math.inf))
         if not math.isfinite(norm) and not self.scaler.is_enabled():
@@ -238,7 +241,7 @@ class _Run:
         last = state.epoch + 1 == options.epochs or state.step == self.total
         if self.validation is not None and (last or (state.epoch + 1) % options.eval_every == 0):
             begun = time.perf_counter()
-            metrics = evaluate(self.model, self.validation, self.score, self.device, options.precision, self.check)
+            metrics = evaluate(self.model, self.validation, self.scorer(), self.device, options.precision, self.check)
             state.evaluations += 1
             self.log.evaluation(
                 {
@@ -248,11 +251,11 @@ class _Run:
                     "seconds": time.perf_counter() - begun,
                 }
             )
-            shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+            shown = "  ".join(f"{k} {v:.4f}" for k, v in metrics.items() if k != "average" or len(metrics) != 2)
             if not self.bar.disable:
                 self.bar.write(f"epoch {state.epoch + 1}/{options.epochs}  {shown}", file=sys.stderr)
             state.since_best += 1
-            if state.best_epoch is None or _better(metrics["average"], state.best.get("average")):
+            if state.best_epoch is None or self.better(metrics):
                 self.keep(metrics)
             if options.patience is not None and state.since_best >= options.patience:
                 state.stopped = "patience"
@@ -262,6 +265,12 @@ class _Run:
             state.stopped = "max_steps" if state.epoch + 1 < options.epochs or state.batch < len(self.train) else "done"
         state.epoch, state.batch = state.epoch + 1, 0
         self.save()
+
+    def better(self, metrics: dict[str, float]) -> bool:
+        """A NaN is never better, and anything is better than a NaN (which JSON gave back as None)."""
+        scorer = self.scorer()
+        new, best = scorer.value(metrics), scorer.value(self.state.best) if self.state.best else None
+        return not math.isnan(new) and (best is None or math.isnan(best) or new > best)
 
     def keep(self, metrics: dict[str, float]) -> None:
         """The present weights are the best so far."""
@@ -291,7 +300,7 @@ class _Run:
         self.write_best()
         test = None
         if self.test is not None:
-            test = evaluate(self.model, self.test, self.score, self.device, self.options.precision, self.check)
+            test = evaluate(self.model, self.test, self.scorer(), self.device, self.options.precision, self.check)
             self.log.evaluation({"step": state.step, "epoch": state.best_epoch, "test": test})
         batches = len(self.train)
         steps_an_epoch = -(-batches // self.options.accumulate)
@@ -388,10 +397,4 @@ class _Run:
         """What must be equal for a run to be resumed, as JSON gives it back."""
         options = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.options).items()}
         order = self.train.order
-        sizes = {"samples": order.n, "batch_size": order.batch_size, "order_seed": order.seed}
-        return {**options, **sizes, **self.info}
-
-
-def _better(new: float, best: float | None) -> bool:
-    """A NaN is never better, and anything is better than a NaN (which JSON gave back as None)."""
-    return not math.isnan(new) and (best is None or not new <= best)
+        return {**options, "samples": order.n, "batch_size": order.batch_size, "order_seed": order.seed, **self.info}

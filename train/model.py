@@ -1,10 +1,9 @@
-"""`Model`: a tuner, its readout and the frozen tail it shares, as the training loop sees them."""
+"""`Model`: a tuner, an objective's head and the frozen tail they share, as the training loop sees them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,76 +11,94 @@ from torch import Tensor, nn
 from pipeline.extract.backbones.base import Family, Tail
 from pipeline.extract.backbones.batch import Batch
 from pipeline.store.errors import UserError
-from pipeline.train.heads.lm import LMHead
-from pipeline.train.heads.pooled import PooledHead
+from pipeline.train.features import Features
+from pipeline.train.objectives.base import Head, Objective, Outputs
 from pipeline.train.tuners.base import Tuner, TunerConfig, tuner_class
 
 
-@dataclass(frozen=True)
-class Target:
-    """What is predicted. `classes`: number of classes (0 for a regression). `candidates`: token ids of each target
-    text, for text-to-text backbones; `values`: the number each stands for, for a regression. `pooling`: "mean" or
-    "first", for pooled readouts."""
+class Reader(nn.Module):
+    """Something that gives features, and a head that reads them: what the training loop needs of a model."""
 
-    kind: Literal["classification", "regression"]
-    classes: int = 0
-    candidates: tuple[tuple[int, ...], ...] = ()
-    values: tuple[float, ...] = ()
-    pooling: Literal["mean", "first"] = "mean"
+    objective: Objective
+    head: Head
 
+    def forward(self, batch: Batch) -> Features:
+        """What the head reads."""
+        raise NotImplementedError
 
-class Model(nn.Module):
-    """loss(batch), predict(batch) and the trainable state. Parameters are the tuner's and the head's; the tail's are
-    frozen, shared and not among them."""
-
-    def __init__(self, tuner: Tuner, target: Target) -> None:
-        super().__init__()
-        self.tuner = tuner
-        self.target = target
-        self.head: LMHead | PooledHead
-        if tuner.readout() == "lm":
-            if not target.candidates:
-                raise UserError("a text-to-text backbone needs target texts; the task gives none")
-            self.head = LMHead(tuner.tail, target.candidates, target.values)
-        else:
-            self.head = PooledHead(tuner.output_width, target.classes, target.kind, tuner.stream, target.pooling)
-
-    @classmethod
-    def build(
-        cls, name: str, config: TunerConfig, family: Family, tail: Tail, target: Target, seed: int | None = None
-    ) -> Model:
-        """The model of tuner `name`; with `seed`, its weights are drawn from that seed alone."""
-        if seed is None:
-            return cls(tuner_class(name, family)(config, family, tail), target)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return cls(tuner_class(name, family)(config, family, tail), target)
-
-    def forward(self, batch: Batch) -> Tensor:
-        """(rows, width) of the tuner's last stream, before the readout."""
-        return self.tuner(batch)
+    def penalty(self) -> Tensor | None:
+        """What a training batch adds to the loss beside the head's terms; None for nothing."""
+        return None
 
     def loss(self, batch: Batch) -> Tensor:
-        """Mean loss over the batch, a scalar; in training mode with the tuner's penalty."""
-        loss = self.head.loss(self.tuner(batch), batch)
-        penalty = self.tuner.penalty(self.head) if self.training else None
-        return loss if penalty is None else loss + penalty
+        """The sum of the head's losses, a scalar; in training mode with the penalty."""
+        first, *others = self.head.losses(self(batch), batch).values()
+        penalty = self.penalty() if self.training else None
+        return sum(others if penalty is None else [*others, penalty], first)
+
+    def weight(self, batch: Batch) -> float:
+        """What the batch's loss counts for beside others."""
+        return self.head.weight(batch)
+
+    def predict(self, batch: Batch) -> Outputs:
+        """What is told of each sample, on the host."""
+        return on_host(self.head.predict(self(batch), batch))
+
+    def measure(self, batch: Batch) -> Outputs:
+        """What the scorer reads, on the host."""
+        return on_host(self.head.measure(self(batch), batch))
+
+    def begin_step(self, step: int, steps: int) -> None:
+        """Called before optimizer step `step` of `steps`."""
+        self.head.begin_step(step, steps)
 
     def stepped(self) -> None:
         """Called after each optimizer step."""
-        self.tuner.stepped(self.head)
 
-    def predict(self, batch: Batch) -> Tensor:
-        """(B,) predicted class indices or values, on the host."""
-        return self.head.predict(self.tuner(batch), batch).cpu()
+    def trainable_parameters(self) -> int:
+        """Number of trainable values, the head's included."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad)
+
+
+def on_host(out: Outputs) -> Outputs:
+    """Outputs with their tensors on the host."""
+    return {k: v.cpu() if isinstance(v, Tensor) else v for k, v in out.items()}
+
+
+class Model(Reader):
+    """A tuner and a head. Parameters are the two's; the tail's are frozen, shared and not among them.
+
+    Raises UserError where the tuner's features are not what the objective's head reads.
+    """
+
+    def __init__(self, tuner: Tuner, objective: Objective) -> None:
+        super().__init__()
+        self.tuner, self.objective = tuner, objective
+        refuse_features(tuner, objective)
+        self.head = objective.head(tuner.features, tuner.tail)
+
+    @classmethod
+    def build(
+        cls, name: str, config: TunerConfig, family: Family, tail: Tail, objective: Objective, seed: int | None = None
+    ) -> Model:
+        """The model of tuner `name`; with `seed`, its weights are drawn from that seed alone."""
+        with torch.random.fork_rng(devices=[], enabled=seed is not None):
+            if seed is not None:
+                torch.manual_seed(seed)
+            return cls(tuner_class(name, family)(config, family, tail, objective.wants), objective)
+
+    def forward(self, batch: Batch) -> Features:
+        return self.tuner(batch)
+
+    def penalty(self) -> Tensor | None:
+        return self.tuner.penalty(self.head)
+
+    def stepped(self) -> None:
+        self.tuner.stepped(self.head)
 
     def to(self, *args: Any, **kwargs: Any) -> Model:
         self.tuner.tail.to(*args, **kwargs)
         return super().to(*args, **kwargs)
-
-    def trainable_parameters(self) -> int:
-        """Number of trainable values: tuner and head."""
-        return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
     def trainable_state(self) -> dict[str, Tensor]:
         """Name → tensor of everything that was trained, on the host. Frozen weights (of a live layer that something
@@ -99,6 +116,27 @@ class Model(nn.Module):
         if wrong:
             raise UserError(f"saved tuner does not fit this model: {wrong[0]} is missing, unknown or of another shape")
         self.load_state_dict(state, strict=False)
+
+
+def refuse_features(tuner: Tuner, objective: Objective) -> None:
+    """UserError, one sentence, where `objective` cannot read what `tuner` hands out."""
+    wants, family = objective.wants, tuner.family
+    if wants.text_head and not family.writes_text:
+        raise UserError(f"objective {objective.name} needs a backbone that writes text; {family.name} backbones do not")
+    if wants.text_head and not tuner.text_head:
+        raise UserError(f"objective {objective.name} needs rows for a text head, which tuner {tuner.name} has none of")
+    for feature in tuner.features.values():
+        if feature.kind not in wants.kinds:
+            raise UserError(
+                f"objective {objective.name} reads {' or '.join(wants.kinds)} features; tuner {tuner.name} on "
+                f"{family.name} backbones hands out a {feature.kind}"
+            )
+        if family.writes_text and not wants.text_head and feature.stream == family.streams[-1]:
+            # While training, a text decoder is fed the answer.
+            raise UserError(
+                f"objective {objective.name} cannot read tuner {tuner.name} on {family.name} backbones: its rows have "
+                "seen the target; use --objective label-text, or a tuner that reads the encoder (probe, unipt)"
+            )
 
 
 def tail_for(

@@ -3,8 +3,8 @@
 Blocks are permuted, then every block's samples are scattered over the stretch of the epoch that `window` blocks take:
 the block at place p gives each of its samples the key `low(p) + u · window`, u uniform in [0, 1), and the keys are
 sorted. With no more blocks than the window that is a uniform permutation. With more, reading is even (one block is
-opened about every time one is finished) and at most about 1.5 · `window` blocks are open at once, so memory is bounded
-by the window and not by the task.
+opened about every time one is finished) and about 1.5 · `window` blocks are open at once, never over 2 · `window` + 1
+(where there are only twice as many), so memory is bounded by the window and not by the task.
 
 Batches are cut from this one global order; inside a batch samples stand by block, so that a rank's contiguous slice
 touches few blocks and gathering reads forward. The number of ranks changes neither the batches nor their samples.

@@ -1,7 +1,7 @@
 """Several training processes, as `torchrun` starts them: each reads its share of every batch, gradients are averaged.
 
-The environment says which process this is (RANK, WORLD_SIZE, LOCAL_RANK). Every gradient is weighted by the samples it
-comes from, so the step is the one that a single process would make, up to rounding. Only rank 0 writes to the run's
+The environment says which process this is (RANK, WORLD_SIZE, LOCAL_RANK). Every gradient is weighted by what it comes
+from, so the step is the one that a single process would make, up to rounding. Only rank 0 writes to the run's
 folder; all ranks evaluate alike, so that they agree on the best epoch without a word.
 """
 
@@ -62,20 +62,20 @@ class Ranks:
         dist.all_reduce(flag)
         return bool(flag)
 
-    def average(self, parameters: Sequence[Tensor], samples: int, loss: float, stop: bool) -> tuple[float, bool]:
-        """Replace each gradient by its mean over the samples of all ranks.
+    def average(self, parameters: Sequence[Tensor], weight: float, loss: float, stop: bool) -> tuple[float, bool]:
+        """Replace each gradient by its mean over all ranks.
 
-        `samples`, `loss`: how many this rank had, and their mean loss. Returns the mean loss over all, and whether any
-        rank was asked to `stop`.
+        `weight`, `loss`: what this rank's batches count for (their samples, say), and their mean loss. Returns the mean
+        loss over all, and whether any rank was asked to `stop`.
         """
         if self.world == 1:
             return loss, stop
         device = parameters[0].device
-        facts = torch.tensor([loss * samples if samples else 0.0, samples, stop], dtype=torch.float64, device=device)
+        facts = torch.tensor([loss * weight if weight else 0.0, weight, stop], dtype=torch.float64, device=device)
         dist.all_reduce(facts)
         total = float(facts[1])
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        flat = torch.cat([g.reshape(-1).float() for g in grads]) * (samples / total)
+        flat = torch.cat([g.reshape(-1).float() for g in grads]) * (weight / total)
         dist.all_reduce(flat)
         at = 0
         for parameter, grad in zip(parameters, grads, strict=True):

@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
-from torch import Tensor
 
 from pipeline.extract.backbones.batch import Batch
 from pipeline.store import SEGMENT_BYTES
@@ -35,32 +34,32 @@ from pipeline.train.assemble import Loaded, Part, assemble
 from pipeline.train.lookahead import LookAhead
 from pipeline.train.order import Order, rank_slice
 from pipeline.train.readers import make_reader
+from pipeline.train.targets import Targets
 from pipeline.train.tiers import choose
 
 
 class StoreSource:
     """The samples `keys` of a feature space, with `states` and `columns`, as batches of `batch_size`.
 
-    `labels`: one per key, all int (classes) or else float; None everywhere for no labels. `batch_size`: over all
+    `targets`: of the samples, in the order of `keys`; None for none. `batch_size`: over all
     ranks; this rank gets its share of each batch. `seed`, `window` (blocks mixed with each other), `block_bytes` (at
     least a whole segment by default, since cutting one means reading the chunks at the cut twice) and
     `group_by_length` (batches of like length, see `Order`) decide the order. `lookahead_bytes`: read beyond the present
     batch. `host_bytes`: keep the blocks in memory if they take no more (None: half of the memory free at the first
     epoch; 0: never). `tier`: "device", "host" or "disk" instead of what fits; `device`: where the blocks of the device
     tier go, and then the batches are there, too. `scheduler`: address of a `distributed` scheduler, else `workers`
-    threads. `share`: (i, k) hands out the batches i, i + k, … of `epochs`, for k readers that take turns. `ahead`:
-    batches made before they are asked for, in a thread (0: none, no thread). `pin`: page-locked batches, for copies to
-    a GPU. `dtype`: of the decoded states; None: as stored, but float32 where rows have scales. `check`: called with
-    each block that was read, to refuse what is no input of the backbone.
+    threads. `ahead`: batches made before they are asked for, in a thread (0: none, no thread). `pin`: page-locked
+    batches, for copies to a GPU. `dtype`: of the decoded states; None: as stored, but float32 where rows have scales.
+    `check`: called with each block that was read, to refuse what is no input of the backbone.
 
-    Raises MissingStates if something is not stored, UserError for wrong options or labels.
+    Raises MissingStates if something is not stored, UserError for wrong options or targets.
     """
 
     def __init__(
         self,
         space: Any,
         keys: Sequence[str],
-        labels: Sequence[int | float | None] | np.ndarray | None,
+        targets: Targets | None,
         states: Sequence[str],
         columns: Sequence[str] = (),
         *,
@@ -77,16 +76,13 @@ class StoreSource:
         workers: int | None = None,
         rank: int = 0,
         world: int = 1,
-        share: tuple[int, int] = (0, 1),
         ahead: int = 1,
         pin: bool = False,
         dtype: torch.dtype | None = torch.float32,
-        check: Callable[[Samples], None] = lambda samples: None,
+        check: Callable[[Samples], None] | None = None,
     ) -> None:
         if not 0 <= rank < world:
             raise UserError(f"rank must be in [0, {world}), got {rank}")
-        if not 0 <= share[0] < share[1]:
-            raise UserError(f"share must be (i, k) with i in [0, k), got {share}")
         for name, value, least in (
             ("lookahead_bytes", lookahead_bytes, 0),
             ("ahead", ahead, 0),
@@ -96,7 +92,9 @@ class StoreSource:
                 raise UserError(f"{name} must be at least {least}, got {value}")
         if not keys:
             raise UserError("there are no samples to stream: the split is empty, or the limit is 0")
-        self.labels = label_tensor(labels, len(keys))
+        if targets is not None and len(targets) != len(keys):
+            raise UserError(f"{len(targets)} targets for {len(keys)} samples: one each is needed")
+        self.targets = targets
         self.states, self.columns = list(states), list(columns)
         self._plan = partial(space.plan, keys, self.states, self.columns, max_block_bytes=block_bytes)
         self.plan = self._plan()
@@ -105,13 +103,17 @@ class StoreSource:
             self.order = Order(np.asarray(self.plan.block), batch_size, seed, window, rows)
         except ValueError as error:
             raise UserError(str(error)) from None
-        self._rank, self._world, self._share = rank, world, share
+        self._rank, self._world = rank, world
         self._lookahead, self._host_bytes = lookahead_bytes, host_bytes
         self._wanted_tier, self._device = tier, torch.device(device)
         self._scheduler, self._workers = scheduler, workers
         self._ahead, self._pin, self._dtype, self._check = ahead, pin, dtype, check
         self._kept: dict[int, Loaded] = {}
         self._tier: str | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the blocks that are kept: another process keeps its own, where they fit there."""
+        return {**self.__dict__, "_kept": {}, "_tier": None}
 
     @property
     def n(self) -> int:
@@ -136,17 +138,19 @@ class StoreSource:
         """The batches of `epoch` from batch `start` on; close the iterator to stop early."""
         return self.epochs(epoch, epoch + 1, start)
 
-    def epochs(self, first: int, end: int, start: int = 0) -> Iterator[Batch]:
+    def epochs(self, first: int, end: int, start: int = 0, share: tuple[int, int] = (0, 1)) -> Iterator[Batch]:
         """The batches of the epochs `first` … `end` - 1, of the first one from batch `start` on. While one epoch ends
-        the next one's first blocks are read. Close the iterator to stop early."""
+        the next one's first blocks are read. `share`: (i, k) hands out the batches i, i + k, … of these, for k readers
+        that take turns. Close the iterator to stop early."""
         if not 0 <= start <= len(self):
             raise UserError(f"start must be in [0, {len(self)}], the batches of an epoch; got {start}")
-        count = len(range(self._share[0], (end - first) * len(self) - start, self._share[1]))
-        return self._run(self._mine(first, end, start), count)
+        if not 0 <= share[0] < share[1]:
+            raise UserError(f"share must be (i, k) with i in [0, k), got {share}")
+        count = len(range(share[0], (end - first) * len(self) - start, share[1]))
+        return self._run(self._mine(first, end, start, *share), count)
 
-    def _mine(self, first: int, end: int, start: int) -> Iterator[list[np.ndarray]]:
-        """For each epoch the batches of this share, where there are any."""
-        number, shares = self._share
+    def _mine(self, first: int, end: int, start: int, number: int, shares: int) -> Iterator[list[np.ndarray]]:
+        """For each epoch the batches of share `number` of `shares`, where there are any."""
         done = 0
         for epoch in range(first, end):
             batches = self.order.epoch(epoch)[start if epoch == first else 0 :]
@@ -233,9 +237,8 @@ class StoreSource:
         pin = self._pin and device == "cpu"
         batch = assemble(parts, self.states, self.columns, self._dtype, pin, device)
         batch.index = index
-        if self.labels is not None:
-            labels = self.labels[torch.from_numpy(index)].to(device)
-            batch.labels = labels.pin_memory() if pin else labels
+        if self.targets is not None:
+            self.targets.fill(batch, index, device, pin)
         return batch
 
 
@@ -261,21 +264,3 @@ def _one_thread() -> None:
     """A thread that makes batches computes alone: a second team of threads would fight that of the step."""
     torch.get_num_threads()  # at its first use in a thread torch sets the thread's number of them, so that comes first
     threadpool_limits(1, "openmp")  # of the calling thread; that of no other is touched
-
-
-def label_tensor(labels: Sequence[int | float | None] | np.ndarray | None, n: int) -> Tensor | None:
-    """(n,) int64 if all labels are int, else float64; None if there are none. Raises UserError if some are missing.
-
-    Double precision because a text-to-text target is found by rounding the label, and float32 would round some apart.
-    """
-    if labels is None or all(label is None for label in labels):
-        return None
-    if len(labels) != n:
-        raise UserError(f"{len(labels)} labels for {n} samples: one each is needed")
-    missing = [i for i, label in enumerate(labels) if label is None]
-    if missing:
-        raise UserError(
-            f"{len(missing)} of {n} samples have no label, the first is row {missing[0]}: drop or label them"
-        )
-    kind = torch.int64 if all(isinstance(label, int | np.integer) for label in labels) else torch.float64
-    return torch.tensor(labels, dtype=kind)

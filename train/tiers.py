@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 import torch
+from torch.utils.data import get_worker_info
 
 
 def available_memory() -> int:
@@ -35,8 +36,10 @@ def choose(nbytes: int, host_bytes: int | None, device: torch.device | None = No
     if gpu and nbytes <= torch.cuda.mem_get_info(device)[0] // 2:
         return "device"
     if host_bytes is None:
-        # Every rank of a machine keeps blocks of its own.
-        host_bytes = available_memory() // (2 * max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        # Every rank of a machine keeps blocks of its own, and so does every worker of a loader.
+        worker = get_worker_info()
+        keepers = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) * (worker.num_workers if worker else 1)
+        host_bytes = available_memory() // (2 * keepers)
     return "host" if nbytes <= host_bytes else "disk"
 
 

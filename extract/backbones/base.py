@@ -22,13 +22,15 @@ from torch import Tensor, nn
 from pipeline.extract.backbones.batch import Batch, Layout, stream_of
 from pipeline.extract.backbones.fill import check_fit
 from pipeline.extract.backbones.inputs import Inputs
+from pipeline.extract.plugins import load_installed
 from pipeline.extract.projection import Projection
 from pipeline.store.errors import UserError
 
 
 @dataclass(frozen=True)
 class TextOptions:
-    """How text becomes input ids. `prompt` is used by text-to-text families only; "" elsewhere.
+    """How text becomes input ids. `prompt` is used by text-to-text families only; "" elsewhere. `words`: also find out
+    which word each position belongs to, which changes nothing else.
 
     Of image families: `root`, the folder that file names are relative to; `skip_bad`, leave out pictures that cannot be
     read; `image_size`, "HEIGHTxWIDTH" of what the backbone sees, "own" for each
@@ -46,6 +48,7 @@ class TextOptions:
     views: int = 1
     view_seed: int = 0
     upright: bool = True
+    words: bool = False
 
 
 class Tail(nn.Module, ABC):
@@ -125,7 +128,7 @@ class Family(ABC):
     name: ClassVar[str]
     model_types: ClassVar[tuple[str, ...]]
     description: ClassVar[str]
-    readout: ClassVar[Literal["lm", "pooled"]]
+    writes_text: ClassVar[bool] = False  # it has a decoder and a language-model head
     attentions: ClassVar[tuple[str, ...]] = ("sdpa", "eager")
     modality: ClassVar[Literal["text", "image"]] = "text"
     # "sequence": every stream has one width and a block's output keeps its positions. "pyramid": a stream a stage, each
@@ -326,6 +329,8 @@ def families() -> list[type[Family]]:
 
 def family_for(config: Any) -> Family:
     """The family that serves a configuration's model type; UserError naming those that exist otherwise."""
+    if config.model_type not in _FAMILIES and config.model_type != "timm_wrapper":
+        load_installed()
     cls = _FAMILIES.get(config.model_type)
     if config.model_type == "timm_wrapper":
         name = str(config.architecture)

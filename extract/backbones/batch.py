@@ -8,7 +8,7 @@ only where attention needs it, and only at the width it works in.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.store.errors import UserError
 from pipeline.store.names import stream_of as stream_of
 from pipeline.store.samples import offsets_of
 
@@ -58,6 +59,11 @@ class Layout:
         grid = _Spread.apply(rows, self.flat, batch * longest, value)
         return grid.view(batch, longest, *rows.shape[1:])
 
+    def mean(self, rows: Tensor) -> Tensor:
+        """(rows, …) → (B, …), the mean of each sample's rows."""
+        total = rows.new_zeros(len(self.lengths), *rows.shape[1:]).index_add(0, self.sample, rows)
+        return total / self.lengths.clamp(min=1).to(rows.dtype).view(-1, *[1] * (rows.dim() - 1))
+
     def unpad(self, grid: Tensor) -> Tensor:
         """(B, L, …) → (rows, …)."""
         return grid.flatten(0, 1).index_select(0, self.flat)
@@ -76,21 +82,24 @@ class _Spread(torch.autograd.Function):
         return grad.index_select(0, *ctx.saved_tensors), None, None, None
 
 
-@dataclass
+@dataclass(repr=False)
 class Batch:
     """States of B samples. Nothing in it says whether they came from the store or from the backbone.
 
     `states`: name → (rows of its stream, width), in float32 or, for training, in the floating-point numbers of the
     store: `StateLinear` takes either, anything else wants `.float()`. `columns`: name → (rows,) int64 side inputs
-    (token ids and the like). `lengths`: stream → (B,) int64 on the host. `labels`: (B,) int64 classes or float32
-    values, or None. `index`: (B,) int64, the place of each sample in its split's task table. `wait_seconds`: how long
-    the consumer waited for this batch. `pictures`: what a live image backbone reads pixels from; None from the store.
+    (token ids and the like). `lengths`: stream → (B,) int64 on the host. `targets`: what an objective made of the
+    samples' targets, by name (`label` (B,) for one class or number a sample); None where there are none. `metas`: what
+    extraction knows of each sample (word boundaries and the like). `index`:
+    (B,) int64, the place of each sample in its split's task table. `wait_seconds`: how long the consumer waited for
+    this batch. `pictures`: what a live image backbone reads pixels from; None from the store.
     """
 
     states: dict[str, Tensor]
     columns: dict[str, Tensor]
     lengths: dict[str, np.ndarray]
-    labels: Tensor | None = None
+    targets: dict[str, Tensor] | None = None
+    metas: Sequence[Mapping[str, Any]] = ()
     index: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     wait_seconds: float = 0.0
     pictures: Sequence[Any] | None = None
@@ -98,6 +107,12 @@ class Batch:
 
     def __len__(self) -> int:
         return len(next(iter(self.lengths.values())))
+
+    def __repr__(self) -> str:
+        shapes = [f"{n} {tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}" for n, x in self.states.items()]
+        found = {"states": shapes, "columns": list(self.columns), "targets": list(self.targets or {})}
+        parts = [f"{what} {', '.join(names)}" for what, names in found.items() if names]
+        return f"Batch({'; '.join([f'{len(self)} samples', *parts, f'on {self.device}'])})"
 
     @property
     def device(self) -> torch.device:
@@ -115,14 +130,56 @@ class Batch:
             self._derived[name] = make(self)
         return self._derived[name]
 
+    def rows(self, name: str) -> Tensor:
+        """State `name` (rows, width) float32. UserError naming the states there are for one that is not among them."""
+        if name not in self.states:
+            raise UserError(f"the batch has no state {name!r}; it has: {', '.join(self.states) or 'none'}")
+        return self.states[name].float()
+
+    def mean(self, name: str) -> Tensor:
+        """(B, width) float32, the mean of state `name` over the rows of each sample; 0 for a sample without rows."""
+        return self.layout(stream_of(name)).mean(self.rows(name))
+
+    def max(self, name: str) -> Tensor:
+        """(B, width) float32, the largest value of each channel in each sample; 0 for a sample without rows."""
+        rows, sample = self.rows(name), self.layout(stream_of(name)).sample
+        out = rows.new_zeros(len(self), rows.shape[1])
+        return out.scatter_reduce(0, sample[:, None].expand_as(rows), rows, "amax", include_self=False)
+
+    def first(self, name: str) -> Tensor:
+        """(B, width) float32, the first row of each sample (BERT's [CLS]); 0 for a sample without rows."""
+        return self._at(name, offsets_of(self.lengths[stream_of(name)])[:-1])
+
+    def last(self, name: str) -> Tensor:
+        """(B, width) float32, the last row of each sample; 0 for a sample without rows."""
+        return self._at(name, offsets_of(self.lengths[stream_of(name)])[1:] - 1)
+
+    def _at(self, name: str, at: np.ndarray) -> Tensor:
+        """Row `at` (B,) of each sample, 0 where a sample has none."""
+        rows, held = self.rows(name), np.asarray(self.lengths[stream_of(name)]) > 0
+        if not held.all():
+            rows, at = torch.cat([rows, rows.new_zeros(1, rows.shape[1])]), np.where(held, at, len(rows))
+        return rows.index_select(0, torch.from_numpy(at).to(rows.device, non_blocking=True))
+
+    def pad(self, name: str, value: float = 0.0) -> tuple[Tensor, Tensor]:
+        """State `name` as (B, L, width) float32, short samples filled up with `value`, and the mask (B, L) bool, true
+        where a sample has rows."""
+        layout = self.layout(stream_of(name))
+        return layout.pad(self.rows(name), value), layout.mask
+
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`; copies are asynchronous where the memory is pinned."""
         if torch.device(device) == self.device:
             return self
         return replace(
             self,
-            states={k: v.to(device, non_blocking=True) for k, v in self.states.items()},
-            columns={k: v.to(device, non_blocking=True) for k, v in self.columns.items()},
-            labels=None if self.labels is None else self.labels.to(device, non_blocking=True),
+            states=moved(self.states, device),
+            columns=moved(self.columns, device),
+            targets=None if self.targets is None else moved(self.targets, device),
             _derived={},
         )
+
+
+def moved(tensors: Mapping[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:
+    """Named tensors on `device`; copies are asynchronous where the memory is pinned."""
+    return {k: v.to(device, non_blocking=True) for k, v in tensors.items()}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ from pipeline.extract.backbones.dropout import SIDE, use_fast_dropout
 from pipeline.extract.backbones.fill import filled
 from pipeline.extract.backbones.inputs import Inputs, ragged
 from pipeline.extract.backbones.pruning import prune_bert
-from pipeline.extract.backbones.text import tokenize
+from pipeline.extract.backbones.text import tokenize, word_metas
 
 _MODELS: dict[str, Any] = {
     "bert": BertModel,
@@ -121,7 +121,6 @@ class Bert(Family):
     name = "bert"
     model_types = ("bert", "roberta", "xlm-roberta", "camembert")
     description = "BERT-like encoders: BERT, RoBERTa, XLM-R, CamemBERT, MiniLM"
-    readout: ClassVar[Literal["lm", "pooled"]] = "pooled"
     streams = ("encoder",)
 
     @property
@@ -152,14 +151,16 @@ class Bert(Family):
     ) -> Inputs:
         """Single sentences or pairs, joined the tokenizer's own way. Labels play no part."""
         limit = min(options.max_length, self._longest())
+        first = [t[0] for t in texts]
         second = [t[1] for t in texts] if texts and len(texts[0]) > 1 else None
-        encoded, cut = tokenize(tokenizer, [t[0] for t in texts], second, limit, options.truncation_side)
+        encoded, cut = tokenize(tokenizer, first, second, limit, options.truncation_side, options.words)
+        metas = word_metas(texts, first, 0, encoded)
         ids, lengths = ragged(encoded["input_ids"])
         columns = {"encoder.ids": ids}
         if "encoder.types" in self.columns:
             types = encoded.get("token_type_ids")
             columns["encoder.types"] = ragged(types)[0] if types is not None else np.zeros_like(ids)
-        return Inputs({"encoder": lengths}, columns, cut)
+        return Inputs({"encoder": lengths}, columns, cut, metas=metas)
 
     def _longest(self) -> int:
         # RoBERTa keeps the first padding_idx + 1 positions for padding.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from pipeline.extract.backbones.base import (
 from pipeline.extract.backbones.batch import Batch, Layout
 from pipeline.extract.backbones.inputs import Inputs, ragged
 from pipeline.extract.backbones.pruning import prune_vit
-from pipeline.extract.backbones.text import tokenize
+from pipeline.extract.backbones.text import tokenize, word_metas
 from pipeline.extract.backbones.vision import fill, keep
 from pipeline.extract.backbones.vit import VitSideStack
 
@@ -83,7 +83,6 @@ class ClipText(Family):
     name = "clip-text"
     model_types = ("clip_text_model",)
     description = "the text tower of CLIP (transformers)"
-    readout: ClassVar[Literal["lm", "pooled"]] = "pooled"
     streams = ("encoder",)
 
     @property
@@ -107,10 +106,12 @@ class ClipText(Family):
     ) -> Inputs:
         """Single texts, or pairs joined by the tokenizer's own way."""
         limit = min(options.max_length, self.config.max_position_embeddings)
+        first = [t[0] for t in texts]
         second = [t[1] for t in texts] if texts and len(texts[0]) > 1 else None
-        encoded, cut = tokenize(tokenizer, [t[0] for t in texts], second, limit, options.truncation_side)
+        encoded, cut = tokenize(tokenizer, first, second, limit, options.truncation_side, options.words)
+        metas = word_metas(texts, first, 0, encoded)
         ids, lengths = ragged(encoded["input_ids"])
-        return Inputs({"encoder": lengths}, {"encoder.ids": ids}, cut)
+        return Inputs({"encoder": lengths}, {"encoder.ids": ids}, cut, metas=metas)
 
     def load(self, folder: Path, dtype: torch.dtype, attention: str, device: torch.device | str) -> nn.Module:
         return load_frozen(CLIPTextModel, folder, dtype, attention, device)

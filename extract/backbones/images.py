@@ -32,7 +32,6 @@ INTERPOLATIONS = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 _PIL_NAMES = {int(v): k for k, v in INTERPOLATIONS.items()}
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm")
 # EXIF 2.3, tag 0x0112: how the stored pixels are to be turned for a viewer.
 ORIENTATION = 0x0112
 TURNS = {

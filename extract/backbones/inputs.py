@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +27,8 @@ class Inputs:
 
     `truncated`: (n,) bool, samples whose text was cut at the length limit. `pictures`: (n,) `Picture` objects of an
     image backbone, which are its input; its columns hold the sizes of feature maps only. `skipped`: why samples that
-    were asked for are not here, by their place in what was asked for.
+    were asked for are not here, by their place in what was asked for. `metas`: what is known of each sample beside its
+    inputs (which words they are), () where nothing is.
     """
 
     lengths: dict[str, np.ndarray]
@@ -34,6 +36,7 @@ class Inputs:
     truncated: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
     pictures: np.ndarray | None = None
     skipped: dict[int, str] = field(default_factory=dict)
+    metas: Sequence[Mapping[str, Any]] = ()
 
     def __len__(self) -> int:
         return len(next(iter(self.lengths.values())))
@@ -47,6 +50,7 @@ class Inputs:
             {name: c[rows[stream_of(name)]] for name, c in self.columns.items()},
             self.truncated[samples] if len(self.truncated) else self.truncated,
             None if self.pictures is None else self.pictures[samples],
+            metas=[self.metas[i] for i in samples.tolist()] if self.metas else (),
         )
 
     @classmethod
@@ -58,6 +62,7 @@ class Inputs:
             {c: np.concatenate([p.columns[c] for p in parts]) for c in first.columns},
             np.concatenate([p.truncated for p in parts]),
             None if first.pictures is None else np.concatenate([p.pictures for p in parts if p.pictures is not None]),
+            metas=[meta for p in parts for meta in p.metas],
         )
 
     def keys(self) -> list[str]:

@@ -14,7 +14,7 @@ import copy
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,7 +40,7 @@ from pipeline.extract.backbones.fill import filled
 from pipeline.extract.backbones.inputs import Inputs, ragged
 from pipeline.extract.backbones.pruning import prune_t5
 from pipeline.extract.backbones.t5_attention import cross_attend, is_cheaper
-from pipeline.extract.backbones.text import decision_trie, gold_chain, tokenize
+from pipeline.extract.backbones.text import decision_trie, field_start, gold_chain, tokenize, word_metas
 from pipeline.store.errors import UserError
 
 # Kept layers of the papers (0-based), by number of blocks; LST Table 1 and SHERL's released scripts. T5-large keeps 13
@@ -186,7 +186,7 @@ class T5(Family):
     name = "t5"
     model_types = ("t5",)
     description = "T5 encoder-decoders: v1.0, v1.1, flan"
-    readout: ClassVar[Literal["lm", "pooled"]] = "lm"
+    writes_text = True
     streams = ("encoder", "decoder")
 
     @property
@@ -242,14 +242,16 @@ class T5(Family):
         """Source text from the prompt; decoder positions from the sample's own target or, without `gold`, from the
         trie of all candidates."""
         sources = [options.prompt.format(*t) for t in texts]
-        encoded, cut = tokenize(tokenizer, sources, None, options.max_length, options.truncation_side)
+        encoded, cut = tokenize(tokenizer, sources, None, options.max_length, options.truncation_side, options.words)
+        metas = word_metas(texts, sources, field_start(options.prompt), encoded) if options.words else []
         ids, lengths = ragged(encoded["input_ids"])
         if gold is None:
             tries = [decision_trie(candidates, self.start_id)] * len(texts)
         else:
             chains = [gold_chain(c, self.start_id) for c in candidates]
             tries = [chains[g] for g in gold]
-        return Inputs({"encoder": lengths, **_lengths(tries)}, {"encoder.ids": ids, **_columns(tries)}, cut)
+        columns = {"encoder.ids": ids, **_columns(tries)}
+        return Inputs({"encoder": lengths, **_lengths(tries)}, columns, cut, metas=metas)
 
     @property
     def start_id(self) -> int:

@@ -3,30 +3,59 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from string import Formatter
 from typing import Any
 
 import numpy as np
 
+from pipeline.extract.words import word_meta
 from pipeline.store.errors import UserError
 
 
 def tokenize(
-    tokenizer: Any, first: Sequence[str], second: Sequence[str] | None, limit: int, side: str
-) -> tuple[dict[str, list[list[int]]], np.ndarray]:
-    """Token ids of texts (or pairs) cut to `limit` on `side`, and which of them were cut (n,) bool. UserError where
-    the tokenizer's own marks fill the limit: every text would be the same, and pairs would not be cut at all."""
+    tokenizer: Any, first: Sequence[str], second: Sequence[str] | None, limit: int, side: str, words: bool = False
+) -> tuple[dict[str, list[list[Any]]], np.ndarray]:
+    """Token ids of texts (or pairs) cut to `limit` on `side`, and which of them were cut (n,) bool; with `words` also
+    `offset_mapping`, the characters each token stands for. UserError where the tokenizer's own marks fill the limit
+    (every text would be the same, and pairs would not be cut at all), or where it cannot tell characters."""
     tokenizer.truncation_side = side
     pair = None if second is None else list(second)
     marks = tokenizer.num_special_tokens_to_add(pair is not None)
     if limit <= marks:
         raise UserError(f"--max-length {limit}: the tokenizer's own {marks} marks leave no room for text; give more")
-    encoded = tokenizer(list(first), pair, truncation=True, max_length=limit)
+    if words and not tokenizer.is_fast:
+        raise UserError(
+            "tags are of words, and this tokenizer does not say which characters a token stands for: save a "
+            "tokenizer.json beside the model"
+        )
+    encoded = tokenizer(list(first), pair, truncation=True, max_length=limit, return_offsets_mapping=words)
     cut = np.zeros(len(first), bool)
     for i, ids in enumerate(encoded["input_ids"]):
         if len(ids) >= limit:
             whole = tokenizer(first[i], None if second is None else second[i], truncation=False, verbose=False)
             cut[i] = len(whole["input_ids"]) > limit
     return dict(encoded), cut
+
+
+def word_metas(
+    texts: Sequence[Sequence[str]], sources: Sequence[str], start: int, encoded: dict[str, list[list[Any]]]
+) -> list[dict[str, Any]]:
+    """For each row, which word of its text each position belongs to (see `word_meta`); [] where `tokenize` was not
+    asked for `words`. The text begins at character `start` of what was tokenised, `sources`."""
+    offsets = encoded.get("offset_mapping", [])
+    return [word_meta(s, t[0], start, o) for s, t, o in zip(sources, texts, offsets, strict=False)]
+
+
+def field_start(prompt: str) -> int:
+    """The character of a source made from `prompt` at which the first field's text begins."""
+    at = 0
+    for literal, field, *_ in Formatter().parse(prompt):
+        at += len(literal)
+        if field == "0":
+            return at
+        if field is not None:
+            break
+    raise UserError(f"--prompt {prompt!r}: tags are of the words of {{0}}, which must come first in it")
 
 
 def decision_trie(candidates: Sequence[Sequence[int]], start: int) -> tuple[list[int], list[int]]:

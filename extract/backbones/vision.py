@@ -34,7 +34,6 @@ class Vision(Family):
     """A family whose samples are pictures. Subclasses say how large each stream's map is and how to run."""
 
     modality: ClassVar[Literal["text", "image"]] = "image"
-    readout: ClassVar[Literal["lm", "pooled"]] = "pooled"
     hf_classes: ClassVar[dict[str, Any]] = {}  # model type → class of transformers
     timm_options: ClassVar[dict[str, Any]] = {}
     hf_attention: ClassVar[str] = ""  # where transformers takes one attention only

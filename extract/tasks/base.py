@@ -7,18 +7,21 @@ fields and a head of `len(labels)` outputs. Both come from the same rows.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, get_args
 
 import numpy as np
-import torch
 
+from pipeline.store.digest import digest_json
 from pipeline.store.errors import UserError
 
 SPLITS = ("train", "validation", "test")
 SPLIT_SEED = 42  # of the LST / SHERL protocol; never the run's seed, so that every seed sees the same splits
 
-Label = int | float | None
+Label = int | float | list[int] | None  # the target of a row, of its task's type
+TargetType = Literal["class", "number", "classes", "tags", "none"]
+# What format 1 of task tables called a task by, which the versions of such tasks are still digests of.
+_KINDS = {"class": "classification", "number": "regression"}
 
 
 class TaskError(UserError):
@@ -29,32 +32,38 @@ class TaskError(UserError):
 class TaskSpec:
     """A task without its rows. It travels in the header of a task table (`to_dict`, `from_dict`).
 
-    `labels`: class names in index order, () for regression. `metrics`: names known to `train.metrics`; their mean
-    selects the best epoch. `fields`: names of the one or two text fields. `prompt`: text-to-text source with {0} and
-    {1} for the fields. `targets`: the text a text-to-text model must answer, per class, or per value of the grid for
-    regression. `values`: the number each regression target stands for, evenly spaced; () for classification.
-    Raises `TaskError` where these do not fit together.
+    `target`: the type of a row's target: an index into `labels` (class), a number, a list of such indices (classes:
+    any number of them; tags: one for each word of the text), or none. `labels`: names in index order, () for numbers.
+    `metrics`: names known to `train.metrics` for a class or a number; their mean selects the best epoch. `fields`:
+    names of the one or two text fields. `prompt`: text-to-text source with {0} and {1} for the fields. `texts`: what a
+    text-to-text model must answer, per class, or per value of the grid for a number; () for other targets. `values`:
+    the number each of these stands for, evenly spaced; () where targets are no numbers. Raises `TaskError` where these
+    do not fit together.
     """
 
     name: str
-    kind: Literal["classification", "regression"]
+    target: TargetType
     labels: tuple[str, ...]
     metrics: tuple[str, ...]
     fields: tuple[str, ...]
     prompt: str
-    targets: tuple[str, ...]
+    texts: tuple[str, ...] = ()
     values: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.kind not in ("classification", "regression"):
-            raise TaskError(f"task {self.name}: kind must be classification or regression, not {self.kind!r}")
-        answers, what = (self.labels, "labels") if self.kind == "classification" else (self.values, "values")
-        if len(answers) < 2:
-            raise TaskError(f"task {self.name}: {what} must have at least two entries, there are {len(answers)}")
-        if len(self.targets) != len(answers):
-            raise TaskError(f"task {self.name}: {len(self.targets)} targets for {len(answers)} {what}")
-        if len(set(self.targets)) != len(self.targets):
-            raise TaskError(f"task {self.name}: targets must differ from each other")
+        if self.target not in get_args(TargetType):
+            types = ", ".join(get_args(TargetType))
+            raise TaskError(f"task {self.name}: the type of a target is one of {types}, not {self.target!r}")
+        answers, what = (self.values, "values") if self.target == "number" else (self.labels, "labels")
+        least = {"classes": 1, "none": 0}.get(self.target, 2)
+        if len(answers) < least:
+            raise TaskError(f"task {self.name}: at least {least} {what} are needed, there are {len(answers)}")
+        if self.target in _KINDS and len(self.texts) != len(answers):
+            raise TaskError(f"task {self.name}: {len(self.texts)} texts to answer for {len(answers)} {what}")
+        if len(set(self.texts)) != len(self.texts):
+            raise TaskError(f"task {self.name}: texts to answer must differ from each other")
+        if self.target == "tags" and len(self.fields) != 1:
+            raise TaskError(f"task {self.name}: tags are of the words of one text field, not of {len(self.fields)}")
         if len(self.fields) not in (1, 2):
             raise TaskError(f"task {self.name}: one or two text fields, not {len(self.fields)}")
 
@@ -63,13 +72,22 @@ class TaskSpec:
         return self.prompt.format(*texts)
 
     def target_index(self, label: int | float) -> int:
-        """The place in `targets` of a label: the class itself, or the nearest grid value (a half goes to the even
+        """The place in `texts` of a label: the class itself, or the nearest grid value (a half goes to the even
         neighbour, as `np.round` does: 4.25 on the 0.1 grid is "4.2"). Values outside the grid go to its ends."""
-        if self.kind == "classification":
-            return int(label)
-        per_unit = (len(self.values) - 1) / (self.values[-1] - self.values[0])
-        place = int(np.rint(float(label) * per_unit)) - int(np.rint(self.values[0] * per_unit))
-        return min(max(place, 0), len(self.values) - 1)
+        return int(label) if self.target == "class" else nearest(self.values, float(label))
+
+    def named(self, label: Label) -> str:
+        """A target as people read it: names of classes, or the number."""
+        if self.target == "number" or label is None:
+            return "none" if label is None else f"{label:g}"
+        return ", ".join(self.labels[int(i)] for i in (label if isinstance(label, list) else [label])) or "nothing"
+
+    def version(self, provenance: dict[str, Any]) -> str:
+        """What the rows of this task from `provenance` are known by in stores and runs."""
+        known = self.to_dict()
+        if self.target in _KINDS:
+            known["kind"], known["targets"] = _KINDS[known.pop("target")], known.pop("texts")
+        return digest_json([known, provenance])
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; tuples become lists."""
@@ -78,7 +96,7 @@ class TaskSpec:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> TaskSpec:
         """The inverse of `to_dict`; keys that are not of a spec are ignored. Raises `TaskError` for a missing key."""
-        names = ("name", "kind", "labels", "metrics", "fields", "prompt", "targets", "values")
+        names = tuple(f.name for f in fields(cls))
         absent = [n for n in names if n not in data]
         if absent:
             raise TaskError(f"task description lacks {', '.join(absent)}")
@@ -86,19 +104,30 @@ class TaskSpec:
         return cls(**known)
 
 
+def nearest(values: Sequence[float], number: float) -> int:
+    """The place of the nearest of evenly spaced `values`; a half goes to the even neighbour, what is outside to the
+    ends."""
+    per_unit = (len(values) - 1) / (values[-1] - values[0])
+    place = int(np.rint(number * per_unit)) - int(np.rint(values[0] * per_unit))
+    return min(max(place, 0), len(values) - 1)
+
+
 @dataclass
 class Rows:
-    """Rows of one split, in the order they are always visited. `labels[i]` is a class index, a value or None."""
+    """Rows of one split, in the order they are always visited. `labels[i]` is the row's target, None for none. `ids`:
+    what the user calls each row, [] where they have no names."""
 
     texts: list[tuple[str, ...]]
     labels: list[Label]
+    ids: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.texts)
 
     def take(self, places: Sequence[int]) -> Rows:
         """The rows at `places`, in that order."""
-        return Rows([self.texts[i] for i in places], [self.labels[i] for i in places])
+        ids = [self.ids[i] for i in places] if self.ids else []
+        return Rows([self.texts[i] for i in places], [self.labels[i] for i in places], ids)
 
     def head(self, limit: int | None) -> Rows:
         """The first `limit` rows (all where None): a smaller limit is a prefix of a larger one. `TaskError` below 1."""
@@ -106,7 +135,7 @@ class Rows:
             return self
         if limit < 1:
             raise TaskError(f"limit must be at least 1, not {limit}")
-        return Rows(self.texts[:limit], self.labels[:limit])
+        return Rows(self.texts[:limit], self.labels[:limit], self.ids[:limit])
 
     def labelled(self) -> bool:
         """True where every row has a label."""
@@ -128,6 +157,11 @@ class Task:
     absent: dict[str, str] = field(default_factory=dict)
     origin: str = ""
 
+    @property
+    def version(self) -> str:
+        """What its rows are known by, see `TaskSpec.version`."""
+        return self.spec.version(self.provenance)
+
     def rows(self, split: str) -> Rows:
         """The rows of `split`. Raises `TaskError` saying why it is not there and which splits are."""
         if split in self.splits:
@@ -139,4 +173,6 @@ class Task:
 
 def fixed_order(n: int) -> list[int]:
     """The permutation of the protocol: `torch.randperm(n)` with seed 42."""
+    import torch  # the protocol's draw is torch's; whoever lists tasks does without
+
     return torch.randperm(n, generator=torch.Generator().manual_seed(SPLIT_SEED)).tolist()

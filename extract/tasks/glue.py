@@ -107,7 +107,7 @@ def load_glue(name: str, data: Path | None = None, grid: float = USUAL_GRID) -> 
     """
     task = GLUE[name]
     spec = _spec(task, grid)
-    if grid != USUAL_GRID and spec.kind != "regression":
+    if grid != USUAL_GRID and spec.target != "number":
         raise TaskError(f"task {name}: --grid is for regression, and its labels are classes")
     if data is None:
         raw, revision = read_hub(HUB_NAME, name, task.fields)
@@ -130,13 +130,13 @@ def _spec(task: GlueTask, grid: float) -> TaskSpec:
     if task.labels:
         targets = tuple(str(i) for i in range(len(task.labels)))
         return TaskSpec(
-            task.name, "classification", task.labels, task.metrics, task.fields, task.prompt, targets
+            task.name, "class", task.labels, task.metrics, task.fields, task.prompt, targets
         )  # fmt: skip
     if grid not in (0.1, 0.2):
         raise TaskError(f"task {task.name}: grid must be 0.1 or 0.2, not {grid}")
     values = tuple(float(v) for v in np.round(np.arange(round(5 / grid) + 1) * grid, 1))
     targets = tuple(f"{v:.1f}" for v in values)
-    return TaskSpec(task.name, "regression", (), task.metrics, task.fields, task.prompt, targets, values)
+    return TaskSpec(task.name, "number", (), task.metrics, task.fields, task.prompt, targets, values)
 
 
 def _split(task: GlueTask, raw: dict[str, Rows], absent: dict[str, str]) -> tuple[dict[str, Rows], dict[str, str]]:

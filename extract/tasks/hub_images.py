@@ -13,8 +13,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
-
 from pipeline.extract.tasks.base import Task, TaskError
 from pipeline.extract.tasks.images import SPLIT_NAMES, load_folder
 from pipeline.extract.tasks.table import table_name
@@ -86,6 +84,8 @@ def _write(dataset: str, folder: Path) -> None:
 
 
 def _suffix(raw: bytes, where: str) -> str:
+    from PIL import Image, UnidentifiedImageError
+
     try:
         kind = (Image.open(io.BytesIO(raw)).format or "").lower()
     except UnidentifiedImageError:

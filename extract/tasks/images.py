@@ -15,11 +15,11 @@ from pathlib import Path
 
 import xxhash
 
-from pipeline.extract.backbones.images import SUFFIXES
 from pipeline.extract.tasks.base import SPLITS, Rows, Task, TaskError, TaskSpec, fixed_order
 from pipeline.extract.tasks.table import HELD_OUT, table_name
 from pipeline.store.digest import digest_json
 
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm")  # of pictures
 SPLIT_NAMES: dict[str, str] = {"train": "train", "validation": "validation", "val": "validation", "valid": "validation",
                "dev": "validation", "test": "test"}  # fmt: skip
 
@@ -81,7 +81,7 @@ def load_folder(folder: Path, name: str | None = None) -> Task:
     ]
     task = table_name(name or folder.resolve().name)
     targets = tuple(str(i) for i in range(len(classes)))
-    spec = TaskSpec(task, "classification", classes, ("accuracy",), ("image",), f"{task} image: {{0}}", targets)
+    spec = TaskSpec(task, "class", classes, ("accuracy",), ("image",), f"{task} image: {{0}}", targets)
     provenance = {
         "dataset": folder.resolve().name,
         "revision": xxhash.xxh3_128_hexdigest(repr(sorted(names)).encode()),

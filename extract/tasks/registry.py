@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from pipeline.extract.plugins import load_installed
 from pipeline.extract.tasks.base import Task, TaskError
 from pipeline.extract.tasks.glue import GLUE, USUAL_GRID, load_glue
 from pipeline.extract.tasks.hub_images import PREFIX, hub_name, load_hub_images
@@ -47,22 +48,24 @@ def load_task(
     text: str | None = None,
     text_pair: str | None = None,
     label: str | None = None,
-    kind: str | None = None,
+    separator: str | None = None,
+    targets: Sequence[str] = (),
     validation: Path | None = None,
     test: Path | None = None,
     metrics: Sequence[str] = (),
     task_name: str | None = None,
     grid: float = USUAL_GRID,
 ) -> Task:
-    """The task called `name`, the table at the path `name` (.csv, .tsv, .jsonl, .json), the pictures in that folder, or
-    those of a Hugging Face dataset (hub:DATASET).
+    """The task called `name`, the table at the path `name` (.csv, .tsv, .jsonl, .json, .conll), the pictures in that
+    folder, or those of a Hugging Face dataset (hub:DATASET).
 
     `data`: folder of the task's files, instead of the Hugging Face hub. `grid`: spacing of the STS-B targets, 0.1 as in
-    the official LST and SHERL code (a quirk) or 0.2 as in T5. All other options are for a table; see `load_table`.
+    the official LST and SHERL code (a quirk) or 0.2 as in T5. `targets`: types of target that will do, () for any. All
+    other options are for a table; see `load_table`.
     Raises `TaskError` with one line for anything wrong with the name, the options or the files.
     """
-    options = {"text": text, "text-pair": text_pair, "label": label, "kind": kind, "validation": validation,
-               "test": test, "metrics": metrics, "task-name": task_name}  # fmt: skip
+    options = {"text": text, "text-pair": text_pair, "label": label, "separator": separator,
+               "validation": validation, "test": test, "metrics": metrics, "task-name": task_name}  # fmt: skip
     pictures = name.startswith(PREFIX) or is_folder(name)
     given = [f"--{option}" for option, value in options.items() if value and not (pictures and option == "task-name")]
     if given and (pictures or is_named(name)):
@@ -75,8 +78,8 @@ def load_task(
     if is_table(name):
         path = table_path(name, data)
         made = load_table(
-            path, text=text, text_pair=text_pair, label=label, kind=kind, validation=validation, test=test,
-            metrics=metrics, name=task_name,
+            path, text=text, text_pair=text_pair, label=label, separator=separator, targets=targets,
+            validation=validation, test=test, metrics=metrics, name=task_name,
         )  # fmt: skip
         return replace(made, origin=_origin(path, validation, test))
     if is_folder(name):
@@ -134,8 +137,15 @@ def is_named(name: str) -> bool:
 
 def _known(name: str) -> str | None:
     """The registered name, None where there is none; "SST-2" and "sst2" are the same."""
-    plain = {known.lower().replace("-", "").replace("_", ""): known for known in _TASKS}
-    return plain.get(name.lower().replace("-", "").replace("_", ""))
+
+    def look() -> str | None:
+        plain = {known.lower().replace("-", "").replace("_", ""): known for known in _TASKS}
+        return plain.get(name.lower().replace("-", "").replace("_", ""))
+
+    if (found := look()) is None and not is_table(name) and not Path(name).exists():
+        load_installed()
+        found = look()
+    return found
 
 
 def _resolve(name: str) -> str:

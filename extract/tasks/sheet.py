@@ -1,7 +1,11 @@
-"""Reads a table of text (CSV, TSV, JSON lines) whole, and names file and line for everything that is wrong with it.
+"""Reads a table of text (CSV, TSV, JSON lines, CoNLL) whole; names file and line for all that is wrong with it.
 
 TSV is read as GLUE writes it: no quoting, a quote is a character like any other. CSV follows RFC 4180; where the header
 has no comma but a semicolon or a tab, that is the separator. A byte-order mark is dropped. Blank lines are skipped.
+
+CoNLL files have a word a line, its columns parted by tabs or blanks, and a blank line after each sentence: a row is a
+sentence, its columns are called 1, 2, … and a value is the list of the words' entries. Lines that begin with -DOCSTART-
+and, before a sentence, `# name = value` are no words.
 """
 
 from __future__ import annotations
@@ -19,14 +23,15 @@ from typing import Any
 from pipeline.extract.tasks.base import TaskError
 from pipeline.store.digest import digest_bytes
 
-SUFFIXES = (".csv", ".tsv", ".jsonl", ".json")
+WORDS = (".conll", ".iob", ".bio")
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", *WORDS)
 _HALF_A_PAIR = re.compile("[\ud800-\udfff]")
 LONGEST_FIELD = 16 << 20  # characters; Python's own limit of 131,072 is less than a long document
 
 
 @dataclass
 class Sheet:
-    """`rows[i][j]` is the value of `columns[j]`; text, or any JSON scalar, None where a JSON object lacks the key.
+    """`rows[i][j]` is the value of `columns[j]`: text, or any JSON value, None where a JSON object lacks the key.
 
     `lines[i]` is the 1-based line row i ends on. `digest` is the xxh3-128 of the file's bytes. `dropped` counts rows
     left out because they were broken (only where that was allowed).
@@ -69,6 +74,9 @@ def read_sheet(path: Path, columns: list[str] | None = None, drop_broken: bool =
         raise TaskError(f"{path} is empty; a table needs a header line and rows")
     if path.suffix.lower() in (".jsonl", ".json"):
         names, rows, lines = _json_rows(path, text)
+        dropped = 0
+    elif path.suffix.lower() in WORDS:
+        names, rows, lines = _sentences(path, text)
         dropped = 0
     else:
         names, rows, lines, dropped = _delimited_rows(path, text, columns, drop_broken)
@@ -151,6 +159,29 @@ def _csv_records(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
         raise TaskError(f"{path}, line {reader.line_num}: {error}; check the quotes") from None
 
 
+def _sentences(path: Path, text: str) -> tuple[list[str], list[list[Any]], list[int]]:
+    rows: list[list[Any]] = []
+    lines: list[int] = []
+    words: list[list[str]] = []
+    wide = 0
+    for number, line in enumerate([*text.split("\n"), ""], 1):
+        line = line.rstrip("\r")
+        if not line.strip() or line.startswith("-DOCSTART-"):
+            if words:
+                rows.append([list(column) for column in zip(*words, strict=True)])
+                lines.append(number - 1)
+                words = []
+            continue
+        if not words and re.match("# .* = ", line):
+            continue
+        cells = line.split("\t") if "\t" in line else line.split()
+        wide = wide or len(cells)
+        if len(cells) != wide or "" in cells:
+            raise TaskError(f"{path}, line {number}: {len(cells)} columns where the first word has {wide}")
+        words.append(cells)
+    return [str(i + 1) for i in range(wide)], rows, lines
+
+
 def _json_rows(path: Path, text: str) -> tuple[list[str], list[list[Any]], list[int]]:
     objects: list[tuple[int, Any]] = []
     if path.suffix.lower() == ".json" and text.lstrip().startswith("["):
@@ -171,7 +202,8 @@ def _json_rows(path: Path, text: str) -> tuple[list[str], list[list[Any]], list[
         if not isinstance(item, dict):
             raise TaskError(f"{path}, line {number}: a JSON object is expected, not {type(item).__name__}")
         for key, value in item.items():
-            if not _is_text(key) or (isinstance(value, str) and not _is_text(value)):
+            parts = value if isinstance(value, list) else [value]
+            if not _is_text(key) or any(isinstance(part, str) and not _is_text(part) for part in parts):
                 raise TaskError(
                     f"{path}, line {number}: half a surrogate pair in {ascii(key)[:80]}, which is no character; "
                     "write the text as UTF-8"

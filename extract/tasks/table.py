@@ -1,4 +1,4 @@
-"""A table of the user's own as a task: CSV, TSV or JSON lines with one or two text columns and a label column.
+"""A table of the user's own as a task: CSV, TSV, JSON lines or CoNLL with one or two text columns and a label column.
 
 Splits: separate files where given. Where neither a validation nor a test file is given, a tenth of the rows each is
 held out by the fixed permutation (seed 42, whatever the run's seed), so that a table always splits the same way. With a
@@ -9,20 +9,21 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import xxhash
 
-from pipeline.extract.tasks.base import Label, Rows, Task, TaskError, TaskSpec, fixed_order
+from pipeline.extract.tasks.base import Label, Rows, TargetType, Task, TaskError, TaskSpec, fixed_order
 from pipeline.extract.tasks.glue import GLUE
-from pipeline.extract.tasks.sheet import Sheet, read_sheet
+from pipeline.extract.tasks.sheet import WORDS, Sheet, read_sheet
+from pipeline.extract.words import words_of
 
 HELD_OUT = 0.1  # share of the rows, each, for validation and test
 GRID_STEPS = 50  # a regression grid has at most this many steps
-
-Kind = Literal["classification", "regression"]
+_TEXTS, _LABELS = ("text", "sentence", "words", "tokens"), ("label", "labels", "tags", "ner_tags")
 
 
 def load_table(
@@ -31,7 +32,8 @@ def load_table(
     text: str | None = None,
     text_pair: str | None = None,
     label: str | None = None,
-    kind: str | None = None,
+    separator: str | None = None,
+    targets: Sequence[str] = (),
     validation: Path | None = None,
     test: Path | None = None,
     metrics: Sequence[str] = (),
@@ -39,30 +41,40 @@ def load_table(
 ) -> Task:
     """The table at `path` as a task named after the file (or `name`).
 
-    `text`, `text_pair`, `label`: column names; where not given, `text` or `sentence` and `label` are looked for.
-    `kind`: classification, or regression; where not given, regression if all labels are numbers and one has a fraction.
-    Class names are those of `path`, sorted (by value where all are whole numbers). `metrics`: accuracy, or pearson and
-    spearman, where not given. Text-to-text: prompt "NAME COLUMN: A COLUMN: B", targets the class index as text, or an
-    even grid over the range of the labels. A test file may come without labels.
+    `text`, `text_pair`, `label`: column names; where not given, `text`, `sentence`, `words` or `tokens` and `label`,
+    `labels`, `tags` or `ner_tags` are looked for; of a CoNLL file the first column has the words and the last the tags.
+    A table without a label column has no targets. A text may be a list of words, which blanks then join.
+
+    The type of target: lists of labels are tags where the text is a list of words, else classes; labels that hold
+    several with `separator` between them are classes; else it is a number if all are numbers and one has a fraction,
+    and a class if not. `targets`: types that will do, where another than this is meant; tags and classes may then be
+    text with blanks or `separator` between them. Class names are those of `path`, sorted (by value where all are whole
+    numbers). `metrics`: accuracy, or pearson and spearman, where not given. Text-to-text: prompt "NAME COLUMN: A
+    COLUMN: B", texts to answer the class index, or an even grid over the range of the labels. A test file may come
+    without labels.
 
     Raises `TaskError` for: missing column, missing or unknown label, label that is not a finite number, one class only,
-    too few rows to split, and all that `read_sheet` refuses.
+    other than one tag a word, too few rows to split, and all that `read_sheet` refuses.
     """
     train = read_sheet(path)
-    text = text or _guess(train, ("text", "sentence"), "--text")
-    label = label or _guess(train, ("label",), "--label")
+    words = path.suffix.lower() in WORDS
+    text = text or (train.columns[0] if words else _guess(train, _TEXTS, "--text"))
+    label = label or (train.columns[-1] if words and len(train.columns) > 1 else _found(train, _LABELS))
+    if label is None and targets and "none" not in targets:
+        _guess(train, _LABELS, "--label")
     fields = (text, text_pair) if text_pair else (text,)
     name = table_name(name or path.stem)
-    given = [_label_text(train, row, value) for row, value in enumerate(train.column(label))]
+    given = train.column(label) if label else []
     for row, value in enumerate(given):
-        if value is None:
+        if value is None or (value == "" and not separator):
             raise TaskError(f"{train.where(row)}: no label in column {label!r}; every training row needs one")
-    answers = [value for value in given if value is not None]
-    chosen = _kind(kind, answers)
-    classes = _class_names(train, label, answers) if chosen == "classification" else ()
+    target = _target(train, targets, given, train.column(text), separator) if label else "none"
+    reading = _Reading(fields, label or "", target, separator)
+    if target not in ("number", "none"):
+        reading.classes = _class_names(train, reading, given)
 
     def rows_of(sheet: Sheet) -> Rows:
-        return _rows(sheet, fields, label, classes)
+        return _rows(sheet, reading)
 
     everything = rows_of(train)
     order = fixed_order(len(everything))
@@ -72,7 +84,8 @@ def load_table(
     if validation is not None:
         sheet = read_sheet(validation)
         splits["validation"], parts["validation"] = rows_of(sheet), sheet.digest
-        _all_labelled(sheet, splits["validation"], label)
+        if label:
+            _all_labelled(sheet, splits["validation"], label)
         held = 0
     else:
         held = max(1, int(len(everything) * HELD_OUT))
@@ -89,20 +102,34 @@ def load_table(
         absent["test"] = "a validation file was given and no test file; give one with --test FILE"
     splits["train"] = everything.take(order[held:])
 
-    spec = _spec(name, chosen, classes, fields, everything, tuple(metrics))
+    spec = _spec(name, reading, everything, tuple(metrics))
     revision = train.digest if len(parts) == 1 else xxhash.xxh3_128_hexdigest(repr(sorted(parts.items())).encode())
     provenance = {
         "dataset": path.name, "revision": revision, "licence": "not stated", "source": "table",
         "splits": "files" if validation is not None and test is not None else "held-out",
-        "files": parts, "label": label,
+        "files": parts, "label": label, **({"separator": separator} if separator else {}),
     }  # fmt: skip
     return Task(spec, {s: splits[s] for s in ("train", "validation", "test") if s in splits}, provenance, absent)
 
 
+@dataclass
+class _Reading:
+    """How columns become rows. `classes`: names of classes or tags."""
+
+    fields: tuple[str, ...]
+    label: str
+    target: TargetType
+    separator: str | None
+    classes: tuple[str, ...] = ()
+
+
+def _found(sheet: Sheet, names: Sequence[str]) -> str | None:
+    return next((name for name in names if name in sheet.columns), None)
+
+
 def _guess(sheet: Sheet, names: Sequence[str], option: str) -> str:
-    for name in names:
-        if name in sheet.columns:
-            return name
+    if found := _found(sheet, names):
+        return found
     raise TaskError(f"{sheet.path}: name a column with {option}; columns there: {', '.join(sheet.columns)}")
 
 
@@ -121,6 +148,21 @@ def _label_text(sheet: Sheet, row: int, value: Any) -> str | None:
     raise TaskError(f"{sheet.where(row)}: a label must be text or a number, not {type(value).__name__}")
 
 
+def _labels_of(sheet: Sheet, row: int, value: Any, reading: _Reading) -> list[str] | None:
+    """The several labels of a row as text, None where they are missing."""
+    if value is None or (value == "" and reading.target == "tags"):
+        return None
+    if isinstance(value, list):
+        parts: Iterable[Any] = value
+    else:
+        parts = [part.strip() for part in str(value).split(reading.separator)]
+        parts = [part for part in parts if part]
+    found = [_label_text(sheet, row, part) for part in parts]
+    if None in found:
+        raise TaskError(f"{sheet.where(row)}: a label in {reading.label!r} is empty")
+    return [part for part in found if part is not None]
+
+
 def _number(text: str) -> float | None:
     try:
         return float(text)
@@ -128,43 +170,69 @@ def _number(text: str) -> float | None:
         return None
 
 
-def _kind(kind: str | None, labels: list[str]) -> Kind:
-    if kind is not None:
-        if kind not in ("classification", "regression"):
-            raise TaskError(f"kind must be classification or regression, not {kind!r}")
-        return "classification" if kind == "classification" else "regression"
-    numbers = [_number(label) for label in set(labels)]
-    fractions = [n for n in numbers if n is not None and not (math.isfinite(n) and n == int(n))]
-    return "regression" if fractions and None not in numbers else "classification"
+def _target(
+    sheet: Sheet, asked: Sequence[str], labels: list[Any], texts: list[Any], separator: str | None
+) -> TargetType:
+    """The type of target that the labels are of, of those asked for if any. TaskError where they are of none."""
+    words = any(isinstance(text, list) for text in texts)
+    if separator or any(isinstance(label, list) for label in labels):
+        fitting: tuple[TargetType, ...] = ("classes", "tags") if separator or not words else ("tags", "classes")
+    else:
+        numbers = [_number(str(label)) for label in labels]
+        fractions = [n for n in numbers if n is not None and not (math.isfinite(n) and n == int(n))]
+        first: TargetType = "number" if fractions and None not in numbers else "class"
+        fitting = (first, "number" if first == "class" else "class", "tags")
+    if found := next((target for target in fitting if not asked or target in asked), None):
+        return found
+    if "classes" in asked:
+        raise TaskError(f"{sheet.path}: each label is a single text; say what parts several ones: --separator ','")
+    raise TaskError(f"{sheet.path}: the labels are of type {fitting[0]}, not {' or '.join(asked)}")
 
 
-def _class_names(sheet: Sheet, label: str, labels: list[str]) -> tuple[str, ...]:
-    names = sorted(set(labels))
+def _class_names(sheet: Sheet, reading: _Reading, labels: list[Any]) -> tuple[str, ...]:
+    if reading.target == "class":
+        found = {text for row, value in enumerate(labels) if (text := _label_text(sheet, row, value)) is not None}
+    else:
+        found = {text for row, value in enumerate(labels) for text in _labels_of(sheet, row, value, reading) or ()}
+    names = sorted(found)
     if all(re.fullmatch(r"-?\d{1,18}", n) for n in names):
         names.sort(key=int)
-    if len(names) == 1:
-        raise TaskError(f"{sheet.path}: column {label!r} holds a single class, {names[0]!r}; there is nothing to learn")
+    if len(names) < 2 and reading.target != "classes":
+        holds = f"a single class, {names[0]!r}" if names else "no class"
+        raise TaskError(f"{sheet.path}: column {reading.label!r} holds {holds}; there is nothing to learn")
     return tuple(names)
 
 
-def _rows(sheet: Sheet, fields: Sequence[str], label: str, classes: tuple[str, ...]) -> Rows:
+def _rows(sheet: Sheet, reading: _Reading) -> Rows:
+    fields, label, classes = reading.fields, reading.label, reading.classes
     columns = [sheet.column(field) for field in fields]
     given: list[Any] = sheet.column(label) if label in sheet.columns else [None] * len(sheet)
     index = {name: i for i, name in enumerate(classes)}
+
+    def place(row: int, text: str) -> int:
+        if text not in index:
+            few = ", ".join(classes[:20]) + (", …" if len(classes) > 20 else "")
+            raise TaskError(f"{sheet.where(row)}: unknown label {text!r}; labels of the training rows: {few}")
+        return index[text]
+
     rows = Rows([], [])
+    if "id" in sheet.columns and "id" not in (*fields, label):
+        rows.ids = ["" if value is None else str(value) for value in sheet.column("id")]
     for row, (values, value) in enumerate(zip(zip(*columns, strict=True), given, strict=True)):
         texts = tuple(cell_text(sheet, row, v, f) for v, f in zip(values, fields, strict=True))
-        text = _label_text(sheet, row, value)
         answer: Label = None
-        if text is not None and classes:
-            if text not in index:
-                few = ", ".join(classes[:20]) + (", …" if len(classes) > 20 else "")
-                raise TaskError(f"{sheet.where(row)}: unknown label {text!r}; labels of the training rows: {few}")
-            answer = index[text]
-        elif text is not None:
-            answer = _number(text)
-            if answer is None or not math.isfinite(answer):
-                raise TaskError(f"{sheet.where(row)}: label {text!r} is not a finite number, as regression needs")
+        if reading.target in ("classes", "tags"):
+            several = _labels_of(sheet, row, value, reading)
+            answer = None if several is None else [place(row, text) for text in several]
+            if several is not None and reading.target == "tags" and len(several) != len(words_of(texts[0])):
+                raise TaskError(f"{sheet.where(row)}: {len(several)} tags for {len(words_of(texts[0]))} words")
+        elif reading.target != "none" and (text := _label_text(sheet, row, value)) is not None:
+            if classes:
+                answer = place(row, text)
+            else:
+                answer = _number(text)
+                if answer is None or not math.isfinite(answer):
+                    raise TaskError(f"{sheet.where(row)}: label {text!r} is not a finite number, as regression needs")
         rows.texts.append(texts)
         rows.labels.append(answer)
     return rows
@@ -176,6 +244,12 @@ def cell_text(sheet: Sheet, row: int, value: Any, field: str) -> str:
         return value
     if isinstance(value, (int, float)):
         return str(value)
+    if isinstance(value, list) and value and all(isinstance(word, str) for word in value):
+        if odd := next((word for word in value if re.search("[ \t\r\n]", word)), None):
+            raise TaskError(f"{sheet.where(row)}: {odd!r} in {field!r} is no word: it has blanks in it")
+        if "" in value:
+            raise TaskError(f"{sheet.where(row)}: a word in {field!r} is empty")
+        return " ".join(value)
     what = "is missing" if value is None else f"is {type(value).__name__}"
     raise TaskError(f"{sheet.where(row)}: {field!r} {what}, not text")
 
@@ -187,17 +261,18 @@ def _all_labelled(sheet: Sheet, rows: Rows, label: str) -> None:
             raise TaskError(f"{sheet.where(row)}: no label in column {label!r}; every validation row needs one")
 
 
-def _spec(
-    name: str, kind: Kind, classes: tuple[str, ...], fields: tuple[str, ...], rows: Rows, metrics: tuple[str, ...]
-) -> TaskSpec:
+def _spec(name: str, reading: _Reading, rows: Rows, metrics: tuple[str, ...]) -> TaskSpec:
+    fields, classes, target = reading.fields, reading.classes, reading.target
     titles = [field.replace("{", "{{").replace("}", "}}") for field in fields]
     prompt = " ".join([name, *(f"{title}: {{{place}}}" for place, title in enumerate(titles))])
-    if kind == "classification":
-        targets = tuple(str(i) for i in range(len(classes)))
-        return TaskSpec(name, kind, classes, metrics or ("accuracy",), fields, prompt, targets)
-    numbers = [float(label) for label in rows.labels if label is not None]
-    values, targets = regression_grid(min(numbers), max(numbers))
-    return TaskSpec(name, kind, (), metrics or ("pearson", "spearman"), fields, prompt, targets, values)
+    if target == "class":
+        texts = tuple(str(i) for i in range(len(classes)))
+        return TaskSpec(name, target, classes, metrics or ("accuracy",), fields, prompt, texts)
+    if target != "number":
+        return TaskSpec(name, target, classes, metrics, fields, prompt)
+    numbers = [float(label) for label in rows.labels if isinstance(label, float)]
+    values, texts = regression_grid(min(numbers), max(numbers))
+    return TaskSpec(name, target, (), metrics or ("pearson", "spearman"), fields, prompt, texts, values)
 
 
 def regression_grid(low: float, high: float) -> tuple[tuple[float, ...], tuple[str, ...]]:

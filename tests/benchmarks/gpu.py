@@ -33,6 +33,7 @@ from pipeline.extract.backbones.inputs import Inputs
 from pipeline.extract.backbones.live import Backbone
 from pipeline.extract.order import extraction_batches
 from pipeline.extract.run import compute
+from pipeline.objectives import class_objective
 from pipeline.operations import count
 from pipeline.report import table_text
 from pipeline.shapes import known_config
@@ -40,9 +41,10 @@ from pipeline.store import Store
 from pipeline.train.counterparts import CounterpartModel, counterpart, input_source
 from pipeline.train.live import LiveSource
 from pipeline.train.loop import FitOptions, fit
-from pipeline.train.model import Model, Target, state_names
+from pipeline.train.model import Model, state_names
 from pipeline.train.stream import StoreSource
-from pipeline.train.tuners import tuner_config
+from pipeline.train.targets import Targets
+from pipeline.train.tuners import tuner_class, tuner_config
 from tests.benchmarks import results
 
 PAGE = Path(__file__).parent / "RESULTS-gpu.md"
@@ -72,7 +74,7 @@ def make(shape: str, lengths: str, samples: int, batch: int, device: torch.devic
     if config is None:
         raise SystemExit(f"{shape}: not a known shape")
     family = family_for(config)
-    maker: Any = AutoModelForSeq2SeqLM if family.readout == "lm" else AutoModel
+    maker: Any = AutoModelForSeq2SeqLM if family.writes_text else AutoModel
 
     def load() -> Any:
         with torch.device(device):
@@ -128,7 +130,7 @@ def train(s: Setting, model: Any, source: Any, epochs: int, folder: Path) -> dic
     if s.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(s.device)
-    fit(model, source, None, None, options, folder, lambda p, t: {}, s.device, progress=False)
+    fit(model, source, None, None, options, folder, model.objective.scorer, s.device, progress=False)
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     shutil.rmtree(folder)
     steps = [e for e in log if "loss" in e]
@@ -150,20 +152,21 @@ def tuned(s: Setting, name: str, space: Any, tail: Any, folder: Path, say: Calla
     """Rows of one tuner: live, then cached from each tier."""
     config = tuner_config(name, {})
     states, keys = state_names(name, config, s.family), s.inputs.keys()
-    target = Target("classification", 2, CHAINS if s.family.readout == "lm" else ())
+    objective = class_objective(s.family, tuner_class(name, s.family), CHAINS)
+    told = Targets(objective, s.labels)
 
     def model() -> Model:
-        return Model.build(name, config, s.family, s.family.tail(tail, "sdpa"), target, 0)
+        return Model.build(name, config, s.family, s.family.tail(tail, "sdpa"), objective, 0)
 
     def stored(tier: str) -> StoreSource:
         columns = list(s.family.columns)
         return StoreSource(
-            space, keys, s.labels, states, columns, batch_size=s.batch, tier=tier, device=s.device,
+            space, keys, told, states, columns, batch_size=s.batch, tier=tier, device=s.device,
             pin=s.device.type == "cuda", dtype=None,
         )  # fmt: skip
 
     order = stored("disk").order
-    live = train(s, model(), LiveSource(s.backbone, s.inputs, s.labels, states, order), 2, folder / "run")
+    live = train(s, model(), LiveSource(s.backbone, s.inputs, told, states, order), 2, folder / "run")
     lengths = {k: v[order.epoch(0)[0]] for k, v in s.inputs.lengths.items()}
     operations = count(s.family, name, config, lengths)
     rows = [row(f"{name}, live", live, live, f"{operations.ratio:.1f}", "–")]
@@ -191,10 +194,10 @@ def row(name: str, found: dict[str, float], live: dict[str, float], operations: 
 
 def inside(s: Setting, name: str, folder: Path) -> list[str]:
     """A row of a method that trains inside the backbone, or that it does not fit; its second epoch, as of live ones."""
-    target = Target("classification", 2, CHAINS if s.family.readout == "lm" else ())
+    objective = class_objective(s.family, tuner_class("sherl" if s.family.writes_text else "probe"), CHAINS)
     try:
-        model = CounterpartModel(counterpart(name), s.family, s.backbone.load(), target)
-        source = LiveSource(s.backbone, s.inputs, s.labels, [], StoreOrder(s).order)
+        model = CounterpartModel(counterpart(name), s.family, s.backbone.load(), objective)
+        source = LiveSource(s.backbone, s.inputs, Targets(objective, s.labels), [], StoreOrder(s).order)
         found = train(s, model.to(s.device), input_source(source, s.backbone), 2, folder / "run")
     except torch.OutOfMemoryError:
         return [name, "does not fit", *["–"] * 6]

@@ -90,7 +90,7 @@ def epochs_of(job: Job, source: Any, epochs: int, folder: Path) -> list[tuple[fl
     """Train `epochs` epochs as `pipeline train` does; (seconds, those waiting for data, processor seconds) of each."""
     source = Clocked(source)
     options = FitOptions(epochs=epochs, lr=1e-4, seed=0)
-    fit(job.model(0), source, None, None, options, folder, lambda p, t: {}, "cpu", progress=False)
+    fit(job.model(0), source, None, None, options, folder, job.objective.scorer, "cpu", progress=False)
     steps = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     steps = [s for s in steps if "loss" in s]
     shutil.rmtree(folder)

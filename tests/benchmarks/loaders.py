@@ -35,8 +35,9 @@ from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from pipeline.extract.encoding import encode
 from pipeline.report import table_text
-from pipeline.store import Samples, Store, digest_bytes, encode, read_block
+from pipeline.store import Samples, Store, digest_bytes, read_block
 from pipeline.store.malloc import keep_freed_memory
 from pipeline.train.stream import StoreSource
 from tests.benchmarks import results
@@ -57,7 +58,7 @@ def make(count: int, folder: Path) -> tuple[Any, list[str], np.ndarray]:
     for a in range(0, count, step):
         part = slice(a, min(a + step, count))
         rows = int(lengths[part].sum())
-        states = {name: encode(torch.randn(rows, WIDTH), "float16") for name in STATES}
+        states = {name: encode(torch.randn(rows, WIDTH), "float16").numpy() for name in STATES}
         writer = space.writer({})
         writer.add(Samples(keys[part], {"encoder": lengths[part]}, states))
         writer.seal()
@@ -161,7 +162,7 @@ def others(space: Any, keys: list[str], lengths: np.ndarray, batch: int, folder:
     samples: list[np.ndarray] = [np.zeros(0)] * len(keys)
     for segment in space.segments():
         read = segment.read(STATES)
-        rows = np.stack([read.states[name].values.numpy() for name in STATES])
+        rows = np.stack([read.states[name].values for name in STATES])
         for key, part in zip(read.keys, np.split(rows, np.cumsum(read.lengths["encoder"])[:-1], axis=1), strict=True):
             samples[place[key]] = np.ascontiguousarray(part)
     found: dict[str, Loader] = {"zarr, thread pool": through_zarr(space, keys, lengths, batch)}

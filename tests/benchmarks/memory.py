@@ -30,11 +30,11 @@ from torch.utils._pytree import tree_leaves
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from pipeline.extract.backbones.base import Family, family_for
+from pipeline.objectives import class_objective
 from pipeline.operations import NoValues, backbone_model, meta_batch, surrogate_loss, tuner_model
 from pipeline.report import table_text
 from pipeline.shapes import known_config
 from pipeline.train.counterparts import CounterpartModel, counterpart
-from pipeline.train.model import Target
 from pipeline.train.tuners import tuner_class, tuner_config
 from tests.benchmarks import results, setting
 
@@ -131,13 +131,13 @@ def live(family: Family, name: str, lengths: dict[str, np.ndarray]) -> tuple[int
 
 def inside(family: Family, name: str, lengths: dict[str, np.ndarray]) -> tuple[int, int]:
     """A method that trains inside the backbone."""
-    target = Target("classification", 2, ((0, 1), (1, 1)))
+    objective = class_objective(family, tuner_class("sherl"), ((0, 1), (1, 1)))
     with torch.device("meta"):
-        model = CounterpartModel(counterpart(name), family, backbone_model(family, "sdpa"), target).train()
+        model = CounterpartModel(counterpart(name), family, backbone_model(family, "sdpa"), objective).train()
     batch = meta_batch(family, lengths, [])
 
     def loss() -> torch.Tensor:
-        rows = model(batch)
+        (rows,) = model(batch).values()
         tokens = torch.zeros(len(rows), dtype=torch.long, device="meta")
         return F.cross_entropy(model.logits(rows).float(), tokens)
 

@@ -49,7 +49,7 @@ def texts_and_task(samples: int, folder: Path) -> tuple[list[str], dict[str, Any
     with path.open("w", encoding="utf-8", newline="") as file:
         out = csv.writer(file, delimiter="\t", lineterminator="\n")
         out.writerows([("text", "label"), *((text, ("yes", "no")[i % 2]) for i, text in enumerate(rows))])
-    options = {"task": str(path), "text": "text", "label": "label", "kind": "classification"}
+    options = {"task": str(path), "text": "text", "label": "label", "objective": "classification"}
     return rows, options, f"{samples} made-up texts of {LENGTH} words"
 
 
@@ -104,9 +104,9 @@ def prepared(shape: str, samples: int) -> tuple[Family, Inputs, int]:
         texts, options, _ = texts_and_task(samples, Path(folder))
         task = open_task(Recipe(**options))
     family = family_for(known_config(SHAPES[shape]))
-    lm = family.readout == "lm"
+    lm = family.writes_text
     fast = trained_tokenizer(texts, lm)
-    candidates = family.candidates(fast, task.spec.targets) if lm else []
+    candidates = family.candidates(fast, task.spec.texts) if lm else []
     rows = task.rows("train").head(samples)
     gold = [task.spec.target_index(label) for label in rows.labels if label is not None] if lm else None
     made = family.prepare(fast, rows.texts, space_options(Recipe(**options), task.spec).text, candidates, gold)

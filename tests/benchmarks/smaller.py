@@ -25,13 +25,13 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from pipeline.extract.encoding import decode, encode
 from pipeline.extract.projection import Moments
 from pipeline.extracting import run_extract
 from pipeline.job import Job, load_job, store_source
 from pipeline.recipe import Recipe
 from pipeline.report import table_text
 from pipeline.runs import load_run
-from pipeline.store import decode, encode
 from pipeline.training import run_train
 from tests.benchmarks import results
 
@@ -63,7 +63,7 @@ def predictions(model: Any, job: Job, split: str, change: Callable[[Tensor], Ten
         for batch in source.sequential():
             if change is not None:
                 batch.states = {name: change(rows) for name, rows in batch.states.items()}
-            yield model.predict(batch)
+            yield model.predict(batch)["label"]
 
 
 def direct(args: argparse.Namespace) -> Table:

@@ -20,7 +20,8 @@ import numpy as np
 import torch
 import zarr
 
-from pipeline.store import FORMATS, Encoded, Samples, Store, decode, digest_bytes, encode, read_block
+from pipeline.extract.encoding import decode, encode
+from pipeline.store import FORMATS, Encoded, Samples, Store, digest_bytes, read_block
 
 ROWS, WIDTH, STATES, SAMPLES = 26_200, 640, 2, 100
 
@@ -53,7 +54,7 @@ def measure(folder: str) -> None:
         print(f"{fmt:<10}{rate[0]:>10.2f}{rate[1]:>10.2f}")
 
     space = Store.create(f"{folder}/store").create_space({"format": "float16"})
-    states = {f"encoder.{i}": encode(torch.randn(ROWS, WIDTH), "float16") for i in range(STATES)}
+    states = {f"encoder.{i}": encode(torch.randn(ROWS, WIDTH), "float16").numpy() for i in range(STATES)}
     keys = [digest_bytes(str(i).encode()) for i in range(SAMPLES)]
     samples = Samples(keys, {"encoder": np.full(SAMPLES, ROWS // SAMPLES, np.int64)}, states)
     size = samples.nbytes / 1e9
@@ -75,7 +76,7 @@ def measure(folder: str) -> None:
 
     def through_zarr() -> dict[str, Encoded]:
         group = zarr.open_group(path, mode="r")
-        return {name: Encoded(torch.from_numpy(np.asarray(group[name][:]))) for name in states}  # type: ignore[index]
+        return {name: Encoded(np.asarray(group[name][:])) for name in states}  # type: ignore[index]
 
     print(f"zarr-python {size / best(through_zarr):.2f} GB/s")
     out = np.empty(samples.nbytes, np.uint8)

@@ -65,13 +65,14 @@ def main() -> None:
     rows = []
     for task, (name, tuner, options) in itertools.product(args.tasks.split(","), variants):
         common: dict[str, Any] = {"model": "minilm", "task": task, "store": str(args.out / "store"), "limit": args.rows}
-        run_extract(Recipe(**common, data=str(args.data), tuners=(tuner,), **known(options)), silent, quiet=True)
+        asked = Recipe(**common, data=str(args.data), tuners=(tuner,), tuner_options=options)
+        run_extract(asked, silent, quiet=True)
         runs = []
         for seed in seeds:
             out = args.out / "runs" / f"{task}-{name.replace(', ', '-').replace(' ', '_').replace(':', '')}-s{seed}"
             if not (out / "metrics.json").exists():
-                recipe = Recipe(**common, tuner=tuner, seed=seed, epochs=EPOCHS, batch_size=32, out=str(out), **options)
-                run_train(recipe, silent, quiet=True)
+                own = {"tuner": tuner, "tuner_options": options, "seed": seed, "out": str(out)}
+                run_train(Recipe(**common, **own, epochs=EPOCHS, batch_size=32), silent, quiet=True)
             runs.append(json.loads((out / "metrics.json").read_text(encoding="utf-8")))
         scores = [100 * r["test"]["average"] for r in runs]
         seconds = min(r["seconds_per_epoch"] for r in runs)
@@ -85,11 +86,6 @@ def main() -> None:
     words = [f"--{k} {v}" for k, v in asked.items() if v != parser.get_default(k)]
     command = " ".join(["python tests/benchmarks/variants.py --data GLUE --out FOLDER", *words])
     write(f"Variants of {args.only}" if args.only else "Variants", command, f"{note}\n\n{table}")
-
-
-def known(options: dict[str, Any]) -> dict[str, Any]:
-    """Those that an extraction must know as well."""
-    return {k: v for k, v in options.items() if k in ("init", "prune", "insert")}
 
 
 if __name__ == "__main__":

@@ -157,7 +157,7 @@ def content(store: Path) -> dict[str, tuple[bytes, ...]]:
         for i, key in enumerate(read.keys):
             assert key not in out, f"sample {key} was stored twice"
             rows = slice(offsets[i], offsets[i + 1])
-            states = [read.states[s].values[rows].numpy().tobytes() for s in STATES]
+            states = [read.states[s].values[rows].tobytes() for s in STATES]
             out[key] = (*states, *(read.columns[c][rows].tobytes() for c in sorted(read.columns)))
     return out
 

@@ -26,7 +26,7 @@ def loaded(request, checkpoints):
 def inputs_of(checkpoint, n=6, gold=True):
     family = checkpoint.family
     texts = list(zip(tiny.sentences(n), tiny.sentences(n, 1, 5), strict=True))
-    candidates = family.candidates(checkpoint.tokenizer, TARGETS) if family.readout == "lm" else []
+    candidates = family.candidates(checkpoint.tokenizer, TARGETS) if family.writes_text else []
     options = TextOptions(PROMPTS[checkpoint.name], 128)
     return family.prepare(checkpoint.tokenizer, texts, options, candidates, [i % 3 for i in range(n)] if gold else None)
 
@@ -170,7 +170,7 @@ def test_cut_texts_are_counted(loaded):
     checkpoint, family, _ = loaded
     texts = [("the cat " * 30, "a"), ("the", "a")]
     options = TextOptions(PROMPTS[checkpoint.name], 20)
-    candidates = [[5, 1], [6, 1]] if family.readout == "lm" else []
+    candidates = [[5, 1], [6, 1]] if family.writes_text else []
     inputs = family.prepare(checkpoint.tokenizer, texts, options, candidates, None)
     assert inputs.truncated.tolist() == [True, False]
     assert inputs.lengths["encoder"].max() == 20

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.store import Store, decode
+from pipeline.extract.encoding import decode
+from pipeline.store import Store
 from tests import tiny
 from tests.pipeline.test_errors import refused, run
 from tests.store.servers import free_port

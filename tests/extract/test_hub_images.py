@@ -78,7 +78,7 @@ def test_from_the_command_line(tmp_path, checkpoints):
     found = CliRunner().invoke(
         main, ["predict", str(tmp_path / "run"), "--input", str(tmp_path / "out" / "test"), "--json"]
     )
-    assert set(json.loads(found.stdout)["predictions"]) <= {"dark", "light_bright"}
+    assert {p["label"] for p in json.loads(found.stdout)["predictions"]} <= {"dark", "light_bright"}
     # Training needs the store alone.
     shutil.rmtree(tmp_path / "out")
     again = ["train", *map(str, common), "--tuner", "probe", "--epochs", "1", "--out", str(tmp_path / "again")]

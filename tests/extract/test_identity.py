@@ -225,7 +225,7 @@ IMAGE: dict[str, dict[str, Any]] = {
 def test_fields_of_pictures(field: str) -> None:
     """How pictures are made is in the identity in words, and as a digest of the whole preprocessing."""
     made = Preprocess()
-    family = SimpleNamespace(name="vit", modality="image", readout="pooled", attentions=("sdpa",))
+    family = SimpleNamespace(name="vit", modality="image", writes_text=False, attentions=("sdpa",))
     common = {"family": family, "weights_digest": "w", "config_digest": "c"}
 
     def identity(tokenizer: Preprocess) -> dict[str, Any]:

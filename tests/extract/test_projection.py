@@ -66,7 +66,7 @@ def made(request, tmp_path_factory, checkpoints, table) -> tuple[dict, Path]:
         "label": "label", "store": str(folder / "store"), "format": "float32", "projection": "pca:8",
     }  # fmt: skip
     run_extract(Recipe(**options, tuners=("sherl", "lst")), silent, quiet=True)
-    return {**options, "reduction": 4}, folder
+    return {**options, "tuner_options": {"reduction": 4}}, folder
 
 
 def test_what_feeds_the_live_layer_stays_full(made):
@@ -105,7 +105,13 @@ def test_recomputed_samples_agree(made):
 def test_a_guide_that_is_not_full_is_refused(made):
     options, folder = made
     with pytest.raises(UserError, match=r"would feed the live layer"):
-        run_train(Recipe(**{**options, "layers": (0, 1)}, out=str(folder / "no")), silent, quiet=True)
+        run_train(
+            Recipe(
+                **{**options, "tuner_options": {**options["tuner_options"], "layers": (0, 1)}}, out=str(folder / "no")
+            ),
+            silent,
+            quiet=True,
+        )
 
 
 def test_a_tuner_that_reads_full_states_is_refused_before_anything_runs(made, monkeypatch):

@@ -102,22 +102,22 @@ def test_stsb_grid_rounds_as_the_official_code(tmp_path: Path) -> None:
     text = f"sentence1\tsentence2\tscore\n{lines}\n"
     write(tmp_path / "STS-B", {"train.tsv": text, "dev.tsv": text})
     task = load_task("stsb", tmp_path)
-    assert len(task.spec.targets) == 51 and task.spec.targets[:2] == ("0.0", "0.1") and task.spec.values[-1] == 5.0
+    assert len(task.spec.texts) == 51 and task.spec.texts[:2] == ("0.0", "0.1") and task.spec.values[-1] == 5.0
     for score in [*np.linspace(0, 5, 401), 4.25, 4.35, 0.05, 2.5]:
-        assert task.spec.targets[task.spec.target_index(score)] == str(np.round(score * 5 / 5, decimals=1))
+        assert task.spec.texts[task.spec.target_index(score)] == str(np.round(score * 5 / 5, decimals=1))
     wide = load_task("stsb", tmp_path, grid=0.2).spec
-    assert len(wide.targets) == 26 and wide.targets[wide.target_index(2.5)] == str(np.round(2.5 * 5) / 5)
+    assert len(wide.texts) == 26 and wide.texts[wide.target_index(2.5)] == str(np.round(2.5 * 5) / 5)
     with pytest.raises(UserError, match=r"grid must be 0\.1 or 0\.2, not 0\.5"):
         load_task("stsb", tmp_path, grid=0.5)
 
 
 def test_spec_survives_json(tmp_path: Path) -> None:
-    spec = TaskSpec("t", "regression", (), ("pearson",), ("a",), "t a: {0}", ("0", "1"), (0.0, 1.0))
+    spec = TaskSpec("t", "number", (), ("pearson",), ("a",), "t a: {0}", ("0", "1"), (0.0, 1.0))
     assert TaskSpec.from_dict({**spec.to_dict(), "other": 1}) == spec
     with pytest.raises(UserError, match="lacks name"):
         TaskSpec.from_dict({})
-    with pytest.raises(UserError, match="3 targets for 2 labels"):
-        TaskSpec("t", "classification", ("a", "b"), ("f1",), ("a",), "{0}", ("0", "1", "2"))
+    with pytest.raises(UserError, match="3 texts to answer for 2 labels"):
+        TaskSpec("t", "class", ("a", "b"), ("f1",), ("a",), "{0}", ("0", "1", "2"))
 
 
 def test_limit_is_a_prefix() -> None:
@@ -244,7 +244,7 @@ def test_real_files(name: str, sizes: tuple[int | None, ...]) -> None:
         else:
             rows = task.rows(split)
             assert len(rows) == size and rows.labelled()
-            if task.spec.kind == "classification":
+            if task.spec.target == "class":
                 assert set(rows.labels) == set(range(len(task.spec.labels)))
             assert all(len(t) == len(task.spec.fields) for t in rows.texts)
     assert "/" not in str(task.provenance).replace(f"glue/{name}", "")

@@ -49,7 +49,7 @@ def test_formats_give_the_same_rows(name: str, text: str, tmp_path: Path) -> Non
     task = load_task(write(tmp_path / name, text), text="premise", text_pair="id", label="gold")
     rows = [pair for split in task.splits.values() for pair in zip(split.texts, split.labels, strict=True)]
     assert sorted(rows) == [(('a, "quoted"\nline', "1"), 1), (("b;c", "2"), 0), (("d", "3"), 1)]
-    assert task.spec.labels == ("no", "yes") and task.spec.targets == ("0", "1")
+    assert task.spec.labels == ("no", "yes") and task.spec.texts == ("0", "1")
     assert task.spec.source(("x {0}", "y")) == "t premise: x {0} id: y"
     assert task.provenance["dataset"] == name and str(tmp_path) not in str(task.provenance)
 
@@ -93,13 +93,13 @@ def test_label_order_is_by_value_for_whole_numbers(tmp_path: Path) -> None:
 def test_regression(tmp_path: Path) -> None:
     table = write(tmp_path / "t.csv", "text,label\n" + "".join(f"r{i},{i / 4}\n" for i in range(1, 20)))
     task = load_task(table)
-    assert task.spec.kind == "regression" and task.spec.metrics == ("pearson", "spearman") and task.spec.labels == ()
-    assert task.spec.targets[0] == "0.2" and task.spec.targets[-1] == "4.8" and len(task.spec.targets) == 47
-    assert task.spec.targets[task.spec.target_index(3.0)] == "3.0"
-    assert load_task(table, kind="classification").spec.kind == "classification"
+    assert task.spec.target == "number" and task.spec.metrics == ("pearson", "spearman") and task.spec.labels == ()
+    assert task.spec.texts[0] == "0.2" and task.spec.texts[-1] == "4.8" and len(task.spec.texts) == 47
+    assert task.spec.texts[task.spec.target_index(3.0)] == "3.0"
+    assert load_task(table, targets=("class",)).spec.target == "class"
     whole = write(tmp_path / "w.csv", "text,label\na,1\nb,200\nc,30\n")
-    assert load_task(whole).spec.kind == "classification"
-    assert load_task(whole, kind="regression").spec.kind == "regression"
+    assert load_task(whole).spec.target == "class"
+    assert load_task(whole, targets=("number",)).spec.target == "number"
 
 
 @given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e6))
@@ -130,7 +130,7 @@ def test_names(tmp_path: Path) -> None:
         ("\n \n", {}, "t.csv is empty"),
         ("text,label\n", {}, "a header but no rows"),
         ("a,b\n1,2\n", {}, "name a column with --text; columns there: a, b"),
-        ("text,b\n1,2\n", {}, "name a column with --label; columns there: text, b"),
+        ("text,b\n1,2\n", {"targets": ("class",)}, "name a column with --label; columns there: text, b"),
         (csv(9), {"text": "body"}, "no column 'body'; columns there: text, label"),
         (csv(9), {"text_pair": "body"}, "no column 'body'; columns there: text, label"),
         ("text,text,label\n" + "a,b,0\na,b,1\n" * 5, {}, "2 columns are named 'text'"),
@@ -141,9 +141,9 @@ def test_names(tmp_path: Path) -> None:
         (csv(9, "same"), {}, "holds a single class, 'same'"),
         ("text,label\na,0\nb,1\n", {}, "2 rows, too few to hold any out"),
         ("text,label\na,1.5\nb,nan\nc,2\n", {}, r"row 2 \(line 3\): label 'nan' is not a finite number"),
-        ("text,label\na,1.5\nb,x\nc,2\n", {"kind": "regression"}, "label 'x' is not a finite number"),
+        ("text,label\na,1.5\nb,x\nc,2\n", {"targets": ("number",)}, "label 'x' is not a finite number"),
         (csv(9, "1.5"), {}, "every regression label is 1.5"),
-        (csv(9), {"kind": "ranking"}, "kind must be classification or regression, not 'ranking'"),
+        (csv(9), {"targets": ("classes",)}, "say what parts several ones: --separator"),
         (b"text,label\n\xef\xbb\xbfa,0\nb\xe9,1\n", {}, r"not UTF-8: byte 0xe9 at offset 19 \(line 3\)"),
         ("\ufefftext,label\na,0\n".encode() + b"b\xe9,1\n", {}, r"not UTF-8: byte 0xe9 at offset 19 \(line 3\)"),
     ],
@@ -158,7 +158,7 @@ def test_bad_tables(text: str | bytes, options: dict[str, str], message: str, tm
     ("text", "message"),
     [
         ('{"text": null, "label": 0}\n{"text": "b", "label": 1}\n', r"row 1 \(line 1\): 'text' is missing, not text"),
-        ('{"text": ["a"], "label": 0}\n{"text": "b", "label": 1}\n', "'text' is list, not text"),
+        ('{"text": [1], "label": 0}\n{"text": "b", "label": 1}\n', "'text' is list, not text"),
         ('{"text": "a", "label": {}}\n', "a label must be text or a number, not dict"),
         ('{"text": "a"}\n{"text": "b", "label": 1}\n', r"row 1 \(line 1\): no label"),
         ('{"text": "a", "label": 1}\n{"text": \n', "line 2: not valid JSON"),

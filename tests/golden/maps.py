@@ -11,6 +11,7 @@ from transformers import ResNetConfig
 
 from pipeline.extract.backbones import Batch
 from pipeline.extract.backbones.base import Family, family_for
+from pipeline.train.features import Want
 from pipeline.train.tuners import tuner_config
 from pipeline.train.tuners.conv import ConvNorm, SherlConv, UniptConv
 from pipeline.train.tuners.unipt import Aggregate
@@ -63,7 +64,7 @@ def sherl_resnet(case: Case) -> Setup:
         weights[f"block.layer.{int(kind[-1]) - 1}.{part}.{rest}"] = tensor
     counters = {f"block.layer.{i}.normalization.num_batches_tracked": torch.tensor(0) for i in range(3)}
     tail = family.tail({**weights, **counters}, "sdpa")
-    tuner = SherlConv(tuner_config("sherl", {"reduction": 1}), family, tail)
+    tuner = SherlConv(tuner_config("sherl", {"reduction": 1}), family, tail, Want())
     # The released side width is a part of the joint width, which no reduction of the backbone's gives.
     tuner.down = nn.ModuleList(ConvNorm(w, c["hidden"]) for w in c["widths"])
     tuner.score, tuner.up = nn.Linear(c["hidden"], 1), ConvNorm(c["hidden"], family.width)
@@ -79,7 +80,7 @@ def sherl_resnet(case: Case) -> Setup:
     cotangent = case.tensors["input/cotangent"]
 
     def run() -> tuple[Tensor, Pairs]:
-        rows = tuner(batch)
+        (rows,) = tuner(batch).values()
         official = case.tensors["output/side"]
         maps = as_maps(rows, official)
         # The released pooling of the live block's map: the largest and the mean of each 2 × 2 cell, summed.
@@ -97,7 +98,7 @@ def sherl_resnet(case: Case) -> Setup:
 def unipt_maps(case: Case) -> Setup:
     c = case.config
     family, batch = staged(case)
-    tuner = UniptConv(tuner_config("unipt", {"reduction": 1}), family, family.tail(None, "sdpa"))
+    tuner = UniptConv(tuner_config("unipt", {"reduction": 1}), family, family.tail(None, "sdpa"), Want())
     # The released side width is a part of the joint width, to which the way up goes.
     tuner.down = nn.ModuleList(ConvNorm(w, c["hidden"]) for w in c["widths"])
     tuner.aggregate = Aggregate(c["hidden"], ConvNorm(c["hidden"], c["hidden"]))
@@ -114,7 +115,8 @@ def unipt_maps(case: Case) -> Setup:
     places |= affine("aggregate.confidence", "gate_layer")
 
     def run() -> tuple[Tensor, Pairs]:
-        tokens = tuner(batch).view_as(case.tensors["output/tokens"])
+        (tokens,) = tuner(batch).values()
+        tokens = tokens.view_as(case.tensors["output/tokens"])
         total: Any = (tokens * case.tensors["input/cotangent"]).sum()
         return total, {"tokens": (tokens, case.tensors["output/tokens"])}
 

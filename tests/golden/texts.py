@@ -14,7 +14,10 @@ from torch import Tensor, nn
 from pipeline.extract.backbones import Batch, Family
 from pipeline.extract.backbones.batch import Layout
 from pipeline.extract.checkpoint import Checkpoint
-from pipeline.train.model import Model, Target
+from pipeline.train.features import Features, Want
+from pipeline.train.model import Model
+from pipeline.train.objectives import Answers, ObjectiveConfig
+from pipeline.train.objectives.label_text import LabelText
 from pipeline.train.tuners import tuner_config
 from pipeline.train.tuners.mtsa import MTSA
 from pipeline.train.tuners.unipt import Aggregate, Down, Unipt
@@ -113,12 +116,12 @@ class OnT5:
             "decoder.ids": inputs["decoder_input_ids"][self.masks["decoder"]],
             "decoder.parent": torch.cat([torch.arange(-1, n - 1) for n in self.batch.lengths["decoder"].tolist()]),
         }
-        self.batch.labels = torch.arange(len(self.batch))
+        self.batch.targets = {"label": torch.arange(len(self.batch))}
         own = [row[row != -100].tolist() for row in inputs["labels"]]
         config = tuner_config(tuner, {"reduction": c["reduction"], "layers": c["kept"], "temperature": c["gate_T"]})
         tail = self.family.tail(self.family.tail_weights(backbone_model), "sdpa")
-        target = Target("classification", len(own), tuple(tuple(t) for t in own))
-        self.model = Model.build(tuner, config, self.family, tail, target)
+        objective = LabelText(ObjectiveConfig(), Answers.of_classes(len(own), own))
+        self.model = Model.build(tuner, config, self.family, tail, objective)
         self.states = rerun(case, self.family, backbone_model, self.batch)
 
     def official(self, name: str) -> Tensor:
@@ -143,9 +146,10 @@ class OnT5:
         rows = {n: self.batch.layout(n.partition(".")[0]).unpad(t) if t.ndim == 3 else t for n, t in given.items()}
         return out, {n: (t, self.official(n)) for n, t in rows.items()}
 
-    def finish(self, rows: Tensor) -> tuple[Tensor, Pairs]:
-        """Loss and logits from the rows of the tuner, and the frozen states run again."""
-        loss = self.model.head.loss(rows, self.batch)
+    def finish(self, features: Features) -> tuple[Tensor, Pairs]:
+        """Loss and logits from what the tuner hands out, and the frozen states run again."""
+        (loss,) = self.model.head.losses(features, self.batch).values()
+        (rows,) = features.values()
         pairs = {
             "logits": (self.model.tuner.tail.logits(rows), self.official("logits")),
             "loss": (loss, self.case.tensors["output/loss"]),
@@ -164,8 +168,8 @@ def sherl_t5(case: Case) -> Setup:
         hooked |= {f"{s}.mtsa": tuner.mtsa[s], f"{s}.side_norm": tuner.norm[s]}
 
     def run() -> tuple[Tensor, Pairs]:
-        rows, pairs = on.read(hooked, lambda: tuner(on.batch))
-        loss, more = on.finish(rows)
+        features, pairs = on.read(hooked, lambda: tuner(on.batch))
+        loss, more = on.finish(features)
         return loss, pairs | more
 
     return Setup(tuner, places, run)
@@ -220,7 +224,7 @@ def unipt_bert(case: Case) -> Setup:
     ids = inputs["input_ids"][mask]
     batch.columns = {"encoder.ids": ids, "encoder.types": torch.zeros_like(ids)}
     tail = family.tail(family.tail_weights(model), "sdpa")
-    tuner = Unipt(tuner_config("unipt", {"reduction": 1}), family, tail)
+    tuner = Unipt(tuner_config("unipt", {"reduction": 1}), family, tail, Want())
     # The released side width is a part of the joint width, which no reduction of the backbone's gives.
     tuner.down = nn.ModuleList(Down(c["D"], c["hidden"]) for _ in range(c["layers"] + 1))
     tuner.aggregate, tuner.up = Aggregate(c["hidden"]), nn.Linear(c["hidden"], c["joint"])
@@ -236,7 +240,7 @@ def unipt_bert(case: Case) -> Setup:
     states = rerun(case, family, model, batch)
 
     def run() -> tuple[Tensor, Pairs]:
-        rows = tuner(batch)
+        (rows,) = tuner(batch).values()
         pairs: Pairs = {"side": (rows, case.tensors["output/side"][mask]), **states}
         pooled, more = read_out(case, module["gpo"], batch.layout("encoder"), rows)
         return (pooled * inputs["cotangent"]).sum(), pairs | more

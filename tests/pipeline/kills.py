@@ -140,7 +140,7 @@ def content(store: Path) -> Content:
             for name, state in read.states.items():
                 offsets = read.offsets(name.split(".", 1)[0])
                 for i, key in enumerate(read.keys):
-                    value = state.values[offsets[i] : offsets[i + 1]].numpy().tobytes()
+                    value = state.values[offsets[i] : offsets[i + 1]].tobytes()
                     assert out.setdefault((space.id, key, name), value) == value, f"{name} of {key} differs"
     return out
 

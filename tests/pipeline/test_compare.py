@@ -11,19 +11,21 @@ import torch
 from click.testing import CliRunner
 
 from pipeline.cli import main
+from pipeline.extract.backbones.bert import Bert
 from pipeline.extract.checkpoint import Checkpoint
+from pipeline.objectives import class_objective
 from pipeline.store import UserError
 from pipeline.train.counterparts import COUNTERPARTS, CounterpartModel, counterpart
-from pipeline.train.model import Target
+from pipeline.train.tuners import tuner_class
 from tests.train.conformance import Case
 
-TWO = Target("classification", 3)
+THREE = class_objective(Bert, tuner_class("probe"), [()] * 3)
 
 
 def made(checkpoints, pictures, family: str, name: str):
     case = Case(Checkpoint(checkpoints[family], family), "probe", pictures)
     backbone = case.family.load(case.checkpoint.folder, torch.float32, "sdpa", "cpu")
-    return case, CounterpartModel(counterpart(name), case.family, backbone, TWO, 0)
+    return case, CounterpartModel(counterpart(name), case.family, backbone, THREE, 0)
 
 
 @pytest.mark.parametrize("name", COUNTERPARTS)
@@ -37,7 +39,7 @@ def test_a_counterpart_trains_what_it_says_and_starts_at_the_backbone(checkpoint
     case, model = made(checkpoints, pictures, family, name)
     inputs = case.inputs
     batch = inputs.batch()
-    batch.labels = torch.arange(len(batch)) % 3
+    batch.targets = {"label": torch.arange(len(batch)) % 3}
     probe = case.model().eval()
     if name != "prompt":
         torch.testing.assert_close(model.eval()(batch), probe(case.batch()), rtol=1e-4, atol=1e-5)
@@ -69,17 +71,17 @@ def test_on_a_t5_they_start_at_its_own_loss(checkpoints, pictures, name):
     backbone = family.load(case.checkpoint.folder, torch.float32, "sdpa", "cpu")
     if name == "bitfit":
         with pytest.raises(UserError, match="no biases"):
-            CounterpartModel(counterpart(name), family, backbone, case.target)
+            CounterpartModel(counterpart(name), family, backbone, case.objective)
         return
-    model = CounterpartModel(counterpart(name), family, backbone, case.target, 0)
+    model = CounterpartModel(counterpart(name), family, backbone, case.objective, 0)
     batch = case.inputs.batch()
-    batch.labels = torch.arange(len(batch)) % 3
-    chosen = model.eval().predict(batch)
+    batch.targets = {"label": torch.arange(len(batch)) % 3}
+    chosen = model.eval().predict(batch)["label"]
     assert chosen.shape == (len(batch),) and int(chosen.max()) < 3
     # Teacher forcing on "2 3", by the model's own forward pass.
-    chains = [list(c) for c in case.target.candidates]
+    chains = [list(c) for c in case.chains]
     gold = family.with_decoder(case.inputs, [[family.start_id, *chains[2][:-1]]] * len(batch)).batch()
-    gold.labels = torch.full((len(batch),), 2)
+    gold.targets = {"label": torch.full((len(batch),), 2)}
     if name != "prompt":
         layout = gold.layout("encoder")
         own = case.backbone(
@@ -99,7 +101,7 @@ def test_prompt_tuning_is_tokens_before_the_text(checkpoints, pictures):
     # With the prompt's vectors those of real tokens, the same as a text that begins with these tokens.
     picks = torch.arange(5, 5 + virtual)
     table.prompt.data = table.table.weight[picks].clone()
-    found, at = model.eval()(batch), 0
+    (found,), at = model.eval()(batch).values(), 0
     for i, n in enumerate(batch.lengths["encoder"].tolist()):
         start = int(batch.layout("encoder").first[i])
         ids = torch.cat([picks, batch.columns["encoder.ids"][start : start + n]])[None]

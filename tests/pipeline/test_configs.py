@@ -10,9 +10,12 @@ import torch
 from transformers import T5Config, TimmWrapperConfig
 
 from pipeline.extract.backbones import family_for
-from pipeline.extract.checkpoint import SHORT_NAMES
-from pipeline.recipe import Recipe, read_recipe
-from pipeline.train.model import Model, Target
+from pipeline.extract.names import SHORT_NAMES
+from pipeline.objectives import class_objective
+from pipeline.owners import config_of, recipe_of
+from pipeline.recipe import read_recipe
+from pipeline.train.features import Want
+from pipeline.train.model import Model
 from pipeline.train.tuners import tuner_class, tuner_config
 from tests.train.test_tuners import COUNTS, T5
 
@@ -28,17 +31,17 @@ def test_one_recipe_a_row() -> None:
 def test_recipe(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     values = read_recipe(path)
-    recipe = Recipe.from_mapping({**values, "task": "rte"})
+    recipe = recipe_of("train", ("recipe", {**values, "task": "rte"}))
     assert path.stem == f"{recipe.tuner}-{recipe.model}" and recipe.tuners == (recipe.tuner,)
     for command in ("extract", "train"):
         assert re.search(rf"^#   pipeline {command} +--recipe configs/{path.name} --task rte", text, re.M)
     family = family_for(T5Config(vocab_size=32128, **T5[recipe.model]))
     for stream in family.streams:  # the recipe writes out what is also the default
-        assert list(recipe.layers) == family.kept_layers(recipe.tuner, stream)
-    config = tuner_config(recipe.tuner, {"reduction": recipe.reduction, "layers": recipe.layers})
-    target = Target("classification", 2, ((5, 1), (6, 1)))
+        assert list(recipe.tuner_options["layers"]) == family.kept_layers(recipe.tuner, stream)
+    config = config_of(recipe, recipe.tuner)
+    objective = class_objective(family, tuner_class(recipe.tuner), ((5, 1), (6, 1)))
     with torch.device("meta"):
-        model = Model.build(recipe.tuner, config, family, family.tail(None, "sdpa"), target)
+        model = Model.build(recipe.tuner, config, family, family.tail(None, "sdpa"), objective)
     count = COUNTS[recipe.tuner, recipe.model]
     assert model.trainable_parameters() == count and f"Trainable parameters: {count:,} " in text
 
@@ -47,16 +50,16 @@ def test_recipe(path: Path) -> None:
 def test_recipe_of_e3va(size: str) -> None:
     (path,) = [p for p in ALL if p.stem == f"e3va-swin-{size}"]
     text = path.read_text(encoding="utf-8")
-    recipe = Recipe.from_mapping({**read_recipe(path), "task": "pictures"})
+    recipe = recipe_of("train", ("recipe", {**read_recipe(path), "task": "pictures"}))
     assert recipe.tuner == "e3va" and recipe.tuners == ("e3va",) and recipe.model == f"swin-{size}"
     for command in ("extract", "train"):
         assert re.search(rf"^#   pipeline {command} +--recipe configs/{path.name} --task pictures", text, re.M)
     architecture = SHORT_NAMES[recipe.model].removeprefix("timm/").rpartition(".")[0]
     family = family_for(TimmWrapperConfig(architecture=architecture))
     for alpha in (8, 16, 32):
-        config = tuner_config("e3va", {"alpha": alpha, "start": recipe.start, "fusion": recipe.fusion})
+        config = tuner_config("e3va", {**recipe.tuner_options, "alpha": alpha})
         with torch.device("meta"):
-            made = tuner_class("e3va", family)(config, family, family.tail(None, "sdpa"))
+            made = tuner_class("e3va", family)(config, family, family.tail(None, "sdpa"), Want())
         assert f"{sum(p.numel() for p in made.parameters()):,}" in text
 
 
@@ -66,4 +69,5 @@ def test_commented_choices_are_options_too(path: Path) -> None:
         if found := re.match(r"# (\w+: +\S+) +#", line):
             name, value = (part.strip() for part in found[1].split(":"))
             words = name in ("format", "init")
-            Recipe.from_mapping({name: value if words else float(value) if "." in value else int(value)})
+            typed = value if words else float(value) if "." in value else int(value)
+            recipe_of("train", ("recipe", {**read_recipe(path), name: typed}))

@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 
 import pytest
-from torch.utils.data import DataLoader, IterableDataset
 
 import pipeline
 from pipeline import api
@@ -101,22 +100,4 @@ def test_a_limit_above_what_is_stored_is_said(stored, tmp_path):
     more = ["--tuners", "probe", "--epochs", 1, "--limit", 60, "--out", tmp_path / "c"]
     assert len(warnings_of(run("compare", *stored, *more).stderr)) == 1
     with pytest.warns(Notice, match="holds 40 of the 96 train rows"):
-        next(api.stream(states=["encoder.3"], task="pairs", store=str(stored[-1]), limit=60))
-
-
-class Rows(IterableDataset):
-    """What a user wraps around `pipeline.stream`."""
-
-    def __init__(self, store: str) -> None:
-        self.store = store
-
-    def __iter__(self):
-        for batch in api.stream(states=["encoder.3"], task="pairs", store=self.store, batch_size=7, epochs=2):
-            yield batch.index.tolist()
-
-
-def test_the_workers_of_a_loader_share_the_batches(stored):
-    rows = Rows(str(stored[-1]))
-    alone = list(rows)
-    assert len(alone) == 12
-    assert list(DataLoader(rows, batch_size=None, num_workers=2)) == alone
+        api.stream(states="encoder.3", task="pairs", store=str(stored[-1]), limit=60)

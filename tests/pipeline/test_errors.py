@@ -130,7 +130,11 @@ def test_what_the_label_is_taken_for_is_said(common, tmp_path):
     assert "label: a number" in run("extract", *options).stderr
     numbers.write_text("\n".join(["sentence,score", *rows[1:], "one more,n/a"]) + "\n")
     shown = run("extract", *options).stderr
-    assert "label: 60 classes" in shown and "warning: 60 classes for 48 rows" in shown and "--kind" in shown
+    assert (
+        "label: 60 classes" in shown
+        and "warning: 60 classes for 48 rows" in shown
+        and "--objective regression" in shown
+    )
     assert "2 classes (" in run("extract", *common, "--for", "probe").stderr
 
 

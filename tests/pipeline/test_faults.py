@@ -7,7 +7,6 @@ Three hundred: `FAULTS=300 pytest …`.
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
 import random
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pyarrow import parquet
 from safetensors.torch import load_file
 
 from pipeline.recipe import Recipe
@@ -39,7 +39,7 @@ KINDS = {
     "array": "spaces/*/segments/*/*/zarr.json",
     "chunk": "spaces/*/segments/*/*/c.*",
     "marker": "spaces/*/superseded/*",
-    "table": "spaces/*/tasks/*/*.jsonl.gz",
+    "table": "spaces/*/tasks/*/*.parquet",
     "record": "spaces/*/tasks/*/extracted-*.json",
     "weights manifest": "weights/*/manifest.json",
     "tail": "weights/*/tail.safetensors",
@@ -72,7 +72,8 @@ class World:
 
     def options(self, out: Path) -> Recipe:
         return Recipe(
-            model=str(self.checkpoint), task="pairs", tuner="sherl", insert="multi:2", projection="none",
+            model=str(self.checkpoint), task="pairs", tuner="sherl", tuner_options={"insert": "multi:2"},
+            projection="none",
             store=str(self.store), epochs=3, batch_size=8, limit=24, out=str(out), overwrite=False,
         )  # fmt: skip
 
@@ -166,11 +167,8 @@ def is_replaceable(kind: str, victim: Path) -> bool:
         return kind == "marker"
     split, rows, _ = victim.name.rsplit("-", 2)
 
-    def lines(path: Path) -> list[bytes]:
-        return gzip.decompress(path.read_bytes()).splitlines()[1:]
-
     others = [p for p in victim.parent.glob(f"{split}-{rows}-*") if p != victim]
-    return any(lines(p) == lines(victim) for p in others)
+    return any(parquet.read_table(p).equals(parquet.read_table(victim)) for p in others)
 
 
 def test_the_world_has_every_kind_of_file(world: World) -> None:

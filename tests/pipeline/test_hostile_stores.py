@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import shutil
 from collections.abc import Callable
@@ -15,8 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline.command import printable
+from pipeline.owners import recipe_of
 from pipeline.recipe import Recipe
-from pipeline.store import Store
+from pipeline.store import Store, parquet
 from pipeline.store.digest import canonical_json, digest_bytes
 from pipeline.store.document import dump_document
 from pipeline.store.errors import UserError
@@ -65,14 +65,16 @@ def change_weights(store: Path, name: str, change: Change) -> None:
 
 
 def change_tables(store: Path, change: Callable[[dict[str, Any], list[Any]], None]) -> None:
-    """Change header and rows of every task table and name it anew."""
-    for path in store.glob("spaces/*/tasks/*/*.jsonl.gz"):
-        head, *rows = [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
-        change(head, rows)
-        data = gzip.compress(b"".join(canonical_json(line) + b"\n" for line in (head, *rows)), mtime=0)
+    """Change header and rows ([key, label, texts] each) of every task table and name it anew."""
+    for path in store.glob("spaces/*/tasks/*/*.parquet"):
+        count = int(path.name.rsplit("-", 2)[1])
+        header, (keys, labels, texts, ids, metas) = parquet.read_rows(path.read_bytes(), count, str(path))
+        rows = [list(row) for row in zip(keys, labels, texts, strict=True)]
+        change(header, rows)
+        columns = ([row[i] for row in rows] for i in range(3))
+        data = parquet.dump(header, *columns, ids, metas)
         path.unlink()
-        split, count, _ = path.name.rsplit("-", 2)
-        path.with_name(f"{split}-{count}-{digest_bytes(data)[:16]}.jsonl.gz").write_bytes(data)
+        path.with_name(f"{path.name.rsplit('-', 1)[0]}-{digest_bytes(data)[:16]}.parquet").write_bytes(data)
 
 
 def change_identity(store: Path, change: Callable[[dict[str, Any]], None]) -> None:
@@ -139,17 +141,18 @@ def test_as_many_class_names_as_a_configuration_likes_are_not_made(store):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda h, rows: rows[0].__setitem__(1, 2), ["label 2 of row 1", "2 classes"]),
-        (lambda h, rows: rows[1].__setitem__(1, -1), ["label -1 of row 2"]),
-        (lambda h, rows: rows[1].__setitem__(1, 0.5), ["label 0.5 of row 2"]),
+        (lambda h, rows: rows[0].__setitem__(1, 2), ["label 2 is none of the 2 classes (row 1)"]),
+        (lambda h, rows: rows[1].__setitem__(1, -1), ["label -1", "row 2"]),
+        (lambda h, rows: (h["spec"].pop("target"), [r.__setitem__(1, 0.5) for r in rows]), ["lacks target"]),
         (lambda h, rows: rows[0].__setitem__(2, []), ["row 1 has 0 texts"]),
         (lambda h, rows: h.update(spec=[]), ["describes no task"]),
         (lambda h, rows: h["spec"].pop("labels"), ["spec.labels"]),
         (lambda h, rows: h["spec"].update(labels=["yes", 4]), ["spec.labels"]),
-        (lambda h, rows: h["spec"].update(kind="ranking"), ["kind"]),
-        (lambda h, rows: h["spec"].update(kind="regression", labels=[], values=[1, 1]), ["spec.values"]),
+        (lambda h, rows: h["spec"].update(target="ranking"), ["type of a target"]),
+        (lambda h, rows: h["spec"].update(labels=[], values=[1, 1]), ["spec.values"]),
         (lambda h, rows: h["spec"].update(metrics=[]), ["metrics"]),
         (lambda h, rows: h.update(total="many"), ["total"]),
+        (lambda h, rows: h.update(version="mine"), ["version"]),
         (lambda h, rows: h.update(provenance="mine"), ["provenance"]),
         (lambda h, rows: h.update(beside=[1]), ["beside"]),
         (lambda h, rows: h.update(candidates=[[1], ["x"]]), ["candidates"]),
@@ -241,7 +244,7 @@ def test_a_recipe_whose_references_nest(tmp_path):
     for _ in range(30):
         nested = [nested] * 10
     with pytest.raises(UserError, match="layers") as error:
-        Recipe.from_mapping({"layers": nested})
+        recipe_of("train", ("recipe", {"layers": nested}))
     assert len(str(error.value)) < 5000
 
 

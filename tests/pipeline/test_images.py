@@ -50,7 +50,7 @@ def test_real_shapes_run_from_the_command_line(tmp_path, shape):
     trained = run("train", *common, "--tuner", tuner, "--epochs", 1, "--batch-size", 7, "--out", tmp_path / "run")
     assert trained["steps"] == 2 and trained["test"]
     found = run("predict", tmp_path / "run", "--input", pictures / "left")
-    assert found["rows"] == 8 and set(found["predictions"]) <= {"left", "upper"}
+    assert found["rows"] == 8 and {p["label"] for p in found["predictions"]} <= {"left", "upper"}
 
 
 def test_a_small_network_learns_and_predicts_what_it_learned(tmp_path, checkpoints, pictures):
@@ -59,7 +59,8 @@ def test_a_small_network_learns_and_predicts_what_it_learned(tmp_path, checkpoin
     trained = run("train", *common, "--tuner", "unipt", "--epochs", 25, "--batch-size", 16, "--out", tmp_path / "run")
     assert trained["test"]["accuracy"] == 1.0
     found = run("predict", tmp_path / "run", "--input", pictures / "upper")["predictions"]
-    assert found.count("upper") >= 28
+    assert sum(p["label"] == "upper" for p in found) >= 28 and all(0.5 <= p["probability"] <= 1 for p in found)
+    assert {p["id"] for p in found} == {p.name for p in (pictures / "upper").iterdir()}
     assert run("evaluate", tmp_path / "run")["accuracy"] == 1.0
 
 

@@ -43,7 +43,7 @@ def stores(tmp_path_factory, checkpoints, table, pictures):
             options = {
                 "model": str(checkpoints[family]), "task": str(table), "text": "first", "text_pair": "second",
                 "label": "label", "store": str(tmp_path_factory.mktemp(f"{family}-{fmt}") / "store"), "format": fmt,
-                "reduction": 4,
+                "tuner_options": {"reduction": 4},
             }  # fmt: skip
             if family in IMAGES:
                 options |= {"task": str(pictures), "text": None, "text_pair": None, "label": None}
@@ -69,10 +69,9 @@ def train_both(
         "seed": 5,
         # At its own rate UniPT, which cuts its weights at zero, makes a rounding error grow within the steps.
         "lr": 1e-3 if tuner == "unipt" else None,
-        **more,
     }
-    if "reduction" not in {f.name for f in fields(base.tuner_class(tuner).config_class)}:
-        common["reduction"] = None  # such an option is refused
+    known = {f.name for f in fields(base.tuner_class(tuner).config_class)}
+    common["tuner_options"] = {k: v for k, v in {**options["tuner_options"], **more}.items() if k in known}
     run_train(Recipe(**common, out=str(folder / "cached")), silent, quiet=True)
     run_train(Recipe(**common, live=True, out=str(folder / "live")), silent, quiet=True)
     return losses(folder / "cached"), losses(folder / "live")
@@ -104,6 +103,6 @@ def test_a_new_tuner_is_live_as_cached_by_being_registered(stores, tmp_path, mon
 
     monkeypatch.setitem(base._TUNERS, "toy", toy_tuner.Toy)
     options = stores(family, "float32")
-    run_extract(Recipe(**options | {"reduction": None}, tuners=("toy",)), silent, quiet=True)
+    run_extract(Recipe(**options | {"tuner_options": {}}, tuners=("toy",)), silent, quiet=True)
     cached, live = train_both(options, "toy", tmp_path, 4)
     assert len(cached) == 4 and worst_of(cached, live) <= BOUNDS["float32"][1]

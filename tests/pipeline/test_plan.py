@@ -17,13 +17,14 @@ from pipeline.extract.backbones import family_for
 from pipeline.extract.checkpoint import Checkpoint
 from pipeline.extracting import run_extract
 from pipeline.job import parse_size
+from pipeline.objectives import class_objective
 from pipeline.operations import count, saved_bytes
 from pipeline.plan import Workload, predict, run_plan, workload
 from pipeline.rates import Rates, random_batch
 from pipeline.recipe import Recipe
 from pipeline.shapes import known_config
 from pipeline.store.errors import UserError
-from pipeline.train.model import Model, Target
+from pipeline.train.model import Model
 from pipeline.train.tuners import tuner_class, tuner_config
 from tests.pairs import TEXT, pairs
 from tests.train.conformance import small_options
@@ -162,7 +163,9 @@ def test_memory_kept_is_that_of_the_real_step(checkpoints, dtype):
     """Computed on the meta device = counted on a real step."""
     family, config = Checkpoint(checkpoints["bert"], "bert").family, tuner_config("sherl", {})
     states = tuner_class("sherl").states(config, family)
-    model = Model.build("sherl", config, family, family.tail(None, "sdpa"), Target("classification", 2)).train()
+    model = Model.build(
+        "sherl", config, family, family.tail(None, "sdpa"), class_objective(family, tuner_class("sherl"), [()] * 2)
+    ).train()
     batch = random_batch(family, lengths(family, 4), states, 2, torch.device("cpu"), dtype)
     given = (*model.parameters(), *model.tuner.tail.parameters(), *batch.states.values())
     known, kept = {t.untyped_storage().data_ptr() for t in given}, {}
@@ -182,7 +185,7 @@ def test_memory_kept_is_that_of_the_real_step(checkpoints, dtype):
 @pytest.mark.parametrize("samples", [40, 256, 4096])
 def test_three_batches_stand_for_an_epoch_of_skewed_lengths(samples: int) -> None:
     lengths = np.random.default_rng(0).lognormal(2.3, 0.8, samples).astype(np.int64) + 2  # a few long, as in SST-2
-    family = SimpleNamespace(readout="pooled", modality="text", streams=("encoder",))
+    family = SimpleNamespace(writes_text=False, modality="text", streams=("encoder",))
     rows = {"train": samples}
     work = Workload(family, "probe", None, [], 2, {"train": {"encoder": lengths}}, rows, 32, True, 1, False)  # type: ignore[arg-type]
     found = [(share, int(b["encoder"].sum())) for share, b in work.training_batches()]

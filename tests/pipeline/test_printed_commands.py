@@ -12,8 +12,11 @@ import pytest
 from pipeline import plan as planning
 from pipeline.cli import main
 from pipeline.command_line import command_line, extraction, quoted
+from pipeline.extract.options import about
 from pipeline.options import build_recipe
+from pipeline.owners import owned
 from pipeline.recipe import Recipe
+from pipeline.train.tuners import tuner_names
 from tests import tiny
 from tests.pipeline.test_errors import refused, run
 
@@ -35,37 +38,63 @@ def parsed(line: str) -> tuple[str, Recipe]:
     given = main.commands[command].make_context(command, rest).params  # type: ignore[attr-defined]
     assert not given.pop("as_json")
     recipe_file = given.pop("recipe_file")
-    return command, build_recipe({k: v for k, v in given.items() if k not in ("budget", "memory")}, recipe_file)
+    return command, build_recipe(
+        command, {k: v for k, v in given.items() if k not in ("budget", "memory")}, recipe_file
+    )
 
 
 def taken(recipe: Recipe, command: str) -> Recipe:
     """`recipe` without what `command` does not take."""
-    others = {f.name: f.default for f in fields(Recipe) if command not in f.metadata["on"]}
-    return replace(recipe, **others)
+    others = {f.name: f.default for f in COMMON if command not in f.metadata["on"]}
+    own: dict[str, dict[str, Any]] = {"tuner_options": {}, "objective_options": {}}
+    names = recipe.tuners if command == "extract" else (recipe.tuner,)
+    for option in owned(names, recipe.objective, command == "extract"):
+        kept, given = own[f"{option.kind}_options"], getattr(recipe, f"{option.kind}_options")
+        kept |= {k: v for k, v in given.items() if k == option.name}
+    return replace(recipe, **others | own)
 
 
-def unlike_default(field: Any) -> Any:
+COMMON = [f for f in fields(Recipe) if f.metadata["on"]]
+
+
+def unlike_default(field: Any, hint: Any, choices: tuple[str, ...]) -> Any:
     """Some valid value of an option that is not its default."""
-    hint = get_type_hints(Recipe)[field.name]
     kind = next((k for k in get_args(hint) if k is not type(None)), hint) if type(None) in get_args(hint) else hint
-    if field.metadata["choices"]:
-        return next(c for c in reversed(field.metadata["choices"]) if c != field.default)
+    if choices:
+        return next(c for c in reversed(choices) if c != field.default)
     if args := get_args(kind):
         return (args[0](3), args[0](5))
     return {bool: not field.default, int: 7, float: 0.3, str: NASTY}[kind]
 
 
-FULL = Recipe(**{f.name: unlike_default(f) for f in fields(Recipe)})
+def full(tuner: str, objective: str) -> Recipe:
+    """A recipe with every option of all runs, of a tuner and of an objective."""
+    hints = get_type_hints(Recipe)
+    common = {f.name: unlike_default(f, hints[f.name], f.metadata["choices"]) for f in COMMON}
+    own: dict[str, Any] = {"tuner": {}, "objective": {}}
+    for option in owned([tuner], objective):
+        own[option.kind][option.name] = unlike_default(option.field, option.hint, about(option.field).choices)
+    chosen = {"tuner": tuner, "tuners": (tuner,), "objective": objective, "imports": ()}
+    return Recipe(**common | chosen, tuner_options=own["tuner"], objective_options=own["objective"])
+
+
+FULL = full("sherl", "multilabel")
 
 
 @pytest.mark.parametrize("command", ["extract", "train"])
-def test_every_option_comes_back(command):
-    name, found = parsed(command_line(command, FULL))
-    assert name == command and found == taken(FULL, command)
-    shown = " ".join(command_line(command, FULL).split())  # an error is shown as one line, blanks joined
+@pytest.mark.parametrize("tuner", tuner_names())
+def test_every_option_comes_back(command, tuner):
+    asked = full(tuner, "multilabel")
+    name, found = parsed(command_line(command, asked))
+    assert name == command and found == taken(asked, command)
+    shown = " ".join(command_line(command, asked).split())  # an error is shown as one line, blanks joined
     assert parsed(shown)[1] == found
     assert parsed(command_line(command, Recipe()))[1] == Recipe()
-    assert parsed(command_line("train", Recipe(zero_init=False)))[1].zero_init is False
+
+
+def test_a_recipe_file_comes_back(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(FULL.to_yaml())
+    assert build_recipe("train", {}, str(tmp_path / "recipe.yaml")) == FULL
 
 
 @pytest.mark.parametrize("text", ["", " ", "a b", "two  blanks", " edge ", "it's", "a\nb", "\x01f", "$'x'", "\u3000"])
@@ -76,7 +105,7 @@ def test_a_word_survives_the_shell_and_being_shown_in_one_line(text):
 def test_an_extraction_reads_what_training_reads():
     """Everything both take is carried over, save what means something else there."""
     made = extraction(FULL)
-    both = [f.name for f in fields(Recipe) if f.metadata["on"] == ["extract", "train"]]
+    both = [f.name for f in COMMON if f.metadata["on"] == ["extract", "train"]]
     differ = {n for n in both if getattr(made, n) != getattr(FULL, n)}
     assert differ == {"batch_size", "seed"} and made.tuners == (FULL.tuner,)
 
@@ -110,7 +139,8 @@ def no_measuring(monkeypatch):
 
 @pytest.mark.parametrize("more", [{}, {"budget": "40kB"}, {"memory": "100kB"}])
 def test_plan_prints_what_it_planned(options, more, no_measuring):
-    recipe = Recipe(**options, tuner="lst", lr=2e-3, epochs=3, batch_size=8, seed=2, accumulate=3, reduction=4)
+    recipe = Recipe(**options, tuner="lst", lr=2e-3, epochs=3, batch_size=8, seed=2, accumulate=3,
+                    tuner_options={"reduction": 4})  # fmt: skip
     budget, memory = (None if more.get(k) is None else planning_size(more[k]) for k in ("budget", "memory"))
     plan, text = planning.run_plan(recipe, budget, memory)
     extract, train = plan["commands"]
@@ -147,13 +177,15 @@ def argv(recipe: Recipe, command: str) -> list[str]:
 
 def test_the_commands_of_errors_lead_to_the_run_that_was_asked_for(options, tmp_path):
     """Each refusal of `train` says a command; followed, the next one says less, until it trains on the given splits."""
-    asked = Recipe(**options, tuner="lst", reduction=4, epochs=1, batch_size=8, out=str(tmp_path / "run"))
+    asked = Recipe(
+        **options, tuner="lst", tuner_options={"reduction": 4}, epochs=1, batch_size=8, out=str(tmp_path / "run")
+    )
     other = replace(extraction(asked), task=options["validation"], validation=None, test=None,
-                    tuners=("probe",), reduction=None)  # fmt: skip
+                    tuners=("probe",), tuner_options={})  # fmt: skip
     assert run(*argv(other, "extract")).exit_code == 0
     line = line_of(refused(run(*argv(asked, "train"))))  # of this task there is nothing in the store
     assert parsed(line)[1] == taken(extraction(asked), "extract")
-    probe = replace(parsed(line)[1], tuners=("probe",), reduction=None)
+    probe = replace(parsed(line)[1], tuners=("probe",), tuner_options={})
     assert run(*argv(probe, "extract")).exit_code == 0
     line = line_of(refused(run(*argv(asked, "train"))))  # states of another tuner
     assert parsed(line)[1] == taken(extraction(asked), "extract")
@@ -178,9 +210,9 @@ def test_a_run_that_was_not_finished_says_how_to_go_on(options, tmp_path):
 
 def test_a_prompt_that_the_store_has_is_said(checkpoints, table, tmp_path):
     options = {"model": str(checkpoints["t5"]), "task": str(table), "text": "first", "label": "label",
-               "store": str(tmp_path / "store"), "reduction": 4, "tuner": "lst"}  # fmt: skip
+               "store": str(tmp_path / "store"), "tuner_options": {"reduction": 4}, "tuner": "lst"}  # fmt: skip
     asked = Recipe(**options, prompt=NASTY.replace("é", ""))
-    assert run(*argv(replace(extraction(asked), tuners=("probe",), reduction=None), "extract")).exit_code == 0
+    assert run(*argv(replace(extraction(asked), tuners=("probe",), tuner_options={}), "extract")).exit_code == 0
     line = line_of(refused(run(*argv(replace(asked, prompt=None), "train"))))
     assert parsed(line)[1] == taken(extraction(asked), "extract")
 

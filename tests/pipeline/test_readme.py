@@ -1,4 +1,4 @@
-"""The README's Python example runs as written, on a store made the way the README says."""
+"""The README's Python examples run as written, on a store made the way the README says."""
 
 from __future__ import annotations
 
@@ -19,15 +19,18 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
 
 
-def test_the_python_example_runs(tmp_path, monkeypatch, capsys):
+def test_the_python_examples_run(tmp_path, monkeypatch, capsys):
     if local("minilm") is None:
         pytest.skip("the extra `demo` is not installed: the README's example needs its encoder")
     monkeypatch.chdir(tmp_path)
     task = demo_task(train=128, validation=16, test=16)
     run_extract(Recipe(model="minilm", task="demo", store="demo/store", tuners=("probe", "sherl")), print, True, task)
-    (example,) = blocks("python")
-    exec(compile(example, str(README), "exec"), {})
-    assert re.search(r"last loss \d+\.\d+", capsys.readouterr().out)
+    names: dict[str, object] = {}
+    for example in blocks("python"):
+        exec(compile(example, str(README), "exec"), names)
+    said = capsys.readouterr().out
+    assert re.search(r"last loss \d+\.\d+", said)
+    assert re.search(r"[\d,]+ rows, the first of 384 directions holds [1-9]\d*%", said) and names["longest"] > 4
 
 
 def test_every_command_of_the_readme_exists():

@@ -31,7 +31,7 @@ def test_a_table_of_numbers(checkpoints, numbers, tmp_path, family):
     (tmp_path / "new.jsonl").write_text('{"words": "the cat"}\n{"words": "a dog"}\n')
     found = run("predict", tmp_path / "run", "--input", tmp_path / "new.jsonl", "--json")
     assert found.exit_code == 0, found.output
-    assert all(np.isfinite(p) for p in json.loads(found.stdout)["predictions"])
+    assert all(np.isfinite(p["label"]) for p in json.loads(found.stdout)["predictions"])
 
 
 def test_stsb_on_t5_scores_the_whole_grid(checkpoints, shared_data, tmp_path):

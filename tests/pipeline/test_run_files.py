@@ -16,9 +16,11 @@ from pipeline.recipe import Recipe, read_recipe
 from pipeline.store import UserError
 from pipeline.store.errors import Notice
 from pipeline.train import checkpoint
+from pipeline.train.features import Feature
 from pipeline.train.finite import NotFinite
-from pipeline.train.heads.pooled import PooledHead
 from pipeline.train.model import Model
+from pipeline.train.objectives.classification import ClassHead
+from pipeline.train.objectives.regression import NumberHead
 from pipeline.train.tuners.probe import Probe
 from tests.pipeline.test_errors import refused, run
 
@@ -32,7 +34,7 @@ def trained(checkpoints, table, tmp_path_factory) -> tuple[Path, dict]:
     options = ["--model", checkpoints["bert"], "--task", table, "--store", folder / "store"]
     result = run("extract", *options, *WORDS, "--for", "probe")
     assert result.exit_code == 0, result.output
-    more = ["--tuner", "probe", "--epochs", 2, "--batch-size", 16, "--train-precision", "bfloat16"]
+    more = ["--tuner", "probe", "--epochs", 2, "--batch-size", 16, "--train-precision", "bfloat16", "--pooling", "mean"]
     result = run("train", *options, *more, "--out", folder / "run", "--json")
     assert result.exit_code == 0, result.output
     return folder / "run", json.loads(result.stdout)
@@ -58,7 +60,7 @@ def test_a_flipped_bit_in_a_tuner_is_refused(trained, copy):
 def test_a_changed_recipe_is_refused_as_a_record_and_noted_as_a_recipe(trained, copy, tmp_path):
     recipe = copy / "recipe.yaml"
     text = recipe.read_text()
-    assert read_recipe(recipe, record=True)["pooling"] == "mean"
+    assert read_recipe(recipe, record=True)["objective_options"] == {"pooling": "mean"}
     recipe.write_text(text.replace("pooling: mean", "pooling: first"))
     refused(run("evaluate", copy), "recipe.yaml", "digest")
     again = run("train", "--recipe", recipe, "--out", tmp_path / "again", "--epochs", 1)
@@ -105,17 +107,17 @@ def test_predictions_are_never_made_of_nan(trained, monkeypatch):
         loaded.evaluate("test")
 
 
-@pytest.mark.parametrize("kind", ["classification", "regression"])
+@pytest.mark.parametrize("kind", [ClassHead, NumberHead])
 def test_one_nan_among_many_is_refused(kind):
     from pipeline.extract.backbones.batch import Batch
 
-    head = PooledHead(4, 3, kind, "", "mean")
+    head = kind({"a": Feature(4)}, 3 if kind is ClassHead else 1, "mean")
     rows = torch.randn(5, 4)
     batch = Batch({}, {}, {"encoder": np.ones(5, np.int64)})
-    assert head.predict(rows, batch).shape == (5,)
+    assert head.predict({"a": rows}, batch)["label"].shape == (5,)
     rows[3, 1] = torch.nan
     with pytest.raises(NotFinite, match="in 1 of 5 rows"):
-        head.predict(rows, batch)
+        head.predict({"a": rows}, batch)
 
 
 def test_a_text_to_text_head_refuses_nan_too(checkpoints, pictures):
@@ -124,9 +126,9 @@ def test_a_text_to_text_head_refuses_nan_too(checkpoints, pictures):
 
     case = Case(Checkpoint(checkpoints["t5"], "t5"), "sherl", pictures)
     model: Model = case.model().eval()
-    rows = model(case.batch())
+    rows = {name: torch.full_like(rows, torch.nan) for name, rows in model(case.batch()).items()}
     with pytest.raises(NotFinite, match="NaN"):
-        model.head.predict(torch.full_like(rows, torch.nan), case.batch())
+        model.head.predict(rows, case.batch())
 
 
 @pytest.mark.parametrize(
@@ -147,7 +149,7 @@ def test_an_option_given_twice_is_refused(tmp_path, text, words):
 
 def test_every_flipped_bit_in_a_recipe_that_says_something_is_noticed(tmp_path):
     path = tmp_path / "recipe.yaml"
-    text = Recipe(task="rte", lr=0.25, layers=(1, 2)).to_yaml("a run").encode()
+    text = Recipe(task="rte", lr=0.25, tuner_options={"layers": (1, 2)}).to_yaml("a run").encode()
     path.write_bytes(text)
     whole = read_recipe(path, record=True)
     for place in range(0, len(text), 7):

@@ -13,7 +13,7 @@ from pipeline.compare import run_compare
 from pipeline.extract.tasks import TaskError, load_task
 from pipeline.job import load_job
 from pipeline.recipe import Recipe
-from pipeline.runs import read_texts
+from pipeline.runs import read_inputs
 from pipeline.store.errors import UserError
 from tests import tiny
 
@@ -80,13 +80,13 @@ def test_a_run_is_read_as_it_was_trained(stored, tmp_path):
     assert pipeline.load_run(tmp_path / "run", device="cpu").evaluate("test")
 
 
-@pytest.mark.parametrize("second", ["", ', "second": null', ', "second": ["b"]'])
+@pytest.mark.parametrize("second", ["", ', "second": null', ', "second": {"b": 1}'])
 def test_a_text_that_is_missing_is_not_predicted_on(stored, tmp_path, second):
     _, options, named = stored
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"first": "a", "second": "b"}\n{"first": "a"' + second + "}\n")
     with pytest.raises(TaskError, match=r"line 2.*'second' is"):
-        read_texts(rows, load_job(Recipe(task=named, **options)).spec)
+        read_inputs(rows, load_job(Recipe(task=named, **options)).spec)
 
 
 def test_a_preset_of_methods_that_are_not_compared(stored, tmp_path):

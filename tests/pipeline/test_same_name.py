@@ -54,7 +54,7 @@ def test_an_ambiguous_name_is_asked_about(both):
     )  # fmt: skip
     assert said.count("extracted ") == 2
     with pytest.raises(StoreError, match="train@"):
-        next(api.stream(task="train", store=options["store"], states=["encoder.0"]))
+        api.stream(task="train", store=options["store"], states=["encoder.0"])
     classes = {str(p): len(load_job(Recipe(task=str(p), **options)).spec.labels) for p in (sick, sst2)}
     assert classes == {str(sick): 3, str(sst2): 2}
     by_id = {len(load_job(Recipe(task=name, **options)).spec.labels): name for name in (first, second)}

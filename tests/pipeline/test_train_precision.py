@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.train.heads.pooled import PooledHead
+from pipeline.train.features import Feature
+from pipeline.train.objectives.regression import NumberHead
 from tests import tiny
 from tests.pipeline.test_errors import run
 
@@ -29,11 +30,11 @@ def test_a_table_of_numbers_trains_in_bfloat16(checkpoints, tmp_path, tuner):
 
 def test_values_are_not_rounded_to_the_precision_of_the_products():
     """4.01 is no bfloat16: a loss in half precision would learn towards 4.0."""
-    head = PooledHead(8, 0, "regression", "", "mean")
+    head = NumberHead({"a": Feature(8)}, 1, "mean")
     torch.nn.init.zeros_(head.linear.weight)
-    batch = type("Batch", (), {"labels": torch.full((2,), 4.01)})()
+    batch = type("Batch", (), {"targets": {"label": torch.full((2,), 4.01)}})()
     with torch.autocast("cpu", torch.bfloat16):
-        loss = head.loss(torch.randn(2, 8), batch)
+        loss = head.losses({"a": torch.randn(2, 8)}, batch)["number"]
     assert float(loss.detach()) == pytest.approx(4.01**2, rel=1e-6)
     loss.backward()
     assert head.linear.bias.grad is not None

@@ -92,8 +92,8 @@ def test_compare_gives_each_method_its_own_options(stored, tmp_path):
     assert run(*options, "--tuners", "probe,sherl", "--blend", "max", "--gate", 0.2).exit_code == 0
     kept = {name: yaml.safe_load((tmp_path / "runs" / f"{name}-s0" / "recipe.yaml").read_text())
             for name in ("probe", "sherl")}  # fmt: skip
-    assert (kept["sherl"]["blend"], kept["sherl"]["gate"]) == ("max", 0.2)
-    assert (kept["probe"]["blend"], kept["probe"]["gate"]) == (None, None)
+    assert (kept["sherl"]["tuner_options"]["blend"], kept["sherl"]["tuner_options"]["gate"]) == ("max", 0.2)
+    assert kept["probe"]["tuner_options"] == {}
 
 
 def test_plan_refuses_what_training_would(stored):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -216,7 +217,8 @@ def test_a_space_of_before_orientation_keeps_meaning_pixels_as_they_are(checkpoi
     with monkeypatch.context() as patch:  # as an earlier version extracted
         from pipeline.extract.backbones.base import TextOptions
 
-        patch.setattr(TextOptions.__init__, "__defaults__", (*TextOptions.__init__.__defaults__[:-1], False))
+        usual = [False if f.name == "upright" else f.default for f in fields(TextOptions)]
+        patch.setattr(TextOptions.__init__, "__defaults__", tuple(usual))
         assert run("extract", *common, "--for", "probe", "--format", "float32").exit_code == 0
     (old,) = Store.open(tmp_path / "store").spaces()
     assert "orientation" not in old.identity
@@ -230,6 +232,6 @@ def test_a_space_of_before_orientation_keeps_meaning_pixels_as_they_are(checkpoi
     upright = Image.open(tmp_path / "photos" / "a" / "0.png").transpose(Image.Transpose.ROTATE_270)
     upright.save(tmp_path / "upright.png")
     answers = [load_run(tmp_path / "old").predict([("upright.png",)], tmp_path)]
-    assert answers[0][0] in ("a", "b")
+    assert answers[0][0]["label"] in ("a", "b")
     with pytest.raises(UserError, match="no such file"):
         load_run(tmp_path / "old").predict([("gone.png",)], tmp_path)

@@ -6,6 +6,7 @@ It stands for whoever wants to read our stores or to write some for us; where it
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import struct
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +15,8 @@ from typing import Any
 
 import google_crc32c
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import xxhash
 
 Arrays = dict[str, np.ndarray]
@@ -250,20 +253,35 @@ class Reader:
     def tables(self, space: str) -> dict[tuple[str, str], tuple[dict[str, Any], list[Any]]]:
         """(task, split) → header and rows of the table that counts: of the version written last, with most rows."""
         found = []
-        for path in self.root.glob(f"spaces/{space}/tasks/*/[!.]*.jsonl.gz"):
+        for path in self.root.glob(f"spaces/{space}/tasks/*/[!.]*-*-*.*"):
             data = path.read_bytes()
-            split, rows, digest = path.name.removesuffix(".jsonl.gz").rsplit("-", 2)
+            split, rows, digest = path.name.removesuffix(".jsonl.gz").removesuffix(".parquet").rsplit("-", 2)
             assert xxh3(data)[:16] == digest
-            header, *lines = [json.loads(line) for line in gzip.decompress(data).decode("utf-8").split("\n")[:-1]]
-            assert header["kind_of_file"] == "activation-task-table" and header["format"] == 1
+            read = self._table if path.suffix == ".parquet" else self._old_table
+            header, lines = read(data)
+            assert header["kind_of_file"] == "activation-task-table"
             assert (header["task"], header["split"], header["rows"]) == (path.parent.name, split, int(rows))
             assert len(lines) == int(rows)
             found.append((header, lines))
-        latest = {h["task"]: h for h, _ in sorted(found, key=lambda t: t[0]["created"])}
-        version = {task: (h["spec"], h["provenance"]) for task, h in latest.items()}
-        found = [(h, rows) for h, rows in found if (h["spec"], h["provenance"]) == version[h["task"]]]
+        latest = {h["task"]: h["version"] for h, _ in sorted(found, key=lambda t: t[0]["created"])}
+        found = [(h, rows) for h, rows in found if h["version"] == latest[h["task"]]]
         found.sort(key=lambda t: (t[0]["rows"], t[0]["created"]))
         return {(h["task"], h["split"]): (h, rows) for h, rows in found}
+
+    @staticmethod
+    def _table(data: bytes) -> tuple[dict[str, Any], list[Any]]:
+        """Format 2; rows as [key, target, texts]."""
+        table = pq.read_table(io.BytesIO(data))
+        header = json.loads(pq.read_metadata(io.BytesIO(data)).metadata[b"activation"])
+        assert header["format"] == 2 and table.column_names == ["key", "target", "inputs", "id", "meta"]
+        return header, [[r["key"].hex(), r["target"], r["inputs"]] for r in table.to_pylist()]
+
+    @staticmethod
+    def _old_table(data: bytes) -> tuple[dict[str, Any], list[Any]]:
+        """Format 1, its version beside what it says."""
+        header, *lines = [json.loads(line) for line in gzip.decompress(data).decode("utf-8").split("\n")[:-1]]
+        assert header["format"] == 1
+        return {**header, "version": xxh3(canonical([header["spec"], header["provenance"]]))}, lines
 
     def weights(self, digest: str) -> dict[str, bytes]:
         """The kept files of a checkpoint."""
@@ -355,6 +373,26 @@ class Writer:
             yield f"c.{number}" + ".0" * (values.ndim - 1), gzip.compress(data) if packed else data + check
 
     def table(self, space: str, header: Mapping[str, Any], rows: Sequence[Any]) -> None:
+        """One task table of classes: rows are [key, target, texts]."""
+        head = {**header, "kind_of_file": "activation-task-table", "format": 2, "rows": len(rows)}
+        keys, targets, texts = zip(*rows, strict=True)
+        nothing = pa.nulls(len(rows), pa.string())
+        columns = {
+            "key": pa.array([bytes.fromhex(key) for key in keys], pa.binary(16)),
+            "target": pa.array(targets, pa.int32()),
+            "inputs": pa.array(texts, pa.list_(pa.string())),
+            "id": nothing,
+            "meta": nothing,
+        }
+        out = io.BytesIO()
+        table = pa.table(columns).replace_schema_metadata({"activation": json.dumps(head)})
+        pq.write_table(table, out, compression="gzip", use_dictionary=False)
+        folder = self.root / "spaces" / space / "tasks" / head["task"]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{head['split']}-{len(rows)}-{xxh3(out.getvalue())[:16]}.parquet").write_bytes(out.getvalue())
+
+    def old_table(self, space: str, header: Mapping[str, Any], rows: Sequence[Any]) -> None:
+        """The same in format 1."""
         head = {**header, "kind_of_file": "activation-task-table", "format": 1, "rows": len(rows)}
         data = gzip.compress("".join(json.dumps(line) + "\n" for line in (head, *rows)).encode("utf-8"))
         folder = self.root / "spaces" / space / "tasks" / head["task"]

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -37,7 +36,7 @@ def assert_plan_reads(home: Space, numbers: list[int], states: list[str], column
             stream = name.split(".")[0]
             start, stop = read.offsets(stream)[slot : slot + 2]
             assert plan.lengths[stream][i] == stop - start == expected.lengths[stream][0]
-            assert torch.equal(read.states[name].values[start:stop], expected.states[name].values), (n, name)
+            assert np.array_equal(read.states[name].values[start:stop], expected.states[name].values), (n, name)
         for name in columns:
             start, stop = read.offsets(name.split(".")[0])[slot : slot + 2]
             assert np.array_equal(read.columns[name][start:stop], expected.columns[name])

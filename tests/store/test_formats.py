@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from pipeline.store import FORMATS, Encoded, NonFinite, bytes_per_value, decode, encode
+from pipeline.extract.encoding import EncodedTensor, array_of, decode, encode, tensor_of
+from pipeline.store import FORMATS, NonFinite, bytes_per_value
+from pipeline.store import decode as decode_array
 
 FLOAT_MAX = float(np.finfo(np.float32).max)
 SHAPES = npst.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=6)
@@ -110,8 +112,36 @@ def test_encoded_helpers() -> None:
     assert encoded.nbytes == 5 * 4 * 2 + 5
     assert torch.equal(decode(encoded.slice(1, 3)), decode(encoded)[1:3])
     assert torch.equal(decode(encoded.take(torch.tensor([4, 0]))), decode(encoded)[[4, 0]])
-    assert Encoded(encoded.values).cpu().scale is None
     assert [bytes_per_value(f) for f in FORMATS] == [4, 2, 2, 1]
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_arrays_are_the_same_rows(fmt: str) -> None:
+    """The store's arrays and the tensors made of them share their memory, and both decode to the same numbers."""
+    encoded = encode(torch.randn(5, 4) * torch.tensor([1.0, 1e5, 1e-3, 3e4, 7e4])[:, None], fmt)
+    kept = encoded.numpy()
+    back = EncodedTensor.of(kept)
+    assert kept.format == fmt and kept.nbytes == encoded.nbytes
+    assert back.values.data_ptr() == encoded.values.data_ptr()
+    assert np.array_equal(decode_array(kept), decode(encoded).numpy())
+    assert torch.equal(decode(back), decode(encoded)) and torch.equal(decode(kept), decode(encoded))
+    rows = np.array([4, 0])
+    assert np.array_equal(decode_array(kept.take(rows)), decode_array(kept)[rows])
+
+
+def test_what_may_not_be_written_to_is_copied() -> None:
+    values = np.frombuffer(bytes(8), np.float32)
+    made = tensor_of(values)
+    made += 1
+    assert values.tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.float64, torch.bool])
+def test_weights_of_any_type_pass_through_arrays(dtype: torch.dtype) -> None:
+    whole = torch.tensor([[0.0, 1.0, 0.5], [2.0, -4.0, 0.0]]).to(dtype)
+    for x in (whole, whole.T, whole[0, 1]):
+        found = tensor_of(array_of(x))
+        assert found.dtype == dtype and torch.equal(found.double(), x.double())
 
 
 def test_wrong_arguments() -> None:

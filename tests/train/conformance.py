@@ -1,195 +1,23 @@
-"""What every tuner must do on every family it works on. A registered tuner is put through `CHECKS` by test_tuners.py.
-
-`Case` is one pair ready to run: `case.model(seed)` a fresh model, `case.batch()` six samples with live states.
-"""
+"""The conformance suite with what is ours alone: inputs from tests/tiny.py, and the formula of each tuner."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from pathlib import Path
-from typing import Any
 
-import numpy as np
-import pytest
-import torch
-
-from pipeline.extract.backbones import Batch, Inputs, TextOptions, stream_of
-from pipeline.extract.checkpoint import Checkpoint
-from pipeline.extract.tasks import load_task
-from pipeline.store import UserError, decode, encode
-from pipeline.train.model import Model, Target, state_names, tail_for
-from pipeline.train.tuners import tuner_class, tuner_config
+from pipeline import testing
+from pipeline.extract.backbones import Inputs
+from pipeline.testing import small_options
 from tests.extract.test_backbones import inputs_of
 from tests.train.formulas import FORMULAS
 
-
-def small_options(tuner: str) -> dict[str, Any]:
-    """Options that fit a backbone of width 32."""
-    known = {f.name for f in fields(tuner_class(tuner).config_class)}
-    return {k: v for k, v in {"reduction": 4, "alpha": 2}.items() if k in known}
+__all__ = ["CHECKS", "Case", "parameters_are_those_of_the_formula", "small_options"]
 
 
-@dataclass
-class Case:
-    checkpoint: Checkpoint
-    tuner: str
-    pictures: Path
-
-    @cached_property
-    def family(self) -> Any:
-        return self.checkpoint.family
-
-    @cached_property
-    def backbone(self) -> Any:
-        return self.family.load(self.checkpoint.folder, torch.float32, "sdpa", "cpu")
-
-    @cached_property
-    def config(self) -> Any:
-        return tuner_config(self.tuner, small_options(self.tuner))
-
+class Case(testing.Case):
     @cached_property
     def inputs(self) -> Inputs:
-        if self.family.modality == "text":
-            return inputs_of(self.checkpoint, 6)
-        names = load_task(str(self.pictures)).splits["train"].texts[:6]
-        return self.family.prepare(self.checkpoint.tokenizer, names, TextOptions(root=str(self.pictures)))
-
-    @cached_property
-    def target(self) -> Target:
-        texts = self.family.candidates(self.checkpoint.tokenizer, ["0", "1", "2 3"])
-        return Target("classification", 3, tuple(tuple(c) for c in texts))
-
-    def model(self, seed: int = 0) -> Model:
-        return Model.build(self.tuner, self.config, self.family, self.tail, self.target, seed)
-
-    @cached_property
-    def tail(self) -> Any:
-        own, family = tuner_class(self.tuner, self.family), self.family
-        late = {i: family.block_weights(self.backbone, i) for i in own.late_layers(self.config, family)}
-        return tail_for(self.tuner, self.config, family, "sdpa", family.tail_weights(self.backbone), late)
-
-    def batch(self, inputs: Inputs | None = None) -> Batch:
-        if inputs is None:
-            return replace(self._whole)
-        return self._run(inputs)
-
-    @cached_property
-    def _whole(self) -> Batch:
-        return self._run(self.inputs)
-
-    def _run(self, inputs: Inputs) -> Batch:
-        batch = inputs.batch()
-        batch.states = self.family.run(self.backbone, batch, state_names(self.tuner, self.config, self.family))
-        batch.labels = torch.arange(len(batch)) % 3
-        return replace(batch, pictures=None)  # a tuner cannot tell where states come from
-
-
-def shapes(case: Case) -> None:
-    model, batch = case.model(), case.batch()
-    rows, stream = model(batch), model.tuner.stream
-    expected = len(batch.layout(stream).sample) if stream else len(batch)
-    assert rows.shape == (expected, model.tuner.output_width) and torch.isfinite(rows).all()
-    assert model.predict(batch).shape == (len(batch),)
-
-
-def gradients_reach_the_tuner_and_never_the_frozen_weights(case: Case) -> None:
-    model, batch = case.model(), case.batch()
-    model.train()
-    model.loss(batch).backward()
-    frozen = list(model.tuner.tail.parameters())
-    assert all(p.grad is None and not p.requires_grad for p in frozen)
-    assert not {id(p) for p in model.parameters()} & {id(p) for p in frozen}
-    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
-    assert all(t.grad is None for t in batch.states.values())
-
-
-def saved_state_gives_the_same_predictions(case: Case) -> None:
-    model, other, batch = case.model(0), case.model(1), case.batch()
-    other.load_trainable(model.trainable_state())
-    model.eval(), other.eval()
-    torch.testing.assert_close(model(batch), other(batch), rtol=0, atol=0)
-    with pytest.raises(UserError, match="does not fit"):
-        other.load_trainable({"nonsense": torch.zeros(1)})
-
-
-def weights_follow_from_the_seed(case: Case) -> None:
-    one, two, other = (case.model(seed).trainable_state() for seed in (3, 3, 4))
-    assert all(torch.equal(one[k], two[k]) for k in one)
-    assert any(not torch.equal(one[k], other[k]) for k in one)
-
-
-def smaller_formats_change_little(case: Case) -> None:
-    model, batch = case.model().eval(), case.batch()
-    loss = float(model.loss(batch).detach())
-    for fmt, bound in (("float16", 1e-2), ("bfloat16", 5e-2), ("int8", 1e-1)):
-        states = {k: decode(encode(v, fmt)) for k, v in batch.states.items()}
-        assert abs(float(model.loss(replace(batch, states=states)).detach()) - loss) <= bound * abs(loss), fmt
-
-
-def states_as_stored_give_the_same_step(case: Case) -> None:
-    """Half-precision states straight from the store train as their float32 copies do, under autocast as well."""
-    batch = case.batch()
-    for dtype, mixed in itertools.product((torch.float16, torch.bfloat16), (False, True)):
-        stored = replace(batch, states={k: v.to(dtype) for k, v in batch.states.items()})
-        found = []
-        for one in (stored, replace(stored, states={k: v.float() for k, v in stored.states.items()})):
-            model = case.model().train()
-            torch.manual_seed(0)
-            with torch.autocast("cpu", dtype=dtype, enabled=mixed):
-                loss = model.loss(one)
-            loss.backward()
-            found.append([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
-        for narrow, wide in zip(*found, strict=True):
-            torch.testing.assert_close(narrow, wide, rtol=1e-4, atol=1e-6)
-
-
-def single_rows_and_zero_states_stay_finite(case: Case) -> None:
-    batch = case.batch(case.inputs.take(np.array([0])))
-    model = case.model().train()
-    zero = replace(batch, states={k: torch.zeros_like(v) for k, v in batch.states.items()})
-    for one in (batch, zero):
-        model.loss(one).backward()
-        assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
-    if case.family.modality == "text" and case.family.readout == "pooled":
-        ids = {k: v[:1] for k, v in case.inputs.columns.items()}
-        single = case.batch(Inputs({"encoder": np.ones(1, np.int64)}, ids, np.zeros(1, bool)))
-        model.loss(single).backward()
-        assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
-
-
-def half_precision_training_stays_finite(case: Case) -> None:
-    batch = case.batch()
-    for dtype in (torch.bfloat16, torch.float16):
-        model = case.model().train()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-        for _ in range(3):
-            with torch.autocast("cpu", dtype=dtype):
-                loss = model.loss(batch)
-            loss.backward()
-            assert torch.isfinite(loss) and all(
-                torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None
-            )
-            optimizer.step()
-            optimizer.zero_grad()
-
-
-def a_sample_does_not_see_the_others(case: Case) -> None:
-    model, batch = case.model().eval(), case.batch()
-    together, at = model(batch), 0
-    for i in range(len(batch)):
-        alone = model(case.batch(case.inputs.take(np.array([i]))))
-        torch.testing.assert_close(alone, together[at : at + len(alone)], rtol=1e-3, atol=1e-4)
-        at += len(alone)
-
-
-def states_are_known_to_the_family(case: Case) -> None:
-    names = state_names(case.tuner, case.config, case.family)
-    assert names and set(names) <= set(case.family.states())
-    batch = case.batch()
-    assert all(v.shape[1] == case.family.width_of(stream_of(k)) for k, v in batch.states.items())
+        return inputs_of(self.checkpoint, 6) if self.family.modality == "text" else self.images()
 
 
 def parameters_are_those_of_the_formula(case: Case) -> None:
@@ -198,16 +26,4 @@ def parameters_are_those_of_the_formula(case: Case) -> None:
         assert found == formula(case.config, case.family)
 
 
-CHECKS: list[Callable[[Case], None]] = [
-    shapes,
-    gradients_reach_the_tuner_and_never_the_frozen_weights,
-    saved_state_gives_the_same_predictions,
-    weights_follow_from_the_seed,
-    smaller_formats_change_little,
-    states_as_stored_give_the_same_step,
-    single_rows_and_zero_states_stay_finite,
-    half_precision_training_stays_finite,
-    a_sample_does_not_see_the_others,
-    states_are_known_to_the_family,
-    parameters_are_those_of_the_formula,
-]
+CHECKS: list[Callable[[Case], None]] = [*testing.CHECKS, parameters_are_those_of_the_formula]

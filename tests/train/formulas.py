@@ -59,7 +59,7 @@ def lst(config: Any, family: Any) -> int:
         else:
             block, shared = 12 * d * d + 13 * d, 2 * d
         total += (D * d + d) + len(kept) * (D * d + d + block) + family.depth(stream) + shared
-    return total + (d * D + D if family.readout == "lm" else 0)
+    return total + (d * D + D if family.writes_text else 0)
 
 
 def side_tuning(config: Any, family: Any) -> int:

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from pipeline.extract.checkpoint import resolve
-from pipeline.train.model import Model, Target, state_names, tail_for
-from pipeline.train.tuners import tuner_config
+from pipeline.objectives import class_objective
+from pipeline.train.model import Model, state_names, tail_for
+from pipeline.train.tuners import tuner_class, tuner_config
 from tests.extract.test_backbones import inputs_of
 
 P = 0.1
@@ -20,7 +21,9 @@ def test_the_embedding_is_dropped_once(checkpoints, family, tuner):
     made, config = checkpoint.family, tuner_config(tuner, {"reduction": 4})
     backbone = made.load(checkpoint.folder, torch.float32, "sdpa", "cpu")
     tail = tail_for(tuner, config, made, "sdpa", made.tail_weights(backbone))
-    model = Model.build(tuner, config, made, tail, Target("classification", 2, ((5, 1), (6, 1))), 0).train()
+    model = Model.build(
+        tuner, config, made, tail, class_objective(made, tuner_class(tuner, made), ((5, 1), (6, 1))), 0
+    ).train()
     batch = inputs_of(checkpoint, 24).batch()
     batch.states = made.run(backbone, batch, state_names(tuner, config, made))
     zeros = []

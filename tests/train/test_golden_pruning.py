@@ -22,7 +22,8 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from pipeline.extract.backbones import Inputs, family_for
 from pipeline.train.importance import fisher, magnitude
-from pipeline.train.model import Target
+from pipeline.train.objectives import Answers, Objective, ObjectiveConfig
+from pipeline.train.objectives.label_text import LabelText
 
 FOLDER = Path(os.environ.get("GOLDEN") or Path(__file__).parents[1] / "golden")
 TOLERANCE = 1e-5  # of a tensor's largest value, float32
@@ -108,7 +109,7 @@ def test_fisher_sums_are_the_released_ones(golden):
         assert worst <= TOLERANCE, f"{name}: {worst:.1e} of its largest"
 
 
-def singles(family: Any, inputs: dict[str, Tensor]) -> tuple[Target, list[Any]]:
+def singles(family: Any, inputs: dict[str, Tensor]) -> tuple[Objective, list[Any]]:
     """The file's samples one by one, each answer a class of its own."""
     lengths = inputs["attention_mask"].sum(1)
     answers = [tuple(row[row >= 0].tolist()) for row in inputs["labels"]]
@@ -117,6 +118,6 @@ def singles(family: Any, inputs: dict[str, Tensor]) -> tuple[Target, list[Any]]:
         ids = inputs["input_ids"][i, : lengths[i]].int().numpy()
         sample = Inputs({"encoder": lengths[i : i + 1].numpy()}, {"encoder.ids": ids}, (lengths[i : i + 1] < 0).numpy())
         batch = family.with_decoder(sample, [[family.start_id, *answer[:-1]]]).batch()
-        batch.labels = torch.tensor([i])
+        batch.targets = {"label": torch.tensor([i])}
         batches.append(batch)
-    return Target("classification", len(answers), tuple(answers)), batches
+    return LabelText(ObjectiveConfig(), Answers.of_classes(len(answers), answers)), batches

@@ -19,9 +19,10 @@ import torch
 from transformers import T5Config
 
 from pipeline.extract.backbones import family_for
+from pipeline.objectives import class_objective
 from pipeline.train.model import Model
-from pipeline.train.tuners import tuner_config
-from tests.train.test_tuners import T5, TWO
+from pipeline.train.tuners import tuner_class, tuner_config
+from tests.train.test_tuners import CHAINS, T5
 
 FILE = Path(os.environ.get("GOLDEN") or Path(__file__).parents[1] / "golden") / "initial_weights.json"
 REDUCTION = 8
@@ -70,7 +71,9 @@ def test_first_weights_are_drawn_as_released(tuner):
         pytest.skip(f"no first weights of {tuner} in {FILE.parent.name}")
     family = family_for(T5Config(vocab_size=64, **T5["t5-base"]))
     config = tuner_config(tuner, {"reduction": REDUCTION, "layers": [1, 10, 11]})
-    own = dict(Model.build(tuner, config, family, family.tail(None, "sdpa"), TWO, seed=0).tuner.named_parameters())
+    objective = class_objective(family, tuner_class(tuner), CHAINS)
+    made = Model.build(tuner, config, family, family.tail(None, "sdpa"), objective, seed=0)
+    own = dict(made.tuner.named_parameters())
     seen: set[str] = set()
     for group in released:
         pattern = patterns(tuner, group["name"])

@@ -9,8 +9,10 @@ from torch.nn import functional as F
 
 from pipeline.extract.backbones.inputs import Inputs
 from pipeline.extract.backbones.text import decision_trie, gold_chain
-from pipeline.train.heads.lm import LMHead
-from pipeline.train.heads.pooled import PooledHead, pool
+from pipeline.train.features import Feature
+from pipeline.train.objectives.label_text import TextHead
+from pipeline.train.objectives.pooled import PooledHead
+from pipeline.train.objectives.regression import NumberHead
 
 VOCABULARY = 12
 
@@ -29,7 +31,7 @@ def batch_of(tries, labels):
         "decoder.parent": np.concatenate([t[1] for t in tries]).astype(np.int32),
     }
     batch = Inputs({"decoder": lengths}, columns).batch()
-    batch.labels = labels
+    batch.targets = None if labels is None else {"label": labels}
     return batch
 
 
@@ -37,12 +39,12 @@ TARGETS = [[3, 4, 1], [5, 1], [3, 6, 7, 1], [3, 6, 8, 1], [9, 9, 1]]
 
 
 def test_loss_is_cross_entropy_on_the_own_target():
-    head = LMHead(ToyTail(), TARGETS)
+    head = TextHead("decoder", ToyTail(), TARGETS)
     labels = torch.tensor([2, 1, 0, 4])
     batch = batch_of([gold_chain(TARGETS[i], 0) for i in labels], labels)
     rows = torch.randn(int(batch.lengths["decoder"].sum()), VOCABULARY)
     expected = F.cross_entropy(rows, torch.tensor([t for i in labels for t in TARGETS[i]]))
-    torch.testing.assert_close(head.loss(rows, batch), expected)
+    torch.testing.assert_close(head.losses({"decoder": rows}, batch)["token"], expected)
 
 
 def greedy(logits_of, targets):
@@ -61,7 +63,7 @@ def greedy(logits_of, targets):
     [TARGETS, [[3, 1], [4, 1]], [[3, 4, 1], [3, 5, 1]], [[i, j, 1] for i in range(2, 6) for j in range(2, 9)]],
 )
 def test_choice_is_greedy_decoding_among_the_targets(targets):
-    head = LMHead(ToyTail(), targets)
+    head = TextHead("decoder", ToyTail(), targets)
     ids, parents = decision_trie(targets, 0)
     prefixes: list[tuple[int, ...]] = []
     for token, parent in zip(ids, parents, strict=True):
@@ -74,16 +76,27 @@ def test_choice_is_greedy_decoding_among_the_targets(targets):
     for s in range(n):
         mine = rows[s * len(ids) : (s + 1) * len(ids)]
         expected.append(greedy(lambda p, mine=mine: mine[prefixes.index(p)], targets))
-    assert head.choose(rows, batch).tolist() == expected
-    assert len(set(expected)) > 1
+    chosen, chance = head.choose(rows, batch)
+    assert chosen.tolist() == expected and len(set(expected)) > 1
+    for s in range(n):
+        mine, found, prefix, alive = rows[s * len(ids) : (s + 1) * len(ids)], 1.0, (), list(targets)
+        while len(alive) > 1:  # the product over the places where targets part
+            options = sorted({t[len(prefix)] for t in alive})
+            if len(options) > 1:
+                token = targets[expected[s]][len(prefix)]
+                share = mine[prefixes.index(prefix)][options].softmax(0)
+                found *= float(share[options.index(token)])
+            prefix = (*prefix, targets[expected[s]][len(prefix)])
+            alive = [t for t in alive if tuple(t[: len(prefix)]) == prefix]
+        assert float(chance[s]) == pytest.approx(found, rel=1e-5)
 
 
 def test_regression_targets_round_half_to_even_as_the_inputs_were_made():
     from pipeline.extract.tasks.base import TaskSpec
 
     values = tuple(round(0.1 * i, 1) for i in range(51))
-    spec = TaskSpec("stsb", "regression", (), ("pearson",), ("a",), "{0}", tuple(f"{v:.1f}" for v in values), values)
-    head = LMHead(ToyTail(), [[i + 2, 1] for i in range(51)], values)
+    spec = TaskSpec("stsb", "number", (), ("pearson",), ("a",), "{0}", tuple(f"{v:.1f}" for v in values), values)
+    head = TextHead("decoder", ToyTail(), [[i + 2, 1] for i in range(51)], values)
     labels = torch.tensor([4.25, 2.35, 0.05, 0.15, 5.0, 0.0, 3.333, 2.45], dtype=torch.float64)
     assert head.target_of(labels).tolist() == [spec.target_index(v) for v in labels.tolist()]
 
@@ -92,14 +105,16 @@ def test_pooling_is_the_mean_over_a_samples_own_rows():
     batch = Inputs({"encoder": np.array([2, 1, 3])}, {"encoder.ids": np.zeros(6, np.int32)}).batch()
     rows = torch.arange(12.0).view(6, 2)
     layout = batch.layout("encoder")
-    torch.testing.assert_close(pool(rows, layout), torch.stack([rows[:2].mean(0), rows[2], rows[3:].mean(0)]))
-    torch.testing.assert_close(pool(rows, layout, "first"), rows[[0, 2, 3]])
+    torch.testing.assert_close(layout.mean(rows), torch.stack([rows[:2].mean(0), rows[2], rows[3:].mean(0)]))
+    first = PooledHead({"a": Feature(2, "encoder")}, 1, "first")
+    torch.testing.assert_close(first.outputs({"a": rows}, batch), first.linear(rows[[0, 2, 3]]))
 
 
 def test_pooled_regression_is_squared_error():
-    head = PooledHead(2, 1, "regression", "encoder", "mean")
+    head = NumberHead({"a": Feature(2, "encoder")}, 1, "mean")
     batch = Inputs({"encoder": np.array([1, 1])}, {"encoder.ids": np.zeros(2, np.int32)}).batch()
-    batch.labels = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    told = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    batch.targets = {"label": told}
     rows = torch.randn(2, 2)
-    expected = ((head.linear(rows)[:, 0] - batch.labels.float()) ** 2).mean()
-    torch.testing.assert_close(head.loss(rows, batch), expected)
+    expected = ((head.linear(rows)[:, 0] - told.float()) ** 2).mean()
+    torch.testing.assert_close(head.losses({"a": rows}, batch)["number"], expected)

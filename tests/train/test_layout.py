@@ -15,8 +15,8 @@ from pipeline.train.live import LiveSource
 from pipeline.train.loop import FitOptions, fit
 from pipeline.train.order import Order
 from pipeline.train.stream import StoreSource
-from tests.train.test_loop import Killed, Stopping, course, kill, score
-from tests.train.toys import COLUMNS, STATES, ToyModel, check, key, samples
+from tests.train.test_loop import Killed, Stopping, course, kill, scorer
+from tests.train.toys import COLUMNS, STATES, ToyModel, check, key, samples, targets
 
 # Writers that raced: some samples are stored twice, which compacting undoes.
 SEGMENTS = (range(20), range(10, 34), range(34, 52), range(50, 70))
@@ -35,7 +35,7 @@ def space(tmp_path: Path) -> store.Space:
 def source(space: store.Space, low: int = 0, high: int = 60, **options: object) -> StoreSource:
     ids = (np.random.default_rng(0).permutation(high - low) + low).tolist()
     settings = {"batch_size": 7, "seed": 1, "window": 2, "ahead": 0, **options}
-    return StoreSource(space, [key(i) for i in ids], [i % 2 for i in ids], STATES, COLUMNS, **settings)  # type: ignore[arg-type]
+    return StoreSource(space, [key(i) for i in ids], targets([i % 2 for i in ids]), STATES, COLUMNS, **settings)  # type: ignore[arg-type]
 
 
 def train(space: store.Space, run: Path, stop: int | None = None, **options: object) -> dict:
@@ -47,7 +47,7 @@ def train(space: store.Space, run: Path, stop: int | None = None, **options: obj
         source(space, 60, 70),
         FitOptions(epochs=3, lr=1e-2, checkpoint_every=2),
         run,
-        score,
+        scorer,
         progress=False,
     )
 
@@ -118,7 +118,7 @@ def test_other_validation_rows_are_noticed(space: store.Space, tmp_path: Path) -
     with pytest.raises(UserError, match="unfinished run with 9 validation samples, now 5"):
         fit(
             ToyModel(), source(space), source(space, 55, 60), source(space, 60, 70),
-            FitOptions(epochs=3, lr=1e-2, checkpoint_every=2), tmp_path, score, progress=False,
+            FitOptions(epochs=3, lr=1e-2, checkpoint_every=2), tmp_path, scorer, progress=False,
         )  # fmt: skip
 
 

@@ -8,11 +8,13 @@ from transformers import T5Config
 
 from pipeline.extract.backbones import family_for
 from pipeline.extract.checkpoint import Checkpoint
+from pipeline.objectives import class_objective
 from pipeline.store import UserError
+from pipeline.train.features import Want
 from pipeline.train.model import Model, tail_for
 from pipeline.train.tuners import tuner_class, tuner_config
 from tests.train.conformance import CHECKS, Case, parameters_are_those_of_the_formula
-from tests.train.test_tuners import T5, TWO
+from tests.train.test_tuners import CHAINS, T5
 
 VARIANTS = [{"insert": "single:1"}, {"insert": "multi:1"}, {"insert": "none"}] + [
     {"tail": t} for t in ("lora", "bitfit", "adapter", "prompt")
@@ -69,7 +71,9 @@ def test_late_layers_are_those_of_the_backbone(checkpoints, pictures, family):
     up.weight.data.zero_(), up.bias.data.zero_()
     state = f"encoder.{case.family.depth('encoder') - 1}"
     last = case.family.run(case.backbone, case.inputs.batch(), [state])[state]
-    torch.testing.assert_close(model.tuner(batch), model.tuner._finish(last, "encoder"), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        model.tuner(batch)["encoder"], model.tuner._finish(last, "encoder"), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_a_late_t5_layer_is_the_backbones_own(checkpoints):
@@ -87,8 +91,9 @@ def test_a_late_t5_layer_is_the_backbones_own(checkpoints):
 def counted(options: dict) -> int:
     family = family_for(T5Config(vocab_size=32128, **T5["t5-base"]))
     config = tuner_config("sherl", {"reduction": 8, **options})
+    objective = class_objective(family, tuner_class("sherl"), CHAINS)
     with torch.device("meta"):
-        model = Model.build("sherl", config, family, tail_for("sherl", config, family, "sdpa"), TWO)
+        model = Model.build("sherl", config, family, tail_for("sherl", config, family, "sdpa"), objective)
     return model.trainable_parameters()
 
 
@@ -132,7 +137,7 @@ def test_only_earlier_states_are_read_and_bad_values_are_refused(checkpoints):
     swin = Checkpoint(checkpoints["swin"], "swin").family
     config = tuner_config("sherl", {"reduction": 4, "insert": "multi:1"})
     with pytest.raises(UserError, match="insert: swin backbones take last only"):
-        tuner_class("sherl", swin)(config, swin, swin.tail(None, "sdpa"))
+        tuner_class("sherl", swin)(config, swin, swin.tail(None, "sdpa"), Want())
 
 
 def test_a_copied_layer_computes_as_the_shared_one_in_either_mode(checkpoints, pictures):
@@ -141,5 +146,5 @@ def test_a_copied_layer_computes_as_the_shared_one_in_either_mode(checkpoints, p
     plain, batch = case_of(checkpoints, pictures, "bert", gate=0.1), case.batch()
     shared = plain.model().train()
     shared(batch)  # leaves the shared layer in its mode for training
-    model = Model.build("sherl", case.config, case.family, shared.tuner.tail, case.target, 0).eval()
+    model = Model.build("sherl", case.config, case.family, shared.tuner.tail, case.objective, 0).eval()
     torch.testing.assert_close(model(batch), shared.eval()(batch), rtol=1e-5, atol=1e-6)

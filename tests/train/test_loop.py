@@ -21,7 +21,7 @@ from pipeline.train import checkpoint
 from pipeline.train.loop import FitOptions, Interrupted, NotFinite, fit
 from pipeline.train.schedule import factor
 from pipeline.train.stream import StoreSource
-from tests.train.toys import COLUMNS, STATES, ToyModel, ToySpace, key
+from tests.train.toys import COLUMNS, STATES, Told, ToyModel, ToySpace, key, targets
 
 SPACE = ToySpace([9] * 12)
 
@@ -32,13 +32,17 @@ def toy_space(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def source(ids: Sequence[int] = range(80), batch_size: int = 16, labelled: bool = True) -> StoreSource:
-    labels = [int(sum(map(ord, key(i))) % 2) for i in ids] if labelled else None
-    return StoreSource(SPACE, [key(i) for i in ids], labels, STATES, COLUMNS, batch_size=batch_size, seed=1, ahead=0)
+    told = targets([int(sum(map(ord, key(i))) % 2) for i in ids]) if labelled else None
+    return StoreSource(SPACE, [key(i) for i in ids], told, STATES, COLUMNS, batch_size=batch_size, seed=1, ahead=0)
 
 
 def score(predictions: Sequence[Any], labels: Sequence[Any]) -> dict[str, float]:
     accuracy = float(np.mean(np.array(predictions) == np.array(labels)))
     return {"accuracy": accuracy, "average": accuracy}
+
+
+def scorer() -> Told:
+    return Told(score)
 
 
 def train(run: Path, model: Any = None, train_source: Any = None, **options: Any) -> dict[str, Any]:
@@ -50,7 +54,7 @@ def train(run: Path, model: Any = None, train_source: Any = None, **options: Any
         source(range(95, 108)),
         settings,
         run,
-        score,
+        scorer,
         progress=False,
     )
 
@@ -128,7 +132,15 @@ def test_the_best_epoch_is_restored_and_saved(tmp_path: Path) -> None:
         return {"average": next(values, 0.5)}
 
     seen: list[dict[str, torch.Tensor]] = []
-    result = fit(model, source(), source(range(80, 95)), source(range(95, 108)), FitOptions(epochs=4), tmp_path, fake)
+    result = fit(
+        model,
+        source(),
+        source(range(80, 95)),
+        source(range(95, 108)),
+        FitOptions(epochs=4),
+        tmp_path,
+        lambda: Told(fake),
+    )
     assert result["best_epoch"] == 2
     saved, info = checkpoint.load(tmp_path / checkpoint.TUNER)
     assert info["epoch"] == 2 and info["validation"] == {"average": 0.9}
@@ -141,7 +153,7 @@ def test_an_undefined_metric_is_never_best(tmp_path: Path) -> None:
     values = iter([math.nan, 0.2, math.nan])
     result = fit(
         ToyModel(), source(), source(range(80, 95)), None, FitOptions(epochs=3), tmp_path,
-        lambda p, y: {"average": next(values)}, progress=False,
+        lambda: Told(lambda p, y: {"average": next(values)}), progress=False,
     )  # fmt: skip
     assert result["best_epoch"] == 2 and result["test"] is None
     assert entries(tmp_path)[5]["validation"] == {"average": None}
@@ -232,9 +244,8 @@ def test_accumulation_is_a_larger_batch(tmp_path: Path) -> None:
     for name, size, many in (("large", 16, 1), ("small", 8, 2)):
         model = ToyModel()
         model.body[2].p = 0.0
-        whole = StoreSource(
-            ToySpace([9] * 12), [key(i) for i in ids], [i % 2 for i in ids], STATES, batch_size=size, seed=1, window=99
-        )
+        told = targets([i % 2 for i in ids])
+        whole = StoreSource(ToySpace([9] * 12), [key(i) for i in ids], told, STATES, batch_size=size, seed=1, window=99)
         train(tmp_path / name, model=model, train_source=whole, accumulate=many)
     large, small = steps(tmp_path / "large"), steps(tmp_path / "small")
     assert len(large) == len(small) == 18
@@ -247,7 +258,7 @@ def test_early_stop_max_steps_and_eval_every(tmp_path: Path) -> None:
     values = iter([0.5, 0.4, 0.3, 0.9, 0.9, 0.9])
     result = fit(
         ToyModel(), source(), source(range(80, 95)), None, FitOptions(epochs=9, patience=2), tmp_path / "a",
-        lambda p, y: {"average": next(values)}, progress=False,
+        lambda: Told(lambda p, y: {"average": next(values)}), progress=False,
     )  # fmt: skip
     assert (result["stopped"], result["epochs"], result["best_epoch"]) == ("patience", 3, 1)
     result = train(tmp_path / "b", max_steps=7, epochs=9)
@@ -257,7 +268,7 @@ def test_early_stop_max_steps_and_eval_every(tmp_path: Path) -> None:
 
 
 def test_without_validation_the_last_epoch_counts(tmp_path: Path) -> None:
-    result = fit(ToyModel(), source(), None, None, FitOptions(epochs=2), tmp_path, score, progress=False)
+    result = fit(ToyModel(), source(), None, None, FitOptions(epochs=2), tmp_path, scorer, progress=False)
     assert result["best_epoch"] == 2 and result["validation"] is None
     assert (tmp_path / checkpoint.TUNER).exists()
 
@@ -302,7 +313,7 @@ def test_nothing_to_train_or_to_score_is_said(tmp_path: Path) -> None:
         train(tmp_path, model=frozen)
     unlabelled = source(range(5), labelled=False)
     with pytest.raises(UserError, match="no labels"):
-        fit(ToyModel(), source(), unlabelled, None, FitOptions(epochs=1), tmp_path, score, progress=False)
+        fit(ToyModel(), source(), unlabelled, None, FitOptions(epochs=1), tmp_path, scorer, progress=False)
 
 
 @pytest.mark.parametrize(

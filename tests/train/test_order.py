@@ -43,7 +43,8 @@ def test_open_blocks_are_bounded_by_the_window(order: Order, epoch: int) -> None
     first = {b: i for i, b in reversed(list(enumerate(uses)))}
     last = {b: i for i, b in enumerate(uses)}
     open_at = max(sum(first[b] <= i <= last[b] for b in first) for i in range(len(uses)))
-    assert open_at <= 1.5 * order.window + 2
+    # window + 1 in the middle, half a window more at each end of the epoch; where there are few blocks the ends meet.
+    assert open_at <= 2 * order.window + 1
 
 
 @settings(max_examples=30, deadline=None)

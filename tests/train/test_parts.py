@@ -23,7 +23,7 @@ def test_parts_change_no_gradient(checkpoints, pictures, monkeypatch, tuner: str
         monkeypatch.setattr(bylength, "PARTS", most)
         model, batch = case.model().train(), case.batch()
         batch._derived = {}
-        batch.labels = torch.arange(len(batch)) % 3
+        batch.targets = {"label": torch.arange(len(batch)) % 3}
         model.loss(batch).backward()
         found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     whole, parts = found

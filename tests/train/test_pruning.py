@@ -128,14 +128,14 @@ def test_side_blocks_start_as_the_pruned_blocks_of_the_kept_layers(checkpoints, 
 def test_fisher_is_the_sum_of_squared_gradients_of_single_samples(checkpoints, pictures):
     case = Case(Checkpoint(checkpoints["t5"], "t5"), "lst", pictures)
     family, model = case.family, case.backbone
-    chain = list(case.target.candidates[2])
+    chain = list(case.chains[2])
     gold = family.with_decoder(case.inputs, [[family.start_id, *chain[:-1]]] * 6)
     batches = []
     for i in range(3):
         batch = gold.take(torch.tensor([i]).numpy()).batch()
-        batch.labels = torch.tensor([2])
+        batch.targets = {"label": torch.tensor([2])}
         batches.append(batch)
-    found = fisher(family, model, case.target, batches)
+    found = fisher(family, model, case.objective, batches)
     assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
     expected = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
     model.requires_grad_(True)

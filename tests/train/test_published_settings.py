@@ -10,11 +10,12 @@ import torch
 
 from pipeline.extract.backbones import family_for
 from pipeline.extract.checkpoint import Checkpoint
+from pipeline.objectives import class_objective
 from pipeline.operations import backbone_model
 from pipeline.shapes import known_config
 from pipeline.store.errors import UserError
 from pipeline.train.counterparts import PAPER, CounterpartModel, counterpart
-from pipeline.train.model import Target
+from pipeline.train.tuners import tuner_class
 from tests.pipeline.test_compare import trains_only_its_own
 from tests.pipeline.test_errors import refused, run
 from tests.train.conformance import Case
@@ -31,22 +32,24 @@ def test_counts_at_t5_base_are_the_published_ones(name):
     family = family_for(config)
     model = backbone_model(family)
     assert sum(p.numel() for p in model.parameters()) == TOTAL
-    made = CounterpartModel(counterpart(name, "paper"), family, model, Target("classification", 2, ((3, 1), (4, 1))))
+    made = CounterpartModel(
+        counterpart(name, "paper"), family, model, class_objective(family, tuner_class("sherl"), ((3, 1), (4, 1)))
+    )
     assert made.trainable_parameters() == COUNTS[name]
     assert round(100 * COUNTS[name] / TOTAL, 2) == SHARES[name]
-    assert counterpart(name, "paper").lr_lm == (0.3 if name == "prompt" else 3e-4)
+    assert counterpart(name, "paper").lr_text == (0.3 if name == "prompt" else 3e-4)
 
 
 @pytest.mark.parametrize("name", PAPER)
 def test_they_train_what_they_say_from_the_backbone(checkpoints, pictures, name):
     case = Case(Checkpoint(checkpoints["t5"], "t5"), "sherl", pictures)
     backbone = case.family.load(case.checkpoint.folder, torch.float32, "sdpa", "cpu")
-    chains = [list(c) for c in case.target.candidates]
+    chains = case.chains
     batch = case.family.with_decoder(case.inputs, [[case.family.start_id, *chains[2][:-1]]] * len(case.inputs)).batch()
-    batch.labels = torch.full((len(batch),), 2)
-    plain = CounterpartModel(counterpart("full"), case.family, backbone, case.target, 0).eval().loss(batch)
+    batch.targets = {"label": torch.full((len(batch),), 2)}
+    plain = CounterpartModel(counterpart("full"), case.family, backbone, case.objective, 0).eval().loss(batch)
     plain = float(plain.detach())
-    model = CounterpartModel(counterpart(name, "paper"), case.family, backbone, case.target, 0)
+    model = CounterpartModel(counterpart(name, "paper"), case.family, backbone, case.objective, 0)
     if name != "prompt":  # adapters start near the identity, the others at it
         assert float(model.eval().loss(batch).detach()) == pytest.approx(plain, rel=1e-2 if name == "adapter" else 1e-6)
     model.loss(batch).backward()
@@ -61,7 +64,7 @@ def test_biases_of_bitfit_are_where_they_should_be(checkpoints, pictures):
     """Adding b to a bias adds it to the module's output: on Linears, on norms, and on the columns of the head."""
     case = Case(Checkpoint(checkpoints["t5"], "t5"), "sherl", pictures)
     backbone = case.family.load(case.checkpoint.folder, torch.float32, "sdpa", "cpu")
-    model = CounterpartModel(counterpart("bitfit", "paper"), case.family, backbone, case.target).eval()
+    model = CounterpartModel(counterpart("bitfit", "paper"), case.family, backbone, case.objective).eval()
     x = torch.randn(3, 32)
     shift = torch.randn(32)
     for part in (backbone.decoder.final_layer_norm, backbone.encoder.block[1].layer[0].SelfAttention.q):
@@ -83,7 +86,7 @@ def test_what_the_papers_do_not_have_is_refused(checkpoints, pictures):
     backbone = case.family.load(case.checkpoint.folder, torch.float32, "sdpa", "cpu")
     for name in PAPER:
         with pytest.raises(UserError, match="for T5"):
-            CounterpartModel(counterpart(name, "paper"), case.family, backbone, case.target)
+            CounterpartModel(counterpart(name, "paper"), case.family, backbone, case.objective)
 
 
 def test_a_table_says_with_which_settings_it_was_made(checkpoints, table, tmp_path):

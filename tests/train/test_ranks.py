@@ -19,7 +19,7 @@ from pipeline.train.ranks import Ranks
 from pipeline.train.stream import StoreSource
 from tests.pipeline.test_errors import run
 from tests.store.servers import free_port
-from tests.train.test_loop import SPACE, score, source
+from tests.train.test_loop import SPACE, scorer, source
 from tests.train.toys import ToyModel
 
 
@@ -44,7 +44,7 @@ def test_ranks_see_together_what_one_process_sees(stored: Path, world: int, grou
     options: dict[str, Any] = {"batch_size": 10, "seed": 3, "block_bytes": 4000, "group_by_length": grouped}
 
     def epoch(rank: int, of: int, number: int) -> list[np.ndarray]:
-        source = StoreSource(space, table.keys, table.labels, ["encoder.1"], rank=rank, world=of, **options)
+        source = StoreSource(space, table.keys, None, ["encoder.1"], rank=rank, world=of, **options)
         return [batch.index for batch in source.epoch(number)]
 
     for number in range(2):
@@ -93,7 +93,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_both(tmp_path: Path, monkey
             try:
                 options = FitOptions(epochs=2, lr=0.01)
                 model = ToyModel(poison=3 if rank else None)
-                fit(model, source(), None, None, options, tmp_path / "run", score, progress=False)
+                fit(model, source(), None, None, options, tmp_path / "run", scorer, progress=False)
             except NotFinite as error:
                 (tmp_path / f"{rank}").write_text(str(error))
                 code = 7

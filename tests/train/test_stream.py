@@ -12,8 +12,12 @@ import torch
 
 from pipeline import store
 from pipeline.store.errors import MissingStates, StoreError, UserError
+from pipeline.train.objectives import Answers
+from pipeline.train.objectives.pooled import PooledConfig
+from pipeline.train.objectives.regression import Regression
 from pipeline.train.stream import StoreSource
-from tests.train.toys import COLUMNS, STATES, WIDTH, ToySpace, check, key, samples
+from pipeline.train.targets import Targets
+from tests.train.toys import COLUMNS, STATES, WIDTH, ToySpace, check, key, samples, targets
 
 SIZES = [7, 3, 12, 1, 9, 5, 8, 11, 4, 6]
 
@@ -25,7 +29,7 @@ def make(monkeypatch: pytest.MonkeyPatch, space: ToySpace | None = None, **optio
     ids = [i for i in np.random.default_rng(0).permutation(sum(space.sizes)).tolist() if i % 3]
     ids.append(ids[0])
     settings = {"batch_size": 6, "seed": 3, "window": 3, "lookahead_bytes": 2000, "host_bytes": 0, **options}
-    source = StoreSource(space, [key(i) for i in ids], [i % 2 for i in ids], STATES, COLUMNS, **settings)  # type: ignore[arg-type]
+    source = StoreSource(space, [key(i) for i in ids], targets([i % 2 for i in ids]), STATES, COLUMNS, **settings)  # type: ignore[arg-type]
     return source, ids
 
 
@@ -53,8 +57,8 @@ def test_batches_hold_the_right_rows(monkeypatch: pytest.MonkeyPatch, fmt: str, 
         seen = []
         for batch in source.epoch(epoch):
             check(batch, ids, fmt)
-            assert batch.labels is not None
-            assert batch.labels.tolist() == [ids[i] % 2 for i in batch.index]
+            assert batch.targets is not None
+            assert batch.targets["label"].tolist() == [ids[i] % 2 for i in batch.index]
             seen += batch.index.tolist()
         assert sorted(seen) == list(range(len(ids)))
     assert sorted(chain(*indices(source.sequential()))) == list(range(len(ids)))
@@ -119,7 +123,7 @@ def test_readers_that_take_turns_get_the_batches_of_one(monkeypatch: pytest.Monk
     source, _ = make(monkeypatch)
     assert len(source) < 12
     whole = indices(source.epochs(0, 3, 2))
-    parts = [indices(make(monkeypatch, share=(i, shares))[0].epochs(0, 3, 2)) for i in range(shares)]
+    parts = [indices(make(monkeypatch)[0].epochs(0, 3, 2, (i, shares))) for i in range(shares)]
     assert [parts[n % shares][n // shares] for n in range(len(whole))] == whole
     assert sum(map(len, parts)) == len(whole)
 
@@ -290,15 +294,20 @@ def test_no_scheduler_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None
         next(source.epoch(0))
 
 
-@pytest.mark.parametrize(
-    ("labels", "kind"), [([0, 1, 2], torch.int64), ([0.5, 1, 2.0], torch.float64), ([None] * 3, None), (None, None)]
-)
-def test_labels(monkeypatch: pytest.MonkeyPatch, labels: list | None, kind: torch.dtype | None) -> None:
+def test_targets_are_what_the_objective_makes_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
     space = ToySpace([3])
     monkeypatch.setattr(store, "read_block", space.read_block)
-    source = StoreSource(space, [key(i) for i in range(3)], labels, STATES, COLUMNS, batch_size=3)
-    (batch,) = source.sequential()
-    assert (None if batch.labels is None else batch.labels.dtype) == kind
+    number = Regression(PooledConfig(), Answers())
+    for given, found in (
+        (targets([0, 1, 2]), torch.tensor([0, 1, 2])),
+        (Targets(number, [0.5, 1, 4.35]), torch.tensor([0.5, 1.0, 4.35], dtype=torch.float64)),
+    ):
+        source = StoreSource(space, [key(i) for i in range(3)], given, STATES, COLUMNS, batch_size=3)
+        (batch,) = source.sequential()
+        assert batch.targets is not None
+        assert torch.equal(batch.targets["label"], found[batch.index]) and batch.targets["label"].dtype == found.dtype
+    (batch,) = StoreSource(space, [key(i) for i in range(3)], None, STATES, COLUMNS, batch_size=3).sequential()
+    assert batch.targets is None
 
 
 def test_wrong_options_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,9 +316,11 @@ def test_wrong_options_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
             make(monkeypatch, **options)
     space = ToySpace([3])
     with pytest.raises(UserError, match="no samples"):
-        StoreSource(space, [], [], STATES, batch_size=2)
-    with pytest.raises(UserError, match="1 of 3 samples have no label, the first is row 1"):
-        StoreSource(space, [key(i) for i in range(3)], [0, None, 1], STATES, batch_size=2)
+        StoreSource(space, [], None, STATES, batch_size=2)
+    with pytest.raises(UserError, match="1 of 3 samples have no target, the first is row 1"):
+        targets([0, None, 1])
+    with pytest.raises(UserError, match="2 targets for 3 samples"):
+        StoreSource(space, [key(i) for i in range(3)], targets([0, 1]), STATES, batch_size=2)
     with pytest.raises(UserError, match="start"):
         make(monkeypatch)[0].epoch(0, 99)
 
@@ -327,7 +338,9 @@ def test_all_of_a_batch_is_where_its_blocks_are(monkeypatch: pytest.MonkeyPatch,
     source, _ = make(monkeypatch, ToySpace(SIZES), device="meta", dtype=None)
     monkeypatch.setattr(source, "_tier", "device")
     batch = next(source.epoch(0))
-    assert {t.device.type for t in (*batch.states.values(), *batch.columns.values(), batch.labels)} == {"meta"}
+    assert {t.device.type for t in (*batch.states.values(), *batch.columns.values(), *batch.targets.values())} == {
+        "meta"
+    }
 
 
 def test_blocks_on_a_device_give_the_same_batches(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pipeline.extract.backbones.base import Family, Tail
 from pipeline.extract.backbones.batch import Batch
+from pipeline.train.features import Features, Want
 from pipeline.train.tuners import Tuner, TunerConfig, register
+from pipeline.train.tuners.base import rows_of
 
 
 @dataclass(frozen=True)
@@ -20,11 +22,11 @@ class ToyConfig(TunerConfig):
 @register("toy", ToyConfig)
 class Toy(Tuner):
     description = "the last state, scaled"
-    pooled = True
 
-    def __init__(self, config: ToyConfig, family: Family, tail: Tail) -> None:
-        super().__init__(config, family, tail)
-        self.stream, self.output_width = family.streams[0], family.width
+    def __init__(self, config: ToyConfig, family: Family, tail: Tail, wants: Want) -> None:
+        super().__init__(config, family, tail, wants)
+        self.stream = family.streams[0]
+        self.features = {self.stream: rows_of(family, self.stream)}
         self.scale = nn.Parameter(torch.ones(family.width))
         (self.state,) = self.states(config, family)
 
@@ -33,5 +35,5 @@ class Toy(Tuner):
         stream = family.streams[0]
         return [f"{stream}.{family.depth(stream) - 1}"]
 
-    def forward(self, batch: Batch) -> Tensor:
-        return self.scale * batch.states[self.state].float()
+    def forward(self, batch: Batch) -> Features:
+        return {self.stream: self.scale * batch.states[self.state].float()}

@@ -1,15 +1,22 @@
 """Small stand-ins for the tests of this folder: samples with known numbers, a space in memory, a model with dropout."""
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pipeline.extract.backbones.batch import Batch
-from pipeline.store.formats import decode, encode
+from pipeline.extract.encoding import decode, encode
 from pipeline.store.samples import Samples
+from pipeline.train.objectives.base import Answers, Scorer
+from pipeline.train.objectives.classification import Classification
+from pipeline.train.objectives.pooled import PooledConfig
+from pipeline.train.objectives.scores import ScalarScorer
+from pipeline.train.targets import Targets
 
 STATES = ("encoder.0", "encoder.2", "decoder.1")
 COLUMNS = ("encoder.ids", "decoder.ids")
@@ -39,7 +46,7 @@ def samples(ids: list[int], fmt: str = "float32") -> Samples:
     return Samples(
         [key(i) for i in ids],
         {s: np.array([m[0][s] for m in made], np.int64) for s in ("encoder", "decoder")},
-        {name: encode(torch.from_numpy(np.concatenate([m[1][name] for m in made])), fmt) for name in STATES},
+        {name: encode(torch.from_numpy(np.concatenate([m[1][name] for m in made])), fmt).numpy() for name in STATES},
         {name: np.concatenate([m[1][name] for m in made]) for name in COLUMNS},
     )
 
@@ -101,6 +108,30 @@ class ToySpace:
         return samples(self.held[block.number], self.fmt)
 
 
+def targets(labels: Sequence[Any]) -> Targets:
+    """Labels as a classification's targets."""
+    return Targets(Classification(PooledConfig(), Answers.of_classes(2)), labels)
+
+
+class Told(Scorer):
+    """What `figures` makes of the predictions and the truth of a split."""
+
+    def __init__(self, figures: Callable[[list[Any], list[Any]], dict[str, float]]) -> None:
+        self.figures, self.seen = figures, ScalarScorer(())
+
+    def update(self, out: dict[str, Any], batch: Batch) -> None:
+        self.seen.update(out, batch)
+
+    def merge(self, other: Any) -> None:
+        self.seen.merge(other.seen)
+
+    def compute(self) -> dict[str, float]:
+        parts = self.seen._seen
+        index, guess, truth = (np.concatenate(column) for column in zip(*parts, strict=True))
+        order = index.argsort()
+        return self.figures(guess[order].tolist(), truth[order].tolist())
+
+
 class ToyModel(nn.Module):
     """Mean pooling, dropout, a linear classifier; `poison` makes the loss NaN at that training step (from 1)."""
 
@@ -117,16 +148,22 @@ class ToyModel(nn.Module):
         return self.body(self.norm(grid.sum(1) / batch.layout("encoder").lengths[:, None]))
 
     def loss(self, batch: Batch) -> Tensor:
-        assert batch.labels is not None
+        assert batch.targets is not None
         self.calls += 1
-        loss = nn.functional.cross_entropy(self(batch), batch.labels)
+        loss = nn.functional.cross_entropy(self(batch), batch.targets["label"])
         return loss * float("nan") if self.calls == self.poison else loss
+
+    def weight(self, batch: Batch) -> float:
+        return float(len(batch))
+
+    def begin_step(self, step: int, steps: int) -> None:
+        pass
 
     def stepped(self) -> None:
         pass
 
-    def predict(self, batch: Batch) -> Tensor:
-        return self(batch).argmax(-1).cpu()
+    def measure(self, batch: Batch) -> dict[str, Tensor]:
+        return {"label": self(batch).argmax(-1).cpu()}
 
     def trainable_state(self) -> dict[str, Tensor]:
         return {n: p.detach() for n, p in self.named_parameters() if p.requires_grad}

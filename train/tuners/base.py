@@ -1,16 +1,17 @@
 """What a tuner is, and the register of tuners.
 
-A tuner is a typed config that validates itself and a module that turns a `Batch` of named states into rows for a
-readout. It says which states it reads and whether it needs the live tail; it cannot tell a cached batch from a live
-one. Adding a tuner means adding one file with a config, a module and `@register("name", ConfigClass)`.
+A tuner is a typed config that validates itself and a module that turns a `Batch` of named states into features: named
+rows that an objective's head reads. It says which states it reads and whether it needs the live tail; it cannot tell a
+cached batch from a live one. Adding a tuner means adding one file with a config, a module and
+`@register("name", ConfigClass)`.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,15 +19,27 @@ from torch.nn import functional as F
 
 from pipeline.extract.backbones.base import Family, Tail
 from pipeline.extract.backbones.batch import Batch
+from pipeline.extract.options import check_options, option
+from pipeline.extract.plugins import load_installed
 from pipeline.store.errors import UserError
+from pipeline.train.features import Feature, Features, Kind, Want
 
 
 @dataclass(frozen=True)
 class TunerConfig:
-    """Options common to tuners. `layers`: the 0-based blocks whose states are used; empty means the method's own
-    choice for the backbone (the papers' where they give one)."""
+    """Options common to tuners; those of a tuner are the fields of a subclass, each made by `option`, each with a
+    default. Raises ValueError for a value that an option does not take. Empty `layers` are the method's own choice for
+    the backbone (the papers' where they give one)."""
 
-    layers: tuple[int, ...] = ()
+    layers: tuple[int, ...] = option(
+        (),
+        "Blocks (from 0) whose states are used. Default: the paper's choice for the backbone.",
+        metavar="NUMBERS",
+        extraction=True,
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
     def kept(self, family: Family, method: str, stream: str) -> list[int]:
         """The layers used on `stream`. Raises UserError for one that the backbone does not have."""
@@ -60,7 +73,8 @@ def full_precision(device: torch.device) -> torch.autocast:
 
 
 class Tuner(nn.Module):
-    """A side network. `forward(batch)` gives (rows of `stream`, `output_width`) for the readout.
+    """A side network. `forward(batch)` gives the rows of each of `features`. It neither pools nor classifies: that is
+    the objective's, whose `wants` says what its head can read.
 
     `tail` is the frozen live end of the backbone; its parameters are not the tuner's and are never saved with it.
     """
@@ -70,18 +84,17 @@ class Tuner(nn.Module):
     config_class: ClassVar[type[TunerConfig]]
     shapes: ClassVar[tuple[str, ...]] = ("sequence",)  # shapes of families this class works on, see `Family.shape`
     families: ClassVar[tuple[str, ...]] = ()  # names of the only families it works on; empty for any
-    pooled: ClassVar[bool] = False  # True: always read out by pooling, even on a text-to-text backbone
+    text_head: ClassVar[bool] = False  # True: can hand out rows for the backbone's frozen language-model head
     projects: ClassVar[bool] = False  # True: its first maps take states of `family.state_width`, projected ones too
-    # Learning rates that `train` starts from: the papers' on text-to-text backbones, measured ones on encoders.
-    lr_lm: ClassVar[float] = 3e-3
+    # Learning rates that `train` starts from: the papers' under a frozen text head, measured ones elsewhere.
+    lr_text: ClassVar[float] = 3e-3
     lr_pooled: ClassVar[float] = 1e-3
 
-    output_width: int
-    stream: str  # whose rows `forward` returns; "" when it returns one row a sample
+    features: dict[str, Feature]  # what `forward` gives, known before any batch
 
-    def __init__(self, config: Any, family: Family, tail: Tail) -> None:
+    def __init__(self, config: Any, family: Family, tail: Tail, wants: Want) -> None:
         super().__init__()
-        self.config, self.family = config, family
+        self.config, self.family, self.wants = config, family, wants
         # Hidden from parameters(): the tail is shared, frozen and belongs to the feature space.
         object.__setattr__(self, "tail", tail)
 
@@ -91,6 +104,11 @@ class Tuner(nn.Module):
     def states(cls, config: Any, family: Family) -> list[str]:
         """The states this tuner reads, in store order."""
         raise NotImplementedError
+
+    @classmethod
+    def kept_options(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Options that the weights of a finished run tell, for runs written before there were such options."""
+        return {}
 
     @classmethod
     def start(cls, config: Any, family: Family) -> Start | None:
@@ -106,11 +124,11 @@ class Tuner(nn.Module):
         """Live layers before the last one, which the tail must hold (`Tail.late`)."""
         return []
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch) -> Features:
         raise NotImplementedError
 
     def penalty(self, head: nn.Module) -> Tensor | None:
-        """What a training batch adds to the loss, from the weights of the readout; None for nothing."""
+        """What a training batch adds to the loss, from the weights of the head; None for nothing."""
         return None
 
     def stepped(self, head: nn.Module) -> None:
@@ -127,10 +145,7 @@ class Tuner(nn.Module):
 
     def default_lr(self) -> float:
         """The learning rate used when none is given."""
-        return self.lr_lm if self.readout() == "lm" else self.lr_pooled
-
-    def readout(self) -> Literal["lm", "pooled"]:
-        return "pooled" if self.pooled else self.family.readout
+        return self.lr_text if self.wants.text_head else self.lr_pooled
 
 
 _TUNERS: dict[str, type[Tuner]] = {}
@@ -179,10 +194,12 @@ def _form_for(name: str, family: Family) -> type[Tuner] | None:
 
 
 def tuner_class(name: str, family: Family | None = None) -> type[Tuner]:
-    """The tuner called `name`, in its form for `family` if given.
+    """The tuner called `name`, in its form for `family` if given; of an installed plug-in too.
 
     UserError offering the nearest names for an unknown one, or naming those that work on `family`.
     """
+    if name not in _TUNERS:
+        load_installed()
     if name in _TUNERS:
         if family is None:
             return _TUNERS[name]
@@ -206,6 +223,12 @@ def tuner_config(name: str, options: dict[str, Any]) -> TunerConfig:
         return cls(**values)
     except (TypeError, ValueError) as error:
         raise UserError(f"tuner {name!r}: {error}") from None
+
+
+def rows_of(family: Family, stream: str, width: int | None = None) -> Feature:
+    """What a tuner hands out that keeps the positions of `stream`; `width`: the backbone's own if not given."""
+    kind: Kind = "sequence" if family.shape == "sequence" else "map"
+    return Feature(family.width_of(stream) if width is None else width, stream, kind)
 
 
 def checked_reduction(reduction: int, width: int) -> int:

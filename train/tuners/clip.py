@@ -20,7 +20,8 @@ from torch.nn import functional as F
 
 from pipeline.extract.backbones.base import Family, Tail
 from pipeline.extract.backbones.batch import Batch, Layout
-from pipeline.train.heads.pooled import pool
+from pipeline.extract.options import option
+from pipeline.train.features import Feature, Features, Want
 from pipeline.train.tuners.base import StateLinear, Tuner, TunerConfig, checked_reduction, full_precision, register
 from pipeline.train.tuners.mtsa import EPSILON, mix
 
@@ -30,7 +31,7 @@ class ClipConfig(TunerConfig):
     """`reduction`: side width is the backbone's over this. 1 is what the published counts need, though the paper says
     2. `layers`: blocks that are read beside the embedding; all by default."""
 
-    reduction: int = 1
+    reduction: int = option(1, "Side width is the backbone's over this.", least=1)
 
 
 class Tower(nn.Module):
@@ -78,7 +79,7 @@ class UniptTower(Tower):
         around = guide[layout.sample]
         products = [F.relu((around * t).sum(-1, keepdim=True)) for t in low]
         tokens = torch.stack([_gather(p, t, layout, base, True) for p, t in zip(products, low, strict=True)], 1)
-        scores = torch.cat([self.score(guide * pool(t, layout)) for t in low], dim=1)
+        scores = torch.cat([self.score(guide * layout.mean(t)) for t in low], dim=1)
         return (scores.softmax(1).unsqueeze(-1) * tokens).sum(1)
 
 
@@ -97,22 +98,21 @@ class ClipTuner(Tuner):
     """What the two forms share."""
 
     families = ("vit",)
-    pooled = True
     tower: type[Tower]
 
-    def __init__(self, config: ClipConfig, family: Family, tail: Tail) -> None:
-        super().__init__(config, family, tail)
+    def __init__(self, config: ClipConfig, family: Family, tail: Tail, wants: Want) -> None:
+        super().__init__(config, family, tail, wants)
         inner = checked_reduction(config.reduction, family.width)
         self.names = _names(config, family)
         self.side = self.tower(family.width, family.width, len(self.names), inner)
-        self.stream, self.output_width = "", family.width
+        self.features = {"class token": Feature(family.width)}
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch) -> Features:
         """(B, width): one row a sample."""
         layout, last = batch.layout("encoder"), f"encoder.{self.family.depth('encoder') - 1}"
         first = layout.first
         pooled = self.tail.final_norm(batch.states[last].index_select(0, first).float(), "encoder")
-        return self.side(pooled, [batch.states[n] for n in self.names], layout, first)
+        return {"class token": self.side(pooled, [batch.states[n] for n in self.names], layout, first)}
 
 
 def _names(config: ClipConfig, family: Family) -> list[str]:

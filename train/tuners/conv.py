@@ -16,7 +16,8 @@ from pipeline.extract.backbones.base import Family, Tail
 from pipeline.extract.backbones.batch import Batch
 from pipeline.extract.backbones.grids import cell_counts, cells, max_cells, mean_cells, sizes, sum_cells
 from pipeline.store.errors import UserError
-from pipeline.train.tuners.base import Tuner, TunerConfig, checked_reduction, form, full_precision
+from pipeline.train.features import Features, Want
+from pipeline.train.tuners.base import Tuner, TunerConfig, checked_reduction, form, full_precision, rows_of
 from pipeline.train.tuners.livelayers import refuse
 from pipeline.train.tuners.mtsa import SCORED, learned, mix
 from pipeline.train.tuners.sherl import SherlConfig
@@ -74,8 +75,8 @@ class SherlConv(Tuner):
     description = "SHERL on staged backbones"
     lr_pooled = 3e-3
 
-    def __init__(self, config: SherlConfig, family: Family, tail: Tail) -> None:
-        super().__init__(config, family, tail)
+    def __init__(self, config: SherlConfig, family: Family, tail: Tail, wants: Want) -> None:
+        super().__init__(config, family, tail, wants)
         refuse({"insert": config.insert, "tail": config.tail}, family)
         if config.recompute:
             raise UserError(f"recompute: SHERL on {family.name} backbones keeps what it computes; leave it out")
@@ -87,13 +88,14 @@ class SherlConv(Tuner):
         self.up = ConvNorm(inner, family.width)
         self.gate = nn.Parameter(torch.full((), 0.1 if config.gate is None else float(config.gate)))
         self.norm = family.norm(family.streams[-1])
-        self.stream, self.output_width = family.streams[-1], family.width
+        self.stream = family.streams[-1]
+        self.features = {self.stream: rows_of(family, self.stream)}
 
     @classmethod
     def states(cls, config: SherlConfig, family: Family) -> list[str]:
         return taps(config, family, "sherl", live=True)
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch) -> Features:
         with full_precision(batch.device):
             where, count = cells_of(self.family, batch), int(batch.lengths[self.stream].sum())
             low = []
@@ -104,7 +106,7 @@ class SherlConv(Tuner):
             blended = mix(torch.stack(low[:-1], 1), low[-1], self.score, self.config.blend, self.learned, EPSILON)
             guide = batch.states[self.names[-1]].float()
             rows = F.relu(self.up(blended)) + torch.tanh(self.gate / self.config.temperature) * guide
-        return self.norm(self.tail({self.stream: rows}, batch))
+        return {self.stream: self.norm(self.tail({self.stream: rows}, batch))}
 
 
 @form("unipt", "pyramid")
@@ -120,8 +122,8 @@ class UniptConv(Tuner):
     description = "UniPT on staged backbones"
     lr_pooled = 3e-3
 
-    def __init__(self, config: UniptConfig, family: Family, tail: Tail) -> None:
-        super().__init__(config, family, tail)
+    def __init__(self, config: UniptConfig, family: Family, tail: Tail, wants: Want) -> None:
+        super().__init__(config, family, tail, wants)
         inner = checked_reduction(config.reduction, family.width)
         self.names = taps(config, family, "unipt", live=False)
         widths = [family.width_of(n.split(".")[0]) for n in self.names]
@@ -129,13 +131,14 @@ class UniptConv(Tuner):
         self.down = nn.ModuleList(ConvNorm(w, inner) for w in widths)
         self.aggregate = Aggregate(inner, ConvNorm(inner, inner))
         self.up = nn.Linear(inner, family.width)
-        self.stream, self.output_width = family.streams[-1], family.width
+        self.stream = family.streams[-1]
+        self.features = {self.stream: rows_of(family, self.stream)}
 
     @classmethod
     def states(cls, config: UniptConfig, family: Family) -> list[str]:
         return taps(config, family, "unipt", live=False)
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch) -> Features:
         with full_precision(batch.device):
             where, top = cells_of(self.family, batch), batch.states[self.names[-1]].float()
             low = []
@@ -143,7 +146,7 @@ class UniptConv(Tuner):
                 rows, cell = batch.states[name].float(), where[name.split(".")[0]]
                 low.append(down(rows if cell is None else gathered(rows, F.relu(guide(top)), cell)))
             anchor = self.down[-1](top)
-            return self.up(F.relu(self.aggregate(anchor, low, batch.layout(self.stream))))
+            return {self.stream: self.up(F.relu(self.aggregate(anchor, low, batch.layout(self.stream))))}
 
 
 def gathered(rows: Tensor, guide: Tensor, cell: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ corrections it is that stream. There is no public code. What the paper leaves op
 - How highway and backbone meet before the neck: norm(l + e) by default, norm(e) as the alternative (`fusion`).
 - Initialisation: the author's LoRand code draws every factor (Kaiming uniform). Here the last factor starts at zero by
   default, so that training starts from the pretrained network; `zero_init` false gives the author's. A deviation.
-- The paper's tasks are dense, with a neck over all stages. A class is read here from the mean of every stage's norm,
-  joined; all norms take part, and the counts are the paper's.
+- The paper's tasks are dense, with a neck over all stages. A head for one class a sample reads the mean of every
+  stage's norm, joined; all norms take part, and the counts are the paper's.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ from torch.nn import functional as F
 from pipeline.extract.backbones.base import Family, Tail
 from pipeline.extract.backbones.batch import Batch
 from pipeline.extract.backbones.swin import SwinTail
+from pipeline.extract.options import option
 from pipeline.store.errors import UserError
-from pipeline.train.heads.pooled import pool
-from pipeline.train.tuners.base import Tuner, TunerConfig, register, state_linear
+from pipeline.train.features import Features, Want
+from pipeline.train.tuners.base import Tuner, TunerConfig, register, rows_of, state_linear
 
 
 @dataclass(frozen=True)
@@ -37,18 +38,15 @@ class E3vaConfig(TunerConfig):
     """`alpha`: rank of the factors, 8 (E³VA), 16 (+) or 32 (++). `start`: e₀, "embedding" or "zero". `fusion`: "sum" is
     norm(l + e), "highway" norm(e). `zero_init`: start the last factor of each adapter at zero."""
 
-    alpha: int = 8
-    start: str = "embedding"
-    fusion: str = "sum"
-    zero_init: bool = True
-
-    def __post_init__(self) -> None:
-        if self.alpha < 1:
-            raise ValueError(f"alpha: at least 1, not {self.alpha}")
-        if self.start not in ("embedding", "zero"):
-            raise ValueError(f"start: embedding or zero, not {self.start!r}")
-        if self.fusion not in ("sum", "highway"):
-            raise ValueError(f"fusion: sum or highway, not {self.fusion!r}")
+    alpha: int = option(8, "Rank of the adapters; 8, 16, 32 are E3VA, +, ++.", least=1)
+    start: str = option("embedding", "What the highway starts from.", choices=("embedding", "zero"), extraction=True)
+    fusion: str = option(
+        "sum",
+        "What the norms read, the sum of highway and backbone or the highway.",
+        choices=("sum", "highway"),
+        extraction=True,
+    )
+    zero_init: bool = option(True, "Start the last factor of each adapter at zero (ours) or at random.")
 
 
 class LowRank(nn.Module):
@@ -91,11 +89,10 @@ class E3va(Tuner):
     description = "E³VA: low-rank adapters on a highway beside a Swin; alpha 8, 16, 32 for E³VA, +, ++"
     shapes = ("pyramid",)
     families = ("swin",)
-    pooled = True
     tail: SwinTail
 
-    def __init__(self, config: E3vaConfig, family: Family, tail: Tail) -> None:
-        super().__init__(config, family, tail)
+    def __init__(self, config: E3vaConfig, family: Family, tail: Tail, wants: Want) -> None:
+        super().__init__(config, family, tail, wants)
         self.states(config, family)
         self.adapters = nn.ModuleDict()
         for stream in family.streams:
@@ -104,7 +101,7 @@ class E3va(Tuner):
                     adapter = LowRankAdapter(family.width_of(stream), config.alpha, config.zero_init)
                     self.adapters[f"{stream}_{i}_{branch}"] = adapter
         self.norms = nn.ModuleDict({s: nn.LayerNorm(family.width_of(s)) for s in family.streams})
-        self.stream, self.output_width = "", sum(family.width_of(s) for s in family.streams)
+        self.features = {s: rows_of(family, s) for s in family.streams}
 
     @classmethod
     def states(cls, config: E3vaConfig, family: Family) -> list[str]:
@@ -118,11 +115,11 @@ class E3va(Tuner):
                 names.append(f"{stream}.{family.depth(stream) - 1}")
         return names
 
-    def forward(self, batch: Batch) -> Tensor:
-        """(B, sum of stage widths): one row a sample."""
+    def forward(self, batch: Batch) -> Features:
+        """A map a stage."""
         start = batch.states["stage1.0.msa"].float()
         e = batch.states["stage1.in"].float() if self.config.start == "embedding" else torch.zeros_like(start)
-        out = []
+        out: Features = {}
         for number, stream in enumerate(self.family.streams):
             if number:
                 e = self.tail.merge(e, number - 1, batch)
@@ -132,5 +129,5 @@ class E3va(Tuner):
                     e = e + self.adapters[f"{stream}_{i}_{branch}"](tap)
             last = f"{stream}.{self.family.depth(stream) - 1}"
             met = e + batch.states[last].float() if self.config.fusion == "sum" else e
-            out.append(pool(self.norms[stream](met), batch.layout(stream)))
-        return torch.cat(out, dim=1)
+            out[stream] = self.norms[stream](met)
+        return out

@@ -1,24 +1,26 @@
 """Head2Toe (Evci et al., ICML 2022): a linear head on the features of all layers that earn their place.
 
-The states of every block are averaged over a sample's positions, scaled to unit norm a layer (so that no layer wins by
-its size) and concatenated. A linear head learns on all of them under a group lasso, one group a feature; after
-`select_after` training batches the features with the largest weight norms stay and the head goes on with these alone.
+The states of every block are scaled so that the mean over a sample's positions has unit norm a layer (no layer wins by
+its size). A linear head on pooled features learns on all of them under a group lasso, one group a channel; after
+`select_after` training batches the channels with the largest weight norms stay and the head goes on with these alone.
 The paper fits the head anew after selection, and averages maps to several cells where here it is one.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from pipeline.extract.backbones.base import Family, Tail
-from pipeline.extract.backbones.batch import Batch
+from pipeline.extract.backbones.batch import Batch, stream_of
+from pipeline.extract.options import option
 from pipeline.store.errors import UserError
-from pipeline.train.heads.pooled import PooledHead, pool
-from pipeline.train.tuners.base import Tuner, TunerConfig, register
+from pipeline.train.features import Features, Want
+from pipeline.train.objectives.pooled import PooledHead
+from pipeline.train.tuners.base import Tuner, TunerConfig, register, rows_of
 
 
 @dataclass(frozen=True)
@@ -26,37 +28,31 @@ class Head2ToeConfig(TunerConfig):
     """`features`: share of all features that stay. `lasso`: weight of the group lasso, Σ over features of the norm of
     the head's weights on it. `select_after`: training batches before the selection."""
 
-    features: float = 0.1
-    lasso: float = 1e-4
-    select_after: int = 100
-
-    def __post_init__(self) -> None:
-        if not 0 < self.features <= 1:
-            raise ValueError(f"features: a share above 0 and at most 1, not {self.features}")
-        if self.lasso < 0:
-            raise ValueError(f"lasso: not below 0, was {self.lasso}")
-        if self.select_after < 1:
-            raise ValueError(f"select_after: at least 1, not {self.select_after}")
+    features: float = option(0.1, "Share of the features that stay.", above=0, most=1)
+    lasso: float = option(1e-4, "Weight of the group lasso.", least=0)
+    select_after: int = option(100, "Training batches before features are selected.", least=1)
 
 
 @register("head2toe", Head2ToeConfig)
 class Head2Toe(Tuner):
-    """No parameters but the head's: (features + 1) · classes. Reads a T5's encoder."""
+    """No parameters but the head's: (channels + 1) · classes. Reads a T5's encoder. Selection is over the columns of
+    the head's linear map, so it takes one on pooled features."""
 
     description = "Head2Toe: a linear head on selected features of all layers"
     lr_pooled = 1e-2
-    pooled = True
     projects = True
     shapes = ("sequence", "pyramid")
 
     mask: Tensor
     seen: Tensor
 
-    def __init__(self, config: Head2ToeConfig, family: Family, tail: Tail) -> None:
-        super().__init__(config, family, tail)
+    def __init__(self, config: Head2ToeConfig, family: Family, tail: Tail, wants: Want) -> None:
+        super().__init__(config, family, tail, wants)
         self.names = self.states(config, family)
-        self.stream, self.output_width = "", sum(map(family.state_width, self.names))
-        self.register_buffer("mask", torch.ones(self.output_width))
+        streams = {n: stream_of(n) for n in self.names}
+        widths = {n: family.state_width(n) for n in self.names}
+        self.features = {n: rows_of(family, s, widths[n]) for n, s in streams.items()}
+        self.register_buffer("mask", torch.ones(sum(widths.values())))
         self.register_buffer("seen", torch.zeros((), dtype=torch.long))
 
     @classmethod
@@ -69,24 +65,27 @@ class Head2Toe(Tuner):
         chosen = config.kept(family, "head2toe", stream) if config.layers else range(family.depth(stream))
         return [f"{stream}.{i}" for i in chosen]
 
-    def forward(self, batch: Batch) -> Tensor:
-        """(B, features), zero where a feature was not selected."""
-        pooled = [pool(batch.states[n].float(), batch.layout(n.split(".")[0])) for n in self.names]
-        return torch.cat([F.normalize(p, dim=1) for p in pooled], dim=1) * self.mask
+    def forward(self, batch: Batch) -> Features:
+        """Every state's rows, scaled; zero in channels that were not selected."""
+        out: Features = {}
+        masks = self.mask.split([f.width for f in self.features.values()])
+        for (name, feature), mask in zip(self.features.items(), masks, strict=True):
+            rows, layout = batch.states[name].float(), batch.layout(feature.stream)
+            size = layout.mean(rows).norm(dim=1, keepdim=True).clamp(min=1e-12)
+            out[name] = rows / size[layout.sample] * mask
+        return out
 
     def penalty(self, head: nn.Module) -> Tensor | None:
-        assert isinstance(head, PooledHead)
-        return self.config.lasso * head.linear.weight.norm(dim=0).sum() if self._selecting() else None
+        return self.config.lasso * _columns(head).sum() if self._selecting() else None
 
     def _selecting(self) -> bool:
         return bool(self.seen < self.config.select_after)
 
     def stepped(self, head: nn.Module) -> None:
-        assert isinstance(head, PooledHead)
         if self._selecting():
             self.seen += 1
             if not self._selecting():
-                self._select(head.linear.weight.detach().norm(dim=0))
+                self._select(_columns(head).detach())
 
     def remark(self) -> str:
         used = int(self.mask.sum())
@@ -98,3 +97,10 @@ class Head2Toe(Tuner):
     def _select(self, norms: Tensor) -> None:
         stay = norms.topk(max(1, round(self.config.features * len(norms)))).indices
         self.mask.zero_().index_fill_(0, stay, 1.0)
+
+
+def _columns(head: Any) -> Tensor:
+    """(channels,) norms of what a head on pooled features does with each. UserError for any other head."""
+    if not isinstance(head, PooledHead):
+        raise UserError("tuner head2toe selects channels of pooled features; this objective's head pools none")
+    return head.linear.weight.norm(dim=0)

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from pipeline.extract.backbones.base import Family, Tail
 from pipeline.extract.backbones.batch import Batch
 from pipeline.extract.backbones.bylength import by_length
+from pipeline.extract.options import option
 from pipeline.store.errors import UserError
-from pipeline.train.tuners.base import Start, Tuner, TunerConfig, checked_reduction, linear, register
+from pipeline.train.features import Features, Want
+from pipeline.train.tuners.base import Start, Tuner, TunerConfig, checked_reduction, linear, register, rows_of
 
 INITS = ("random", "magnitude", "fisher")
 # The forms of pruning, and what they are called in the store. A file called "running" there was made by an older
@@ -28,17 +30,29 @@ class LstConfig(TunerConfig):
     "magnitude" or by "fisher" information on the task (LST §3.3; 0.1 and 0.2 points of GLUE average in its ablation).
     `prune`: "running" as in the released code, or "aligned", ours (see `extract.backbones.pruning`)."""
 
-    reduction: int = 8
-    temperature: float = 0.1
-    init: str = "random"
-    prune: str = "running"
+    reduction: int = option(
+        8, "Side width is the backbone's over this. (Extraction: for the weights of --init.)", least=1, extraction=True
+    )
+    temperature: float = option(0.1, "Temperature of the fusion gates.", above=0)
+    init: str = option(
+        "random",
+        "What side blocks start from: random, or the backbone pruned by magnitude or by Fisher information on the "
+        "task. Extract with the same --init, --prune and --reduction.",
+        choices=INITS,
+        extraction=True,
+    )
+    prune: str = option(
+        "running",
+        "How --init chooses channels: running, sublayer by sublayer as released, or aligned, one set for the residual "
+        "stream (ours).",
+        choices=tuple(PRUNES),
+        extraction=True,
+    )
 
     def __post_init__(self) -> None:
-        if self.temperature <= 0:
-            raise ValueError(f"temperature: must be above 0, not {self.temperature}")
-        for name, known in (("init", INITS), ("prune", PRUNES)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}: one of {', '.join(known)}, not {getattr(self, name)!r}")
+        super().__post_init__()
+        if self.prune != "running" and self.init == "random":
+            raise ValueError("--prune says how --init chooses channels; give --init magnitude or fisher with it")
 
 
 class Ladder(nn.Module):
@@ -78,19 +92,21 @@ class Ladder(nn.Module):
 
 @register("lst", LstConfig)
 class Lst(Tuner):
-    """A ladder a stream. On text-to-text backbones a last map goes up to D and the frozen head; on encoders the
-    trainable head reads the side width (methods §2.1)."""
+    """A ladder a stream. Under a frozen text head a last map goes up to D; a trainable head reads the side width
+    (methods §2.1)."""
 
     description = "LST: ladder side network, a narrow transformer fed from every kept layer"
     projects = True
+    text_head = True
 
-    def __init__(self, config: LstConfig, family: Family, tail: Tail) -> None:
-        super().__init__(config, family, tail)
+    def __init__(self, config: LstConfig, family: Family, tail: Tail, wants: Want) -> None:
+        super().__init__(config, family, tail, wants)
         self.ladders = nn.ModuleDict({s: Ladder(config, family, s) for s in family.streams})
         self.stream = family.streams[-1]
         inner = family.width // config.reduction
-        self.up = linear(inner, family.width) if family.readout == "lm" else None
-        self.output_width = inner if self.up is None else family.width
+        self.up = linear(inner, family.width) if wants.text_head else None
+        width = inner if self.up is None else family.width
+        self.features = {self.stream: rows_of(family, self.stream, width)}
 
     @classmethod
     def states(cls, config: LstConfig, family: Family) -> list[str]:
@@ -104,7 +120,7 @@ class Lst(Tuner):
         if config.init == "random":
             return None
         checked_reduction(config.reduction, family.width)
-        if config.init == "fisher" and family.readout != "lm":
+        if config.init == "fisher" and not family.writes_text:
             raise UserError(
                 f"init: fisher needs the gradient of a pretrained output on the task, and {family.name} backbones come "
                 "without a head; use --init magnitude"
@@ -120,14 +136,14 @@ class Lst(Tuner):
             own = {k.removeprefix(f"{stream}."): v for k, v in weights.items() if k.startswith(f"{stream}.")}
             ladder.side.begin(own, ladder.layers)
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch) -> Features:
         rows: Tensor | None = None
         for stream, ladder in self._ladders():
             rungs = ladder.rungs(batch, self.tail.embed(batch, stream))
             # A later stream reads all of the one before, and is short.
             rows = by_length(batch, stream, rungs, ladder) if rows is None else ladder(rungs, batch, rows)
         assert rows is not None
-        return rows if self.up is None else self.up(rows)
+        return {self.stream: rows if self.up is None else self.up(rows)}
 
     def _ladders(self) -> Iterator[tuple[str, Ladder]]:
         return ((s, cast(Ladder, ladder)) for s, ladder in self.ladders.items())

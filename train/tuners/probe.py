@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from pipeline.extract.backbones.base import Family, Tail
 from pipeline.extract.backbones.batch import Batch
-from pipeline.train.tuners.base import Tuner, TunerConfig, register
+from pipeline.train.features import Features, Want
+from pipeline.train.tuners.base import Tuner, TunerConfig, register, rows_of
 
 
 @dataclass(frozen=True)
@@ -16,23 +15,24 @@ class ProbeConfig(TunerConfig):
     """`layers`: at most one block, whose output is probed; the last by default."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if len(self.layers) > 1:
             raise ValueError(f"layers: a probe reads one layer, not {len(self.layers)}")
 
 
 @register("probe", ProbeConfig)
 class Probe(Tuner):
-    """No parameters of its own; the pooled head is all that trains. Reads a T5's encoder, the last stage of a staged
+    """No parameters of its own; the head is all that trains. Reads a T5's encoder, the last stage of a staged
     backbone."""
 
     description = "linear probe on the mean of the last state: the floor"
     lr_pooled = 1e-2
-    pooled = True
     shapes = ("sequence", "pyramid")
 
-    def __init__(self, config: ProbeConfig, family: Family, tail: Tail) -> None:
-        super().__init__(config, family, tail)
-        self.stream, self.output_width = _stream(family), family.width
+    def __init__(self, config: ProbeConfig, family: Family, tail: Tail, wants: Want) -> None:
+        super().__init__(config, family, tail, wants)
+        self.stream = _stream(family)
+        self.features = {self.stream: rows_of(family, self.stream)}
         (self.state,) = self.states(config, family)
 
     @classmethod
@@ -41,8 +41,8 @@ class Probe(Tuner):
         layer = config.kept(family, "probe", stream)[0] if config.layers else family.depth(stream) - 1
         return [f"{stream}.{layer}"]
 
-    def forward(self, batch: Batch) -> Tensor:
-        return self.tail.final_norm(batch.states[self.state].float(), self.stream)
+    def forward(self, batch: Batch) -> Features:
+        return {self.stream: self.tail.final_norm(batch.states[self.state].float(), self.stream)}
 
 
 def _stream(family: Family) -> str:

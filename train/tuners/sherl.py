@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
 from pipeline.extract.backbones.base import Family, Tail
 from pipeline.extract.backbones.batch import Batch
 from pipeline.extract.backbones.dropout import Dropout
+from pipeline.extract.options import option
 from pipeline.store.errors import UserError
-from pipeline.train.tuners.base import Tuner, TunerConfig, checked_reduction, register
-from pipeline.train.tuners.livelayers import SIZED, TAILS, LiveLayers
+from pipeline.train.features import Features, Want
+from pipeline.train.tuners.base import Tuner, TunerConfig, checked_reduction, register, rows_of
+from pipeline.train.tuners.livelayers import SIZED, TAILS, LiveLayers, saved_size
 from pipeline.train.tuners.mtsa import BLENDS, MTSA
 
 
@@ -32,29 +36,42 @@ class SherlConfig(TunerConfig):
     `recompute`: compute the blend again in the backward pass instead of keeping what lies between: less memory, the
     same numbers, a longer step."""
 
-    reduction: int = 8
-    gate: float | None = None
-    temperature: float = 0.1
-    blend: str = "redundancy"
-    insert: str = "last"
-    tail: str = "frozen"
-    tail_size: int | None = None
-    recompute: bool = False
+    reduction: int = option(8, "Side width is the backbone's over this.", least=1)
+    gate: float | None = option(
+        None, "Start of the gate alpha. Default: 0, the paper's, on T5; 0.1 on encoders, where that is calmer."
+    )
+    temperature: float = option(0.1, "Temperature of the gate.", above=0)
+    blend: str = option(
+        "redundancy",
+        "How layers are blended: redundancy is the method. Its Fig. 4 has max, average, mhsa (self-attention over "
+        "layers), linear and linear-learned (a learned redundancy); attention, from the guide, is ours.",
+        choices=BLENDS,
+    )
+    insert: str = option(
+        "last",
+        "Where the blend enters: last, the last layer; single:S, layer S, those after it as they are; multi:S, each "
+        "layer from S on gets a blend of its own (Figs 6 and 9); none: no layer is live, the blend is the output "
+        "(Fig 5). Extract with the same.",
+        metavar="last|none|single:S|multi:S",
+        extraction=True,
+    )
+    tail: str = option("frozen", "What trains inside the live layers (Fig 5); frozen: nothing.", choices=TAILS)
+    tail_size: int | None = option(
+        None,
+        "Size of what --tail adds: LoRA's rank, the adapter's width, virtual rows. Default: the paper's, a sixteenth "
+        "of the backbone's width, or 30 rows.",
+    )
+    recompute: bool = option(False, "Compute the blend again in the backward pass; less memory, a longer step.")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         how, _, number = self.insert.partition(":")
         if self.insert not in ("last", "none") and (how not in ("single", "multi") or not number.isdigit()):
             raise ValueError(f"insert: last, none, or single:S or multi:S with a layer's number, not {self.insert!r}")
-        if self.tail not in TAILS:
-            raise ValueError(f"tail: one of {', '.join(TAILS)}, not {self.tail!r}")
         if self.tail != "frozen" and self.insert == "none":
             raise ValueError(f"tail: with insert none no layer is live that {self.tail} could train in")
         if self.tail_size is not None and (self.tail not in SIZED or self.tail_size < 1):
             raise ValueError(f"tail_size: a number above 0, with tail {' or '.join(SIZED)}; tail is {self.tail}")
-        if self.blend not in BLENDS:
-            raise ValueError(f"blend: one of {', '.join(BLENDS)}, not {self.blend!r}")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature: must be above 0, not {self.temperature}")
 
     def first_live(self, family: Family) -> int:
         """The number of the first live layer, with "none" of the last one, which the blend then does not enter.
@@ -84,13 +101,15 @@ class Sherl(Tuner):
     description = "SHERL: multi-tiered sensing over all layers, then the live last layer"
     lr_pooled = 2e-3
     projects = True
+    text_head = True
 
-    def __init__(self, config: SherlConfig, family: Family, tail: Tail) -> None:
-        super().__init__(config, family, tail)
+    def __init__(self, config: SherlConfig, family: Family, tail: Tail, wants: Want) -> None:
+        super().__init__(config, family, tail, wants)
         inner = checked_reduction(config.reduction, family.width)
-        gate = (0.0 if family.readout == "lm" else 0.1) if config.gate is None else config.gate
+        gate = (0.0 if wants.text_head else 0.1) if config.gate is None else config.gate
         self.names = {s: _names(config, family, s) for s in config.streams(family)}
-        self.stream, self.output_width = family.streams[-1], family.width
+        self.stream = family.streams[-1]
+        self.features = {self.stream: rows_of(family, self.stream)}
         sets = {s: [family.width, *map(family.state_width, n)] for s, n in self.names.items()}
         for names in self.names.values():
             if family.state_width(names[-1]) != family.width:
@@ -111,6 +130,12 @@ class Sherl(Tuner):
         self.dropout = Dropout(family.dropout)
 
     @classmethod
+    def kept_options(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
+        # The papers' sizes are the default now and were not always.
+        size = saved_size(state)
+        return {} if size is None else {"tail_size": size}
+
+    @classmethod
     def late_layers(cls, config: SherlConfig, family: Family) -> list[int]:
         return list(range(config.first_live(family), family.depth(family.streams[-1]) - 1))
 
@@ -118,7 +143,7 @@ class Sherl(Tuner):
     def states(cls, config: SherlConfig, family: Family) -> list[str]:
         return [n for s in config.streams(family) for n in (*family.embedding(s), *_names(config, family, s))]
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch) -> Features:
         hidden: dict[str, Tensor] = {}
         for stream, names in self.names.items():
             features = [self.tail.embed(batch, stream), *(batch.states[n] for n in names)]
@@ -131,7 +156,7 @@ class Sherl(Tuner):
                 features.append(rows)
                 rows = self.mtsa[f"{stream}_{i}"](features, rows)
             rows = self.live(i, {**hidden, stream: rows}, batch)
-        return self._finish(rows, self.stream)
+        return {self.stream: self._finish(rows, self.stream)}
 
     def _finish(self, rows: Tensor, stream: str) -> Tensor:
         norm = self.norm[stream]

@@ -10,11 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pipeline.extract.backbones.base import Family, Tail
 from pipeline.extract.backbones.batch import Batch
-from pipeline.train.tuners.base import Tuner, TunerConfig, checked_reduction, register
+from pipeline.extract.options import option
+from pipeline.train.features import Features, Want
+from pipeline.train.tuners.base import Tuner, TunerConfig, checked_reduction, register, rows_of
 
 
 @dataclass(frozen=True)
@@ -22,24 +24,25 @@ class SideTuningConfig(TunerConfig):
     """`reduction`: r, the side network's width is D / r. `layers`: at most one block, the frozen output; the last by
     default."""
 
-    reduction: int = 8
+    reduction: int = option(8, "Side width is the backbone's over this.", least=1)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if len(self.layers) > 1:
             raise ValueError(f"layers: side-tuning blends with one layer, not {len(self.layers)}")
 
 
 @register("side-tuning", SideTuningConfig)
 class SideTuning(Tuner):
-    """Parameters: 2 D d + d + D + 1. Reads the first stream (a T5's encoder), pooled."""
+    """Parameters: 2 D d + d + D + 1. Reads the first stream (a T5's encoder)."""
 
     description = "Side-Tuning: the last state blended with a small network on the embedding"
     lr_pooled = 3e-3
-    pooled = True
 
-    def __init__(self, config: SideTuningConfig, family: Family, tail: Tail) -> None:
-        super().__init__(config, family, tail)
-        self.stream, self.output_width = family.streams[0], family.width
+    def __init__(self, config: SideTuningConfig, family: Family, tail: Tail, wants: Want) -> None:
+        super().__init__(config, family, tail, wants)
+        self.stream = family.streams[0]
+        self.features = {self.stream: rows_of(family, self.stream)}
         self.state = self.states(config, family)[-1]
         inner = checked_reduction(config.reduction, family.width)
         self.side = nn.Sequential(nn.Linear(family.width, inner), nn.GELU(), nn.Linear(inner, family.width))
@@ -51,7 +54,7 @@ class SideTuning(Tuner):
         layer = config.kept(family, "side-tuning", stream)[0] if config.layers else family.depth(stream) - 1
         return [*family.embedding(stream), f"{stream}.{layer}"]
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch) -> Features:
         base = self.tail.final_norm(batch.states[self.state].float(), self.stream)
         share = torch.sigmoid(self.blend)
-        return share * base + (1 - share) * self.side(self.tail.embed(batch, self.stream).float())
+        return {self.stream: share * base + (1 - share) * self.side(self.tail.embed(batch, self.stream).float())}

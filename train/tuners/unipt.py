@@ -4,7 +4,7 @@ The last state is the anchor, every earlier one (the embedding included) a targe
 attention without parameters from the anchor, the mixes are weighted by a learned confidence a layer, and their sum is
 added to the anchor. The form for encoders is that of the released BERT code (methods §3).
 
-The authors give no form for encoder-decoders. On a T5 the tuner reads the encoder alone and a trainable head pools it:
+The authors give no form for encoder-decoders. On a T5 the tuner reads the encoder alone, for a trainable head:
 ours, not theirs, and to be named as such beside published numbers.
 """
 
@@ -19,8 +19,17 @@ from torch.nn import functional as F
 
 from pipeline.extract.backbones.base import Family, Tail
 from pipeline.extract.backbones.batch import Batch, Layout
-from pipeline.train.heads.pooled import pool
-from pipeline.train.tuners.base import StateLinear, Tuner, TunerConfig, checked_reduction, full_precision, register
+from pipeline.extract.options import option
+from pipeline.train.features import Features, Want
+from pipeline.train.tuners.base import (
+    StateLinear,
+    Tuner,
+    TunerConfig,
+    checked_reduction,
+    full_precision,
+    register,
+    rows_of,
+)
 
 EPSILON = 1e-8  # added to l1 norms, as in the released BERT and CNN code
 
@@ -29,7 +38,7 @@ EPSILON = 1e-8  # added to l1 norms, as in the released BERT and CNN code
 class UniptConfig(TunerConfig):
     """`reduction`: r, side width is D / r. `layers`: blocks that are read; the deepest of them is the anchor."""
 
-    reduction: int = 8
+    reduction: int = option(8, "Side width is the backbone's over this.", least=1)
 
 
 def attend(anchor: Tensor, target: Tensor) -> Tensor:
@@ -60,8 +69,8 @@ class Aggregate(nn.Module):
         with full_precision(anchor.device):
             anchor = anchor.float()
             targets = [t.float() for t in targets]
-            summary = pool(anchor, layout)
-            scores = torch.cat([self.confidence(summary * pool(t, layout)) for t in targets], dim=1)
+            summary = layout.mean(anchor)
+            scores = torch.cat([self.confidence(summary * layout.mean(t)) for t in targets], dim=1)
             share = scores.softmax(1)
             grid = layout.pad(anchor)
             mixed = anchor.new_zeros(grid.shape)
@@ -84,11 +93,11 @@ class Unipt(Tuner):
     description = "UniPT: parallel attention from the last state to all earlier ones; no live layer"
     lr_pooled = 3e-3
     projects = True
-    pooled = True
 
-    def __init__(self, config: UniptConfig, family: Family, tail: Tail) -> None:
-        super().__init__(config, family, tail)
-        self.stream, self.output_width = family.streams[0], family.width
+    def __init__(self, config: UniptConfig, family: Family, tail: Tail, wants: Want) -> None:
+        super().__init__(config, family, tail, wants)
+        self.stream = family.streams[0]
+        self.features = {self.stream: rows_of(family, self.stream)}
         inner = checked_reduction(config.reduction, family.width)
         self.names = [f"{self.stream}.{i}" for i in _layers(config, family)]
         self.down = nn.ModuleList(Down(w, inner) for w in (family.width, *map(family.state_width, self.names)))
@@ -100,10 +109,11 @@ class Unipt(Tuner):
         stream = family.streams[0]
         return [*family.embedding(stream), *(f"{stream}.{i}" for i in _layers(config, family))]
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch) -> Features:
         sources = [self.tail.embed(batch, self.stream), *(batch.states[n] for n in self.names)]
         low = [down(h) for down, h in zip(self.down, sources, strict=True)]
-        return self.up(F.relu(self.aggregate(low[-1], low[:-1], batch.layout(self.stream))))
+        rows = self.aggregate(low[-1], low[:-1], batch.layout(self.stream))
+        return {self.stream: self.up(F.relu(rows))}
 
 
 def _layers(config: UniptConfig, family: Family) -> list[int]:

@@ -1,0 +1,54 @@
+"""What `pipeline tuners` and `pipeline models` list: said here, so that a list does not wait for torch.
+
+The classes say the same of themselves; a test compares the two.
+"""
+
+from __future__ import annotations
+
+import sys
+
+# name → description, in the order of `train.tuners.tuner_names`
+TUNERS = {
+    "sherl-clip": "SHERL as on CLIP4Clip: a correction of the class token, no live layer",
+    "unipt-clip": "UniPT as on CLIP4Clip: a correction of the class token",
+    "sherl": "SHERL: multi-tiered sensing over all layers, then the live last layer",
+    "unipt": "UniPT: parallel attention from the last state to all earlier ones; no live layer",
+    "e3va": "E³VA: low-rank adapters on a highway beside a Swin; alpha 8, 16, 32 for E³VA, +, ++",
+    "head2toe": "Head2Toe: a linear head on selected features of all layers",
+    "lst": "LST: ladder side network, a narrow transformer fed from every kept layer",
+    "probe": "linear probe on the mean of the last state: the floor",
+    "side-tuning": "Side-Tuning: the last state blended with a small network on the embedding",
+}
+
+# name → description, model types; in the order of `extract.backbones.families`
+FAMILIES = {
+    "bert": (
+        "BERT-like encoders: BERT, RoBERTa, XLM-R, CamemBERT, MiniLM",
+        ("bert", "roberta", "xlm-roberta", "camembert"),
+    ),
+    "vit": (
+        "vision transformers: ViT, DeiT (timm), ViT, CLIP vision tower (transformers)",
+        ("vit", "clip_vision_model"),
+    ),
+    "clip-text": ("the text tower of CLIP (transformers)", ("clip_text_model",)),
+    "resnet": (
+        "convolutional networks: ResNet, ResNeXt and kin (timm), ResNet (transformers), CIFAR ResNets",
+        ("resnet", "cifar_resnet"),
+    ),
+    "swin": ("Swin transformers (timm): stages, attention and MLP branches, patch mergings", ()),
+    "t5": ("T5 encoder-decoders: v1.0, v1.1, flan", ("t5",)),
+}
+
+
+def tuners() -> dict[str, str]:
+    """name → description of every tuner: ours, and those that modules of the user's have registered by now."""
+    register = sys.modules.get("pipeline.train.tuners")
+    more = {} if register is None else {n: register.tuner_class(n).description for n in register.tuner_names()}
+    return {**TUNERS, **more}
+
+
+def families() -> dict[str, tuple[str, tuple[str, ...]]]:
+    """name → description and model types of every family of backbones, likewise."""
+    register = sys.modules.get("pipeline.extract.backbones")
+    more = {} if register is None else {f.name: (f.description, f.model_types) for f in register.families()}
+    return {**FAMILIES, **more}

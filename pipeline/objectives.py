@@ -1,0 +1,76 @@
+"""Which objective a run has: chosen at the door by the type of the targets and by what backbone and tuner can do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pipeline.extract.backbones.base import Family
+from pipeline.extract.tasks.base import TaskSpec
+from pipeline.owners import options_of, refusal
+from pipeline.recipe import Recipe
+from pipeline.store.errors import UserError
+from pipeline.train.objectives import Answers, Objective, objective_class, objective_config, objective_names
+from pipeline.train.tuners import Tuner
+
+
+def target_types(recipe: Recipe) -> tuple[str, ...]:
+    """The types of target that the recipe's objective learns; () where it names none."""
+    return objective_class(recipe.objective).targets if recipe.objective else ()
+
+
+def refuse_targets(recipe: Recipe, spec: TaskSpec) -> None:
+    """UserError where the recipe's objective does not learn targets of the task's type."""
+    learned = target_types(recipe)
+    if learned and spec.target not in learned:
+        fitting = [n for n in objective_names() if spec.target in objective_class(n).targets]
+        raise UserError(
+            f"--objective {recipe.objective}: the targets of {spec.name} are of type {spec.target}; objectives for "
+            f"these: {', '.join(fitting) or 'none'}"
+        )
+
+
+def objective_name(recipe: Recipe, spec: TaskSpec, family: Family, tuner: type[Tuner] | None) -> str:
+    """The objective asked for, else the first one for such targets; where backbone and tuner write text, a class or a
+    number is written as one. `tuner`: None for what trains inside the backbone. UserError where one cannot learn such
+    targets, or there are none."""
+    target = spec.target
+    fitting = [n for n in objective_names() if target in objective_class(n).targets]
+    if target == "none":
+        raise UserError(
+            f"the rows of {spec.name} have no targets to learn: extract with --label COLUMN, or read their states with "
+            "pipeline.stream"
+        )
+    refuse_targets(recipe, spec)
+    writes = family.writes_text and (tuner is None or tuner.text_head)
+    text = next((n for n in fitting if objective_class(n).wants.text_head), None) if writes else None
+    if recipe.objective:
+        return text or recipe.objective
+    return text or next(n for n in fitting if not objective_class(n).wants.text_head)
+
+
+def make_objective(
+    recipe: Recipe, spec: TaskSpec, token_ids: Sequence[Sequence[int]], family: Family, tuner: type[Tuner] | None
+) -> Objective:
+    """The objective of a run. `token_ids`: of each target text, from the task table."""
+    name = objective_name(recipe, spec, family, tuner)
+    cls = objective_class(name)
+    if others := recipe.objective_options.keys() - options_of("objective", name).keys():
+        how = f"tuner {recipe.tuner} on {family.name} backbones" if tuner else f"{family.name} backbones"
+        raise UserError(refusal(sorted(others), [f"objective {name}, that of {how} here"]))
+    config = objective_config(name, recipe.objective_options)
+    answers = Answers(spec.labels, spec.metrics, spec.texts, tuple(tuple(ids) for ids in token_ids), spec.values)
+    return cls(config, answers)
+
+
+def plain_objective(spec: TaskSpec) -> Objective:
+    """What makes tensors of the task's targets, whatever reads them."""
+    fitting = (objective_class(n) for n in objective_names() if spec.target in objective_class(n).targets)
+    cls = next(found for found in fitting if not found.wants.text_head)
+    return cls(cls.config_class(), Answers(spec.labels, spec.metrics))
+
+
+def class_objective(family: Family, tuner: type[Tuner], token_ids: Sequence[Sequence[int]]) -> Objective:
+    """An objective of `len(token_ids)` classes without names, to count and to time: the default for such a pair."""
+    name = "label-text" if family.writes_text and tuner.text_head else "classification"
+    cls = objective_class(name)
+    return cls(cls.config_class(), Answers.of_classes(len(token_ids), token_ids))

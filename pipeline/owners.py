@@ -1,0 +1,193 @@
+"""Options belong to who reads them: those of a tuner and of an objective are the fields of its config dataclass, also
+in a module of the user's. Recipes are made here: each name goes to its owner, and one that would do nothing is refused,
+for whoever gives it would take the result for that of what they asked.
+
+What is given may be flat (`reduction: 4`) or named by its owner (`tuner_options: {reduction: 4}`).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import Field, dataclass, fields, replace
+from functools import cache
+from typing import Any, get_type_hints
+
+from pipeline.extract.options import about
+from pipeline.extract.plugins import import_modules
+from pipeline.recipe import Recipe, common_value, field_names, named, option_name
+from pipeline.store.errors import UserError
+from pipeline.train.objectives import objective_class, objective_names
+from pipeline.train.tuners import TunerConfig, tuner_class, tuner_config, tuner_names
+from pipeline.values import checked_value
+
+KINDS = ("tuner", "objective")
+# What commands take beside the recipe's options: an option of an owner is not spelled so.
+TAKEN = {"json", "recipe", "help", "budget", "memory", "tuners", "seeds", "preset", "csv", "for", "import"}
+
+
+@dataclass(frozen=True)
+class Owned:
+    """An option of those chosen. `owners`: the names of those of them that have it; `field` and `hint` are the first
+    one's; `flag` is its spelling on the command line."""
+
+    kind: str
+    owners: tuple[str, ...]
+    field: Field[Any]
+    hint: Any
+    flag: str
+
+    @property
+    def name(self) -> str:
+        return self.field.name
+
+
+@cache
+def _options(config: type[Any]) -> dict[str, tuple[Field[Any], Any]]:
+    hints = get_type_hints(config)
+    return {f.name: (f, hints[f.name]) for f in fields(config)}
+
+
+def options_of(kind: str, name: str) -> dict[str, tuple[Field[Any], Any]]:
+    """The options of a tuner or objective: name → field, type."""
+    cls: Any = tuner_class(name) if kind == "tuner" else objective_class(name)
+    return _options(cls.config_class)
+
+
+def _names(kind: str) -> list[str]:
+    return tuner_names() if kind == "tuner" else objective_names()
+
+
+def having(kind: str, option: str, names: Sequence[str] | None = None) -> list[str]:
+    """Those of `names` (all there are where None) that have the option."""
+    return [n for n in (_names(kind) if names is None else names) if option in options_of(kind, n)]
+
+
+def owned(tuners: Sequence[str], objective: str | None, extraction: bool = False) -> list[Owned]:
+    """The options of the chosen tuners and of the objective (of any, where none is named), each once. `extraction`:
+    only those that extraction needs."""
+    found: list[Owned] = []
+    taken = {n.replace("_", "-") for n in field_names()} | TAKEN
+    for kind, names in (("tuner", tuners), ("objective", objective_names() if objective is None else [objective])):
+        own: dict[str, Owned] = {}
+        for name in names:
+            for option, (field, hint) in options_of(kind, name).items():
+                if option not in own and not (extraction and not about(field).extraction):
+                    flag = option.replace("_", "-")
+                    flag = f"--{kind}-{flag}" if flag in taken else f"--{flag}"
+                    own[option] = Owned(kind, tuple(having(kind, option, names)), field, hint, flag)
+        taken |= {o.flag.removeprefix("--") for o in own.values()}
+        found += own.values()
+    return found
+
+
+def refusal(options: Sequence[str], chosen: Sequence[str]) -> str:
+    """Which options are not those of the `chosen`, and whose they are, as a sentence; "" where nobody has them."""
+    said, own = [], []
+    for option in options:
+        names = [name for kind in KINDS for name in having(kind, option)]
+        if names and set(names) & set(chosen):
+            own.append(f"{option_name(option)} is for training, extraction does not depend on it")
+        elif names:
+            said.append(f"{option_name(option)} is an option of {', '.join(names)}")
+    if said:
+        own.append(f"{'; '.join(said)}: it would do nothing with {', '.join(chosen) or 'these methods'}")
+    return "; ".join(own)
+
+
+def recipe_of(
+    command: str,
+    *sources: tuple[str, Mapping[Any, Any]],
+    tuners: Sequence[str] | None = None,
+    record: bool = False,
+) -> Recipe:
+    """The recipe that `sources` give: pairs of a place, for messages, and values, of which the later ones win.
+
+    `command`: "extract" is for the tuners of --for, and lets be what only training takes; any other is for --tuner, or
+    `tuners`. `record`: of a finished run, whose options of others, which earlier versions took, are left out. Raises
+    UserError for an unknown name, naming the nearest; for a value of another type; for an option of another tuner or
+    objective, naming whose it is.
+    """
+    common: dict[str, Any] = {}
+    own: list[tuple[str, str, Any, str]] = []  # kind ("" where not said), option, value, where
+    for where, values in sources:
+        for name, value in named(values, where).items():
+            kind = name.removesuffix("_options")
+            if kind in KINDS and kind != name:
+                nested = common_value(name, value, where)
+                own += [(kind, option, v, where) for option, v in named(nested, where).items()]
+            elif name in field_names():
+                common[name] = common_value(name, value, where)
+            else:
+                own.append(("", name, value, where))
+    recipe = Recipe(**common)
+    import_modules(recipe.imports)
+    if tuners is None:
+        tuners = recipe.tuners if command == "extract" else (recipe.tuner,)
+    for name in tuners:
+        tuner_class(name)  # of an installed plug-in, which is imported now
+    if recipe.objective:
+        objective_class(recipe.objective)
+    chooser = _Chooser(tuners, recipe.objective, command == "extract")
+    for kind, option, value, where in own:
+        chooser.take(option, value, where, kind)
+    if chooser.others and not record:
+        raise UserError(refusal(chooser.others, [*tuners, *([recipe.objective] if recipe.objective else [])]))
+    return replace(recipe, tuner_options=chooser.found["tuner"], objective_options=chooser.found["objective"])
+
+
+class _Chooser:
+    """Gives options to their owners among the tuners and the objective, into `found`; `others`: options of others."""
+
+    def __init__(self, tuners: Sequence[str], objective: str | None, extraction: bool) -> None:
+        self.extraction = extraction
+        self.chosen = {"tuner": tuners, "objective": objective_names() if objective is None else [objective]}
+        self.open = objective is None  # which objective it is the data will tell
+        self.found: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}
+        self.others: list[str] = []
+
+    def take(self, option: str, value: Any, where: str, only: str) -> None:
+        """One option; `only`: the kind of its owner, "" where that is not said."""
+        owners = {kind: having(kind, option) for kind in KINDS if only in ("", kind)}
+        if not any(owners.values()):
+            raise UserError(f"{where}: unknown option {option!r}{_nearest(option)}")
+        fields = [options_of(kind, n)[option][0] for kind, names in owners.items() for n in names]
+        usual = any(value == f.default for f in fields)
+        # Recipes of earlier versions write out options of every tuner and objective.
+        nothing = value is None or value is False or value in ((), []) or (usual and bool(only))
+        for kind in owners:
+            names = [n for n in self.chosen[kind] if n in owners[kind]]
+            if not names or (kind == "objective" and self.open and usual and not only):
+                continue
+            hint = options_of(kind, names[0])[option][1]
+            if value is None or value in ((), []):
+                self.found[kind].pop(option, None)
+            elif not self.extraction or any(about(options_of(kind, n)[option][0]).extraction for n in names):
+                self.found[kind][option] = checked_value(option, hint, value, where)
+            return
+        nothing = nothing or (usual and self.open and bool(owners.get("objective")))
+        if not nothing and (not self.extraction or any(about(f).extraction for f in fields)):
+            self.others.append(option)
+
+
+def _nearest(option: str) -> str:
+    known = [*field_names(), *(o for kind in KINDS for n in _names(kind) for o in options_of(kind, n))]
+    near = difflib.get_close_matches(option, known, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def config_of(recipe: Recipe, name: str, several: bool = False) -> TunerConfig:
+    """The config of tuner `name`. `several`: the options are for several tuners, of which this one takes what it has;
+    and `layers` are then not for those that read a single one."""
+    options = dict(recipe.tuner_options)
+    if several:
+        options = {k: v for k, v in options.items() if k in options_of("tuner", name)}
+        if not tuner_class(name).text_head:
+            options.pop("layers", None)
+    return tuner_config(name, options)
+
+
+def for_tuner(recipe: Recipe, name: str) -> Recipe:
+    """`recipe` for one tuner of several: the options of the others left out."""
+    own = {k: v for k, v in recipe.tuner_options.items() if k in options_of("tuner", name)}
+    return replace(recipe, tuner=name, tuner_options=own)

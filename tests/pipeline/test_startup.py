@@ -1,0 +1,56 @@
+"""What a command imports before it does anything. Modules are counted, never seconds: `tests/benchmarks/startup.py` has
+those."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from pipeline import catalog
+from pipeline.catalog import FAMILIES, TUNERS
+from pipeline.extract.backbones import families
+from pipeline.train.tuners import base, tuner_class, tuner_names
+
+HEAVY = ("torch", "transformers", "tokenizers", "datasets", "timm", "scipy", "sklearn", "PIL", "dask", "zarr")
+CODE = """
+import json, sys
+from click.testing import CliRunner
+from pipeline.cli import main
+heavy, *lines = map(json.loads, sys.argv[1:])
+for words in lines:
+    done = CliRunner().invoke(main, words)
+    loaded = [name for name in heavy if name in sys.modules]
+    assert done.exit_code == 0 and not loaded, f"{words} imports {loaded}: {done.output}"
+"""
+LINES = [[], ["--version"], ["tuners"], ["models"], ["tasks"], ["tasks", "--json"], ["store", "--help"]]
+# Commands with options of tuners and objectives (extract, train, plan, bench, compare) import these to list them.
+LINES += [[name, "--help"] for name in ("evaluate", "predict", "demo")]
+
+
+def test_help_and_lists_import_nothing_heavy() -> None:
+    words = [json.dumps(value) for value in (HEAVY, *LINES)]
+    done = subprocess.run([sys.executable, "-c", CODE, *words], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("module", ["pipeline", "pipeline.extract.tasks", "pipeline.recipe", "pipeline.store.errors"])
+def test_light_modules_stay_light(module: str) -> None:
+    code = f"import sys, {module}; assert not [m for m in {HEAVY} if m in sys.modules]"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_lists_say_what_the_classes_say() -> None:
+    ours = {n: tuner_class(n) for n in tuner_names()}  # other tests may have registered theirs
+    assert {n: c.description for n, c in ours.items() if c.__module__.startswith("pipeline.")} == TUNERS
+    assert {f.name: (f.description, f.model_types) for f in families()} == FAMILIES
+
+
+def test_a_tuner_of_the_users_own_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Mine(base.Tuner):
+        description = "mine"
+
+    monkeypatch.setitem(base._TUNERS, "mine", Mine)
+    assert catalog.tuners()["mine"] == "mine" and catalog.tuners()["lst"] == TUNERS["lst"]

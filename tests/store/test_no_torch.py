@@ -1,0 +1,90 @@
+"""A store is looked after without torch: on a login node, on a NAS, with a small install."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.store import Store, TaskTable
+from tests.store.helpers import key, sealed, space
+
+HEAVY = ("torch", "transformers", "tokenizers", "datasets", "timm", "scipy", "sklearn", "PIL")
+
+# Runs the words after it as command lines and prints what each imported that is heavy; {} when all is well.
+COMMANDS = """
+import json, sys
+from click.testing import CliRunner
+from pipeline.cli import main
+heavy, *lines = map(json.loads, sys.argv[1:])
+for words in lines:
+    done = CliRunner().invoke(main, words)
+    loaded = [name for name in heavy if name in sys.modules]
+    assert not loaded, f"{words} imports {loaded}"
+    assert done.exit_code == 0, f"{words}: {done.output} {done.exception!r}"
+"""
+
+
+def run(code: str, *words: object) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(json.dumps, words)], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> str:
+    """Two small segments, a supplement, a table and weights."""
+    home = space(tmp_path, weights="ab" * 16)
+    opened = Store.open(tmp_path / "store")
+    source = {"names": ["tiny"], "revision": ""}
+    opened.save_weights("ab" * 16, {"tail.safetensors": {"w": np.ones(3)}, "source.json": source})
+    sealed(home, [1, 2], sealed(home, [1, 2]), states=("encoder.5",))
+    sealed(home, [3])
+    spec = {"name": "t", "kind": "classification", "labels": ["a"], "metrics": ["accuracy"], "fields": ["text"]}
+    header = {"task": "t", "split": "train", "spec": {**spec, "prompt": "", "targets": [], "values": []}}
+    home.save_table(TaskTable(header, [key(i) for i in (1, 2, 3)], [0, 0, 0], [["x"]] * 3))
+    return str(opened.path)
+
+
+def test_every_store_command(store: str, tmp_path: Path) -> None:
+    other, third = str(tmp_path / "other"), str(tmp_path / "third")
+    run(
+        COMMANDS,
+        HEAVY,
+        ["store", "status", "--store", store],
+        ["store", "verify", "--deep", "--store", store],
+        ["store", "push", other, "--store", store],
+        ["store", "pull", other, "--store", store],
+        ["store", "merge", other, "--store", store],
+        ["store", "push", third, "--store", store],
+        ["store", "compact", "--store", store],
+        ["store", "gc", "--older-than", "0s", "--store", store],
+        ["store", "repair", "--dry-run", "--store", store],
+        ["store", "du", "--store", store],
+        ["store", "rm", Store.open(store).spaces()[0].id, "--yes", "--store", third],
+    )
+
+
+def test_reading_and_writing_states(store: str) -> None:
+    """Not only commands: who reads states with NumPy needs no torch, bfloat16 included."""
+    code = """
+import json, sys
+import numpy as np
+from pipeline.store import Encoded, Samples, Store, decode, read_block
+store, key = map(json.loads, sys.argv[1:])
+home = Store.open(store).spaces()[0]
+plan = home.plan([key], ["encoder.3"])
+assert np.isfinite(decode(read_block(plan.blocks[0]).states["encoder.3"])).all()
+import ml_dtypes
+other = Store.open(store).create_space({"format": "bfloat16"})
+writer = other.writer({})
+writer.add(Samples([key], {"encoder": np.array([1])}, {"encoder.0": Encoded(np.ones((1, 4), ml_dtypes.bfloat16))}))
+assert decode(writer.seal().read(["encoder.0"]).states["encoder.0"]).tolist() == [[1.0] * 4]
+assert "torch" not in sys.modules
+"""
+    run(code, store, key(1))

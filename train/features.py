@@ -1,0 +1,35 @@
+"""What stands between a tuner and a head: named rows whose shape is known before any batch is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+Kind = Literal["sample", "sequence", "map"]
+
+
+@dataclass(frozen=True)
+class Feature:
+    """What a tuner hands out under one name: rows of `width`, packed as those of `stream`.
+
+    `kind`: "sequence", a row a position (`stream` says whose); "map", the same with positions on a grid; "sample", one
+    row a sample (`stream` is "").
+    """
+
+    width: int
+    stream: str = ""
+    kind: Kind = "sample"
+
+
+Features = dict[str, Tensor]  # under the names of `Tuner.features`
+
+
+@dataclass(frozen=True)
+class Want:
+    """What an objective asks of a tuner. `kinds`: of features that its head can read. `text_head`: rows of the last
+    stream at the backbone's own width, for its frozen language-model head."""
+
+    kinds: tuple[Kind, ...] = ("sample", "sequence", "map")
+    text_head: bool = False

@@ -1,1 +1,0 @@
-"""Readouts: from a tuner's rows to a loss and a prediction."""

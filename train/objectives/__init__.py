@@ -1,0 +1,31 @@
+"""Objectives: one file a kind of target, with its head. Import an objective's module here to register it."""
+
+from pipeline.train.objectives import classification, label_text, multilabel, regression, tagging
+from pipeline.train.objectives.base import (
+    Answers,
+    Head,
+    Objective,
+    ObjectiveConfig,
+    Scorer,
+    objective_class,
+    objective_config,
+    objective_names,
+    register,
+)
+
+__all__ = [
+    "Answers",
+    "Head",
+    "Objective",
+    "ObjectiveConfig",
+    "Scorer",
+    "classification",
+    "label_text",
+    "multilabel",
+    "objective_class",
+    "objective_config",
+    "objective_names",
+    "register",
+    "regression",
+    "tagging",
+]

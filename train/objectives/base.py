@@ -1,0 +1,189 @@
+"""What an objective is, and the register of objectives.
+
+An objective is the one place that knows what a target is: how it becomes numbers, which head learns it with which
+loss, how predictions are scored and how they are told to people. Adding one means adding a file with a config, a
+subclass of `Objective` with its `Head`, and `@register("name", ConfigClass)`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pipeline.extract.backbones.batch import Batch
+from pipeline.extract.options import check_options
+from pipeline.extract.plugins import load_installed
+from pipeline.store.errors import UserError
+from pipeline.train.features import Feature, Features, Want
+
+Outputs = dict[str, Any]  # name → tensor with a first dimension of B, or a sequence of B entries
+
+
+class Vocabulary(Protocol):
+    """What has a language-model head: a tail, or a live backbone."""
+
+    def logits(self, rows: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """(rows, width) → (rows, vocabulary), or only the columns `tokens`."""
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """Options of an objective are the fields of a subclass, each made by `option`, each with a default. Raises
+    ValueError for a value that an option does not take."""
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a task says of its targets. `labels`: class names in index order. `metrics`: names known to
+    `train.metrics`. For a backbone that writes text, `texts`: what it answers, and `token_ids` of each; `values`: the
+    number each text stands for, where targets are numbers."""
+
+    labels: tuple[str, ...] = ()
+    metrics: tuple[str, ...] = ()
+    texts: tuple[str, ...] = ()
+    token_ids: tuple[tuple[int, ...], ...] = ()
+    values: tuple[float, ...] = ()
+
+    @classmethod
+    def of_classes(cls, classes: int, token_ids: Sequence[Sequence[int]] = ()) -> Answers:
+        """Classes without names, where only their number matters."""
+        labels = tuple(str(i) for i in range(classes))
+        return cls(labels, ("accuracy",), token_ids=tuple(tuple(ids) for ids in token_ids))
+
+
+class Head(nn.Module):
+    """Reads a tuner's features. Computes in float32 unless autocast says otherwise."""
+
+    def begin_step(self, step: int, steps: int) -> None:
+        """Called before optimizer step `step` of `steps` (from 0), for losses that follow a schedule."""
+
+    def losses(self, features: Features, batch: Batch) -> dict[str, Tensor]:
+        """Weighted terms, scalars, each a mean over what `weight` counts; their sum trains."""
+        raise NotImplementedError
+
+    def weight(self, batch: Batch) -> float:
+        """What the batch counts for beside others of one step, in accumulation and over ranks."""
+        return float(len(batch))
+
+    def predict(self, features: Features, batch: Batch) -> Outputs:
+        """What is told of each sample, without a look at targets."""
+        raise NotImplementedError
+
+    def measure(self, features: Features, batch: Batch) -> Outputs:
+        """What the scorer reads; the predictions, unless a score needs the targets (perplexity)."""
+        return self.predict(features, batch)
+
+
+class Scorer(ABC):
+    """Figures over a split, batch by batch; nothing of the size of a split stands in memory but scalars a sample."""
+
+    @abstractmethod
+    def update(self, out: Outputs, batch: Batch) -> None:
+        """Take one batch: what `Head.measure` gave, on the host, and the batch with its targets."""
+
+    @abstractmethod
+    def merge(self, other: Any) -> None:
+        """Take what another scorer of the same kind has seen."""
+
+    @abstractmethod
+    def compute(self) -> dict[str, float]:
+        """The figures, by name."""
+
+    def value(self, figures: Mapping[str, float]) -> float:
+        """What selects the best epoch; larger is better."""
+        return figures["average"]
+
+
+class Objective(ABC):
+    """A target's meaning. `config`: its options; `answers`: what the task says of the targets."""
+
+    name: ClassVar[str]
+    config_class: ClassVar[type[ObjectiveConfig]]
+    description: ClassVar[str]
+    targets: ClassVar[tuple[str, ...]]  # types of target it learns: class, number, …
+    wants: ClassVar[Want] = Want()
+    coupled: ClassVar[bool] = False  # a batch's samples stand in one loss: no accumulation, one rank
+
+    def __init__(self, config: Any, answers: Answers) -> None:
+        self.config, self.answers = config, answers
+
+    @abstractmethod
+    def encode(self, target: Any, meta: Mapping[str, Any]) -> dict[str, Any]:
+        """A raw target and what extraction knows of its sample → scalars or arrays. One sample, on the host."""
+
+    def collate(self, items: Sequence[Mapping[str, Any]], batch: Batch) -> dict[str, Tensor]:
+        """Encoded targets of a batch's samples, in order. Scalars are stacked to (B,); arrays go back to back, with
+        `NAME.n` (B,) entries each."""
+        out: dict[str, Tensor] = {}
+        for name in items[0] if items else ():
+            arrays = [np.asarray(item[name]) for item in items]
+            if arrays[0].ndim == 0:
+                out[name] = torch.from_numpy(np.stack(arrays))
+            else:
+                out[name] = torch.from_numpy(np.concatenate(arrays))
+                out[f"{name}.n"] = torch.tensor([len(a) for a in arrays])
+        return out
+
+    @abstractmethod
+    def head(self, features: Mapping[str, Feature], vocabulary: Vocabulary) -> Head:
+        """A head for what a tuner hands out. `vocabulary`: the backbone's frozen language-model head, if it has one."""
+
+    @abstractmethod
+    def scorer(self) -> Scorer:
+        """A scorer that has seen nothing yet."""
+
+    @abstractmethod
+    def entries(self, out: Outputs) -> list[dict[str, Any]]:
+        """What `Head.predict` gave for B samples, on the host → B entries ready for JSON."""
+
+
+_OBJECTIVES: dict[str, type[Objective]] = {}
+
+
+def register(name: str, config_class: type[ObjectiveConfig]) -> Callable[[type[Objective]], type[Objective]]:
+    """Class decorator: make an objective known by `name`. Raises ValueError for a taken name."""
+
+    def inner(cls: type[Objective]) -> type[Objective]:
+        if name in _OBJECTIVES:
+            raise ValueError(f"objective {name!r} is already registered by {_OBJECTIVES[name].__name__}")
+        cls.name, cls.config_class = name, config_class
+        _OBJECTIVES[name] = cls
+        return cls
+
+    return inner
+
+
+def objective_names() -> list[str]:
+    """Registered names, in order of registration."""
+    return list(_OBJECTIVES)
+
+
+def objective_class(name: str) -> type[Objective]:
+    """The objective called `name`, of an installed plug-in too; UserError listing those there are otherwise."""
+    if name not in _OBJECTIVES:
+        load_installed()
+    if name not in _OBJECTIVES:
+        raise UserError(f"unknown objective {name!r}; objectives: {', '.join(_OBJECTIVES)}")
+    return _OBJECTIVES[name]
+
+
+def objective_config(name: str, options: Mapping[str, Any]) -> ObjectiveConfig:
+    """An objective's config from plain options; UserError naming one that it does not have or refuses."""
+    cls = objective_class(name).config_class
+    known = [f.name for f in fields(cls)]
+    for option in options:
+        if option not in known:
+            raise UserError(f"objective {name!r} has no option {option!r}; it has: {', '.join(known) or 'none'}")
+    try:
+        return cls(**options)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"objective {name!r}: {error}") from None

@@ -1,0 +1,45 @@
+"""Heads on pooled features: one row a sample, then a trainable linear map."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.extract.backbones.batch import Batch
+from pipeline.extract.options import option
+from pipeline.train.features import Feature, Features
+from pipeline.train.objectives.base import Head, ObjectiveConfig
+
+POOLINGS = ("mean", "first")
+
+
+@dataclass(frozen=True)
+class PooledConfig(ObjectiveConfig):
+    """`pooling`: what the head reads of a sample's rows, their mean or the first one."""
+
+    pooling: str = option("mean", "What the head reads, the mean of the tokens or the first one.", choices=POOLINGS)
+
+
+class PooledHead(Head):
+    """All features pooled, joined and mapped to `outputs` numbers a sample. Parameters: (Σ widths + 1) · outputs."""
+
+    def __init__(self, features: Mapping[str, Feature], outputs: int, pooling: str) -> None:
+        super().__init__()
+        self.features, self.pooling = dict(features), pooling
+        self.linear = nn.Linear(sum(f.width for f in features.values()), outputs)
+        nn.init.normal_(self.linear.weight, std=0.02)
+        nn.init.zeros_(self.linear.bias)
+
+    def outputs(self, features: Features, batch: Batch) -> Tensor:
+        """(B, outputs), float32 under autocast too: labels and NumPy have no bfloat16."""
+        pooled = []
+        for name, feature in self.features.items():
+            rows = features[name].float()
+            if feature.stream:
+                layout = batch.layout(feature.stream)
+                rows = layout.mean(rows) if self.pooling == "mean" else rows.index_select(0, layout.first)
+            pooled.append(rows)
+        return self.linear(pooled[0] if len(pooled) == 1 else torch.cat(pooled, dim=1)).float()
