@@ -6,6 +6,7 @@ import shlex
 from dataclasses import fields, replace
 from typing import Any
 
+from pipeline.owners import owned
 from pipeline.recipe import Recipe, option_name
 
 # Options that mean something else to `extract` than to `train`: its batches are of tokens, its seed orders the visits.
@@ -16,8 +17,6 @@ def command_line(command: str, recipe: Recipe) -> str:
     """`pipeline COMMAND` with every option of `recipe` that the command takes and that is not left at its default,
     shell-quoted: parsed back it is the same recipe."""
     words = ["pipeline", command]
-    from pipeline.owners import owned  # tuners load torch, which `pipeline store` does without
-
     taker = command if command in ("extract", "train") else "train"  # plan, bench and compare take train's options
     for f in fields(recipe):
         value = getattr(recipe, f.name)

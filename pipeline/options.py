@@ -6,16 +6,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import click
 
 from pipeline.command import tell
+from pipeline.extract.options import about
+from pipeline.owners import Owned, names_of, owned, recipe_of, refusal
 from pipeline.recipe import Recipe, option_name, read_recipe
 from pipeline.store.errors import Notice, UserError
-
-if TYPE_CHECKING:
-    from pipeline.owners import Owned
 
 _HINTS = get_type_hints(Recipe)
 _OWNED = "pipeline.owned"  # where a context keeps the options of the chosen owners
@@ -99,8 +98,6 @@ class OwnerCommand(click.Command):
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption:
-            from pipeline.owners import refusal
-
             flags = {flag for p in self.get_params(ctx) for flag in (*p.opts, *p.secondary_opts)}
             unknown = [w.partition("=")[0] for w in words if w.startswith("--")]
             names = [w.removeprefix("--").replace("-", "_") for w in unknown if w not in flags]
@@ -118,8 +115,6 @@ class OwnerCommand(click.Command):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Notice)  # said when the recipe is made
             values = read_recipe(given["recipe_file"]) if given.get("recipe_file") else {}
-        from pipeline.owners import recipe_of
-
         values = {k: v for k, v in values.items() if k in names}
         recipe = recipe_of("train", (f"recipe {given.get('recipe_file')}", values), ("command line", {
             k: v for k, v in given.items() if k in names and k != self.methods
@@ -145,8 +140,6 @@ class OwnerCommand(click.Command):
 
 def _owned(tuners: Sequence[str], objective: str | None, extraction: bool) -> dict[str, list[click.Option]]:
     """Title → options of those chosen."""
-    from pipeline.owners import owned
-
     groups: dict[str, list[click.Option]] = {}
     for option in owned(tuners, objective, extraction):
         title = f"{option.kind.capitalize()} {', '.join(option.owners)}"
@@ -155,8 +148,6 @@ def _owned(tuners: Sequence[str], objective: str | None, extraction: bool) -> di
 
 
 def _click_option(of: Owned) -> click.Option:
-    from pipeline.extract.options import about
-
     known, default = about(of.field), of.field.default
     help = known.help
     if default not in (None, ()) and default is not False:
@@ -167,9 +158,8 @@ def _click_option(of: Owned) -> click.Option:
 
 def tuners_among(methods: str) -> list[str]:
     """The tuners among the methods of `compare`, written with commas; others are looked at there."""
-    from pipeline.owners import tuner_names
-
-    return [m.strip() for m in methods.split(",") if m.strip() in tuner_names()]
+    known = names_of("tuner")
+    return [m.strip() for m in methods.split(",") if m.strip() in known]
 
 
 def takes(command: str, *left_out: str, names_tuners: str = "") -> type[OwnerCommand]:
@@ -181,8 +171,6 @@ def build_recipe(
     command: str, given: dict[str, Any], recipe_file: str | None, tuners: Sequence[str] | None = None
 ) -> Recipe:
     """The recipe file's options overlaid with those given on the command line."""
-    from pipeline.owners import recipe_of
-
     line: dict[str, Any] = {}
     for name, value in given.items():
         kind, mark, option = name.partition("__")

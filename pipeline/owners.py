@@ -8,6 +8,7 @@ What is given may be flat (`reduction: 4`) or named by its owner (`tuner_options
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, fields, replace
 from functools import cache
@@ -17,11 +18,11 @@ from pipeline.extract.options import about
 from pipeline.extract.plugins import import_modules
 from pipeline.recipe import Recipe, common_value, field_names, named, option_name
 from pipeline.store.errors import UserError
-from pipeline.train.objectives import objective_class, objective_names
-from pipeline.train.tuners import TunerConfig, tuner_class, tuner_config, tuner_names
+from pipeline.train.configs import OBJECTIVES, TUNERS, TunerConfig
 from pipeline.values import checked_value
 
 KINDS = ("tuner", "objective")
+_OURS: dict[str, Mapping[str, type[Any]]] = {"tuner": TUNERS, "objective": OBJECTIVES}
 # What commands take beside the recipe's options: an option of an owner is not spelled so.
 TAKEN = {"json", "recipe", "help", "budget", "memory", "tuners", "seeds", "preset", "csv", "for", "import"}
 
@@ -49,18 +50,27 @@ def _options(config: type[Any]) -> dict[str, tuple[Field[Any], Any]]:
 
 
 def options_of(kind: str, name: str) -> dict[str, tuple[Field[Any], Any]]:
-    """The options of a tuner or objective: name → field, type."""
-    cls: Any = tuner_class(name) if kind == "tuner" else objective_class(name)
+    """The options of a tuner or objective, also of an installed plug-in: name → field, type. UserError for an unknown
+    name."""
+    if name in _OURS[kind]:
+        ours: Any = _OURS[kind][name]
+        return _options(ours)
+    from pipeline.train import objectives, tuners  # these load torch, which a list of ours does without
+
+    cls: Any = tuners.tuner_class(name) if kind == "tuner" else objectives.objective_class(name)
     return _options(cls.config_class)
 
 
-def _names(kind: str) -> list[str]:
-    return tuner_names() if kind == "tuner" else objective_names()
+def names_of(kind: str) -> list[str]:
+    """Ours, and those that modules of the user's have registered by now."""
+    register: Any = sys.modules.get(f"pipeline.train.{kind}s")
+    more = [] if register is None else getattr(register, f"{kind}_names")()
+    return list(dict.fromkeys([*_OURS[kind], *more]))
 
 
 def having(kind: str, option: str, names: Sequence[str] | None = None) -> list[str]:
     """Those of `names` (all there are where None) that have the option."""
-    return [n for n in (_names(kind) if names is None else names) if option in options_of(kind, n)]
+    return [n for n in (names_of(kind) if names is None else names) if option in options_of(kind, n)]
 
 
 def owned(tuners: Sequence[str], objective: str | None, extraction: bool = False) -> list[Owned]:
@@ -68,7 +78,7 @@ def owned(tuners: Sequence[str], objective: str | None, extraction: bool = False
     only those that extraction needs."""
     found: list[Owned] = []
     taken = {n.replace("_", "-") for n in field_names()} | TAKEN
-    for kind, names in (("tuner", tuners), ("objective", objective_names() if objective is None else [objective])):
+    for kind, names in (("tuner", tuners), ("objective", names_of("objective") if objective is None else [objective])):
         own: dict[str, Owned] = {}
         for name in names:
             for option, (field, hint) in options_of(kind, name).items():
@@ -125,9 +135,9 @@ def recipe_of(
     if tuners is None:
         tuners = recipe.tuners if command == "extract" else (recipe.tuner,)
     for name in tuners:
-        tuner_class(name)  # of an installed plug-in, which is imported now
+        options_of("tuner", name)  # of an installed plug-in, which is imported now
     if recipe.objective:
-        objective_class(recipe.objective)
+        options_of("objective", recipe.objective)
     chooser = _Chooser(tuners, recipe.objective, command == "extract")
     for kind, option, value, where in own:
         chooser.take(option, value, where, kind)
@@ -141,7 +151,7 @@ class _Chooser:
 
     def __init__(self, tuners: Sequence[str], objective: str | None, extraction: bool) -> None:
         self.extraction = extraction
-        self.chosen = {"tuner": tuners, "objective": objective_names() if objective is None else [objective]}
+        self.chosen = {"tuner": tuners, "objective": names_of("objective") if objective is None else [objective]}
         self.open = objective is None  # which objective it is the data will tell
         self.found: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}
         self.others: list[str] = []
@@ -171,7 +181,7 @@ class _Chooser:
 
 
 def _nearest(option: str) -> str:
-    known = [*field_names(), *(o for kind in KINDS for n in _names(kind) for o in options_of(kind, n))]
+    known = [*field_names(), *(o for kind in KINDS for n in names_of(kind) for o in options_of(kind, n))]
     near = difflib.get_close_matches(option, known, n=1)
     return f"; did you mean {near[0]}?" if near else ""
 
@@ -179,6 +189,8 @@ def _nearest(option: str) -> str:
 def config_of(recipe: Recipe, name: str, several: bool = False) -> TunerConfig:
     """The config of tuner `name`. `several`: the options are for several tuners, of which this one takes what it has;
     and `layers` are then not for those that read a single one."""
+    from pipeline.train.tuners import tuner_class, tuner_config
+
     options = dict(recipe.tuner_options)
     if several:
         options = {k: v for k, v in options.items() if k in options_of("tuner", name)}

@@ -12,6 +12,8 @@ import pytest
 from pipeline import catalog
 from pipeline.catalog import FAMILIES, TUNERS
 from pipeline.extract.backbones import families
+from pipeline.train import configs
+from pipeline.train.objectives import objective_class
 from pipeline.train.tuners import base, tuner_class, tuner_names
 
 HEAVY = ("torch", "transformers", "tokenizers", "datasets", "timm", "scipy", "sklearn", "PIL", "dask", "zarr")
@@ -26,8 +28,7 @@ for words in lines:
     assert done.exit_code == 0 and not loaded, f"{words} imports {loaded}: {done.output}"
 """
 LINES = [[], ["--version"], ["tuners"], ["models"], ["tasks"], ["tasks", "--json"], ["store", "--help"]]
-# Commands with options of tuners and objectives (extract, train, plan, bench, compare) import these to list them.
-LINES += [[name, "--help"] for name in ("evaluate", "predict", "demo")]
+LINES += [[name, "--help"] for name in ("extract", "train", "plan", "bench", "compare", "evaluate", "predict", "demo")]
 
 
 def test_help_and_lists_import_nothing_heavy() -> None:
@@ -45,6 +46,8 @@ def test_light_modules_stay_light(module: str) -> None:
 def test_lists_say_what_the_classes_say() -> None:
     ours = {n: tuner_class(n) for n in tuner_names()}  # other tests may have registered theirs
     assert {n: c.description for n, c in ours.items() if c.__module__.startswith("pipeline.")} == TUNERS
+    assert {n: tuner_class(n).config_class for n in TUNERS} == configs.TUNERS and [*TUNERS] == [*configs.TUNERS]
+    assert {n: objective_class(n).config_class for n in configs.OBJECTIVES} == configs.OBJECTIVES
     assert {f.name: (f.description, f.model_types) for f in families()} == FAMILIES
 
 

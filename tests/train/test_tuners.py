@@ -10,12 +10,13 @@ from pipeline.extract.backbones import family_for
 from pipeline.extract.checkpoint import Checkpoint
 from pipeline.objectives import class_objective
 from pipeline.store import UserError
+from pipeline.train.configs import BLENDS
 from pipeline.train.features import Want
 from pipeline.train.model import Model
 from pipeline.train.tuners import Tuner, TunerConfig, register, tuner_class, tuner_config, tuner_names
 from pipeline.train.tuners.base import StateLinear
 from pipeline.train.tuners.clip import SherlTower, UniptTower
-from pipeline.train.tuners.mtsa import BLENDS, MTSA, layer_weights, redundancy
+from pipeline.train.tuners.mtsa import MTSA, layer_weights, redundancy
 from tests.extract.test_backbones import inputs_of
 from tests.train.conformance import Case
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.extract.backbones.batch import Batch
-from pipeline.extract.options import check_options
 from pipeline.extract.plugins import load_installed
 from pipeline.store.errors import UserError
+from pipeline.train.configs import ObjectiveConfig
 from pipeline.train.features import Feature, Features, Want
 
 Outputs = dict[str, Any]  # name → tensor with a first dimension of B, or a sequence of B entries
@@ -30,15 +30,6 @@ class Vocabulary(Protocol):
 
     def logits(self, rows: Tensor, tokens: Tensor | None = None) -> Tensor:
         """(rows, width) → (rows, vocabulary), or only the columns `tokens`."""
-
-
-@dataclass(frozen=True)
-class ObjectiveConfig:
-    """Options of an objective are the fields of a subclass, each made by `option`, each with a default. Raises
-    ValueError for a value that an option does not take."""
-
-    def __post_init__(self) -> None:
-        check_options(self)
 
 
 @dataclass(frozen=True)

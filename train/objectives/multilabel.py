@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,18 +12,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.extract.backbones.batch import Batch
-from pipeline.extract.options import option
+from pipeline.train.configs import MultilabelConfig
 from pipeline.train.features import Feature, Features
 from pipeline.train.finite import refuse_nan
 from pipeline.train.objectives.base import Objective, Outputs, Scorer, Vocabulary, register
-from pipeline.train.objectives.pooled import PooledConfig, PooledHead
-
-
-@dataclass(frozen=True)
-class MultilabelConfig(PooledConfig):
-    """`threshold`: the probability from which a label is told."""
-
-    threshold: float = option(0.5, "Probability from which a label is told.", above=0, below=1)
+from pipeline.train.objectives.pooled import PooledHead
 
 
 class MultilabelHead(PooledHead):

@@ -3,24 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.extract.backbones.batch import Batch
-from pipeline.extract.options import option
 from pipeline.train.features import Feature, Features
-from pipeline.train.objectives.base import Head, ObjectiveConfig
-
-POOLINGS = ("mean", "first")
-
-
-@dataclass(frozen=True)
-class PooledConfig(ObjectiveConfig):
-    """`pooling`: what the head reads of a sample's rows, their mean or the first one."""
-
-    pooling: str = option("mean", "What the head reads, the mean of the tokens or the first one.", choices=POOLINGS)
+from pipeline.train.objectives.base import Head
 
 
 class PooledHead(Head):

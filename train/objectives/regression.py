@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.extract.backbones.batch import Batch
+from pipeline.train.configs import PooledConfig
 from pipeline.train.features import Feature, Features
 from pipeline.train.finite import refuse_nan
 from pipeline.train.objectives.base import Objective, Outputs, Vocabulary, register
-from pipeline.train.objectives.pooled import PooledConfig, PooledHead
+from pipeline.train.objectives.pooled import PooledHead
 from pipeline.train.objectives.scores import ScalarScorer
 
 

@@ -19,37 +19,10 @@ from torch.nn import functional as F
 
 from pipeline.extract.backbones.base import Family, Tail
 from pipeline.extract.backbones.batch import Batch
-from pipeline.extract.options import check_options, option
 from pipeline.extract.plugins import load_installed
 from pipeline.store.errors import UserError
+from pipeline.train.configs import TunerConfig
 from pipeline.train.features import Feature, Features, Kind, Want
-
-
-@dataclass(frozen=True)
-class TunerConfig:
-    """Options common to tuners; those of a tuner are the fields of a subclass, each made by `option`, each with a
-    default. Raises ValueError for a value that an option does not take. Empty `layers` are the method's own choice for
-    the backbone (the papers' where they give one)."""
-
-    layers: tuple[int, ...] = option(
-        (),
-        "Blocks (from 0) whose states are used. Default: the paper's choice for the backbone.",
-        metavar="NUMBERS",
-        extraction=True,
-    )
-
-    def __post_init__(self) -> None:
-        check_options(self)
-
-    def kept(self, family: Family, method: str, stream: str) -> list[int]:
-        """The layers used on `stream`. Raises UserError for one that the backbone does not have."""
-        if not self.layers:
-            return family.kept_layers(method, stream)
-        depth = family.depth(stream)
-        bad = [i for i in self.layers if not 0 <= i < depth]
-        if bad:
-            raise UserError(f"layers: the backbone's {stream} has blocks 0 to {depth - 1}, not {bad[0]}")
-        return sorted(set(self.layers))
 
 
 @dataclass(frozen=True)

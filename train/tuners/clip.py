@@ -12,7 +12,6 @@ loss, and the gate γ that the released code has on one data set only, are not h
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -20,18 +19,10 @@ from torch.nn import functional as F
 
 from pipeline.extract.backbones.base import Family, Tail
 from pipeline.extract.backbones.batch import Batch, Layout
-from pipeline.extract.options import option
+from pipeline.train.configs import ClipConfig
 from pipeline.train.features import Feature, Features, Want
-from pipeline.train.tuners.base import StateLinear, Tuner, TunerConfig, checked_reduction, full_precision, register
+from pipeline.train.tuners.base import StateLinear, Tuner, checked_reduction, full_precision, register
 from pipeline.train.tuners.mtsa import EPSILON, mix
-
-
-@dataclass(frozen=True)
-class ClipConfig(TunerConfig):
-    """`reduction`: side width is the backbone's over this. 1 is what the published counts need, though the paper says
-    2. `layers`: blocks that are read beside the embedding; all by default."""
-
-    reduction: int = option(1, "Side width is the backbone's over this.", least=1)
 
 
 class Tower(nn.Module):

@@ -18,7 +18,6 @@ corrections it is that stream. There is no public code. What the paper leaves op
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -27,26 +26,10 @@ from torch.nn import functional as F
 from pipeline.extract.backbones.base import Family, Tail
 from pipeline.extract.backbones.batch import Batch
 from pipeline.extract.backbones.swin import SwinTail
-from pipeline.extract.options import option
 from pipeline.store.errors import UserError
+from pipeline.train.configs import E3vaConfig
 from pipeline.train.features import Features, Want
-from pipeline.train.tuners.base import Tuner, TunerConfig, register, rows_of, state_linear
-
-
-@dataclass(frozen=True)
-class E3vaConfig(TunerConfig):
-    """`alpha`: rank of the factors, 8 (E³VA), 16 (+) or 32 (++). `start`: e₀, "embedding" or "zero". `fusion`: "sum" is
-    norm(l + e), "highway" norm(e). `zero_init`: start the last factor of each adapter at zero."""
-
-    alpha: int = option(8, "Rank of the adapters; 8, 16, 32 are E3VA, +, ++.", least=1)
-    start: str = option("embedding", "What the highway starts from.", choices=("embedding", "zero"), extraction=True)
-    fusion: str = option(
-        "sum",
-        "What the norms read, the sum of highway and backbone or the highway.",
-        choices=("sum", "highway"),
-        extraction=True,
-    )
-    zero_init: bool = option(True, "Start the last factor of each adapter at zero (ours) or at random.")
+from pipeline.train.tuners.base import Tuner, register, rows_of, state_linear
 
 
 class LowRank(nn.Module):

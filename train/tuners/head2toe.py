@@ -8,7 +8,6 @@ The paper fits the head anew after selection, and averages maps to several cells
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,21 +15,11 @@ from torch import Tensor, nn
 
 from pipeline.extract.backbones.base import Family, Tail
 from pipeline.extract.backbones.batch import Batch, stream_of
-from pipeline.extract.options import option
 from pipeline.store.errors import UserError
+from pipeline.train.configs import Head2ToeConfig
 from pipeline.train.features import Features, Want
 from pipeline.train.objectives.pooled import PooledHead
-from pipeline.train.tuners.base import Tuner, TunerConfig, register, rows_of
-
-
-@dataclass(frozen=True)
-class Head2ToeConfig(TunerConfig):
-    """`features`: share of all features that stay. `lasso`: weight of the group lasso, Σ over features of the norm of
-    the head's weights on it. `select_after`: training batches before the selection."""
-
-    features: float = option(0.1, "Share of the features that stay.", above=0, most=1)
-    lasso: float = option(1e-4, "Weight of the group lasso.", least=0)
-    select_after: int = option(100, "Training batches before features are selected.", least=1)
+from pipeline.train.tuners.base import Tuner, register, rows_of
 
 
 @register("head2toe", Head2ToeConfig)

@@ -22,15 +22,13 @@ from pipeline.extract.backbones.bylength import by_length
 from pipeline.store.errors import UserError
 from pipeline.train.adapters import Bottleneck, add_biases, add_lora, free_biases
 
-TAILS = ("frozen", "lora", "bitfit", "adapter", "prompt")
-SIZED = ("lora", "adapter", "prompt")
 REDUCTION = 16  # LoRA's rank and the adapter's width are the backbone's width over this
 PROMPT = 30  # virtual rows
 
 
 class LiveLayers(nn.Module):
-    """Calls live layer i of `layers` on `hidden` as a `Tail` does. `how`: one of `TAILS`. `size`: of those in `SIZED`,
-    LoRA's rank, the adapter's width, or virtual rows; the paper's where it is None."""
+    """Calls live layer i of `layers` on `hidden` as a `Tail` does. `how`: one of `train.configs.TAILS`. `size`:
+    of those in `SIZED`, LoRA's rank, the adapter's width, or virtual rows; the paper's where it is None."""
 
     def __init__(self, tail: Tail, family: Family, layers: Sequence[int], how: str, size: int | None = None) -> None:
         super().__init__()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -12,47 +11,10 @@ from torch import Tensor, nn
 from pipeline.extract.backbones.base import Family, Tail
 from pipeline.extract.backbones.batch import Batch
 from pipeline.extract.backbones.bylength import by_length
-from pipeline.extract.options import option
 from pipeline.store.errors import UserError
+from pipeline.train.configs import PRUNES, LstConfig
 from pipeline.train.features import Features, Want
-from pipeline.train.tuners.base import Start, Tuner, TunerConfig, checked_reduction, linear, register, rows_of
-
-INITS = ("random", "magnitude", "fisher")
-# The forms of pruning, and what they are called in the store. A file called "running" there was made by an older
-# version, which kept rows in ascending order, not in the released one; it is no longer read.
-PRUNES = {"running": "released", "aligned": "aligned"}
-
-
-@dataclass(frozen=True)
-class LstConfig(TunerConfig):
-    """`reduction`: r, side width is D / r. `layers`: kept layers, the rest are dropped with their side blocks.
-    `temperature`: of the fusion gates. `init`: what side blocks start from: "random", or the backbone pruned by
-    "magnitude" or by "fisher" information on the task (LST §3.3; 0.1 and 0.2 points of GLUE average in its ablation).
-    `prune`: "running" as in the released code, or "aligned", ours (see `extract.backbones.pruning`)."""
-
-    reduction: int = option(
-        8, "Side width is the backbone's over this. (Extraction: for the weights of --init.)", least=1, extraction=True
-    )
-    temperature: float = option(0.1, "Temperature of the fusion gates.", above=0)
-    init: str = option(
-        "random",
-        "What side blocks start from: random, or the backbone pruned by magnitude or by Fisher information on the "
-        "task. Extract with the same --init, --prune and --reduction.",
-        choices=INITS,
-        extraction=True,
-    )
-    prune: str = option(
-        "running",
-        "How --init chooses channels: running, sublayer by sublayer as released, or aligned, one set for the residual "
-        "stream (ours).",
-        choices=tuple(PRUNES),
-        extraction=True,
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.prune != "running" and self.init == "random":
-            raise ValueError("--prune says how --init chooses channels; give --init magnitude or fisher with it")
+from pipeline.train.tuners.base import Start, Tuner, checked_reduction, linear, register, rows_of
 
 
 class Ladder(nn.Module):

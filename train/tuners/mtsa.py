@@ -62,7 +62,6 @@ def layer_weights(scores: Tensor, redundant: Tensor, epsilon: float = EPSILON) -
 # How the layers are blended; the first is SHERL's. Its ablations (Fig. 4) are max and average pooling, multi-head
 # self-attention, the learned attention without redundancy, and with a learned one. "attention", softmax attention from
 # the guide, is ours.
-BLENDS = ("redundancy", "max", "average", "mhsa", "linear", "linear-learned", "attention")
 SCORED = ("redundancy", "linear", "linear-learned")  # those with the learned product w, c
 HEADS = 4  # of mhsa, from the paper
 
@@ -107,7 +106,7 @@ def mix(
 
 class MTSA(nn.Module):
     """n sets of features (rows, `widths[i]`), the last one the guide → (rows, width of the guide). `blend`: one of
-    `BLENDS`.
+    `train.configs.BLENDS`.
 
     Parameters per set: width·d + d and 2(d² + d); in all d + 1 for the score, d·width + width for the way up and 1 for
     the gate (methods §1.6 without the norm that follows). Blends other than the three `SCORED` have no score;

@@ -2,22 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from pipeline.extract.backbones.base import Family, Tail
 from pipeline.extract.backbones.batch import Batch
+from pipeline.train.configs import ProbeConfig
 from pipeline.train.features import Features, Want
-from pipeline.train.tuners.base import Tuner, TunerConfig, register, rows_of
-
-
-@dataclass(frozen=True)
-class ProbeConfig(TunerConfig):
-    """`layers`: at most one block, whose output is probed; the last by default."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if len(self.layers) > 1:
-            raise ValueError(f"layers: a probe reads one layer, not {len(self.layers)}")
+from pipeline.train.tuners.base import Tuner, register, rows_of
 
 
 @register("probe", ProbeConfig)

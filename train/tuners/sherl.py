@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,82 +10,12 @@ from torch import Tensor, nn
 from pipeline.extract.backbones.base import Family, Tail
 from pipeline.extract.backbones.batch import Batch
 from pipeline.extract.backbones.dropout import Dropout
-from pipeline.extract.options import option
 from pipeline.store.errors import UserError
+from pipeline.train.configs import SherlConfig
 from pipeline.train.features import Features, Want
-from pipeline.train.tuners.base import Tuner, TunerConfig, checked_reduction, register, rows_of
-from pipeline.train.tuners.livelayers import SIZED, TAILS, LiveLayers, saved_size
-from pipeline.train.tuners.mtsa import BLENDS, MTSA
-
-
-@dataclass(frozen=True)
-class SherlConfig(TunerConfig):
-    """`reduction`: r, side width is D / r. `gate`: start of alpha; 0 is the paper's (the live layer then sees the
-    blend only), 0.1 starts the gate at u = 0.76. None: 0 on text-to-text backbones, 0.1 on encoders, where the paper's
-    start is fragile (methods §8; a deviation, and the papers have no such rows). `temperature`: T of the gate.
-    `blend`: "redundancy" is SHERL; "max", "average", "mhsa", "linear" and "linear-learned" are the ablations of its
-    Fig. 4 (MaxPool, AvePool, MHSA, LinearA, LinearA(r)); "attention" is ours.
-
-    `insert`: where the blend of the last stream enters. "last": the last layer. "single:S": layer S; those after it run
-    on its output. "multi:S": every layer from S on gets a blend of its own, of all features before it (Figs 6, 9).
-    "none": no layer is live, the blend of the same features is the output ("(-) Regulate" of Fig. 5); on text-to-text
-    backbones nothing then reads the encoder's blend, so there is none.
-    `tail`: what trains inside the live layers (Fig. 5): "frozen", nothing; "lora", "bitfit", "adapter" or "prompt".
-    `tail_size`: LoRA's rank, the adapter's width or the prompt's rows; the paper's by default (see `LiveLayers`).
-    `recompute`: compute the blend again in the backward pass instead of keeping what lies between: less memory, the
-    same numbers, a longer step."""
-
-    reduction: int = option(8, "Side width is the backbone's over this.", least=1)
-    gate: float | None = option(
-        None, "Start of the gate alpha. Default: 0, the paper's, on T5; 0.1 on encoders, where that is calmer."
-    )
-    temperature: float = option(0.1, "Temperature of the gate.", above=0)
-    blend: str = option(
-        "redundancy",
-        "How layers are blended: redundancy is the method. Its Fig. 4 has max, average, mhsa (self-attention over "
-        "layers), linear and linear-learned (a learned redundancy); attention, from the guide, is ours.",
-        choices=BLENDS,
-    )
-    insert: str = option(
-        "last",
-        "Where the blend enters: last, the last layer; single:S, layer S, those after it as they are; multi:S, each "
-        "layer from S on gets a blend of its own (Figs 6 and 9); none: no layer is live, the blend is the output "
-        "(Fig 5). Extract with the same.",
-        metavar="last|none|single:S|multi:S",
-        extraction=True,
-    )
-    tail: str = option("frozen", "What trains inside the live layers (Fig 5); frozen: nothing.", choices=TAILS)
-    tail_size: int | None = option(
-        None,
-        "Size of what --tail adds: LoRA's rank, the adapter's width, virtual rows. Default: the paper's, a sixteenth "
-        "of the backbone's width, or 30 rows.",
-    )
-    recompute: bool = option(False, "Compute the blend again in the backward pass; less memory, a longer step.")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        how, _, number = self.insert.partition(":")
-        if self.insert not in ("last", "none") and (how not in ("single", "multi") or not number.isdigit()):
-            raise ValueError(f"insert: last, none, or single:S or multi:S with a layer's number, not {self.insert!r}")
-        if self.tail != "frozen" and self.insert == "none":
-            raise ValueError(f"tail: with insert none no layer is live that {self.tail} could train in")
-        if self.tail_size is not None and (self.tail not in SIZED or self.tail_size < 1):
-            raise ValueError(f"tail_size: a number above 0, with tail {' or '.join(SIZED)}; tail is {self.tail}")
-
-    def first_live(self, family: Family) -> int:
-        """The number of the first live layer, with "none" of the last one, which the blend then does not enter.
-        UserError for one that the backbone does not have."""
-        last = family.depth(family.streams[-1]) - 1
-        if self.insert in ("last", "none"):
-            return last
-        number = int(self.insert.partition(":")[2])
-        if not 1 <= number <= last:
-            raise UserError(f"insert: the blend can enter layers 1 to {last} of this backbone, not {number}")
-        return number
-
-    def streams(self, family: Family) -> tuple[str, ...]:
-        """Those that are blended."""
-        return family.streams[-1:] if self.insert == "none" else family.streams
+from pipeline.train.tuners.base import Tuner, checked_reduction, register, rows_of
+from pipeline.train.tuners.livelayers import LiveLayers, saved_size
+from pipeline.train.tuners.mtsa import MTSA
 
 
 @register("sherl", SherlConfig)

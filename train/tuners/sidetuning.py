@@ -7,29 +7,14 @@ network that it distils from the backbone; this one starts at random.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import nn
 
 from pipeline.extract.backbones.base import Family, Tail
 from pipeline.extract.backbones.batch import Batch
-from pipeline.extract.options import option
+from pipeline.train.configs import SideTuningConfig
 from pipeline.train.features import Features, Want
-from pipeline.train.tuners.base import Tuner, TunerConfig, checked_reduction, register, rows_of
-
-
-@dataclass(frozen=True)
-class SideTuningConfig(TunerConfig):
-    """`reduction`: r, the side network's width is D / r. `layers`: at most one block, the frozen output; the last by
-    default."""
-
-    reduction: int = option(8, "Side width is the backbone's over this.", least=1)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if len(self.layers) > 1:
-            raise ValueError(f"layers: side-tuning blends with one layer, not {len(self.layers)}")
+from pipeline.train.tuners.base import Tuner, checked_reduction, register, rows_of
 
 
 @register("side-tuning", SideTuningConfig)

@@ -11,7 +11,6 @@ ours, not theirs, and to be named as such beside published numbers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +18,11 @@ from torch.nn import functional as F
 
 from pipeline.extract.backbones.base import Family, Tail
 from pipeline.extract.backbones.batch import Batch, Layout
-from pipeline.extract.options import option
+from pipeline.train.configs import UniptConfig
 from pipeline.train.features import Features, Want
 from pipeline.train.tuners.base import (
     StateLinear,
     Tuner,
-    TunerConfig,
     checked_reduction,
     full_precision,
     register,
@@ -32,13 +30,6 @@ from pipeline.train.tuners.base import (
 )
 
 EPSILON = 1e-8  # added to l1 norms, as in the released BERT and CNN code
-
-
-@dataclass(frozen=True)
-class UniptConfig(TunerConfig):
-    """`reduction`: r, side width is D / r. `layers`: blocks that are read; the deepest of them is the anchor."""
-
-    reduction: int = option(8, "Side width is the backbone's over this.", least=1)
 
 
 def attend(anchor: Tensor, target: Tensor) -> Tensor:

@@ -1,0 +1,263 @@
+"""Options of our tuners and objectives: their configs, in a module without torch, so that the command line lists them
+without loading what reads them. Those of others stand in their own files.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pipeline.extract.options import check_options, option
+from pipeline.store.errors import UserError
+
+if TYPE_CHECKING:
+    from pipeline.extract.backbones.base import Family
+
+BLENDS = ("redundancy", "max", "average", "mhsa", "linear", "linear-learned", "attention")
+TAILS = ("frozen", "lora", "bitfit", "adapter", "prompt")
+SIZED = ("lora", "adapter", "prompt")
+INITS = ("random", "magnitude", "fisher")
+# The forms of pruning, and what they are called in the store. A file called "running" there was made by an older
+# version, which kept rows in ascending order, not in the released one; it is no longer read.
+PRUNES = {"running": "released", "aligned": "aligned"}
+POOLINGS = ("mean", "first")
+
+
+@dataclass(frozen=True)
+class TunerConfig:
+    """Options common to tuners; those of a tuner are the fields of a subclass, each made by `option`, each with a
+    default. Raises ValueError for a value that an option does not take. Empty `layers` are the method's own choice for
+    the backbone (the papers' where they give one)."""
+
+    layers: tuple[int, ...] = option(
+        (),
+        "Blocks (from 0) whose states are used. Default: the paper's choice for the backbone.",
+        metavar="NUMBERS",
+        extraction=True,
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    def kept(self, family: Family, method: str, stream: str) -> list[int]:
+        """The layers used on `stream`. Raises UserError for one that the backbone does not have."""
+        if not self.layers:
+            return family.kept_layers(method, stream)
+        depth = family.depth(stream)
+        bad = [i for i in self.layers if not 0 <= i < depth]
+        if bad:
+            raise UserError(f"layers: the backbone's {stream} has blocks 0 to {depth - 1}, not {bad[0]}")
+        return sorted(set(self.layers))
+
+
+@dataclass(frozen=True)
+class SideConfig(TunerConfig):
+    """`reduction`: r, side width is D / r."""
+
+    reduction: int = option(8, "Side width is the backbone's over this.", least=1)
+
+
+@dataclass(frozen=True)
+class ClipConfig(SideConfig):
+    """`reduction`: side width is the backbone's over this. 1 is what the published counts need, though the paper says
+    2. `layers`: blocks that are read beside the embedding; all by default."""
+
+    reduction: int = option(1, "Side width is the backbone's over this.", least=1)
+
+
+@dataclass(frozen=True)
+class SherlConfig(SideConfig):
+    """`reduction`: r, side width is D / r. `gate`: start of alpha; 0 is the paper's (the live layer then sees the
+    blend only), 0.1 starts the gate at u = 0.76. None: 0 on text-to-text backbones, 0.1 on encoders, where the paper's
+    start is fragile (methods §8; a deviation, and the papers have no such rows). `temperature`: T of the gate.
+    `blend`: "redundancy" is SHERL; "max", "average", "mhsa", "linear" and "linear-learned" are the ablations of its
+    Fig. 4 (MaxPool, AvePool, MHSA, LinearA, LinearA(r)); "attention" is ours.
+
+    `insert`: where the blend of the last stream enters. "last": the last layer. "single:S": layer S; those after it run
+    on its output. "multi:S": every layer from S on gets a blend of its own, of all features before it (Figs 6, 9).
+    "none": no layer is live, the blend of the same features is the output ("(-) Regulate" of Fig. 5); on text-to-text
+    backbones nothing then reads the encoder's blend, so there is none.
+    `tail`: what trains inside the live layers (Fig. 5): "frozen", nothing; "lora", "bitfit", "adapter" or "prompt".
+    `tail_size`: LoRA's rank, the adapter's width or the prompt's rows; the paper's by default (see `LiveLayers`).
+    `recompute`: compute the blend again in the backward pass instead of keeping what lies between: less memory, the
+    same numbers, a longer step."""
+
+    gate: float | None = option(
+        None, "Start of the gate alpha. Default: 0, the paper's, on T5; 0.1 on encoders, where that is calmer."
+    )
+    temperature: float = option(0.1, "Temperature of the gate.", above=0)
+    blend: str = option(
+        "redundancy",
+        "How layers are blended: redundancy is the method. Its Fig. 4 has max, average, mhsa (self-attention over "
+        "layers), linear and linear-learned (a learned redundancy); attention, from the guide, is ours.",
+        choices=BLENDS,
+    )
+    insert: str = option(
+        "last",
+        "Where the blend enters: last, the last layer; single:S, layer S, those after it as they are; multi:S, each "
+        "layer from S on gets a blend of its own (Figs 6 and 9); none: no layer is live, the blend is the output "
+        "(Fig 5). Extract with the same.",
+        metavar="last|none|single:S|multi:S",
+        extraction=True,
+    )
+    tail: str = option("frozen", "What trains inside the live layers (Fig 5); frozen: nothing.", choices=TAILS)
+    tail_size: int | None = option(
+        None,
+        "Size of what --tail adds: LoRA's rank, the adapter's width, virtual rows. Default: the paper's, a sixteenth "
+        "of the backbone's width, or 30 rows.",
+    )
+    recompute: bool = option(False, "Compute the blend again in the backward pass; less memory, a longer step.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        how, _, number = self.insert.partition(":")
+        if self.insert not in ("last", "none") and (how not in ("single", "multi") or not number.isdigit()):
+            raise ValueError(f"insert: last, none, or single:S or multi:S with a layer's number, not {self.insert!r}")
+        if self.tail != "frozen" and self.insert == "none":
+            raise ValueError(f"tail: with insert none no layer is live that {self.tail} could train in")
+        if self.tail_size is not None and (self.tail not in SIZED or self.tail_size < 1):
+            raise ValueError(f"tail_size: a number above 0, with tail {' or '.join(SIZED)}; tail is {self.tail}")
+
+    def first_live(self, family: Family) -> int:
+        """The number of the first live layer, with "none" of the last one, which the blend then does not enter.
+        UserError for one that the backbone does not have."""
+        last = family.depth(family.streams[-1]) - 1
+        if self.insert in ("last", "none"):
+            return last
+        number = int(self.insert.partition(":")[2])
+        if not 1 <= number <= last:
+            raise UserError(f"insert: the blend can enter layers 1 to {last} of this backbone, not {number}")
+        return number
+
+    def streams(self, family: Family) -> tuple[str, ...]:
+        """Those that are blended."""
+        return family.streams[-1:] if self.insert == "none" else family.streams
+
+
+@dataclass(frozen=True)
+class UniptConfig(SideConfig):
+    """`reduction`: r, side width is D / r. `layers`: blocks that are read; the deepest of them is the anchor."""
+
+
+@dataclass(frozen=True)
+class E3vaConfig(TunerConfig):
+    """`alpha`: rank of the factors, 8 (E³VA), 16 (+) or 32 (++). `start`: e₀, "embedding" or "zero". `fusion`: "sum" is
+    norm(l + e), "highway" norm(e). `zero_init`: start the last factor of each adapter at zero."""
+
+    alpha: int = option(8, "Rank of the adapters; 8, 16, 32 are E3VA, +, ++.", least=1)
+    start: str = option("embedding", "What the highway starts from.", choices=("embedding", "zero"), extraction=True)
+    fusion: str = option(
+        "sum",
+        "What the norms read, the sum of highway and backbone or the highway.",
+        choices=("sum", "highway"),
+        extraction=True,
+    )
+    zero_init: bool = option(True, "Start the last factor of each adapter at zero (ours) or at random.")
+
+
+@dataclass(frozen=True)
+class Head2ToeConfig(TunerConfig):
+    """`features`: share of all features that stay. `lasso`: weight of the group lasso, Σ over features of the norm of
+    the head's weights on it. `select_after`: training batches before the selection."""
+
+    features: float = option(0.1, "Share of the features that stay.", above=0, most=1)
+    lasso: float = option(1e-4, "Weight of the group lasso.", least=0)
+    select_after: int = option(100, "Training batches before features are selected.", least=1)
+
+
+@dataclass(frozen=True)
+class LstConfig(SideConfig):
+    """`reduction`: r, side width is D / r. `layers`: kept layers, the rest are dropped with their side blocks.
+    `temperature`: of the fusion gates. `init`: what side blocks start from: "random", or the backbone pruned by
+    "magnitude" or by "fisher" information on the task (LST §3.3; 0.1 and 0.2 points of GLUE average in its ablation).
+    `prune`: "running" as in the released code, or "aligned", ours (see `extract.backbones.pruning`)."""
+
+    reduction: int = option(
+        8, "Side width is the backbone's over this. (Extraction: for the weights of --init.)", least=1, extraction=True
+    )
+    temperature: float = option(0.1, "Temperature of the fusion gates.", above=0)
+    init: str = option(
+        "random",
+        "What side blocks start from: random, or the backbone pruned by magnitude or by Fisher information on the "
+        "task. Extract with the same --init, --prune and --reduction.",
+        choices=INITS,
+        extraction=True,
+    )
+    prune: str = option(
+        "running",
+        "How --init chooses channels: running, sublayer by sublayer as released, or aligned, one set for the residual "
+        "stream (ours).",
+        choices=tuple(PRUNES),
+        extraction=True,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.prune != "running" and self.init == "random":
+            raise ValueError("--prune says how --init chooses channels; give --init magnitude or fisher with it")
+
+
+@dataclass(frozen=True)
+class ProbeConfig(TunerConfig):
+    """`layers`: at most one block, whose output is probed; the last by default."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.layers) > 1:
+            raise ValueError(f"layers: a probe reads one layer, not {len(self.layers)}")
+
+
+@dataclass(frozen=True)
+class SideTuningConfig(SideConfig):
+    """`reduction`: r, the side network's width is D / r. `layers`: at most one block, the frozen output; the last by
+    default."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.layers) > 1:
+            raise ValueError(f"layers: side-tuning blends with one layer, not {len(self.layers)}")
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """Options of an objective are the fields of a subclass, each made by `option`, each with a default. Raises
+    ValueError for a value that an option does not take."""
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+@dataclass(frozen=True)
+class PooledConfig(ObjectiveConfig):
+    """`pooling`: what the head reads of a sample's rows, their mean or the first one."""
+
+    pooling: str = option("mean", "What the head reads, the mean of the tokens or the first one.", choices=POOLINGS)
+
+
+@dataclass(frozen=True)
+class MultilabelConfig(PooledConfig):
+    """`threshold`: the probability from which a label is told."""
+
+    threshold: float = option(0.5, "Probability from which a label is told.", above=0, below=1)
+
+
+# Name → config, in the order in which they are registered; a test compares the two.
+TUNERS: dict[str, type[TunerConfig]] = {
+    "sherl-clip": ClipConfig,
+    "unipt-clip": ClipConfig,
+    "sherl": SherlConfig,
+    "unipt": UniptConfig,
+    "e3va": E3vaConfig,
+    "head2toe": Head2ToeConfig,
+    "lst": LstConfig,
+    "probe": ProbeConfig,
+    "side-tuning": SideTuningConfig,
+}
+
+OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
+    "classification": PooledConfig,
+    "label-text": ObjectiveConfig,
+    "multilabel": MultilabelConfig,
+    "regression": PooledConfig,
+    "tagging": ObjectiveConfig,
+}
