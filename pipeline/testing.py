@@ -57,12 +57,12 @@ class Case:
     options: dict[str, Any] | None = None
 
     @cached_property
-    def family(self) -> Any:
-        return self.checkpoint.family
+    def backbone(self) -> Any:
+        return self.checkpoint.backbone
 
     @cached_property
-    def backbone(self) -> Any:
-        return self.family.load(self.checkpoint.folder, torch.float32, "sdpa", "cpu")
+    def loaded(self) -> Any:
+        return self.backbone.load(self.checkpoint.folder, torch.float32, "sdpa", "cpu")
 
     @cached_property
     def config(self) -> Any:
@@ -70,33 +70,33 @@ class Case:
 
     @cached_property
     def inputs(self) -> Inputs:
-        if self.family.modality == "text":
-            prompt = "task first: {0} second: {1}" if self.family.writes_text else ""
+        if self.backbone.modality == "text":
+            prompt = "task first: {0} second: {1}" if self.backbone.writes_text else ""
             gold = [i % 3 for i in range(len(TEXTS))] if self.chains else None
-            return self.family.prepare(self.checkpoint.tokenizer, TEXTS, TextOptions(prompt), self.chains, gold)
+            return self.backbone.prepare(self.checkpoint.tokenizer, TEXTS, TextOptions(prompt), self.chains, gold)
         return self.images()
 
     def images(self) -> Inputs:
         """Six of the pictures."""
         names = load_task(str(self.pictures)).splits["train"].texts[:6]
-        return self.family.prepare(self.checkpoint.tokenizer, names, TextOptions(root=str(self.pictures)))
+        return self.backbone.prepare(self.checkpoint.tokenizer, names, TextOptions(root=str(self.pictures)))
 
     @cached_property
     def chains(self) -> list[list[int]]:
-        return self.family.candidates(self.checkpoint.tokenizer, ["0", "1", "2 3"])
+        return self.backbone.candidates(self.checkpoint.tokenizer, ["0", "1", "2 3"])
 
     @cached_property
     def objective(self) -> Objective:
-        return class_objective(self.family, tuner_class(self.tuner, self.family), self.chains or [()] * 3)
+        return class_objective(self.backbone, tuner_class(self.tuner, self.backbone), self.chains or [()] * 3)
 
     def model(self, seed: int = 0) -> Model:
-        return Model.build(self.tuner, self.config, self.family, self.tail, self.objective, seed)
+        return Model.build(self.tuner, self.config, self.backbone, self.tail, self.objective, seed)
 
     @cached_property
     def tail(self) -> Any:
-        own, family = tuner_class(self.tuner, self.family), self.family
-        late = {i: family.block_weights(self.backbone, i) for i in own.late_layers(self.config, family)}
-        return tail_for(self.tuner, self.config, family, "sdpa", family.tail_weights(self.backbone), late)
+        own, backbone = tuner_class(self.tuner, self.backbone), self.backbone
+        late = {i: backbone.block_weights(self.loaded, i) for i in own.late_layers(self.config, backbone)}
+        return tail_for(self.tuner, self.config, backbone, "sdpa", backbone.tail_weights(self.loaded), late)
 
     def batch(self, inputs: Inputs | None = None) -> Batch:
         if inputs is None:
@@ -109,7 +109,7 @@ class Case:
 
     def _run(self, inputs: Inputs) -> Batch:
         batch = inputs.batch()
-        batch.states = self.family.run(self.backbone, batch, state_names(self.tuner, self.config, self.family))
+        batch.states = self.backbone.run(self.loaded, batch, state_names(self.tuner, self.config, self.backbone))
         batch.targets = {"label": torch.arange(len(batch)) % 3}
         return replace(batch, pictures=None)  # a tuner cannot tell where states come from
 
@@ -186,7 +186,7 @@ def single_rows_and_zero_states_stay_finite(case: Case) -> None:
     for one in (batch, zero):
         model.loss(one).backward()
         assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
-    if case.family.modality == "text" and not case.family.writes_text:
+    if case.backbone.modality == "text" and not case.backbone.writes_text:
         ids = {k: v[:1] for k, v in case.inputs.columns.items()}
         single = case.batch(Inputs({"encoder": np.ones(1, np.int64)}, ids, np.zeros(1, bool)))
         model.loss(single).backward()
@@ -219,11 +219,11 @@ def a_sample_does_not_see_the_others(case: Case) -> None:
             at[name] += len(alone)
 
 
-def states_are_known_to_the_family(case: Case) -> None:
-    names = state_names(case.tuner, case.config, case.family)
-    assert names and set(names) <= set(case.family.states())
+def states_are_known_to_the_backbone(case: Case) -> None:
+    names = state_names(case.tuner, case.config, case.backbone)
+    assert names and set(names) <= set(case.backbone.states())
     batch = case.batch()
-    assert all(v.shape[1] == case.family.width_of(stream_of(k)) for k, v in batch.states.items())
+    assert all(v.shape[1] == case.backbone.width_of(stream_of(k)) for k, v in batch.states.items())
 
 
 CHECKS: list[Callable[[Case], None]] = [
@@ -236,7 +236,7 @@ CHECKS: list[Callable[[Case], None]] = [
     single_rows_and_zero_states_stay_finite,
     half_precision_training_stays_finite,
     a_sample_does_not_see_the_others,
-    states_are_known_to_the_family,
+    states_are_known_to_the_backbone,
 ]
 
 

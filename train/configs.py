@@ -11,7 +11,7 @@ from pipeline.extract.options import check_options, option
 from pipeline.store.errors import UserError
 
 if TYPE_CHECKING:
-    from pipeline.extract.backbones.base import Family
+    from pipeline.extract.backbones.base import Backbone
 
 BLENDS = ("redundancy", "max", "average", "mhsa", "linear", "linear-learned", "attention")
 TAILS = ("frozen", "lora", "bitfit", "adapter", "prompt")
@@ -39,11 +39,11 @@ class TunerConfig:
     def __post_init__(self) -> None:
         check_options(self)
 
-    def kept(self, family: Family, method: str, stream: str) -> list[int]:
+    def kept(self, backbone: Backbone, method: str, stream: str) -> list[int]:
         """The layers used on `stream`. Raises UserError for one that the backbone does not have."""
         if not self.layers:
-            return family.kept_layers(method, stream)
-        depth = family.depth(stream)
+            return backbone.kept_layers(method, stream)
+        depth = backbone.depth(stream)
         bad = [i for i in self.layers if not 0 <= i < depth]
         if bad:
             raise UserError(f"layers: the backbone's {stream} has blocks 0 to {depth - 1}, not {bad[0]}")
@@ -118,10 +118,10 @@ class SherlConfig(SideConfig):
         if self.tail_size is not None and (self.tail not in SIZED or self.tail_size < 1):
             raise ValueError(f"tail_size: a number above 0, with tail {' or '.join(SIZED)}; tail is {self.tail}")
 
-    def first_live(self, family: Family) -> int:
+    def first_live(self, backbone: Backbone) -> int:
         """The number of the first live layer, with "none" of the last one, which the blend then does not enter.
         UserError for one that the backbone does not have."""
-        last = family.depth(family.streams[-1]) - 1
+        last = backbone.depth(backbone.streams[-1]) - 1
         if self.insert in ("last", "none"):
             return last
         number = int(self.insert.partition(":")[2])
@@ -129,9 +129,9 @@ class SherlConfig(SideConfig):
             raise UserError(f"insert: the blend can enter layers 1 to {last} of this backbone, not {number}")
         return number
 
-    def streams(self, family: Family) -> tuple[str, ...]:
+    def streams(self, backbone: Backbone) -> tuple[str, ...]:
         """Those that are blended."""
-        return family.streams[-1:] if self.insert == "none" else family.streams
+        return backbone.streams[-1:] if self.insert == "none" else backbone.streams
 
 
 @dataclass(frozen=True)

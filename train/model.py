@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.extract.backbones.base import Family, Tail
+from pipeline.extract.backbones.base import Backbone, Tail
 from pipeline.extract.backbones.batch import Batch
 from pipeline.store.errors import UserError
 from pipeline.train.features import Features
@@ -79,13 +79,19 @@ class Model(Reader):
 
     @classmethod
     def build(
-        cls, name: str, config: TunerConfig, family: Family, tail: Tail, objective: Objective, seed: int | None = None
+        cls,
+        name: str,
+        config: TunerConfig,
+        backbone: Backbone,
+        tail: Tail,
+        objective: Objective,
+        seed: int | None = None,
     ) -> Model:
         """The model of tuner `name`; with `seed`, its weights are drawn from that seed alone."""
         with torch.random.fork_rng(devices=[], enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed)
-            return cls(tuner_class(name, family)(config, family, tail, objective.wants), objective)
+            return cls(tuner_class(name, backbone)(config, backbone, tail, objective.wants), objective)
 
     def forward(self, batch: Batch) -> Features:
         return self.tuner(batch)
@@ -120,46 +126,48 @@ class Model(Reader):
 
 def refuse_features(tuner: Tuner, objective: Objective) -> None:
     """UserError, one sentence, where `objective` cannot read what `tuner` hands out."""
-    wants, family = objective.wants, tuner.family
-    if wants.text_head and not family.writes_text:
-        raise UserError(f"objective {objective.name} needs a backbone that writes text; {family.name} backbones do not")
+    wants, backbone = objective.wants, tuner.backbone
+    if wants.text_head and not backbone.writes_text:
+        raise UserError(
+            f"objective {objective.name} needs a backbone that writes text; {backbone.name} backbones do not"
+        )
     if wants.text_head and not tuner.text_head:
         raise UserError(f"objective {objective.name} needs rows for a text head, which tuner {tuner.name} has none of")
     for feature in tuner.features.values():
         if feature.kind not in wants.kinds:
             raise UserError(
                 f"objective {objective.name} reads {' or '.join(wants.kinds)} features; tuner {tuner.name} on "
-                f"{family.name} backbones hands out a {feature.kind}"
+                f"{backbone.name} backbones hands out a {feature.kind}"
             )
-        if family.writes_text and not wants.text_head and feature.stream == family.streams[-1]:
+        if backbone.writes_text and not wants.text_head and feature.stream == backbone.streams[-1]:
             # While training, a text decoder is fed the answer.
             raise UserError(
-                f"objective {objective.name} cannot read tuner {tuner.name} on {family.name} backbones: its rows have "
-                "seen the target; use --objective label-text, or a tuner that reads the encoder (probe, unipt)"
+                f"objective {objective.name} cannot read tuner {tuner.name} on {backbone.name} backbones: its rows "
+                "have seen the target; use --objective label-text, or a tuner that reads the encoder (probe, unipt)"
             )
 
 
 def tail_for(
     name: str,
     config: TunerConfig,
-    family: Family,
+    backbone: Backbone,
     attention: str,
     weights: dict[str, Tensor] | None = None,
     late: Mapping[int, dict[str, Tensor]] | None = None,
 ) -> Tail:
     """The tail that tuner `name` needs, with its late layers; without `weights` its shape only."""
-    tail = family.tail(weights, attention)
-    for i in tuner_class(name, family).late_layers(config, family):
-        tail.late[str(i)] = family.late_block(None if weights is None else (late or {})[i], attention)
+    tail = backbone.tail(weights, attention)
+    for i in tuner_class(name, backbone).late_layers(config, backbone):
+        tail.late[str(i)] = backbone.late_block(None if weights is None else (late or {})[i], attention)
     return tail
 
 
-def state_names(name: str, config: TunerConfig, family: Family) -> list[str]:
-    """The states tuner `name` reads on `family`."""
-    return tuner_class(name, family).states(config, family)
+def state_names(name: str, config: TunerConfig, backbone: Backbone) -> list[str]:
+    """The states tuner `name` reads on `backbone`."""
+    return tuner_class(name, backbone).states(config, backbone)
 
 
-def union_states(pairs: Sequence[tuple[str, TunerConfig]], family: Family) -> list[str]:
+def union_states(pairs: Sequence[tuple[str, TunerConfig]], backbone: Backbone) -> list[str]:
     """The states that several tuners read between them, in the family's order."""
-    wanted = {s for name, config in pairs for s in state_names(name, config, family)}
-    return [s for s in family.states() if s in wanted]
+    wanted = {s for name, config in pairs for s in state_names(name, config, backbone)}
+    return [s for s in backbone.states() if s in wanted]

@@ -1,6 +1,6 @@
 """What one backbone architecture has to say, and the register of those that do.
 
-A `Family` knows, from a checkpoint's `config.json` alone, which states exist and how wide they are; how to turn text
+A `Backbone` knows, from a checkpoint's `config.json` alone, which states exist and how wide they are; how to turn text
 into `Inputs`; how to run the frozen part and collect states; and how to build the `Tail`, the live last layer with
 what it needs to reach an output, from weights kept in the store. Adding a backbone means adding one file that defines
 one subclass under `@register`.
@@ -108,7 +108,7 @@ class SideStack(nn.Module, ABC):
 
     def begin(self, weights: dict[str, Tensor], layers: Sequence[int]) -> None:
         """Start from pruned blocks of the backbone, of which side block k is number `layers[k]`. `weights`: of one
-        stream, see `Family.pruned`. What is shared by all blocks is looked for in block 0; a norm that the backbone
+        stream, see `Backbone.pruned`. What is shared by all blocks is looked for in block 0; a norm that the backbone
         does not have stays fresh."""
         with torch.no_grad():
             for name, parameter in self.named_parameters():
@@ -122,7 +122,7 @@ class SideStack(nn.Module, ABC):
                 parameter.copy_(weights[own if own in weights else f"0.{rest}"])
 
 
-class Family(ABC):
+class Backbone(ABC):
     """One architecture at one shape. `config` is the checkpoint's Hugging Face configuration."""
 
     name: ClassVar[str]
@@ -308,38 +308,38 @@ class Family(ABC):
         raise NotImplementedError(f"{self.name} does not write text")
 
 
-_FAMILIES: dict[str, type[Family]] = {}
+_BACKBONES: dict[str, type[Backbone]] = {}
 
 
-def register(cls: type[Family]) -> type[Family]:
+def register(cls: type[Backbone]) -> type[Backbone]:
     """Class decorator: make a family known by its model types. Raises ValueError when one is taken."""
     for kind in cls.model_types:
-        if kind in _FAMILIES:
-            raise ValueError(f"model type {kind!r} is already served by {_FAMILIES[kind].__name__}")
-        _FAMILIES[kind] = cls
+        if kind in _BACKBONES:
+            raise ValueError(f"model type {kind!r} is already served by {_BACKBONES[kind].__name__}")
+        _BACKBONES[kind] = cls
     for name in cls.timm_names:
-        _FAMILIES[f"timm:{name}"] = cls
+        _BACKBONES[f"timm:{name}"] = cls
     return cls
 
 
-def families() -> list[type[Family]]:
+def backbone_classes() -> list[type[Backbone]]:
     """Every registered family once, in order of registration."""
-    return list(dict.fromkeys(_FAMILIES.values()))
+    return list(dict.fromkeys(_BACKBONES.values()))
 
 
-def family_for(config: Any) -> Family:
+def backbone_for(config: Any) -> Backbone:
     """The family that serves a configuration's model type; UserError naming those that exist otherwise."""
-    if config.model_type not in _FAMILIES and config.model_type != "timm_wrapper":
+    if config.model_type not in _BACKBONES and config.model_type != "timm_wrapper":
         load_installed()
-    cls = _FAMILIES.get(config.model_type)
+    cls = _BACKBONES.get(config.model_type)
     if config.model_type == "timm_wrapper":
         name = str(config.architecture)
-        cls = next((f for f in families() if f.timm_names and name.startswith(f.timm_names)), None)
+        cls = next((f for f in backbone_classes() if f.timm_names and name.startswith(f.timm_names)), None)
         if cls is None:
-            known = ", ".join(f"{n}*" for f in families() for n in f.timm_names)
+            known = ", ".join(f"{n}*" for f in backbone_classes() for n in f.timm_names)
             raise UserError(f"no backbone family for timm's {name!r}; there is one for: {known}")
     if cls is None:
-        known = ", ".join(sorted(k for k in _FAMILIES if not k.startswith("timm:")))
+        known = ", ".join(sorted(k for k in _BACKBONES if not k.startswith("timm:")))
         raise UserError(f"no backbone family for model type {config.model_type!r}; there is one for: {known}")
     return cls(config)
 

@@ -19,7 +19,7 @@ from transformers.models.roberta.modeling_roberta import RobertaEmbeddings, Robe
 from transformers.models.xlm_roberta.modeling_xlm_roberta import XLMRobertaModel
 
 from pipeline.extract.backbones.base import (
-    Family,
+    Backbone,
     SideStack,
     Tail,
     TextOptions,
@@ -115,7 +115,7 @@ def _padded(config: Any, batch: Batch) -> dict[str, Tensor]:
 
 
 @register
-class Bert(Family):
+class Bert(Backbone):
     """See the module's docstring."""
 
     name = "bert"

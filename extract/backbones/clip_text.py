@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel
 
 from pipeline.extract.backbones.base import (
-    Family,
+    Backbone,
     SideStack,
     Tail,
     TextOptions,
@@ -77,7 +77,7 @@ class ClipTextTail(Tail):
 
 
 @register
-class ClipText(Family):
+class ClipText(Backbone):
     """See the module's docstring."""
 
     name = "clip-text"

@@ -1,4 +1,4 @@
-"""`Backbone`: a family's frozen module on a device, loaded when first used."""
+"""`LiveBackbone`: a family's frozen module on a device, loaded when first used."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 
 import torch
 
-from pipeline.extract.backbones.base import Family
+from pipeline.extract.backbones.base import Backbone
 from pipeline.extract.backbones.batch import Batch
 from pipeline.extract.backbones.inputs import Inputs
 
 
 @dataclass
-class Backbone:
+class LiveBackbone:
     """A backbone ready to run. `load` is called once, at the first use of `model`."""
 
-    family: Family
+    backbone: Backbone
     load: Callable[[], Any]
     device: torch.device
     _model: Any = None
@@ -33,8 +33,8 @@ class Backbone:
         labels."""
         batch = inputs.batch(self.device)
         with torch.no_grad():
-            rows = self.family.run(self.model, batch, states)
-            if self.family.projection is not None:
-                rows = self.family.projection.apply(rows)
+            rows = self.backbone.run(self.model, batch, states)
+            if self.backbone.projection is not None:
+                rows = self.backbone.projection.apply(rows)
         batch.states = {k: rows[k] if dtype is None else rows[k].to(dtype) for k in states}
         return batch

@@ -24,13 +24,13 @@ from pipeline.extract.backbones.vision import Vision, fill, in_order, keep, map_
 class PyramidTail(Tail):
     """The last block, on maps, and the final norm. `channels_last`: whether the block takes (b, H, W, C)."""
 
-    def __init__(self, family: Pyramid, block: nn.Module, norm: nn.Module) -> None:
+    def __init__(self, backbone: Pyramid, block: nn.Module, norm: nn.Module) -> None:
         super().__init__()
-        object.__setattr__(self, "family", family)
+        object.__setattr__(self, "backbone", backbone)
         self.block, self.norm = block, norm
         freeze(self)
 
-    family: Pyramid
+    backbone: Pyramid
 
     def embed(self, batch: Batch, stream: str) -> Tensor:
         raise NotImplementedError("a staged backbone has no embedding of its own width")
@@ -40,17 +40,17 @@ class PyramidTail(Tail):
         return self.block
 
     def through(self, block: nn.Module, hidden: dict[str, Tensor], batch: Batch) -> Tensor:
-        stream = self.family.streams[-1]
-        return self.apply_to(block, hidden[stream], map_sizes(self.family, batch, stream))
+        stream = self.backbone.streams[-1]
+        return self.apply_to(block, hidden[stream], map_sizes(self.backbone, batch, stream))
 
     def apply_to(self, module: nn.Module, rows: Tensor, shapes: np.ndarray) -> Tensor:
         """A module of the backbone on packed rows of maps of `shapes` (B, 2)."""
-        if self.family.channels_last:
+        if self.backbone.channels_last:
             return per_size(rows, shapes, module)
         return per_size(rows, shapes, lambda x: module(x.permute(0, 3, 1, 2).contiguous()).permute(0, 2, 3, 1))
 
     def final_norm(self, rows: Tensor, stream: str) -> Tensor:
-        return self.norm(rows) if stream == self.family.streams[-1] else rows
+        return self.norm(rows) if stream == self.backbone.streams[-1] else rows
 
     def train(self, mode: bool = True) -> PyramidTail:
         # Batch norm stays in eval mode: its statistics are frozen, and so is nothing else here that has a mode.

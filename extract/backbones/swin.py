@@ -22,14 +22,14 @@ from pipeline.store.errors import UserError
 class SwinTail(PyramidTail):
     """Adds `merge`: a stage's rows to the next stage's resolution and width, by the backbone's own frozen merging."""
 
-    def __init__(self, family: Swin, block: nn.Module, norm: nn.Module, merges: Sequence[nn.Module]) -> None:
-        super().__init__(family, block, norm)
+    def __init__(self, backbone: Swin, block: nn.Module, norm: nn.Module, merges: Sequence[nn.Module]) -> None:
+        super().__init__(backbone, block, norm)
         self.merges = nn.ModuleList(merges)
         self.requires_grad_(False)
 
     def merge(self, rows: Tensor, stage: int, batch: Batch) -> Tensor:
         """(rows of `stage`, C) → (rows of the next, 2C). Stages count from 0."""
-        return self.apply_to(self.merges[stage], rows, map_sizes(self.family, batch, self.family.streams[stage]))
+        return self.apply_to(self.merges[stage], rows, map_sizes(self.backbone, batch, self.backbone.streams[stage]))
 
 
 @register

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from transformers.models.t5.modeling_t5 import T5Attention, T5Block, T5ForConditionalGeneration, T5LayerNorm, T5Stack
 
 from pipeline.extract.backbones.base import (
-    Family,
+    Backbone,
     SideStack,
     Tail,
     TextOptions,
@@ -180,7 +180,7 @@ class T5SideStack(SideStack):
 
 
 @register
-class T5(Family):
+class T5(Backbone):
     """See the module's docstring."""
 
     name = "t5"

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pipeline.extract.backbones.base import Family, SideStack, TextOptions, load_frozen
+from pipeline.extract.backbones.base import Backbone, SideStack, TextOptions, load_frozen
 from pipeline.extract.backbones.batch import Batch
 from pipeline.extract.backbones.fill import check_fit
 from pipeline.extract.backbones.grids import COLUMN, EXTENT, SIZES, sizes
@@ -30,7 +30,7 @@ from pipeline.store.errors import UserError
 _HEADS = ("head.", "head_dist.", "fc.", "classifier.", "fc_norm.", "norm_head.", "linear.", "pooler.")
 
 
-class Vision(Family):
+class Vision(Backbone):
     """A family whose samples are pictures. Subclasses say how large each stream's map is and how to run."""
 
     modality: ClassVar[Literal["text", "image"]] = "image"
@@ -226,6 +226,6 @@ def in_order(parts: Sequence[tuple[list[int], Tensor]]) -> Tensor:
     return torch.cat([done[i] for i in sorted(done)])
 
 
-def map_sizes(family: Family, batch: Batch, stream: str) -> np.ndarray:
+def map_sizes(backbone: Backbone, batch: Batch, stream: str) -> np.ndarray:
     """(B, 2) int64: the extents of each sample's map of `stream`."""
-    return sizes(batch, family.streams, stream)
+    return sizes(batch, backbone.streams, stream)

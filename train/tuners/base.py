@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.extract.backbones.base import Family, Tail
+from pipeline.extract.backbones.base import Backbone, Tail
 from pipeline.extract.backbones.batch import Batch
 from pipeline.extract.plugins import load_installed
 from pipeline.store.errors import UserError
@@ -55,26 +55,26 @@ class Tuner(nn.Module):
     name: ClassVar[str]
     description: ClassVar[str]
     config_class: ClassVar[type[TunerConfig]]
-    shapes: ClassVar[tuple[str, ...]] = ("sequence",)  # shapes of families this class works on, see `Family.shape`
+    shapes: ClassVar[tuple[str, ...]] = ("sequence",)  # shapes of families this class works on, see `Backbone.shape`
     families: ClassVar[tuple[str, ...]] = ()  # names of the only families it works on; empty for any
     text_head: ClassVar[bool] = False  # True: can hand out rows for the backbone's frozen language-model head
-    projects: ClassVar[bool] = False  # True: its first maps take states of `family.state_width`, projected ones too
+    projects: ClassVar[bool] = False  # True: its first maps take states of `backbone.state_width`, projected ones too
     # Learning rates that `train` starts from: the papers' under a frozen text head, measured ones elsewhere.
     lr_text: ClassVar[float] = 3e-3
     lr_pooled: ClassVar[float] = 1e-3
 
     features: dict[str, Feature]  # what `forward` gives, known before any batch
 
-    def __init__(self, config: Any, family: Family, tail: Tail, wants: Want) -> None:
+    def __init__(self, config: Any, backbone: Backbone, tail: Tail, wants: Want) -> None:
         super().__init__()
-        self.config, self.family, self.wants = config, family, wants
+        self.config, self.backbone, self.wants = config, backbone, wants
         # Hidden from parameters(): the tail is shared, frozen and belongs to the feature space.
         object.__setattr__(self, "tail", tail)
 
     tail: Tail
 
     @classmethod
-    def states(cls, config: Any, family: Family) -> list[str]:
+    def states(cls, config: Any, backbone: Backbone) -> list[str]:
         """The states this tuner reads, in store order."""
         raise NotImplementedError
 
@@ -84,7 +84,7 @@ class Tuner(nn.Module):
         return {}
 
     @classmethod
-    def start(cls, config: Any, family: Family) -> Start | None:
+    def start(cls, config: Any, backbone: Backbone) -> Start | None:
         """First weights that must be in the store before training; None where the seed is enough."""
         return None
 
@@ -93,7 +93,7 @@ class Tuner(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def late_layers(cls, config: Any, family: Family) -> list[int]:
+    def late_layers(cls, config: Any, backbone: Backbone) -> list[int]:
         """Live layers before the last one, which the tail must hold (`Tail.late`)."""
         return []
 
@@ -155,31 +155,31 @@ def form(name: str, shape: str) -> Callable[[type[Tuner]], type[Tuner]]:
     return inner
 
 
-def tuner_names(family: Family | None = None) -> list[str]:
-    """Registered names, in order of registration; with `family`, of those that work on it."""
-    return [n for n in _TUNERS if family is None or _form_for(n, family) is not None]
+def tuner_names(backbone: Backbone | None = None) -> list[str]:
+    """Registered names, in order of registration; with `backbone`, of those that work on it."""
+    return [n for n in _TUNERS if backbone is None or _form_for(n, backbone) is not None]
 
 
-def _form_for(name: str, family: Family) -> type[Tuner] | None:
-    cls = _FORMS.get((name, family.shape), _TUNERS[name])
-    fits = family.shape in cls.shapes and (not cls.families or family.name in cls.families)
+def _form_for(name: str, backbone: Backbone) -> type[Tuner] | None:
+    cls = _FORMS.get((name, backbone.shape), _TUNERS[name])
+    fits = backbone.shape in cls.shapes and (not cls.families or backbone.name in cls.families)
     return cls if fits else None
 
 
-def tuner_class(name: str, family: Family | None = None) -> type[Tuner]:
-    """The tuner called `name`, in its form for `family` if given; of an installed plug-in too.
+def tuner_class(name: str, backbone: Backbone | None = None) -> type[Tuner]:
+    """The tuner called `name`, in its form for `backbone` if given; of an installed plug-in too.
 
-    UserError offering the nearest names for an unknown one, or naming those that work on `family`.
+    UserError offering the nearest names for an unknown one, or naming those that work on `backbone`.
     """
     if name not in _TUNERS:
         load_installed()
     if name in _TUNERS:
-        if family is None:
+        if backbone is None:
             return _TUNERS[name]
-        if cls := _form_for(name, family):
+        if cls := _form_for(name, backbone):
             return cls
-        others = ", ".join(tuner_names(family))
-        raise UserError(f"tuner {name!r} has no form for {family.name} backbones; those that have one: {others}")
+        others = ", ".join(tuner_names(backbone))
+        raise UserError(f"tuner {name!r} has no form for {backbone.name} backbones; those that have one: {others}")
     near = difflib.get_close_matches(name, _TUNERS, n=3, cutoff=0.4) or list(_TUNERS)
     raise UserError(f"unknown tuner {name!r}; did you mean {' or '.join(near)}? `pipeline tuners` lists them")
 
@@ -198,10 +198,10 @@ def tuner_config(name: str, options: dict[str, Any]) -> TunerConfig:
         raise UserError(f"tuner {name!r}: {error}") from None
 
 
-def rows_of(family: Family, stream: str, width: int | None = None) -> Feature:
+def rows_of(backbone: Backbone, stream: str, width: int | None = None) -> Feature:
     """What a tuner hands out that keeps the positions of `stream`; `width`: the backbone's own if not given."""
-    kind: Kind = "sequence" if family.shape == "sequence" else "map"
-    return Feature(family.width_of(stream) if width is None else width, stream, kind)
+    kind: Kind = "sequence" if backbone.shape == "sequence" else "map"
+    return Feature(backbone.width_of(stream) if width is None else width, stream, kind)
 
 
 def checked_reduction(reduction: int, width: int) -> int:
