@@ -18,7 +18,8 @@ import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
 
-from pipeline.extract.backbones.base import Backbone, backbone_for
+from pipeline.extract.backbones.base import Backbone
+from pipeline.extract.backbones.registry import backbone_for
 from pipeline.extract.names import SHORT_NAMES
 from pipeline.extract.plugins import load_installed
 from pipeline.store.errors import UserError

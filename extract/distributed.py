@@ -186,8 +186,8 @@ def _live(model: str, device: str, store: str, space: str) -> LiveBackbone:
     if device == "cuda" and not gpu:
         raise UserError("--device cuda: torch sees no GPU on a worker; use --device cpu or auto")
     place = torch.device("cuda" if gpu else "cpu")
-    backbone, precision = checkpoint.backbone, PRECISIONS[identity["precision"]]
-    backbone.projection = load_projection(opened, identity)
+    backbone = checkpoint.backbone.projected(load_projection(opened, identity))
+    precision = PRECISIONS[identity["precision"]]
     return LiveBackbone(
         backbone, lambda: backbone.load(checkpoint.folder, precision, identity["attention"], place), place
     )

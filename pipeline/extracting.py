@@ -15,11 +15,13 @@ import torch
 
 from pipeline.doubts import doubts
 from pipeline.extract.backbones import Backbone, Inputs, TextOptions, stream_of
+from pipeline.extract.backbones.capabilities import WritesText
 from pipeline.extract.backbones.live import LiveBackbone
 from pipeline.extract.checkpoint import CONFIG_NOISE, Checkpoint, resolve
 from pipeline.extract.encoding import arrays_of
 from pipeline.extract.identity import PRECISIONS, space_identity
 from pipeline.extract.plugins import lasting
+from pipeline.extract.projection import Projection
 from pipeline.extract.run import Report, compute, provenance_of
 from pipeline.extract.tasks.base import SPLITS, Rows, Task, TaskSpec
 from pipeline.extract.tasks.images import contents
@@ -61,17 +63,37 @@ def prepare_split(
     """Tokenise a split. Training rows of a text-to-text backbone get their own target's decoder positions, other rows
     those that scoring all targets needs. Raises UserError for rows that the backbone cannot read."""
     refuse_other_kind(backbone, rows.texts, options.root, f"the {name} rows of {spec.name}")
-    gold = None
     options = replace(options, words=spec.target == "tags")
     if options.views > 1 and name == "train":
         rows = with_views(rows, options.views)
-    if name == "train" and candidates:
-        gold = [spec.target_index(label) for label in rows.labels if isinstance(label, int | float)]
-    inputs = backbone.prepare(tokenizer, rows.texts, options, candidates, gold)
+    inputs = prepared(backbone, tokenizer, spec, name, rows, options, candidates)
     refuse_unknown_ids(backbone, inputs, f"the {name} rows of {spec.name}")
     if inputs.skipped:
         rows = rows.take([i for i in range(len(rows)) if i not in inputs.skipped])
     return Split(name, rows, inputs, inputs.keys(), len(rows) if total is None else total)
+
+
+def candidates_of(backbone: Backbone, tokenizer: Any, spec: TaskSpec) -> list[list[int]]:
+    """Token ids of each target text; none where the backbone does not write text."""
+    return backbone.candidates(tokenizer, spec.texts) if isinstance(backbone, WritesText) else []
+
+
+def prepared(
+    backbone: Backbone,
+    tokenizer: Any,
+    spec: TaskSpec,
+    split: str,
+    rows: Rows,
+    options: TextOptions,
+    candidates: Sequence[Sequence[int]],
+) -> Inputs:
+    """The rows of a split as inputs; those of a backbone that writes text as `prepare_split` says."""
+    if not isinstance(backbone, WritesText):
+        return backbone.prepare(tokenizer, rows.texts, options)
+    gold = None
+    if split == "train" and candidates:
+        gold = [spec.target_index(label) for label in rows.labels if isinstance(label, int | float)]
+    return backbone.prepare(tokenizer, rows.texts, options, candidates, gold)
 
 
 def with_views(rows: Rows, views: int) -> Rows:
@@ -81,13 +103,20 @@ def with_views(rows: Rows, views: int) -> Rows:
     return several
 
 
-def load_backbone(checkpoint: Checkpoint, precision: str, attention: str, device: torch.device) -> LiveBackbone:
-    """The checkpoint's backbone, loaded when first used. One that writes text has a row for each token, no more."""
-    backbone = checkpoint.backbone
+def load_backbone(
+    checkpoint: Checkpoint,
+    precision: str,
+    attention: str,
+    device: torch.device,
+    projection: Projection | None = None,
+) -> LiveBackbone:
+    """The checkpoint's backbone, loaded when first used; what it hands out is projected as the feature space's states
+    are. One that writes text has a row for each token, no more."""
+    backbone = checkpoint.backbone.projected(projection)
 
     def load() -> Any:
         model = backbone.load(checkpoint.folder, PRECISIONS[precision], attention, device)
-        if backbone.writes_text:
+        if isinstance(backbone, WritesText):
             backbone.keep_tokens(model, checkpoint.tokens)
         return model
 
@@ -108,7 +137,7 @@ def run_extract(recipe: Recipe, say: Say, quiet: bool = False, task: Task | None
     options = space_options(recipe, task.spec)
     task = with_contents(task, backbone, options.text)
     identity = space_identity(checkpoint, options)
-    candidates = backbone.candidates(checkpoint.tokenizer, task.spec.texts) if backbone.writes_text else []
+    candidates = candidates_of(backbone, checkpoint.tokenizer, task.spec)
     splits = [
         _split(backbone, checkpoint, task, name, recipe.limit, options.text, candidates)
         for name in _splits(task, recipe)
@@ -126,7 +155,8 @@ def run_extract(recipe: Recipe, say: Say, quiet: bool = False, task: Task | None
         store.save_weights(digest, {kept_name(name, kept): content for name, content in parts.items()})
     tokens = recipe.batch_tokens or (32768 if device.type == "cuda" else 4096)
     fit_on = next((s.inputs for s in splits if s.name == "train"), inputs)
-    identity = project(store, identity, live, fit_on, recipe.seed, tokens, task.spec.name, say)
+    identity, live = project(store, identity, live, fit_on, recipe.seed, tokens, task.spec.name, say)
+    backbone = live.backbone
     space = store.create_space(identity)
     tables = {s.name: _table(task, s, candidates, checkpoint, splits) for s in splits}
     odd = doubts(tables, backbone.modality == "image")
@@ -294,7 +324,7 @@ def task_tables(checkpoint: Checkpoint, task: Task, recipe: Recipe, options: Tex
     """The task tables an extraction would store, without one."""
     backbone = checkpoint.backbone
     task = with_contents(task, backbone, options)
-    candidates = backbone.candidates(checkpoint.tokenizer, task.spec.texts) if backbone.writes_text else []
+    candidates = candidates_of(backbone, checkpoint.tokenizer, task.spec)
     names = [s for s in SPLITS if s in task.splits]
     splits = [_split(backbone, checkpoint, task, name, recipe.limit, options, candidates) for name in names]
     return {s.name: _table(task, s, candidates, checkpoint, splits) for s in splits}

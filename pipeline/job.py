@@ -41,14 +41,14 @@ from pipeline.store.errors import MissingStates, StoreError, UserError
 from pipeline.store.tables import version_of
 from pipeline.stored import check_columns, check_states, kept_of
 from pipeline.train.live import LiveSource
-from pipeline.train.model import Model, tail_for
+from pipeline.train.model import Model, late_weights, tail_for
 from pipeline.train.objectives import Objective
 from pipeline.train.order import Order
 from pipeline.train.ranks import Ranks
 from pipeline.train.source import Source
 from pipeline.train.stream import StoreSource
 from pipeline.train.targets import Targets
-from pipeline.train.tuners import TunerConfig, tuner_class
+from pipeline.train.tuners import TunerConfig, fitting_tuner, tuner_class
 from pipeline.unused import refuse_for_kind
 from pipeline.versions import AmbiguousTask, stored_tables
 
@@ -161,7 +161,7 @@ def make_job(
         for split, table in tables.items():
             refuse_other_kind(found.backbone, table.texts, "", f"the stored {split} rows of {spec.name}")
     config = config_of(recipe, recipe.tuner)
-    tuner = tuner_class(recipe.tuner, found.backbone)
+    tuner = fitting_tuner(recipe.tuner, config, found.backbone)
     states = tuner.states(config, found.backbone)
     projection = found.backbone.projection
     if projection is not None and not tuner.projects and projection.basis.keys() & set(states):
@@ -191,9 +191,9 @@ def unstored_job(recipe: Recipe, space: str = "") -> Job | None:
     tail = checkpoint.backbone.tail_weights(live.model)
     found = Found(Unstored(digest_json(identity), identity), checkpoint.backbone, tail, {"names": [checkpoint.name]})
     job = make_job(recipe, found, tables, (live, checkpoint))
-    cls, backbone = tuner_class(recipe.tuner, found.backbone), found.backbone
-    job.late = {i: backbone.block_weights(live.model, i) for i in cls.late_layers(job.config, backbone)}
-    if start := cls.start(job.config, backbone):
+    backbone = found.backbone
+    job.late = late_weights(recipe.tuner, job.config, backbone, live.model)
+    if start := tuner_class(recipe.tuner, backbone).start(job.config, backbone):
         train = relive(job, "train", checkpoint) if start.fisher else None
         job.first = lambda: make_start(start, backbone, live.model, job.objective, train, live.device)
     return job
@@ -352,8 +352,8 @@ def live_backbone(job: Job) -> tuple[LiveBackbone, Checkpoint]:
     identity = job.found.space.identity
     checkpoint = resolve(job.recipe.model or job.found.source["names"][0])
     refuse_other(checkpoint, identity)
-    checkpoint.backbone.projection = job.found.backbone.projection
-    return load_backbone(checkpoint, identity["precision"], identity["attention"], job.device), checkpoint
+    projection = job.found.backbone.projection
+    return load_backbone(checkpoint, identity["precision"], identity["attention"], job.device, projection), checkpoint
 
 
 def parse_size(text: str) -> int:

@@ -25,6 +25,7 @@ from pipeline.recipe import Recipe
 from pipeline.store import Store, digest_json
 from pipeline.store.errors import MissingStates, UserError
 from pipeline.train.importance import FISHER_SAMPLES, fisher, magnitude
+from pipeline.train.model import late_weights
 from pipeline.train.objectives import Objective
 from pipeline.train.targets import Targets
 from pipeline.train.tuners import Start, tuner_class, tuner_names
@@ -84,14 +85,15 @@ def keep(
     backbone, digest = live.backbone, identity["weights"]
     train = next((s for s in splits if s.name == "train"), None)
     for name in recipe.tuners:
-        if name not in tuner_names(backbone):
+        if name not in tuner_names(type(backbone)):
             continue
         config, cls = config_of(recipe, name, len(recipe.tuners) > 1), tuner_class(name, backbone)
         blocks = {block_file(i, kept): i for i in cls.late_layers(config, backbone)}
         missing = [f for f in blocks if not store.has_weights(digest, f)]
         if missing:
             say(f"keeping {len(missing)} late layers for {name}")
-            store.save_weights(digest, {f: arrays_of(backbone.block_weights(live.model, blocks[f])) for f in missing})
+            late = late_weights(name, config, backbone, live.model)
+            store.save_weights(digest, {f: arrays_of(late[blocks[f]]) for f in missing})
         if start := cls.start(config, backbone):
             keys, labels = (train.keys, train.rows.labels) if train else ([], [])
             file = start_file(start, recipe.task, keys, labels, identity["precision"], kept)

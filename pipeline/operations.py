@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.extract.backbones.base import Backbone
 from pipeline.extract.backbones.batch import Batch, stream_of
+from pipeline.extract.backbones.tail import TextTail
 from pipeline.extract.backbones.vision import Vision
 from pipeline.objectives import class_objective
 from pipeline.train.model import Model, tail_for
@@ -163,5 +164,6 @@ def surrogate_loss(model: Model, batch: Batch) -> torch.Tensor:
         (loss,) = model.head.losses(features, batch).values()
         return loss
     (rows,) = features.values()
+    assert isinstance(model.tuner.tail, TextTail)
     tokens = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
     return F.cross_entropy(model.tuner.tail.logits(rows).float(), tokens)

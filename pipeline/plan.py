@@ -25,15 +25,17 @@ import torch
 
 from pipeline import rates as measured
 from pipeline.advice import plan_text, recommend
-from pipeline.extract.backbones.base import Backbone, backbone_for
+from pipeline.extract.backbones.base import Backbone
 from pipeline.extract.backbones.batch import stream_of
 from pipeline.extract.backbones.images import Picture, Preprocess
+from pipeline.extract.backbones.registry import backbone_for
 from pipeline.extract.backbones.vision import Vision
 from pipeline.extract.checkpoint import Checkpoint, local
 from pipeline.extract.encoding import unscaled_dtype
 from pipeline.extract.order import extraction_batches
 from pipeline.extract.projection import orthogonal, parse_projection
 from pipeline.extract.tasks import Task
+from pipeline.extracting import candidates_of, prepared
 from pipeline.image_sizes import image_extents, some_pictures
 from pipeline.job import batch_size_of, grouped
 from pipeline.operations import (
@@ -55,7 +57,7 @@ from pipeline.store.errors import UserError
 from pipeline.store.malloc import keep_freed_memory
 from pipeline.train.order import Order
 from pipeline.train.tiers import available_memory
-from pipeline.train.tuners import TunerConfig, tuner_class
+from pipeline.train.tuners import TunerConfig, fitting_tuner
 from pipeline.unused import refuse_for_kind
 
 SAMPLED = 2000  # rows whose lengths stand for all
@@ -195,11 +197,7 @@ def sample_lengths(
         assert isinstance(tokenizer, Preprocess)
         return backbone.measure(image_extents(tokenizer.sized(text.image_size), rows, text))
     if tokenizer is not None:
-        candidates = backbone.candidates(tokenizer, spec.texts) if backbone.writes_text else []
-        gold = None
-        if split == "train" and candidates:
-            gold = [spec.target_index(label) for label in rows.labels if isinstance(label, int | float)]
-        return backbone.prepare(tokenizer, rows.texts, text, candidates, gold).lengths
+        return prepared(backbone, tokenizer, spec, split, rows, text, candidates_of(backbone, tokenizer, spec)).lengths
     prompted = [text.prompt.format(*t) if backbone.writes_text else " ".join(t) for t in rows.texts]
     words = np.asarray([len(p.split()) for p in prompted], float)
     special = 1 if backbone.writes_text else 1 + len(spec.fields)
@@ -220,7 +218,7 @@ def workload(recipe: Recipe, task: Task | None = None) -> Workload:
     if kept := parse_projection(recipe.projection or "none", backbone.width):
         # Of a projection the widths alone matter here.
         small = {n: backbone.width for n in backbone.states() if n not in backbone.full_states()}
-        backbone.projection = orthogonal(small, kept[1], 0)
+        backbone = backbone.projected(orthogonal(small, kept[1], 0))
     config = config_of(recipe, recipe.tuner)
     splits = [s for s in (recipe.split or task.splits) if len(task.rows(s))]
     rows = {s: min(len(task.rows(s)), recipe.limit or len(task.rows(s))) for s in splits}
@@ -235,7 +233,7 @@ def workload(recipe: Recipe, task: Task | None = None) -> Workload:
         backbone,
         recipe.tuner,
         config,
-        tuner_class(recipe.tuner, backbone).states(config, backbone),
+        fitting_tuner(recipe.tuner, config, backbone).states(config, backbone),
         max(2, len(task.spec.labels)),
         {s: sample_lengths(backbone, tokenizer, task, s, recipe) for s in splits},
         rows,

@@ -37,15 +37,15 @@ def project(
     tokens: int,
     task: str,
     say: Callable[[str], None],
-) -> dict[str, Any]:
-    """`identity` completed with the fit of its projection, which the backbone's family applies from now on.
+) -> tuple[dict[str, Any], LiveBackbone]:
+    """`identity` completed with the fit of its projection, and the backbone that applies it.
 
     A space of the store that differs in nothing but the fit gives its own, the largest if there are several, so that
     the same command always goes on in one space; otherwise up to `FIT_SAMPLES` of `inputs` are run to fit one.
     """
     parsed = parse_projection(identity["projection"], live.backbone.width)
     if parsed is None:
-        return identity
+        return identity, live
     known = [s for s in store.spaces() if {**s.identity, "projection_fit": ""} == identity]
     if known:
         chosen = max(known, key=lambda s: (sum(len(part) for part in s.segments()), s.id))
@@ -67,8 +67,7 @@ def project(
         about = {"samples": len(pick), "task": task, "seed": seed}
         files = {file_name(found.digest): arrays_of(found.tensors()), about_name(found.digest): about}
         store.save_weights(identity["weights"], files)
-    live.backbone.projection = found
-    return {**identity, "projection_fit": found.digest}
+    return {**identity, "projection_fit": found.digest}, live.projected(found)
 
 
 def _about(store: Store, identity: dict[str, Any]) -> dict[str, Any]:

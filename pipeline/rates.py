@@ -19,13 +19,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.extract.backbones.base import Backbone, Tail
+from pipeline.extract.backbones.base import Backbone
 from pipeline.extract.backbones.batch import Batch, stream_of
 from pipeline.extract.backbones.images import Picture, load_pixels
+from pipeline.extract.backbones.tail import Tail
 from pipeline.extract.encoding import decode, encode
 from pipeline.objectives import class_objective
 from pipeline.operations import backbone_operations, fresh_backbone
-from pipeline.train.model import Model, tail_for
+from pipeline.train.model import Model, late_weights, tail_for
 from pipeline.train.optim import adamw
 from pipeline.train.options import FitOptions
 from pipeline.train.tuners import TunerConfig, tuner_class
@@ -133,7 +134,7 @@ def random_tail(backbone: Backbone, name: str, config: TunerConfig) -> Tail:
     if backbone.modality == "text":
         return tail_for(name, config, backbone, "sdpa")
     model = fresh_backbone(backbone, "sdpa")
-    late = {i: backbone.block_weights(model, i) for i in tuner_class(name, backbone).late_layers(config, backbone)}
+    late = late_weights(name, config, backbone, model)
     return tail_for(name, config, backbone, "sdpa", backbone.tail_weights(model), late)
 
 

@@ -56,10 +56,11 @@ def _recheck(
     checkpoint = resolve(model or source_of(store, space)["names"][0])
     refuse_other(checkpoint, identity)
     backbone = backbone_from(store, space)
-    checkpoint.backbone.projection = backbone.projection
     images = backbone.modality == "image"
     inputs_of = _images(space, backbone, checkpoint, data) if images else _columns(backbone)
-    live = load_backbone(checkpoint, identity["precision"], identity["attention"], torch.device("cpu"))
+    live = load_backbone(
+        checkpoint, identity["precision"], identity["attention"], torch.device("cpu"), backbone.projection
+    )
     tolerance = FORMAT_TOLERANCE[identity["format"]] + PRECISION_TOLERANCE[identity["precision"]]
     found = families(space.segments())
     places = [(f, i) for f in found for i in range(len(f.base))]

@@ -119,7 +119,7 @@ def wanted_states(recipe: Recipe, backbone: Backbone) -> list[str]:
         raise UserError("--for: name at least one tuner; `pipeline tuners` lists them")
     names = recipe.tuners
     if names == Recipe().tuners:  # nobody asked for these by name: those of them that there are
-        names = tuple(n for n in names if n in tuner_names(backbone))
+        names = tuple(n for n in names if n in tuner_names(type(backbone)))
     return union_states([(name, config_of(recipe, name, len(recipe.tuners) > 1)) for name in names], backbone)
 
 

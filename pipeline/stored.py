@@ -63,8 +63,7 @@ def backbone_from(store: Store, space: Space) -> Backbone:
         raise refuse(where, " ".join(str(error).split())[:200] or type(error).__name__) from error
     if not sound:
         raise refuse(where, f"a backbone has 1 to {MAX_LAYERS} layers")
-    backbone.projection = load_projection(store, identity)
-    return backbone
+    return backbone.projected(load_projection(store, identity))
 
 
 def made_with(identity: Mapping[str, Any]) -> dict[str, Any]:

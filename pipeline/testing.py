@@ -26,7 +26,7 @@ from pipeline.extract.encoding import decode, encode
 from pipeline.extract.tasks import load_task
 from pipeline.objectives import class_objective
 from pipeline.store import UserError
-from pipeline.train.model import Model, state_names, tail_for
+from pipeline.train.model import Model, late_weights, state_names, tail_for
 from pipeline.train.objectives import Objective
 from pipeline.train.tuners import tuner_class, tuner_config
 
@@ -72,8 +72,8 @@ class Case:
     def inputs(self) -> Inputs:
         if self.backbone.modality == "text":
             prompt = "task first: {0} second: {1}" if self.backbone.writes_text else ""
-            gold = [i % 3 for i in range(len(TEXTS))] if self.chains else None
-            return self.backbone.prepare(self.checkpoint.tokenizer, TEXTS, TextOptions(prompt), self.chains, gold)
+            answers = (self.chains, [i % 3 for i in range(len(TEXTS))]) if self.chains else ()
+            return self.backbone.prepare(self.checkpoint.tokenizer, TEXTS, TextOptions(prompt), *answers)
         return self.images()
 
     def images(self) -> Inputs:
@@ -83,6 +83,8 @@ class Case:
 
     @cached_property
     def chains(self) -> list[list[int]]:
+        if not self.backbone.writes_text:
+            return []
         return self.backbone.candidates(self.checkpoint.tokenizer, ["0", "1", "2 3"])
 
     @cached_property
@@ -94,8 +96,8 @@ class Case:
 
     @cached_property
     def tail(self) -> Any:
-        own, backbone = tuner_class(self.tuner, self.backbone), self.backbone
-        late = {i: backbone.block_weights(self.loaded, i) for i in own.late_layers(self.config, backbone)}
+        backbone = self.backbone
+        late = late_weights(self.tuner, self.config, backbone, self.loaded)
         return tail_for(self.tuner, self.config, backbone, "sdpa", backbone.tail_weights(self.loaded), late)
 
     def batch(self, inputs: Inputs | None = None) -> Batch:

@@ -23,4 +23,4 @@ SUITE = {**TEXT, **{name: IMAGES[name] for name in ("vit", "clip", "resnext", "c
 
 def pairs(families: dict[str, type[Backbone]]) -> list[tuple[str, str]]:
     """(family, tuner) for every tuner registered now."""
-    return [(name, tuner) for name, cls in families.items() for tuner in tuner_names(cls)]  # type: ignore[arg-type]
+    return [(name, tuner) for name, cls in families.items() for tuner in tuner_names(cls)]

@@ -5,10 +5,11 @@ without loading what reads them. Those of others stand in their own files.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from pipeline.extract.options import check_options, option
 from pipeline.store.errors import UserError
+from pipeline.train.published import kept_layers
 
 if TYPE_CHECKING:
     from pipeline.extract.backbones.base import Backbone
@@ -39,11 +40,14 @@ class TunerConfig:
     def __post_init__(self) -> None:
         check_options(self)
 
-    def kept(self, backbone: Backbone, method: str, stream: str) -> list[int]:
-        """The layers used on `stream`. Raises UserError for one that the backbone does not have."""
-        if not self.layers:
-            return backbone.kept_layers(method, stream)
+    paper: ClassVar[str] = ""  # whose choice of layers is the default, see `train.published`
+
+    def kept(self, backbone: Backbone, stream: str) -> list[int]:
+        """The layers used on `stream`, all where neither options nor a paper choose. Raises UserError for one that the
+        backbone does not have."""
         depth = backbone.depth(stream)
+        if not self.layers:
+            return kept_layers(self.paper, backbone, stream) or list(range(depth))
         bad = [i for i in self.layers if not 0 <= i < depth]
         if bad:
             raise UserError(f"layers: the backbone's {stream} has blocks 0 to {depth - 1}, not {bad[0]}")
@@ -81,6 +85,8 @@ class SherlConfig(SideConfig):
     `tail_size`: LoRA's rank, the adapter's width or the prompt's rows; the paper's by default (see `LiveLayers`).
     `recompute`: compute the blend again in the backward pass instead of keeping what lies between: less memory, the
     same numbers, a longer step."""
+
+    paper = "sherl"
 
     gate: float | None = option(
         None, "Start of the gate alpha. Default: 0, the paper's, on T5; 0.1 on encoders, where that is calmer."
@@ -170,7 +176,9 @@ class LstConfig(SideConfig):
     """`reduction`: r, side width is D / r. `layers`: kept layers, the rest are dropped with their side blocks.
     `temperature`: of the fusion gates. `init`: what side blocks start from: "random", or the backbone pruned by
     "magnitude" or by "fisher" information on the task (LST §3.3; 0.1 and 0.2 points of GLUE average in its ablation).
-    `prune`: "running" as in the released code, or "aligned", ours (see `extract.backbones.pruning`)."""
+    `prune`: "running" as in the released code, or "aligned", ours (see `train.sideblocks.pruning`)."""
+
+    paper = "lst"
 
     reduction: int = option(
         8, "Side width is the backbone's over this. (Extraction: for the weights of --init.)", least=1, extraction=True

@@ -10,7 +10,7 @@ counts at T5-base with a vocabulary of 32,100 are reproduced: `tests/train/test_
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 from pipeline.extract.backbones.base import Backbone
 from pipeline.extract.backbones.batch import Batch, stream_of
+from pipeline.extract.backbones.capabilities import Blocks, WritesText
 from pipeline.extract.backbones.dropout import use_fast_dropout
 from pipeline.extract.backbones.live import LiveBackbone
 from pipeline.store.errors import UserError
@@ -64,7 +65,7 @@ def _norms(backbone: Backbone, model: nn.Module) -> None:
 
 
 def _partial(backbone: Backbone, model: nn.Module) -> None:
-    backbone.last_block(model).requires_grad_(True)
+    _blocks("partial-1", backbone, model, backbone.streams[-1])[-1].requires_grad_(True)
 
 
 def _lora(backbone: Backbone, model: nn.Module) -> None:
@@ -75,7 +76,7 @@ def _adapter(backbone: Backbone, model: nn.Module) -> None:
     if backbone.shape != "sequence":
         raise UserError(f"adapter: {backbone.name} backbones have no token blocks to put it on")
     for stream in backbone.streams:
-        for block in backbone.stack(model, stream):
+        for block in _blocks("adapter", backbone, model, stream):
             add_adapter(block, backbone.width, max(1, backbone.width // 8))
 
 
@@ -107,7 +108,7 @@ def _paper_adapter(backbone: Backbone, model: nn.Module) -> None:
     _on_t5(backbone)
     inner = max(1, backbone.width // 16)
     for stream in backbone.streams:
-        for block in backbone.stack(model, stream):
+        for block in _blocks("adapter", backbone, model, stream):
             layers: Any = block.layer  # self-attention first, the feed-forward layer last; cross-attention has none
             add_adapter(layers[0].SelfAttention, backbone.width, inner, published=True)
             add_adapter(layers[-1].DenseReluDense, backbone.width, inner, published=True)
@@ -117,6 +118,12 @@ def _paper_adapter(backbone: Backbone, model: nn.Module) -> None:
 def _paper_prompt(backbone: Backbone, model: Any) -> None:
     _on_t5(backbone)
     model.set_input_embeddings(VirtualTokens(model.get_input_embeddings(), PAPER_PROMPT))
+
+
+def _blocks(what: str, backbone: Backbone, model: nn.Module, stream: str) -> Sequence[nn.Module]:
+    if not isinstance(backbone, Blocks):
+        raise UserError(f"{what}: it needs {Blocks.what}, which {backbone.name} backbones do not have")
+    return backbone.stack(model, stream)
 
 
 def _on_t5(backbone: Backbone) -> None:
@@ -201,7 +208,9 @@ class CounterpartModel(Reader):
         rows = self.architecture.run(self.backbone, seen, [state])[state]
         if self.virtual and self.stream == first:
             rows = rows[text_rows(batch.lengths[first], self.virtual)]
-        return {self.stream: self.architecture.finish(self.backbone, rows)}
+        if isinstance(self.architecture, Blocks):
+            rows = self.architecture.finish(self.backbone, rows)
+        return {self.stream: rows}
 
     def _prompted(self, batch: Batch, stream: str) -> Batch:
         longest = int(batch.lengths[stream].max()) + self.virtual
@@ -216,6 +225,7 @@ class CounterpartModel(Reader):
 
     def logits(self, rows: Tensor, tokens: Tensor | None = None) -> Tensor:
         """(rows, width) → (rows, vocabulary), or only the columns `tokens`."""
+        assert isinstance(self.architecture, WritesText)
         return self.architecture.logits(self.backbone, rows, tokens)
 
     def trainable_state(self) -> dict[str, Tensor]:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.extract.backbones.base import Backbone, Tail
+from pipeline.extract.backbones.base import Backbone
 from pipeline.extract.backbones.batch import Batch
+from pipeline.extract.backbones.capabilities import LateBlocks
+from pipeline.extract.backbones.tail import LiveTail, Tail
 from pipeline.store.errors import UserError
 from pipeline.train.features import Features
-from pipeline.train.objectives.base import Head, Objective, Outputs
-from pipeline.train.tuners.base import Tuner, TunerConfig, tuner_class
+from pipeline.train.objectives.base import Head, Objective, Outputs, Vocabulary
+from pipeline.train.tuners.base import Tuner, TunerConfig, fitting_tuner, tuner_class
 
 
 class Reader(nn.Module):
@@ -75,7 +77,8 @@ class Model(Reader):
         super().__init__()
         self.tuner, self.objective = tuner, objective
         refuse_features(tuner, objective)
-        self.head = objective.head(tuner.features, tuner.tail)
+        # A tail without a language-model head is read by no head that would ask for one: refused above.
+        self.head = objective.head(tuner.features, cast(Vocabulary, tuner.tail))
 
     @classmethod
     def build(
@@ -158,8 +161,15 @@ def tail_for(
     """The tail that tuner `name` needs, with its late layers; without `weights` its shape only."""
     tail = backbone.tail(weights, attention)
     for i in tuner_class(name, backbone).late_layers(config, backbone):
+        assert isinstance(tail, LiveTail) and isinstance(backbone, LateBlocks)
         tail.late[str(i)] = backbone.late_block(None if weights is None else (late or {})[i], attention)
     return tail
+
+
+def late_weights(name: str, config: TunerConfig, backbone: Backbone, model: Any) -> dict[int, dict[str, Tensor]]:
+    """What `tail_for` puts into the late layers that tuner `name` needs, from a loaded backbone."""
+    layers = tuner_class(name, backbone).late_layers(config, backbone)
+    return {i: backbone.block_weights(model, i) for i in layers} if isinstance(backbone, LateBlocks) else {}
 
 
 def state_names(name: str, config: TunerConfig, backbone: Backbone) -> list[str]:
@@ -168,6 +178,7 @@ def state_names(name: str, config: TunerConfig, backbone: Backbone) -> list[str]
 
 
 def union_states(pairs: Sequence[tuple[str, TunerConfig]], backbone: Backbone) -> list[str]:
-    """The states that several tuners read between them, in the family's order."""
-    wanted = {s for name, config in pairs for s in state_names(name, config, backbone)}
+    """The states that several tuners read between them, in the backbone's order. UserError for one that cannot work on
+    it with its options."""
+    wanted = {s for name, config in pairs for s in fitting_tuner(name, config, backbone).states(config, backbone)}
     return [s for s in backbone.states() if s in wanted]

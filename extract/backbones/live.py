@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ import torch
 from pipeline.extract.backbones.base import Backbone
 from pipeline.extract.backbones.batch import Batch
 from pipeline.extract.backbones.inputs import Inputs
+from pipeline.extract.projection import Projection
 
 
 @dataclass
@@ -27,6 +28,10 @@ class LiveBackbone:
         if self._model is None:
             self._model = self.load()
         return self._model
+
+    def projected(self, projection: Projection) -> LiveBackbone:
+        """The same one, handing out the states of a feature space with `projection`. What is loaded is shared."""
+        return replace(self, backbone=self.backbone.projected(projection))
 
     def states(self, inputs: Inputs, states: Sequence[str], dtype: torch.dtype | None = None) -> Batch:
         """Run `inputs` and collect `states`, projected as the family's feature space is, in `dtype` if given; no

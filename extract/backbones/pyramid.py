@@ -15,13 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.extract.backbones.base import Tail, collect, freeze
 from pipeline.extract.backbones.batch import Batch
+from pipeline.extract.backbones.capabilities import Blocks, LiveLast
 from pipeline.extract.backbones.grids import per_size
+from pipeline.extract.backbones.loading import collect, freeze
+from pipeline.extract.backbones.tail import LiveTail
 from pipeline.extract.backbones.vision import Vision, fill, in_order, keep, map_sizes, pixel_groups
 
 
-class PyramidTail(Tail):
+class PyramidTail(LiveTail):
     """The last block, on maps, and the final norm. `channels_last`: whether the block takes (b, H, W, C)."""
 
     def __init__(self, backbone: Pyramid, block: nn.Module, norm: nn.Module) -> None:
@@ -57,7 +59,7 @@ class PyramidTail(Tail):
         return super().train(False)
 
 
-class Pyramid(Vision):
+class Pyramid(Blocks, LiveLast, Vision):
     """What staged families share. Subclasses give `stem`, `stages`, `channels` and `grid`."""
 
     shape: ClassVar[Literal["sequence", "pyramid"]] = "pyramid"
@@ -97,8 +99,11 @@ class Pyramid(Vision):
     def depth(self, stream: str) -> int:
         return self._depths[self.streams.index(stream)]
 
-    def last_block(self, model: Any) -> nn.Module:
-        return self.stages(model)[-1][-1]
+    def embedding(self, stream: str) -> list[str]:
+        return []
+
+    def stack(self, model: Any, stream: str) -> Sequence[nn.Module]:
+        return self.stages(model)[self.streams.index(stream)]
 
     def finish(self, model: Any, rows: Tensor) -> Tensor:
         return self.final(model)(rows)

@@ -12,9 +12,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pipeline.extract.backbones.base import register
 from pipeline.extract.backbones.batch import Batch
+from pipeline.extract.backbones.capabilities import Branches
 from pipeline.extract.backbones.pyramid import Pyramid, PyramidTail
+from pipeline.extract.backbones.registry import register
 from pipeline.extract.backbones.vision import map_sizes
 from pipeline.store.errors import UserError
 
@@ -33,7 +34,7 @@ class SwinTail(PyramidTail):
 
 
 @register
-class Swin(Pyramid):
+class Swin(Branches, Pyramid):
     """See the module's docstring."""
 
     name = "swin"

@@ -28,9 +28,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from pipeline.extract.backbones.base import Backbone, backbone_for
+from pipeline.extract.backbones.base import Backbone
 from pipeline.extract.backbones.inputs import Inputs
 from pipeline.extract.backbones.live import LiveBackbone
+from pipeline.extract.backbones.registry import backbone_for
 from pipeline.extract.order import extraction_batches
 from pipeline.extract.run import compute
 from pipeline.objectives import class_objective

@@ -29,7 +29,8 @@ from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from pipeline.extract.backbones.base import Backbone, backbone_for
+from pipeline.extract.backbones.base import Backbone
+from pipeline.extract.backbones.registry import backbone_for
 from pipeline.objectives import class_objective
 from pipeline.operations import NoValues, backbone_model, meta_batch, surrogate_loss, tuner_model
 from pipeline.report import table_text

@@ -109,7 +109,8 @@ def prepared(shape: str, samples: int) -> tuple[Backbone, Inputs, int]:
     candidates = backbone.candidates(fast, task.spec.texts) if lm else []
     rows = task.rows("train").head(samples)
     gold = [task.spec.target_index(label) for label in rows.labels if label is not None] if lm else None
-    made = backbone.prepare(fast, rows.texts, space_options(Recipe(**options), task.spec).text, candidates, gold)
+    answers = (candidates, gold) if lm else ()
+    made = backbone.prepare(fast, rows.texts, space_options(Recipe(**options), task.spec).text, *answers)
     return backbone, made, len(task.spec.labels)
 
 

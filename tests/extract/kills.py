@@ -47,9 +47,7 @@ class Killing:
         backbone = checkpoint.backbone
         device = torch.device("cpu")
         live = LiveBackbone(backbone, lambda: backbone.load(checkpoint.folder, torch.float32, "eager", device), device)
-        inputs = backbone.prepare(
-            checkpoint.tokenizer, [(t,) for t in tiny.sentences(samples)], TextOptions(), [], None
-        )
+        inputs = backbone.prepare(checkpoint.tokenizer, [(t,) for t in tiny.sentences(samples)], TextOptions())
         assert live.model is not None
         identity = space_identity(checkpoint, SpaceOptions(format="float32", attention="eager"))
         return cls(live, inputs, inputs.keys(), identity)

@@ -26,11 +26,11 @@ def loaded(request, checkpoints):
 def inputs_of(checkpoint, n=6, gold=True):
     backbone = checkpoint.backbone
     texts = list(zip(tiny.sentences(n), tiny.sentences(n, 1, 5), strict=True))
-    candidates = backbone.candidates(checkpoint.tokenizer, TARGETS) if backbone.writes_text else []
-    options = TextOptions(PROMPTS[checkpoint.name], 128)
-    return backbone.prepare(
-        checkpoint.tokenizer, texts, options, candidates, [i % 3 for i in range(n)] if gold else None
-    )
+    answers = ()
+    if backbone.writes_text:
+        candidates = backbone.candidates(checkpoint.tokenizer, TARGETS)
+        answers = (candidates, [i % 3 for i in range(n)] if gold else None)
+    return backbone.prepare(checkpoint.tokenizer, texts, TextOptions(PROMPTS[checkpoint.name], 128), *answers)
 
 
 @torch.no_grad()
@@ -172,8 +172,8 @@ def test_cut_texts_are_counted(loaded):
     checkpoint, backbone, _ = loaded
     texts = [("the cat " * 30, "a"), ("the", "a")]
     options = TextOptions(PROMPTS[checkpoint.name], 20)
-    candidates = [[5, 1], [6, 1]] if backbone.writes_text else []
-    inputs = backbone.prepare(checkpoint.tokenizer, texts, options, candidates, None)
+    answers = ([[5, 1], [6, 1]], None) if backbone.writes_text else ()
+    inputs = backbone.prepare(checkpoint.tokenizer, texts, options, *answers)
     assert inputs.truncated.tolist() == [True, False]
     assert inputs.lengths["encoder"].max() == 20
 

@@ -48,7 +48,9 @@ class Setup:
         backbone, cpu = checkpoint.backbone, torch.device("cpu")
         precision = PRECISIONS[self.options.precision]
         live = LiveBackbone(backbone, lambda: backbone.load(self.folder, precision, self.options.attention, cpu), cpu)
-        inputs = backbone.prepare(checkpoint.tokenizer, texts, self.options.text, [[5, 1]], None)
+        inputs = backbone.prepare(
+            checkpoint.tokenizer, texts, self.options.text, *([[[5, 1]]] if backbone.writes_text else [])
+        )
         space = Store.open(store, create=True).create_space(self.identity())
         settings = {"tokens": 256, "quiet": True, "provenance": {}, **how}
         states = settings.pop("states", STATES)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers import ResNetConfig
 
 from pipeline.extract.backbones import Batch
-from pipeline.extract.backbones.base import Backbone, backbone_for
+from pipeline.extract.backbones.base import Backbone
+from pipeline.extract.backbones.registry import backbone_for
 from pipeline.train.features import Want
 from pipeline.train.tuners import tuner_config
 from pipeline.train.tuners.conv import ConvNorm, SherlConv, UniptConv

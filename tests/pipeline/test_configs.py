@@ -16,6 +16,7 @@ from pipeline.owners import config_of, recipe_of
 from pipeline.recipe import read_recipe
 from pipeline.train.features import Want
 from pipeline.train.model import Model
+from pipeline.train.published import kept_layers
 from pipeline.train.tuners import tuner_class, tuner_config
 from tests.train.test_tuners import COUNTS, T5
 
@@ -37,7 +38,7 @@ def test_recipe(path: Path) -> None:
         assert re.search(rf"^#   pipeline {command} +--recipe configs/{path.name} --task rte", text, re.M)
     backbone = backbone_for(T5Config(vocab_size=32128, **T5[recipe.model]))
     for stream in backbone.streams:  # the recipe writes out what is also the default
-        assert list(recipe.tuner_options["layers"]) == backbone.kept_layers(recipe.tuner, stream)
+        assert list(recipe.tuner_options["layers"]) == kept_layers(recipe.tuner, backbone, stream)
     config = config_of(recipe, recipe.tuner)
     objective = class_objective(backbone, tuner_class(recipe.tuner), ((5, 1), (6, 1)))
     with torch.device("meta"):

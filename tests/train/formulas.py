@@ -21,7 +21,7 @@ def sherl(config: Any, backbone: Any) -> int:
     total = 0
     for stream in backbone.streams:
         live = stream == backbone.streams[-1]
-        sets = 1 + len([i for i in backbone.kept_layers("sherl", stream) if not live or i < backbone.depth(stream) - 1])
+        sets = 1 + len([i for i in config.kept(backbone, stream) if not live or i < backbone.depth(stream) - 1])
         total += sets * ((D * d + d) + 2 * (d * d + d)) + (d + 1) + 1 + (d * D + D) + _norm(backbone)
     return total
 
@@ -48,7 +48,7 @@ def lst(config: Any, backbone: Any) -> int:
     d, raw = D // r, backbone.config
     total = 0
     for stream in backbone.streams:
-        kept = backbone.kept_layers("lst", stream)
+        kept = config.kept(backbone, stream)
         if backbone.name == "t5":
             inner, f = raw.num_heads * (raw.d_kv // r), raw.d_ff // r
             attentions = 2 if stream == "decoder" else 1

@@ -24,6 +24,7 @@ from pipeline.extract.backbones import Inputs, backbone_for
 from pipeline.train.importance import fisher, magnitude
 from pipeline.train.objectives import Answers, Objective, ObjectiveConfig
 from pipeline.train.objectives.label_text import LabelText
+from pipeline.train.sideblocks import pruned
 
 FOLDER = Path(os.environ.get("GOLDEN") or Path(__file__).parents[1] / "golden")
 TOLERANCE = 1e-5  # of a tensor's largest value, float32
@@ -81,13 +82,13 @@ def importance(golden: File, model: Any) -> dict[str, Tensor]:
 
 
 def ours(name: str) -> str:
-    """The released name of a pruned tensor as `Backbone.pruned` has it."""
+    """The released name of a pruned tensor as `pruned` has it."""
     return name.replace(".block.", ".").replace("final_layer_norm", "norm")
 
 
 def test_pruned_tensors_are_the_released_ones_in_their_order(golden):
     backbone, model = built(golden)
-    found = backbone.pruned(model, importance(golden, model), golden.config["reduction"], aligned=False)
+    found = pruned(backbone, model, importance(golden, model), golden.config["reduction"], aligned=False)
     released = golden.of("output/released")
     shared = released.pop("shared.weight")  # the side network has no embedding of its own
     assert shared.shape[1] == golden.config["width"] // golden.config["reduction"] and len(released) > 20

@@ -10,9 +10,8 @@ from pipeline.extract.backbones import backbone_for
 from pipeline.extract.checkpoint import Checkpoint
 from pipeline.objectives import class_objective
 from pipeline.store import UserError
-from pipeline.train.features import Want
 from pipeline.train.model import Model, tail_for
-from pipeline.train.tuners import tuner_class, tuner_config
+from pipeline.train.tuners import fitting_tuner, tuner_class, tuner_config
 from tests.train.conformance import CHECKS, Case, parameters_are_those_of_the_formula
 from tests.train.test_tuners import CHAINS, T5
 
@@ -137,7 +136,7 @@ def test_only_earlier_states_are_read_and_bad_values_are_refused(checkpoints):
     swin = Checkpoint(checkpoints["swin"], "swin").backbone
     config = tuner_config("sherl", {"reduction": 4, "insert": "multi:1"})
     with pytest.raises(UserError, match="insert: swin backbones take last only"):
-        tuner_class("sherl", swin)(config, swin, swin.tail(None, "sdpa"), Want())
+        fitting_tuner("sherl", config, swin)
 
 
 def test_a_copied_layer_computes_as_the_shared_one_in_either_mode(checkpoints, pictures):

@@ -8,7 +8,8 @@ import torch
 from pipeline.extract.checkpoint import Checkpoint
 from pipeline.store import UserError
 from pipeline.train.importance import fisher, magnitude
-from pipeline.train.tuners import tuner_class, tuner_config
+from pipeline.train.sideblocks import pruned
+from pipeline.train.tuners import fitting_tuner, tuner_class, tuner_config
 from tests.train.conformance import Case
 
 R = 4
@@ -71,7 +72,7 @@ def unlike_norms(model) -> None:
 def test_running_set_on_a_t5_is_the_walk_by_hand(checkpoints):
     backbone, model = loaded(checkpoints, "t5")
     unlike_norms(model)
-    found = backbone.pruned(model, magnitude(model), R, aligned=False)
+    found = pruned(backbone, model, magnitude(model), R, aligned=False)
     expected = walk_by_hand(model)
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -81,7 +82,7 @@ def test_running_set_on_a_t5_is_the_walk_by_hand(checkpoints):
 def test_aligned_set_is_one_for_the_residual_stream_and_fair_to_heads(checkpoints):
     backbone, model = loaded(checkpoints, "t5")
     unlike_norms(model)
-    found = backbone.pruned(model, magnitude(model), R, aligned=True)
+    found = pruned(backbone, model, magnitude(model), R, aligned=True)
     norms = [v for n, v in found.items() if "norm" in n]
     assert len(norms) == 4 * 2 + 4 * 3 + 2 and all(torch.equal(v, norms[0]) for v in norms)
     kept = [round(float(v - 1) * 100) for v in norms[0]]
@@ -146,8 +147,8 @@ def test_fisher_is_the_sum_of_squared_gradients_of_single_samples(checkpoints, p
             expected[n] += p.grad**2
     for n, tensor in expected.items():
         torch.testing.assert_close(found[n], tensor, rtol=1e-3, atol=1e-9, msg=n)
-    by_fisher = backbone.pruned(model, found, R, aligned=False)
-    by_size = backbone.pruned(model, magnitude(model), R, aligned=False)
+    by_fisher = pruned(backbone, model, found, R, aligned=False)
+    by_size = pruned(backbone, model, magnitude(model), R, aligned=False)
     assert {k: v.shape for k, v in by_fisher.items()} == {k: v.shape for k, v in by_size.items()}
     assert any(not torch.equal(v, by_size[k]) for k, v in by_fisher.items())
 
@@ -158,4 +159,4 @@ def test_what_cannot_be_is_refused(checkpoints, pictures):
     backbone, _ = loaded(checkpoints, "bert")
     config = tuner_config("lst", {"init": "fisher"})
     with pytest.raises(UserError, match="without a head; use --init magnitude"):
-        tuner_class("lst", backbone).start(config, backbone)
+        fitting_tuner("lst", config, backbone)

@@ -17,11 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.extract.backbones.base import Backbone, Tail
+from pipeline.extract.backbones.base import Backbone
 from pipeline.extract.backbones.batch import Batch
+from pipeline.extract.backbones.capabilities import Capability
+from pipeline.extract.backbones.tail import Tail
 from pipeline.extract.plugins import load_installed
 from pipeline.store.errors import UserError
-from pipeline.train.configs import TunerConfig
+from pipeline.train.configs import SideConfig, TunerConfig
 from pipeline.train.features import Feature, Features, Kind, Want
 
 
@@ -56,7 +58,7 @@ class Tuner(nn.Module):
     description: ClassVar[str]
     config_class: ClassVar[type[TunerConfig]]
     shapes: ClassVar[tuple[str, ...]] = ("sequence",)  # shapes of families this class works on, see `Backbone.shape`
-    families: ClassVar[tuple[str, ...]] = ()  # names of the only families it works on; empty for any
+    needs: ClassVar[tuple[type[Capability], ...]] = ()  # what a backbone must be able to do beyond being run
     text_head: ClassVar[bool] = False  # True: can hand out rows for the backbone's frozen language-model head
     projects: ClassVar[bool] = False  # True: its first maps take states of `backbone.state_width`, projected ones too
     # Learning rates that `train` starts from: the papers' under a frozen text head, measured ones elsewhere.
@@ -77,6 +79,12 @@ class Tuner(nn.Module):
     def states(cls, config: Any, backbone: Backbone) -> list[str]:
         """The states this tuner reads, in store order."""
         raise NotImplementedError
+
+    @classmethod
+    def refuse(cls, config: Any, backbone: Backbone) -> str | None:
+        """What keeps it from working on `backbone` with these options, in one sentence, asked before any work is done;
+        None where nothing does. What it needs whatever the options stands in `needs`."""
+        return indivisible(config.reduction, backbone.width) if isinstance(config, SideConfig) else None
 
     @classmethod
     def kept_options(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -155,33 +163,48 @@ def form(name: str, shape: str) -> Callable[[type[Tuner]], type[Tuner]]:
     return inner
 
 
-def tuner_names(backbone: Backbone | None = None) -> list[str]:
-    """Registered names, in order of registration; with `backbone`, of those that work on it."""
-    return [n for n in _TUNERS if backbone is None or _form_for(n, backbone) is not None]
+def tuner_names(backbone: type[Backbone] | None = None) -> list[str]:
+    """Registered names, in order of registration; with `backbone`, of those that work on such."""
+    return [n for n in _TUNERS if backbone is None or not _lacks(_form_for(n, backbone), backbone)]
 
 
-def _form_for(name: str, backbone: Backbone) -> type[Tuner] | None:
-    cls = _FORMS.get((name, backbone.shape), _TUNERS[name])
-    fits = backbone.shape in cls.shapes and (not cls.families or backbone.name in cls.families)
-    return cls if fits else None
+def _form_for(name: str, backbone: type[Backbone]) -> type[Tuner]:
+    return _FORMS.get((name, backbone.shape), _TUNERS[name])
+
+
+def _lacks(cls: type[Tuner], backbone: type[Backbone]) -> str:
+    """Why the tuner cannot work on such backbones, "" where it can."""
+    if backbone.shape not in cls.shapes:
+        return f"has no form for {backbone.name} backbones"
+    lacking = [need.what for need in cls.needs if not issubclass(backbone, need)]
+    return f"needs {' and '.join(lacking)}, which {backbone.name} backbones do not have" if lacking else ""
 
 
 def tuner_class(name: str, backbone: Backbone | None = None) -> type[Tuner]:
     """The tuner called `name`, in its form for `backbone` if given; of an installed plug-in too.
 
-    UserError offering the nearest names for an unknown one, or naming those that work on `backbone`.
+    UserError offering the nearest names for an unknown one, or saying what it lacks on `backbone` and which work there.
     """
     if name not in _TUNERS:
         load_installed()
     if name in _TUNERS:
         if backbone is None:
             return _TUNERS[name]
-        if cls := _form_for(name, backbone):
-            return cls
-        others = ", ".join(tuner_names(backbone))
-        raise UserError(f"tuner {name!r} has no form for {backbone.name} backbones; those that have one: {others}")
+        cls = _form_for(name, type(backbone))
+        if lacks := _lacks(cls, type(backbone)):
+            others = ", ".join(tuner_names(type(backbone)))
+            raise UserError(f"tuner {name!r} {lacks}; those that work on them: {others}")
+        return cls
     near = difflib.get_close_matches(name, _TUNERS, n=3, cutoff=0.4) or list(_TUNERS)
     raise UserError(f"unknown tuner {name!r}; did you mean {' or '.join(near)}? `pipeline tuners` lists them")
+
+
+def fitting_tuner(name: str, config: TunerConfig, backbone: Backbone) -> type[Tuner]:
+    """The door: `tuner_class`, with these options. UserError, one sentence, where it cannot work on `backbone`."""
+    cls = tuner_class(name, backbone)
+    if why := cls.refuse(config, backbone):
+        raise UserError(why)
+    return cls
 
 
 def tuner_config(name: str, options: dict[str, Any]) -> TunerConfig:
@@ -204,10 +227,17 @@ def rows_of(backbone: Backbone, stream: str, width: int | None = None) -> Featur
     return Feature(backbone.width_of(stream) if width is None else width, stream, kind)
 
 
+def indivisible(reduction: int, width: int) -> str | None:
+    """Why `width` / `reduction` is no width of a side network; None where it is one."""
+    if reduction < 1 or width % reduction:
+        return f"reduction: must be a divisor of the backbone's width {width}, not {reduction}"
+    return None
+
+
 def checked_reduction(reduction: int, width: int) -> int:
     """width / reduction, the side network's width. Raises UserError unless it divides."""
-    if reduction < 1 or width % reduction:
-        raise UserError(f"reduction: must be a divisor of the backbone's width {width}, not {reduction}")
+    if why := indivisible(reduction, width):
+        raise UserError(why)
     return width // reduction
 
 

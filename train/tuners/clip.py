@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.extract.backbones.base import Backbone, Tail
+from pipeline.extract.backbones.base import Backbone
 from pipeline.extract.backbones.batch import Batch, Layout
+from pipeline.extract.backbones.capabilities import ClassToken
+from pipeline.extract.backbones.tail import Tail
 from pipeline.train.configs import ClipConfig
 from pipeline.train.features import Feature, Features, Want
 from pipeline.train.tuners.base import StateLinear, Tuner, checked_reduction, full_precision, register
@@ -88,7 +90,7 @@ def _gather(weights: Tensor, rows: Tensor, layout: Layout, base: Tensor, clamped
 class ClipTuner(Tuner):
     """What the two forms share."""
 
-    families = ("vit",)
+    needs = (ClassToken,)
     tower: type[Tower]
 
     def __init__(self, config: ClipConfig, backbone: Backbone, tail: Tail, wants: Want) -> None:
@@ -107,7 +109,7 @@ class ClipTuner(Tuner):
 
 
 def _names(config: ClipConfig, backbone: Backbone) -> list[str]:
-    layers = [f"encoder.{i}" for i in config.kept(backbone, "clip", "encoder")]
+    layers = [f"encoder.{i}" for i in config.kept(backbone, "encoder")]
     return [*backbone.embedding("encoder"), *layers]
 
 

@@ -8,17 +8,20 @@ pooling over cells is pooling with kernel = stride.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.extract.backbones.base import Backbone, Tail
+from pipeline.extract.backbones.base import Backbone
 from pipeline.extract.backbones.batch import Batch
+from pipeline.extract.backbones.capabilities import LiveLast
 from pipeline.extract.backbones.grids import cell_counts, cells, max_cells, mean_cells, sizes, sum_cells
+from pipeline.extract.backbones.tail import LiveTail, Tail
 from pipeline.store.errors import UserError
 from pipeline.train.features import Features, Want
 from pipeline.train.tuners.base import Tuner, TunerConfig, checked_reduction, form, full_precision, rows_of
-from pipeline.train.tuners.livelayers import refuse
 from pipeline.train.tuners.mtsa import SCORED, learned, mix
 from pipeline.train.tuners.sherl import SherlConfig
 from pipeline.train.tuners.unipt import EPSILON, Aggregate, UniptConfig
@@ -75,11 +78,11 @@ class SherlConv(Tuner):
     description = "SHERL on staged backbones"
     lr_pooled = 3e-3
 
-    def __init__(self, config: SherlConfig, backbone: Backbone, tail: Tail, wants: Want) -> None:
+    needs = (LiveLast,)
+    tail: LiveTail
+
+    def __init__(self, config: SherlConfig, backbone: Any, tail: LiveTail, wants: Want) -> None:
         super().__init__(config, backbone, tail, wants)
-        refuse({"insert": config.insert, "tail": config.tail}, backbone)
-        if config.recompute:
-            raise UserError(f"recompute: SHERL on {backbone.name} backbones keeps what it computes; leave it out")
         inner = checked_reduction(config.reduction, backbone.width)
         self.names = taps(config, backbone, "sherl", live=True)
         self.down = nn.ModuleList(ConvNorm(backbone.width_of(n.split(".")[0]), inner) for n in self.names)
@@ -90,6 +93,15 @@ class SherlConv(Tuner):
         self.norm = backbone.norm(backbone.streams[-1])
         self.stream = backbone.streams[-1]
         self.features = {self.stream: rows_of(backbone, self.stream)}
+
+    @classmethod
+    def refuse(cls, config: SherlConfig, backbone: Backbone) -> str | None:
+        for name, usual in (("insert", "last"), ("tail", "frozen")):
+            if (given := getattr(config, name)) != usual:
+                return f"{name}: {backbone.name} backbones take {usual} only, not {given}"
+        if config.recompute:
+            return f"recompute: SHERL on {backbone.name} backbones keeps what it computes; leave it out"
+        return super().refuse(config, backbone)
 
     @classmethod
     def states(cls, config: SherlConfig, backbone: Backbone) -> list[str]:

@@ -23,9 +23,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.extract.backbones.base import Backbone, Tail
+from pipeline.extract.backbones.base import Backbone
 from pipeline.extract.backbones.batch import Batch
+from pipeline.extract.backbones.capabilities import Branches
 from pipeline.extract.backbones.swin import SwinTail
+from pipeline.extract.backbones.tail import Tail
 from pipeline.store.errors import UserError
 from pipeline.train.configs import E3vaConfig
 from pipeline.train.features import Features, Want
@@ -71,7 +73,7 @@ class E3va(Tuner):
 
     description = "E³VA: low-rank adapters on a highway beside a Swin; alpha 8, 16, 32 for E³VA, +, ++"
     shapes = ("pyramid",)
-    families = ("swin",)
+    needs = (Branches,)
     tail: SwinTail
 
     def __init__(self, config: E3vaConfig, backbone: Backbone, tail: Tail, wants: Want) -> None:

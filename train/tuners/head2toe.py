@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.extract.backbones.base import Backbone, Tail
+from pipeline.extract.backbones.base import Backbone
 from pipeline.extract.backbones.batch import Batch, stream_of
+from pipeline.extract.backbones.tail import Tail
 from pipeline.store.errors import UserError
 from pipeline.train.configs import Head2ToeConfig
 from pipeline.train.features import Features, Want
@@ -51,8 +52,7 @@ class Head2Toe(Tuner):
                 raise UserError(f"layers: head2toe on {backbone.name} backbones reads every block")
             return [f"{s}.{i}" for s in backbone.streams for i in range(backbone.depth(s))]
         stream = backbone.streams[0]  # a decoder's states in training would tell the label
-        chosen = config.kept(backbone, "head2toe", stream) if config.layers else range(backbone.depth(stream))
-        return [f"{stream}.{i}" for i in chosen]
+        return [f"{stream}.{i}" for i in config.kept(backbone, stream)]
 
     def forward(self, batch: Batch) -> Features:
         """Every state's rows, scaled; zero in channels that were not selected."""

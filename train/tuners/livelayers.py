@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
-from pipeline.extract.backbones.base import Backbone, Tail
+from pipeline.extract.backbones.base import Backbone
 from pipeline.extract.backbones.batch import Batch, Layout
 from pipeline.extract.backbones.bylength import by_length
-from pipeline.store.errors import UserError
+from pipeline.extract.backbones.tail import LiveTail
 from pipeline.train.adapters import Bottleneck, add_biases, add_lora, free_biases
 
 REDUCTION = 16  # LoRA's rank and the adapter's width are the backbone's width over this
@@ -31,7 +31,7 @@ class LiveLayers(nn.Module):
     of those in `SIZED`, LoRA's rank, the adapter's width, or virtual rows; the paper's where it is None."""
 
     def __init__(
-        self, tail: Tail, backbone: Backbone, layers: Sequence[int], how: str, size: int | None = None
+        self, tail: LiveTail, backbone: Backbone, layers: Sequence[int], how: str, size: int | None = None
     ) -> None:
         super().__init__()
         object.__setattr__(self, "tail", tail)  # not this module's, see Tuner
@@ -53,7 +53,7 @@ class LiveLayers(nn.Module):
             elif how == "prompt":
                 self.prompts[str(i)] = nn.Parameter(0.02 * torch.randn(size, backbone.width))
 
-    tail: Tail
+    tail: LiveTail
 
     def _block(self, index: int) -> nn.Module:
         return self.tail.last if index == self.layers[-1] else self.tail.late[str(index)]
@@ -98,10 +98,3 @@ def prepend(rows: Tensor, batch: Batch, stream: str, prompt: Tensor) -> tuple[Te
     virtual = (new.first[:, None] + torch.arange(len(prompt), device=rows.device)).flatten()
     out = out.index_copy(0, own, rows).index_copy(0, virtual, prompt.to(rows.dtype).repeat(len(lengths), 1))
     return out, replace(batch, lengths={**batch.lengths, stream: lengths}, _derived={}), own
-
-
-def refuse(what: dict[str, str], backbone: Backbone) -> None:
-    """UserError for options that only backbones with one width have, naming the first that is set."""
-    for name, usual in (("insert", "last"), ("tail", "frozen")):
-        if what[name] != usual:
-            raise UserError(f"{name}: {backbone.name} backbones take {usual} only, not {what[name]}")

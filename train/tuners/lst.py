@@ -8,12 +8,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from pipeline.extract.backbones.base import Backbone, Tail
+from pipeline.extract.backbones.base import Backbone
 from pipeline.extract.backbones.batch import Batch
 from pipeline.extract.backbones.bylength import by_length
-from pipeline.store.errors import UserError
+from pipeline.extract.backbones.tail import Tail
 from pipeline.train.configs import PRUNES, LstConfig
 from pipeline.train.features import Features, Want
+from pipeline.train.sideblocks import prunable, pruned, side_stack
 from pipeline.train.tuners.base import Start, Tuner, checked_reduction, linear, register, rows_of
 
 
@@ -28,11 +29,11 @@ class Ladder(nn.Module):
         super().__init__()
         inner = checked_reduction(config.reduction, backbone.width)
         self.stream, self.temperature = stream, config.temperature
-        self.layers = config.kept(backbone, "lst", stream)
+        self.layers = config.kept(backbone, stream)
         self.first = linear(backbone.width, inner)
         self.down = nn.ModuleList(linear(backbone.state_width(f"{stream}.{i}"), inner) for i in self.layers)
         self.gates = nn.Parameter(torch.zeros(backbone.depth(stream)))
-        self.side = backbone.side_stack(stream, self.layers, config.reduction)
+        self.side = side_stack(backbone, stream, self.layers, config.reduction)
 
     def rungs(self, batch: Batch, embedding: Tensor) -> Tensor:
         """(rows, D) embedding and the kept states → (rows, 1 + layers, D / r). `Tail.embed` has dropped out the
@@ -74,22 +75,27 @@ class Lst(Tuner):
     def states(cls, config: LstConfig, backbone: Backbone) -> list[str]:
         names = []
         for s in backbone.streams:
-            names += [*backbone.embedding(s), *(f"{s}.{i}" for i in config.kept(backbone, "lst", s))]
+            names += [*backbone.embedding(s), *(f"{s}.{i}" for i in config.kept(backbone, s))]
         return names
+
+    @classmethod
+    def refuse(cls, config: LstConfig, backbone: Backbone) -> str | None:
+        if config.init != "random" and not prunable(backbone):
+            return f"init: {backbone.name} backbones have no pruning yet; use random"
+        if config.init == "fisher" and not backbone.writes_text:
+            return (
+                f"init: fisher needs the gradient of a pretrained output on the task, and {backbone.name} backbones "
+                "come without a head; use --init magnitude"
+            )
+        return super().refuse(config, backbone)
 
     @classmethod
     def start(cls, config: LstConfig, backbone: Backbone) -> Start | None:
         if config.init == "random":
             return None
-        checked_reduction(config.reduction, backbone.width)
-        if config.init == "fisher" and not backbone.writes_text:
-            raise UserError(
-                f"init: fisher needs the gradient of a pretrained output on the task, and {backbone.name} backbones "
-                "come without a head; use --init magnitude"
-            )
 
         def make(model: Any, importance: dict[str, Tensor]) -> dict[str, Tensor]:
-            return backbone.pruned(model, importance, config.reduction, config.prune == "aligned")
+            return pruned(backbone, model, importance, config.reduction, config.prune == "aligned")
 
         return Start(f"lst-{config.init}-{PRUNES[config.prune]}-r{config.reduction}", config.init == "fisher", make)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from pipeline.extract.backbones.base import Backbone, Tail
+from pipeline.extract.backbones.base import Backbone
 from pipeline.extract.backbones.batch import Batch
+from pipeline.extract.backbones.tail import Tail
 from pipeline.train.configs import ProbeConfig
 from pipeline.train.features import Features, Want
 from pipeline.train.tuners.base import Tuner, register, rows_of
@@ -27,8 +28,7 @@ class Probe(Tuner):
     @classmethod
     def states(cls, config: ProbeConfig, backbone: Backbone) -> list[str]:
         stream = _stream(backbone)
-        layer = config.kept(backbone, "probe", stream)[0] if config.layers else backbone.depth(stream) - 1
-        return [f"{stream}.{layer}"]
+        return [f"{stream}.{config.kept(backbone, stream)[-1]}"]
 
     def forward(self, batch: Batch) -> Features:
         return {self.stream: self.tail.final_norm(batch.states[self.state].float(), self.stream)}

@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pipeline.extract.backbones.base import Backbone, Tail
+from pipeline.extract.backbones.base import Backbone
 from pipeline.extract.backbones.batch import Batch
+from pipeline.extract.backbones.capabilities import LateBlocks, LiveLast
 from pipeline.extract.backbones.dropout import Dropout
-from pipeline.store.errors import UserError
+from pipeline.extract.backbones.tail import LiveTail
 from pipeline.train.configs import SherlConfig
 from pipeline.train.features import Features, Want
 from pipeline.train.tuners.base import Tuner, checked_reduction, register, rows_of
@@ -31,8 +32,10 @@ class Sherl(Tuner):
     lr_pooled = 2e-3
     projects = True
     text_head = True
+    needs = (LiveLast,)
+    tail: LiveTail
 
-    def __init__(self, config: SherlConfig, backbone: Backbone, tail: Tail, wants: Want) -> None:
+    def __init__(self, config: SherlConfig, backbone: Any, tail: LiveTail, wants: Want) -> None:
         super().__init__(config, backbone, tail, wants)
         inner = checked_reduction(config.reduction, backbone.width)
         gate = (0.0 if wants.text_head else 0.1) if config.gate is None else config.gate
@@ -40,11 +43,6 @@ class Sherl(Tuner):
         self.stream = backbone.streams[-1]
         self.features = {self.stream: rows_of(backbone, self.stream)}
         sets = {s: [backbone.width, *map(backbone.state_width, n)] for s, n in self.names.items()}
-        for names in self.names.values():
-            if backbone.state_width(names[-1]) != backbone.width:
-                raise UserError(
-                    f"layers: {names[-1]} would feed the live layer, but this feature space keeps it projected"
-                )
         first, last = config.first_live(backbone), backbone.depth(self.stream) - 1
         if config.insert.startswith("multi"):
             # Each later layer reads what the one before read, and that one's output.
@@ -56,7 +54,18 @@ class Sherl(Tuner):
         live = range(first, last + 1) if config.insert != "none" else ()
         self.live = LiveLayers(tail, backbone, live, config.tail, config.tail_size)
         self.norm = nn.ModuleDict({s: backbone.norm(s) for s in self.names})
-        self.dropout = Dropout(backbone.dropout)
+        # T5 drops out behind its final norms; no other backbone does.
+        self.dropout = Dropout(getattr(backbone.config, "dropout_rate", 0.0))
+
+    @classmethod
+    def refuse(cls, config: SherlConfig, backbone: Backbone) -> str | None:
+        if cls.late_layers(config, backbone) and not isinstance(backbone, LateBlocks):
+            return f"insert: {config.insert} needs {LateBlocks.what}, which {backbone.name} backbones do not have"
+        for stream in config.streams(backbone):
+            guide = _names(config, backbone, stream)[-1]
+            if backbone.state_width(guide) != backbone.width:
+                return f"layers: {guide} would feed the live layer, but this feature space keeps it projected"
+        return super().refuse(config, backbone)
 
     @classmethod
     def kept_options(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -94,7 +103,7 @@ class Sherl(Tuner):
 
 
 def _names(config: SherlConfig, backbone: Backbone, stream: str) -> list[str]:
-    layers = config.kept(backbone, "sherl", stream)
+    layers = config.kept(backbone, stream)
     if stream == backbone.streams[-1]:
         first = config.first_live(backbone)
         layers = [i for i in layers if i < first]

@@ -10,8 +10,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from pipeline.extract.backbones.base import Backbone, Tail
+from pipeline.extract.backbones.base import Backbone
 from pipeline.extract.backbones.batch import Batch
+from pipeline.extract.backbones.tail import Tail
 from pipeline.train.configs import SideTuningConfig
 from pipeline.train.features import Features, Want
 from pipeline.train.tuners.base import Tuner, checked_reduction, register, rows_of
@@ -36,8 +37,7 @@ class SideTuning(Tuner):
     @classmethod
     def states(cls, config: SideTuningConfig, backbone: Backbone) -> list[str]:
         stream = backbone.streams[0]
-        layer = config.kept(backbone, "side-tuning", stream)[0] if config.layers else backbone.depth(stream) - 1
-        return [*backbone.embedding(stream), f"{stream}.{layer}"]
+        return [*backbone.embedding(stream), f"{stream}.{config.kept(backbone, stream)[-1]}"]
 
     def forward(self, batch: Batch) -> Features:
         base = self.tail.final_norm(batch.states[self.state].float(), self.stream)

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.extract.backbones.base import Backbone, Tail
+from pipeline.extract.backbones.base import Backbone
 from pipeline.extract.backbones.batch import Batch, Layout
+from pipeline.extract.backbones.tail import Tail
 from pipeline.train.configs import UniptConfig
 from pipeline.train.features import Features, Want
 from pipeline.train.tuners.base import (
@@ -108,6 +109,4 @@ class Unipt(Tuner):
 
 
 def _layers(config: UniptConfig, backbone: Backbone) -> list[int]:
-    stream = backbone.streams[0]
-    layers = config.kept(backbone, "unipt", stream) if config.layers else list(range(backbone.depth(stream)))
-    return layers
+    return config.kept(backbone, backbone.streams[0])

@@ -9,8 +9,8 @@ import torch
 from transformers import BertConfig, ElectraModel
 
 from pipeline.extract.backbones import register
-from pipeline.extract.backbones.base import load_frozen
 from pipeline.extract.backbones.bert import Bert
+from pipeline.extract.backbones.loading import load_frozen
 from pipeline.store import UserError
 
 
