@@ -21,7 +21,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from pipeline.extract.backbones.base import Backbone
 from pipeline.extract.backbones.batch import Batch, stream_of
 from pipeline.extract.backbones.tail import TextTail
-from pipeline.extract.backbones.vision import Vision
 from pipeline.objectives import class_objective
 from pipeline.train.model import Model, tail_for
 from pipeline.train.tuners import TunerConfig, tuner_class
@@ -60,12 +59,7 @@ class NoValues(TorchDispatchMode):
 
 def fresh_backbone(backbone: Backbone, attention: str) -> Any:
     """The backbone with weights drawn anew, on the present default device."""
-    from transformers import AutoModel, AutoModelForSeq2SeqLM
-
-    if isinstance(backbone, Vision):
-        return backbone.make(attention).eval()
-    maker: Any = AutoModelForSeq2SeqLM if backbone.writes_text else AutoModel
-    return maker.from_config(backbone.config, attn_implementation=attention).eval()
+    return backbone.make(attention).eval()
 
 
 def backbone_model(backbone: Backbone, attention: str = "eager") -> nn.Module:

@@ -166,6 +166,12 @@ class Backbone(ABC):
     def load(self, folder: Path, dtype: torch.dtype, attention: str, device: torch.device | str) -> nn.Module:
         """The model in eval mode, no parameter trainable. Raises UserError when weights are missing."""
 
+    def make(self, attention: str = "sdpa") -> Any:
+        """The model with fresh weights, on the present default device: what costs are counted and timed on."""
+        from transformers import AutoModel
+
+        return AutoModel.from_config(self.config, attn_implementation=attention)
+
     @abstractmethod
     def run(self, model: Any, batch: Batch, states: Sequence[str]) -> dict[str, Tensor]:
         """Collect `states` of `batch` (columns filled in), each (rows, width) in the backbone's own precision.

@@ -195,6 +195,9 @@ class T5(WritesText, LateBlocks, Backbone):
             )
         return model
 
+    def make(self, attention: str = "sdpa") -> Any:
+        return T5ForConditionalGeneration._from_config(self.config, attn_implementation=attention)
+
     def keep_tokens(self, model: Any, tokens: int) -> None:
         """As the official code does: of T5's 32,128 rows 28 are no token's and take no part in the softmax."""
         holders = (model.shared, model.encoder.embed_tokens, model.decoder.embed_tokens, model.lm_head)
