@@ -1,9 +1,12 @@
-"""What every tuner must do on every backbone it works on, for tuners of others too:
+"""What every backbone must do, and every tuner on every backbone it works on, for those of others too:
 
-    import my_tuners, pipeline.testing
+    import my_tuners, my_backbones, pipeline.testing
 
     def test_mine():
         pipeline.testing.conform("mine", "folder/of/a/small/checkpoint")
+
+    def test_my_backbone():
+        pipeline.testing.conform_backbone("folder/of/a/small/checkpoint/of/it")
 
 `Case` is one pair ready to run: `case.model(seed)` a fresh model, `case.batch()` six samples with live states.
 """
@@ -11,7 +14,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +24,7 @@ import numpy as np
 import torch
 
 from pipeline.extract.backbones import Batch, Inputs, TextOptions, stream_of
+from pipeline.extract.backbones.capabilities import LiveLast
 from pipeline.extract.checkpoint import Checkpoint, resolve
 from pipeline.extract.encoding import decode, encode
 from pipeline.extract.tasks import load_task
@@ -28,7 +32,7 @@ from pipeline.objectives import class_objective
 from pipeline.store import UserError
 from pipeline.train.model import Model, late_weights, state_names, tail_for
 from pipeline.train.objectives import Objective
-from pipeline.train.tuners import tuner_class, tuner_config
+from pipeline.train.tuners import tuner_class, tuner_config, tuner_names
 
 TEXTS = (
     ("the old cat sees a dog", "a cat sleeps"),
@@ -242,13 +246,104 @@ CHECKS: list[Callable[[Case], None]] = [
 ]
 
 
+def every_state_has_its_width(case: Case) -> None:
+    backbone, names = case.backbone, case.backbone.states()
+    batch = case.inputs.batch()
+    found = backbone.run(case.loaded, batch, names)
+    assert len(set(names)) == len(names) and found.keys() == set(names)
+    for name, rows in found.items():
+        expected = (len(batch.layout(stream_of(name)).sample), backbone.state_width(name))
+        assert rows.shape == expected and torch.isfinite(rows).all(), name
+    assert set(backbone.full_states()) <= set(names)
+
+
+def only_wanted_states_are_collected(case: Case) -> None:
+    batch = case.inputs.batch()
+    every = case.backbone.run(case.loaded, batch, case.backbone.states())
+    for name in every:
+        found = case.backbone.run(case.loaded, batch, [name])
+        assert list(found) == [name]
+        torch.testing.assert_close(found[name], every[name], rtol=1e-4, atol=1e-5)
+
+
+def a_sample_runs_alone_as_beside_others(case: Case) -> None:
+    names = case.backbone.states()
+    together = case.backbone.run(case.loaded, case.inputs.batch(), names)
+    at = dict.fromkeys(names, 0)
+    for i in range(len(case.inputs)):
+        alone = case.backbone.run(case.loaded, case.inputs.take(np.array([i])).batch(), names)
+        for name, rows in alone.items():
+            torch.testing.assert_close(rows, together[name][at[name] : at[name] + len(rows)], rtol=1e-3, atol=1e-4)
+            at[name] += len(rows)
+
+
+def inputs_are_known_by_what_they_are(case: Case) -> None:
+    backbone, inputs = case.backbone, case.inputs
+    assert len(set(inputs.keys())) == len(inputs) and inputs.columns.keys() == set(backbone.columns)
+    assert inputs.take(np.array([3, 0])).keys() == [inputs.keys()[3], inputs.keys()[0]]
+    assert backbone.refuse_columns(inputs.lengths, inputs.columns) is None
+
+
+def the_tail_goes_on_where_states_end(case: Case) -> None:
+    """Embeddings have the backbone's width; a live last block gives what the backbone's own gives."""
+    backbone, batch = case.backbone, case.inputs.batch()
+    tail = backbone.tail(backbone.tail_weights(case.loaded), "sdpa").eval()
+    assert not any(p.requires_grad for p in tail.parameters())
+    batch.states = backbone.run(case.loaded, batch, backbone.states())
+    if backbone.shape == "sequence":
+        for stream in backbone.streams:
+            rows = len(batch.layout(stream).sample)
+            assert tail.embed(batch, stream).shape == (rows, backbone.width)
+            assert tail.final_norm(batch.states[f"{stream}.0"], stream).shape == (rows, backbone.width)
+    stream, last = backbone.streams[-1], backbone.depth(backbone.streams[-1]) - 1
+    if isinstance(backbone, LiveLast) and last:
+        hidden = {s: batch.states[f"{s}.{backbone.depth(s) - 1}"] for s in backbone.streams[:-1]}
+        hidden = {s: tail.final_norm(rows, s) for s, rows in hidden.items()}
+        found = tail({**hidden, stream: batch.states[f"{stream}.{last - 1}"]}, batch)
+        torch.testing.assert_close(found, batch.states[f"{stream}.{last}"], rtol=1e-4, atol=1e-4)
+
+
+def every_tuner_works_or_says_why_not(case: Case) -> None:
+    works = tuner_names(type(case.backbone))
+    assert "probe" in works
+    for name in tuner_names():
+        try:
+            tuner_class(name, case.backbone)
+        except UserError as error:
+            assert name not in works and repr(name) in str(error) and case.backbone.name in str(error)
+        else:
+            assert name in works
+
+
+BACKBONE_CHECKS: list[Callable[[Case], None]] = [
+    every_state_has_its_width,
+    only_wanted_states_are_collected,
+    a_sample_runs_alone_as_beside_others,
+    inputs_are_known_by_what_they_are,
+    the_tail_goes_on_where_states_end,
+    every_tuner_works_or_says_why_not,
+]
+
+
 def conform(tuner: str, model: str, pictures: str | Path = "", **options: Any) -> None:
     """Put the registered `tuner` with `options` through all checks on `model`: a name, or the folder of a checkpoint,
     the smaller the faster. `pictures`: a folder of images as a task, for backbones that see. Raises AssertionError
     naming the check."""
-    case = Case(resolve(model), tuner, Path(pictures), options)
-    for check in CHECKS:
+    _put_through(Case(resolve(model), tuner, Path(pictures), options), CHECKS, f"{tuner} on {model}")
+
+
+def conform_backbone(model: str, pictures: str | Path = "", tuners: Sequence[str] | None = None) -> None:
+    """Put the backbone of the checkpoint `model` through its own checks, then each of `tuners`, all that work on it by
+    default, through `conform`'s. Raises AssertionError naming the check."""
+    point = resolve(model)
+    _put_through(Case(point, "probe", Path(pictures)), BACKBONE_CHECKS, model)
+    for tuner in tuner_names(type(point.backbone)) if tuners is None else tuners:
+        _put_through(Case(point, tuner, Path(pictures)), CHECKS, f"{tuner} on {model}")
+
+
+def _put_through(case: Case, checks: Sequence[Callable[[Case], None]], what: str) -> None:
+    for check in checks:
         try:
             check(case)
         except AssertionError as error:
-            raise AssertionError(f"{tuner} on {model}: {check.__name__}: {error}") from error
+            raise AssertionError(f"{what}: {check.__name__}: {error}") from error

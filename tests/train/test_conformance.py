@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from pipeline.extract.checkpoint import Checkpoint
 from pipeline.store import UserError
+from pipeline.testing import BACKBONE_CHECKS
 from pipeline.train.tuners import base, tuner_class, tuner_names
 from tests.pairs import SUITE, pairs
 from tests.train.conformance import CHECKS, Case
@@ -28,6 +30,13 @@ def cases(checkpoints, pictures):
 @pytest.mark.parametrize(("backbone", "tuner"), pairs(SUITE))
 def test_pair(cases, backbone, tuner, check):
     check(cases(backbone, tuner))
+
+
+@pytest.mark.parametrize("check", BACKBONE_CHECKS, ids=lambda c: c.__name__)
+@pytest.mark.parametrize("backbone", SUITE)
+def test_backbone(cases, backbone, check):
+    with torch.no_grad():
+        check(cases(backbone, "probe"))
 
 
 def test_a_new_tuner_is_one_file_and_one_registering_call(cases, monkeypatch):
