@@ -169,7 +169,7 @@ def positions_of(backbone: Backbone, lengths: dict[str, np.ndarray]) -> np.ndarr
 
 
 def backbone_and_tokenizer(model: str) -> tuple[Backbone, Any | None]:
-    """The family from a `config.json` alone, and a tokenizer where there is one. Nothing is downloaded."""
+    """The backbone from a `config.json` alone, and a tokenizer where there is one. Nothing is downloaded."""
     folder = Path(model).expanduser()
     if folder.name == "config.json":
         folder = folder.parent

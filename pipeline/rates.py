@@ -74,7 +74,7 @@ def best(run: Callable[[], Any], device: torch.device, seconds: float = 1.0) -> 
 
 
 def shallow(backbone: Backbone, blocks: int) -> Backbone:
-    """The same family at the same width with few blocks."""
+    """The same backbone at the same width with few blocks."""
     config = copy.deepcopy(backbone.config)
     config.vocab_size = min(config.vocab_size, 1024)
     for name in ("num_layers", "num_decoder_layers", "num_hidden_layers"):

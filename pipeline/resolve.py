@@ -144,7 +144,7 @@ class Unstored:
 
 @dataclass
 class Found:
-    """A feature space and the family that made it, rebuilt from what the store keeps (or, unstored, from the
+    """A feature space and the backbone that made it, rebuilt from what the store keeps (or, unstored, from the
     checkpoint)."""
 
     space: Space | Unstored

@@ -38,7 +38,7 @@ def refuse(where: str, what: str) -> StoreError:
 
 
 def backbone_from(store: Store, space: Space) -> Backbone:
-    """The family of a space, from the configuration kept beside its tail weights. Raises StoreError for one that no
+    """The backbone of a space, from the configuration kept beside its tail weights. Raises StoreError for one that no
     backbone has: of a wrong type, or so large that only its making would fill the memory."""
     from transformers import AutoConfig
 

@@ -38,7 +38,7 @@ PROMPT, PAPER_PROMPT = 20, 100  # virtual tokens of prompt tuning
 
 @dataclass(frozen=True)
 class Counterpart:
-    """`prepare(family, model)` makes parts of the model trainable or adds to it. `lr`: the rate used by default,
+    """`prepare(backbone, model)` makes parts of the model trainable or adds to it. `lr`: the rate used by default,
     `lr_text` under a frozen text head. `virtual`: tokens put before every text."""
 
     name: str

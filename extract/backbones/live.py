@@ -1,4 +1,4 @@
-"""`LiveBackbone`: a family's frozen module on a device, loaded when first used."""
+"""`LiveBackbone`: a backbone's frozen model on a device, loaded when first used."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class LiveBackbone:
         return replace(self, backbone=self.backbone.projected(projection))
 
     def states(self, inputs: Inputs, states: Sequence[str], dtype: torch.dtype | None = None) -> Batch:
-        """Run `inputs` and collect `states`, projected as the family's feature space is, in `dtype` if given; no
+        """Run `inputs` and collect `states`, projected as the feature space is, in `dtype` if given; no
         labels."""
         batch = inputs.batch(self.device)
         with torch.no_grad():

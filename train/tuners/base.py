@@ -57,7 +57,7 @@ class Tuner(nn.Module):
     name: ClassVar[str]
     description: ClassVar[str]
     config_class: ClassVar[type[TunerConfig]]
-    shapes: ClassVar[tuple[str, ...]] = ("sequence",)  # shapes of families this class works on, see `Backbone.shape`
+    shapes: ClassVar[tuple[str, ...]] = ("sequence",)  # shapes of backbones this class works on, see `Backbone.shape`
     needs: ClassVar[tuple[type[Capability], ...]] = ()  # what a backbone must be able to do beyond being run
     text_head: ClassVar[bool] = False  # True: can hand out rows for the backbone's frozen language-model head
     projects: ClassVar[bool] = False  # True: its first maps take states of `backbone.state_width`, projected ones too
@@ -151,7 +151,7 @@ def register(name: str, config_class: type[TunerConfig]) -> Callable[[type[Tuner
 
 
 def form(name: str, shape: str) -> Callable[[type[Tuner]], type[Tuner]]:
-    """Class decorator: the form that tuner `name` has on families of another shape. It shares the tuner's config."""
+    """Class decorator: the form that tuner `name` has on backbones of another shape. It shares the tuner's config."""
 
     def inner(cls: type[Tuner]) -> type[Tuner]:
         if (name, shape) in _FORMS or name not in _TUNERS:
