@@ -287,6 +287,7 @@ def inputs_are_known_by_what_they_are(case: Case) -> None:
 def the_tail_goes_on_where_states_end(case: Case) -> None:
     """Embeddings have the backbone's width; a live last block gives what the backbone's own gives."""
     backbone, batch = case.backbone, case.inputs.batch()
+    live = isinstance(backbone, LiveLast)
     tail = backbone.tail(backbone.tail_weights(case.loaded), "sdpa").eval()
     assert not any(p.requires_grad for p in tail.parameters())
     batch.states = backbone.run(case.loaded, batch, backbone.states())
@@ -296,7 +297,7 @@ def the_tail_goes_on_where_states_end(case: Case) -> None:
             assert tail.embed(batch, stream).shape == (rows, backbone.width)
             assert tail.final_norm(batch.states[f"{stream}.0"], stream).shape == (rows, backbone.width)
     stream, last = backbone.streams[-1], backbone.depth(backbone.streams[-1]) - 1
-    if isinstance(backbone, LiveLast) and last:
+    if live and last:
         hidden = {s: batch.states[f"{s}.{backbone.depth(s) - 1}"] for s in backbone.streams[:-1]}
         hidden = {s: tail.final_norm(rows, s) for s, rows in hidden.items()}
         found = tail({**hidden, stream: batch.states[f"{stream}.{last - 1}"]}, batch)
