@@ -104,7 +104,7 @@ def plan_text(plan: Plan, work: Workload) -> str:
     return "\n".join(
         [
             f"{plan.samples:,} samples ({rows}); mean positions of a training sample: {lengths}{how}",
-            f"{work.tuner} reads {widths_text(plan.states, work.family.width, work.family.projection)}",
+            f"{work.tuner} reads {widths_text(plan.states, work.backbone.width, work.backbone.projection)}",
             "",
             table_text(["format", "a sample", "in all"], formats),
             "",

@@ -86,7 +86,7 @@ def stream(
     targets = None if unlabelled else Targets(plain_objective(spec), table.labels, table.metas or None)
     names = [states] if isinstance(states, str) else list(states)
     source = StoreSource(
-        found.space, table.keys, targets, names, found.family.columns, batch_size=batch_size, seed=seed,
+        found.space, table.keys, targets, names, found.backbone.columns, batch_size=batch_size, seed=seed,
         window=recipe.window, group_by_length=bool(recipe.group_by_length), tier=recipe.tier, device=device,
         host_bytes=None if recipe.host_memory is None else parse_size(recipe.host_memory), scheduler=recipe.scheduler,
         pin=device.type == "cuda",

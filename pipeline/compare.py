@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.extract.backbones import Batch, Family
+from pipeline.extract.backbones import Backbone, Batch
 from pipeline.extracting import Say, load_backbone
 from pipeline.job import Job, batch_size_of, live_backbone, live_source, load_job, sources
 from pipeline.objectives import make_objective
@@ -118,13 +118,13 @@ def _refuse(recipe: Recipe, method: str, preset: str) -> Job:
     or with states that are not stored, a counterpart that the backbone has no place for or whose package is missing."""
     if method not in COUNTERPARTS:
         job = load_job(for_tuner(recipe, method))
-        refuse_for_training(job.recipe, job.found.family)
+        refuse_for_training(job.recipe, job.found.backbone)
         job.model(recipe.seed)
         if not recipe.live:
             sources(job, None)
         return job
     job = _probe(recipe)
-    counterpart(method, preset).prepare(job.found.family, copy.deepcopy(_shape(job.found.family)))
+    counterpart(method, preset).prepare(job.found.backbone, copy.deepcopy(_shape(job.found.backbone)))
     return job
 
 
@@ -165,8 +165,8 @@ def _tuner(recipe: Recipe) -> dict[str, Any]:
     metrics = run_train(recipe, lambda text: None, quiet=True)
     job = load_job(recipe)
     model = job.model(recipe.seed).to(job.device)
-    backbone, checkpoint = live_backbone(job) if recipe.live else (None, None)
-    batch = next(iter(sources(job, backbone, checkpoint)["train"].epochs(0, 1)))
+    live, checkpoint = live_backbone(job) if recipe.live else (None, None)
+    batch = next(iter(sources(job, live, checkpoint)["train"].epochs(0, 1)))
     what = ", ".join(f"{k} {v}" for k, v in stated(job.config).items()) or "no options"
     made = settings(what, recipe, fit_options(recipe, job.spec, job.paper, model.tuner.default_lr()), job.paper)
     return _summary(job, model, batch, metrics, [model.tuner.tail]) | {"settings": made}
@@ -176,17 +176,17 @@ def _counterpart(recipe: Recipe, name: str, preset: str) -> dict[str, Any]:
     """Train a counterpart with the splits, the order and the options of a probe's run on the same store."""
     method = counterpart(name, preset)
     job = _probe(recipe)
-    backbone, checkpoint = live_backbone(job)
+    live, checkpoint = live_backbone(job)
     identity = job.found.space.identity
     module = load_backbone(checkpoint, identity["precision"], identity["attention"], job.device).model
-    model = CounterpartModel(method, job.found.family, module, job.objective, recipe.seed).to(job.device)
+    model = CounterpartModel(method, job.found.backbone, module, job.objective, recipe.seed).to(job.device)
     size = batch_size_of(recipe, job.paper)
     parts = {
-        split: input_source(live_source(job, split, backbone, checkpoint, size), backbone)
+        split: input_source(live_source(job, split, live, checkpoint, size), live)
         for split, table in job.tables.items()
         if split == "train" or all(label is not None for label in table.labels)
     }
-    rate = method.lr_text if job.found.family.writes_text else method.lr
+    rate = method.lr_text if job.found.backbone.writes_text else method.lr
     options = fit_options(recipe, job.spec, job.paper, rate)
     folder = Path(recipe.out or f"runs/{name}")
     metrics = fit(
@@ -211,7 +211,7 @@ def _probe(recipe: Recipe) -> Job:
     way: a text-to-text one writes the label."""
     job = load_job(replace(recipe, tuner="probe", tuner_options={}, live=True))
     header = next(iter(job.tables.values())).header
-    job.objective = make_objective(recipe, job.spec, header.get("candidates", ()), job.found.family, None)
+    job.objective = make_objective(recipe, job.spec, header.get("candidates", ()), job.found.backbone, None)
     return job
 
 
@@ -225,18 +225,18 @@ def _summary(job: Job, model: Any, batch: Batch, metrics: dict[str, Any], more: 
         "trainable": metrics["trainable_parameters"],
         "layout": metrics["layout"],
         "memory": step_memory(model, batch.to(job.device), more),
-        "backbone": backbone_parameters(job.found.family),
+        "backbone": backbone_parameters(job.found.backbone),
     }
 
 
-def backbone_parameters(family: Family) -> int:
+def backbone_parameters(backbone: Backbone) -> int:
     """Parameters of the whole backbone without a task head, counted without loading it."""
-    return sum(p.numel() for n, p in _shape(family).named_parameters() if "pooler" not in n)
+    return sum(p.numel() for n, p in _shape(backbone).named_parameters() if "pooler" not in n)
 
 
-def _shape(family: Family) -> nn.Module:
+def _shape(backbone: Backbone) -> nn.Module:
     """The backbone without its values; shared, so not to be changed."""
-    model: nn.Module = getattr(family, "skeleton", None) or backbone_model(family)
+    model: nn.Module = getattr(backbone, "skeleton", None) or backbone_model(backbone)
     return model
 
 

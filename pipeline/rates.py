@@ -19,13 +19,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.extract.backbones.base import Family, Tail
+from pipeline.extract.backbones.base import Backbone
 from pipeline.extract.backbones.batch import Batch, stream_of
 from pipeline.extract.backbones.images import Picture, load_pixels
+from pipeline.extract.backbones.tail import Tail
 from pipeline.extract.encoding import decode, encode
 from pipeline.objectives import class_objective
 from pipeline.operations import backbone_operations, fresh_backbone
-from pipeline.train.model import Model, tail_for
+from pipeline.train.model import Model, late_weights, tail_for
 from pipeline.train.optim import adamw
 from pipeline.train.options import FitOptions
 from pipeline.train.tuners import TunerConfig, tuner_class
@@ -72,14 +73,14 @@ def best(run: Callable[[], Any], device: torch.device, seconds: float = 1.0) -> 
     return min(runs(run, device, seconds))
 
 
-def shallow(family: Family, blocks: int) -> Family:
-    """The same family at the same width with few blocks."""
-    config = copy.deepcopy(family.config)
+def shallow(backbone: Backbone, blocks: int) -> Backbone:
+    """The same backbone at the same width with few blocks."""
+    config = copy.deepcopy(backbone.config)
     config.vocab_size = min(config.vocab_size, 1024)
     for name in ("num_layers", "num_decoder_layers", "num_hidden_layers"):
         if hasattr(config, name):
             setattr(config, name, blocks)
-    return type(family)(config)
+    return type(backbone)(config)
 
 
 def head(lengths: dict[str, np.ndarray], samples: int) -> dict[str, np.ndarray]:
@@ -90,7 +91,7 @@ def head(lengths: dict[str, np.ndarray], samples: int) -> dict[str, np.ndarray]:
 
 
 def random_batch(
-    family: Family,
+    backbone: Backbone,
     lengths: dict[str, np.ndarray],
     states: list[str],
     classes: int,
@@ -100,25 +101,25 @@ def random_batch(
     """A batch of random states in `dtype`; decoder positions are chains, as those of one target a sample."""
     g = torch.Generator().manual_seed(0)
     rows = {s: int(n.sum()) for s, n in lengths.items()}
-    batch = family.made_up(lengths)
+    batch = backbone.made_up(lengths)
     for name, column in batch.columns.items():
         stream, what = name.split(".")
         if what == "parent":
             column.copy_(torch.from_numpy(np.concatenate([np.arange(n) - 1 for n in lengths[stream]])))
         elif what == "ids":
-            column.random_(2, min(1000, family.config.vocab_size), generator=g)
+            column.random_(2, min(1000, backbone.config.vocab_size), generator=g)
     for name in states:
-        batch.states[name] = torch.randn(rows[stream_of(name)], family.state_width(name), generator=g).to(dtype)
+        batch.states[name] = torch.randn(rows[stream_of(name)], backbone.state_width(name), generator=g).to(dtype)
     batch.targets = {"label": torch.randint(classes, (len(batch),), generator=g)}
     return batch.to(device)
 
 
-def backbone_rate(family: Family, lengths: dict[str, np.ndarray], device: torch.device) -> float:
+def backbone_rate(backbone: Backbone, lengths: dict[str, np.ndarray], device: torch.device) -> float:
     """FLOP/s of the frozen forward pass of two blocks; of an image backbone, which is smaller and whose stages differ,
     of all."""
-    positions = sum(float(lengths[s].mean()) for s in family.streams)
+    positions = sum(float(lengths[s].mean()) for s in backbone.streams)
     lengths = head(lengths, max(4, int(RATE_TOKENS / positions)))
-    small = family if family.modality == "image" else shallow(family, 2)
+    small = backbone if backbone.modality == "image" else shallow(backbone, 2)
     model = fresh_backbone(small, "sdpa").to(device)
     batch = random_batch(small, lengths, [], 2, device)
     states = small.states()
@@ -127,18 +128,18 @@ def backbone_rate(family: Family, lengths: dict[str, np.ndarray], device: torch.
     return backbone_operations(small, lengths, states) / seconds
 
 
-def random_tail(family: Family, name: str, config: TunerConfig) -> Tail:
+def random_tail(backbone: Backbone, name: str, config: TunerConfig) -> Tail:
     """The tail that tuner `name` needs, of no particular weights. An image family takes it out of a whole backbone,
     whose buffers (statistics, shift masks) have to make sense; a text family builds it by itself, however large."""
-    if family.modality == "text":
-        return tail_for(name, config, family, "sdpa")
-    model = fresh_backbone(family, "sdpa")
-    late = {i: family.block_weights(model, i) for i in tuner_class(name, family).late_layers(config, family)}
-    return tail_for(name, config, family, "sdpa", family.tail_weights(model), late)
+    if backbone.modality == "text":
+        return tail_for(name, config, backbone, "sdpa")
+    model = fresh_backbone(backbone, "sdpa")
+    late = late_weights(name, config, backbone, model)
+    return tail_for(name, config, backbone, "sdpa", backbone.tail_weights(model), late)
 
 
 def step_seconds(
-    family: Family,
+    backbone: Backbone,
     name: str,
     config: TunerConfig,
     lengths: dict[str, np.ndarray],
@@ -147,16 +148,18 @@ def step_seconds(
     dtype: torch.dtype,
 ) -> float:
     """Seconds of one training step as the loop makes it, on states in `dtype`, the fixed cost of a step included."""
-    objective = class_objective(family, tuner_class(name, family), [(2 + i, 1) for i in range(classes)])
-    tail = random_tail(family, name, config)
+    objective = class_objective(backbone, tuner_class(name, backbone), [(2 + i, 1) for i in range(classes)])
+    tail = random_tail(backbone, name, config)
     for parameter in tail.parameters():
         parameter.data.normal_(std=0.02)
-    model = Model.build(name, config, family, tail, objective, 0).to(device).train()
+    model = Model.build(name, config, backbone, tail, objective, 0).to(device).train()
     options = FitOptions(lr=1e-6)
     optimizer, _ = adamw(model, options)
 
     def seconds(part: dict[str, np.ndarray]) -> float:
-        batch = random_batch(family, part, tuner_class(name, family).states(config, family), classes, device, dtype)
+        batch = random_batch(
+            backbone, part, tuner_class(name, backbone).states(config, backbone), classes, device, dtype
+        )
         if objective.wants.text_head:
             # Inputs of the target's own chain, so that every row is a target row, as in training.
             assert batch.targets is not None
@@ -174,7 +177,7 @@ def step_seconds(
     if device.type != "cpu" or samples <= 32:
         return seconds(lengths)
     small, large = head(lengths, 8), head(lengths, 24)
-    sizes = [sum(int(part[s].sum()) for s in family.streams) for part in (small, large, lengths)]
+    sizes = [sum(int(part[s].sum()) for s in backbone.streams) for part in (small, large, lengths)]
     first, second = seconds(small), seconds(large)
     return second + max(0.0, second - first) / (sizes[1] - sizes[0]) * (sizes[2] - sizes[1])
 

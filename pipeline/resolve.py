@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from pipeline.command_line import extract_command
-from pipeline.extract.backbones import Family, TextOptions
+from pipeline.extract.backbones import Backbone, TextOptions
 from pipeline.extract.backbones.images import Preprocess
 from pipeline.extract.checkpoint import Checkpoint, local
 from pipeline.extract.encoding import tensors_of
@@ -26,7 +26,7 @@ from pipeline.recipe import Recipe, option_name
 from pipeline.store import Space, Store
 from pipeline.store.errors import SpaceMismatch, StoreError, UserError
 from pipeline.store.resolve import resolve as resolve_space
-from pipeline.stored import family_from, kept_name, kept_of, source_of
+from pipeline.stored import backbone_from, kept_name, kept_of, source_of
 from pipeline.train.model import union_states
 from pipeline.train.tuners import tuner_class, tuner_names
 
@@ -113,24 +113,24 @@ def size_text(size: str | None) -> str:
     return f"{size}x{size}" if size and size.isdigit() else size or ""
 
 
-def wanted_states(recipe: Recipe, family: Family) -> list[str]:
+def wanted_states(recipe: Recipe, backbone: Backbone) -> list[str]:
     """The states that the tuners of `--for` read between them."""
     if not recipe.tuners:
         raise UserError("--for: name at least one tuner; `pipeline tuners` lists them")
     names = recipe.tuners
     if names == Recipe().tuners:  # nobody asked for these by name: those of them that there are
-        names = tuple(n for n in names if n in tuner_names(family))
-    return union_states([(name, config_of(recipe, name, len(recipe.tuners) > 1)) for name in names], family)
+        names = tuple(n for n in names if n in tuner_names(type(backbone)))
+    return union_states([(name, config_of(recipe, name, len(recipe.tuners) > 1)) for name in names], backbone)
 
 
-def refuse_full_readers(recipe: Recipe, names: Sequence[str], family: Family) -> None:
+def refuse_full_readers(recipe: Recipe, names: Sequence[str], backbone: Backbone) -> None:
     """UserError for a tuner of `names` that cannot work in the projected space `recipe` asks for."""
-    if (recipe.projection or "none") == "none" or family.shape != "sequence":
+    if (recipe.projection or "none") == "none" or backbone.shape != "sequence":
         return
-    small = set(family.states()) - set(family.full_states())
+    small = set(backbone.states()) - set(backbone.full_states())
     for name in names:
-        tuner = tuner_class(name, family)
-        if not tuner.projects and small & set(tuner.states(config_of(recipe, name, len(names) > 1), family)):
+        tuner = tuner_class(name, backbone)
+        if not tuner.projects and small & set(tuner.states(config_of(recipe, name, len(names) > 1), backbone)):
             raise UserError(f"tuner {name} reads full states, not {recipe.projection}: extract without it")
 
 
@@ -144,11 +144,11 @@ class Unstored:
 
 @dataclass
 class Found:
-    """A feature space and the family that made it, rebuilt from what the store keeps (or, unstored, from the
+    """A feature space and the backbone that made it, rebuilt from what the store keeps (or, unstored, from the
     checkpoint)."""
 
     space: Space | Unstored
-    family: Family
+    backbone: Backbone
     tail: dict[str, torch.Tensor]
     source: dict[str, Any]
 
@@ -211,9 +211,9 @@ def find_space(recipe: Recipe, exactly: str | None = None) -> Found:
 
 def _found(store: Store, space: Space) -> Found:
     digest = space.identity["weights"]
-    family = family_from(store, space)
+    backbone = backbone_from(store, space)
     tail = tensors_of(store.load_tensors(digest, kept_name("tail.safetensors", kept_of(store, space.identity))))
-    return Found(space, family, tail, source_of(store, space))
+    return Found(space, backbone, tail, source_of(store, space))
 
 
 def names_of(store: Store, space: Space) -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.command_line import quoted
-from pipeline.extract.backbones.live import Backbone
+from pipeline.extract.backbones.live import LiveBackbone
 from pipeline.extract.checkpoint import Checkpoint
 from pipeline.extract.tasks.base import Rows, TaskSpec
 from pipeline.extract.tasks.glue import GLUE
@@ -54,7 +54,7 @@ class Run:
     folder: Path
     job: Job
     model: Model
-    _live: tuple[Backbone, Checkpoint] | None = None
+    _live: tuple[LiveBackbone, Checkpoint] | None = None
 
     @property
     def spec(self) -> TaskSpec:
@@ -69,7 +69,7 @@ class Run:
         found: dict[str, Any] = json.loads((self.folder / "metrics.json").read_text(encoding="utf-8"))
         return found
 
-    def live(self) -> tuple[Backbone, Checkpoint]:
+    def live(self) -> tuple[LiveBackbone, Checkpoint]:
         """The backbone, loaded once."""
         self._live = self._live or live_backbone(self.job)
         return self._live
@@ -89,8 +89,8 @@ class Run:
         objective = self.job.objective
         if not isinstance(objective, LabelText):
             raise UserError(f"--generate: only runs of objective label-text write text; this one's is {objective.name}")
-        backbone, checkpoint = self.live()
-        written = generate(self.model, backbone, relive(self.job, split, checkpoint).inputs)
+        live, checkpoint = self.live()
+        written = generate(self.model, live, relive(self.job, split, checkpoint).inputs)
         texts = checkpoint.tokenizer.batch_decode(written, skip_special_tokens=True)
         answers = [objective.meaning(t) for t in texts]
         labels = [label for label in self.job.tables[split].labels if label is not None]
@@ -110,16 +110,16 @@ class Run:
         if not checked:
             return []
         rows = Rows(checked, [None] * len(checked))
-        backbone, checkpoint = self.live()
+        live, checkpoint = self.live()
         candidates = next(iter(self.job.tables.values())).header.get("candidates", [])
         options = replace(text_options(self.job.found), root=str(root))
-        part = prepare_split(backbone.family, checkpoint.tokenizer, self.spec, "predict", rows, options, candidates)
-        for line in token_doubts(checkpoint.tokenizer, backbone.family, [part]):
+        part = prepare_split(live.backbone, checkpoint.tokenizer, self.spec, "predict", rows, options, candidates)
+        for line in token_doubts(checkpoint.tokenizer, live.backbone, [part]):
             say(f"warning: {line}")
         # Sorted by length, so that batches hold little padding; `predict` puts the answers back in order.
         order = Order(part.inputs.tokens(), self._batch_size())
         known = Targets(self.job.objective, None, part.inputs.metas) if part.inputs.metas else None
-        source = LiveSource(backbone, part.inputs, known, self.job.states, order)
+        source = LiveSource(live, part.inputs, known, self.job.states, order)
         return predict(self.model, source, self.job.device, self.job.recipe.train_precision)
 
     def _batch_size(self) -> int:

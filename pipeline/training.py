@@ -89,7 +89,7 @@ def make_folder(folder: Path) -> None:
 def run_train(recipe: Recipe, say: Say, quiet: bool = False) -> dict[str, Any]:
     """Train what `recipe` says; `say` takes the lines a person reads. Returns the metrics with the run's folder."""
     job = load_job(recipe)
-    refuse_for_training(recipe, job.found.family)
+    refuse_for_training(recipe, job.found.backbone)
     if "train" not in job.tables:
         raise StoreError(
             f"the store has no train rows of {job.spec.name}; run: "
@@ -100,9 +100,9 @@ def run_train(recipe: Recipe, say: Say, quiet: bool = False) -> dict[str, Any]:
         raise UserError(f"{folder} holds a finished run; give another --out, or --overwrite to replace it")
     model = job.model(recipe.seed)
     options = fit_options(recipe, job.spec, job.paper, model.tuner.default_lr())
-    backbone, checkpoint = live_backbone(job) if recipe.live else (None, None)
-    parts = sources(job, backbone, checkpoint)
-    size = batch_size_of(recipe, model.tuner.family.writes_text)
+    live, checkpoint = live_backbone(job) if recipe.live else (None, None)
+    parts = sources(job, live, checkpoint)
+    size = batch_size_of(recipe, model.tuner.backbone.writes_text)
     table = job.tables["train"]
     more = f" of {table.header['total']:,}" if len(table.keys) < table.header.get("total", 0) else ""
     say(
@@ -140,7 +140,7 @@ def job_doubts(job: Job) -> list[str]:
     """What is odd about the rows of a run, a sentence each."""
     train = job.tables.get("train")
     limit = "" if train is None else limit_doubt(job.recipe.limit, train, views_of(train))
-    return [*([limit] if limit else []), *doubts(job.tables, job.found.family.modality == "image")]
+    return [*([limit] if limit else []), *doubts(job.tables, job.found.backbone.modality == "image")]
 
 
 def describe_space(job: Job) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
 
-from pipeline.extract.backbones import Family
+from pipeline.extract.backbones import Backbone
 from pipeline.owners import KINDS, having
 from pipeline.recipe import Recipe, option_name
 from pipeline.store.errors import UserError
@@ -33,26 +33,28 @@ def given(recipe: Recipe, option: str) -> bool:
     return getattr(recipe, option) != _FIELDS[option].default
 
 
-def refuse_for_training(recipe: Recipe, family: Family) -> None:
+def refuse_for_training(recipe: Recipe, backbone: Backbone) -> None:
     """UserError for options of training that do nothing on this backbone, or in a live run."""
-    if family.modality == "text":  # of pictures the space itself says what they were made with
-        refuse_for_kind(recipe, family)
+    if backbone.modality == "text":  # of pictures the space itself says what they were made with
+        refuse_for_kind(recipe, backbone)
     if recipe.live:
         for option in ("tier", "host_memory", "scheduler"):
             if given(recipe, option):
                 raise UserError(f"{option_name(option)}: it is for states from a store, and --live reads none")
 
 
-def refuse_for_kind(recipe: Recipe, family: Family) -> None:
+def refuse_for_kind(recipe: Recipe, backbone: Backbone) -> None:
     """UserError for options of pictures where the backbone reads text, and the other way round."""
-    text = family.modality == "text"
+    text = backbone.modality == "text"
     others, read = (PICTURE_OPTIONS, "text") if text else (TEXT_OPTIONS, "pictures")
     for option, nothing in others.items():
         if getattr(recipe, option) not in nothing:
             what = "pictures" if text else "texts"
-            raise UserError(f"{option_name(option)} is for {what}, and {family.name} backbones read {read}")
-    if text and not family.writes_text and recipe.prompt is not None:
-        raise UserError(f"--prompt is for text-to-text backbones; {family.name} ones read the text fields as they are")
+            raise UserError(f"{option_name(option)} is for {what}, and {backbone.name} backbones read {read}")
+    if text and not backbone.writes_text and recipe.prompt is not None:
+        raise UserError(
+            f"--prompt is for text-to-text backbones; {backbone.name} ones read the text fields as they are"
+        )
     if recipe.view_seed and (recipe.views or 1) < 2:
         raise UserError("--view-seed: it draws the views of --views; give --views 2 or more with it")
 

@@ -5,13 +5,14 @@ without loading what reads them. Those of others stand in their own files.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from pipeline.extract.options import check_options, option
 from pipeline.store.errors import UserError
+from pipeline.train.published import kept_layers
 
 if TYPE_CHECKING:
-    from pipeline.extract.backbones.base import Family
+    from pipeline.extract.backbones.base import Backbone
 
 BLENDS = ("redundancy", "max", "average", "mhsa", "linear", "linear-learned", "attention")
 TAILS = ("frozen", "lora", "bitfit", "adapter", "prompt")
@@ -39,11 +40,14 @@ class TunerConfig:
     def __post_init__(self) -> None:
         check_options(self)
 
-    def kept(self, family: Family, method: str, stream: str) -> list[int]:
-        """The layers used on `stream`. Raises UserError for one that the backbone does not have."""
+    paper: ClassVar[str] = ""  # whose choice of layers is the default, see `train.published`
+
+    def kept(self, backbone: Backbone, stream: str) -> list[int]:
+        """The layers used on `stream`, all where neither options nor a paper choose. Raises UserError for one that the
+        backbone does not have."""
+        depth = backbone.depth(stream)
         if not self.layers:
-            return family.kept_layers(method, stream)
-        depth = family.depth(stream)
+            return kept_layers(self.paper, backbone, stream) or list(range(depth))
         bad = [i for i in self.layers if not 0 <= i < depth]
         if bad:
             raise UserError(f"layers: the backbone's {stream} has blocks 0 to {depth - 1}, not {bad[0]}")
@@ -82,6 +86,8 @@ class SherlConfig(SideConfig):
     `recompute`: compute the blend again in the backward pass instead of keeping what lies between: less memory, the
     same numbers, a longer step."""
 
+    paper = "sherl"
+
     gate: float | None = option(
         None, "Start of the gate alpha. Default: 0, the paper's, on T5; 0.1 on encoders, where that is calmer."
     )
@@ -118,10 +124,10 @@ class SherlConfig(SideConfig):
         if self.tail_size is not None and (self.tail not in SIZED or self.tail_size < 1):
             raise ValueError(f"tail_size: a number above 0, with tail {' or '.join(SIZED)}; tail is {self.tail}")
 
-    def first_live(self, family: Family) -> int:
+    def first_live(self, backbone: Backbone) -> int:
         """The number of the first live layer, with "none" of the last one, which the blend then does not enter.
         UserError for one that the backbone does not have."""
-        last = family.depth(family.streams[-1]) - 1
+        last = backbone.depth(backbone.streams[-1]) - 1
         if self.insert in ("last", "none"):
             return last
         number = int(self.insert.partition(":")[2])
@@ -129,9 +135,9 @@ class SherlConfig(SideConfig):
             raise UserError(f"insert: the blend can enter layers 1 to {last} of this backbone, not {number}")
         return number
 
-    def streams(self, family: Family) -> tuple[str, ...]:
+    def streams(self, backbone: Backbone) -> tuple[str, ...]:
         """Those that are blended."""
-        return family.streams[-1:] if self.insert == "none" else family.streams
+        return backbone.streams[-1:] if self.insert == "none" else backbone.streams
 
 
 @dataclass(frozen=True)
@@ -170,7 +176,9 @@ class LstConfig(SideConfig):
     """`reduction`: r, side width is D / r. `layers`: kept layers, the rest are dropped with their side blocks.
     `temperature`: of the fusion gates. `init`: what side blocks start from: "random", or the backbone pruned by
     "magnitude" or by "fisher" information on the task (LST §3.3; 0.1 and 0.2 points of GLUE average in its ablation).
-    `prune`: "running" as in the released code, or "aligned", ours (see `extract.backbones.pruning`)."""
+    `prune`: "running" as in the released code, or "aligned", ours (see `train.sideblocks.pruning`)."""
+
+    paper = "lst"
 
     reduction: int = option(
         8, "Side width is the backbone's over this. (Extraction: for the weights of --init.)", least=1, extraction=True

@@ -76,9 +76,9 @@ def test_predict_on_the_test_rows_gives_the_labels_of_evaluate(trained, tmp_path
 
 
 def test_free_generation_is_offered_on_text_to_text(trained):
-    family, folder, kept, _ = trained
+    backbone, folder, kept, _ = trained
     result = run("evaluate", folder / "run", "--generate", "--model", kept, "--json")
-    if family == "t5":
+    if backbone == "t5":
         assert result.exit_code == 0, result.output
         generated = json.loads(result.stdout)["generated"]
         assert 0 <= generated["in_targets"] <= 1 and 0 <= generated["accuracy"] <= 1
@@ -87,8 +87,8 @@ def test_free_generation_is_offered_on_text_to_text(trained):
 
 
 def test_another_checkpoint_is_refused_for_prediction(trained, tmp_path):
-    family, folder, _, _ = trained
-    other = tiny.CHECKPOINTS[family](tmp_path / "other", seed=5)
+    backbone, folder, _, _ = trained
+    other = tiny.CHECKPOINTS[backbone](tmp_path / "other", seed=5)
     (tmp_path / "new.tsv").write_text("first\tsecond\na\tb\n")
     result = run("predict", folder / "run", "--input", tmp_path / "new.tsv", "--model", other)
     assert result.exit_code != 0 and "weights" in result.stderr
