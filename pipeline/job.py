@@ -79,7 +79,12 @@ class Job:
         header = next(iter(self.tables.values())).header
         family = self.found.family
         tuner = tuner_class(self.recipe.tuner, family)
-        return make_objective(self.recipe, self.spec, header.get("candidates", ()), family, tuner)
+        return make_objective(self.recipe, self.spec, header.get("candidates", ()), family, tuner, self.training)
+
+    @property
+    def training(self) -> list[Any]:
+        """The targets of the training rows."""
+        return self.tables["train"].labels if "train" in self.tables else []
 
     @property
     def paper(self) -> bool:

@@ -74,13 +74,19 @@ class Run:
         self._live = self._live or live_backbone(self.job)
         return self._live
 
-    def evaluate(self, split: str) -> dict[str, float]:
-        """Metrics of `split` from the store, computed as at the end of training."""
+    def evaluate(self, split: str, report: bool = False) -> dict[str, Any]:
+        """Metrics of `split` from the store, computed as at the end of training. With `report`, what more there is to
+        say of it under that name: precision, recall, F1 and support of each class and the confusion matrix, or a
+        summary of the residuals. UserError for a report of an objective that has none."""
         if split not in self.job.tables:
             raise UserError(f"the store has no {split} rows of {self.spec.name}; it has: {', '.join(self.job.tables)}")
+        objective, precision = self.job.objective, self.job.recipe.train_precision
+        more = objective.report() if report else None
+        if report and more is None:
+            raise UserError(f"--report: objective {objective.name} has nothing to report beside its figures")
         source = store_source(self.job, split, self._batch_size())
-        precision = self.job.recipe.train_precision
-        return evaluate(self.model, source, self.job.objective.scorer(), self.job.device, precision)
+        figures = evaluate(self.model, source, objective.scorer(), self.job.device, precision, report=more)
+        return {**figures, "report": more.compute()} if more else figures
 
     def generate(self, split: str) -> dict[str, Any]:
         """Free generation on `split` with the frozen decoder live: metrics by exact match of the written text (of a
@@ -97,7 +103,7 @@ class Run:
         if len(labels) < len(texts):
             raise UserError(f"not all {split} rows of {self.spec.name} have labels to score against")
         known = sum(t.strip() in self.spec.texts for t in texts)
-        return {**score(self.spec.metrics, answers, objective.rounded(labels)), "in_targets": known / len(texts)}
+        return {**score(objective.metrics, answers, objective.truth(labels)), "in_targets": known / len(texts)}
 
     def predict(
         self, texts: Sequence[str | Sequence[str]], root: str | Path = "", say: Say = lambda text: None
