@@ -18,6 +18,7 @@ from pipeline.extract.encoding import tensors_of
 from pipeline.extract.identity import SpaceOptions, space_identity, views_text
 from pipeline.extract.tasks import Task, canonical_name, load_task
 from pipeline.extract.tasks.base import TaskSpec
+from pipeline.extract.tasks.glue import USUAL_GRID
 from pipeline.extract.tasks.hub_images import PREFIX, hub_folder
 from pipeline.objectives import refuse_targets, target_types
 from pipeline.owners import config_of
@@ -71,7 +72,8 @@ def open_task(recipe: Recipe) -> Task:
         targets=target_types(recipe),
         validation=Path(recipe.validation) if recipe.validation else None,
         test=Path(recipe.test) if recipe.test else None,
-        grid=recipe.grid,
+        stratify=bool(recipe.stratify),
+        grid=USUAL_GRID if recipe.grid is None else recipe.grid,
     )
     refuse_targets(recipe, task.spec)
     return task

@@ -30,6 +30,7 @@ from pipeline.recipe import Recipe
 from pipeline.resolve import store_path
 from pipeline.store.errors import StoreError, UserError
 from pipeline.store.places import absolute
+from pipeline.train.configs import ObjectiveConfig
 from pipeline.train.loop import FitOptions, fit
 from pipeline.train.ranks import Ranks
 from pipeline.train.runlog import write_bytes
@@ -128,7 +129,7 @@ def run_train(recipe: Recipe, say: Say, quiet: bool = False) -> dict[str, Any]:
         job.objective.scorer,
         job.device,
         progress=not quiet,
-        info={"space": job.found.space.id, "tuner": recipe.tuner, "rows": job.version},
+        info={"space": job.found.space.id, "tuner": recipe.tuner, "rows": job.version, **own_options(job)},
     )
     if remark := model.tuner.remark():
         say(f"{recipe.tuner}: {remark}")
@@ -159,14 +160,20 @@ def lasting_name(job: Job) -> str:
     return task if own else task_id(next(iter(job.tables.values())).header)
 
 
-def stated(config: TunerConfig) -> dict[str, Any]:
+def stated(config: TunerConfig | ObjectiveConfig) -> dict[str, Any]:
     """The options of a config that say something, the defaults among them: a later version may have others."""
     return {k: v for k, v in asdict(config).items() if v not in (None, ())}
 
 
+def own_options(job: Job) -> dict[str, Any]:
+    """The options of the tuner and the objective, as a recipe has them."""
+    own = Recipe(tuner_options=stated(job.config), objective_options=stated(job.objective.config)).to_mapping()
+    return {"objective": job.objective.name, **{k: own[k] for k in ("tuner_options", "objective_options")}}
+
+
 def write_recipe(folder: Path, job: Job, options: FitOptions, batch_size: int) -> None:
     """recipe.yaml: the run's options with every default resolved, so that it can be run again by `--recipe`."""
-    identity = job.found.space.identity
+    identity, made = job.found.space.identity, job.tables["train"].header.get("provenance", {})
     resolved = replace(
         job.recipe,
         task=lasting_name(job),
@@ -175,15 +182,14 @@ def write_recipe(folder: Path, job: Job, options: FitOptions, batch_size: int) -
         space=job.found.space.id,
         batch_size=batch_size,
         group_by_length=grouped(job.recipe, job.paper),
-        objective=job.objective.name,
         epochs=options.epochs,
         lr=options.lr,
         warmup_steps=options.warmup_steps,
         warmup_ratio=options.warmup_ratio,
+        **own_options(job),
         views=views_of(job.tables["train"]) if "image_size" in identity else None,
         imports=lasting(job.recipe.imports),
-        tuner_options=stated(job.config),
-        objective_options=asdict(job.objective.config),
+        stratify=bool(made.get("stratified")) or job.recipe.stratify,
         out=None,
         overwrite=False,
         **{k: identity[k] for k in ("format", "projection", "precision", "attention")},

@@ -157,8 +157,8 @@ def _valued(measure: Callable[..., Any]) -> Callable[[Numbers, Numbers], float]:
 
 
 def r2(guess: Numbers, truth: Numbers) -> float:
-    """The share of the variance that is explained; NaN where there is none."""
-    return math.nan if _constant(truth) else _valued(sk.r2_score)(guess, truth)
+    """The share of the variance that is explained; 0 where there is one row only."""
+    return 0.0 if len(truth) < 2 else _valued(sk.r2_score)(guess, truth)
 
 
 def roc_auc(chances: Chances, truth: Classes) -> float:
