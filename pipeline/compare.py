@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pipeline.command_line import NotExtracted
 from pipeline.extract.backbones import Batch, Family
 from pipeline.extracting import Say, load_backbone
 from pipeline.job import Job, batch_size_of, live_backbone, live_source, load_job, sources
@@ -63,7 +64,11 @@ def run_compare(
         raise UserError(f"--preset {preset}: it is for {', '.join(COUNTERPARTS)}, and --tuners names none of them")
     if csv_file and not Path(csv_file).parent.is_dir():
         raise UserError(f"--csv {csv_file}: no such folder: {Path(csv_file).parent}")
-    jobs = [_refuse(recipe, method, preset) for method in methods]
+    try:
+        jobs = [_refuse(recipe, method, preset) for method in methods]
+    except NotExtracted as error:
+        names = dict.fromkeys("probe" if method in COUNTERPARTS else method for method in methods)
+        raise error.for_all(tuple(names), recipe.tuner_options) from None
     for sentence in job_doubts(jobs[0]):
         say(f"warning: {sentence}")
     make_folder(folder)

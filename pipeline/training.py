@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.command_line import extract_command
+from pipeline.command_line import NotExtracted
 from pipeline.doubts import doubts, limit_doubt
 from pipeline.extract.plugins import lasting
 from pipeline.extract.tasks import is_named
@@ -28,7 +28,7 @@ from pipeline.job import (
 )
 from pipeline.recipe import Recipe
 from pipeline.resolve import store_path
-from pipeline.store.errors import StoreError, UserError
+from pipeline.store.errors import UserError
 from pipeline.store.places import absolute
 from pipeline.train.configs import ObjectiveConfig
 from pipeline.train.loop import FitOptions, fit
@@ -92,10 +92,8 @@ def run_train(recipe: Recipe, say: Say, quiet: bool = False) -> dict[str, Any]:
     job = load_job(recipe)
     refuse_for_training(recipe, job.found.family)
     if "train" not in job.tables:
-        raise StoreError(
-            f"the store has no train rows of {job.spec.name}; run: "
-            f"{extract_command(as_extracted(recipe, job.found), split=('train',))}"
-        )
+        known = as_extracted(recipe, job.found)
+        raise NotExtracted(f"the store has no train rows of {job.spec.name}", known, split=("train",))
     folder = run_folder(job)
     if (folder / "metrics.json").exists() and not recipe.overwrite:
         raise UserError(f"{folder} holds a finished run; give another --out, or --overwrite to replace it")

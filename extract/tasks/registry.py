@@ -66,7 +66,8 @@ def load_task(
     Raises `TaskError` with one line for anything wrong with the name, the options or the files.
     """
     options = {"text": text, "text-pair": text_pair, "label": label, "separator": separator,
-               "validation": validation, "test": test, "stratify": stratify, "metrics": metrics, "task-name": task_name}  # fmt: skip
+               "validation": validation, "test": test, "stratify": stratify, "metrics": metrics,
+               "task-name": task_name}  # fmt: skip
     pictures = name.startswith(PREFIX) or is_folder(name)
     given = [f"--{option}" for option, value in options.items() if value and not (pictures and option == "task-name")]
     if given and (pictures or is_named(name)):

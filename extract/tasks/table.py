@@ -139,7 +139,9 @@ def stratified(classes: Sequence[int], order: Sequence[int], held: int, parts: i
     for _ in range(parts):
         rows = Counter(classes[place] for place in left)
         if len(left) - len(rows) < held:
-            raise TaskError(f"--stratify: {len(order)} rows of {len(rows)} classes are too few to hold {held} out; add rows")
+            raise TaskError(
+                f"--stratify: {len(order)} rows of {len(rows)} classes are too few to hold {held} out; add rows"
+            )
         wanted = {c: min(held * n // len(left), n - 1) for c, n in sorted(rows.items())}
         while sum(wanted.values()) < held:
             short = [c for c in wanted if wanted[c] < rows[c] - 1]
