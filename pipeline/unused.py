@@ -24,8 +24,8 @@ PICTURE_OPTIONS: dict[str, tuple[Any, ...]] = {
 STREAM_OPTIONS = (
     "model", "task", "store", "data", "text", "text_pair", "label", "separator", "objective", "validation", "test",
     "stratify", "limit", "space", "format", "projection", "precision", "attention", "prompt", "max_length",
-    "truncation_side", "image_size", "views", "view_seed", "batch_size", "seed", "device", "tier", "host_memory", "scheduler", "window",
-    "group_by_length", "imports",
+    "truncation_side", "image_size", "views", "view_seed", "batch_size", "seed", "device", "tier", "host_memory",
+    "scheduler", "window", "group_by_length", "imports",
 )  # fmt: skip
 
 

@@ -52,9 +52,9 @@ def load_table(
     several with `separator` between them are classes; else it is a number if all are numbers and one has a fraction,
     and a class if not. `targets`: types that will do, where another than this is meant; tags and classes may then be
     text with blanks or `separator` between them. Class names are those of `path`, sorted (by value where all are whole
-    numbers). `stratify`: hold rows out by `stratified`. `metrics`: accuracy, or pearson and spearman, where not given. Text-to-text: prompt "NAME COLUMN: A
-    COLUMN: B", texts to answer the class index, or an even grid over the range of the labels. A test file may come
-    without labels.
+    numbers). `stratify`: hold rows out by `stratified`. `metrics`: accuracy, or pearson and spearman, where not given.
+    Text-to-text: prompt "NAME COLUMN: A COLUMN: B", texts to answer the class index, or an even grid over the range of
+    the labels. A test file may come without labels.
 
     Raises `TaskError` for: missing column, missing or unknown label, label that is not a finite number, one class only,
     other than one tag a word, too few rows to split, and all that `read_sheet` refuses.
