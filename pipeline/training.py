@@ -127,7 +127,7 @@ def run_train(recipe: Recipe, say: Say, quiet: bool = False) -> dict[str, Any]:
         job.objective.scorer,
         job.device,
         progress=not quiet,
-        info={"space": job.found.space.id, "tuner": recipe.tuner, "rows": job.version, **own_options(job)},
+        info={"space": job.found.space.id, "tuner": recipe.tuner, "rows": job.version, **own_options(job, asdict)},
     )
     if remark := model.tuner.remark():
         say(f"{recipe.tuner}: {remark}")
@@ -163,9 +163,9 @@ def stated(config: TunerConfig | ObjectiveConfig) -> dict[str, Any]:
     return {k: v for k, v in asdict(config).items() if v not in (None, ())}
 
 
-def own_options(job: Job) -> dict[str, Any]:
-    """The options of the tuner and the objective, as a recipe has them."""
-    own = Recipe(tuner_options=stated(job.config), objective_options=stated(job.objective.config)).to_mapping()
+def own_options(job: Job, of: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+    """The options of the tuner and the objective as a recipe has them, those that `of` makes of a config."""
+    own = Recipe(tuner_options=of(job.config), objective_options=of(job.objective.config)).to_mapping()
     return {"objective": job.objective.name, **{k: own[k] for k in ("tuner_options", "objective_options")}}
 
 
@@ -184,7 +184,7 @@ def write_recipe(folder: Path, job: Job, options: FitOptions, batch_size: int) -
         lr=options.lr,
         warmup_steps=options.warmup_steps,
         warmup_ratio=options.warmup_ratio,
-        **own_options(job),
+        **own_options(job, stated),
         views=views_of(job.tables["train"]) if "image_size" in identity else None,
         imports=lasting(job.recipe.imports),
         stratify=bool(made.get("stratified")) or job.recipe.stratify,
