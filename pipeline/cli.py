@@ -160,13 +160,14 @@ def evaluate(
     """Score a finished run from the store."""
     from pipeline.report import scores_text
     from pipeline.runs import load_run
+    from pipeline.train.runlog import finite
 
     loaded = load_run(run, **overrides)
     split = split or ("test" if "test" in loaded.job.tables else "validation")
     result: dict[str, Any] = {"run": run, "split": split, **loaded.evaluate(split, report)}
     if generate:
         result["generated"] = loaded.generate(split)
-    return result, scores_text(result)
+    return finite(result), scores_text(result)
 
 
 @main.command(short_help="Predict on new inputs, the backbone live.")

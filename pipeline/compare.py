@@ -28,6 +28,7 @@ from pipeline.store.errors import UserError
 from pipeline.train.counterparts import COUNTERPARTS, CounterpartModel, counterpart, input_source
 from pipeline.train.loop import FitOptions, fit
 from pipeline.train.metrics import ERRORS
+from pipeline.train.runlog import finite
 from pipeline.train.tuners import tuner_names
 from pipeline.training import fit_options, job_doubts, make_folder, run_train, stated
 from pipeline.unused import refuse_for_training
@@ -107,7 +108,7 @@ def run_compare(
         except OSError as error:  # what was measured is not lost
             say(f"warning: --csv {csv_file}: cannot be written: {error.strerror or error}")
     result = {"task": recipe.task, "preset": preset, "backbone_parameters": total, "rows": rows}
-    return result, _text(rows, preset)
+    return finite(result), _text(rows, preset)
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -238,7 +239,7 @@ def _summary(job: Job, model: Any, batch: Batch, metrics: dict[str, Any], more: 
         raise UserError(f"task {job.spec.name} has neither test nor validation labels: there is nothing to compare")
     first = job.objective.scorer().first
     return {
-        "metric": scores[first],
+        "metric": math.nan if scores[first] is None else scores[first],
         "figure": first,
         "seconds_per_epoch": metrics["seconds_per_epoch"],
         "trainable": metrics["trainable_parameters"],

@@ -166,8 +166,8 @@ def load_run(folder: str | Path, **overrides: Any) -> Run:
 def read_inputs(
     path: Path, spec: TaskSpec, text: str | None = None, text_pair: str | None = None
 ) -> tuple[list[Any], list[tuple[str, ...]]]:
-    """Ids and fields of a file's rows. An id is what stands in a column `id`, else the row's number from 1, or the name
-    of a picture. Fields: columns named by `text` and `text_pair`, or by the task's own field names.
+    """Ids and fields of a file's rows. An id is what stands in a column `id`; where nothing does, the row's number from
+    1, or the name of a picture. Fields: columns named by `text` and `text_pair`, or by the task's own field names.
 
     GLUE's files are understood in their own layout; a folder gives the pictures below it, a picture itself. Raises
     UserError for a missing column or text, a bad file or a folder without pictures.
@@ -190,4 +190,5 @@ def read_inputs(
         name = asked or next((n for n in (field, *also) if n in sheet.columns), field)
         columns.append([cell_text(sheet, row, value, name) for row, value in enumerate(sheet.column(name))])
     rows = [tuple(row) for row in zip(*columns, strict=True)]
-    return sheet.column("id") if "id" in sheet.columns else list(range(1, len(rows) + 1)), rows
+    named = sheet.column("id") if "id" in sheet.columns else [None] * len(rows)
+    return [place if name in (None, "") else name for place, name in enumerate(named, 1)], rows

@@ -74,7 +74,10 @@ def load_table(
         if value is None or (value == "" and not separator):
             raise TaskError(f"{train.where(row)}: no label in column {label!r}; every training row needs one")
     target = _target(train, targets, given, train.column(text), separator) if label else "none"
-    reading = _Reading(fields, label or "", target, separator)
+    lists = any(isinstance(value, list) for value in given)
+    if lists and separator:
+        raise TaskError(f"{path}: --separator parts labels within a text, those in column {label!r} are lists")
+    reading = _Reading(fields, label or "", target, separator, lists)
     if target not in ("number", "none"):
         reading.classes = _class_names(train, reading, given)
 
@@ -159,12 +162,13 @@ def stratified(classes: Sequence[int], order: Sequence[int], held: int, parts: i
 
 @dataclass
 class _Reading:
-    """How columns become rows. `classes`: names of classes or tags."""
+    """How columns become rows. `classes`: names of classes or tags; `lists`: labels are lists, never text."""
 
     fields: tuple[str, ...]
     label: str
     target: TargetType
     separator: str | None
+    lists: bool = False
     classes: tuple[str, ...] = ()
 
 
@@ -199,6 +203,10 @@ def _labels_of(sheet: Sheet, row: int, value: Any, reading: _Reading) -> list[st
         return None
     if isinstance(value, list):
         parts: Iterable[Any] = value
+    elif reading.lists and value != "":
+        raise TaskError(
+            f"{sheet.where(row)}: {reading.label!r} is {value!r}, in other rows a list; make it one here too"
+        )
     else:
         parts = [part.strip() for part in str(value).split(reading.separator)]
         parts = [part for part in parts if part]
