@@ -23,7 +23,7 @@ from pipeline.train.iterable import Stream
 from pipeline.train.stream import StoreSource
 from pipeline.train.targets import Targets
 from pipeline.training import run_train
-from pipeline.unused import refuse_for_command, refuse_for_stream, refuse_host_memory
+from pipeline.unused import TABLE_OPTIONS, refuse_for_command, refuse_for_stream, refuse_host_memory
 
 Say = Callable[[str], None]
 
@@ -37,6 +37,8 @@ def extract(task: str | Task = "", *, say: Say = _silent, **options: Any) -> dic
     rows made in Python. Returns what was done (space, rows, samples computed, bytes)."""
     options = named(options, "extract()")
     refuse_for_command("extract", options)
+    if isinstance(task, Task) and (vain := [option for option in TABLE_OPTIONS if option in options]):
+        raise UserError(f"extract(): {vain[0]}: it says how a table is read, and here a Task with its rows is given")
     name = task.spec.name if isinstance(task, Task) else task
     recipe = recipe_of("extract", ("extract()", {**options, "task": name}))
     return run_extract(recipe, say, quiet=say is _silent, task=task if isinstance(task, Task) else None)

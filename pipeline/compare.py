@@ -186,6 +186,7 @@ def _tuner(recipe: Recipe) -> dict[str, Any]:
     backbone, checkpoint = live_backbone(job) if recipe.live else (None, None)
     batch = next(iter(sources(job, backbone, checkpoint)["train"].epochs(0, 1)))
     what = ", ".join(f"{k} {v}" for k, v in stated(job.config).items()) or "no options"
+    what += _weighing(job)
     made = settings(what, recipe, fit_options(recipe, job.spec, job.paper, model.tuner.default_lr()), job.paper)
     return _summary(job, model, batch, metrics, [model.tuner.tail]) | {"settings": made}
 
@@ -220,8 +221,15 @@ def _counterpart(recipe: Recipe, name: str, preset: str) -> dict[str, Any]:
         resume=False,
         info={"counterpart": name, "preset": preset, "space": job.found.space.id},
     )
-    made = settings(method.description, recipe, options, job.paper)
+    made = settings(method.description + _weighing(job), recipe, options, job.paper)
     return _summary(job, model, next(iter(parts["train"].epochs(0, 1))), metrics, []) | {"settings": made}
+
+
+def _weighing(job: Job) -> str:
+    """What the objective was set to beside its defaults, as it ends a list; what is scored stands in the table."""
+    config = job.objective.config
+    set_to = {k: v for k, v in stated(config).items() if k != "metric" and v != getattr(type(config)(), k)}
+    return "".join(f", {k} {' '.join(v) if isinstance(v, tuple) else v}" for k, v in set_to.items())
 
 
 def _probe(recipe: Recipe) -> Job:

@@ -103,7 +103,9 @@ class Run:
         if len(labels) < len(texts):
             raise UserError(f"not all {split} rows of {self.spec.name} have labels to score against")
         known = sum(t.strip() in self.spec.texts for t in texts)
-        return {**score(objective.metrics, answers, objective.truth(labels)), "in_targets": known / len(texts)}
+        truth, average = objective.truth(labels), not objective.config.metric
+        figures = score(objective.metrics, answers, truth, average=average)
+        return {**figures, "in_targets": known / len(texts)}
 
     def predict(
         self, texts: Sequence[str | Sequence[str]], root: str | Path = "", say: Say = lambda text: None

@@ -21,6 +21,8 @@ TEXT_OPTIONS: dict[str, tuple[Any, ...]] = {
 PICTURE_OPTIONS: dict[str, tuple[Any, ...]] = {
     "image_size": (None,), "views": (None, 1), "view_seed": (None, 0), "skip_bad": (False,),
 }  # fmt: skip
+# How a file becomes a task.
+TABLE_OPTIONS = ("text", "text_pair", "label", "separator", "validation", "test", "stratify", "grid")
 STREAM_OPTIONS = (
     "model", "task", "store", "data", "text", "text_pair", "label", "separator", "objective", "validation", "test",
     "stratify", "limit", "space", "format", "projection", "precision", "attention", "prompt", "max_length",

@@ -9,6 +9,7 @@ that is no number counts as -1, and a constant prediction scores 0 where the for
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from scipy import stats
 from sklearn import metrics as sk
 
-from pipeline.store.errors import UserError
+from pipeline.store.errors import Notice, UserError
 
 INVALID_CLASS = -1
 INVALID_VALUE = -1.0  # what an unparsable number counts as: below every STS-B score
@@ -27,8 +28,11 @@ Classes = NDArray[np.int64]
 Chances = NDArray[np.float32]
 
 
-def score(names: Sequence[str], predictions: Any, labels: Any, chances: Any = None) -> dict[str, float]:
-    """Each metric of `names`, and `average`, their mean. But for errors, 1.0 is perfect; NaN is undefined.
+def score(
+    names: Sequence[str], predictions: Any, labels: Any, chances: Any = None, average: bool = True
+) -> dict[str, float]:
+    """Each metric of `names`, and with `average` their mean under that name. But for errors, 1.0 is perfect; NaN is
+    undefined.
 
     `predictions`, `labels`: (n,) class indices, or values for metrics of numbers; sequences, arrays or tensors. A
     prediction may be None or NaN (no valid answer). `chances` (n, classes): what metrics of RANKED read. Raises
@@ -52,7 +56,7 @@ def score(names: Sequence[str], predictions: Any, labels: Any, chances: Any = No
         name: ranked[name](chances, truth.astype(np.int64)) if name in ranked else METRICS[name](guess, truth)
         for name in names
     }
-    return {**values, "average": sum(values.values()) / len(values)}
+    return {**values, "average": sum(values.values()) / len(values)} if average else values
 
 
 def _numbers(values: Any) -> Numbers:
@@ -180,9 +184,13 @@ def _one_to_rest(measure: Callable[..., Any], chances: Chances, truth: Classes) 
 
 
 def over_labels(measure: Callable[..., Any], there: NDArray[np.bool_], chances: Chances) -> float:
-    """The mean of `measure` over the columns of `there` (n, labels) that have both rows with and without."""
+    """The mean of `measure` over the columns of `there` (n, labels) that have both rows with and without; NaN, and a
+    Notice, where there is none."""
     both = there.any(0) & ~there.all(0)
     found = [measure(there[:, i], chances[:, i]) for i in np.flatnonzero(both)]
+    if not found:
+        what = "a metric that ranks rows is undefined: of each class there are all of these rows or none"
+        warnings.warn(what, Notice, stacklevel=2)
     return float(np.mean(found)) if found else math.nan
 
 

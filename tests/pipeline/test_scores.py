@@ -279,6 +279,12 @@ def test_python_refuses_options_of_another_command(
     assert store.spaces() == []
 
 
+def test_a_task_at_hand_is_read_from_no_file(made: Path, tmp_path: Path) -> None:
+    task = load_task(str(made / "three.csv"))
+    with pytest.raises(UserError, match="stratify.*a Task with its rows is given"):
+        pipeline.extract(task, model=str(made / "bert"), store=str(tmp_path / "store"), stratify=True)
+
+
 def test_an_explicit_grid_is_compared_with_the_stored_one(made: Path, tmp_path: Path, shared_data: Path) -> None:
     options = ["--model", made / "bert", "--task", "stsb", "--store", tmp_path / "store"]
     run("extract", *options, "--data", shared_data / "glue", "--limit", 24, "--for", "probe", "--grid", 0.2)

@@ -13,7 +13,7 @@ from sklearn.utils.class_weight import compute_class_weight
 from torch.nn import functional as F
 
 from pipeline.extract.backbones.inputs import Inputs
-from pipeline.store.errors import UserError
+from pipeline.store.errors import Notice, UserError
 from pipeline.train.configs import ClassificationConfig, MultilabelConfig, ObjectiveConfig, PooledConfig, named_weights
 from pipeline.train.features import Feature
 from pipeline.train.objectives import Answers
@@ -149,7 +149,8 @@ def test_metrics_of_classes_are_scikit_learns(names: tuple[str, ...]) -> None:
 def test_a_ranking_of_one_class_is_undefined_and_never_the_best() -> None:
     objective = classes(NAMES[:2], metric=("roc_auc",))
     out, truth = told(objective, 0)
-    found = scored(objective.scorer, out, label=torch.zeros_like(truth))
+    with pytest.warns(Notice, match="undefined"):
+        found = scored(objective.scorer, out, label=torch.zeros_like(truth))
     assert np.isnan(found["roc_auc"]) and np.isnan(objective.scorer().value({"roc_auc": None}))  # type: ignore[dict-item]
 
 

@@ -45,8 +45,7 @@ class ScalarScorer(Scorer):
         index, predicted, truth, *chances = (np.concatenate(column) for column in zip(*self._seen, strict=True))
         order = np.argsort(index, kind="stable")  # sums do not depend on how samples were batched
         ranked = chances[0][order] if chances else None
-        found = score(self.names, predicted[order], self.truth(truth[order]), ranked)
-        return found if self.average else {name: found[name] for name in self.names}
+        return score(self.names, predicted[order], self.truth(truth[order]), ranked, self.average)
 
 
 class ScalarObjective(Objective):
