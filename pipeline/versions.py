@@ -135,8 +135,8 @@ def stored_tables(
         which = "; ".join(f"{v.name}: {v.counts}, {v.reads}" for v in fitting)
         raise AmbiguousTask(
             f"task {recipe.task!r} fits {len(fitting)} tasks of this feature space: say which one by its file, --task "
-            f"PATH, by its columns, --text and --label, or by its id, such as --task {fitting[0].name}; there are: "
-            f"{which}"
+            "PATH, by its columns, --text and --label, by --stratify or --no-stratify, or by its id, such as --task "
+            f"{fitting[0].name}; there are: {which}"
         )
     return _whole(fitting[0], _read(space, fitting[0]))
 

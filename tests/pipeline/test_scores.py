@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 import pipeline
+from pipeline import api
 from pipeline.extract.tasks import load_task
 from pipeline.runs import load_run
 from pipeline.store.errors import UserError
@@ -281,8 +282,8 @@ def test_python_refuses_options_of_another_command(
 
 def test_a_task_at_hand_is_read_from_no_file(made: Path, tmp_path: Path) -> None:
     task = load_task(str(made / "three.csv"))
-    with pytest.raises(UserError, match="stratify.*a Task with its rows is given"):
-        pipeline.extract(task, model=str(made / "bert"), store=str(tmp_path / "store"), stratify=True)
+    with pytest.raises(UserError, match=r"stratify.*a Task with its rows is given"):
+        api.extract(task, model=str(made / "bert"), store=str(tmp_path / "store"), stratify=True)
 
 
 def test_an_explicit_grid_is_compared_with_the_stored_one(made: Path, tmp_path: Path, shared_data: Path) -> None:

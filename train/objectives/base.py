@@ -137,9 +137,14 @@ class Objective(ABC):
         return ()
 
     @property
+    def usual(self) -> tuple[str, ...]:
+        """The figures where none are asked for: the task's own."""
+        return self.answers.metrics
+
+    @property
     def metrics(self) -> tuple[str, ...]:
-        """The figures asked for, else the task's own."""
-        return tuple(dict.fromkeys(self.config.metric)) or self.answers.metrics
+        """The figures asked for, else the usual ones."""
+        return tuple(dict.fromkeys(self.config.metric)) or self.usual
 
     @abstractmethod
     def encode(self, target: Any, meta: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -21,15 +21,6 @@ from pipeline.train.objectives.scores import ScalarObjective
 
 class ClassHead(PooledHead):
     """Logits of the classes. `weights`: what a sample of each class counts, () for alike."""
-
-    weights: Tensor | None
-
-    def __init__(
-        self, features: Mapping[str, Feature], outputs: int, pooling: str, weights: Sequence[float] = ()
-    ) -> None:
-        super().__init__(features, outputs, pooling)
-        given = torch.tensor(weights, dtype=torch.float32) if weights else None
-        self.register_buffer("weights", given, persistent=False)  # a run's recipe has them
 
     def losses(self, features: Features, batch: Batch) -> dict[str, Tensor]:
         """Σ w_y · cross entropy / Σ w_y, torch's weighted mean."""

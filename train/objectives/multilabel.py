@@ -26,15 +26,6 @@ USUAL = ("micro_f1", "macro_f1", "map")
 class MultilabelHead(PooledHead):
     """A logit for each label. `weights`: what a sample with each label counts beside one without, () for alike."""
 
-    weights: Tensor | None
-
-    def __init__(
-        self, features: Mapping[str, Feature], outputs: int, pooling: str, weights: Sequence[float] = ()
-    ) -> None:
-        super().__init__(features, outputs, pooling)
-        given = torch.tensor(weights, dtype=torch.float32) if weights else None
-        self.register_buffer("weights", given, persistent=False)  # a run's recipe has them
-
     def losses(self, features: Features, batch: Batch) -> dict[str, Tensor]:
         assert batch.targets is not None
         logits = self.outputs(features, batch)
@@ -120,8 +111,8 @@ class Multilabel(Objective):
         return tuple(LABELS)
 
     @property
-    def metrics(self) -> tuple[str, ...]:
-        return super().metrics or USUAL
+    def usual(self) -> tuple[str, ...]:
+        return USUAL
 
     def scorer(self) -> MultilabelScorer:
         return MultilabelScorer(self.metrics, self.config.threshold)

@@ -138,8 +138,8 @@ class Tagging(Objective):
         return USUAL
 
     @property
-    def metrics(self) -> tuple[str, ...]:
-        return super().metrics or USUAL
+    def usual(self) -> tuple[str, ...]:
+        return USUAL
 
     def scorer(self) -> TagScorer:
         return TagScorer(self.answers.labels, self.metrics)
