@@ -169,9 +169,17 @@ def own_options(job: Job, of: Callable[[Any], dict[str, Any]]) -> dict[str, Any]
     return {"objective": job.objective.name, **{k: own[k] for k in ("tuner_options", "objective_options")}}
 
 
+def rows_options(job: Job) -> dict[str, Any]:
+    """How the rows were split and numbers made into texts, also where the store decided it."""
+    made, values = job.tables["train"].header.get("provenance", {}), job.spec.values
+    stepped = len(values) > 1 and made.get("source") != "table"  # of a table the step follows from its range
+    grid = values[1] - values[0] if stepped else job.recipe.grid
+    return {"stratify": bool(made.get("stratified")) or job.recipe.stratify, "grid": grid}
+
+
 def write_recipe(folder: Path, job: Job, options: FitOptions, batch_size: int) -> None:
     """recipe.yaml: the run's options with every default resolved, so that it can be run again by `--recipe`."""
-    identity, made = job.found.space.identity, job.tables["train"].header.get("provenance", {})
+    identity = job.found.space.identity
     resolved = replace(
         job.recipe,
         task=lasting_name(job),
@@ -187,7 +195,7 @@ def write_recipe(folder: Path, job: Job, options: FitOptions, batch_size: int) -
         **own_options(job, stated),
         views=views_of(job.tables["train"]) if "image_size" in identity else None,
         imports=lasting(job.recipe.imports),
-        stratify=bool(made.get("stratified")) or job.recipe.stratify,
+        **rows_options(job),
         out=None,
         overwrite=False,
         **{k: identity[k] for k in ("format", "projection", "precision", "attention")},

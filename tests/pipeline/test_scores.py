@@ -292,3 +292,4 @@ def test_an_explicit_grid_is_compared_with_the_stored_one(made: Path, tmp_path: 
     train = ["train", *options, *TRAIN, "--out", tmp_path / "run"]
     refused(invoke(*train, "--grid", 0.1), "--grid was 0.2, now 0.1")
     assert run(*train)["test"]
+    assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["grid"] == 0.2
