@@ -127,7 +127,12 @@ def run_train(recipe: Recipe, say: Say, quiet: bool = False) -> dict[str, Any]:
         job.objective.scorer,
         job.device,
         progress=not quiet,
-        info={"space": job.found.space.id, "tuner": recipe.tuner, "rows": job.version, **own_options(job, asdict)},
+        info={
+            "space": job.found.space.id,
+            "tuner": recipe.tuner,
+            "rows": job.version,
+            "chosen": own_options(job, asdict),
+        },
     )
     if remark := model.tuner.remark():
         say(f"{recipe.tuner}: {remark}")

@@ -14,6 +14,7 @@ from pipeline import api
 from pipeline.extract.tasks import load_task
 from pipeline.runs import load_run
 from pipeline.store.errors import UserError
+from pipeline.train.state import refuse_other_run
 from tests import tiny
 from tests.pipeline.test_errors import refused
 from tests.pipeline.test_errors import run as invoke
@@ -98,6 +99,10 @@ def test_a_resumed_run_keeps_its_options(three: list[Any], tmp_path: Path, monke
     refused(invoke("train", *options), "unfinished run", "class_weights", "yes=2.0")
     refused(invoke("train", *options, "--class-weights", "yes=2", "--pooling", "first"), "pooling", "mean", "first")
     assert run("train", *options, "--class-weights", "yes=2")["stopped"] == "done"
+    # A checkpoint of an earlier version, or without an option that there is now, goes on.
+    now = {"epochs": 2, "chosen": {"objective": "a", "objective_options": {"old": 1, "new": 2}}}
+    for saved in ({"epochs": 2}, {"epochs": 2, "chosen": {"objective": "a", "objective_options": {"old": 1}}}):
+        refuse_other_run(saved, now, tmp_path)
 
 
 def test_what_means_nothing_is_refused_before_a_run_is_made(three: list[Any], made: Path, tmp_path: Path) -> None:
