@@ -56,7 +56,8 @@ def recommend(plan: Plan, work: Workload, recipe: Recipe, budget: float | None, 
             f"training takes {size_text(plan.memory['total'])}, over {size_text(memory)}: a batch of {size} and "
             f"--accumulate {accumulate} do the same with less"
         )
-        plan.commands = both(replace(recipe, batch_size=size, accumulate=accumulate, host_memory="0"))
+        smaller = replace(recipe, batch_size=size, accumulate=accumulate, tier="auto", host_memory="0")
+        plan.commands = both(smaller if recipe.tier == "auto" else replace(smaller, tier="disk", host_memory=None))
     elif plan.pays:
         plan.recommendation = (
             f"cache: extraction is paid back after {plan.break_even[plan.tier]:.1f} of {plan.epochs} epochs, and every "

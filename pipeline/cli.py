@@ -147,23 +147,27 @@ def compare(
 @main.command()
 @click.argument("run", metavar="RUN")
 @click.option("--split", default=None, help="Split to score. Default: test, else validation.")
+@click.option("--report", is_flag=True, help="Also each class by itself and the confusion matrix, or the residuals.")
 @click.option("--generate", is_flag=True, help="Also generate freely with the frozen decoder live; exact match (T5).")
 @click.option("--store", default=None, help="The store, where it is not the run's own.", metavar="FOLDER")
 @click.option("--model", default=None, help="Checkpoint for --generate, where it has moved.", metavar="NAME")
 @click.option("--device", default=None, type=click.Choice(["auto", "cpu", "cuda"]), help="Where to compute.")
 @IMPORT
 @command
-def evaluate(as_json: bool, run: str, split: str | None, generate: bool, **overrides: Any) -> tuple[Any, str]:
+def evaluate(
+    as_json: bool, run: str, split: str | None, report: bool, generate: bool, **overrides: Any
+) -> tuple[Any, str]:
     """Score a finished run from the store."""
     from pipeline.report import scores_text
     from pipeline.runs import load_run
+    from pipeline.train.runlog import finite
 
     loaded = load_run(run, **overrides)
     split = split or ("test" if "test" in loaded.job.tables else "validation")
-    result: dict[str, Any] = {"run": run, "split": split, **loaded.evaluate(split)}
+    result: dict[str, Any] = {"run": run, "split": split, **loaded.evaluate(split, report)}
     if generate:
         result["generated"] = loaded.generate(split)
-    return result, scores_text(result)
+    return finite(result), scores_text(result)
 
 
 @main.command(short_help="Predict on new inputs, the backbone live.")

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from dask.utils import parse_bytes
 
-from pipeline.command_line import extract_command
+from pipeline.command_line import NotExtracted
 from pipeline.extract.backbones import TextOptions
 from pipeline.extract.backbones.live import LiveBackbone
 from pipeline.extract.checkpoint import Checkpoint, local, resolve
@@ -79,7 +79,12 @@ class Job:
         header = next(iter(self.tables.values())).header
         backbone = self.found.backbone
         tuner = tuner_class(self.recipe.tuner, backbone)
-        return make_objective(self.recipe, self.spec, header.get("candidates", ()), backbone, tuner)
+        return make_objective(self.recipe, self.spec, header.get("candidates", ()), backbone, tuner, self.training)
+
+    @property
+    def training(self) -> list[Any]:
+        """The targets of the training rows."""
+        return self.tables["train"].labels if "train" in self.tables else []
 
     @property
     def paper(self) -> bool:
@@ -144,7 +149,7 @@ def tables_of(recipe: Recipe, found: Found, version: str | None = None) -> dict[
     except AmbiguousTask:
         raise
     except StoreError as error:
-        raise StoreError(f"{error}; run: {extract_command(as_extracted(recipe, found))}") from None
+        raise NotExtracted(str(error), as_extracted(recipe, found)) from None
 
 
 def make_job(
@@ -237,7 +242,7 @@ def store_source(job: Job, split: str, batch_size: int) -> StoreSource:
     """Batches of `split` from the store. Raises UserError with the command to run when something is not there."""
     table, recipe = job.tables[split], job.recipe
     if isinstance(job.found.space, Unstored):
-        raise StoreError(f"nothing of {job.spec.name} is in a store yet; run: {extract_command(recipe)}")
+        raise NotExtracted(f"nothing of {job.spec.name} is in a store yet", recipe)
     ranks = Ranks.from_environment()
     # Every rank evaluates alike; of training batches each reads its share.
     options: dict[str, Any] = {"rank": ranks.rank, "world": ranks.world} if split == "train" else {}
@@ -265,7 +270,7 @@ def store_source(job: Job, split: str, batch_size: int) -> StoreSource:
         )
     except MissingStates as error:
         known = as_extracted(recipe, job.found)
-        raise MissingStates(f"{split}: {error}; run: {extract_command(known)}", error.samples, error.states) from None
+        raise NotExtracted(f"{split}: {error}", known, error.samples, error.states) from None
 
 
 def as_extracted(recipe: Recipe, found: Found) -> Recipe:

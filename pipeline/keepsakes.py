@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from pipeline.command_line import extract_command
+from pipeline.command_line import NotExtracted
 from pipeline.extract.backbones import Backbone, Batch
 from pipeline.extract.backbones.live import LiveBackbone
 from pipeline.extract.encoding import arrays_of, tensors_of
@@ -23,7 +23,7 @@ from pipeline.objectives import make_objective
 from pipeline.owners import config_of
 from pipeline.recipe import Recipe
 from pipeline.store import Store, digest_json
-from pipeline.store.errors import MissingStates, UserError
+from pipeline.store.errors import UserError
 from pipeline.train.importance import FISHER_SAMPLES, fisher, magnitude
 from pipeline.train.model import late_weights
 from pipeline.train.objectives import Objective
@@ -108,12 +108,12 @@ def stored_late(recipe: Recipe, store: Store, digest: str, kept: str, layers: Se
     """The late layers that a tail needs. Raises MissingStates with the command that puts them there."""
     absent = [i for i in layers if not store.has_weights(digest, block_file(i, kept))]
     if absent:
-        raise MissingStates(f"the store does not hold live layer {absent[0]}; run: {extract_command(recipe)}")
+        raise NotExtracted(f"the store does not hold live layer {absent[0]}", recipe)
     return {i: tensors_of(store.load_tensors(digest, block_file(i, kept))) for i in layers}
 
 
 def stored_start(recipe: Recipe, store: Store, digest: str, start: Start, file: str) -> Weights:
     """First weights from the store. Raises MissingStates with the command that puts them there."""
     if not store.has_weights(digest, file):
-        raise MissingStates(f"the store does not hold {start.name} for this task; run: {extract_command(recipe)}")
+        raise NotExtracted(f"the store does not hold {start.name} for this task", recipe)
     return tensors_of(store.load_tensors(digest, file))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from pipeline.extract.backbones.base import Backbone
 from pipeline.extract.tasks.base import TaskSpec
@@ -49,15 +50,21 @@ def objective_name(recipe: Recipe, spec: TaskSpec, backbone: Backbone, tuner: ty
 
 
 def make_objective(
-    recipe: Recipe, spec: TaskSpec, token_ids: Sequence[Sequence[int]], backbone: Backbone, tuner: type[Tuner] | None
+    recipe: Recipe,
+    spec: TaskSpec,
+    token_ids: Sequence[Sequence[int]],
+    backbone: Backbone,
+    tuner: type[Tuner] | None,
+    training: Sequence[Any] = (),
 ) -> Objective:
-    """The objective of a run. `token_ids`: of each target text, from the task table."""
+    """The objective of a run. `token_ids`: of each target text, from the task table; `training`: the targets of its
+    training rows, on which options may be counted."""
     name = objective_name(recipe, spec, backbone, tuner)
     cls = objective_class(name)
     if others := recipe.objective_options.keys() - options_of("objective", name).keys():
         how = f"tuner {recipe.tuner} on {backbone.name} backbones" if tuner else f"{backbone.name} backbones"
         raise UserError(refusal(sorted(others), [f"objective {name}, that of {how} here"]))
-    config = objective_config(name, recipe.objective_options)
+    config = objective_config(name, recipe.objective_options).settled(spec.labels, training)
     answers = Answers(spec.labels, spec.metrics, spec.texts, tuple(tuple(ids) for ids in token_ids), spec.values)
     return cls(config, answers)
 

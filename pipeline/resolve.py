@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from pipeline.command_line import extract_command
+from pipeline.command_line import NotExtracted
 from pipeline.extract.backbones import Backbone, TextOptions
 from pipeline.extract.backbones.images import Preprocess
 from pipeline.extract.checkpoint import Checkpoint, local
@@ -18,13 +18,14 @@ from pipeline.extract.encoding import tensors_of
 from pipeline.extract.identity import SpaceOptions, space_identity, views_text
 from pipeline.extract.tasks import Task, canonical_name, load_task
 from pipeline.extract.tasks.base import TaskSpec
+from pipeline.extract.tasks.glue import USUAL_GRID
 from pipeline.extract.tasks.hub_images import PREFIX, hub_folder
 from pipeline.objectives import refuse_targets, target_types
 from pipeline.owners import config_of
 from pipeline.place import store_place
 from pipeline.recipe import Recipe, option_name
 from pipeline.store import Space, Store
-from pipeline.store.errors import SpaceMismatch, StoreError, UserError
+from pipeline.store.errors import StoreError, UserError
 from pipeline.store.resolve import resolve as resolve_space
 from pipeline.stored import backbone_from, kept_name, kept_of, source_of
 from pipeline.train.model import union_states
@@ -71,7 +72,8 @@ def open_task(recipe: Recipe) -> Task:
         targets=target_types(recipe),
         validation=Path(recipe.validation) if recipe.validation else None,
         test=Path(recipe.test) if recipe.test else None,
-        grid=recipe.grid,
+        stratify=bool(recipe.stratify),
+        grid=USUAL_GRID if recipe.grid is None else recipe.grid,
     )
     refuse_targets(recipe, task.spec)
     return task
@@ -177,7 +179,7 @@ def find_space(recipe: Recipe, exactly: str | None = None) -> Found:
     task = canonical_name(recipe.task)
     spaces = [s for s in store.spaces() if any(t.task == task for t in s.tables())]
     if not spaces:
-        raise StoreError(f"the store {store.where} holds no states of task {task!r}; run: {extract_command(recipe)}")
+        raise NotExtracted(f"the store {store.where} holds no states of task {task!r}", recipe)
     if exactly is not None:
         if space := next((s for s in spaces if s.id == exactly), None):
             return _found(store, space)
@@ -201,9 +203,8 @@ def find_space(recipe: Recipe, exactly: str | None = None) -> Found:
             named = [s for s in spaces if name in names_of(store, s)]
             if not named:
                 there = ", ".join(sorted({n for s in spaces for n in names_of(store, s)}))
-                raise SpaceMismatch(
-                    f"no states of task {task!r} by model {name!r} in {store.where}; there are some by: {there}; "
-                    f"to add this model run: {extract_command(recipe)}"
+                raise NotExtracted(
+                    f"no states of task {task!r} by model {name!r} in {store.where}; there are some by: {there}", recipe
                 )
             spaces = named
     return _found(store, resolve_space(spaces, wanted))

@@ -74,13 +74,19 @@ class Run:
         self._live = self._live or live_backbone(self.job)
         return self._live
 
-    def evaluate(self, split: str) -> dict[str, float]:
-        """Metrics of `split` from the store, computed as at the end of training."""
+    def evaluate(self, split: str, report: bool = False) -> dict[str, Any]:
+        """Metrics of `split` from the store, computed as at the end of training. With `report`, what more there is to
+        say of it under that name: precision, recall, F1 and support of each class and the confusion matrix, or a
+        summary of the residuals. UserError for a report of an objective that has none."""
         if split not in self.job.tables:
             raise UserError(f"the store has no {split} rows of {self.spec.name}; it has: {', '.join(self.job.tables)}")
+        objective, precision = self.job.objective, self.job.recipe.train_precision
+        more = objective.report() if report else None
+        if report and more is None:
+            raise UserError(f"--report: objective {objective.name} has nothing to report beside its figures")
         source = store_source(self.job, split, self._batch_size())
-        precision = self.job.recipe.train_precision
-        return evaluate(self.model, source, self.job.objective.scorer(), self.job.device, precision)
+        figures = evaluate(self.model, source, objective.scorer(), self.job.device, precision, report=more)
+        return {**figures, "report": more.compute()} if more else figures
 
     def generate(self, split: str) -> dict[str, Any]:
         """Free generation on `split` with the frozen decoder live: metrics by exact match of the written text (of a
@@ -97,7 +103,9 @@ class Run:
         if len(labels) < len(texts):
             raise UserError(f"not all {split} rows of {self.spec.name} have labels to score against")
         known = sum(t.strip() in self.spec.texts for t in texts)
-        return {**score(self.spec.metrics, answers, objective.rounded(labels)), "in_targets": known / len(texts)}
+        truth, average = objective.truth(labels), not objective.config.metric
+        figures = score(objective.metrics, answers, truth, average=average)
+        return {**figures, "in_targets": known / len(texts)}
 
     def predict(
         self, texts: Sequence[str | Sequence[str]], root: str | Path = "", say: Say = lambda text: None
@@ -160,8 +168,8 @@ def load_run(folder: str | Path, **overrides: Any) -> Run:
 def read_inputs(
     path: Path, spec: TaskSpec, text: str | None = None, text_pair: str | None = None
 ) -> tuple[list[Any], list[tuple[str, ...]]]:
-    """Ids and fields of a file's rows. An id is what stands in a column `id`, else the row's number from 1, or the name
-    of a picture. Fields: columns named by `text` and `text_pair`, or by the task's own field names.
+    """Ids and fields of a file's rows. An id is what stands in a column `id`; where nothing does, the row's number from
+    1, or the name of a picture. Fields: columns named by `text` and `text_pair`, or by the task's own field names.
 
     GLUE's files are understood in their own layout; a folder gives the pictures below it, a picture itself. Raises
     UserError for a missing column or text, a bad file or a folder without pictures.
@@ -184,4 +192,5 @@ def read_inputs(
         name = asked or next((n for n in (field, *also) if n in sheet.columns), field)
         columns.append([cell_text(sheet, row, value, name) for row, value in enumerate(sheet.column(name))])
     rows = [tuple(row) for row in zip(*columns, strict=True)]
-    return sheet.column("id") if "id" in sheet.columns else list(range(1, len(rows) + 1)), rows
+    named = sheet.column("id") if "id" in sheet.columns else [None] * len(rows)
+    return [place if name in (None, "") else name for place, name in enumerate(named, 1)], rows

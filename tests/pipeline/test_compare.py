@@ -150,7 +150,7 @@ def probed(checkpoints, table, tmp_path) -> list[str]:
 def test_what_cannot_be_compared_is_said_before_anything_is_trained(probed, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)  # as where it is not installed
     for words, what in (
-        (["--tuners", "probe,lst", "--reduction", "4"], "--for lst"),
+        (["--tuners", "probe,lst", "--reduction", "4"], "--for probe,lst"),
         (["--tuners", "probe,e3va"], "no form"),
         (["--tuners", "probe,lora"], "counterparts"),
         (["--tuners", "probe", "--csv", str(tmp_path / "no" / "table.csv")], "no such folder"),
