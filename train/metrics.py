@@ -2,7 +2,8 @@
 
 The numbers come from scikit-learn and scipy. What they leave open is decided as in the LST / SHERL protocol: an answer
 that is no label at all (None, NaN, or outside the classes) counts as wrong, one that is no number counts as -1, and a
-constant prediction scores 0 where the formula divides by its variance.
+constant prediction scores 0 where the formula divides by its variance. The libraries are imported where they are used:
+half a second, which `predict` does not need.
 """
 
 from __future__ import annotations
@@ -12,8 +13,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
-from sklearn import metrics as sk
 
 from pipeline.store.errors import UserError
 
@@ -61,6 +60,8 @@ def _classes(guess: Numbers, truth: Numbers) -> tuple[NDArray[np.int64], NDArray
 
 def accuracy(guess: Numbers, truth: Numbers) -> float:
     """Share of rows whose class is right."""
+    from sklearn import metrics as sk
+
     g, t = _classes(guess, truth)
     return float(sk.accuracy_score(t, g))
 
@@ -68,6 +69,8 @@ def accuracy(guess: Numbers, truth: Numbers) -> float:
 def f1(guess: Numbers, truth: Numbers) -> float:
     """F1 of class 1 where there are two classes, else the mean over the classes that occur. An answer that is neither
     of two classes is replaced by the wrong one of them, as in the official code."""
+    from sklearn import metrics as sk
+
     g, t = _classes(guess, truth)
     if t.max() <= 1:
         g = np.where((g == 0) | (g == 1), g, 1 - t)
@@ -77,6 +80,8 @@ def f1(guess: Numbers, truth: Numbers) -> float:
 
 def matthews(guess: Numbers, truth: Numbers) -> float:
     """Matthews correlation, -1 … 1; 0 where either side is constant. An invalid answer is a class of its own."""
+    from sklearn import metrics as sk
+
     g, t = _classes(guess, truth)
     if _constant(g) or _constant(t):
         return 0.0  # scikit-learn gives the same, after a warning when both are the same constant
@@ -85,11 +90,15 @@ def matthews(guess: Numbers, truth: Numbers) -> float:
 
 def pearson(guess: Numbers, truth: Numbers) -> float:
     """Pearson's r; 0 where either side is constant or there is one row only."""
+    from scipy import stats
+
     return _correlation(lambda g, t: stats.pearsonr(t, g)[0], guess, truth)
 
 
 def spearman(guess: Numbers, truth: Numbers) -> float:
     """Spearman's rank correlation; 0 where either side is constant or there is one row only."""
+    from scipy import stats
+
     return _correlation(lambda g, t: stats.spearmanr(t, g)[0], guess, truth)
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.metrics import average_precision_score, f1_score
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -47,6 +46,8 @@ class MultilabelScorer(Scorer):
         self._seen += other._seen
 
     def compute(self) -> dict[str, float]:
+        from sklearn.metrics import average_precision_score, f1_score  # see `train.metrics`
+
         chances, truth = (np.concatenate(column) for column in zip(*self._seen, strict=True))
         told, there = chances >= self.threshold, truth.any(0)
         precise = average_precision_score(truth[:, there], chances[:, there], average="macro") if there.any() else 0.0
