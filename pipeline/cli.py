@@ -85,9 +85,10 @@ def train(as_json: bool, recipe_file: str | None, **options: Any) -> tuple[Any, 
 @main.command(short_help="What a run will cost, before it is paid.", cls=takes("train"))
 @click.option("--budget", default=None, help="Disk that the states may take, such as 100GB.", metavar="SIZE")
 @click.option("--memory", default=None, help="Memory that training may take, such as 8GB.", metavar="SIZE")
+@click.option("--measure", is_flag=True, help="Measure this machine anew; its rates are remembered with their date.")
 @command
 def plan(
-    as_json: bool, recipe_file: str | None, budget: str | None, memory: str | None, **options: Any
+    as_json: bool, recipe_file: str | None, budget: str | None, memory: str | None, measure: bool, **options: Any
 ) -> tuple[Any, str]:
     """Bytes, seconds, memory and break-even of caching, from a config.json and rates measured on this machine."""
     with imports():
@@ -95,7 +96,7 @@ def plan(
         from pipeline.plan import run_plan
 
     sizes = [None if size is None else float(parse_size(size)) for size in (budget, memory)]
-    return run_plan(build_recipe("train", options, recipe_file), *sizes)
+    return run_plan(build_recipe("train", options, recipe_file), *sizes, measure)
 
 
 @main.command(short_help="Measure what plan predicted.", cls=takes("train"))
