@@ -42,11 +42,13 @@ def cache_folder() -> Path:
 
 def cache_bytes() -> int:
     """$PIPELINE_CACHE_SIZE ("50GB"; 0 is off), else 20 GB."""
+    text = os.environ.get("PIPELINE_CACHE_SIZE", "")
+    if not text:
+        return CACHE_BYTES
     from dask.utils import parse_bytes
 
-    text = os.environ.get("PIPELINE_CACHE_SIZE", "")
     try:
-        return int(parse_bytes(text)) if text else CACHE_BYTES
+        return int(parse_bytes(text))
     except ValueError:
         raise UserError(f"PIPELINE_CACHE_SIZE={text}: expected a size such as 50GB, or 0 for no cache") from None
 

@@ -6,6 +6,7 @@ format 1 gzipped JSON lines, `store.jsonlines`). Its name holds its digest: it n
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,8 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from pipeline.store.digest import digest_bytes, digest_json
+from pipeline.store import derived
+from pipeline.store.digest import canonical_json, digest_bytes, digest_json
 from pipeline.store.errors import MissingStates, StoreError
 from pipeline.store.files import Files, explain
 from pipeline.store.names import MAX_TABLE_BYTES, TABLE_FORMAT, are_keys, check_task, is_key
@@ -182,16 +184,22 @@ def load_table(
 
 
 def read_header(files: Files, info: TableInfo) -> dict[str, Any]:
-    """The header of a listed table, without its rows, which are checked but not parsed. Raises StoreError if the table
-    is damaged or gone."""
+    """The header of a listed table, without its rows, which are checked but not parsed; of a large table once, as long
+    as it does not change. Raises StoreError if the table is damaged or gone."""
     from pipeline.store import jsonlines, parquet
 
+    known, name = derived.cache(), derived.header_name(files, info.path, files.size(info.path) or 0)
+    if known is not None and name is not None and (kept := known.get(name)) is not None:
+        return _header(files, info, json.loads(kept))
     data, where = _checked(files, info), f"task table {files.where(info.path)}"
     try:
         read = jsonlines.read_header if info.path.endswith(OLD) else parquet.read_header
-        return _header(files, info, read(data, where))
+        header = read(data, where)
     except ValueError as error:
         raise _bad(files, info, str(error)) from error
+    if known is not None and name is not None:
+        known.put(name, canonical_json(header))
+    return _header(files, info, header)
 
 
 def read_table(files: Files, info: TableInfo) -> TaskTable:
