@@ -11,7 +11,6 @@ import json
 import os
 import time
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,15 +27,16 @@ SETTLED = 2.0  # seconds; the times of some file systems are no finer
 _MADE = 1  # counts up when what is derived changes
 
 
-@lru_cache(maxsize=8)
-def _cache(folder: Path, limit: int, process: int) -> Cache:
-    return Cache(folder, limit)
-
-
 def cache() -> Cache | None:
     """The cache folder of this machine; None where it is off."""
+    return _cache(os.getpid(), *map(os.environ.get, ("PIPELINE_CACHE", "XDG_CACHE_HOME", "PIPELINE_CACHE_SIZE")))
+
+
+@lru_cache(maxsize=8)
+def _cache(process: int, *settings: str | None) -> Cache | None:
+    """Asked for once for each segment, so that the settings are read once; `process`: each counts for itself."""
     limit = cache_bytes()
-    return _cache(cache_folder(), limit, os.getpid()) if limit else None
+    return Cache(cache_folder(), limit) if limit else None
 
 
 def manifest_of(data: bytes, digest: str, where: str, space: str, segment: str) -> Manifest:
