@@ -95,8 +95,8 @@ def plan(
         from pipeline.job import parse_size
         from pipeline.plan import run_plan
 
-    sizes = [None if size is None else float(parse_size(size)) for size in (budget, memory)]
-    return run_plan(build_recipe("train", options, recipe_file), *sizes, measure)
+    disk, room = (None if size is None else float(parse_size(size)) for size in (budget, memory))
+    return run_plan(build_recipe("train", options, recipe_file), disk, room, measure)
 
 
 @main.command(short_help="Measure what plan predicted.", cls=takes("train"))

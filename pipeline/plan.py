@@ -302,10 +302,9 @@ def predict(
     dtype = unscaled_dtype(fmt)
     tokens = recipe.batch_tokens or (32768 if device.type == "cuda" else 4096)
     model = (work.family, work.tuner, work.config)
-    folder, extraction = Path(store_path(recipe)), work.extraction_batch(tokens)
-    speed = measured.Measured(*model, work.classes, batch, extraction, training, fmt, folder, work.pictures).rates(
-        device, known
-    )
+    folder, filled = Path(store_path(recipe)), work.extraction_batch(tokens)
+    shapes = measured.Measured(*model, work.classes, batch, filled, training, fmt, folder, work.pictures)
+    speed = shapes.rates(device, known)
     ops = weighted((share, count(*model, b, work.classes)) for share, b in training)
     train = "train" if "train" in work.rows else next(iter(work.rows))
     batches = -(-work.rows[train] // work.batch_size)

@@ -40,6 +40,11 @@ class Keys(Sequence[str]):
             data = b""
         if data.hex() != text or len(data) % 16:  # upper case and blanks are read as well
             raise ValueError("a sample key is the 32 lower hex characters of an xxh3-128")
+        return cls.of_bytes(data)
+
+    @classmethod
+    def of_bytes(cls, data: bytes) -> Keys:
+        """The keys whose 16 bytes each follow one another in `data`."""
         words = np.frombuffer(data, ">u8").reshape(-1, 2)
         return cls(words[:, 0].astype(np.uint64), words[:, 1].astype(np.uint64))
 

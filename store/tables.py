@@ -18,6 +18,7 @@ from pipeline.store import derived
 from pipeline.store.digest import canonical_json, digest_bytes, digest_json
 from pipeline.store.errors import MissingStates, StoreError
 from pipeline.store.files import Files, explain
+from pipeline.store.keys import Keys
 from pipeline.store.names import MAX_TABLE_BYTES, TABLE_FORMAT, are_keys, check_task, is_key
 
 OLD, NEW = ".jsonl.gz", ".parquet"
@@ -33,9 +34,9 @@ class TaskTable:
     knows of each (JSON). These may be empty."""
 
     header: dict[str, Any]
-    keys: list[str]
+    keys: Sequence[str]
     labels: list[Any]
-    texts: list[list[str]] = field(default_factory=list)
+    texts: Sequence[list[str]] = field(default_factory=list)
     ids: list[str] = field(default_factory=list)
     metas: list[dict[str, Any]] = field(default_factory=list)
 
@@ -45,7 +46,7 @@ class TaskTable:
     def take(self, rows: Sequence[int]) -> TaskTable:
         """The rows `rows`, in that order."""
 
-        def of(column: list[Any]) -> list[Any]:
+        def of(column: Sequence[Any]) -> list[Any]:
             return [column[i] for i in rows] if column else []
 
         return TaskTable(self.header, of(self.keys), of(self.labels), of(self.texts), of(self.ids), of(self.metas))
@@ -94,9 +95,13 @@ def save_table(files: Files, folder: str, table: TaskTable) -> str:
     from pipeline.store import parquet  # a third of a second, which listing a store does not need
 
     task, split, n = check_task(table.task), check_task(table.split), len(table)
-    texts: list[list[str]] = table.texts or [[]] * n
+    texts: Sequence[list[str]] = table.texts or [[]] * n
     sized = all(len(column) in (0, n) for column in (table.ids, table.metas))
-    if not sized or not n == len(table.labels) == len(texts) or not are_keys(table.keys):
+    if (
+        not sized
+        or not n == len(table.labels) == len(texts)
+        or not (isinstance(table.keys, Keys) or are_keys(list(table.keys)))
+    ):
         raise ValueError("a task table needs as many labels and texts as keys, and keys that are sample keys")
     if not all(math.isfinite(label) for label in table.labels if isinstance(label, float)):
         raise ValueError("a label is a class index, a finite number, a list of indices or None")
