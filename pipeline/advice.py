@@ -78,6 +78,14 @@ def recommend(plan: Plan, work: Workload, recipe: Recipe, budget: float | None, 
         plan.commands = both(replace(recipe, live=True))
 
 
+def _rates_head(plan: Plan) -> str:
+    """Whether the rates are new."""
+    if plan.rates_of is None:
+        return "measured here"
+    some = f", {plan.measured} measured now" if plan.measured else ""
+    return f"rates of {plan.rates_of[:10]}{some} (--measure: all anew)"
+
+
 def plan_text(plan: Plan, work: Workload) -> str:
     """What a person reads."""
 
@@ -113,8 +121,8 @@ def plan_text(plan: Plan, work: Workload) -> str:
             table_text(["cached epoch from", "seconds", "live ÷ cached", "break-even epochs"], tiers),
             f"operations live ÷ cached: {plan.operations['ratio']:.1f}",
             f"training memory: {size_text(plan.memory['total'])} ({memory}), computed from tensors",
-            f"measured here: backbone {(r['backbone'] or 0) / 1e9:,.0f} GFLOP/s, step {r['step']:.3g} s, decoding "
-            f"{size_text(r['decode'] or 0)}/s, disk written {size_text(r['disk_write'] or 0)}/s, warm "
+            f"{_rates_head(plan)}: backbone {(r['backbone'] or 0) / 1e9:,.0f} GFLOP/s, step {r['step']:.3g} s, "
+            f"decoding {size_text(r['decode'] or 0)}/s, disk written {size_text(r['disk_write'] or 0)}/s, warm "
             f"{size_text(r['disk_warm'] or 0)}/s, {cold}{image}",
             "",
             plan.recommendation,

@@ -49,6 +49,7 @@ from pipeline.operations import (
 )
 from pipeline.owners import config_of
 from pipeline.recipe import Recipe
+from pipeline.remembered import Remembered
 from pipeline.resolve import device_of, need, open_task, refuse_full_readers, space_options, store_path
 from pipeline.rows import refuse_other_kind
 from pipeline.shapes import known_config
@@ -153,6 +154,8 @@ class Plan:
     memory: dict[str, float]
     operations: dict[str, float]
     rates: dict[str, float | None]
+    rates_of: str | None  # when the oldest of the remembered rates was measured, None where none is
+    measured: int | None  # rates that were measured now, None where none may be remembered
     epochs: int
     format: str
     projection: str
@@ -279,8 +282,15 @@ def training_memory(work: Workload, batch: dict[str, np.ndarray], dtype: torch.d
     return {k: float(v) for k, v in parts.items()} | {"total": float(sum(parts.values()))}
 
 
-def predict(work: Workload, recipe: Recipe, budget: float | None = None, memory: float | None = None) -> Plan:
-    """Measure this machine and predict. `budget`: bytes of disk, `memory`: bytes of memory that may be taken."""
+def predict(
+    work: Workload,
+    recipe: Recipe,
+    budget: float | None = None,
+    memory: float | None = None,
+    known: Remembered | None = None,
+) -> Plan:
+    """Measure this machine, as far as `known` has not its rates, and predict. `budget`: bytes of disk, `memory`: bytes
+    of memory that may be taken."""
     keep_freed_memory()  # as extraction and training do
     device, training = device_of(recipe), work.training_batches()
     batch = training[len(training) // 2][1]  # the middle one stands for a typical batch
@@ -290,14 +300,9 @@ def predict(work: Workload, recipe: Recipe, budget: float | None = None, memory:
     dtype = unscaled_dtype(fmt)
     tokens = recipe.batch_tokens or (32768 if device.type == "cuda" else 4096)
     model = (work.backbone, work.tuner, work.config)
-    speed = measured.Rates(
-        measured.backbone_rate(work.backbone, batch, device),
-        measured.backbone_rate(work.backbone, work.extraction_batch(tokens), device),
-        sum(share * measured.step_seconds(*model, b, work.classes, device, dtype) for share, b in training),
-        measured.decode_rate(work.backbone.width, fmt),
-        *measured.disk_rates(Path(store_path(recipe))),
-        measured.image_seconds(work.pictures) if work.pictures else 0.0,
-    )
+    folder, filled = Path(store_path(recipe)), work.extraction_batch(tokens)
+    shapes = measured.Measured(*model, work.classes, batch, filled, training, fmt, folder, work.pictures)
+    speed = shapes.rates(device, known)
     ops = weighted((share, count(*model, b, work.classes)) for share, b in training)
     train = "train" if "train" in work.rows else next(iter(work.rows))
     batches = -(-work.rows[train] // work.batch_size)
@@ -327,6 +332,8 @@ def predict(work: Workload, recipe: Recipe, budget: float | None = None, memory:
         memory=training_memory(work, batch, dtype, held),
         operations=described(ops, batches),
         rates=asdict(speed),
+        rates_of=min(known.dates, default=None) if known else None,
+        measured=known.measured if known else None,
         epochs=work.epochs,
         format=fmt,
         projection=recipe.projection or "none",
@@ -373,8 +380,12 @@ def choose_format(work: Workload, budget: float | None, channels: int | None = N
     return "int8" if budget is not None and work.bytes("float16", channels) > budget else "float16"
 
 
-def run_plan(recipe: Recipe, budget: float | None, memory: float | None) -> tuple[dict[str, Any], str]:
-    """The plan as a mapping and as text."""
+def run_plan(
+    recipe: Recipe, budget: float | None, memory: float | None, measure: bool = False
+) -> tuple[dict[str, Any], str]:
+    """The plan as a mapping and as text. `measure`: measure this machine although its rates are remembered."""
     work = workload(recipe)
-    plan = predict(work, recipe, budget, memory)
+    known = Remembered(device_of(recipe), again=measure)
+    plan = predict(work, recipe, budget, memory, known)
+    known.save()
     return asdict(plan), plan_text(plan, work)

@@ -7,12 +7,13 @@ real tuner with random weights on random states of the real shape; both are the 
 from __future__ import annotations
 
 import copy
+import json
 import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,10 @@ from pipeline.extract.backbones.base import Backbone
 from pipeline.extract.backbones.batch import Batch, stream_of
 from pipeline.extract.backbones.images import Picture, load_pixels
 from pipeline.extract.backbones.tail import Tail
-from pipeline.extract.encoding import decode, encode
+from pipeline.extract.encoding import decode, encode, unscaled_dtype
 from pipeline.objectives import class_objective
 from pipeline.operations import backbone_operations, fresh_backbone
+from pipeline.remembered import Figures, Remembered
 from pipeline.train.model import Model, late_weights, tail_for
 from pipeline.train.optim import adamw
 from pipeline.train.options import FitOptions
@@ -51,6 +53,69 @@ class Rates:
     disk_warm: float
     disk_cold: float | None
     image: float = 0.0
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the rates are measured on. `batch` and `extraction`: stream → lengths of a batch of training and of
+    extraction; `steps`: batches of training, each with its share of an epoch's. `folder`: on the disk of the store."""
+
+    backbone: Backbone
+    tuner: str
+    config: TunerConfig
+    classes: int
+    batch: dict[str, np.ndarray]
+    extraction: dict[str, np.ndarray]
+    steps: list[tuple[float, dict[str, np.ndarray]]]
+    format: str
+    folder: Path
+    pictures: Sequence[Picture] = ()
+
+    def rates(self, device: torch.device, known: Remembered | None) -> Rates:
+        """The rates on `device`: those that `known` has, and the others measured. Images are always read anew."""
+        dtype = unscaled_dtype(self.format)
+        config = json.loads(self.backbone.config.to_json_string())
+        same = {"family": self.backbone.name, "config": {k: v for k, v in config.items() if k[0] != "_"}}
+        if self.backbone.projection is not None:
+            same["widths"] = {n: self.backbone.state_width(n) for n in self.backbone.states()}
+
+        def rate(what: str, measure: Callable[[], Figures], **about: Any) -> Figures:
+            return measure() if known is None else known.rate(what, about, measure)
+
+        def one(what: str, measure: Callable[[], float], **about: Any) -> float:
+            (figure,) = rate(what, lambda: (measure(),), **about)
+            assert figure is not None
+            return figure
+
+        def backbone(lengths: dict[str, np.ndarray]) -> float:
+            about = {**same, "lengths": _lists(lengths)}
+            return one("backbone", lambda: backbone_rate(self.backbone, lengths, device), **about)
+
+        def step(lengths: dict[str, np.ndarray]) -> float:
+            about = {"tuner": self.tuner, "options": asdict(self.config), "classes": self.classes, "type": str(dtype)}
+            about = {**same, **about, "lengths": _lists(lengths)}
+            given = self.backbone, self.tuner, self.config, lengths, self.classes, device, dtype
+            return one("step", lambda: step_seconds(*given), **about)
+
+        width = self.backbone.width
+        disk: Any = rate("disk", lambda: disk_rates(self.folder), mount=_mount(self.folder))
+        return Rates(
+            backbone(self.batch),
+            backbone(self.extraction),
+            sum(share * step(lengths) for share, lengths in self.steps),
+            one("decode", lambda: decode_rate(width, self.format), width=width, format=self.format),
+            *disk,
+            image=image_seconds(self.pictures) if self.pictures else 0.0,
+        )
+
+
+def _lists(lengths: dict[str, np.ndarray]) -> dict[str, list[int]]:
+    return {stream: n.tolist() for stream, n in lengths.items()}
+
+
+def _mount(folder: Path) -> str:
+    """Where the file system of `folder`, or of what is there of it, is mounted."""
+    return next(str(p) for p in (folder.resolve(), *folder.resolve().parents) if p.is_mount())
 
 
 def runs(run: Callable[[], Any], device: torch.device, seconds: float = 1.0, least: int = 2) -> list[float]:

@@ -196,7 +196,7 @@ def _distinct(space: Space, versions: Sequence[Version]) -> list[Version]:
     found: dict[str, Version] = {}
     for version in versions:
         tables = _read(space, version)
-        rows = {split: [t.keys, t.labels, t.texts] for split, t in tables.items()}
+        rows = {split: [list(t.keys), t.labels, list(t.texts)] for split, t in tables.items()}
         found.setdefault(digest_json([rows, version.header.get("spec")]), version)
     return list(found.values())
 

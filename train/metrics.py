@@ -11,14 +11,26 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
-from sklearn import metrics as sk
 
 from pipeline.store.errors import Notice, UserError
+
+
+class _Late:
+    """A library's functions; it is imported when the first is called: half a second that `predict` does without."""
+
+    def __init__(self, module: str) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        return lambda *args, **options: getattr(import_module(self._module), name)(*args, **options)
+
+
+sk, stats = _Late("sklearn.metrics"), _Late("scipy.stats")
 
 INVALID_CLASS = -1
 INVALID_VALUE = -1.0  # what an unparsable number counts as: below every STS-B score

@@ -34,7 +34,6 @@ def trained(request, tmp_path_factory, table):
 
 def test_train_works_with_the_checkpoint_gone(trained):
     _, folder, _, result = trained
-    assert result["test"]["accuracy"] >= 0
     assert {p.name for p in (folder / "run").iterdir()} == {
         "tuner.safetensors",
         "recipe.yaml",
@@ -117,8 +116,9 @@ def test_a_smaller_format_is_another_space(trained, table):
     _, folder, kept, _ = trained
     options = ["--model", kept, "--task", table, "--store", folder / "store"]
     result = run("extract", *options, *WORDS, "--format", "bfloat16", "--limit", 10, "--json")
-    assert json.loads(result.stdout)["computed"] > 0
-    assert len(Store.open(folder / "store").spaces()) == 2
+    spaces = {space.format: space for space in Store.open(folder / "store").spaces()}
+    assert set(spaces) == {"float32", "bfloat16"}
+    assert json.loads(result.stdout)["computed"] == len(spaces["bfloat16"].index()) <= 30
 
 
 def test_further_states_are_a_supplement(tmp_path, checkpoints, table):

@@ -43,6 +43,13 @@ def test_light_modules_stay_light(module: str) -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
+def test_reading_a_run_imports_no_library_that_only_training_needs() -> None:
+    """`predict` and `evaluate` begin here; what torch and transformers import themselves is theirs."""
+    loaded = "import sys, pipeline.runs; print([m for m in ('zarr', 'datasets', 'scipy.stats') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout == "[]\n"
+
+
 def test_lists_say_what_the_classes_say() -> None:
     ours = {n: tuner_class(n) for n in tuner_names()}  # other tests may have registered theirs
     assert {n: c.description for n, c in ours.items() if c.__module__.startswith("pipeline.")} == TUNERS

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.metrics import multilabel_confusion_matrix
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -71,6 +70,8 @@ class LabelReport(Report):
         self.counts = np.zeros((len(labels), 2, 2), np.int64)  # label, there, told
 
     def update(self, out: Outputs, batch: Batch) -> None:
+        from sklearn.metrics import multilabel_confusion_matrix  # see `train.metrics`
+
         chances, there = labels_of(out, batch)
         self.counts += multilabel_confusion_matrix(there, chances >= self.threshold)
 
