@@ -99,13 +99,16 @@ class Measured:
 
         width = self.backbone.width
         disk: Any = rate("disk", lambda: disk_rates(self.folder), mount=_mount(self.folder))
+        write, warm, cold = disk
         return Rates(
             backbone(self.batch),
             backbone(self.extraction),
             sum(share * step(lengths) for share, lengths in self.steps),
             one("decode", lambda: decode_rate(width, self.format), width=width, format=self.format),
-            *disk,
-            image=image_seconds(self.pictures) if self.pictures else 0.0,
+            write,
+            warm,
+            cold,
+            image_seconds(self.pictures) if self.pictures else 0.0,
         )
 
 
