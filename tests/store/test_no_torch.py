@@ -26,6 +26,7 @@ for words in lines:
     loaded = [name for name in heavy if name in sys.modules]
     assert not loaded, f"{words} imports {loaded}"
     assert done.exit_code == 0, f"{words}: {done.output} {done.exception!r}"
+print(*sorted({n.partition(".")[0] for n, m in sys.modules.items() if "site-packages" in (getattr(m, "__file__", "") or "")}))
 """
 
 
@@ -34,6 +35,7 @@ def run(code: str, *words: object) -> None:
         [sys.executable, "-c", code, *map(json.dumps, words)], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr[-2000:]
+    print(done.stdout)
 
 
 @pytest.fixture
