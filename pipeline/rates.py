@@ -98,15 +98,14 @@ class Measured:
             return one("step", lambda: step_seconds(*given), **about)
 
         width = self.backbone.width
-        disk: Any = rate("disk", lambda: disk_rates(self.folder), mount=_mount(self.folder))
-        write, warm, cold = disk
+        written, warm, cold = rate("disk", lambda: disk_rates(self.folder), mount=_mount(self.folder))
         return Rates(
             backbone(self.batch),
             backbone(self.extraction),
             sum(share * step(lengths) for share, lengths in self.steps),
             one("decode", lambda: decode_rate(width, self.format), width=width, format=self.format),
-            write,
-            warm,
+            written or 0.0,
+            warm or 0.0,
             cold,
             image_seconds(self.pictures) if self.pictures else 0.0,
         )

@@ -46,7 +46,8 @@ class Cache:
         """The copy of `key`, marked as used; None if there is none or it is damaged."""
         if self._total < 0:
             with self._lock:
-                self._evict()  # The limit may be lower than it was for those who filled it.
+                if self._total < 0:
+                    self._evict()  # The limit may be lower than it was for those who filled it.
         path = self._path(key)
         try:
             data = path.read_bytes()
