@@ -88,8 +88,8 @@ def plan(
     as_json: bool, recipe_file: str | None, budget: str | None, memory: str | None, **options: Any
 ) -> tuple[Any, str]:
     """Bytes, seconds, memory and break-even of caching, from a config.json and rates measured on this machine."""
-    from pipeline.job import parse_size
     from pipeline.plan import run_plan
+    from pipeline.sources import parse_size
 
     sizes = [None if size is None else float(parse_size(size)) for size in (budget, memory)]
     return run_plan(build_recipe("train", options, recipe_file), *sizes)
@@ -193,12 +193,12 @@ def predict(
 ) -> tuple[Any, str]:
     """Predict on inputs never seen: the backbone runs live, the tuner cannot tell."""
     from pipeline.report import entries_text, write_entries
-    from pipeline.runs import load_run, read_inputs
+    from pipeline.runs import load_run, read_rows
 
     loaded = load_run(run, **over)
     given = Path(input_file)
     root = given if given.is_dir() else given.parent
-    ids, rows = read_inputs(given, loaded.spec, text, text_pair)
+    ids, rows = read_rows(given, loaded.job, text, text_pair)
     told = loaded.predict(rows, root, _voice(as_json))
     found = [{"id": name, **entry} for name, entry in zip(ids, told, strict=True)]
     if output:

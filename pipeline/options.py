@@ -14,6 +14,7 @@ from pipeline.command import tell
 from pipeline.extract.options import about
 from pipeline.owners import Owned, names_of, owned, recipe_of, refusal
 from pipeline.recipe import Recipe, option_name, read_recipe
+from pipeline.slots import tuners_in
 from pipeline.store.errors import Notice, UserError
 
 _HINTS = get_type_hints(Recipe)
@@ -121,7 +122,7 @@ class OwnerCommand(click.Command):
         }))  # fmt: skip
         if self.methods:
             return tuners_among(given[self.methods]), recipe.objective
-        return list(recipe.tuners if self.takes == "extract" else (recipe.tuner,)), recipe.objective
+        return tuners_in(recipe, self.takes == "extract"), recipe.objective
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         own = [option for options in ctx.meta.get(_OWNED, {}).values() for option in options]

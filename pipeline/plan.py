@@ -35,7 +35,6 @@ from pipeline.extract.order import extraction_batches
 from pipeline.extract.projection import orthogonal, parse_projection
 from pipeline.extract.tasks import Task
 from pipeline.image_sizes import image_extents, some_pictures
-from pipeline.job import batch_size_of, grouped
 from pipeline.operations import (
     Operations,
     backbone_model,
@@ -50,6 +49,8 @@ from pipeline.recipe import Recipe
 from pipeline.resolve import device_of, need, open_task, refuse_full_readers, space_options, store_path
 from pipeline.rows import refuse_other_kind
 from pipeline.shapes import known_config
+from pipeline.slots import refuse_slots
+from pipeline.sources import batch_size_of, grouped
 from pipeline.store import FORMATS, SEGMENT_BYTES, bytes_per_value
 from pipeline.store.errors import UserError
 from pipeline.store.malloc import keep_freed_memory
@@ -377,6 +378,7 @@ def choose_format(work: Workload, budget: float | None, channels: int | None = N
 
 def run_plan(recipe: Recipe, budget: float | None, memory: float | None) -> tuple[dict[str, Any], str]:
     """The plan as a mapping and as text."""
+    refuse_slots(recipe, "plan")
     work = workload(recipe)
     plan = predict(work, recipe, budget, memory)
     return asdict(plan), plan_text(plan, work)

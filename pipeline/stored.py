@@ -172,7 +172,7 @@ def check_header(header: Mapping[str, Any], where: str) -> TaskSpec:
     be."""
     for name, kinds in (
         ("provenance", dict), ("candidates", list), ("beside", dict), ("total", int), ("created", str),
-        ("decoder", str), ("model", str),
+        ("decoder", str), ("model", str), ("slot", str), ("slots", dict),
     ):  # fmt: skip
         if name in header and (not isinstance(header[name], kinds) or isinstance(header[name], bool)):
             raise refuse(where, f"{name} in its header is not of the right type")

@@ -15,25 +15,17 @@ from pipeline.extract.tasks import is_named
 from pipeline.extract.tasks.base import TaskSpec
 from pipeline.extract.tasks.hub_images import PREFIX
 from pipeline.extract.tasks.registry import is_folder, is_table
-from pipeline.job import (
-    Job,
-    as_extracted,
-    batch_size_of,
-    grouped,
-    live_backbone,
-    load_job,
-    picture_options,
-    sources,
-    views_of,
-)
+from pipeline.extracted import views_of
+from pipeline.job import Job
+from pipeline.joint import Joint, open_job
 from pipeline.recipe import Recipe
 from pipeline.resolve import store_path
+from pipeline.sources import grouped
 from pipeline.store.errors import StoreError, UserError
 from pipeline.store.places import absolute
 from pipeline.train.loop import FitOptions, fit
 from pipeline.train.ranks import Ranks
 from pipeline.train.runlog import write_bytes
-from pipeline.train.tuners import TunerConfig
 from pipeline.unused import refuse_for_training
 from pipeline.versions import columns_text, task_id
 
@@ -65,15 +57,15 @@ def fit_options(recipe: Recipe, spec: TaskSpec, paper: bool, lr: float) -> FitOp
     )
 
 
-def run_folder(job: Job) -> Path:
+def run_folder(job: Job | Joint) -> Path:
     """--out, or a folder named after the run: the task by its name where everybody means the same by it, else with the
     beginning of its id."""
     recipe, task = job.recipe, job.spec.name
     if recipe.out:
         return Path(recipe.out)
     task = task if is_named(task) else f"{task}@{job.version[:8]}"
-    model = job.found.source["names"][0].replace("/", "_")
-    return Path("runs") / (f"{task}-{recipe.tuner}-{model}-s{recipe.seed}" + ("-live" if recipe.live else ""))
+    model, tuner = job.model_name.replace("/", "_"), recipe.tuner.replace(",", "+")
+    return Path("runs") / (f"{task}-{tuner}-{model}-s{recipe.seed}" + ("-live" if recipe.live else ""))
 
 
 def make_folder(folder: Path) -> None:
@@ -88,36 +80,35 @@ def make_folder(folder: Path) -> None:
 
 def run_train(recipe: Recipe, say: Say, quiet: bool = False) -> dict[str, Any]:
     """Train what `recipe` says; `say` takes the lines a person reads. Returns the metrics with the run's folder."""
-    job = load_job(recipe)
-    refuse_for_training(recipe, job.found.family)
+    job = open_job(recipe)
+    refuse_for_training(recipe, job.families)
     if "train" not in job.tables:
         raise StoreError(
             f"the store has no train rows of {job.spec.name}; run: "
-            f"{extract_command(as_extracted(recipe, job.found), split=('train',))}"
+            f"{extract_command(job.as_extracted(), split=('train',))}"
         )
     folder = run_folder(job)
     if (folder / "metrics.json").exists() and not recipe.overwrite:
         raise UserError(f"{folder} holds a finished run; give another --out, or --overwrite to replace it")
     model = job.model(recipe.seed)
     options = fit_options(recipe, job.spec, job.paper, model.tuner.default_lr())
-    backbone, checkpoint = live_backbone(job) if recipe.live else (None, None)
-    parts = sources(job, backbone, checkpoint)
-    size = batch_size_of(recipe, model.tuner.family.writes_text)
+    parts = job.sources(recipe.live)
     table = job.tables["train"]
     more = f" of {table.header['total']:,}" if len(table.keys) < table.header.get("total", 0) else ""
     say(
-        f"{recipe.tuner} on {job.spec.name}: {len(table.keys):,}{more} train rows, batch {size}, "
+        f"{recipe.tuner} on {job.spec.name}: {len(table.keys):,}{more} train rows, batch {job.batch_size}, "
         f"{options.epochs} epochs, {model.trainable_parameters():,} trainable parameters, "
         + ("live backbone" if recipe.live else "from the store")
     )
     say(f"rows {task_id(table.header)}: {columns_text(table.header)}, of {str(table.header.get('created'))[:10]}")
-    say(f"space {job.found.space.id[:12]}: {describe_space(job)}")
+    for line in job.describe():
+        say(line)
     odd = job_doubts(job)
     for sentence in odd:
         say(f"warning: {sentence}")
     make_folder(folder)
     if Ranks.from_environment().rank == 0:
-        write_recipe(folder, job, options, size)
+        write_recipe(folder, job, options)
     metrics = fit(
         model,
         parts["train"],
@@ -128,67 +119,49 @@ def run_train(recipe: Recipe, say: Say, quiet: bool = False) -> dict[str, Any]:
         job.objective.scorer,
         job.device,
         progress=not quiet,
-        info={"space": job.found.space.id, "tuner": recipe.tuner, "rows": job.version},
+        info={"space": job.spaces, "tuner": recipe.tuner, "rows": job.version},
     )
     if remark := model.tuner.remark():
         say(f"{recipe.tuner}: {remark}")
-    about = {"run": str(folder), "space": job.found.space.id, "tuner": recipe.tuner, "task": job.spec.name}
+    about = {"run": str(folder), "space": job.spaces, "tuner": recipe.tuner, "task": job.spec.name}
     return {**about, **metrics, "warnings": odd}
 
 
-def job_doubts(job: Job) -> list[str]:
+def job_doubts(job: Job | Joint) -> list[str]:
     """What is odd about the rows of a run, a sentence each."""
     train = job.tables.get("train")
     limit = "" if train is None else limit_doubt(job.recipe.limit, train, views_of(train))
-    return [*([limit] if limit else []), *doubts(job.tables, job.found.family.modality == "image")]
+    return [
+        *([limit] if limit else []),
+        *doubts(job.tables, isinstance(job, Job) and job.found.family.modality == "image"),
+    ]
 
 
-def describe_space(job: Job) -> str:
-    """One line about the space a run reads."""
-    identity = job.found.space.identity
-    return (
-        f"{job.found.source['names'][0]}, {len(job.states)} states, {identity['format']}, computed in "
-        f"{identity['precision']}, texts up to {identity['max_length']} tokens"
-    )
-
-
-def lasting_name(job: Job) -> str:
+def lasting_name(job: Job | Joint) -> str:
     """The task as a recipe names it for good: by its file or folder, by a name that everybody knows, or by its id."""
     task = job.recipe.task
     own = is_table(task) or is_folder(task) or is_named(task) or task.startswith(PREFIX)
     return task if own else task_id(next(iter(job.tables.values())).header)
 
 
-def stated(config: TunerConfig) -> dict[str, Any]:
-    """The options of a config that say something, the defaults among them: a later version may have others."""
-    return {k: v for k, v in asdict(config).items() if v not in (None, ())}
-
-
-def write_recipe(folder: Path, job: Job, options: FitOptions, batch_size: int) -> None:
+def write_recipe(folder: Path, job: Job | Joint, options: FitOptions) -> None:
     """recipe.yaml: the run's options with every default resolved, so that it can be run again by `--recipe`."""
-    identity = job.found.space.identity
     resolved = replace(
         job.recipe,
         task=lasting_name(job),
-        model=job.recipe.model or job.found.source["names"][0],
         store=absolute(store_path(job.recipe)),
-        space=job.found.space.id,
-        batch_size=batch_size,
+        batch_size=job.batch_size,
         group_by_length=grouped(job.recipe, job.paper),
         objective=job.objective.name,
         epochs=options.epochs,
         lr=options.lr,
         warmup_steps=options.warmup_steps,
         warmup_ratio=options.warmup_ratio,
-        views=views_of(job.tables["train"]) if "image_size" in identity else None,
         imports=lasting(job.recipe.imports),
-        tuner_options=stated(job.config),
         objective_options=asdict(job.objective.config),
         out=None,
         overwrite=False,
-        **{k: identity[k] for k in ("format", "projection", "precision", "attention")},
-        **{k: identity[k] for k in ("max_length", "truncation_side")},
-        **picture_options(identity),
+        **job.resolved(),
     )
     title = f"{job.recipe.tuner} on {job.spec.name}, {time.strftime('%Y-%m-%d')}"
     header = f"{title}\npipeline train --recipe recipe.yaml --out OTHER"

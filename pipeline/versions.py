@@ -9,12 +9,13 @@ editions of one origin that which was extracted last; and else the user, by file
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pipeline.extract.tasks import canonical_name, split_id
 from pipeline.recipe import Recipe
+from pipeline.slots import slot_of
 from pipeline.store import Space, TaskTable, digest_json
 from pipeline.store.errors import StoreError
 from pipeline.store.records import Record
@@ -37,6 +38,7 @@ class Version:
 
     task: str
     id: str
+    slot: str = ""  # of a task with several slots, the one whose samples are in this feature space
     tables: list[tuple[TableInfo, dict[str, Any]]] = field(default_factory=list)
 
     @property
@@ -77,7 +79,8 @@ class Version:
     @property
     def reads(self) -> str:
         """Its columns and classes, and when it was made, for people who must choose."""
-        return f"{columns_text(self.header)}, extracted {self.created[:16].replace('T', ' ') or '?'}"
+        slot = f"slot {self.slot}: " if self.slot else ""
+        return f"{slot}{columns_text(self.header)}, extracted {self.created[:16].replace('T', ' ') or '?'}"
 
     @property
     def counts(self) -> str:
@@ -88,7 +91,7 @@ class Version:
 def versions_of(space: Space, task: str | None = None, damaged: list[TableInfo] | None = None) -> list[Version]:
     """The versions of `task`, or of every task, in `space`, the last written first. Damaged tables are added to
     `damaged`; without it, raises StoreError for one."""
-    found: dict[tuple[str, str], Version] = {}
+    found: dict[tuple[str, str, str], Version] = {}
     for info in space.tables():
         if task is None or info.task == task:
             try:
@@ -99,8 +102,8 @@ def versions_of(space: Space, task: str | None = None, damaged: list[TableInfo] 
                     raise
                 damaged.append(info)
                 continue
-            version = version_of(header)
-            found.setdefault((info.task, version), Version(info.task, version)).tables.append((info, header))
+            which = (info.task, version_of(header), str(header.get("slot") or ""))
+            found.setdefault(which, Version(*which)).tables.append((info, header))
     return sorted(found.values(), key=lambda v: v.created, reverse=True)
 
 
@@ -112,23 +115,34 @@ def stored_tables(
 
     Raises StoreError saying what differs where none is, or that tables are gone; AmbiguousTask where several are.
     """
+    return chosen_tables(space, recipe, stored_versions(space, recipe, images, version))
+
+
+def stored_versions(space: Space, recipe: Recipe, images: bool = False, version: str | None = None) -> list[Version]:
+    """The versions of the recipe's task, for its slot, that are what it says of columns and files, one at least; or
+    `version`."""
     from pipeline.athand import AtHand
 
     task, wanted = canonical_name(recipe.task), version or split_id(recipe.task)[1]
     known = versions_of(space, task)
-    if wanted:
-        fitting = [v for v in known if v.id.startswith(wanted)]
-        if not fitting and version:
-            raise StoreError(f"the store no longer has the rows of task {task!r} as they were then")
-        if not fitting:
-            there = ", ".join(v.name for v in known)
-            raise StoreError(f"there is no task {recipe.task} in this feature space, there is {there}")
-        head = fitting[0].header
-        if not version and (differs := unlike(recipe, head) or AtHand(recipe, images).differs(head)):
-            raise StoreError(f"task {recipe.task} is not as asked for: {differs}")
-    else:
-        fitting = _fitting(space, recipe, known, AtHand(recipe, images))
-    fitting = _distinct(space, fitting)
+    own = [v for v in known if v.slot == slot_of(recipe)]
+    if not wanted:
+        return _fitting(space, recipe, own, {v.id for v in known}, AtHand(recipe, images))
+    fitting = [v for v in own if v.id.startswith(wanted)]
+    if not fitting and version:
+        raise StoreError(f"the store no longer has the rows of task {task!r} as they were then")
+    if not fitting:
+        there = ", ".join(v.name for v in own)
+        raise StoreError(f"there is no task {recipe.task} in this feature space, there is {there}")
+    head = fitting[0].header
+    if not version and (differs := unlike(recipe, head) or AtHand(recipe, images).differs(head)):
+        raise StoreError(f"task {recipe.task} is not as asked for: {differs}")
+    return fitting
+
+
+def chosen_tables(space: Space, recipe: Recipe, versions: Sequence[Version]) -> dict[str, TaskTable]:
+    """The tables of the one version among `versions`. AmbiguousTask where several differ in their rows."""
+    fitting = _distinct(space, versions)
     if len(fitting) > 1:
         which = "; ".join(f"{v.name}: {v.counts}, {v.reads}" for v in fitting)
         raise AmbiguousTask(
@@ -139,8 +153,11 @@ def stored_tables(
     return _whole(fitting[0], _read(space, fitting[0]))
 
 
-def _fitting(space: Space, recipe: Recipe, known: Sequence[Version], data: AtHand) -> list[Version]:
-    """The versions that are what the recipe says, without those of which a later edition is among them."""
+def _fitting(
+    space: Space, recipe: Recipe, known: Sequence[Version], there: Collection[str], data: AtHand
+) -> list[Version]:
+    """The versions that are what the recipe says, without those of which a later edition is among them. `there`: the
+    ids of all versions that have tables."""
     task, refused, found = canonical_name(recipe.task), "", []
     for version in known:
         differs = unlike(recipe, version.header) or data.differs(version.header)
@@ -149,7 +166,6 @@ def _fitting(space: Space, recipe: Recipe, known: Sequence[Version], data: AtHan
             found.append(version)
     if not found:
         raise StoreError(f"task {task!r} is in the store, but not as asked for: {refused}")
-    there = {v.id for v in known}
     lost = [r for r in space.records() if r.task == task and r.version not in there]
     if lost and not data:
         # It may be the one that is meant, and nothing that is left says so.
@@ -194,7 +210,7 @@ def _distinct(space: Space, versions: Sequence[Version]) -> list[Version]:
     found: dict[str, Version] = {}
     for version in versions:
         tables = _read(space, version)
-        rows = {split: [t.keys, t.labels, t.texts] for split, t in tables.items()}
+        rows = {split: [t.keys, t.labels, t.texts, *([t.joined] if t.joined else [])] for split, t in tables.items()}
         found.setdefault(digest_json([rows, version.header.get("spec")]), version)
     return list(found.values())
 
@@ -235,7 +251,7 @@ def unlike(recipe: Recipe, header: Mapping[str, Any]) -> str:
     spec, made = _object(header, "spec"), _object(header, "provenance")
     fields = [*_names(spec.get("fields")), "", ""]
     for option, asked, there in (
-        ("--text", recipe.text, fields[0]),
+        ("--image" if recipe.image else "--text", recipe.image or recipe.text, fields[0]),
         ("--text-pair", recipe.text_pair, fields[1]),
         ("--label", recipe.label, made.get("label")),
         ("--separator", recipe.separator, made.get("separator")),
@@ -262,7 +278,7 @@ def save_tables(space: Space, made: Mapping[str, TaskTable], states: Sequence[st
     first = next(iter(made.values()))
     version, rows = version_of(first.header), {split: len(table) for split, table in made.items()}
     named = Record(first.task, version, rows)
-    stored = versions_of(space, first.task)
+    stored = [v for v in versions_of(space, first.task) if v.slot == str(first.header.get("slot") or "")]
     own = [(info, header) for v in stored if v.id == version for info, header in v.tables]
     for split, table in made.items():
         table.header["extracted"] = named.id
@@ -293,6 +309,8 @@ def _equal(one: TaskTable, other: TaskTable) -> bool:
     no `rows`."""
     apart = ("created", "rows", "origin", "extracted")
     heads = [{k: v for k, v in t.header.items() if k not in apart} for t in (one, other)]
-    return digest_json(heads[0]) == digest_json(heads[1]) and (
-        (one.keys, one.labels, one.texts, one.metas) == (other.keys, other.labels, other.texts, other.metas)
+    return (
+        digest_json(heads[0]) == digest_json(heads[1])
+        and ((one.keys, one.labels, one.texts, one.metas) == (other.keys, other.labels, other.texts, other.metas))
+        and one.joined == other.joined
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from pipeline.extract.backbones.base import Family, Tail
 from pipeline.extract.backbones.batch import Batch
-from pipeline.store.errors import UserError
+from pipeline.store.errors import UserError, within
 from pipeline.train.features import Features
 from pipeline.train.objectives.base import Head, Objective, Outputs
 from pipeline.train.tuners.base import Tuner, TunerConfig, tuner_class
+from pipeline.train.tuners.towers import Towers
 
 
 class Reader(nn.Module):
@@ -74,7 +75,14 @@ class Model(Reader):
     def __init__(self, tuner: Tuner, objective: Objective) -> None:
         super().__init__()
         self.tuner, self.objective = tuner, objective
-        refuse_features(tuner, objective)
+        if isinstance(tuner, Towers):
+            if not objective.slots:
+                raise UserError(f"objective {objective.name} reads one backbone, not several slots")
+            for slot, part in tuner.each().items():
+                with within(f"slot {slot}"):
+                    refuse_features(part, objective)
+        else:
+            refuse_features(tuner, objective)
         self.head = objective.head(tuner.features, tuner.tail)
 
     @classmethod
@@ -82,10 +90,15 @@ class Model(Reader):
         cls, name: str, config: TunerConfig, family: Family, tail: Tail, objective: Objective, seed: int | None = None
     ) -> Model:
         """The model of tuner `name`; with `seed`, its weights are drawn from that seed alone."""
+        return cls.made(lambda: tuner_class(name, family)(config, family, tail, objective.wants), objective, seed)
+
+    @classmethod
+    def made(cls, tuner: Callable[[], Tuner], objective: Objective, seed: int | None = None) -> Model:
+        """The model of what `tuner` makes; with `seed`, all weights are drawn from that seed alone."""
         with torch.random.fork_rng(devices=[], enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed)
-            return cls(tuner_class(name, family)(config, family, tail, objective.wants), objective)
+            return cls(tuner(), objective)
 
     def forward(self, batch: Batch) -> Features:
         return self.tuner(batch)

@@ -36,6 +36,7 @@ class Classification(Objective):
 
     description = "one class a sample: a trainable linear map on pooled features"
     targets = ("class",)
+    slots = True
 
     def encode(self, target: Any, meta: Mapping[str, Any]) -> dict[str, Any]:
         return {"label": np.int64(target)}
