@@ -25,7 +25,8 @@ def limited(table: TaskTable, limit: int | None) -> TaskTable:
 
 def views_of(table: TaskTable) -> int:
     """How many views of each picture a table has; 1 of a table of texts."""
-    if len(table.header["spec"]["fields"]) > 1:  # a pair of texts, not a picture and the number of its view
+    # A pair of texts, or fields of several slots, not a picture and the number of its view.
+    if len(table.header["spec"]["fields"]) > 1 or "slots" in table.header:
         return 1
     return 1 + max((int(t[1]) for t in table.texts if len(t) > 1), default=0)
 

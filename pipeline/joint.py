@@ -169,7 +169,7 @@ class Joint:
         else:
             options = stream_options(self.first, split, self.batch_size, grouped(self.recipe, self.paper))
             lengths = np.sum([part.inputs.tokens() for part in parts.values()], axis=0)
-            order = options.order(np.zeros(len(lengths), np.int64), lengths)
+            order = options.order(np.zeros(len(lengths), np.int64), lambda: lengths)
         return self._live_pairs(parts, stored, order, self.targets(split))
 
     def fresh_source(self, texts: Any, root: str, say: Callable[[str], None]) -> PairSource:

@@ -119,7 +119,7 @@ def live_source(job: Job, split: str, backbone: Backbone, checkpoint: Checkpoint
         order = None
     if order is None:
         options = stream_options(job, split, batch_size, grouped(job.recipe, job.paper))
-        order = options.order(np.zeros(len(part.keys), np.int64), part.inputs.tokens())
+        order = options.order(np.zeros(len(part.keys), np.int64), part.inputs.tokens)
     return LiveSource(backbone, part.inputs, job.targets(split), job.states, order)
 
 

@@ -131,10 +131,8 @@ def job_doubts(job: Job | Joint) -> list[str]:
     """What is odd about the rows of a run, a sentence each."""
     train = job.tables.get("train")
     limit = "" if train is None else limit_doubt(job.recipe.limit, train, views_of(train))
-    return [
-        *([limit] if limit else []),
-        *doubts(job.tables, isinstance(job, Job) and job.found.family.modality == "image"),
-    ]
+    images = isinstance(job, Job) and job.found.family.modality == "image"
+    return [*([limit] if limit else []), *doubts(job.tables, images)]
 
 
 def lasting_name(job: Job | Joint) -> str:

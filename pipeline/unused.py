@@ -23,7 +23,8 @@ PICTURE_OPTIONS: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 STREAM_OPTIONS = (
     "model", "task", "store", "data", "text", "text_pair", "image", "label", "separator", "objective", "validation",
-    "test", "limit", "space", "format", "projection", "precision", "attention", "prompt", "max_length", "truncation_side",
+    "test", "limit", "space", "format", "projection", "precision", "attention", "prompt", "max_length",
+    "truncation_side",
     "image_size", "views", "view_seed", "batch_size", "seed", "device", "tier", "host_memory", "scheduler", "window",
     "group_by_length", "imports",
 )  # fmt: skip

@@ -68,7 +68,10 @@ class PairSource:
             slots[name].beside = taken
             taken += slots[name].nbytes
         leading = ascending[-1]
-        rows = np.sum([slots[name].lengths[place] for name, place in places.items()], axis=0)
+
+        def rows() -> np.ndarray:
+            return np.asarray(np.sum([slots[name].lengths[place] for name, place in places.items()], axis=0))
+
         order = options.order(slots[leading].block[places[leading]], rows)
         return cls(slots, places, leading, targets, order, options.rank, options.world)
 

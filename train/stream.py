@@ -80,9 +80,9 @@ class StreamOptions:
             if getattr(self, name) < least:
                 raise UserError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
-    def order(self, block: np.ndarray, lengths: np.ndarray) -> Order:
-        """The order of samples that stand in the blocks `block` (n,) and have `lengths` (n,) rows."""
-        rows = lengths if self.group_by_length else None
+    def order(self, block: np.ndarray, lengths: Callable[[], np.ndarray]) -> Order:
+        """The order of samples that stand in the blocks `block` (n,) and have `lengths()` (n,) rows."""
+        rows = lengths() if self.group_by_length else None
         try:
             return Order(block, self.batch_size, self.seed, self.window, rows)
         except ValueError as error:
@@ -236,7 +236,7 @@ class StoreSource(StoreSlot):
         if targets is not None and len(targets) != len(keys):
             raise UserError(f"{len(targets)} targets for {len(keys)} samples: one each is needed")
         self.targets = targets
-        self.order = options.order(self.block, self.lengths)
+        self.order = options.order(self.block, lambda: self.lengths)
 
     @property
     def n(self) -> int:
