@@ -22,7 +22,6 @@ from pipeline.extract.tasks.base import TaskSpec
 from pipeline.objectives import make_objective
 from pipeline.owners import config_of
 from pipeline.recipe import Recipe
-from pipeline.slots import SlotRecipe
 from pipeline.store import Store, digest_json
 from pipeline.store.errors import MissingStates, UserError
 from pipeline.train.importance import FISHER_SAMPLES, fisher, magnitude
@@ -95,8 +94,6 @@ def keep(
             say(f"keeping {len(missing)} late layers for {name}")
             store.save_weights(digest, {f: arrays_of(family.block_weights(backbone.model, blocks[f])) for f in missing})
         if start := cls.start(config, family):
-            if start.fisher and isinstance(recipe, SlotRecipe):
-                raise UserError("--init fisher is for a backbone that answers alone: use --init magnitude with several")
             keys, labels = (train.keys, train.rows.labels) if train else ([], [])
             file = start_file(start, recipe.task, keys, labels, identity["precision"], kept)
             if not store.has_weights(digest, file):

@@ -108,7 +108,7 @@ class OwnerCommand(click.Command):
 
     def _chosen(self, args: Sequence[str]) -> tuple[list[str], str | None]:
         """The tuners and the objective that the line or its recipe file names; modules to import are imported."""
-        names = {self.methods or ("tuners" if self.takes == "extract" else "tuner"), "objective", "imports"}
+        names = {self.methods or ("tuners" if self.takes == "extract" else "tuner"), "objective", "imports", "model"}
         looked_at = [p for p in self.params if p.name in {*names, "recipe_file"}]
         ways: dict[str, Any] = {"ignore_unknown_options": True, "allow_extra_args": True}
         first = click.Command("first", params=looked_at, add_help_option=False, context_settings=ways)

@@ -18,6 +18,7 @@ from pipeline.extract.checkpoint import Checkpoint, resolve
 from pipeline.extract.identity import PRECISIONS, SpaceOptions, space_identity
 from pipeline.extract.tasks.base import SPLITS, Rows, Task, TaskSpec
 from pipeline.extract.tasks.images import contents
+from pipeline.owners import config_of
 from pipeline.recipe import Recipe
 from pipeline.resolve import device_of, open_task, refuse_full_readers, space_options, wanted_states
 from pipeline.rows import refuse_other_kind, refuse_unknown_ids
@@ -162,6 +163,10 @@ def own_tuners(recipe: Recipe, family: Family) -> Recipe:
     names = tuple(name for name in recipe.tuners if name in tuner_names(family))
     if not names:
         tuner_class(recipe.tuners[0], family)  # says which do
+    for name in names:
+        start = tuner_class(name, family).start(config_of(recipe, name, len(names) > 1), family)
+        if start is not None and start.fisher:
+            raise UserError("--init fisher is for a backbone that answers alone: use --init magnitude with several")
     return replace(recipe, tuners=names)
 
 

@@ -32,11 +32,12 @@ class SlotRecipe(Recipe):
         return replace(self.whole, **{n: getattr(self, n) for n in shared if getattr(self.whole, n) is None})
 
 
-def named_parts(text: str | None, option: str) -> dict[str, str]:
-    """ "a=x,b=y" → {"a": "x", "b": "y"}; {} for a plain value. UserError for what is half of each."""
+def named_parts(text: str | None, option: str, slots: Sequence[str] = ()) -> dict[str, str]:
+    """ "a=x,b=y" → {"a": "x", "b": "y"}; {} for a plain value, as "a=x" is unless a is one of `slots`. UserError for
+    what is half of each."""
     words = (text or "").split(",")
     parts = [_NAMED.fullmatch(word) for word in words]
-    if len(words) < 2 or parts[0] is None:
+    if parts[0] is None or (len(words) < 2 and parts[0][1] not in slots):
         return {}
     found: dict[str, str] = {}
     for part, word in zip(parts, words, strict=True):
@@ -68,7 +69,7 @@ def tuners_in(recipe: Recipe, extraction: bool = False) -> list[str]:
     """The names of the tuners of --tuner, or, for an `extraction`, of --for, over all slots."""
     if extraction:
         return list(dict.fromkeys(slot_and_name(method)[1] for method in recipe.tuners))
-    return list(dict.fromkeys(named_parts(recipe.tuner, "tuner").values())) or [recipe.tuner]
+    return list(dict.fromkeys(named_parts(recipe.tuner, "tuner", slots_of(recipe)).values())) or [recipe.tuner]
 
 
 def parts_of(recipe: Recipe) -> dict[str, Recipe]:
@@ -83,7 +84,7 @@ def parts_of(recipe: Recipe) -> dict[str, Recipe]:
     own: dict[str, dict[str, Any]] = {slot: {} for slot in slots}
     for option in PER_SLOT:
         given = getattr(recipe, option)
-        named = named_parts(given, option)
+        named = named_parts(given, option, slots)
         _refuse_others(option_name(option), given, list(named), slots)
         if option == "tuner" and named and (lack := [slot for slot in slots if slot not in named]):
             raise UserError(f"--tuner {given}: name the tuner of slot {lack[0]} too")
