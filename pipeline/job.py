@@ -230,7 +230,7 @@ def unstored_job(recipe: Recipe, space: str = "") -> Job | None:
 def unstored_jobs(recipe: Recipe, spaces: Mapping[str, str]) -> dict[str, Job] | None:
     """Slot → its live job without a store, see `unstored_job`. `spaces`: slot → the beginning of an id."""
     need(recipe, "model", "task")
-    asked = replace(recipe, tuners=tuple(recipe.tuner.split(",")))
+    asked = replace(recipe, tuners=tuple(recipe.tuner.split(",")), split=())
     if (recipe.projection or "none") != "none":
         raise UserError("--projection: what extract fitted is kept in a store, and there is none here; extract first")
     for upright in (True, False):  # a run of an earlier version did not turn pictures
@@ -240,17 +240,16 @@ def unstored_jobs(recipe: Recipe, spaces: Mapping[str, str]) -> dict[str, Job] |
     else:
         return None
     tables = tables_of(made)
-    return {slot: _unstored(making, tables[slot]) for slot, making in made.items()}
+    given = {"tuners": recipe.tuners, "split": recipe.split}
+    return {slot: _unstored(replace(m.recipe, **given), m, tables[slot]) for slot, m in made.items()}
 
 
-def _unstored(making: Making, tables: dict[str, TaskTable]) -> Job:
+def _unstored(recipe: Recipe, making: Making, tables: dict[str, TaskTable]) -> Job:
     checkpoint, backbone, family = making.checkpoint, making.backbone, making.family
     tail = family.tail_weights(backbone.model)
     space = Unstored(digest_json(making.identity), making.identity)
-    job = make_job(
-        making.recipe, Found(space, family, tail, {"names": [checkpoint.name]}), tables, (backbone, checkpoint)
-    )
-    cls = tuner_class(making.recipe.tuner, family)
+    job = make_job(recipe, Found(space, family, tail, {"names": [checkpoint.name]}), tables, (backbone, checkpoint))
+    cls = tuner_class(recipe.tuner, family)
     job.late = {i: family.block_weights(backbone.model, i) for i in cls.late_layers(job.config, family)}
     if start := cls.start(job.config, family):
         train = relive(job, "train", checkpoint) if start.fisher else None

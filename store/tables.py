@@ -16,7 +16,7 @@ from typing import Any
 from pipeline.store.digest import digest_bytes, digest_json
 from pipeline.store.errors import MissingStates, StoreError
 from pipeline.store.files import Files, explain
-from pipeline.store.names import MAX_TABLE_BYTES, TABLE_FORMAT, are_keys, check_task, is_key
+from pipeline.store.names import MAX_TABLE_BYTES, TABLE_FORMAT, are_keys, check_task, is_key, is_stream
 
 OLD, NEW = ".jsonl.gz", ".parquet"
 _NAME = re.compile(r"(?P<split>.+)-(?P<rows>[0-9]{1,12})-(?P<digest>[0-9a-f]{16})(\.jsonl\.gz|\.parquet)")
@@ -102,7 +102,7 @@ def save_table(files: Files, folder: str, table: TaskTable) -> str:
     texts: list[list[str]] = table.texts or [[]] * n
     sized = all(len(column) in (0, n) for column in (table.ids, table.metas))
     keys = [table.keys, *table.joined.values()]
-    sized = sized and all(len(column) == n for column in keys)
+    sized = sized and all(len(column) == n for column in keys) and all(map(is_stream, table.joined))
     if not sized or not n == len(table.labels) == len(texts) or not all(map(are_keys, keys)):
         raise ValueError("a task table needs as many labels and texts as keys, and keys that are sample keys")
     if not all(math.isfinite(label) for label in table.labels if isinstance(label, float)):

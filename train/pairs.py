@@ -15,6 +15,7 @@ from dataclasses import replace
 from itertools import chain
 
 import numpy as np
+import torch
 
 from pipeline.extract.backbones.batch import Batch
 from pipeline.store.errors import UserError
@@ -132,9 +133,12 @@ class PairSource:
         return found[by_block], np.argsort(by_block, kind="stable")[which]
 
     def _pairs(self, pairs: np.ndarray, parts: Mapping[str, Batch]) -> Batch:
+        # Where only some slots fit on the device, the others' parts follow them.
+        device = next((part.device for part in parts.values() if part.device.type != "cpu"), torch.device("cpu"))
+        parts = {name: part.to(device) for name, part in parts.items()}
         batch = Batch.joined(parts, {name: self._numbers(name, pairs)[1] for name in parts})
         batch.index = pairs
         batch.wait_seconds = sum(part.wait_seconds for part in parts.values())
         if self.targets is not None:
-            self.targets.fill(batch, pairs, batch.device)
+            self.targets.fill(batch, pairs, device)
         return batch

@@ -157,6 +157,8 @@ def test_as_many_class_names_as_a_configuration_likes_are_not_made(store):
         (lambda h, rows: h.update(beside=[1]), ["beside"]),
         (lambda h, rows: h.update(candidates=[[1], ["x"]]), ["candidates"]),
         (lambda h, rows: h.update(candidates=[[1]]), ["candidates"]),
+        (lambda h, rows: h.update(slots=["a"]), ["slots"]),
+        (lambda h, rows: h.update(slots={"a": ["text"]}), ["slots"]),
     ],
 )
 def test_task_tables(store, change, words):
