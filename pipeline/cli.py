@@ -36,6 +36,9 @@ IMPORT = click.option(
 )
 
 
+TASK = click.option("--task", default=None, help="Of a run with several tasks: which one.", metavar="NAME")
+
+
 def _quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -147,18 +150,22 @@ def compare(
 @main.command()
 @click.argument("run", metavar="RUN")
 @click.option("--split", default=None, help="Split to score. Default: test, else validation.")
+@TASK
 @click.option("--generate", is_flag=True, help="Also generate freely with the frozen decoder live; exact match (T5).")
 @click.option("--store", default=None, help="The store, where it is not the run's own.", metavar="FOLDER")
 @click.option("--model", default=None, help="Checkpoint for --generate, where it has moved.", metavar="NAME")
 @click.option("--device", default=None, type=click.Choice(["auto", "cpu", "cuda"]), help="Where to compute.")
 @IMPORT
 @command
-def evaluate(as_json: bool, run: str, split: str | None, generate: bool, **overrides: Any) -> tuple[Any, str]:
+def evaluate(
+    as_json: bool, run: str, split: str | None, task: str | None, generate: bool, **overrides: Any
+) -> tuple[Any, str]:
     """Score a finished run from the store."""
     from pipeline.report import scores_text
     from pipeline.runs import load_run
 
     loaded = load_run(run, **overrides)
+    loaded = loaded.of(task) if task else loaded
     split = split or ("test" if "test" in loaded.job.tables else "validation")
     result: dict[str, Any] = {"run": run, "split": split, **loaded.evaluate(split)}
     if generate:
@@ -175,6 +182,7 @@ def evaluate(as_json: bool, run: str, split: str | None, generate: bool, **overr
     help="File with new rows (.csv, .tsv, .jsonl), a picture, or a folder of pictures.",
     metavar="FILE",
 )
+@TASK
 @click.option("--text", default=None, help="Column with the text. Default: the task's own.", metavar="COLUMN")
 @click.option("--text-pair", default=None, help="Column with the second text.", metavar="COLUMN")
 @click.option(
@@ -189,13 +197,21 @@ def evaluate(as_json: bool, run: str, split: str | None, generate: bool, **overr
 @IMPORT
 @command
 def predict(
-    as_json: bool, run: str, input_file: str, text: str | None, text_pair: str | None, output: str | None, **over: Any
+    as_json: bool,
+    run: str,
+    input_file: str,
+    task: str | None,
+    text: str | None,
+    text_pair: str | None,
+    output: str | None,
+    **over: Any,
 ) -> tuple[Any, str]:
     """Predict on inputs never seen: the backbone runs live, the tuner cannot tell."""
     from pipeline.report import entries_text, write_entries
     from pipeline.runs import load_run, read_rows
 
     loaded = load_run(run, **over)
+    loaded = loaded.of(task) if task else loaded
     given = Path(input_file)
     root = given if given.is_dir() else given.parent
     ids, rows = read_rows(given, loaded.job, text, text_pair)

@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from pipeline.projecting import project, widths_text
 from pipeline.recipe import Recipe
 from pipeline.resolve import need, store_path
 from pipeline.rows import token_doubts
+from pipeline.slots import tasks_of
 from pipeline.store import Space, Store, bytes_per_value
 from pipeline.stored import kept_name, made_with, own_kept
 from pipeline.versions import save_tables, task_id
@@ -34,6 +36,8 @@ def run_extract(recipe: Recipe, say: Say, quiet: bool = False, task: Task | None
     """Extract what `recipe` asks for; `say` takes the lines a person reads. `task`: rows at hand, instead of those the
     recipe names. Returns what was done, for `--json`."""
     need(recipe, "model", "task")
+    if task is None and len(names := tasks_of(recipe)) > 1:
+        return {"tasks": [run_extract(replace(recipe, task=name), say, quiet) for name in names]}
     started = time.perf_counter()
     made = prepare(recipe, task)
     where = store_path(recipe)

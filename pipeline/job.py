@@ -29,7 +29,7 @@ from pipeline.store.errors import StoreError, UserError
 from pipeline.store.tables import version_of
 from pipeline.stored import kept_of
 from pipeline.train.model import Model, tail_for
-from pipeline.train.objectives import Objective
+from pipeline.train.objectives import Objective, Scorer
 from pipeline.train.source import Source
 from pipeline.train.targets import Targets
 from pipeline.train.tuners import TunerConfig, tuner_class
@@ -86,6 +86,15 @@ class Job:
     @property
     def batch_size(self) -> int:
         return batch_size_of(self.recipe, self.paper)
+
+    @property
+    def each(self) -> list[Job]:
+        """What there is of each task: itself alone."""
+        return [self]
+
+    def scorer(self) -> Scorer:
+        """A scorer that has seen nothing yet."""
+        return self.objective.scorer()
 
     def targets(self, split: str) -> Targets | None:
         """The targets of a split; None where a row has none."""

@@ -20,12 +20,12 @@ from pipeline.extract.backbones.live import Backbone
 from pipeline.extract.checkpoint import Checkpoint
 from pipeline.extract.tasks.base import TaskSpec
 from pipeline.extracted import as_extracted
-from pipeline.job import Job, load_job, stated, stored_job, targets_of, unstored_jobs
+from pipeline.job import Job, stated, stored_job, targets_of, unstored_jobs
 from pipeline.objectives import joint_objective
 from pipeline.preparing import Split, joint_tables, of_slot
 from pipeline.recipe import Recipe
 from pipeline.resolve import Found, Unstored, find_space, need
-from pipeline.slots import parts_of, slots_of
+from pipeline.slots import parts_of
 from pipeline.sources import (
     batch_size_of,
     checked_relive,
@@ -39,8 +39,8 @@ from pipeline.store import Space, TaskTable
 from pipeline.store.errors import MissingStates, StoreError, UserError
 from pipeline.store.tables import version_of
 from pipeline.train.live import LiveSlot
-from pipeline.train.model import Model
-from pipeline.train.objectives import Objective
+from pipeline.train.model import Model, drawn_from
+from pipeline.train.objectives import Objective, Scorer
 from pipeline.train.order import Order
 from pipeline.train.pairs import PairSource, distinct
 from pipeline.train.source import Source
@@ -107,6 +107,13 @@ class Joint:
     def batch_size(self) -> int:
         return batch_size_of(self.recipe, self.paper)
 
+    @property
+    def each(self) -> list[Joint]:
+        return [self]
+
+    def scorer(self) -> Scorer:
+        return self.objective.scorer()
+
     def targets(self, split: str) -> Targets | None:
         """The targets of a split; None where a row has none."""
         known = {slot: job.tables[split].metas for slot, job in self.jobs.items()}
@@ -116,17 +123,14 @@ class Joint:
         """A tuner a slot under one head, weights drawn from `seed`."""
         wants, tails = self.objective.wants, {slot: job.tail() for slot, job in self.jobs.items()}
 
-        def towers() -> Towers:
-            made: dict[str, Tuner] = {}
+        made: dict[str, Tuner] = {}
+        with drawn_from(seed):
             for slot, job in self.jobs.items():
                 with of_slot(slot):
                     cls = tuner_class(job.recipe.tuner, job.found.family)
                     made[slot] = cls(job.config, job.found.family, tails[slot], wants)
-            return Towers(made)
-
-        model = Model.made(towers, self.objective, seed)
-        assert isinstance(model.tuner, Towers)
-        for slot, tuner in model.tuner.each().items():
+            model = Model(Towers(made), self.objective)
+        for slot, tuner in made.items():
             if seed is not None and (first := self.jobs[slot].first) is not None:
                 tuner.begin(first())
         return model
@@ -244,12 +248,8 @@ def by_row(metas: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, A
     return [dict(zip(known, row, strict=True)) for row in zip(*known.values(), strict=True)]
 
 
-def open_job(recipe: Recipe, version: str | None = None, spaces: Any = None) -> Job | Joint:
-    """Look up what a recipe names, of one backbone (see `load_job`) or of several. `version`, `spaces`: those of a
-    finished run."""
-    if not slots_of(recipe):
-        parts_of(recipe)  # refuses options of slots
-        return load_job(recipe, version, spaces)
+def load_joint(recipe: Recipe, version: str | None = None, spaces: Any = None) -> Joint:
+    """Look up what a recipe of several backbones names. `version`, `spaces`: those of a finished run."""
     need(recipe, "task")
     asked = spaces if isinstance(spaces, dict) else {}
     try:

@@ -52,7 +52,7 @@ class Recipe:
         "",
         "Task: a GLUE name (see `pipeline tasks`), your own .csv, .tsv, .jsonl or .conll file, a folder of pictures, "
         "or hub:DATASET, pictures from Hugging Face; of what is stored also its name, or NAME@ID (see `pipeline store "
-        "status`).",
+        "status`). Several, with commas between: one tuner, a head and a score each.",
         "extract train",
         metavar="NAME",
     )

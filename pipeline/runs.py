@@ -19,7 +19,8 @@ from pipeline.extract.tasks.sheet import read_sheet
 from pipeline.extract.tasks.table import cell_text
 from pipeline.extracting import Say
 from pipeline.job import Job
-from pipeline.joint import Joint, open_job
+from pipeline.joint import Joint
+from pipeline.mixture import Mixture, open_job
 from pipeline.owners import recipe_of
 from pipeline.preparing import of_slot
 from pipeline.recipe import read_recipe
@@ -31,7 +32,8 @@ from pipeline.train.checkpoint import load as load_checkpoint
 from pipeline.train.evaluate import evaluate, predict
 from pipeline.train.generate import generate
 from pipeline.train.metrics import score
-from pipeline.train.model import Model
+from pipeline.train.mixture import MixedModel
+from pipeline.train.model import Reader
 from pipeline.train.objectives.label_text import LabelText
 from pipeline.train.source import Source
 from pipeline.train.tuners import tuner_class
@@ -45,8 +47,8 @@ class Run:
     """A trained tuner with the space it was trained from."""
 
     folder: Path
-    job: Job | Joint
-    model: Model
+    job: Job | Joint | Mixture
+    model: Reader
     _live: tuple[Backbone, Checkpoint] | None = None
 
     @property
@@ -55,6 +57,14 @@ class Run:
 
     def __repr__(self) -> str:
         return f"Run({str(self.folder)!r}, tuner={self.job.recipe.tuner!r}, task={self.spec.name!r})"
+
+    def of(self, task: str) -> Run:
+        """The same run as one of its several tasks has it: what `predict` needs."""
+        if not isinstance(self.job, Mixture) or not isinstance(self.model, MixedModel):
+            raise UserError(f"--task: {self.folder} is a run of one task, {self.spec.name}")
+        if task not in self.job.jobs:
+            raise UserError(f"--task {task}: {self.folder} has the tasks {', '.join(self.job.jobs)}")
+        return Run(self.folder, self.job.jobs[task], self.model.of(task))
 
     @property
     def metrics(self) -> dict[str, Any]:
@@ -74,13 +84,18 @@ class Run:
             raise UserError(f"the store has no {split} rows of {self.spec.name}; it has: {', '.join(self.job.tables)}")
         source = self.job.source(split)
         precision = self.job.recipe.train_precision
-        return evaluate(self.model, source, self.job.objective.scorer(), self.job.device, precision)
+        return evaluate(self.model, source, self.job.scorer(), self.job.device, precision)
+
+    def _single(self) -> Job | Joint:
+        if isinstance(self.job, Mixture):
+            raise UserError(f"{self.folder} has several tasks: choose one with --task, of {', '.join(self.job.jobs)}")
+        return self.job
 
     def generate(self, split: str) -> dict[str, Any]:
         """Free generation on `split` with the frozen decoder live: metrics by exact match of the written text (of a
         regression by the number written), and the share of answers that are a target at all. Raises UserError for runs
         that write no text."""
-        objective = self.job.objective
+        objective = self._single().objective
         if not isinstance(objective, LabelText):
             raise UserError(f"--generate: only runs of objective label-text write text; this one's is {objective.name}")
         assert isinstance(self.job, Job)
@@ -108,9 +123,11 @@ class Run:
         texts = texts if isinstance(texts, str | bytes | Mapping) else list(texts)
         if not texts:
             return []
+        self._single()
         if isinstance(self.job, Joint):
             source: Source = self.job.fresh_source(texts, str(root), say)
         else:
+            assert isinstance(self.job, Job)
             source = fresh_source(self.job, self.live(), texts, str(root), say)
         return predict(self.model, source, self.job.device, self.job.recipe.train_precision)
 
@@ -147,11 +164,11 @@ def load_run(folder: str | Path, **overrides: Any) -> Run:
 
 
 def read_rows(
-    path: Path, job: Job | Joint, text: str | None = None, text_pair: str | None = None
+    path: Path, job: Job | Joint | Mixture, text: str | None = None, text_pair: str | None = None
 ) -> tuple[list[Any], Any]:
     """`read_inputs` for what `Run.predict` takes: of a run with several backbones slot → rows. `text` and `text_pair`
     may then be SLOT=COLUMN,…"""
-    if isinstance(job, Job):
+    if not isinstance(job, Joint):
         return read_inputs(path, job.spec, text, text_pair)
     ids: list[Any] = []
     rows = {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 from pipeline.recipe import UNSPOKEN, Recipe, option_name
@@ -97,8 +98,16 @@ def parts_of(recipe: Recipe) -> dict[str, Recipe]:
     return {slot: SlotRecipe(**{**common, **own[slot]}, slot=slot, whole=recipe) for slot in slots}
 
 
+def tasks_of(recipe: Recipe) -> list[str]:
+    """The tasks that --task names, with commas between where there are several."""
+    names = [name.strip() for name in recipe.task.split(",")]
+    return names if len(names) > 1 and all(names) and not Path(recipe.task).exists() else [recipe.task]
+
+
 def refuse_slots(recipe: Recipe, what: str) -> None:
-    """UserError where the recipe is of several backbones, which `what` does not take."""
+    """UserError where the recipe is of several backbones or tasks, which `what` does not take."""
+    if len(tasks_of(recipe)) > 1:
+        raise UserError(f"{what} takes one task a run: give one of {recipe.task} to --task")
     if slots := slots_of(recipe):
         raise UserError(
             f"{what} takes one backbone a run: give --model the one of slot {slots[0]}, or of another, alone"

@@ -17,7 +17,8 @@ from pipeline.extract.tasks.hub_images import PREFIX
 from pipeline.extract.tasks.registry import is_folder, is_table
 from pipeline.extracted import views_of
 from pipeline.job import Job
-from pipeline.joint import Joint, open_job
+from pipeline.joint import Joint
+from pipeline.mixture import Mixture, open_job
 from pipeline.recipe import Recipe
 from pipeline.resolve import store_path
 from pipeline.sources import grouped
@@ -30,6 +31,7 @@ from pipeline.unused import refuse_for_training
 from pipeline.versions import columns_text, task_id
 
 Say = Callable[[str], None]
+AnyJob = Job | Joint | Mixture
 LARGE_TASKS = ("mnli", "qnli", "qqp", "sst2")
 
 
@@ -57,13 +59,14 @@ def fit_options(recipe: Recipe, spec: TaskSpec, paper: bool, lr: float) -> FitOp
     )
 
 
-def run_folder(job: Job | Joint) -> Path:
+def run_folder(job: AnyJob) -> Path:
     """--out, or a folder named after the run: the task by its name where everybody means the same by it, else with the
     beginning of its id."""
-    recipe, task = job.recipe, job.spec.name
+    recipe = job.recipe
     if recipe.out:
         return Path(recipe.out)
-    task = task if is_named(task) else f"{task}@{job.version[:8]}"
+    names = [(part.spec.name, part.version[:8]) for part in job.each]
+    task = "+".join(name if is_named(name) else f"{name}@{version}" for name, version in names)
     model, tuner = job.model_name.replace("/", "_"), recipe.tuner.replace(",", "+")
     return Path("runs") / (f"{task}-{tuner}-{model}-s{recipe.seed}" + ("-live" if recipe.live else ""))
 
@@ -82,28 +85,31 @@ def run_train(recipe: Recipe, say: Say, quiet: bool = False) -> dict[str, Any]:
     """Train what `recipe` says; `say` takes the lines a person reads. Returns the metrics with the run's folder."""
     job = open_job(recipe)
     refuse_for_training(recipe, job.families)
-    if "train" not in job.tables:
-        raise StoreError(
-            f"the store has no train rows of {job.spec.name}; run: "
-            f"{extract_command(job.as_extracted(), split=('train',))}"
-        )
+    for part in job.each:
+        if "train" not in part.tables:
+            raise StoreError(
+                f"the store has no train rows of {part.spec.name}; run: "
+                f"{extract_command(part.as_extracted(), split=('train',))}"
+            )
     folder = run_folder(job)
     if (folder / "metrics.json").exists() and not recipe.overwrite:
         raise UserError(f"{folder} holds a finished run; give another --out, or --overwrite to replace it")
     model = job.model(recipe.seed)
     options = fit_options(recipe, job.spec, job.paper, model.tuner.default_lr())
     parts = job.sources(recipe.live)
-    table = job.tables["train"]
-    more = f" of {table.header['total']:,}" if len(table.keys) < table.header.get("total", 0) else ""
+    tables = [part.tables["train"] for part in job.each]
+    rows, total = sum(map(len, tables)), sum(table.header.get("total", len(table)) for table in tables)
+    more, name = f" of {total:,}" if rows < total else "", ", ".join(part.spec.name for part in job.each)
     say(
-        f"{recipe.tuner} on {job.spec.name}: {len(table.keys):,}{more} train rows, batch {job.batch_size}, "
+        f"{recipe.tuner} on {name}: {rows:,}{more} train rows, batch {job.batch_size}, "
         f"{options.epochs} epochs, {model.trainable_parameters():,} trainable parameters, "
         + ("live backbone" if recipe.live else "from the store")
     )
-    say(f"rows {task_id(table.header)}: {columns_text(table.header)}, of {str(table.header.get('created'))[:10]}")
+    for table in tables:
+        say(f"rows {task_id(table.header)}: {columns_text(table.header)}, of {str(table.header.get('created'))[:10]}")
     for line in job.describe():
         say(line)
-    odd = job_doubts(job)
+    odd = [sentence for part in job.each for sentence in job_doubts(part)]
     for sentence in odd:
         say(f"warning: {sentence}")
     make_folder(folder)
@@ -116,14 +122,14 @@ def run_train(recipe: Recipe, say: Say, quiet: bool = False) -> dict[str, Any]:
         parts.get("test"),
         options,
         folder,
-        job.objective.scorer,
+        job.scorer,
         job.device,
         progress=not quiet,
         info={"space": job.spaces, "tuner": recipe.tuner, "rows": job.version},
     )
     if remark := model.tuner.remark():
         say(f"{recipe.tuner}: {remark}")
-    about = {"run": str(folder), "space": job.spaces, "tuner": recipe.tuner, "task": job.spec.name}
+    about = {"run": str(folder), "space": job.spaces, "tuner": recipe.tuner, "task": name}
     return {**about, **metrics, "warnings": odd}
 
 
@@ -142,21 +148,23 @@ def lasting_name(job: Job | Joint) -> str:
     return task if own else task_id(next(iter(job.tables.values())).header)
 
 
-def write_recipe(folder: Path, job: Job | Joint, options: FitOptions) -> None:
+def write_recipe(folder: Path, job: AnyJob, options: FitOptions) -> None:
     """recipe.yaml: the run's options with every default resolved, so that it can be run again by `--recipe`."""
+    objectives = [part.objective for part in job.each]
+    alike = len({o.name for o in objectives}) == 1
     resolved = replace(
         job.recipe,
-        task=lasting_name(job),
+        task=",".join(lasting_name(part) for part in job.each),
         store=absolute(store_path(job.recipe)),
         batch_size=job.batch_size,
         group_by_length=grouped(job.recipe, job.paper),
-        objective=job.objective.name,
+        objective=objectives[0].name if alike else job.recipe.objective,
         epochs=options.epochs,
         lr=options.lr,
         warmup_steps=options.warmup_steps,
         warmup_ratio=options.warmup_ratio,
         imports=lasting(job.recipe.imports),
-        objective_options=asdict(job.objective.config),
+        objective_options=asdict(objectives[0].config) if alike else job.recipe.objective_options,
         out=None,
         overwrite=False,
         **job.resolved(),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -90,15 +91,8 @@ class Model(Reader):
         cls, name: str, config: TunerConfig, family: Family, tail: Tail, objective: Objective, seed: int | None = None
     ) -> Model:
         """The model of tuner `name`; with `seed`, its weights are drawn from that seed alone."""
-        return cls.made(lambda: tuner_class(name, family)(config, family, tail, objective.wants), objective, seed)
-
-    @classmethod
-    def made(cls, tuner: Callable[[], Tuner], objective: Objective, seed: int | None = None) -> Model:
-        """The model of what `tuner` makes; with `seed`, all weights are drawn from that seed alone."""
-        with torch.random.fork_rng(devices=[], enabled=seed is not None):
-            if seed is not None:
-                torch.manual_seed(seed)
-            return cls(tuner(), objective)
+        with drawn_from(seed):
+            return cls(tuner_class(name, family)(config, family, tail, objective.wants), objective)
 
     def forward(self, batch: Batch) -> Features:
         return self.tuner(batch)
@@ -129,6 +123,15 @@ class Model(Reader):
         if wrong:
             raise UserError(f"saved tuner does not fit this model: {wrong[0]} is missing, unknown or of another shape")
         self.load_state_dict(state, strict=False)
+
+
+@contextmanager
+def drawn_from(seed: int | None) -> Iterator[None]:
+    """Weights that are made within it are drawn from `seed` alone; None leaves all as it is."""
+    with torch.random.fork_rng(devices=[], enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        yield
 
 
 def refuse_features(tuner: Tuner, objective: Objective) -> None:

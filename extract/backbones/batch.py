@@ -92,7 +92,8 @@ class Batch:
     samples' targets, by name (`label` (B,) for one class or number a sample); None where there are none. `metas`: what
     extraction knows of each sample (word boundaries and the like). `index`:
     (B,) int64, the place of each sample in its split's task table. `wait_seconds`: how long the consumer waited for
-    this batch. `pictures`: what a live image backbone reads pixels from; None from the store.
+    this batch. `pictures`: what a live image backbone reads pixels from; None from the store. `task`: whose samples
+    these are, in a run with several.
 
     Of a task with several slots: names are `<slot>/<stream>.<what>`, and states, columns and lengths are of the
     distinct samples of each slot, gathered once however many samples of the batch share them. `ids`: slot → (B,) int64
@@ -109,6 +110,7 @@ class Batch:
     wait_seconds: float = 0.0
     pictures: Sequence[Any] | None = None
     ids: dict[str, np.ndarray] = field(default_factory=dict)
+    task: str = ""
     _derived: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @classmethod

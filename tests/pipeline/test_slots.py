@@ -208,7 +208,7 @@ def test_spaces_that_contradict(glue: dict[str, Any], tmp_path: Path) -> None:
         ("train", ["--tuner", "a=unipt,a=probe"], ["slot a", "twice"]),
         ("train", ["--tuner", "a=unipt,probe"], ["SLOT=VALUE"]),
         ("train", ["--tuner", "a=unipt,b=probe", "--gate", 0.1], ["--gate is an option of sherl"]),
-        ("train", ["--tuner", "head2toe"], ["slot a", "head2toe", "weights of the head"]),
+        ("train", ["--tuner", "head2toe"], ["slot a", "head2toe", "weights of a head"]),
         ("train", ["--tuner", "sherl"], ["slot b", "t5"]),
         ("train", ["--tuner", "unipt", "--objective", "label-text"], ["several backbones", "classification"]),
         ("train", ["--tuner", "unipt", "--objective", "regression"], ["class", "regression"]),

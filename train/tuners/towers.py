@@ -23,12 +23,8 @@ class Towers(Tuner):
     def __init__(self, parts: Mapping[str, Tuner]) -> None:
         nn.Module.__init__(self)  # of no single backbone
         for slot, tuner in parts.items():
-            cls = type(tuner)
-            if cls.penalty is not Tuner.penalty or cls.stepped is not Tuner.stepped:
-                raise UserError(
-                    f"slot {slot}: tuner {tuner.name} works on the weights of the head, which several slots share: "
-                    "choose another for this slot"
-                )
+            if reason := tuner.needs_one_head():
+                raise UserError(f"slot {slot}: {reason}")
         # With a prefix, for a slot may be called as a method is.
         self.parts = nn.ModuleDict({f"of_{slot}": tuner for slot, tuner in parts.items()})
         self.features = {
