@@ -249,7 +249,7 @@ def unstored_jobs(recipe: Recipe, spaces: Mapping[str, str]) -> dict[str, Job] |
     else:
         return None
     tables = tables_of(made)
-    given = {"tuners": recipe.tuners, "split": recipe.split}
+    given: dict[str, Any] = {"tuners": recipe.tuners, "split": recipe.split}
     return {slot: _unstored(replace(m.recipe, **given), m, tables[slot]) for slot, m in made.items()}
 
 

@@ -33,7 +33,7 @@ from pipeline.train.evaluate import evaluate, predict
 from pipeline.train.generate import generate
 from pipeline.train.metrics import score
 from pipeline.train.mixture import MixedModel
-from pipeline.train.model import Reader
+from pipeline.train.model import Model
 from pipeline.train.objectives.label_text import LabelText
 from pipeline.train.source import Source
 from pipeline.train.tuners import tuner_class
@@ -48,7 +48,7 @@ class Run:
 
     folder: Path
     job: Job | Joint | Mixture
-    model: Reader
+    model: Model
     _live: tuple[Backbone, Checkpoint] | None = None
 
     @property

@@ -171,6 +171,8 @@ class MixedModel(Model):
     """A tuner and a head for each task. Raises UserError for a tuner that works on the weights of one head, naming the
     task where an objective cannot read it."""
 
+    head: MixedHead
+
     def __init__(self, tuner: Tuner, objectives: Mapping[str, Objective]) -> None:
         Reader.__init__(self)
         if reason := tuner.needs_one_head():
@@ -183,19 +185,14 @@ class MixedModel(Model):
                 heads[task] = objective.head(tuner.features, tuner.tail)
         self.head = MixedHead(heads)
 
-    def of(self, task: str) -> Reader:
+    def of(self, task: str) -> Model:
         """What tells of one task alone."""
         return _One(self, task)
 
 
-class _One(Reader):
-    """A mixed model as one task has it."""
+class _One(Model):
+    """A mixed model as one task has it: the same tuner, the head of the task."""
 
     def __init__(self, model: MixedModel, task: str) -> None:
-        super().__init__()
-        self.model, self.tuner = model, model.tuner
-        self.objective, self.head = model.objectives[task], model.head.of(task)
-
-    def forward(self, batch: Batch) -> Features:
-        features: Features = self.model(batch)
-        return features
+        Reader.__init__(self)
+        self.tuner, self.objective, self.head = model.tuner, model.objectives[task], model.head.of(task)

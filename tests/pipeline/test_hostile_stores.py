@@ -68,11 +68,11 @@ def change_tables(store: Path, change: Callable[[dict[str, Any], list[Any]], Non
     """Change header and rows ([key, label, texts] each) of every task table and name it anew."""
     for path in store.glob("spaces/*/tasks/*/*.parquet"):
         count = int(path.name.rsplit("-", 2)[1])
-        header, (keys, labels, texts, ids, metas) = parquet.read_rows(path.read_bytes(), count, str(path))
+        header, (keys, labels, texts, *others) = parquet.read_rows(path.read_bytes(), count, str(path))
         rows = [list(row) for row in zip(keys, labels, texts, strict=True)]
         change(header, rows)
         columns = ([row[i] for row in rows] for i in range(3))
-        data = parquet.dump(header, *columns, ids, metas)
+        data = parquet.dump(header, *columns, *others)
         path.unlink()
         path.with_name(f"{path.name.rsplit('-', 1)[0]}-{digest_bytes(data)[:16]}.parquet").write_bytes(data)
 
