@@ -125,7 +125,10 @@ def stored_versions(space: Space, recipe: Recipe, images: bool = False, version:
 
     task, wanted = canonical_name(recipe.task), version or split_id(recipe.task)[1]
     known = versions_of(space, task)
-    own = [v for v in known if v.slot == slot_of(recipe)]
+    own = [v for v in known if v.slot == (slot := slot_of(recipe))]
+    if known and not own:
+        there = ", ".join(sorted({f"slot {v.slot}" if v.slot else "a backbone alone" for v in known}))
+        raise StoreError(f"task {task!r} is here for {there}, not for {f'slot {slot}' if slot else 'a backbone alone'}")
     if not wanted:
         return _fitting(space, recipe, own, {v.id for v in known}, AtHand(recipe, images))
     fitting = [v for v in own if v.id.startswith(wanted)]

@@ -55,6 +55,9 @@ def test_two_tasks(tables: Path, checkpoints: dict[str, Path], tmp_path: Path, f
     assert found["average"] == pytest.approx(
         (one["average"] + run("evaluate", tmp_path / "cached", "--task", "lengths")["average"]) / 2
     )
+    if family == "bert":  # without a store, in another order
+        alone = run("train", *both[:-1], tmp_path / "nowhere", *how, "--live", "--out", tmp_path / "alone")
+        assert alone["steps"] == cached["steps"] and not (tmp_path / "nowhere").exists()
     new = tmp_path / "new.csv"
     new.write_text("text\na cat sees\nthe old dog\n")
     told = run("predict", tmp_path / "cached", "--input", new, "--task", "animals")["predictions"]

@@ -134,7 +134,7 @@ def test_one_backbone_and_several_share_a_store(
     store = tmp_path / "store"
     shutil.copytree(glue["folder"] / "store", store)
     single = ["--model", checkpoints["bert"], "--task", "rte", "--data", glue["folder"] / "glue", "--store", store]
-    refused(invoke("train", *single, "--tuner", "probe", "--out", tmp_path / "x"), "rte")
+    refused(invoke("train", *single, "--tuner", "probe", "--out", tmp_path / "x"), "slot a, not for a backbone alone")
     assert run("extract", *single, "--for", "probe", "--format", "float32")["computed"] == 0
     alone = run("train", *single, "--tuner", "probe", *TRAIN, "--out", tmp_path / "alone")
     joint = [*glue["options"][:-1], store, "--tuner", "probe", *TRAIN]
