@@ -20,7 +20,7 @@ from pipeline.extract.checkpoint import Checkpoint, resolve
 from pipeline.extracting import run_extract
 from pipeline.job import live_backbone, load_job, sources
 from pipeline.operations import fresh_backbone
-from pipeline.plan import Plan, predict, workload
+from pipeline.plan import Plan, family_and_tokenizer, predict, workload
 from pipeline.recipe import Recipe
 from pipeline.report import size_text, table_text
 from pipeline.resolve import device_of, open_task, store_path
@@ -34,7 +34,7 @@ WARM_UP_ROWS = 8
 def run_bench(recipe: Recipe, say: Callable[[str], None]) -> tuple[dict[str, Any], str]:
     """Predict, run, compare. Raises UserError where there is no tokenizer to make inputs with."""
     recipe = replace(recipe, limit=recipe.limit or ROWS, split=("train",), space=None)
-    task = open_task(recipe)
+    task = open_task(recipe, family_and_tokenizer(recipe.model)[0])
     near = Path(store_path(recipe)).resolve().parent
     folder = Path(tempfile.mkdtemp(prefix=".pipeline-bench-", dir=near if near.is_dir() else None))
     try:

@@ -17,11 +17,13 @@ from pipeline.doubts import doubts
 from pipeline.extract.backbones import Family, Inputs, TextOptions, stream_of
 from pipeline.extract.backbones.live import Backbone
 from pipeline.extract.checkpoint import CONFIG_NOISE, Checkpoint, resolve
+from pipeline.extract.completion import RowError
 from pipeline.extract.encoding import arrays_of
 from pipeline.extract.identity import PRECISIONS, space_identity
 from pipeline.extract.plugins import lasting
 from pipeline.extract.run import Report, compute, provenance_of
 from pipeline.extract.tasks.base import SPLITS, Rows, Task, TaskSpec
+from pipeline.extract.tasks.completion import form_of
 from pipeline.extract.tasks.images import contents
 from pipeline.keepsakes import keep
 from pipeline.projecting import project, widths_text
@@ -62,12 +64,17 @@ def prepare_split(
     those that scoring all targets needs. Raises UserError for rows that the backbone cannot read."""
     refuse_other_kind(family, rows.texts, options.root, f"the {name} rows of {spec.name}")
     gold = None
-    options = replace(options, words=spec.target == "tags")
+    options = replace(options, words=spec.target == "tags", form=form_of(spec))
+    if spec.target == "tokens" and not family.continues_text:
+        raise UserError(f"the texts of {spec.name} are to be gone on with, which {family.name} backbones do not do")
     if options.views > 1 and name == "train":
         rows = with_views(rows, options.views)
     if name == "train" and candidates:
         gold = [spec.target_index(label) for label in rows.labels if isinstance(label, int | float)]
-    inputs = family.prepare(tokenizer, rows.texts, options, candidates, gold)
+    try:
+        inputs = family.prepare(tokenizer, rows.texts, options, candidates, gold)
+    except RowError as error:
+        raise UserError(f"{spec.name}, {name} {error}") from None
     refuse_unknown_ids(family, inputs, f"the {name} rows of {spec.name}")
     if inputs.skipped:
         rows = rows.take([i for i in range(len(rows)) if i not in inputs.skipped])
@@ -104,8 +111,8 @@ def run_extract(recipe: Recipe, say: Say, quiet: bool = False, task: Task | None
     family, states = checkpoint.family, wanted_states(recipe, checkpoint.family)
     refuse_full_readers(recipe, recipe.tuners, family)
     refuse_for_kind(recipe, family)
-    task = task or open_task(recipe)
-    options = space_options(recipe, task.spec)
+    task = task or open_task(recipe, family)
+    options = space_options(recipe, task.spec, family)
     task = with_contents(task, family, options.text)
     identity = space_identity(checkpoint, options)
     candidates = family.candidates(checkpoint.tokenizer, task.spec.texts) if family.writes_text else []
@@ -231,6 +238,9 @@ def _labels_text(spec: TaskSpec) -> str:
         return "no label: rows are for `stream` alone, not for training (--label COLUMN)"
     if spec.target == "number":
         return "label: a number"
+    if spec.target == "tokens":
+        what = {"text": "all of", "completion": "of the completions of", "messages": "the assistant's in"}
+        return f"targets: tokens, {what[form_of(spec)]} the texts"
     few = ", ".join(spec.labels[:4]) + (", …" if len(spec.labels) > 4 else "")
     what = {"class": "classes", "classes": "classes, any number of them a row", "tags": "tags, one a word"}[spec.target]
     return f"label: {len(spec.labels):,} {what} ({few})"

@@ -89,7 +89,7 @@ class Job:
     def targets(self, split: str) -> Targets | None:
         """The targets of a split; None where a row has none."""
         table = self.tables[split]
-        labelled = all(label is not None for label in table.labels)
+        labelled = self.objective.continues_text or all(label is not None for label in table.labels)
         return Targets(self.objective, table.labels, table.metas or None) if labelled else None
 
     def model(self, seed: int | None = None) -> Model:
@@ -174,9 +174,10 @@ def unstored_job(recipe: Recipe, space: str = "") -> Job | None:
     """A live job without a store: tables and tail come from the task's files and the checkpoint. None where that makes
     another feature space than the one asked for by the beginning of its id, `space`."""
     need(recipe, "model", "task")
-    checkpoint, task = resolve(recipe.model), open_task(recipe)
+    checkpoint = resolve(recipe.model)
+    task = open_task(recipe, checkpoint.family)
     refuse_for_kind(recipe, checkpoint.family)
-    options = space_options(recipe, task.spec)
+    options = space_options(recipe, task.spec, checkpoint.family)
     if options.projection != "none":
         raise UserError("--projection: what extract fitted is kept in a store, and there is none here; extract first")
     for upright in (True, False):  # a run of an earlier version did not turn pictures

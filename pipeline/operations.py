@@ -59,11 +59,12 @@ class NoValues(TorchDispatchMode):
 
 def fresh_backbone(family: Family, attention: str) -> Any:
     """The backbone with weights drawn anew, on the present default device."""
-    from transformers import AutoModel, AutoModelForSeq2SeqLM
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     if isinstance(family, Vision):
         return family.make(attention).eval()
     maker: Any = AutoModelForSeq2SeqLM if family.writes_text else AutoModel
+    maker = AutoModelForCausalLM if family.continues_text else maker
     return maker.from_config(family.config, attn_implementation=attention).eval()
 
 

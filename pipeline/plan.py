@@ -189,7 +189,7 @@ def sample_lengths(
 ) -> dict[str, np.ndarray]:
     """Positions of up to `SAMPLED` rows of a split: tokenised, or estimated from words; of images by their extents."""
     spec, rows = task.spec, task.rows(split).head(min(SAMPLED, recipe.limit or SAMPLED))
-    text = space_options(recipe, spec).text
+    text = space_options(recipe, spec, family).text
     refuse_other_kind(family, rows.texts, text.root, f"the {split} rows of {spec.name}")
     if isinstance(family, Vision):
         assert isinstance(tokenizer, Preprocess)
@@ -214,7 +214,7 @@ def workload(recipe: Recipe, task: Task | None = None) -> Workload:
     """The recipe's task and model as numbers."""
     need(recipe, "model", "task")
     family, tokenizer = family_and_tokenizer(recipe.model)
-    task = task or open_task(recipe)
+    task = task or open_task(recipe, family)
     refuse_full_readers(recipe, (recipe.tuner,), family)
     refuse_for_kind(recipe, family)
     if kept := parse_projection(recipe.projection or "none", family.width):
@@ -228,7 +228,7 @@ def workload(recipe: Recipe, task: Task | None = None) -> Workload:
     if isinstance(family, Vision):
         assert isinstance(tokenizer, Preprocess)
         first = task.rows("train" if "train" in splits else splits[0])
-        pictures = some_pictures(tokenizer, first, space_options(recipe, task.spec).text)
+        pictures = some_pictures(tokenizer, first, space_options(recipe, task.spec, family).text)
         if "train" in rows:
             rows["train"] *= recipe.views or 1
     return Workload(

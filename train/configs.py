@@ -256,6 +256,7 @@ TUNERS: dict[str, type[TunerConfig]] = {
 
 OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
     "classification": PooledConfig,
+    "completion": ObjectiveConfig,
     "label-text": ObjectiveConfig,
     "multilabel": MultilabelConfig,
     "regression": PooledConfig,

@@ -30,7 +30,8 @@ from pipeline.store.errors import UserError
 @dataclass(frozen=True)
 class TextOptions:
     """How text becomes input ids. `prompt` is used by text-to-text families only; "" elsewhere. `words`: also find out
-    which word each position belongs to, which changes nothing else.
+    which word each position belongs to, which changes nothing else. `form`: what the rows of a completion task are, see
+    `extract.completion`; "plain" for those of any other.
 
     Of image families: `root`, the folder that file names are relative to; `skip_bad`, leave out pictures that cannot be
     read; `image_size`, "HEIGHTxWIDTH" of what the backbone sees, "own" for each
@@ -49,6 +50,7 @@ class TextOptions:
     view_seed: int = 0
     upright: bool = True
     words: bool = False
+    form: Literal["plain", "text", "completion", "messages"] = "plain"
 
 
 class Tail(nn.Module, ABC):
@@ -128,7 +130,8 @@ class Family(ABC):
     name: ClassVar[str]
     model_types: ClassVar[tuple[str, ...]]
     description: ClassVar[str]
-    writes_text: ClassVar[bool] = False  # it has a decoder and a language-model head
+    writes_text: ClassVar[bool] = False  # it answers a source: an encoder, a decoder and a language-model head
+    continues_text: ClassVar[bool] = False  # it goes on with a text: a decoder alone with a language-model head
     attentions: ClassVar[tuple[str, ...]] = ("sdpa", "eager")
     modality: ClassVar[Literal["text", "image"]] = "text"
     # "sequence": every stream has one width and a block's output keeps its positions. "pyramid": a stream a stage, each
@@ -139,6 +142,15 @@ class Family(ABC):
     def __init__(self, config: Any) -> None:
         self.config = config
         self.projection: Projection | None = None  # of the feature space at hand
+
+    # -- what a feature space is made with where nothing is said; of attention, the first of `attentions` ----------
+    @property
+    def usual_precision(self) -> str:
+        return "float32"
+
+    @property
+    def usual_length(self) -> int:
+        return 128
 
     # -- shape ---------------------------------------------------------------------------------------------------
     streams: ClassVar[tuple[str, ...]]

@@ -1,8 +1,6 @@
 """A table of the user's own as a task: CSV, TSV, JSON lines or CoNLL with one or two text columns and a label column.
 
-Splits: separate files where given. Where neither a validation nor a test file is given, a tenth of the rows each is
-held out by the fixed permutation (seed 42, whatever the run's seed), so that a table always splits the same way. With a
-test file alone, only validation rows are held out; with a validation file alone there is no test split.
+Texts for a language model, in columns that say so, are another task: `completion`. Splits: see `splits`.
 """
 
 from __future__ import annotations
@@ -14,14 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
-from pipeline.extract.tasks.base import Label, Rows, TargetType, Task, TaskError, TaskSpec, fixed_order
-from pipeline.extract.tasks.glue import GLUE
+from pipeline.extract.tasks.base import Label, Rows, TargetType, Task, TaskError, TaskSpec
+from pipeline.extract.tasks.completion import Asked, completion_fields, load_completions
+from pipeline.extract.tasks.names import table_name
 from pipeline.extract.tasks.sheet import WORDS, Sheet, read_sheet
+from pipeline.extract.tasks.splits import part
 from pipeline.extract.words import words_of
 
-HELD_OUT = 0.1  # share of the rows, each, for validation and test
 GRID_STEPS = 50  # a regression grid has at most this many steps
 _TEXTS, _LABELS = ("text", "sentence", "words", "tokens"), ("label", "labels", "tags", "ner_tags")
 
@@ -38,6 +35,7 @@ def load_table(
     test: Path | None = None,
     metrics: Sequence[str] = (),
     name: str | None = None,
+    continues: bool = False,
 ) -> Task:
     """The table at `path` as a task named after the file (or `name`).
 
@@ -51,12 +49,16 @@ def load_table(
     text with blanks or `separator` between them. Class names are those of `path`, sorted (by value where all are whole
     numbers). `metrics`: accuracy, or pearson and spearman, where not given. Text-to-text: prompt "NAME COLUMN: A
     COLUMN: B", texts to answer the class index, or an even grid over the range of the labels. A test file may come
-    without labels.
+    without labels. `continues`: the backbone goes on with texts, so that rows without labels are what it learns; see
+    `completion_fields`.
 
     Raises `TaskError` for: missing column, missing or unknown label, label that is not a finite number, one class only,
     other than one tag a word, too few rows to split, and all that `read_sheet` refuses.
     """
     train = read_sheet(path)
+    asked = Asked(text, targets, continues, others=any((text_pair, label, separator, metrics)))
+    if texts := completion_fields(train.columns, _LABELS, asked):
+        return load_completions(path, train, texts, validation, test, name)
     words = path.suffix.lower() in WORDS
     text = text or (train.columns[0] if words else _guess(train, _TEXTS, "--text"))
     label = label or (train.columns[-1] if words and len(train.columns) > 1 else _found(train, _LABELS))
@@ -73,43 +75,16 @@ def load_table(
     if target not in ("number", "none"):
         reading.classes = _class_names(train, reading, given)
 
-    def rows_of(sheet: Sheet) -> Rows:
-        return _rows(sheet, reading)
+    def rows_of(sheet: Sheet, split: str) -> Rows:
+        rows = _rows(sheet, reading)
+        if split == "validation" and label:
+            _all_labelled(sheet, rows, label)
+        return rows
 
-    everything = rows_of(train)
-    order = fixed_order(len(everything))
-    splits: dict[str, Rows] = {}
-    absent: dict[str, str] = {}
-    parts = {"train": train.digest}
-    if validation is not None:
-        sheet = read_sheet(validation)
-        splits["validation"], parts["validation"] = rows_of(sheet), sheet.digest
-        if label:
-            _all_labelled(sheet, splits["validation"], label)
-        held = 0
-    else:
-        held = max(1, int(len(everything) * HELD_OUT))
-        if len(everything) < (3 if test is None else 2):
-            raise TaskError(f"{path} has {len(everything)} rows, too few to hold any out; add rows")
-        splits["validation"] = everything.take(order[:held])
-    if test is not None:
-        sheet = read_sheet(test)
-        splits["test"], parts["test"] = rows_of(sheet), sheet.digest
-    elif validation is None:
-        splits["test"] = everything.take(order[held : 2 * held])
-        held *= 2
-    else:
-        absent["test"] = "a validation file was given and no test file; give one with --test FILE"
-    splits["train"] = everything.take(order[held:])
-
-    spec = _spec(name, reading, everything, tuple(metrics))
-    revision = train.digest if len(parts) == 1 else xxhash.xxh3_128_hexdigest(repr(sorted(parts.items())).encode())
-    provenance = {
-        "dataset": path.name, "revision": revision, "licence": "not stated", "source": "table",
-        "splits": "files" if validation is not None and test is not None else "held-out",
-        "files": parts, "label": label, **({"separator": separator} if separator else {}),
-    }  # fmt: skip
-    return Task(spec, {s: splits[s] for s in ("train", "validation", "test") if s in splits}, provenance, absent)
+    parted = part(path, train, rows_of, validation, test)
+    spec = _spec(name, reading, parted.everything, tuple(metrics))
+    more = {"label": label, **({"separator": separator} if separator else {})}
+    return Task(spec, parted.splits, {**parted.provenance, **more}, parted.absent)
 
 
 @dataclass
@@ -131,12 +106,6 @@ def _guess(sheet: Sheet, names: Sequence[str], option: str) -> str:
     if found := _found(sheet, names):
         return found
     raise TaskError(f"{sheet.path}: name a column with {option}; columns there: {', '.join(sheet.columns)}")
-
-
-def table_name(stem: str) -> str:
-    """What a table is called as a task: its file's stem in letters, digits, - and _; never the name of a GLUE task."""
-    name = re.sub(r"[^A-Za-z0-9_-]+", "-", stem).strip("-_") or "table"
-    return f"{name}-table" if name in GLUE else name
 
 
 def _label_text(sheet: Sheet, row: int, value: Any) -> str | None:

@@ -109,7 +109,7 @@ def prepared(shape: str, samples: int) -> tuple[Family, Inputs, int]:
     candidates = family.candidates(fast, task.spec.texts) if lm else []
     rows = task.rows("train").head(samples)
     gold = [task.spec.target_index(label) for label in rows.labels if label is not None] if lm else None
-    made = family.prepare(fast, rows.texts, space_options(Recipe(**options), task.spec).text, candidates, gold)
+    made = family.prepare(fast, rows.texts, space_options(Recipe(**options), task.spec, family).text, candidates, gold)
     return family, made, len(task.spec.labels)
 
 

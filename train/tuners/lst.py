@@ -60,6 +60,7 @@ class Lst(Tuner):
     description = "LST: ladder side network, a narrow transformer fed from every kept layer"
     projects = True
     text_head = True
+    continues_text = True
 
     def __init__(self, config: LstConfig, family: Family, tail: Tail, wants: Want) -> None:
         super().__init__(config, family, tail, wants)

@@ -31,6 +31,7 @@ class Sherl(Tuner):
     lr_pooled = 2e-3
     projects = True
     text_head = True
+    continues_text = True
 
     def __init__(self, config: SherlConfig, family: Family, tail: Tail, wants: Want) -> None:
         super().__init__(config, family, tail, wants)
