@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.extract.backbones.inputs import Inputs, ragged
 from pipeline.store.errors import UserError
 
 Span = tuple[int, int]
@@ -29,9 +28,11 @@ class RowError(UserError):
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
-def encode_rows(tokenizer: Any, rows: Sequence[Sequence[str]], form: str, limit: int, side: str) -> Inputs:
-    """Rows of `form` as inputs of the stream `decoder`, cut to `limit` tokens on `side`; metas say how many `tokens`
-    each has and which spans of them are to `learn`. UserError naming the row where no target is left."""
+def encode_rows(
+    tokenizer: Any, rows: Sequence[Sequence[str]], form: str, limit: int, side: str
+) -> tuple[list[list[int]], list[dict[str, Any]], np.ndarray]:
+    """The ids of each of `rows` of `form`, cut to `limit` tokens on `side`; its meta, which says how many `tokens` it
+    has and which spans of them are to `learn`; and (rows,) bool, which were cut. RowError where no target is left."""
     encode = {"text": _text, "completion": _completion, "messages": _messages}[form]
     kept, metas, truncated = [], [], np.zeros(len(rows), bool)
     for i, fields in enumerate(rows):
@@ -50,15 +51,16 @@ def encode_rows(tokenizer: Any, rows: Sequence[Sequence[str]], form: str, limit:
             raise RowError(f"row {i + 1} has no token to learn{cut}")
         kept.append(ids)
         metas.append({"tokens": len(ids), "learn": learn})
-    flat, lengths = ragged(kept)
-    return Inputs({"decoder": lengths}, {"decoder.ids": flat}, truncated, metas=metas)
+    return kept, metas, truncated
 
 
 def prompt_ids(tokenizer: Any, form: str, text: str) -> list[int]:
     """The ids that a text to be continued begins with: a prompt, or with `messages` what the user says."""
-    if form != "messages":
-        return _begun(tokenizer, text)
-    said = [{"role": "user", "content": text}]
+    return _begun(tokenizer, text) if form != "messages" else chat_ids(tokenizer, [{"role": "user", "content": text}])
+
+
+def chat_ids(tokenizer: Any, said: list[dict[str, Any]]) -> list[int]:
+    """The ids of a conversation up to where the assistant's next turn begins."""
     return _plain(tokenizer, _rendered(tokenizer, said, add_generation_prompt=True))
 
 

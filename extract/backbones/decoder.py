@@ -184,7 +184,9 @@ class Decoder(Family):
         in the tokenizer's own way."""
         limit = min(options.max_length, self._longest())
         if options.form != "plain":
-            return encode_rows(tokenizer, texts, options.form, limit, options.truncation_side)
+            kept, metas, truncated = encode_rows(tokenizer, texts, options.form, limit, options.truncation_side)
+            ids, lengths = ragged(kept)
+            return Inputs({"decoder": lengths}, {"decoder.ids": ids}, truncated, metas=metas)
         joined = ["\n".join(fields) for fields in texts]
         encoded, truncated = tokenize(tokenizer, joined, None, limit, options.truncation_side, options.words)
         ids, lengths = ragged(encoded["input_ids"])

@@ -94,7 +94,7 @@ def _task(
 
 def _rows(sheet: Sheet, fields: tuple[str, ...]) -> Rows:
     columns = [sheet.column(field) for field in fields]
-    read = _conversation if fields == CHAT else _text
+    read = _conversation_text if fields == CHAT else _text
     texts = [
         tuple(read(sheet, row, value, field) for value, field in zip(values, fields, strict=True))
         for row, values in enumerate(zip(*columns, strict=True))
@@ -110,24 +110,25 @@ def _text(sheet: Sheet, row: int, value: Any, field: str) -> str:
     return value
 
 
-def _conversation(sheet: Sheet, row: int, value: Any, field: str) -> str:
-    """A conversation as JSON: messages with a role and a content of text, one at least the assistant's."""
+def _conversation_text(sheet: Sheet, row: int, value: Any, field: str) -> str:
+    text = json.dumps(conversation(sheet, row, value, field), ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise TaskError(f"{sheet.where(row)}: {field!r} holds half a surrogate pair, which is no character") from None
+    return text
 
-    def refuse(what: str) -> TaskError:
-        return TaskError(f"{sheet.where(row)}: {field!r} {what}")
 
+def conversation(sheet: Sheet, row: int, value: Any, field: str, answered: bool = True) -> list[dict[str, Any]]:
+    """The messages in a cell, each with a role and a content of text; with `answered` one at least is the assistant's.
+    `TaskError` for anything else."""
+    where = f"{sheet.where(row)}: {field!r}"
     if not isinstance(value, list) or not value:
-        raise refuse("is no list of messages")
+        raise TaskError(f"{where} is no list of messages")
     for message in value:
         named = isinstance(message, dict) and isinstance(message.get("role"), str)
         if not named or not isinstance(message.get("content"), str):
-            raise refuse('holds no message {"role": …, "content": text}: ' + repr(message)[:80])
-    if not any(message["role"] == "assistant" for message in value):
-        raise refuse("has no message of the assistant, so there is nothing to learn")
-    text = json.dumps(value, ensure_ascii=False)
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise refuse("holds half a surrogate pair, which is no character; write the text as UTF-8") from None
-    return text
+            raise TaskError(f'{where} holds no message {{"role": …, "content": text}}: {message!r:.80}')
+    if answered and not any(message["role"] == "assistant" for message in value):
+        raise TaskError(f"{where} has no message of the assistant, so there is nothing to learn")
+    return value
