@@ -45,7 +45,8 @@ def run_compare(
 
     `preset`: whose settings the counterparts have, see `train.counterparts`; the table says with which it was made.
 
-    The metric is the task's average on the test split, else on validation; the spread is the standard deviation over
+    The metric is what selects the best epoch, a task's average in per cent, of texts that are gone on with nats a token
+    (less is better); on the test split, else on validation. The spread is the standard deviation over
     seeds; seconds an epoch are the fastest seed's, which other work on the machine disturbed least. Memory of one
     training step: on a GPU the measured peak; on a CPU the tensors counted, that is weights, gradients, Adam's two
     moments, the batch, and what the backward pass keeps. The layout says which blocks the order of samples followed: a
@@ -83,6 +84,8 @@ def run_compare(
                 "memory_bytes": max(r["memory"] for r in runs),
                 "seconds_per_epoch": min(r["seconds_per_epoch"] for r in runs),
                 "metric": statistics.mean(metrics),
+                "figure": runs[0]["figure"],
+                "lower": runs[0]["lower"],
                 "spread": statistics.stdev(metrics) if len(metrics) > 1 else None,
                 "seeds": len(metrics),
                 "live": method in COUNTERPARTS or recipe.live,
@@ -136,8 +139,8 @@ def _text(rows: Sequence[dict[str, Any]], preset: str) -> str:
             f"{100 * r['share']:.2f} %",
             size_text(r["memory_bytes"]),
             f"{r['seconds_per_epoch']:.2f}",
-            f"{100 * r['metric']:.1f}",
-            "" if r["spread"] is None else f"± {100 * r['spread']:.1f}",
+            _shown(r["metric"], r["lower"]),
+            "" if r["spread"] is None else f"± {_shown(r['spread'], r['lower'])}",
             str(r["seeds"]),
         )
         for r in rows
@@ -148,6 +151,11 @@ def _text(rows: Sequence[dict[str, Any]], preset: str) -> str:
     made = [f"  {r['method']}: {r['settings']}" for r in rows]
     lines = [table_text(HEAD, cells), f"layout of the samples: {laid}", ""]
     return "\n".join([*lines, f"settings, counterparts by --preset {preset}:", *made])
+
+
+def _shown(value: float, lower: bool) -> str:
+    """A share in per cent, or what is better the lower it is as it stands."""
+    return f"{value:.4f}" if lower else f"{100 * value:.1f}"
 
 
 def settings(what: str, recipe: Recipe, options: FitOptions, paper: bool) -> str:
@@ -183,10 +191,10 @@ def _counterpart(recipe: Recipe, name: str, preset: str) -> dict[str, Any]:
     size = batch_size_of(recipe, job.paper)
     parts = {
         split: input_source(live_source(job, split, backbone, checkpoint, size), backbone)
-        for split, table in job.tables.items()
-        if split == "train" or all(label is not None for label in table.labels)
+        for split in job.tables
+        if split == "train" or job.targets(split) is not None
     }
-    rate = method.lr_text if job.found.family.writes_text else method.lr
+    rate = method.lr_text if job.objective.wants.text_head else method.lr
     options = fit_options(recipe, job.spec, job.paper, rate)
     folder = Path(recipe.out or f"runs/{name}")
     metrics = fit(
@@ -219,8 +227,11 @@ def _summary(job: Job, model: Any, batch: Batch, metrics: dict[str, Any], more: 
     scores = metrics["test"] or metrics["validation"]
     if scores is None:
         raise UserError(f"task {job.spec.name} has neither test nor validation labels: there is nothing to compare")
+    scorer = job.objective.scorer()
     return {
-        "metric": scores["average"],
+        "metric": scores[scorer.chosen],
+        "figure": scorer.chosen,
+        "lower": scorer.lower,
         "seconds_per_epoch": metrics["seconds_per_epoch"],
         "trainable": metrics["trainable_parameters"],
         "layout": metrics["layout"],

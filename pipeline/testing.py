@@ -188,7 +188,7 @@ def single_rows_and_zero_states_stay_finite(case: Case) -> None:
         assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
     if case.family.modality == "text" and not case.family.writes_text:
         ids = {k: v[:1] for k, v in case.inputs.columns.items()}
-        single = case.batch(Inputs({"encoder": np.ones(1, np.int64)}, ids, np.zeros(1, bool)))
+        single = case.batch(Inputs({case.family.streams[0]: np.ones(1, np.int64)}, ids, np.zeros(1, bool)))
         model.loss(single).backward()
         assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 

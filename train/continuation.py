@@ -51,7 +51,7 @@ class Choice:
         """(B, vocabulary) → (B,) token ids."""
         if self.temperature == 0:
             return logits.argmax(-1)
-        chance, token = (logits.double() / self.temperature).softmax(-1).sort(-1, descending=True, stable=True)
+        chance, token = (logits.double() / self.temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
         if self.top_k is not None:
             chance[:, self.top_k :] = 0
         if self.top_p is not None:

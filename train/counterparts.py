@@ -59,7 +59,7 @@ def _bitfit(family: Family, model: nn.Module) -> None:
 
 def _norms(family: Family, model: nn.Module) -> None:
     for module in model.modules():
-        if isinstance(module, _NORMS):
+        if isinstance(module, _NORMS) or type(module).__name__.endswith("RMSNorm"):  # a class of its own a model type
             module.requires_grad_(True)
 
 

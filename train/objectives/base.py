@@ -89,9 +89,12 @@ class Scorer(ABC):
     def compute(self) -> dict[str, float]:
         """The figures, by name."""
 
+    chosen: ClassVar[str] = "average"  # the figure that selects the best epoch and that methods are compared by
+    lower: ClassVar[bool] = False  # a smaller one is better; else it is a share, 1 at best
+
     def value(self, figures: Mapping[str, float]) -> float:
         """What selects the best epoch; larger is better."""
-        return figures["average"]
+        return -figures[self.chosen] if self.lower else figures[self.chosen]
 
 
 class Objective(ABC):

@@ -1,4 +1,4 @@
-"""The next token of a text, by a language model's own frozen head: cross entropy over the tokens that are to be learned.
+"""The next token of a text, by a language model's own frozen head: cross entropy over the tokens to be learned.
 
 The row at a position predicts the token after it. Which tokens are targets extraction has found (`extract.completion`):
 all of a text, a completion, what the assistant says.
@@ -82,6 +82,8 @@ class CompletionHead(Head):
 class CompletionScorer(Scorer):
     """Nats a target, their perplexity, and the share of targets that were the most likely token."""
 
+    chosen, lower = "loss", True
+
     def __init__(self) -> None:
         self.loss = self.hits = self.tokens = 0.0
 
@@ -96,9 +98,6 @@ class CompletionScorer(Scorer):
     def compute(self) -> dict[str, float]:
         loss = self.loss / self.tokens
         return {"loss": loss, "perplexity": perplexity(loss), "token_accuracy": self.hits / self.tokens}
-
-    def value(self, figures: Mapping[str, float]) -> float:
-        return -figures["loss"]
 
 
 def perplexity(loss: float) -> float:

@@ -35,6 +35,8 @@ class MultilabelScorer(Scorer):
     """F1 over all decisions (micro), its mean over labels (macro), and the mean average precision over labels that
     occur (map). Keeps a byte and a float a sample and label: average precision ranks them all."""
 
+    chosen = "micro_f1"
+
     def __init__(self, threshold: float) -> None:
         self.threshold = threshold
         self._seen: list[tuple[np.ndarray, np.ndarray]] = []
@@ -55,9 +57,6 @@ class MultilabelScorer(Scorer):
             "macro_f1": float(f1_score(truth, told, average="macro", zero_division=0.0)),
             "map": float(precise),
         }
-
-    def value(self, figures: Mapping[str, float]) -> float:
-        return figures["micro_f1"]
 
 
 @register("multilabel", MultilabelConfig)

@@ -65,6 +65,8 @@ class TagScorer(Scorer):
     """Precision, recall and F1 of spans by CoNLL's rules, and the share of words with the right tag. A word that was
     cut off counts as outside."""
 
+    chosen = "f1"
+
     def __init__(self, tags: Sequence[str]) -> None:
         self.tags, self.spans = tuple(tags), SpanCounts()
         self.right = self.words = 0
@@ -86,9 +88,6 @@ class TagScorer(Scorer):
 
     def compute(self) -> dict[str, float]:
         return {**self.spans.figures(), "accuracy": self.right / self.words if self.words else 0.0}
-
-    def value(self, figures: Mapping[str, float]) -> float:
-        return figures["f1"]
 
 
 @register("tagging", ObjectiveConfig)
