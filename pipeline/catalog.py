@@ -20,6 +20,13 @@ TUNERS = {
     "side-tuning": "Side-Tuning: the last state blended with a small network on the embedding",
 }
 
+_DECODERS = (
+    "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "gemma", "gemma2", "gemma3_text",
+    "phi", "phi3", "olmo", "olmo2", "olmo3", "olmoe", "smollm3", "granite", "granitemoe", "gpt2", "gpt_bigcode",
+    "gpt_neox", "gpt_oss", "stablelm", "starcoder2", "cohere", "cohere2", "glm", "glm4", "helium", "nemotron",
+    "ministral", "exaone4", "ernie4_5", "seed_oss", "arcee", "apertus", "hunyuan_v1_dense",
+)  # fmt: skip
+
 # name → description, model types; in the order of `extract.backbones.families`
 FAMILIES = {
     "bert": (
@@ -33,47 +40,8 @@ FAMILIES = {
     "clip-text": ("the text tower of CLIP (transformers)", ("clip_text_model",)),
     "decoder": (
         "decoder-only language models: Llama, Mistral, Qwen, Gemma, Phi, OLMo, GPT-2, GPT-NeoX, gpt-oss",
-        (
-            "llama",
-            "mistral",
-            "mixtral",
-            "qwen2",
-            "qwen3",
-            "qwen2_moe",
-            "qwen3_moe",
-            "gemma",
-            "gemma2",
-            "gemma3_text",
-            "phi",
-            "phi3",
-            "olmo",
-            "olmo2",
-            "olmo3",
-            "olmoe",
-            "smollm3",
-            "granite",
-            "granitemoe",
-            "gpt2",
-            "gpt_bigcode",
-            "gpt_neox",
-            "gpt_oss",
-            "stablelm",
-            "starcoder2",
-            "cohere",
-            "cohere2",
-            "glm",
-            "glm4",
-            "helium",
-            "nemotron",
-            "ministral",
-            "exaone4",
-            "ernie4_5",
-            "seed_oss",
-            "arcee",
-            "apertus",
-            "hunyuan_v1_dense",
-        ),
-    ),  # fmt: skip
+        _DECODERS,
+    ),
     "resnet": (
         "convolutional networks: ResNet, ResNeXt and kin (timm), ResNet (transformers), CIFAR ResNets",
         ("resnet", "cifar_resnet"),

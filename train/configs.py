@@ -20,7 +20,7 @@ INITS = ("random", "magnitude", "fisher")
 # The forms of pruning, and what they are called in the store. A file called "running" there was made by an older
 # version, which kept rows in ascending order, not in the released one; it is no longer read.
 PRUNES = {"running": "released", "aligned": "aligned"}
-POOLINGS = ("mean", "first")
+POOLINGS = ("mean", "first", "last")
 
 
 @dataclass(frozen=True)
@@ -229,9 +229,11 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class PooledConfig(ObjectiveConfig):
-    """`pooling`: what the head reads of a sample's rows, their mean or the first one."""
+    """`pooling`: what the head reads of a sample's rows: their mean, the first, or the last one."""
 
-    pooling: str = option("mean", "What the head reads, the mean of the tokens or the first one.", choices=POOLINGS)
+    pooling: str = option(
+        "mean", "What the head reads: the mean of the tokens, the first, or the last one.", choices=POOLINGS
+    )
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Text written by a language model with a tuner beside it: keys and values of both are kept, a token costs one position.
+"""Text written by a language model with a tuner beside it: keys and values of both are kept, a token costs a position.
 
 All samples of a batch stand at the same position, so nothing is padded and no sample sees another's length: what is fed
 is first the shortest prompt's length of every prompt, then a token at a time, a prompt's own until it ends and what

@@ -1,4 +1,4 @@
-"""What has been run of a batch's samples before the positions in it: keys and values, for writing text a token at a time."""
+"""Keys and values of what has been run of a batch's samples before: for writing text a token at a time."""
 
 from __future__ import annotations
 

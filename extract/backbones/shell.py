@@ -1,8 +1,8 @@
 """What a decoder-only model of transformers is around its layers: embedding, masks, rotary angles, the last norm.
 
-The library's own model is built with its layers replaced by recorders. Running it gives what it hands to each layer (the
-embedding output, masks by the layer's kind, rotary angles, the cache), so that layers can be run one by one, on other
-hidden states, exactly as the library would; nothing of that is written again here.
+The library's own model is built with its layers replaced by recorders. Running it gives what it hands to each layer
+(the embedding output, masks by the layer's kind, rotary angles, the cache), so that layers can be run one by one, on
+other hidden states, exactly as the library would; nothing of that is written again here.
 """
 
 from __future__ import annotations
@@ -68,10 +68,10 @@ def cut(config: Any, layers: Sequence[int], attention: str) -> Any:
 
 
 def narrow(config: Any, layers: Sequence[int], reduction: int, attention: str) -> Any:
-    """`config` of a side network: the layers `layers` at 1 / `reduction` of the width, feed-forward width and width of a
-    head, the number of heads kept where a head then has an even width of 2 at least (rotary angles come in pairs), else
-    fewer heads. Positions turn at the backbone's base frequency, without stretching for longer texts. UserError where
-    nothing of that fits."""
+    """`config` of a side network: the layers `layers` at 1 / `reduction` of the width, of the feed-forward width and of
+    a head's. The number of heads is kept where a head then has an even width of 2 at least (rotary angles come in
+    pairs), else there are fewer. Positions turn at the backbone's base frequency, without stretching for longer texts.
+    UserError where nothing of that fits."""
     side = cut(config, layers, attention)
     heads, width = config.num_attention_heads, config.hidden_size // reduction
     groups = heads // (getattr(config, "num_key_value_heads", None) or heads)

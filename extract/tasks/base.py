@@ -37,11 +37,11 @@ class TaskSpec:
 
     `target`: the type of a row's target: an index into `labels` (class), a number, a list of such indices (classes:
     any number of them; tags: one for each word of the text), tokens of the text itself (then a row has no label), or
-    none. `labels`: names in index order, () for numbers. `metrics`: names known to `train.metrics` for a class or a number; their mean selects the best epoch. `fields`:
-    names of the one or two text fields. `prompt`: text-to-text source with {0} and {1} for the fields. `texts`: what a
-    text-to-text model must answer, per class, or per value of the grid for a number; () for other targets. `values`:
-    the number each of these stands for, evenly spaced; () where targets are no numbers. Raises `TaskError` where these
-    do not fit together.
+    none. `labels`: names in index order, () for numbers. `metrics`: names known to `train.metrics` for a class or a
+    number; their mean selects the best epoch. `fields`: names of the one or two text fields. `prompt`: text-to-text
+    source with {0} and {1} for the fields. `texts`: what a text-to-text model must answer, per class, or per value of
+    the grid for a number; () for other targets. `values`: the number each of these stands for, evenly spaced; () where
+    targets are no numbers. Raises `TaskError` where these do not fit together.
     """
 
     name: str

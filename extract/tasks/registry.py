@@ -16,8 +16,8 @@ from pipeline.extract.tasks.completion import load_hub_texts
 from pipeline.extract.tasks.glue import GLUE, USUAL_GRID, load_glue
 from pipeline.extract.tasks.hub_images import PREFIX, hub_name, load_hub_images
 from pipeline.extract.tasks.images import load_folder
-from pipeline.extract.tasks.sheet import SUFFIXES
 from pipeline.extract.tasks.names import table_name
+from pipeline.extract.tasks.sheet import SUFFIXES
 from pipeline.extract.tasks.table import load_table
 from pipeline.store.digest import digest_json
 

@@ -91,7 +91,7 @@ def test_no_template_and_one_that_refuses_are_said():
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_cut_text_keeps_the_targets_of_its_side(side):
     _, whole, _, _ = encode("completion", "the cat sees", " a red house in the tree")
-    tokenizer, ids, taught, cut = encode("completion", "the cat sees", " a red house in the tree", limit=6, side=side)
+    _, ids, taught, cut = encode("completion", "the cat sees", " a red house in the tree", limit=6, side=side)
     assert cut and ids == (whole[-6:] if side == "left" else whole[:6])
     assert taught.strip() == ("house in the tree</s>" if side == "left" else "a red")
 

@@ -129,9 +129,9 @@ def test_what_cannot_be_run_alone_is_refused_by_name():
     with pytest.raises(UserError, match="bamba"):
         family_for(BambaConfig())
     mixed = AutoConfig.for_model("qwen3", num_hidden_layers=2, layer_types=["full_attention", "linear_attention"])
-    with pytest.raises(UserError, match="qwen3.*linear_attention"):
+    with pytest.raises(UserError, match=r"qwen3.*linear_attention"):
         family_for(mixed)
-    with pytest.raises(UserError, match="gpt2.*scale_attn_by_inverse_layer_idx"):
+    with pytest.raises(UserError, match=r"gpt2.*scale_attn_by_inverse_layer_idx"):
         family_for(AutoConfig.for_model("gpt2", scale_attn_by_inverse_layer_idx=True))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 def _norm(family: Any) -> int:
     """What `Family.norm` has: a T5 norm has no bias, post-norm encoders and CNNs have none."""
     D = family.width
-    return {"t5": D, "vit": 2 * D, "clip-text": 2 * D, "swin": 2 * D}.get(family.name, 0)
+    return {"t5": D, "decoder": D, "vit": 2 * D, "clip-text": 2 * D, "swin": 2 * D}.get(family.name, 0)
 
 
 def probe(config: Any, family: Any) -> int:
@@ -56,6 +56,10 @@ def lst(config: Any, family: Any) -> int:
         elif family.name == "bert":
             f = raw.intermediate_size // r
             block, shared = 4 * (d * d + d) + (d * f + f) + (f * d + d) + 4 * d, 2 * d
+        elif family.name == "decoder":  # a Llama whose heads keep their number
+            inner = raw.num_attention_heads * raw.head_dim // r
+            grouped = inner * raw.num_key_value_heads // raw.num_attention_heads
+            block, shared = 2 * d * (inner + grouped) + 3 * d * (raw.intermediate_size // r) + 2 * d, d
         else:
             block, shared = 12 * d * d + 13 * d, 2 * d
         total += (D * d + d) + len(kept) * (D * d + d + block) + family.depth(stream) + shared

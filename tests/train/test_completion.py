@@ -220,7 +220,9 @@ def test_virtual_tokens_in_the_live_layer_are_no_way_to_write():
     tail = tail_for("sherl", config, family, "sdpa", family.tail_weights(backbone))
     model = Model.build("sherl", config, family, tail, objective(), seed=0)
     with pytest.raises(UserError, match="virtual tokens"):
-        continued(model, Backbone(family, lambda: backbone, torch.device("cpu")), [[3]], most=1, ends=(), choose=Choice())
+        continued(
+            model, Backbone(family, lambda: backbone, torch.device("cpu")), [[3]], most=1, ends=(), choose=Choice()
+        )
 
 
 def test_tuners_that_mix_positions_cannot_go_on_with_texts():
