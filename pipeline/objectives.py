@@ -84,7 +84,11 @@ def plain_objective(spec: TaskSpec) -> Objective:
 
 
 def class_objective(family: Family, tuner: type[Tuner], token_ids: Sequence[Sequence[int]]) -> Objective:
-    """An objective of `len(token_ids)` classes without names, to count and to time: the default for such a pair."""
+    """An objective of `len(token_ids)` classes without names, to count and to time: the default for such a pair; of no
+    class, the tokens of the text."""
+    if not token_ids:
+        completion = objective_class("completion")
+        return completion(completion.config_class(), Answers())
     name = "label-text" if family.writes_text and tuner.text_head else "classification"
     cls = objective_class(name)
     return cls(cls.config_class(), Answers.of_classes(len(token_ids), token_ids))

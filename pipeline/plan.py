@@ -16,7 +16,8 @@ Operations are counted on the meta device, so a `config.json` is enough: no weig
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from pipeline.extract.encoding import unscaled_dtype
 from pipeline.extract.order import extraction_batches
 from pipeline.extract.projection import orthogonal, parse_projection
 from pipeline.extract.tasks import Task
+from pipeline.extract.tasks.completion import form_of
 from pipeline.image_sizes import image_extents, some_pictures
 from pipeline.job import batch_size_of, grouped
 from pipeline.operations import (
@@ -41,6 +43,7 @@ from pipeline.operations import (
     backbone_model,
     backbone_operations,
     count,
+    head_operations,
     saved_bytes,
     tuner_model,
     weighted,
@@ -92,20 +95,25 @@ class Workload:
         """Mean positions of a sample in each stream."""
         return {s: float(self.lengths[split][s].mean()) for s in self.family.streams}
 
-    def sample_bytes(self, fmt: str, split: str, channels: int | None = None) -> float:
+    def sample_bytes(self, fmt: str, split: str, channels: int | None = None, states: Sequence[str] = ()) -> float:
         """Bytes of one sample as stored, the mean over a split. `channels`: of projected states, None for no
-        projection."""
+        projection. `states`: others than the tuner's."""
         n, full = {s: float(k.mean()) for s, k in self.lengths[split].items()}, set(self.family.full_states())
         total = float(sum(4 * n[stream_of(c)] for c in self.family.columns))
-        for state in self.states:
+        for state in states or self.states:
             stream = stream_of(state)
             width = self.family.width_of(stream) if channels is None or state in full else channels
             total += n[stream] * (width * bytes_per_value(fmt) + (4 if fmt == "int8" else 0))
         return total
 
-    def bytes(self, fmt: str, channels: int | None = None) -> float:
+    def bytes(self, fmt: str, channels: int | None = None, states: Sequence[str] = ()) -> float:
         """Bytes of all splits."""
-        return sum(self.rows[s] * self.sample_bytes(fmt, s, channels) for s in self.rows)
+        return sum(self.rows[s] * self.sample_bytes(fmt, s, channels, states) for s in self.rows)
+
+    @property
+    def tokens(self) -> float:
+        """Positions of all splits in the first stream."""
+        return sum(self.rows[s] * self.positions(s)[self.family.streams[0]] for s in self.rows)
 
     def extraction_batch(self, tokens: int) -> dict[str, np.ndarray]:
         """Lengths of a typical batch as extraction makes them: of all, the middle one by its longest sample."""
@@ -189,7 +197,7 @@ def sample_lengths(
 ) -> dict[str, np.ndarray]:
     """Positions of up to `SAMPLED` rows of a split: tokenised, or estimated from words; of images by their extents."""
     spec, rows = task.spec, task.rows(split).head(min(SAMPLED, recipe.limit or SAMPLED))
-    text = space_options(recipe, spec, family).text
+    text = replace(space_options(recipe, spec, family).text, form=form_of(spec))
     refuse_other_kind(family, rows.texts, text.root, f"the {split} rows of {spec.name}")
     if isinstance(family, Vision):
         assert isinstance(tokenizer, Preprocess)
@@ -236,7 +244,7 @@ def workload(recipe: Recipe, task: Task | None = None) -> Workload:
         recipe.tuner,
         config,
         tuner_class(recipe.tuner, family).states(config, family),
-        max(2, len(task.spec.labels)),
+        0 if task.spec.target == "tokens" else max(2, len(task.spec.labels)),
         {s: sample_lengths(family, tokenizer, task, s, recipe) for s in splits},
         rows,
         batch_size_of(recipe, family.writes_text),
@@ -327,7 +335,7 @@ def predict(work: Workload, recipe: Recipe, budget: float | None = None, memory:
         cached_epoch=cached,
         break_even=gains,
         memory=training_memory(work, batch, dtype, held),
-        operations=described(ops, batches),
+        operations=described(work, ops, batches),
         rates=asdict(speed),
         epochs=work.epochs,
         format=fmt,
@@ -346,11 +354,24 @@ def sizes(work: Workload, projection: str | None, channels: int | None) -> dict[
         table |= {f"float16, pca:{k}": work.bytes("float16", k) for n in (4, 8) if (k := work.family.width // n)}
         if channels is not None:
             table |= {f"{f}, {projection}": work.bytes(f, channels) for f in FORMATS}
-    return {name: {"bytes a sample": size / work.samples, "total": size} for name, size in table.items()}
+    if work.family.continues_text:
+        table["float16, all layers"] = work.bytes("float16", states=work.family.states())
+        each = {"bytes a token": work.tokens}
+    else:
+        each = {}
+    each |= {"bytes a sample": work.samples, "total": 1}
+    return {name: {what: size / count for what, count in each.items()} for name, size in table.items()}
 
 
-def described(ops: Operations, batches: int) -> dict[str, float]:
-    return {"backbone a step": ops.backbone, "tuner a step": ops.step, "ratio": ops.ratio, "steps an epoch": batches}
+def described(work: Workload, ops: Operations, batches: int) -> dict[str, float]:
+    """Operations of a mean step. Where tokens are targets, the head's, which is live in every step whatever the tuner,
+    and what live ÷ cached is at most on its account."""
+    told = {"backbone a step": ops.backbone, "tuner a step": ops.step, "ratio": ops.ratio, "steps an epoch": batches}
+    if not work.classes:
+        rows = [share * sum(n[work.family.streams[-1]]) for share, n in work.training_batches()]
+        head = head_operations(work.family, round(float(sum(rows))))
+        told |= {"head a step": head, "bound": (ops.backbone + head) / head}
+    return told
 
 
 def cached_epochs(

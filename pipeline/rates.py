@@ -22,6 +22,7 @@ import torch
 from pipeline.extract.backbones.base import Family, Tail
 from pipeline.extract.backbones.batch import Batch, stream_of
 from pipeline.extract.backbones.images import Picture, load_pixels
+from pipeline.extract.backbones.shell import cut
 from pipeline.extract.encoding import decode, encode
 from pipeline.objectives import class_objective
 from pipeline.operations import backbone_operations, fresh_backbone
@@ -75,6 +76,9 @@ def best(run: Callable[[], Any], device: torch.device, seconds: float = 1.0) -> 
 def shallow(family: Family, blocks: int) -> Family:
     """The same family at the same width with few blocks."""
     config = copy.deepcopy(family.config)
+    if family.continues_text:
+        config = cut(config, range(blocks), family.attentions[0])
+        config.pad_token_id = None  # of a smaller table it may not be a row
     config.vocab_size = min(config.vocab_size, 1024)
     for name in ("num_layers", "num_decoder_layers", "num_hidden_layers"):
         if hasattr(config, name):
@@ -109,7 +113,11 @@ def random_batch(
             column.random_(2, min(1000, family.config.vocab_size), generator=g)
     for name in states:
         batch.states[name] = torch.randn(rows[stream_of(name)], family.state_width(name), generator=g).to(dtype)
-    batch.targets = {"label": torch.randint(classes, (len(batch),), generator=g)}
+    if classes:
+        batch.targets = {"label": torch.randint(classes, (len(batch),), generator=g)}
+    else:
+        first = batch.layout(family.streams[-1]).first
+        batch.targets = {"learn": torch.ones(rows[family.streams[-1]], dtype=torch.bool).index_fill(0, first, False)}
     return batch.to(device)
 
 
@@ -119,7 +127,7 @@ def backbone_rate(family: Family, lengths: dict[str, np.ndarray], device: torch.
     positions = sum(float(lengths[s].mean()) for s in family.streams)
     lengths = head(lengths, max(4, int(RATE_TOKENS / positions)))
     small = family if family.modality == "image" else shallow(family, 2)
-    model = fresh_backbone(small, "sdpa").to(device)
+    model = fresh_backbone(small, small.attentions[0]).to(device)
     batch = random_batch(small, lengths, [], 2, device)
     states = small.states()
     with torch.inference_mode():
@@ -131,10 +139,10 @@ def random_tail(family: Family, name: str, config: TunerConfig) -> Tail:
     """The tail that tuner `name` needs, of no particular weights. An image family takes it out of a whole backbone,
     whose buffers (statistics, shift masks) have to make sense; a text family builds it by itself, however large."""
     if family.modality == "text":
-        return tail_for(name, config, family, "sdpa")
-    model = fresh_backbone(family, "sdpa")
+        return tail_for(name, config, family, family.attentions[0])
+    model = fresh_backbone(family, family.attentions[0])
     late = {i: family.block_weights(model, i) for i in tuner_class(name, family).late_layers(config, family)}
-    return tail_for(name, config, family, "sdpa", family.tail_weights(model), late)
+    return tail_for(name, config, family, family.attentions[0], family.tail_weights(model), late)
 
 
 def step_seconds(
@@ -157,7 +165,7 @@ def step_seconds(
 
     def seconds(part: dict[str, np.ndarray]) -> float:
         batch = random_batch(family, part, tuner_class(name, family).states(config, family), classes, device, dtype)
-        if objective.wants.text_head:
+        if objective.wants.text_head and not objective.continues_text:
             # Inputs of the target's own chain, so that every row is a target row, as in training.
             assert batch.targets is not None
             batch.columns["decoder.ids"][batch.columns["decoder.parent"] == 0] = 2 + batch.targets["label"]

@@ -96,7 +96,7 @@ class Case:
     def tail(self) -> Any:
         own, family = tuner_class(self.tuner, self.family), self.family
         late = {i: family.block_weights(self.backbone, i) for i in own.late_layers(self.config, family)}
-        return tail_for(self.tuner, self.config, family, "sdpa", family.tail_weights(self.backbone), late)
+        return tail_for(self.tuner, self.config, family, family.attentions[0], family.tail_weights(self.backbone), late)
 
     def batch(self, inputs: Inputs | None = None) -> Batch:
         if inputs is None:

@@ -173,7 +173,8 @@ class Shell(nn.Module):
 
     def embed(self, ids: Tensor, start: int = 0) -> Tensor:
         """(B, L) ids at the positions from `start` on → (B, L, width), what enters the first layer."""
-        positions = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
+        # Positions from 0 on are the library's own choice, without a look at their values.
+        positions = torch.arange(start, start + ids.shape[1], device=ids.device)[None] if start else None
         self.model(input_ids=ids, position_ids=positions, use_cache=False)
         return self._take()[0]
 
