@@ -17,6 +17,7 @@ TUNERS = {
     "head2toe": "Head2Toe: a linear head on selected features of all layers",
     "lst": "LST: ladder side network, a narrow transformer fed from every kept layer",
     "probe": "linear probe on the mean of the last state: the floor",
+    "qst": "QST: a ladder beside a language model, its output blended with the backbone's",
     "side-tuning": "Side-Tuning: the last state blended with a small network on the embedding",
 }
 

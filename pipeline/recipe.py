@@ -48,8 +48,8 @@ class Recipe:
     task: str = _option(
         "",
         "Task: a GLUE name (see `pipeline tasks`), your own .csv, .tsv, .jsonl or .conll file, a folder of pictures, "
-        "or hub:DATASET, pictures or texts from Hugging Face; of what is stored also its name, or NAME@ID (see `pipeline store "
-        "status`).",
+        "or hub:DATASET, pictures or texts from Hugging Face; of what is stored also its name, or NAME@ID (see "
+        "`pipeline store status`).",
         "extract train",
         metavar="NAME",
     )
@@ -60,8 +60,8 @@ class Recipe:
     objective: str | None = _option(
         None,
         "What is learned of the label: classification, regression, multilabel, tagging; label-text, where a "
-        "text-to-text backbone writes it; completion, a language model's next token. Default: from the data; regression if all labels are numbers with a fraction "
-        "among them.",
+        "text-to-text backbone writes it; completion, a language model's next token. Default: from the data; regression "
+        "if all labels are numbers with a fraction among them.",
         "extract train",
         metavar="NAME",
     )

@@ -199,12 +199,23 @@ class LstConfig(SideConfig):
 
 @dataclass(frozen=True)
 class ProbeConfig(TunerConfig):
-    """`layers`: at most one block, whose output is probed; the last by default."""
+    """`layers`: at most one block, whose output is probed; the last by default. `mlp`: width of a hidden layer with a
+    residual connection before the head."""
+
+    mlp: int | None = option(None, "Width of a hidden layer before the head. Default: none, a linear probe.", least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if len(self.layers) > 1:
             raise ValueError(f"layers: a probe reads one layer, not {len(self.layers)}")
+
+
+@dataclass(frozen=True)
+class QstConfig(SideConfig):
+    """`reduction`: r, side width is D / r. `layers`: kept layers. `rank`: of the way down to the side width."""
+
+    reduction: int = option(16, "Side width is the backbone's over this.", least=1)
+    rank: int = option(16, "Rank of the ways down from states to the side width.", least=1)
 
 
 @dataclass(frozen=True)
@@ -253,6 +264,7 @@ TUNERS: dict[str, type[TunerConfig]] = {
     "head2toe": Head2ToeConfig,
     "lst": LstConfig,
     "probe": ProbeConfig,
+    "qst": QstConfig,
     "side-tuning": SideTuningConfig,
 }
 

@@ -66,6 +66,13 @@ def lst(config: Any, family: Any) -> int:
     return total + (d * D + D if family.writes_text else 0)
 
 
+def qst(config: Any, family: Any) -> int:
+    """An LST ladder with other ways down (through a rank, then a norm), a gate more and no map up that is left out."""
+    D, d, n = family.width, family.width // config.reduction, family.depth("decoder")
+    down = (D * config.rank + config.rank) + (config.rank * d + d) + 2 * d
+    return lst(config, family) + (n + 1) * (down - D * d - d) + (d * D + D) + 1
+
+
 def side_tuning(config: Any, family: Any) -> int:
     D, d = family.width, family.width // config.reduction
     return 2 * D * d + d + D + 1
@@ -96,6 +103,7 @@ FORMULAS: dict[tuple[str, str], Callable[[Any, Any], int]] = {
     ("unipt", "sequence"): unipt,
     ("unipt", "pyramid"): unipt_conv,
     ("lst", "sequence"): lst,
+    ("qst", "sequence"): qst,
     ("side-tuning", "sequence"): side_tuning,
     ("sherl-clip", "sequence"): sherl_clip,
     ("unipt-clip", "sequence"): _tower,

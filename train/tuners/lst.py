@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -21,18 +21,27 @@ class Ladder(nn.Module):
     """One stream's side network: s ← Lin₀(embedding), then for each kept layer i, s ← μᵢ s + (1 − μᵢ) Linᵢ(hᵢ) and a
     side block (LST eq. 1; fuse first, then block). μ = sigmoid(alpha / T), alpha starts at 0.
 
-    There is a gate for every backbone layer, also for dropped ones, as in the official parameter counts.
+    There is a gate for every backbone layer, also for dropped ones, as in the official parameter counts. `down(n, d)`:
+    a map of states, from width n to d; `gate`: what alpha starts at.
     """
 
-    def __init__(self, config: LstConfig, family: Family, stream: str) -> None:
+    def __init__(
+        self,
+        family: Family,
+        stream: str,
+        layers: list[int],
+        reduction: int,
+        temperature: float,
+        gate: float = 0.0,
+        down: Callable[[int, int], nn.Module] = linear,
+    ) -> None:
         super().__init__()
-        inner = checked_reduction(config.reduction, family.width)
-        self.stream, self.temperature = stream, config.temperature
-        self.layers = config.kept(family, "lst", stream)
-        self.first = linear(family.width, inner)
-        self.down = nn.ModuleList(linear(family.state_width(f"{stream}.{i}"), inner) for i in self.layers)
-        self.gates = nn.Parameter(torch.zeros(family.depth(stream)))
-        self.side = family.side_stack(stream, self.layers, config.reduction)
+        inner = checked_reduction(reduction, family.width)
+        self.stream, self.temperature, self.layers = stream, temperature, layers
+        self.first = down(family.width, inner)
+        self.down = nn.ModuleList(down(family.state_width(f"{stream}.{i}"), inner) for i in layers)
+        self.gates = nn.Parameter(torch.full((family.depth(stream),), gate))
+        self.side = family.side_stack(stream, layers, reduction)
 
     def rungs(self, batch: Batch, embedding: Tensor) -> Tensor:
         """(rows, D) embedding and the kept states → (rows, 1 + layers, D / r). `Tail.embed` has dropped out the
@@ -64,7 +73,12 @@ class Lst(Tuner):
 
     def __init__(self, config: LstConfig, family: Family, tail: Tail, wants: Want) -> None:
         super().__init__(config, family, tail, wants)
-        self.ladders = nn.ModuleDict({s: Ladder(config, family, s) for s in family.streams})
+        self.ladders = nn.ModuleDict(
+            {
+                s: Ladder(family, s, config.kept(family, "lst", s), config.reduction, config.temperature)
+                for s in family.streams
+            }
+        )
         self.stream = family.streams[-1]
         inner = family.width // config.reduction
         self.up = linear(inner, family.width) if wants.text_head else None
