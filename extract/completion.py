@@ -12,12 +12,13 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from pipeline.store.errors import UserError
 
+Form = Literal["plain", "text", "completion", "messages"]
 Span = tuple[int, int]
 
 

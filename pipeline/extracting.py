@@ -239,8 +239,8 @@ def _labels_text(spec: TaskSpec) -> str:
     if spec.target == "number":
         return "label: a number"
     if spec.target == "tokens":
-        what = {"text": "all of", "completion": "of the completions of", "messages": "the assistant's in"}
-        return f"targets: tokens, {what[form_of(spec)]} the texts"
+        learned = {"text": "all of", "completion": "of the completions of", "messages": "the assistant's in"}
+        return f"targets: tokens, {learned[form_of(spec)]} the texts"
     few = ", ".join(spec.labels[:4]) + (", …" if len(spec.labels) > 4 else "")
     what = {"class": "classes", "classes": "classes, any number of them a row", "tags": "tags, one a word"}[spec.target]
     return f"label: {len(spec.labels):,} {what} ({few})"

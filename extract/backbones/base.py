@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from pipeline.extract.backbones.batch import Batch, Layout, stream_of
 from pipeline.extract.backbones.fill import check_fit
 from pipeline.extract.backbones.inputs import Inputs
+from pipeline.extract.completion import Form
 from pipeline.extract.plugins import load_installed
 from pipeline.extract.projection import Projection
 from pipeline.store.errors import UserError
@@ -50,7 +51,7 @@ class TextOptions:
     view_seed: int = 0
     upright: bool = True
     words: bool = False
-    form: Literal["plain", "text", "completion", "messages"] = "plain"
+    form: Form = "plain"
 
 
 class Tail(nn.Module, ABC):

@@ -82,8 +82,9 @@ class DecoderTail(Tail):
         return normed
 
     def logits(self, rows: Tensor, tokens: Tensor | None = None) -> Tensor:
-        table = self.shell.table if self.head is None else self.head.weight
-        return head_logits(self.config, rows, table, getattr(self.head, "bias", None), tokens)
+        if self.head is None:
+            return head_logits(self.config, rows, self.shell.table, None, tokens)
+        return head_logits(self.config, rows, self.head.weight, self.head.bias, tokens)
 
 
 class DecoderSideStack(SideStack):
@@ -200,7 +201,7 @@ class Decoder(Family):
         return load_frozen(AutoModelForCausalLM, folder, dtype, attention, device)
 
     def stack(self, model: Any, stream: str) -> Sequence[nn.Module]:
-        return layers_of(model, self.config)
+        return list(layers_of(model, self.config))
 
     def run(self, model: Any, batch: Batch, states: Sequence[str]) -> dict[str, Tensor]:
         layout = batch.layout("decoder")

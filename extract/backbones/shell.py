@@ -155,7 +155,7 @@ class Shell(nn.Module):
         setattr(self.model, layers, nn.ModuleList(self.recorders))
         setattr(self.model, norm, nn.Identity())
 
-    def parts(self) -> tuple[nn.ModuleList, nn.Module, nn.Module | None]:
+    def parts(self) -> tuple[nn.ModuleList, nn.Module, nn.Linear | None]:
         """Layers, norm and head, handed out once."""
         parts: Any = self._parts
         object.__setattr__(self, "_parts", None)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.extract.completion import Form
 from pipeline.extract.tasks.base import Rows, Task, TaskError, TaskSpec
 from pipeline.extract.tasks.hub import fetch
 from pipeline.extract.tasks.hub_images import hub_name
@@ -34,11 +35,11 @@ class Asked:
     others: bool = False
 
 
-def form_of(spec: TaskSpec) -> str:
+def form_of(spec: TaskSpec) -> Form:
     """What the rows of a completion task are: text, completion or messages; "plain" for any other task."""
     if spec.target != "tokens":
         return "plain"
-    return {CHAT: "messages", ANSWERED: "completion"}.get(spec.fields, "text")
+    return "messages" if spec.fields == CHAT else "completion" if spec.fields == ANSWERED else "text"
 
 
 def completion_fields(columns: Sequence[str], labels: Sequence[str], asked: Asked) -> tuple[str, ...]:

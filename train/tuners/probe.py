@@ -18,8 +18,8 @@ from pipeline.train.tuners.base import Tuner, register, rows_of
 
 @register("probe", ProbeConfig)
 class Probe(Tuner):
-    """No parameters of its own unless the head is frozen; then D². An MLP of width h has 2 D h + D + h. Reads a T5's encoder, the last stage of a staged
-    backbone."""
+    """No parameters of its own unless the head is frozen; then D². An MLP of width h has 2 D h + D + h. Reads a T5's
+    encoder, the last stage of a staged backbone."""
 
     description = "linear probe on the mean of the last state: the floor"
     lr_pooled = 1e-2

@@ -1,8 +1,8 @@
-"""QST (Zhang et al., 2024): a ladder beside a frozen language model, whose output is blended with the backbone's.
+"""QST (Zhang et al., 2024): a ladder beside a frozen language model, its output blended with the backbone's own.
 
-The ladder is LST's with states coming down through a low rank, an activation and a norm, and gates without a temperature
-that start at σ(0.5). What goes up is blended with the backbone's own last state, behind its final norm: out = (1 − σ(w))
-up + σ(w) h, w from 1 (as in the released code; the activation is ours, SiLU, and the backbone here is not quantised).
+The ladder is LST's, but states come down through a low rank, an activation and a norm, and gates without a temperature
+start at σ(0.5). What goes up is blended with the backbone's last state behind its final norm: out = (1 − σ(w)) up +
+σ(w) h, w from 1 (as in the released code; the activation is ours, SiLU, and the backbone here is not quantised).
 """
 
 from __future__ import annotations
