@@ -107,10 +107,10 @@ def main() -> None:
             )
             print(table[-1], flush=True)
     body = (
-        f"stories260k on {ROWS:,} sentences of SST-2, of all of which {told['truncated']} are cut to {LENGTH} tokens. Nats "
-        f"a token on the 872 development sentences, 3 epochs, batch 32, seeds {args.seeds}; frozen: {start:.3f}. Seconds "
-        "of an epoch from the store and with the backbone live (of the first seed); memory of a step, counted from "
-        "tensors.\n\n"
+        f"stories260k on {ROWS:,} sentences of SST-2; of all, {told['truncated']} are cut to {LENGTH} tokens. "
+        f"Nats a token on the 872 development sentences, 3 epochs, batch 32, seeds {args.seeds}; frozen: {start:.3f}. "
+        "Seconds of an epoch from the store and with the backbone live (of the first seed); memory of a step, counted "
+        "from tensors.\n\n"
     )
     head = ("method", "trainable", "nats a token", "s/epoch cached", "live", "memory")
     body += markdown(head, table)
