@@ -20,7 +20,7 @@ from pipeline.extract.checkpoint import Checkpoint, resolve
 from pipeline.extracting import run_extract
 from pipeline.job import live_backbone, load_job, sources
 from pipeline.operations import fresh_backbone
-from pipeline.plan import Plan, family_and_tokenizer, predict, workload
+from pipeline.plan import Plan, backbone_and_tokenizer, predict, workload
 from pipeline.recipe import Recipe
 from pipeline.report import size_text, table_text
 from pipeline.resolve import device_of, open_task, store_path
@@ -34,7 +34,7 @@ WARM_UP_ROWS = 8
 def run_bench(recipe: Recipe, say: Callable[[str], None]) -> tuple[dict[str, Any], str]:
     """Predict, run, compare. Raises UserError where there is no tokenizer to make inputs with."""
     recipe = replace(recipe, limit=recipe.limit or ROWS, split=("train",), space=None)
-    task = open_task(recipe, family_and_tokenizer(recipe.model)[0])
+    task = open_task(recipe, backbone_and_tokenizer(recipe.model)[0])
     near = Path(store_path(recipe)).resolve().parent
     folder = Path(tempfile.mkdtemp(prefix=".pipeline-bench-", dir=near if near.is_dir() else None))
     try:
@@ -58,8 +58,8 @@ def with_weights(point: Checkpoint, folder: Path) -> Checkpoint:
     """The checkpoint, or one of its shape with random weights where it has none."""
     if any(point.folder.glob("*.safetensors")):
         return point
-    made, model = folder / "checkpoint", fresh_backbone(point.family, "sdpa")
-    if point.family.modality == "image":  # timm has no `save_pretrained`; both libraries read this
+    made, model = folder / "checkpoint", fresh_backbone(point.backbone, "sdpa")
+    if point.backbone.modality == "image":  # timm has no `save_pretrained`; both libraries read this
         made.mkdir()
         for file in point.folder.glob("*.json"):
             shutil.copy(file, made)
@@ -82,9 +82,9 @@ def measure(recipe: Recipe, task: Any, folder: Path) -> dict[str, float]:
     done = run_extract(chosen, quiet, True, task)
     share = done["computed"] / (done["computed"] - tiny["computed"])
     job = load_job(recipe)
-    backbone, point = live_backbone(job)
+    live, point = live_backbone(job)
     parts = {
-        "live epoch, s": sources(job, backbone, point)["train"],
+        "live epoch, s": sources(job, live, point)["train"],
         "cached epoch, host memory, s": sources(replace(job, recipe=replace(recipe, host_memory="1TB")), None)["train"],
         "cached epoch, disk, s": sources(replace(job, recipe=replace(recipe, host_memory="0")), None)["train"],
     }

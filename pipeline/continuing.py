@@ -67,13 +67,13 @@ def write(
         raise UserError(f"generate: runs of objective completion write text; this one's is {run.job.objective.name}")
     if not prompts:
         raise UserError("generate: there are no prompts; give --prompt TEXT or --input FILE")
-    backbone, checkpoint = run.live()
+    live, checkpoint = run.live()
     tokenizer, form = checkpoint.tokenizer, form_of(run.spec)
     ids = [prompt_ids(tokenizer, form, p) if isinstance(p, str) else chat_ids(tokenizer, p) for p in prompts]
     told = _Told(tokenizer, how.stops, heard)
-    ends = end_tokens(tokenizer, backbone.model)
+    ends = end_tokens(tokenizer, live.model)
     made = continued(
-        run.model, backbone, ids, most=how.most, ends=ends, choose=how.choice, stop=told, batch_size=how.batch_size
+        run.model, live, ids, most=how.most, ends=ends, choose=how.choice, stop=told, batch_size=how.batch_size
     )
     entries = []
     for prompt, written in zip(prompts, made, strict=True):

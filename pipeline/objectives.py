@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-from pipeline.extract.backbones.base import Family
+from pipeline.extract.backbones.base import Backbone
 from pipeline.extract.tasks.base import TaskSpec
 from pipeline.owners import options_of, refusal
 from pipeline.recipe import Recipe
@@ -29,7 +30,7 @@ def refuse_targets(recipe: Recipe, spec: TaskSpec) -> None:
         )
 
 
-def objective_name(recipe: Recipe, spec: TaskSpec, family: Family, tuner: type[Tuner] | None) -> str:
+def objective_name(recipe: Recipe, spec: TaskSpec, backbone: Backbone, tuner: type[Tuner] | None) -> str:
     """The objective asked for, else the first one for such targets; where backbone and tuner write text, a class or a
     number is written as one. `tuner`: None for what trains inside the backbone. UserError where none can learn such
     targets here, or there are none."""
@@ -42,36 +43,40 @@ def objective_name(recipe: Recipe, spec: TaskSpec, family: Family, tuner: type[T
         )
     refuse_targets(recipe, spec)
     written = [n for n in fitting if objective_class(n).wants.text_head]
-    text = next((n for n in written if _writes(objective_class(n), family, tuner)), None)
+    text = next((n for n in written if _writes(objective_class(n), backbone, tuner)), None)
     plain = [n for n in fitting if n not in written]
     if not text and not plain:
-        able = ", ".join(n for n in tuner_names(family) if tuner_class(n, family).continues_text)
-        here = (
-            f"tuner {tuner.name} does not; those that do: {able}"
-            if tuner and family.continues_text
-            else (f"{family.name} backbones do not")
-        )
+        able = ", ".join(n for n in tuner_names(type(backbone)) if tuner_class(n, backbone).continues_text)
+        here = f"{backbone.name} backbones do not"
+        if tuner and backbone.continues_text:
+            here = f"tuner {tuner.name} does not; those that do: {able}"
         raise UserError(f"the targets of {spec.name} are tokens of its texts, which are gone on with: {here}")
     return text or recipe.objective or plain[0]
 
 
-def _writes(objective: type[Objective], family: Family, tuner: type[Tuner] | None) -> bool:
+def _writes(objective: type[Objective], backbone: Backbone, tuner: type[Tuner] | None) -> bool:
     """Whether backbone and tuner have what the head of `objective` reads, rows for a language-model head."""
     if objective.continues_text:
-        return family.continues_text and (tuner is None or tuner.continues_text)
-    return family.writes_text and (tuner is None or tuner.text_head)
+        return backbone.continues_text and (tuner is None or tuner.continues_text)
+    return backbone.writes_text and (tuner is None or tuner.text_head)
 
 
 def make_objective(
-    recipe: Recipe, spec: TaskSpec, token_ids: Sequence[Sequence[int]], family: Family, tuner: type[Tuner] | None
+    recipe: Recipe,
+    spec: TaskSpec,
+    token_ids: Sequence[Sequence[int]],
+    backbone: Backbone,
+    tuner: type[Tuner] | None,
+    training: Sequence[Any] = (),
 ) -> Objective:
-    """The objective of a run. `token_ids`: of each target text, from the task table."""
-    name = objective_name(recipe, spec, family, tuner)
+    """The objective of a run. `token_ids`: of each target text, from the task table; `training`: the targets of its
+    training rows, on which options may be counted."""
+    name = objective_name(recipe, spec, backbone, tuner)
     cls = objective_class(name)
     if others := recipe.objective_options.keys() - options_of("objective", name).keys():
-        how = f"tuner {recipe.tuner} on {family.name} backbones" if tuner else f"{family.name} backbones"
+        how = f"tuner {recipe.tuner} on {backbone.name} backbones" if tuner else f"{backbone.name} backbones"
         raise UserError(refusal(sorted(others), [f"objective {name}, that of {how} here"]))
-    config = objective_config(name, recipe.objective_options)
+    config = objective_config(name, recipe.objective_options).settled(spec.labels, training)
     answers = Answers(spec.labels, spec.metrics, spec.texts, tuple(tuple(ids) for ids in token_ids), spec.values)
     return cls(config, answers)
 
@@ -83,12 +88,12 @@ def plain_objective(spec: TaskSpec) -> Objective:
     return cls(cls.config_class(), Answers(spec.labels, spec.metrics))
 
 
-def class_objective(family: Family, tuner: type[Tuner], token_ids: Sequence[Sequence[int]]) -> Objective:
+def class_objective(backbone: Backbone, tuner: type[Tuner], token_ids: Sequence[Sequence[int]]) -> Objective:
     """An objective of `len(token_ids)` classes without names, to count and to time: the default for such a pair; of no
     class, the tokens of the text."""
     if not token_ids:
         completion = objective_class("completion")
         return completion(completion.config_class(), Answers())
-    name = "label-text" if family.writes_text and tuner.text_head else "classification"
+    name = "label-text" if backbone.writes_text and tuner.text_head else "classification"
     cls = objective_class(name)
     return cls(cls.config_class(), Answers.of_classes(len(token_ids), token_ids))

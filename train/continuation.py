@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pipeline.extract.backbones.batch import Batch
-from pipeline.extract.backbones.live import Backbone
+from pipeline.extract.backbones.live import LiveBackbone
 from pipeline.extract.backbones.past import Past
 from pipeline.store.errors import UserError
 from pipeline.train.finite import refuse_nan
@@ -73,7 +73,7 @@ class Written:
 @torch.inference_mode()
 def continued(
     model: Model,
-    backbone: Backbone,
+    live: LiveBackbone,
     prompts: Sequence[Sequence[int]],
     *,
     most: int,
@@ -85,17 +85,17 @@ def continued(
     """Up to `most` tokens after each of `prompts`, at least one id each. `ends`: tokens that end a text. `stop` is
     called after each token with what was written so far. Prompts of like length share a batch, which changes no greedy
     answer. UserError for a prompt that fills all positions of the backbone; NotFinite for NaN."""
-    longest = getattr(backbone.family.config, "max_position_embeddings", None) or 1 << 62
+    longest = getattr(live.backbone.config, "max_position_embeddings", None) or 1 << 62
     for number, prompt in enumerate(prompts, 1):
         if not 0 < len(prompt) < longest:
             raise UserError(f"prompt {number} has {len(prompt)} tokens; the model takes 1 to {longest - 1}")
     model.eval()
     out = [Written(i, list(prompt)) for i, prompt in enumerate(prompts)]
     order = sorted(range(len(out)), key=lambda i: len(out[i].prompt))
-    generator = torch.Generator(backbone.device).manual_seed(choose.seed)
+    generator = torch.Generator(live.device).manual_seed(choose.seed)
     for low in range(0, len(order), batch_size):
         texts = [out[i] for i in order[low : low + batch_size]]
-        for logits, at in _steps(model, backbone, texts):
+        for logits, at in _steps(model, live, texts):
             tokens = choose(refuse_nan(logits), generator).tolist()
             for text, token in zip(texts, tokens, strict=True):
                 if not text.ended and at >= len(text.prompt):
@@ -114,14 +114,14 @@ def _take(text: Written, token: int, ends: Collection[int], most: int, stop: Cal
         text.ended = "length"
 
 
-def _steps(model: Model, backbone: Backbone, texts: Sequence[Written]) -> Iterator[tuple[Tensor, int]]:
+def _steps(model: Model, live: LiveBackbone, texts: Sequence[Written]) -> Iterator[tuple[Tensor, int]]:
     """(B, vocabulary) logits of the token at a position, and the position, until all of `texts` ended; whoever takes
     them writes on."""
     past = Past()
-    states = names_of(model.tuner.name, model.tuner.config, backbone.family)
+    states = names_of(model.tuner.name, model.tuner.config, live.backbone)
     fed = [text.prompt[: len(texts[0].prompt)] for text in texts]
     while not all(text.ended for text in texts):
-        logits = _run(model, backbone, states, fed, past)
+        logits = _run(model, live, states, fed, past)
         past.length += len(fed[0])
         yield logits, past.length
         known = [[*text.prompt, *text.ids] for text in texts]
@@ -129,11 +129,11 @@ def _steps(model: Model, backbone: Backbone, texts: Sequence[Written]) -> Iterat
         fed = [[ids[past.length] if past.length < len(ids) else ids[-1]] for ids in known]
 
 
-def _run(model: Model, backbone: Backbone, states: Sequence[str], fed: Sequence[Sequence[int]], past: Past) -> Tensor:
-    (stream,) = backbone.family.streams
-    ids = torch.tensor([i for row in fed for i in row], device=backbone.device)
+def _run(model: Model, live: LiveBackbone, states: Sequence[str], fed: Sequence[Sequence[int]], past: Past) -> Tensor:
+    (stream,) = live.backbone.streams
+    ids = torch.tensor([i for row in fed for i in row], device=live.device)
     batch = Batch({}, {f"{stream}.ids": ids}, {stream: np.full(len(fed), len(fed[0]))}, past=past)
-    batch = backbone.filled(batch, states, torch.float32)
+    batch = live.filled(batch, states, torch.float32)
     layout = batch.layout(stream)
     (rows,) = model(batch).values()
     vocabulary: Any = model.tuner.tail

@@ -16,20 +16,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from pipeline.extract.backbones.base import (
-    Family,
-    SideStack,
-    Tail,
-    TextOptions,
-    collect,
-    freeze,
-    load_frozen,
-    register,
-)
+from pipeline.extract.backbones.base import Backbone, TextOptions
 from pipeline.extract.backbones.batch import Batch
+from pipeline.extract.backbones.capabilities import Blocks, ContinuesText
 from pipeline.extract.backbones.fill import filled
 from pipeline.extract.backbones.inputs import Inputs, ragged
-from pipeline.extract.backbones.shell import Given, Shell, cut, is_tied, layers_of, narrow, norm_of, places
+from pipeline.extract.backbones.loading import collect, freeze, load_frozen
+from pipeline.extract.backbones.registry import register
+from pipeline.extract.backbones.shell import Shell, cut, is_tied, layers_of, norm_of, places
+from pipeline.extract.backbones.tail import TextTail
 from pipeline.extract.backbones.text import tokenize, word_metas
 from pipeline.extract.completion import encode_rows
 from pipeline.store.errors import UserError
@@ -52,7 +47,7 @@ def head_logits(config: Any, rows: Tensor, table: Tensor, bias: Tensor | None, t
     return cap * torch.tanh(logits / cap) if cap else logits
 
 
-class DecoderTail(Tail):
+class DecoderTail(TextTail):
     """Embedding, the last block, the final norm and the head, all frozen."""
 
     def __init__(self, config: Any, attention: str) -> None:
@@ -74,7 +69,7 @@ class DecoderTail(Tail):
     def through(self, block: nn.Module, hidden: dict[str, Tensor], batch: Batch) -> Tensor:
         layout = batch.layout("decoder")
         grid = layout.pad(hidden["decoder"])
-        ((args, kwargs),) = self.shell.given(grid, _cache(batch, self, self.shell))
+        ((args, kwargs),) = self.shell.given(grid, cache_of(batch, self, self.shell))
         return layout.unpad(block(grid, *args, **kwargs))
 
     def final_norm(self, rows: Tensor, stream: str) -> Tensor:
@@ -87,43 +82,17 @@ class DecoderTail(Tail):
         return head_logits(self.config, rows, self.head.weight, self.head.bias, tokens)
 
 
-class DecoderSideStack(SideStack):
-    """The backbone's own layers at 1 / r of its width, see `narrow`, and a norm of its kind; drawn as the library draws
-    them. They stand under the library's masks, those of sliding windows too."""
-
-    def __init__(self, config: Any, layers: Sequence[int], reduction: int) -> None:
-        super().__init__()
-        self.width = config.hidden_size // reduction
-        self.shell = Shell(narrow(config, layers, reduction, _attentions(config)[0]), drawn=True)
-        self.blocks, self.norm, _ = self.shell.parts()
-        freeze(self.shell)  # it is run for its masks alone
-
-    def context(self, batch: Batch, stream: str, memory: Tensor | None) -> list[Given]:
-        mask = batch.layout(stream).mask
-        grid = torch.zeros(*mask.shape, self.width, device=mask.device)
-        return self.shell.given(grid, _cache(batch, self, self.shell))
-
-    def block(self, index: int, grid: Tensor, context: list[Given]) -> Tensor:
-        args, kwargs = context[index]
-        out: Tensor = self.blocks[index](grid, *args, **kwargs)
-        return out
-
-    def final(self, rows: Tensor) -> Tensor:
-        normed: Tensor = self.norm(rows)
-        return normed
-
-
-def _cache(batch: Batch, owner: nn.Module, shell: Shell) -> Any:
+def cache_of(batch: Batch, owner: nn.Module, shell: Shell) -> Any:
     return None if batch.past is None else batch.past.cache(owner, shell.new_cache)
 
 
-def _attentions(config: Any) -> tuple[str, ...]:
+def attentions_of(config: Any) -> tuple[str, ...]:
     model: Any = AutoModelForCausalLM._model_mapping[type(config)]
     return ("sdpa", "eager") if model._supports_sdpa else ("eager",)
 
 
 @register
-class Decoder(Family):
+class Decoder(ContinuesText, Blocks, Backbone):
     """See the module's docstring. Raises UserError for layers that carry a state from position to position in place of
     attention, and for scores scaled by a layer's number."""
 
@@ -137,7 +106,7 @@ class Decoder(Family):
     )  # fmt: skip
     description = "decoder-only language models: Llama, Mistral, Qwen, Gemma, Phi, OLMo, GPT-2, GPT-NeoX, gpt-oss"
     streams = ("decoder",)
-    continues_text = True
+    causal = ("decoder",)
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -149,15 +118,11 @@ class Decoder(Family):
 
     @property
     def attentions(self) -> tuple[str, ...]:  # type: ignore[override]
-        return _attentions(self.config)
+        return attentions_of(self.config)
 
     @property
     def width(self) -> int:
         return self.config.hidden_size
-
-    @property
-    def dropout(self) -> float:
-        return getattr(self.config, "resid_pdrop", None) or 0.0
 
     @property
     def usual_precision(self) -> str:
@@ -173,14 +138,10 @@ class Decoder(Family):
     def depth(self, stream: str) -> int:
         return self.config.num_hidden_layers
 
-    def prepare(
-        self,
-        tokenizer: Any,
-        texts: Sequence[Sequence[str]],
-        options: TextOptions,
-        candidates: Sequence[Sequence[int]] = (),
-        gold: Sequence[int] | None = None,
-    ) -> Inputs:
+    def embedding(self, stream: str) -> list[str]:
+        return []
+
+    def prepare(self, tokenizer: Any, texts: Sequence[Sequence[str]], options: TextOptions) -> Inputs:
         """Rows of a completion task become what `encode_rows` makes of them; the fields of any other stand a line each,
         in the tokenizer's own way."""
         limit = min(options.max_length, self._longest())
@@ -199,6 +160,9 @@ class Decoder(Family):
 
     def load(self, folder: Path, dtype: torch.dtype, attention: str, device: torch.device | str) -> nn.Module:
         return load_frozen(AutoModelForCausalLM, folder, dtype, attention, device)
+
+    def make(self, attention: str = "sdpa") -> Any:
+        return AutoModelForCausalLM.from_config(self.config, attn_implementation=attention)
 
     def stack(self, model: Any, stream: str) -> Sequence[nn.Module]:
         return list(layers_of(model, self.config))
@@ -229,7 +193,7 @@ class Decoder(Family):
         layers, norm = places(self.config)
         frame = model.base_model.state_dict()
         out = {f"shell.model.{k}": v for k, v in frame.items() if not k.startswith((f"{layers}.", f"{norm}."))}
-        out |= {f"block.{k}": v for k, v in self.last_block(model).state_dict().items()}
+        out |= {f"block.{k}": v for k, v in self.stack(model, "decoder")[-1].state_dict().items()}
         out |= {f"norm.{k}": v for k, v in norm_of(model, self.config).state_dict().items()}
         if not is_tied(model):
             out |= {f"head.{k}": v for k, v in model.get_output_embeddings().state_dict().items()}
@@ -246,6 +210,3 @@ class Decoder(Family):
         norm = norm.to_empty(device=torch.get_default_device())
         shell.model._init_weights(norm)
         return norm.requires_grad_(True)
-
-    def side_stack(self, stream: str, layers: Sequence[int], reduction: int) -> SideStack:
-        return DecoderSideStack(self.config, layers, reduction)

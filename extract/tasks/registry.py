@@ -54,6 +54,7 @@ def load_task(
     targets: Sequence[str] = (),
     validation: Path | None = None,
     test: Path | None = None,
+    stratify: bool = False,
     metrics: Sequence[str] = (),
     task_name: str | None = None,
     grid: float = USUAL_GRID,
@@ -68,7 +69,8 @@ def load_task(
     Raises `TaskError` with one line for anything wrong with the name, the options or the files.
     """
     options = {"text": text, "text-pair": text_pair, "label": label, "separator": separator,
-               "validation": validation, "test": test, "metrics": metrics, "task-name": task_name}  # fmt: skip
+               "validation": validation, "test": test, "stratify": stratify, "metrics": metrics,
+               "task-name": task_name}  # fmt: skip
     texts = name.startswith(PREFIX) and (continues or "tokens" in targets)
     pictures = not texts and (name.startswith(PREFIX) or is_folder(name))
     given = [f"--{option}" for option, value in options.items() if value and not (pictures and option == "task-name")]
@@ -85,7 +87,7 @@ def load_task(
         path = table_path(name, data)
         made = load_table(
             path, text=text, text_pair=text_pair, label=label, separator=separator, targets=targets,
-            validation=validation, test=test, metrics=metrics, name=task_name, continues=continues,
+            validation=validation, test=test, stratify=stratify, metrics=metrics, name=task_name, continues=continues,
         )  # fmt: skip
         return replace(made, origin=_origin(path, validation, test))
     if is_folder(name):

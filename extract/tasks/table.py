@@ -33,6 +33,7 @@ def load_table(
     targets: Sequence[str] = (),
     validation: Path | None = None,
     test: Path | None = None,
+    stratify: bool = False,
     metrics: Sequence[str] = (),
     name: str | None = None,
     continues: bool = False,
@@ -47,14 +48,16 @@ def load_table(
     several with `separator` between them are classes; else it is a number if all are numbers and one has a fraction,
     and a class if not. `targets`: types that will do, where another than this is meant; tags and classes may then be
     text with blanks or `separator` between them. Class names are those of `path`, sorted (by value where all are whole
-    numbers). `metrics`: accuracy, or pearson and spearman, where not given. Text-to-text: prompt "NAME COLUMN: A
-    COLUMN: B", texts to answer the class index, or an even grid over the range of the labels. A test file may come
-    without labels. `continues`: the backbone goes on with texts, so that rows without labels are what it learns; see
-    `completion_fields`.
+    numbers). `stratify`: hold rows out by `stratified`. `metrics`: accuracy, or pearson and spearman, where not given.
+    Text-to-text: prompt "NAME COLUMN: A COLUMN: B", texts to answer the class index, or an even grid over the range of
+    the labels. A test file may come without labels. `continues`: the backbone goes on with texts, so that rows without
+    labels are what it learns; see `completion_fields`.
 
     Raises `TaskError` for: missing column, missing or unknown label, label that is not a finite number, one class only,
     other than one tag a word, too few rows to split, and all that `read_sheet` refuses.
     """
+    if stratify and validation is not None:
+        raise TaskError("--stratify: with --validation no rows are held out; leave one of the two out")
     train = read_sheet(path)
     asked = Asked(text, targets, continues, others=any((text_pair, label, separator, metrics)))
     if texts := completion_fields(train.columns, _LABELS, asked):
@@ -71,9 +74,15 @@ def load_table(
         if value is None or (value == "" and not separator):
             raise TaskError(f"{train.where(row)}: no label in column {label!r}; every training row needs one")
     target = _target(train, targets, given, train.column(text), separator) if label else "none"
-    reading = _Reading(fields, label or "", target, separator)
+    lists = any(isinstance(value, list) for value in given)
+    if lists and separator:
+        raise TaskError(f"{path}: --separator parts labels within a text, those in column {label!r} are lists")
+    reading = _Reading(fields, label or "", target, separator, lists)
     if target not in ("number", "none"):
         reading.classes = _class_names(train, reading, given)
+
+    if stratify and target != "class":
+        raise TaskError(f"{path}: --stratify needs one class a row; the type of the target here is {target}")
 
     def rows_of(sheet: Sheet, split: str) -> Rows:
         rows = _rows(sheet, reading)
@@ -81,7 +90,7 @@ def load_table(
             _all_labelled(sheet, rows, label)
         return rows
 
-    parted = part(path, train, rows_of, validation, test)
+    parted = part(path, train, rows_of, validation, test, stratify)
     spec = _spec(name, reading, parted.everything, tuple(metrics))
     more = {"label": label, **({"separator": separator} if separator else {})}
     return Task(spec, parted.splits, {**parted.provenance, **more}, parted.absent)
@@ -89,12 +98,13 @@ def load_table(
 
 @dataclass
 class _Reading:
-    """How columns become rows. `classes`: names of classes or tags."""
+    """How columns become rows. `classes`: names of classes or tags; `lists`: labels are lists, never text."""
 
     fields: tuple[str, ...]
     label: str
     target: TargetType
     separator: str | None
+    lists: bool = False
     classes: tuple[str, ...] = ()
 
 
@@ -123,6 +133,10 @@ def _labels_of(sheet: Sheet, row: int, value: Any, reading: _Reading) -> list[st
         return None
     if isinstance(value, list):
         parts: Iterable[Any] = value
+    elif reading.lists and value != "":
+        raise TaskError(
+            f"{sheet.where(row)}: {reading.label!r} is {value!r}, in other rows a list; make it one here too"
+        )
     else:
         parts = [part.strip() for part in str(value).split(reading.separator)]
         parts = [part for part in parts if part]

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from pipeline.extract.backbones import Batch, family_for
-from pipeline.extract.backbones.live import Backbone
+from pipeline.extract.backbones import Batch, backbone_for
+from pipeline.extract.backbones.live import LiveBackbone
 from pipeline.extract.backbones.past import Past
 from pipeline.store.errors import UserError
 from pipeline.train.continuation import Choice, continued
@@ -32,17 +32,17 @@ def objective() -> Completion:
     return cls(cls.config_class(), Answers())
 
 
-def made(kind: str, tuner: str) -> tuple[Model, Backbone]:
+def made(kind: str, tuner: str) -> tuple[Model, LiveBackbone]:
     """A model of `tuner` with weights large enough to show, on a small decoder of `kind`."""
-    backbone = decoders.model(kind)
-    family = family_for(backbone.config)
+    live = decoders.model(kind)
+    backbone = backbone_for(live.config)
     config = tuner_config(tuner, {"reduction": 4} if "reduction" in dir(tuner_class(tuner).config_class) else {})
-    tail = tail_for(tuner, config, family, family.attentions[0], family.tail_weights(backbone))
-    model = Model.build(tuner, config, family, tail, objective(), seed=0).eval()
+    tail = tail_for(tuner, config, backbone, backbone.attentions[0], backbone.tail_weights(live))
+    model = Model.build(tuner, config, backbone, tail, objective(), seed=0).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn_like(parameter) if parameter.requires_grad else 0
-    return model, Backbone(family, lambda: backbone, torch.device("cpu"))
+    return model, LiveBackbone(backbone, lambda: live, torch.device("cpu"))
 
 
 def a_batch(spans: list[list[list[int]]]) -> Batch:
@@ -123,16 +123,16 @@ def test_metas_that_are_not_of_the_samples_are_refused():
 
 @torch.no_grad()
 def test_a_probe_starts_as_the_frozen_model():
-    backbone = decoders.model("llama")
-    family = family_for(backbone.config)
+    live = decoders.model("llama")
+    backbone = backbone_for(live.config)
     config = tuner_config("probe", {})
-    tail = tail_for("probe", config, family, "sdpa", family.tail_weights(backbone))
-    model = Model.build("probe", config, family, tail, objective(), seed=0).eval()
+    tail = tail_for("probe", config, backbone, "sdpa", backbone.tail_weights(live))
+    model = Model.build("probe", config, backbone, tail, objective(), seed=0).eval()
     assert model.trainable_parameters() == 32 * 32
     batch = a_batch(SPANS)
-    batch.states = family.run(backbone, batch, ["decoder.3"])
+    batch.states = backbone.run(live, batch, ["decoder.3"])
     out = model.tuner.tail.logits(model(batch)["decoder"])
-    first = backbone(input_ids=batch.columns["decoder.ids"][None, : LENGTHS[0]]).logits[0]
+    first = live(input_ids=batch.columns["decoder.ids"][None, : LENGTHS[0]]).logits[0]
     torch.testing.assert_close(out[: LENGTHS[0]], first, rtol=1e-4, atol=1e-4)
 
 
@@ -140,13 +140,13 @@ def test_a_probe_starts_as_the_frozen_model():
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_no_row_sees_a_later_position_and_caches_change_nothing(kind, tuner):
-    model, backbone = made(kind, tuner)
-    states, lengths = state_names(tuner, model.tuner.config, backbone.family), np.array([10, 10])
+    model, live = made(kind, tuner)
+    states, lengths = state_names(tuner, model.tuner.config, live.backbone), np.array([10, 10])
     ids = torch.randint(3, 64, (2, 10), generator=torch.Generator().manual_seed(3))
 
     def rows(part: torch.Tensor, past: Past | None = None) -> torch.Tensor:
         sizes = np.full(2, part.shape[1])
-        batch = backbone.filled(Batch({}, {"decoder.ids": part.flatten()}, {"decoder": sizes}, past=past), states)
+        batch = live.filled(Batch({}, {"decoder.ids": part.flatten()}, {"decoder": sizes}, past=past), states)
         return model(batch)["decoder"].view(2, part.shape[1], -1)
 
     whole = rows(ids)
@@ -161,13 +161,13 @@ def test_no_row_sees_a_later_position_and_caches_change_nothing(kind, tuner):
     torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-3, atol=1e-4)
 
 
-def recomputed(model: Model, backbone: Backbone, prompt: list[int], most: int, ends: set[int]) -> list[int]:
+def recomputed(model: Model, live: LiveBackbone, prompt: list[int], most: int, ends: set[int]) -> list[int]:
     """Greedy tokens with everything run anew for each."""
-    states, ids = state_names(model.tuner.name, model.tuner.config, backbone.family), list(prompt)
+    states, ids = state_names(model.tuner.name, model.tuner.config, live.backbone), list(prompt)
     while len(ids) < len(prompt) + most:
         batch = Batch({}, {"decoder.ids": torch.tensor(ids)}, {"decoder": np.array([len(ids)])})
         with torch.inference_mode():
-            row = model(backbone.filled(batch, states))["decoder"][-1:]
+            row = model(live.filled(batch, states))["decoder"][-1:]
             token = int(model.tuner.tail.logits(row).argmax())
         if token in ends:
             break
@@ -179,12 +179,12 @@ def recomputed(model: Model, backbone: Backbone, prompt: list[int], most: int, e
 @pytest.mark.parametrize("kind", decoders.USUAL)
 def test_greedy_tokens_are_those_of_full_recomputation(kind, tuner):
     """Prompts of all lengths in one batch, windows of 4 positions, an end token that some reach."""
-    model, backbone = made(kind, tuner)
+    model, live = made(kind, tuner)
     prompts = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15], [5, 6, 7]]
-    plain = [recomputed(model, backbone, p, 12, set()) for p in prompts]
+    plain = [recomputed(model, live, p, 12, set()) for p in prompts]
     ends = {plain[0][3]}
-    wanted = [recomputed(model, backbone, p, 12, ends) for p in prompts]
-    written = continued(model, backbone, prompts, most=12, ends=ends, choose=Choice(), batch_size=3)
+    wanted = [recomputed(model, live, p, 12, ends) for p in prompts]
+    written = continued(model, live, prompts, most=12, ends=ends, choose=Choice(), batch_size=3)
     assert [w.ids for w in written] == wanted
     assert [w.ended for w in written] == ["end" if len(ids) < 12 else "length" for ids in wanted]
 
@@ -206,29 +206,29 @@ def test_drawing_follows_the_seed_and_keeps_to_the_likely():
 
 
 def test_a_prompt_must_leave_room():
-    model, backbone = made("llama", "probe")
+    model, live = made("llama", "probe")
     with pytest.raises(UserError, match="prompt 2 has 160 tokens; the model takes 1 to 159"):
-        continued(model, backbone, [[3], [3] * 160], most=1, ends=(), choose=Choice())
-    (written,) = continued(model, backbone, [[3] * 158], most=9, ends=(), choose=Choice())
+        continued(model, live, [[3], [3] * 160], most=1, ends=(), choose=Choice())
+    (written,) = continued(model, live, [[3] * 158], most=9, ends=(), choose=Choice())
     assert len(written.ids) == 2 and written.ended == "length"
 
 
 def test_virtual_tokens_in_the_live_layer_are_no_way_to_write():
-    backbone = decoders.model("llama")
-    family = family_for(backbone.config)
+    live = decoders.model("llama")
+    backbone = backbone_for(live.config)
     config = tuner_config("sherl", {"reduction": 4, "tail": "prompt"})
-    tail = tail_for("sherl", config, family, "sdpa", family.tail_weights(backbone))
-    model = Model.build("sherl", config, family, tail, objective(), seed=0)
+    tail = tail_for("sherl", config, backbone, "sdpa", backbone.tail_weights(live))
+    model = Model.build("sherl", config, backbone, tail, objective(), seed=0)
     with pytest.raises(UserError, match="virtual tokens"):
         continued(
-            model, Backbone(family, lambda: backbone, torch.device("cpu")), [[3]], most=1, ends=(), choose=Choice()
+            model, LiveBackbone(backbone, lambda: live, torch.device("cpu")), [[3]], most=1, ends=(), choose=Choice()
         )
 
 
 def test_tuners_that_mix_positions_cannot_go_on_with_texts():
-    family = family_for(decoders.config("llama"))
+    backbone = backbone_for(decoders.config("llama"))
     config = tuner_config("unipt", {})
-    tail = tail_for("unipt", config, family, "sdpa")
+    tail = tail_for("unipt", config, backbone, "sdpa")
     with pytest.raises(UserError, match="needs rows for a text head"):
-        Model(tuner_class("unipt", family)(config, family, tail, objective().wants), objective())
+        Model(tuner_class("unipt", backbone)(config, backbone, tail, objective().wants), objective())
     assert {"sherl", "lst", "probe"} <= set(TUNERS)

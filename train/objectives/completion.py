@@ -7,7 +7,7 @@ all of a text, a completion, what the assistant says.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,8 @@ from pipeline.train.features import Feature, Features, Want
 from pipeline.train.finite import refuse_nan
 from pipeline.train.objectives.base import Head, Objective, Outputs, Scorer, Vocabulary, register
 from pipeline.train.objectives.linear_entropy import entropy_and_hits, summed_entropy
+
+USUAL = ("loss", "perplexity", "token_accuracy")
 
 
 class CompletionHead(Head):
@@ -80,12 +82,16 @@ class CompletionHead(Head):
 
 
 class CompletionScorer(Scorer):
-    """Nats a target, their perplexity, and the share of targets that were the most likely token."""
+    """Nats a target, their perplexity, and the share of targets that were the most likely token: those of `names`, the
+    first of which selects the best epoch."""
 
-    chosen, lower = "loss", True
-
-    def __init__(self) -> None:
+    def __init__(self, names: Sequence[str] = USUAL) -> None:
+        self.names = tuple(names)
         self.loss = self.hits = self.tokens = 0.0
+
+    @property
+    def first(self) -> str:
+        return self.names[0]
 
     def update(self, out: Outputs, batch: Batch) -> None:
         self.loss += float(out["loss"].sum())
@@ -97,7 +103,8 @@ class CompletionScorer(Scorer):
 
     def compute(self) -> dict[str, float]:
         loss = self.loss / self.tokens
-        return {"loss": loss, "perplexity": perplexity(loss), "token_accuracy": self.hits / self.tokens}
+        figures = {"loss": loss, "perplexity": perplexity(loss), "token_accuracy": self.hits / self.tokens}
+        return {name: figures[name] for name in self.names}
 
 
 def perplexity(loss: float) -> float:
@@ -122,8 +129,16 @@ class Completion(Objective):
         ((name, feature),) = features.items()
         return CompletionHead(name, feature, vocabulary)
 
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        return USUAL
+
+    @property
+    def usual(self) -> tuple[str, ...]:
+        return USUAL
+
     def scorer(self) -> CompletionScorer:
-        return CompletionScorer()
+        return CompletionScorer(self.metrics)
 
     def entries(self, out: Outputs) -> list[dict[str, Any]]:
         found = zip(*(out[name].tolist() for name in ("loss", "hits", "tokens")), strict=True)

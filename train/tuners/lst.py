@@ -8,12 +8,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from pipeline.extract.backbones.base import Family, Tail
+from pipeline.extract.backbones.base import Backbone
 from pipeline.extract.backbones.batch import Batch
 from pipeline.extract.backbones.bylength import by_length
-from pipeline.store.errors import UserError
+from pipeline.extract.backbones.tail import Tail
 from pipeline.train.configs import PRUNES, LstConfig
 from pipeline.train.features import Features, Want
+from pipeline.train.sideblocks import prunable, pruned, side_stack
 from pipeline.train.tuners.base import Start, Tuner, checked_reduction, linear, register, rows_of
 
 
@@ -27,7 +28,7 @@ class Ladder(nn.Module):
 
     def __init__(
         self,
-        family: Family,
+        backbone: Backbone,
         stream: str,
         layers: list[int],
         reduction: int,
@@ -36,12 +37,12 @@ class Ladder(nn.Module):
         down: Callable[[int, int], nn.Module] = linear,
     ) -> None:
         super().__init__()
-        inner = checked_reduction(reduction, family.width)
+        inner = checked_reduction(reduction, backbone.width)
         self.stream, self.temperature, self.layers = stream, temperature, layers
-        self.first = down(family.width, inner)
-        self.down = nn.ModuleList(down(family.state_width(f"{stream}.{i}"), inner) for i in layers)
-        self.gates = nn.Parameter(torch.full((family.depth(stream),), gate))
-        self.side = family.side_stack(stream, layers, reduction)
+        self.first = down(backbone.width, inner)
+        self.down = nn.ModuleList(down(backbone.state_width(f"{stream}.{i}"), inner) for i in layers)
+        self.gates = nn.Parameter(torch.full((backbone.depth(stream),), gate))
+        self.side = side_stack(backbone, stream, layers, reduction)
 
     def rungs(self, batch: Batch, embedding: Tensor) -> Tensor:
         """(rows, D) embedding and the kept states → (rows, 1 + layers, D / r). `Tail.embed` has dropped out the
@@ -71,40 +72,45 @@ class Lst(Tuner):
     text_head = True
     continues_text = True
 
-    def __init__(self, config: LstConfig, family: Family, tail: Tail, wants: Want) -> None:
-        super().__init__(config, family, tail, wants)
+    def __init__(self, config: LstConfig, backbone: Backbone, tail: Tail, wants: Want) -> None:
+        super().__init__(config, backbone, tail, wants)
         self.ladders = nn.ModuleDict(
             {
-                s: Ladder(family, s, config.kept(family, "lst", s), config.reduction, config.temperature)
-                for s in family.streams
+                s: Ladder(backbone, s, config.kept(backbone, s), config.reduction, config.temperature)
+                for s in backbone.streams
             }
         )
-        self.stream = family.streams[-1]
-        inner = family.width // config.reduction
-        self.up = linear(inner, family.width) if wants.text_head else None
-        width = inner if self.up is None else family.width
-        self.features = {self.stream: rows_of(family, self.stream, width)}
+        self.stream = backbone.streams[-1]
+        inner = backbone.width // config.reduction
+        self.up = linear(inner, backbone.width) if wants.text_head else None
+        width = inner if self.up is None else backbone.width
+        self.features = {self.stream: rows_of(backbone, self.stream, width)}
 
     @classmethod
-    def states(cls, config: LstConfig, family: Family) -> list[str]:
+    def states(cls, config: LstConfig, backbone: Backbone) -> list[str]:
         names = []
-        for s in family.streams:
-            names += [*family.embedding(s), *(f"{s}.{i}" for i in config.kept(family, "lst", s))]
+        for s in backbone.streams:
+            names += [*backbone.embedding(s), *(f"{s}.{i}" for i in config.kept(backbone, s))]
         return names
 
     @classmethod
-    def start(cls, config: LstConfig, family: Family) -> Start | None:
+    def refuse(cls, config: LstConfig, backbone: Backbone) -> str | None:
+        if config.init != "random" and not prunable(backbone):
+            return f"init: {backbone.name} backbones have no pruning yet; use random"
+        if config.init == "fisher" and not backbone.writes_text:
+            return (
+                f"init: fisher needs the gradient of a pretrained output on the task, and {backbone.name} backbones "
+                "come without a head; use --init magnitude"
+            )
+        return super().refuse(config, backbone)
+
+    @classmethod
+    def start(cls, config: LstConfig, backbone: Backbone) -> Start | None:
         if config.init == "random":
             return None
-        checked_reduction(config.reduction, family.width)
-        if config.init == "fisher" and not family.writes_text:
-            raise UserError(
-                f"init: fisher needs the gradient of a pretrained output on the task, and {family.name} backbones come "
-                "without a head; use --init magnitude"
-            )
 
         def make(model: Any, importance: dict[str, Tensor]) -> dict[str, Tensor]:
-            return family.pruned(model, importance, config.reduction, config.prune == "aligned")
+            return pruned(backbone, model, importance, config.reduction, config.prune == "aligned")
 
         return Start(f"lst-{config.init}-{PRUNES[config.prune]}-r{config.reduction}", config.init == "fisher", make)
 

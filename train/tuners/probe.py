@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from pipeline.extract.backbones.base import Family, Tail
+from pipeline.extract.backbones.base import Backbone
 from pipeline.extract.backbones.batch import Batch
+from pipeline.extract.backbones.tail import Tail
 from pipeline.train.adapters import Bottleneck
 from pipeline.train.configs import ProbeConfig
 from pipeline.train.features import Features, Want
@@ -26,28 +27,27 @@ class Probe(Tuner):
     shapes = ("sequence", "pyramid")
     continues_text = True
 
-    def __init__(self, config: ProbeConfig, family: Family, tail: Tail, wants: Want) -> None:
-        super().__init__(config, family, tail, wants)
-        self.stream = _stream(family)
-        self.features = {self.stream: rows_of(family, self.stream)}
-        (self.state,) = self.states(config, family)
+    def __init__(self, config: ProbeConfig, backbone: Backbone, tail: Tail, wants: Want) -> None:
+        super().__init__(config, backbone, tail, wants)
+        self.stream = _stream(backbone)
+        self.features = {self.stream: rows_of(backbone, self.stream)}
+        (self.state,) = self.states(config, backbone)
         self.map: nn.Module = nn.Identity()
         if config.mlp is not None:
-            self.map = Bottleneck(family.width_of(self.stream), config.mlp)
+            self.map = Bottleneck(backbone.width_of(self.stream), config.mlp)
         elif wants.text_head:
-            self.map = nn.Linear(family.width, family.width, bias=False)
+            self.map = nn.Linear(backbone.width, backbone.width, bias=False)
             nn.init.eye_(self.map.weight)
 
     @classmethod
-    def states(cls, config: ProbeConfig, family: Family) -> list[str]:
-        stream = _stream(family)
-        layer = config.kept(family, "probe", stream)[0] if config.layers else family.depth(stream) - 1
-        return [f"{stream}.{layer}"]
+    def states(cls, config: ProbeConfig, backbone: Backbone) -> list[str]:
+        stream = _stream(backbone)
+        return [f"{stream}.{config.kept(backbone, stream)[-1]}"]
 
     def forward(self, batch: Batch) -> Features:
         return {self.stream: self.tail.final_norm(self.map(batch.states[self.state].float()), self.stream)}
 
 
-def _stream(family: Family) -> str:
+def _stream(backbone: Backbone) -> str:
     # A text-to-text backbone is read at its encoder, a staged one at its last stage.
-    return family.streams[-1 if family.shape == "pyramid" else 0]
+    return backbone.streams[-1 if backbone.shape == "pyramid" else 0]

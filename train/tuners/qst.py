@@ -10,9 +10,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from pipeline.extract.backbones.base import Family, Tail
+from pipeline.extract.backbones.base import Backbone
 from pipeline.extract.backbones.batch import Batch
 from pipeline.extract.backbones.bylength import by_length
+from pipeline.extract.backbones.capabilities import ContinuesText
+from pipeline.extract.backbones.tail import Tail
 from pipeline.train.configs import QstConfig
 from pipeline.train.features import Features, Want
 from pipeline.train.tuners.base import StateLinear, Tuner, linear, register, rows_of
@@ -24,29 +26,29 @@ class Qst(Tuner):
     """A ladder on the one stream, a map up, a blend. Rows have the backbone's width, whatever reads them."""
 
     description = "QST: a ladder beside a language model, its output blended with the backbone's"
-    families = ("decoder",)
+    needs = (ContinuesText,)
     projects = True
     continues_text = True
 
-    def __init__(self, config: QstConfig, family: Family, tail: Tail, wants: Want) -> None:
-        super().__init__(config, family, tail, wants)
-        (self.stream,) = family.streams
+    def __init__(self, config: QstConfig, backbone: Backbone, tail: Tail, wants: Want) -> None:
+        super().__init__(config, backbone, tail, wants)
+        (self.stream,) = backbone.streams
 
         def down(states: int, inner: int) -> nn.Module:
             low = nn.Linear(config.rank, inner)
             return nn.Sequential(StateLinear(states, config.rank), nn.SiLU(), low, nn.LayerNorm(inner))
 
-        layers = config.kept(family, "qst", self.stream)
-        self.ladder = Ladder(family, self.stream, layers, config.reduction, 1.0, 0.5, down)
-        self.up = linear(family.width // config.reduction, family.width)
+        layers = config.kept(backbone, self.stream)
+        self.ladder = Ladder(backbone, self.stream, layers, config.reduction, 1.0, 0.5, down)
+        self.up = linear(backbone.width // config.reduction, backbone.width)
         self.blend = nn.Parameter(torch.ones(()))
-        self.last = f"{self.stream}.{family.depth(self.stream) - 1}"
-        self.features = {self.stream: rows_of(family, self.stream)}
+        self.last = f"{self.stream}.{backbone.depth(self.stream) - 1}"
+        self.features = {self.stream: rows_of(backbone, self.stream)}
 
     @classmethod
-    def states(cls, config: QstConfig, family: Family) -> list[str]:
-        (stream,) = family.streams
-        layers = {*config.kept(family, "qst", stream), family.depth(stream) - 1}
+    def states(cls, config: QstConfig, backbone: Backbone) -> list[str]:
+        (stream,) = backbone.streams
+        layers = {*config.kept(backbone, stream), backbone.depth(stream) - 1}
         return [f"{stream}.{i}" for i in sorted(layers)]
 
     def forward(self, batch: Batch) -> Features:
