@@ -11,7 +11,8 @@ from pipeline.recipe import Recipe
 from pipeline.report import size_text, table_text
 
 if TYPE_CHECKING:
-    from pipeline.plan import Plan, Workload
+    from pipeline.plan import Plan
+    from pipeline.workload import Workload
 
 
 def split_limit(rows: dict[str, int], fits: int, views: int = 1) -> int:

@@ -63,8 +63,9 @@ def write(
     """What `run` writes after each of `prompts`: the `prompt`, the `text` and its `token_ids`, and what it `ended` at
     ("end": an end token, "stop": one of the stops, "length"). `heard(i, text)` gets the text of prompt i piece by
     piece. Raises UserError for runs that do not go on with texts."""
-    if not run.job.objective.continues_text:
-        raise UserError(f"generate: runs of objective completion write text; this one's is {run.job.objective.name}")
+    objective = run.single().objective
+    if not objective.continues_text:
+        raise UserError(f"generate: runs of objective completion write text; this one's is {objective.name}")
     if not prompts:
         raise UserError("generate: there are no prompts; give --prompt TEXT or --input FILE")
     live, checkpoint = run.live()
