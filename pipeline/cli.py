@@ -243,6 +243,7 @@ def predict(
     help="File of prompts: a .txt with one a line, or a table with a column prompt or messages.",
     metavar="FILE",
 )
+@TASK
 @click.option("--max-new-tokens", default=128, show_default=True, help="Tokens written at most.", metavar="N")
 @click.option(
     "--temperature", default=0.0, show_default=True, help="0: always the most likely token; above: drawn.", metavar="T"
@@ -263,6 +264,7 @@ def generate(
     run: str,
     prompts: tuple[str, ...],
     input_file: str | None,
+    task: str | None,
     max_new_tokens: int,
     temperature: float,
     top_k: int | None,
@@ -275,13 +277,15 @@ def generate(
 ) -> tuple[Any, str]:
     """Go on with texts: the backbone runs live, the tuner beside it. Of a single prompt the text appears as it is
     written."""
-    from pipeline.continuing import Writing, read_prompts, write
-    from pipeline.report import entries_text, write_entries
-    from pipeline.runs import load_run
-    from pipeline.train.continuation import Choice
+    with imports():
+        from pipeline.continuing import Writing, read_prompts, write
+        from pipeline.report import entries_text, write_entries
+        from pipeline.runs import load_run
+        from pipeline.train.continuation import Choice
 
     how = Writing(max_new_tokens, stops, Choice(temperature, top_k, top_p, seed), batch_size)
     loaded = load_run(run, **over)
+    loaded = loaded.of(task) if task else loaded
     asked = [*prompts, *(read_prompts(Path(input_file), loaded) if input_file else [])]
     shown = len(asked) == 1 and not as_json and not output
     told = write(loaded, asked, how, (lambda _, text: click.echo(printable(text), nl=False)) if shown else None)
