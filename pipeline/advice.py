@@ -11,7 +11,8 @@ from pipeline.recipe import Recipe
 from pipeline.report import size_text, table_text
 
 if TYPE_CHECKING:
-    from pipeline.plan import Plan, Workload
+    from pipeline.plan import Plan
+    from pipeline.workload import Workload
 
 
 def split_limit(rows: dict[str, int], fits: int, views: int = 1) -> int:
@@ -105,7 +106,17 @@ def plan_text(plan: Plan, work: Workload) -> str:
         ]
         for tier, s in plan.cached_epoch.items()
     ]
-    formats = [[f, f"{v['bytes a sample'] / 1e3:,.1f} kB", size_text(v["total"])] for f, v in plan.formats.items()]
+
+    def shown(size: float) -> str:
+        return f"{size / 1e3:,.1f} kB" if size >= 1e3 else f"{size:,.0f} B"
+
+    each = [what for what in ("bytes a token", "bytes a sample") if what in next(iter(plan.formats.values()))]
+    formats = [[f, *(shown(v[w]) for w in each), size_text(v["total"])] for f, v in plan.formats.items()]
+    ops = plan.operations
+    head = ""
+    if "bound" in ops:
+        share = ops["head a step"] / ops["tuner a step"]
+        head = f"; {share:.0%} of a step is the frozen head, whatever the tuner: at most {ops['bound']:.1f}"
     memory = ", ".join(f"{k} {size_text(v)}" for k, v in plan.memory.items() if k != "total")
     r = plan.rates
     cold = "cold not measurable" if r["disk_cold"] is None else f"cold {size_text(r['disk_cold'])}/s"
@@ -115,11 +126,11 @@ def plan_text(plan: Plan, work: Workload) -> str:
             f"{plan.samples:,} samples ({rows}); mean positions of a training sample: {lengths}{how}",
             f"{work.tuner} reads {widths_text(plan.states, work.backbone.width, work.backbone.projection)}",
             "",
-            table_text(["format", "a sample", "in all"], formats),
+            table_text(["format", *(what.removeprefix("bytes ") for what in each), "in all"], formats),
             "",
             f"extraction: {seconds(plan.extraction_seconds)}, once; live epoch: {seconds(plan.live_epoch)}",
             table_text(["cached epoch from", "seconds", "live ÷ cached", "break-even epochs"], tiers),
-            f"operations live ÷ cached: {plan.operations['ratio']:.1f}",
+            f"operations live ÷ cached: {ops['ratio']:.1f}{head}",
             f"training memory: {size_text(plan.memory['total'])} ({memory}), computed from tensors",
             f"{_rates_head(plan)}: backbone {(r['backbone'] or 0) / 1e9:,.0f} GFLOP/s, step {r['step']:.3g} s, "
             f"decoding {size_text(r['decode'] or 0)}/s, disk written {size_text(r['disk_write'] or 0)}/s, warm "

@@ -20,7 +20,7 @@ from pipeline.extract.checkpoint import Checkpoint, resolve
 from pipeline.extracting import run_extract
 from pipeline.job import load_job
 from pipeline.operations import fresh_backbone
-from pipeline.plan import Plan, predict, workload
+from pipeline.plan import Plan, predict
 from pipeline.recipe import Recipe
 from pipeline.report import size_text, table_text
 from pipeline.resolve import device_of, open_task, store_path
@@ -28,6 +28,7 @@ from pipeline.slots import refuse_slots
 from pipeline.sources import live_backbone, sources
 from pipeline.store.errors import UserError
 from pipeline.train.loop import FitOptions, fit
+from pipeline.workload import backbone_and_tokenizer, workload
 
 ROWS = 128
 WARM_UP_ROWS = 8
@@ -37,7 +38,7 @@ def run_bench(recipe: Recipe, say: Callable[[str], None]) -> tuple[dict[str, Any
     """Predict, run, compare. Raises UserError where there is no tokenizer to make inputs with."""
     refuse_slots(recipe, "bench")
     recipe = replace(recipe, limit=recipe.limit or ROWS, split=("train",), space=None)
-    task = open_task(recipe)
+    task = open_task(recipe, backbone_and_tokenizer(recipe.model)[0])
     near = Path(store_path(recipe)).resolve().parent
     folder = Path(tempfile.mkdtemp(prefix=".pipeline-bench-", dir=near if near.is_dir() else None))
     try:

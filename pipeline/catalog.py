@@ -17,8 +17,16 @@ TUNERS = {
     "head2toe": "Head2Toe: a linear head on selected features of all layers",
     "lst": "LST: ladder side network, a narrow transformer fed from every kept layer",
     "probe": "linear probe on the mean of the last state: the floor",
+    "qst": "QST: a ladder beside a language model, its output blended with the backbone's",
     "side-tuning": "Side-Tuning: the last state blended with a small network on the embedding",
 }
+
+_DECODERS = (
+    "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "gemma", "gemma2", "gemma3_text",
+    "phi", "phi3", "olmo", "olmo2", "olmo3", "olmoe", "smollm3", "granite", "granitemoe", "gpt2", "gpt_bigcode",
+    "gpt_neox", "gpt_oss", "stablelm", "starcoder2", "cohere", "cohere2", "glm", "glm4", "helium", "nemotron",
+    "ministral", "exaone4", "ernie4_5", "seed_oss", "arcee", "apertus", "hunyuan_v1_dense",
+)  # fmt: skip
 
 # name → description, model types; in the order of `extract.backbones.backbone_classes`
 FAMILIES = {
@@ -31,6 +39,10 @@ FAMILIES = {
         ("vit", "clip_vision_model"),
     ),
     "clip-text": ("the text tower of CLIP (transformers)", ("clip_text_model",)),
+    "decoder": (
+        "decoder-only language models: Llama, Mistral, Qwen, Gemma, Phi, OLMo, GPT-2, GPT-NeoX, gpt-oss",
+        _DECODERS,
+    ),
     "resnet": (
         "convolutional networks: ResNet, ResNeXt and kin (timm), ResNet (transformers), CIFAR ResNets",
         ("resnet", "cifar_resnet"),

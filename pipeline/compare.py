@@ -166,7 +166,7 @@ def _text(rows: Sequence[dict[str, Any]], preset: str) -> str:
 
 
 def _figure(value: float | None, name: str) -> str:
-    """In percent, but for errors, which are in the target's unit."""
+    """In percent, but for errors, which are in the target's unit, or nats."""
     if value is None or math.isnan(value):
         return "undefined"
     return f"{value:.4g}" if name in ERRORS else f"{100 * value:.1f}"
@@ -206,10 +206,10 @@ def _counterpart(recipe: Recipe, name: str, preset: str) -> dict[str, Any]:
     size = batch_size_of(recipe, job.paper)
     parts = {
         split: input_source(live_source(job, split, live, checkpoint, size), live)
-        for split, table in job.tables.items()
-        if split == "train" or all(label is not None for label in table.labels)
+        for split in job.tables
+        if split == "train" or job.targets(split) is not None
     }
-    rate = method.lr_text if job.found.backbone.writes_text else method.lr
+    rate = method.lr_text if job.objective.wants.text_head else method.lr
     options = fit_options(recipe, job.spec, job.paper, rate)
     folder = Path(recipe.out or f"runs/{name}")
     metrics = fit(

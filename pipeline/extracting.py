@@ -18,6 +18,7 @@ from pipeline.extract.encoding import arrays_of
 from pipeline.extract.plugins import lasting
 from pipeline.extract.run import Report, compute, provenance_of
 from pipeline.extract.tasks.base import Task, TaskSpec
+from pipeline.extract.tasks.completion import form_of
 from pipeline.keepsakes import keep
 from pipeline.preparing import Making, Split, joint_tables, of_slot, prepare, tables_of
 from pipeline.projecting import project, widths_text
@@ -154,6 +155,9 @@ def _labels_text(spec: TaskSpec) -> str:
         return "no label: rows are for `stream` alone, not for training (--label COLUMN)"
     if spec.target == "number":
         return "label: a number"
+    if spec.target == "tokens":
+        learned = {"text": "all of", "completion": "of the completions of", "messages": "the assistant's in"}
+        return f"targets: tokens, {learned[form_of(spec)]} the texts"
     few = ", ".join(spec.labels[:4]) + (", …" if len(spec.labels) > 4 else "")
     what = {"class": "classes", "classes": "classes, any number of them a row", "tags": "tags, one a word"}[spec.target]
     return f"label: {len(spec.labels):,} {what} ({few})"

@@ -11,7 +11,7 @@ from pipeline.owners import options_of, refusal
 from pipeline.recipe import Recipe
 from pipeline.store.errors import UserError
 from pipeline.train.objectives import Answers, Objective, objective_class, objective_config, objective_names
-from pipeline.train.tuners import Tuner
+from pipeline.train.tuners import Tuner, tuner_class, tuner_names
 
 
 def target_types(recipe: Recipe) -> tuple[str, ...]:
@@ -41,17 +41,29 @@ def refuse_untargeted(spec: TaskSpec) -> None:
 
 def objective_name(recipe: Recipe, spec: TaskSpec, backbone: Backbone, tuner: type[Tuner] | None) -> str:
     """The objective asked for, else the first one for such targets; where backbone and tuner write text, a class or a
-    number is written as one. `tuner`: None for what trains inside the backbone. UserError where one cannot learn such
-    targets, or there are none."""
+    number is written as one. `tuner`: None for what trains inside the backbone. UserError where none can learn such
+    targets here, or there are none."""
     target = spec.target
     fitting = [n for n in objective_names() if target in objective_class(n).targets]
     refuse_untargeted(spec)
     refuse_targets(recipe, spec)
-    writes = backbone.writes_text and (tuner is None or tuner.text_head)
-    text = next((n for n in fitting if objective_class(n).wants.text_head), None) if writes else None
-    if recipe.objective:
-        return text or recipe.objective
-    return text or next(n for n in fitting if not objective_class(n).wants.text_head)
+    written = [n for n in fitting if objective_class(n).wants.text_head]
+    text = next((n for n in written if _writes(objective_class(n), backbone, tuner)), None)
+    plain = [n for n in fitting if n not in written]
+    if not text and not plain:
+        able = ", ".join(n for n in tuner_names(type(backbone)) if tuner_class(n, backbone).continues_text)
+        here = f"{backbone.name} backbones do not"
+        if tuner and backbone.continues_text:
+            here = f"tuner {tuner.name} does not; those that do: {able}"
+        raise UserError(f"the targets of {spec.name} are tokens of its texts, which are gone on with: {here}")
+    return text or recipe.objective or plain[0]
+
+
+def _writes(objective: type[Objective], backbone: Backbone, tuner: type[Tuner] | None) -> bool:
+    """Whether backbone and tuner have what the head of `objective` reads, rows for a language-model head."""
+    if objective.continues_text:
+        return backbone.continues_text and (tuner is None or tuner.continues_text)
+    return backbone.writes_text and (tuner is None or tuner.text_head)
 
 
 def make_objective(
@@ -95,12 +107,16 @@ def _made(
 def plain_objective(spec: TaskSpec) -> Objective:
     """What makes tensors of the task's targets, whatever reads them."""
     fitting = (objective_class(n) for n in objective_names() if spec.target in objective_class(n).targets)
-    cls = next(found for found in fitting if not found.wants.text_head)
+    cls = min(fitting, key=lambda found: found.wants.text_head)
     return cls(cls.config_class(), Answers(spec.labels, spec.metrics))
 
 
 def class_objective(backbone: Backbone, tuner: type[Tuner], token_ids: Sequence[Sequence[int]]) -> Objective:
-    """An objective of `len(token_ids)` classes without names, to count and to time: the default for such a pair."""
+    """An objective of `len(token_ids)` classes without names, to count and to time: the default for such a pair; of no
+    class, the tokens of the text."""
+    if not token_ids:
+        completion = objective_class("completion")
+        return completion(completion.config_class(), Answers())
     name = "label-text" if backbone.writes_text and tuner.text_head else "classification"
     cls = objective_class(name)
     return cls(cls.config_class(), Answers.of_classes(len(token_ids), token_ids))

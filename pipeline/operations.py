@@ -23,6 +23,8 @@ from pipeline.extract.backbones.batch import Batch, stream_of
 from pipeline.extract.backbones.tail import TextTail
 from pipeline.objectives import class_objective
 from pipeline.train.model import Model, tail_for
+from pipeline.train.objectives.base import Vocabulary
+from pipeline.train.objectives.linear_entropy import summed_entropy
 from pipeline.train.tuners import TunerConfig, tuner_class
 
 
@@ -72,7 +74,9 @@ def tuner_model(backbone: Backbone, name: str, config: TunerConfig, classes: int
     """A tuner with its tail and head on the meta device."""
     objective = class_objective(backbone, tuner_class(name, backbone), [(i, 1) for i in range(classes)])
     with torch.device("meta"):
-        return Model.build(name, config, backbone, tail_for(name, config, backbone, "sdpa"), objective).train()
+        return Model.build(
+            name, config, backbone, tail_for(name, config, backbone, backbone.attentions[0]), objective
+        ).train()
 
 
 def meta_batch(
@@ -111,7 +115,8 @@ def saved_bytes(
     batch = meta_batch(backbone, lengths, tuner_class(name, backbone).states(config, backbone), dtype)
     model = tuner_model(backbone, name, config, classes)
     given = (*model.parameters(), *model.tuner.tail.parameters(), *batch.states.values())
-    return kept_bytes(given, lambda: surrogate_loss(model, batch))
+    with NoValues():
+        return kept_bytes(given, lambda: surrogate_loss(model, batch))
 
 
 def kept_bytes(given: Iterable[torch.Tensor], forward: Callable[[], Any]) -> int:
@@ -140,7 +145,7 @@ def count(
 def step_operations(backbone: Backbone, lengths: dict[str, np.ndarray], states: list[str], model: Model) -> float:
     """Operations of a training step of a `tuner_model`, forward and backward, on one batch."""
     batch = meta_batch(backbone, lengths, states)
-    with FlopCounterMode(display=False) as step:
+    with FlopCounterMode(display=False) as step, NoValues():
         surrogate_loss(model, batch).backward()
     return float(step.get_total_flops())
 
@@ -159,5 +164,25 @@ def surrogate_loss(model: Model, batch: Batch) -> torch.Tensor:
         return loss
     (rows,) = features.values()
     assert isinstance(model.tuner.tail, TextTail)
+    if model.objective.continues_text:
+        return head_loss(rows, model.tuner.tail)
     tokens = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
     return F.cross_entropy(model.tuner.tail.logits(rows).float(), tokens)
+
+
+def head_loss(rows: torch.Tensor, vocabulary: Vocabulary) -> torch.Tensor:
+    """The loss of a frozen language-model head on `rows` (n, width), each of which predicts a target."""
+    tokens = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
+    entries = int(vocabulary.logits(rows[:0]).shape[1])
+    return summed_entropy(rows, tokens, vocabulary.logits, entries, True) / len(rows)
+
+
+def head_operations(backbone: Backbone, rows: int) -> float:
+    """Operations of a frozen language-model head on `rows` positions, forward and back to them."""
+    with torch.device("meta"):
+        tail = backbone.tail(None, backbone.attentions[0])
+        given = torch.zeros(rows, backbone.width, requires_grad=True)
+    assert isinstance(tail, TextTail)
+    with FlopCounterMode(display=False) as counter:
+        head_loss(given, tail).backward()
+    return float(counter.get_total_flops())

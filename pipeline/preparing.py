@@ -16,9 +16,11 @@ from pipeline.extract.backbones import Backbone, Inputs, TextOptions
 from pipeline.extract.backbones.capabilities import WritesText
 from pipeline.extract.backbones.live import LiveBackbone
 from pipeline.extract.checkpoint import Checkpoint, resolve
+from pipeline.extract.completion import RowError
 from pipeline.extract.identity import PRECISIONS, SpaceOptions, space_identity
 from pipeline.extract.projection import Projection
 from pipeline.extract.tasks.base import SPLITS, Rows, Task, TaskSpec
+from pipeline.extract.tasks.completion import form_of
 from pipeline.extract.tasks.images import contents
 from pipeline.owners import config_of
 from pipeline.recipe import Recipe
@@ -55,10 +57,15 @@ def prepare_split(
     """Tokenise a split. Training rows of a text-to-text backbone get their own target's decoder positions, other rows
     those that scoring all targets needs. Raises UserError for rows that the backbone cannot read."""
     refuse_other_kind(backbone, rows.texts, options.root, f"the {name} rows of {spec.name}")
-    options = replace(options, words=spec.target == "tags")
+    options = replace(options, words=spec.target == "tags", form=form_of(spec))
+    if spec.target == "tokens" and not backbone.continues_text:
+        raise UserError(f"the texts of {spec.name} are to be gone on with, which {backbone.name} backbones do not do")
     if options.views > 1 and name == "train":
         rows = with_views(rows, options.views)
-    inputs = prepared(backbone, tokenizer, spec, name, rows, options, candidates)
+    try:
+        inputs = prepared(backbone, tokenizer, spec, name, rows, options, candidates)
+    except RowError as error:
+        raise UserError(f"{spec.name}, {name} {error}") from None
     refuse_unknown_ids(backbone, inputs, f"the {name} rows of {spec.name}")
     if inputs.skipped:
         rows = rows.take([i for i in range(len(rows)) if i not in inputs.skipped])
@@ -169,12 +176,12 @@ def _prepare(recipe: Recipe, checkpoint: Checkpoint, task: Task | None, upright:
     states = wanted_states(recipe, backbone)
     refuse_full_readers(recipe, recipe.tuners, backbone)
     refuse_for_kind(recipe, backbone)
-    task = task or open_task(recipe)
-    options = space_options(recipe, task.spec)
-    options = replace(options, text=replace(options.text, upright=upright))
-    task = with_contents(task, backbone, options.text)
     # With several backbones none is asked to write: there is one answer, and a head of them all gives it.
     single = not isinstance(recipe, SlotRecipe)
+    task = task or open_task(recipe, backbone if single else None)
+    options = space_options(recipe, task.spec, backbone)
+    options = replace(options, text=replace(options.text, upright=upright))
+    task = with_contents(task, backbone, options.text)
     candidates = candidates_of(backbone, checkpoint.tokenizer, task.spec) if single else []
     names = _splits(task, recipe)
     splits = [_split(backbone, checkpoint, task, name, recipe.limit, options.text, candidates) for name in names]

@@ -23,6 +23,7 @@ import torch
 from pipeline.extract.backbones.base import Backbone
 from pipeline.extract.backbones.batch import Batch, stream_of
 from pipeline.extract.backbones.images import Picture, load_pixels
+from pipeline.extract.backbones.shell import cut
 from pipeline.extract.backbones.tail import Tail
 from pipeline.extract.encoding import decode, encode, unscaled_dtype
 from pipeline.objectives import class_objective
@@ -143,6 +144,9 @@ def best(run: Callable[[], Any], device: torch.device, seconds: float = 1.0) -> 
 def shallow(backbone: Backbone, blocks: int) -> Backbone:
     """The same backbone at the same width with few blocks."""
     config = copy.deepcopy(backbone.config)
+    if backbone.continues_text:
+        config = cut(config, range(blocks), backbone.attentions[0])
+        config.pad_token_id = None  # of a smaller table it may not be a row
     config.vocab_size = min(config.vocab_size, 1024)
     for name in ("num_layers", "num_decoder_layers", "num_hidden_layers"):
         if hasattr(config, name):
@@ -177,7 +181,11 @@ def random_batch(
             column.random_(2, min(1000, backbone.config.vocab_size), generator=g)
     for name in states:
         batch.states[name] = torch.randn(rows[stream_of(name)], backbone.state_width(name), generator=g).to(dtype)
-    batch.targets = {"label": torch.randint(classes, (len(batch),), generator=g)}
+    if classes:
+        batch.targets = {"label": torch.randint(classes, (len(batch),), generator=g)}
+    else:
+        first = batch.layout(backbone.streams[-1]).first
+        batch.targets = {"learn": torch.ones(rows[backbone.streams[-1]], dtype=torch.bool).index_fill(0, first, False)}
     return batch.to(device)
 
 
@@ -187,7 +195,7 @@ def backbone_rate(backbone: Backbone, lengths: dict[str, np.ndarray], device: to
     positions = sum(float(lengths[s].mean()) for s in backbone.streams)
     lengths = head(lengths, max(4, int(RATE_TOKENS / positions)))
     small = backbone if backbone.modality == "image" else shallow(backbone, 2)
-    model = fresh_backbone(small, "sdpa").to(device)
+    model = fresh_backbone(small, small.attentions[0]).to(device)
     batch = random_batch(small, lengths, [], 2, device)
     states = small.states()
     with torch.inference_mode():
@@ -199,10 +207,10 @@ def random_tail(backbone: Backbone, name: str, config: TunerConfig) -> Tail:
     """The tail that tuner `name` needs, of no particular weights. An image family takes it out of a whole backbone,
     whose buffers (statistics, shift masks) have to make sense; a text family builds it by itself, however large."""
     if backbone.modality == "text":
-        return tail_for(name, config, backbone, "sdpa")
-    model = fresh_backbone(backbone, "sdpa")
+        return tail_for(name, config, backbone, backbone.attentions[0])
+    model = fresh_backbone(backbone, backbone.attentions[0])
     late = late_weights(name, config, backbone, model)
-    return tail_for(name, config, backbone, "sdpa", backbone.tail_weights(model), late)
+    return tail_for(name, config, backbone, backbone.attentions[0], backbone.tail_weights(model), late)
 
 
 def step_seconds(
@@ -227,7 +235,7 @@ def step_seconds(
         batch = random_batch(
             backbone, part, tuner_class(name, backbone).states(config, backbone), classes, device, dtype
         )
-        if objective.wants.text_head:
+        if objective.wants.text_head and not objective.continues_text:
             # Inputs of the target's own chain, so that every row is a target row, as in training.
             assert batch.targets is not None
             batch.columns["decoder.ids"][batch.columns["decoder.parent"] == 0] = 2 + batch.targets["label"]

@@ -51,8 +51,8 @@ class Recipe:
     task: str = _option(
         "",
         "Task: a GLUE name (see `pipeline tasks`), your own .csv, .tsv, .jsonl or .conll file, a folder of pictures, "
-        "or hub:DATASET, pictures from Hugging Face; of what is stored also its name, or NAME@ID (see `pipeline store "
-        "status`). Several, with commas between: one tuner, a head and a score each.",
+        "or hub:DATASET, pictures or texts from Hugging Face; of what is stored also its name, or NAME@ID (see "
+        "`pipeline store status`). Several, with commas between: one tuner, a head and a score each.",
         "extract train",
         metavar="NAME",
     )
@@ -63,8 +63,8 @@ class Recipe:
     objective: str | None = _option(
         None,
         "What is learned of the label: classification, regression, multilabel, tagging; label-text, where a "
-        "text-to-text backbone writes it. Default: from the data; regression if all labels are numbers with a fraction "
-        "among them.",
+        "text-to-text backbone writes it; completion, a language model's next token. Default: from the data; "
+        "regression if all labels are numbers with a fraction among them.",
         "extract train",
         metavar="NAME",
     )
@@ -138,10 +138,16 @@ class Recipe:
         metavar="KIND:K",
     )
     precision: str | None = _option(
-        None, "How the backbone computes. Default: float32.", "extract train", choices=PRECISIONS
+        None,
+        "How the backbone computes. Default: float32; of language models trained in it, bfloat16.",
+        "extract train",
+        choices=PRECISIONS,
     )
     attention: str | None = _option(
-        None, "Attention implementation of the backbone. Default: sdpa.", "extract train", choices=("sdpa", "eager")
+        None,
+        "Attention implementation of the backbone. Default: sdpa, where the library has it.",
+        "extract train",
+        choices=("sdpa", "eager"),
     )
     prompt: str | None = _option(
         None,
@@ -151,7 +157,8 @@ class Recipe:
     )
     max_length: int | None = _option(
         None,
-        "Longest text in tokens; longer ones are cut and counted. Default: 128, as in the papers.",
+        "Longest text in tokens; longer ones are cut and counted. Default: 128, as in the papers; of language models "
+        "1024, or what the model takes.",
         "extract train",
     )
     truncation_side: str | None = _option(

@@ -60,9 +60,9 @@ def device_of(recipe: Recipe) -> torch.device:
     return torch.device("cuda" if use_gpu else "cpu")
 
 
-def open_task(recipe: Recipe) -> Task:
-    """The task with its rows, from a folder, a table or the hub. UserError where the objective asked for learns other
-    targets."""
+def open_task(recipe: Recipe, backbone: Backbone | None = None) -> Task:
+    """The task with its rows, from a folder, a table or the hub, for a backbone of `backbone`, which decides what texts
+    without labels are. UserError where the objective asked for learns other targets."""
     need(recipe, "task")
     task = load_task(
         recipe.task,
@@ -76,16 +76,17 @@ def open_task(recipe: Recipe) -> Task:
         test=Path(recipe.test) if recipe.test else None,
         stratify=bool(recipe.stratify),
         grid=USUAL_GRID if recipe.grid is None else recipe.grid,
+        continues=backbone is not None and backbone.continues_text,
     )
     refuse_targets(recipe, task.spec)
     return task
 
 
-def space_options(recipe: Recipe, spec: TaskSpec) -> SpaceOptions:
-    """The feature space a recipe asks for, defaults filled in."""
+def space_options(recipe: Recipe, spec: TaskSpec, backbone: Backbone) -> SpaceOptions:
+    """The feature space a recipe asks for, the defaults of `backbone` filled in."""
     text = TextOptions(
         prompt=spec.prompt if recipe.prompt is None else recipe.prompt,
-        max_length=recipe.max_length or 128,
+        max_length=recipe.max_length or backbone.usual_length,
         truncation_side="left" if recipe.truncation_side == "left" else "right",
         root=picture_root(recipe),
         skip_bad=recipe.skip_bad,
@@ -96,8 +97,8 @@ def space_options(recipe: Recipe, spec: TaskSpec) -> SpaceOptions:
     return SpaceOptions(
         format=recipe.format or "float16",
         projection=recipe.projection or "none",
-        precision=recipe.precision or "float32",
-        attention=recipe.attention or "sdpa",
+        precision=recipe.precision or backbone.usual_precision,
+        attention=recipe.attention or backbone.attentions[0],
         text=text,
     )
 
@@ -230,4 +231,4 @@ def names_of(store: Store, space: Space) -> list[str]:
 
 def expected_identity(checkpoint: Checkpoint, recipe: Recipe, spec: TaskSpec) -> dict[str, Any]:
     """The identity of the space `recipe` asks for."""
-    return space_identity(checkpoint, space_options(recipe, spec))
+    return space_identity(checkpoint, space_options(recipe, spec, checkpoint.backbone))

@@ -91,12 +91,12 @@ class Run:
         return {**figures, "report": more.compute()} if more else figures
 
     def _report(self) -> Report:
-        objective = self._single().objective
+        objective = self.single().objective
         if (found := objective.report()) is None:
             raise UserError(f"--report: objective {objective.name} has nothing to report beside its figures")
         return found
 
-    def _single(self) -> Job | Joint:
+    def single(self) -> Job | Joint:
         if isinstance(self.job, Mixture):
             raise UserError(f"{self.folder} has several tasks: choose one with --task, of {', '.join(self.job.jobs)}")
         return self.job
@@ -105,7 +105,7 @@ class Run:
         """Free generation on `split` with the frozen decoder live: metrics by exact match of the written text (of a
         regression by the number written), and the share of answers that are a target at all. Raises UserError for runs
         that write no text."""
-        objective = self._single().objective
+        objective = self.single().objective
         if not isinstance(objective, LabelText):
             raise UserError(f"--generate: only runs of objective label-text write text; this one's is {objective.name}")
         assert isinstance(self.job, Job)
@@ -135,7 +135,7 @@ class Run:
         texts = texts if isinstance(texts, str | bytes | Mapping) else list(texts)
         if not texts:
             return []
-        self._single()
+        self.single()
         if isinstance(self.job, Joint):
             source: Source = self.job.fresh_source(texts, str(root), say)
         else:

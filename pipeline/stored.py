@@ -208,6 +208,8 @@ def _wrong_target(label: Any, spec: TaskSpec, meta: Mapping[str, Any]) -> str:
             return "positions are of words that are not there"
         if isinstance(label, list) and len(label) != count:
             return f"there are {len(label)} tags for {count} words"
+    if spec.target == "tokens" and (wrong := _wrong_spans(meta)):
+        return wrong
     if label is None:
         return ""
     if spec.target in ("classes", "tags"):
@@ -217,6 +219,20 @@ def _wrong_target(label: Any, spec: TaskSpec, meta: Mapping[str, Any]) -> str:
     else:
         sound = spec.target == "number" and _is_number(label)
     return "" if sound else f"the label {str(label)[:80]} is none of the {len(spec.labels)} classes"
+
+
+def _wrong_spans(meta: Mapping[str, Any]) -> str:
+    """What keeps `meta` from saying which tokens are targets, "" where nothing does."""
+    count, learn = meta.get("tokens"), meta.get("learn")
+    if type(count) is not int or not 1 <= count <= MAX_NUMBER or not isinstance(learn, list) or not learn:
+        return "it does not say which tokens are to be learned"
+    end = 1  # the first token has none before it
+    for span in learn:
+        sound = isinstance(span, list) and len(span) == 2 and all(type(place) is int for place in span)
+        if not sound or not end <= span[0] < span[1] <= count:
+            return f"the tokens to be learned are not spans of {count} tokens"
+        end = span[1]
+    return ""
 
 
 def _spec(raw: Any, where: str) -> TaskSpec:
@@ -231,7 +247,7 @@ def _spec(raw: Any, where: str) -> TaskSpec:
         raise refuse(where, "spec.values in its header is no list of numbers")
     if any(b <= a for a, b in pairwise(values)):
         raise refuse(where, "spec.values in its header do not ascend")
-    scored = raw["metrics"] or raw.get("target") in ("classes", "tags", "none")
+    scored = raw["metrics"] or raw.get("target") in ("classes", "tags", "tokens", "none")
     if not isinstance(raw.get("name"), str) or not isinstance(raw.get("prompt"), str) or not scored:
         raise refuse(where, "spec.name, spec.prompt or spec.metrics is missing in its header")
     try:

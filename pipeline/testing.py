@@ -102,7 +102,8 @@ class Case:
     def tail(self) -> Any:
         backbone = self.backbone
         late = late_weights(self.tuner, self.config, backbone, self.loaded)
-        return tail_for(self.tuner, self.config, backbone, "sdpa", backbone.tail_weights(self.loaded), late)
+        weights = backbone.tail_weights(self.loaded)
+        return tail_for(self.tuner, self.config, backbone, backbone.attentions[0], weights, late)
 
     def batch(self, inputs: Inputs | None = None) -> Batch:
         if inputs is None:
@@ -194,7 +195,7 @@ def single_rows_and_zero_states_stay_finite(case: Case) -> None:
         assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
     if case.backbone.modality == "text" and not case.backbone.writes_text:
         ids = {k: v[:1] for k, v in case.inputs.columns.items()}
-        single = case.batch(Inputs({"encoder": np.ones(1, np.int64)}, ids, np.zeros(1, bool)))
+        single = case.batch(Inputs({case.backbone.streams[0]: np.ones(1, np.int64)}, ids, np.zeros(1, bool)))
         model.loss(single).backward()
         assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 

@@ -14,7 +14,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
 
-from tests import tiny, vision
+from tests import decoders, tiny, vision
 
 torch.set_num_threads(1)
 
@@ -32,7 +32,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
     class Made(dict[str, Path]):
         def __missing__(self, name: str) -> Path:
-            self[name] = {**tiny.CHECKPOINTS, **vision.CHECKPOINTS}[name](base / name)
+            self[name] = {**tiny.CHECKPOINTS, **vision.CHECKPOINTS, "decoder": decoders.checkpoint}[name](base / name)
             return self[name]
 
     return Made()

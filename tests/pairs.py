@@ -5,13 +5,14 @@ from __future__ import annotations
 from pipeline.extract.backbones.base import Backbone
 from pipeline.extract.backbones.bert import Bert
 from pipeline.extract.backbones.clip_text import ClipText
+from pipeline.extract.backbones.decoder import Decoder
 from pipeline.extract.backbones.resnet import ResNet
 from pipeline.extract.backbones.swin import Swin
 from pipeline.extract.backbones.t5 import T5
 from pipeline.extract.backbones.vit import Vit
 from pipeline.train.tuners import tuner_names
 
-TEXT: dict[str, type[Backbone]] = {"t5": T5, "bert": Bert, "roberta": Bert, "clip_text": ClipText}
+TEXT: dict[str, type[Backbone]] = {"t5": T5, "bert": Bert, "roberta": Bert, "clip_text": ClipText, "decoder": Decoder}
 IMAGES: dict[str, type[Backbone]] = {
     "vit": Vit, "vit_hf": Vit, "clip": Vit, "resnet": ResNet, "resnext": ResNet, "resnet_hf": ResNet, "cifar": ResNet,
     "swin": Swin,

@@ -10,7 +10,17 @@ from torch import Tensor, nn
 
 from pipeline.store.errors import UserError
 
-ATTENTION = ("query", "value", "qkv", "q_proj", "v_proj", "q", "v")  # what LoRA is put on, by module name
+ATTENTION = (
+    "query",
+    "value",
+    "qkv",
+    "q_proj",
+    "v_proj",
+    "qkv_proj",
+    "query_key_value",
+    "q",
+    "v",
+)  # what LoRA is put on, by module name
 
 
 def add_lora(module: nn.Module, what: str, rank: int = 8, alpha: int = 16, dropout: float = 0.1) -> None:

@@ -23,7 +23,7 @@ INITS = ("random", "magnitude", "fisher")
 # The forms of pruning, and what they are called in the store. A file called "running" there was made by an older
 # version, which kept rows in ascending order, not in the released one; it is no longer read.
 PRUNES = {"running": "released", "aligned": "aligned"}
-POOLINGS = ("mean", "first")
+POOLINGS = ("mean", "first", "last")
 
 
 @dataclass(frozen=True)
@@ -209,12 +209,23 @@ class LstConfig(SideConfig):
 
 @dataclass(frozen=True)
 class ProbeConfig(TunerConfig):
-    """`layers`: at most one block, whose output is probed; the last by default."""
+    """`layers`: at most one block, whose output is probed; the last by default. `mlp`: width of a hidden layer with a
+    residual connection before the head."""
+
+    mlp: int | None = option(None, "Width of a hidden layer before the head. Default: none, a linear probe.", least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if len(self.layers) > 1:
             raise ValueError(f"layers: a probe reads one layer, not {len(self.layers)}")
+
+
+@dataclass(frozen=True)
+class QstConfig(SideConfig):
+    """`reduction`: r, side width is D / r. `layers`: kept layers. `rank`: of the way down to the side width."""
+
+    reduction: int = option(16, "Side width is the backbone's over this.", least=1)
+    rank: int = option(16, "Rank of the ways down from states to the side width.", least=1)
 
 
 @dataclass(frozen=True)
@@ -252,9 +263,11 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class PooledConfig(ObjectiveConfig):
-    """`pooling`: what the head reads of a sample's rows, their mean or the first one."""
+    """`pooling`: what the head reads of a sample's rows: their mean, the first, or the last one."""
 
-    pooling: str = option("mean", "What the head reads, the mean of the tokens or the first one.", choices=POOLINGS)
+    pooling: str = option(
+        "mean", "What the head reads: the mean of the tokens, the first, or the last one.", choices=POOLINGS
+    )
 
 
 BALANCED = ("balanced",)
@@ -343,11 +356,13 @@ TUNERS: dict[str, type[TunerConfig]] = {
     "head2toe": Head2ToeConfig,
     "lst": LstConfig,
     "probe": ProbeConfig,
+    "qst": QstConfig,
     "side-tuning": SideTuningConfig,
 }
 
 OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
     "classification": ClassificationConfig,
+    "completion": ObjectiveConfig,
     "label-text": ObjectiveConfig,
     "multilabel": MultilabelConfig,
     "regression": PooledConfig,

@@ -21,7 +21,7 @@ from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 from pipeline.extract.backbones.base import Backbone
 from pipeline.extract.backbones.batch import Batch, stream_of
-from pipeline.extract.backbones.capabilities import Blocks, WritesText
+from pipeline.extract.backbones.capabilities import Blocks, LanguageHead
 from pipeline.extract.backbones.dropout import use_fast_dropout
 from pipeline.extract.backbones.live import LiveBackbone
 from pipeline.store.errors import UserError
@@ -60,7 +60,7 @@ def _bitfit(backbone: Backbone, model: nn.Module) -> None:
 
 def _norms(backbone: Backbone, model: nn.Module) -> None:
     for module in model.modules():
-        if isinstance(module, _NORMS):
+        if isinstance(module, _NORMS) or type(module).__name__.endswith("RMSNorm"):  # a class of its own a model type
             module.requires_grad_(True)
 
 
@@ -225,7 +225,7 @@ class CounterpartModel(Reader):
 
     def logits(self, rows: Tensor, tokens: Tensor | None = None) -> Tensor:
         """(rows, width) → (rows, vocabulary), or only the columns `tokens`."""
-        assert isinstance(self.architecture, WritesText)
+        assert isinstance(self.architecture, LanguageHead)
         return self.architecture.logits(self.backbone, rows, tokens)
 
     def trainable_state(self) -> dict[str, Tensor]:

@@ -260,4 +260,4 @@ LABELS: dict[str, Callable[..., float]] = {
     "average_precision": lambda there, told, chances: mean_precision(there, chances),
 }
 OF_TWO = ("f1", "precision", "recall")  # metrics of CLASSES that look at one class of two
-ERRORS = ("mse", "rmse", "mae", "hamming_loss")
+ERRORS = ("mse", "rmse", "mae", "hamming_loss", "loss", "perplexity")  # figures of tokens too

@@ -27,7 +27,8 @@ class Targets:
         metas: Sequence[Mapping[str, Any]] | None = None,
     ) -> None:
         self.objective, self.values, self.metas = objective, values, metas
-        missing = [i for i, value in enumerate(values) if value is None] if values is not None else []
+        needed = values is not None and not objective.continues_text
+        missing = [i for i, value in enumerate(values or ()) if value is None] if needed else []
         if values is not None and missing:
             raise UserError(
                 f"{len(missing)} of {len(values)} samples have no target, the first is row {missing[0]}: drop or "

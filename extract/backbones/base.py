@@ -20,16 +20,18 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.extract.backbones.batch import Batch, stream_of
-from pipeline.extract.backbones.capabilities import WritesText
+from pipeline.extract.backbones.capabilities import ContinuesText, WritesText
 from pipeline.extract.backbones.inputs import Inputs
 from pipeline.extract.backbones.tail import Tail
+from pipeline.extract.completion import Form
 from pipeline.extract.projection import Projection
 
 
 @dataclass(frozen=True)
 class TextOptions:
     """How text becomes input ids. `prompt` is used by text-to-text families only; "" elsewhere. `words`: also find out
-    which word each position belongs to, which changes nothing else.
+    which word each position belongs to, which changes nothing else. `form`: what the rows of a completion task are, see
+    `extract.completion`; "plain" for those of any other.
 
     Of image families: `root`, the folder that file names are relative to; `skip_bad`, leave out pictures that cannot be
     read; `image_size`, "HEIGHTxWIDTH" of what the backbone sees, "own" for each
@@ -48,6 +50,7 @@ class TextOptions:
     view_seed: int = 0
     upright: bool = True
     words: bool = False
+    form: Form = "plain"
 
 
 class Backbone(ABC):
@@ -72,6 +75,15 @@ class Backbone(ABC):
         self.config = config
         self._projection: Projection | None = None
 
+    # -- what a feature space is made with where nothing is said; of attention, the first of `attentions` ----------
+    @property
+    def usual_precision(self) -> str:
+        return "float32"
+
+    @property
+    def usual_length(self) -> int:
+        return 128
+
     # -- shape ---------------------------------------------------------------------------------------------------
     @property
     @abstractmethod
@@ -89,8 +101,13 @@ class Backbone(ABC):
 
     @property
     def writes_text(self) -> bool:
-        """Whether it has a decoder and a language-model head."""
+        """Whether it answers a text: an encoder, a decoder and a language-model head."""
         return isinstance(self, WritesText)
+
+    @property
+    def continues_text(self) -> bool:
+        """Whether it goes on with a text: a decoder alone and a language-model head."""
+        return isinstance(self, ContinuesText)
 
     def states(self) -> list[str]:
         """Every state that can be collected: of each stream the embedding output, where it is one, and the output of

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.extract.backbones.past import Past
 from pipeline.store.errors import UserError
 from pipeline.store.names import stream_of as stream_of
 from pipeline.store.samples import offsets_of
@@ -92,7 +93,8 @@ class Batch:
     samples' targets, by name (`label` (B,) for one class or number a sample); None where there are none. `metas`: what
     extraction knows of each sample (word boundaries and the like). `index`:
     (B,) int64, the place of each sample in its split's task table. `wait_seconds`: how long the consumer waited for
-    this batch. `pictures`: what a live image backbone reads pixels from; None from the store. `task`: whose samples
+    this batch. `pictures`: what a live image backbone reads pixels from; None from the store. `past`: what was run of
+    the samples before these positions, while text is written; then all samples have equally many. `task`: whose samples
     these are, in a run with several.
 
     Of a task with several slots: names are `<slot>/<stream>.<what>`, and states, columns and lengths are of the
@@ -109,6 +111,7 @@ class Batch:
     index: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     wait_seconds: float = 0.0
     pictures: Sequence[Any] | None = None
+    past: Past | None = None
     ids: dict[str, np.ndarray] = field(default_factory=dict)
     task: str = ""
     _derived: dict[str, Any] = field(default_factory=dict, repr=False)

@@ -85,7 +85,26 @@ class LateBlocks(Blocks, LiveLast):
         return freeze(block)
 
 
-class WritesText(LiveLast):
+class LanguageHead(LiveLast):
+    """It has a language-model head, which stays frozen."""
+
+    what = "a language-model head"
+
+    @abstractmethod
+    def tail(self, weights: dict[str, Tensor] | None, attention: str) -> TextTail: ...
+
+    @abstractmethod
+    def logits(self, model: Any, rows: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """The loaded backbone's own language-model head, as `TextTail.logits`."""
+
+
+class ContinuesText(LanguageHead):
+    """It is a decoder alone, of one stream: the row at a position predicts the token after it."""
+
+    what = "a decoder that goes on with a text"
+
+
+class WritesText(LanguageHead):
     """It has a decoder, fed texts that stand among the inputs, and a frozen language-model head."""
 
     what = "a decoder that writes text"
@@ -114,13 +133,6 @@ class WritesText(LiveLast):
     @abstractmethod
     def with_decoder(self, inputs: Inputs, chains: Sequence[Sequence[int]]) -> Inputs:
         """`inputs` with the decoder positions replaced by the given input ids, one chain a sample (free generation)."""
-
-    @abstractmethod
-    def tail(self, weights: dict[str, Tensor] | None, attention: str) -> TextTail: ...
-
-    @abstractmethod
-    def logits(self, model: Any, rows: Tensor, tokens: Tensor | None = None) -> Tensor:
-        """The loaded backbone's own language-model head, as `TextTail.logits`."""
 
     def keep_tokens(self, model: Any, tokens: int) -> None:
         """Cut from a loaded backbone the rows of its tables from `tokens` on, the number of ids its tokenizer has."""

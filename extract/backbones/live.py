@@ -36,7 +36,10 @@ class LiveBackbone:
     def states(self, inputs: Inputs, states: Sequence[str], dtype: torch.dtype | None = None) -> Batch:
         """Run `inputs` and collect `states`, projected as the feature space is, in `dtype` if given; no
         labels."""
-        batch = inputs.batch(self.device)
+        return self.filled(inputs.batch(self.device), states, dtype)
+
+    def filled(self, batch: Batch, states: Sequence[str], dtype: torch.dtype | None = None) -> Batch:
+        """`batch`, which has its columns, with `states`, as `states` gives them."""
         with torch.no_grad():
             rows = self.backbone.run(self.model, batch, states)
             if self.backbone.projection is not None:

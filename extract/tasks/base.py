@@ -16,10 +16,13 @@ from pipeline.store.digest import digest_json
 from pipeline.store.errors import UserError
 
 SPLITS = ("train", "validation", "test")
+# What data sets call them.
+SPLIT_NAMES: dict[str, str] = {"train": "train", "validation": "validation", "val": "validation", "valid": "validation",
+               "dev": "validation", "test": "test"}  # fmt: skip
 SPLIT_SEED = 42  # of the LST / SHERL protocol; never the run's seed, so that every seed sees the same splits
 
 Label = int | float | list[int] | None  # the target of a row, of its task's type
-TargetType = Literal["class", "number", "classes", "tags", "none"]
+TargetType = Literal["class", "number", "classes", "tags", "tokens", "none"]
 # What format 1 of task tables called a task by, which the versions of such tasks are still digests of.
 _KINDS = {"class": "classification", "number": "regression"}
 
@@ -33,12 +36,12 @@ class TaskSpec:
     """A task without its rows. It travels in the header of a task table (`to_dict`, `from_dict`).
 
     `target`: the type of a row's target: an index into `labels` (class), a number, a list of such indices (classes:
-    any number of them; tags: one for each word of the text), or none. `labels`: names in index order, () for numbers.
-    `metrics`: names known to `train.metrics` for a class or a number; their mean selects the best epoch. `fields`:
-    names of the one or two text fields. `prompt`: text-to-text source with {0} and {1} for the fields. `texts`: what a
-    text-to-text model must answer, per class, or per value of the grid for a number; () for other targets. `values`:
-    the number each of these stands for, evenly spaced; () where targets are no numbers. Raises `TaskError` where these
-    do not fit together.
+    any number of them; tags: one for each word of the text), tokens of the text itself (then a row has no label), or
+    none. `labels`: names in index order, () for numbers. `metrics`: names known to `train.metrics` for a class or a
+    number; their mean selects the best epoch. `fields`: names of the one or two text fields. `prompt`: text-to-text
+    source with {0} and {1} for the fields. `texts`: what a text-to-text model must answer, per class, or per value of
+    the grid for a number; () for other targets. `values`: the number each of these stands for, evenly spaced; () where
+    targets are no numbers. Raises `TaskError` where these do not fit together.
     """
 
     name: str
@@ -55,7 +58,7 @@ class TaskSpec:
             types = ", ".join(get_args(TargetType))
             raise TaskError(f"task {self.name}: the type of a target is one of {types}, not {self.target!r}")
         answers, what = (self.values, "values") if self.target == "number" else (self.labels, "labels")
-        least = {"classes": 1, "none": 0}.get(self.target, 2)
+        least = {"classes": 1, "tokens": 0, "none": 0}.get(self.target, 2)
         if len(answers) < least:
             raise TaskError(f"task {self.name}: at least {least} {what} are needed, there are {len(answers)}")
         if self.target in _KINDS and len(self.texts) != len(answers):

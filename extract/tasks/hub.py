@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
-from pipeline.extract.tasks.base import Rows, TaskError
+from pipeline.extract.tasks.base import SPLIT_NAMES, Rows, TaskError
 
 
 def read_hub(dataset: str, config: str, fields: tuple[str, ...]) -> tuple[dict[str, Rows], str]:
@@ -32,3 +33,21 @@ def read_hub(dataset: str, config: str, fields: tuple[str, ...]) -> tuple[dict[s
             found = re.search(r"@([0-9a-f]{40})/", source)
             revision = found.group(1) if found else revision
     return made, revision or "unknown"
+
+
+def fetch(dataset: str) -> dict[str, Any]:
+    """The splits train, validation and test of `dataset`, a name on the hub or the path of a dataset's files.
+
+    Raises `TaskError` where it cannot be fetched or has no train split.
+    """
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(dataset)
+    except Exception as error:  # httpx, huggingface_hub, datasets and the file system each raise their own
+        reason = str(error).split("\n")[0][:200] or type(error).__name__
+        raise TaskError(f"cannot fetch {dataset} from the Hugging Face hub: {reason}") from error
+    splits = {SPLIT_NAMES[name]: rows for name, rows in loaded.items() if name in SPLIT_NAMES}
+    if "train" not in splits:
+        raise TaskError(f"{dataset} has no train split; it has: {', '.join(map(str, loaded)) or 'none'}")
+    return splits

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.extract.tasks.base import Task, TaskError
-from pipeline.extract.tasks.images import SPLIT_NAMES, load_folder
-from pipeline.extract.tasks.table import table_name
+from pipeline.extract.tasks.hub import fetch
+from pipeline.extract.tasks.images import load_folder
+from pipeline.extract.tasks.names import table_name
 from pipeline.store.places import cache_folder
 
 PREFIX = "hub:"
@@ -51,14 +52,7 @@ def load_hub_images(task: str, data: Path | None) -> Task:
 def _write(dataset: str, folder: Path) -> None:
     import datasets
 
-    try:
-        loaded = datasets.load_dataset(dataset)
-    except Exception as error:  # httpx, huggingface_hub, datasets and the file system each raise their own
-        reason = str(error).split("\n")[0][:200] or type(error).__name__
-        raise TaskError(f"cannot fetch {dataset} from the Hugging Face hub: {reason}") from error
-    splits = {SPLIT_NAMES[name]: rows for name, rows in loaded.items() if name in SPLIT_NAMES}
-    if "train" not in splits:
-        raise TaskError(f"{dataset} has no train split; it has: {', '.join(map(str, loaded)) or 'none'}")
+    splits = fetch(dataset)
     part = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     for split, rows in splits.items():

@@ -15,13 +15,12 @@ from pathlib import Path
 
 import xxhash
 
-from pipeline.extract.tasks.base import SPLITS, Rows, Task, TaskError, TaskSpec, fixed_order
-from pipeline.extract.tasks.table import HELD_OUT, table_name
+from pipeline.extract.tasks.base import SPLIT_NAMES, SPLITS, Rows, Task, TaskError, TaskSpec, fixed_order
+from pipeline.extract.tasks.names import table_name
+from pipeline.extract.tasks.splits import HELD_OUT
 from pipeline.store.digest import digest_json
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm")  # of pictures
-SPLIT_NAMES: dict[str, str] = {"train": "train", "validation": "validation", "val": "validation", "valid": "validation",
-               "dev": "validation", "test": "test"}  # fmt: skip
 
 
 def pictures(folder: Path) -> list[Path]:

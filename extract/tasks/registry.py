@@ -12,11 +12,13 @@ from pathlib import Path
 
 from pipeline.extract.plugins import load_installed
 from pipeline.extract.tasks.base import Task, TaskError
+from pipeline.extract.tasks.completion import load_hub_texts
 from pipeline.extract.tasks.glue import GLUE, USUAL_GRID, load_glue
 from pipeline.extract.tasks.hub_images import PREFIX, hub_name, load_hub_images
 from pipeline.extract.tasks.images import load_folder
+from pipeline.extract.tasks.names import table_name
 from pipeline.extract.tasks.sheet import SUFFIXES
-from pipeline.extract.tasks.table import load_table, table_name
+from pipeline.extract.tasks.table import load_table
 from pipeline.store.digest import digest_json
 
 Loader = Callable[[Path | None, float], Task]
@@ -56,6 +58,7 @@ def load_task(
     metrics: Sequence[str] = (),
     task_name: str | None = None,
     grid: float = USUAL_GRID,
+    continues: bool = False,
 ) -> Task:
     """The task called `name`, the table at the path `name` (.csv, .tsv, .jsonl, .json, .conll), the pictures in that
     folder, or those of a Hugging Face dataset (hub:DATASET).
@@ -68,20 +71,23 @@ def load_task(
     options = {"text": text, "text-pair": text_pair, "label": label, "separator": separator,
                "validation": validation, "test": test, "stratify": stratify, "metrics": metrics,
                "task-name": task_name}  # fmt: skip
-    pictures = name.startswith(PREFIX) or is_folder(name)
+    texts = name.startswith(PREFIX) and (continues or "tokens" in targets)
+    pictures = not texts and (name.startswith(PREFIX) or is_folder(name))
     given = [f"--{option}" for option, value in options.items() if value and not (pictures and option == "task-name")]
     if given and (pictures or is_named(name)):
         what = "pictures in folders" if pictures else "a public task"
         raise TaskError(f"task {name} is {what}; {', '.join(given)} is for a table of your own (--task my.csv)")
     if grid != USUAL_GRID and (pictures or is_table(name)):
         raise TaskError(f"task {name}: --grid is the step of STS-B's targets, those of a table follow its range")
+    if texts:
+        return replace(load_hub_texts(name.removeprefix(PREFIX), text), origin=digest_json(["hub", name]))
     if name.startswith(PREFIX):
         return replace(load_hub_images(name, data), origin=digest_json(["hub", name]))
     if is_table(name):
         path = table_path(name, data)
         made = load_table(
             path, text=text, text_pair=text_pair, label=label, separator=separator, targets=targets,
-            validation=validation, test=test, stratify=stratify, metrics=metrics, name=task_name,
+            validation=validation, test=test, stratify=stratify, metrics=metrics, name=task_name, continues=continues,
         )  # fmt: skip
         return replace(made, origin=_origin(path, validation, test))
     if is_folder(name):

@@ -1,29 +1,24 @@
 """A table of the user's own as a task: CSV, TSV, JSON lines or CoNLL with one or two text columns and a label column.
 
-Splits: separate files where given. Where neither a validation nor a test file is given, a tenth of the rows each is
-held out by the fixed permutation (seed 42, whatever the run's seed), so that a table always splits the same way. With a
-test file alone, only validation rows are held out; with a validation file alone there is no test split. Stratified,
-rows are held out class by class, in the order of that permutation.
+Texts for a language model, in columns that say so, are another task: `completion`. Splits: see `splits`.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
-from pipeline.extract.tasks.base import Label, Rows, TargetType, Task, TaskError, TaskSpec, fixed_order
-from pipeline.extract.tasks.glue import GLUE
+from pipeline.extract.tasks.base import Label, Rows, TargetType, Task, TaskError, TaskSpec
+from pipeline.extract.tasks.completion import Asked, completion_fields, load_completions
+from pipeline.extract.tasks.names import table_name
 from pipeline.extract.tasks.sheet import WORDS, Sheet, read_sheet
+from pipeline.extract.tasks.splits import part
 from pipeline.extract.words import words_of
 
-HELD_OUT = 0.1  # share of the rows, each, for validation and test
 GRID_STEPS = 50  # a regression grid has at most this many steps
 _TEXTS, _LABELS = ("text", "sentence", "words", "tokens"), ("label", "labels", "tags", "ner_tags")
 
@@ -41,6 +36,7 @@ def load_table(
     stratify: bool = False,
     metrics: Sequence[str] = (),
     name: str | None = None,
+    continues: bool = False,
 ) -> Task:
     """The table at `path` as a task named after the file (or `name`).
 
@@ -54,7 +50,8 @@ def load_table(
     text with blanks or `separator` between them. Class names are those of `path`, sorted (by value where all are whole
     numbers). `stratify`: hold rows out by `stratified`. `metrics`: accuracy, or pearson and spearman, where not given.
     Text-to-text: prompt "NAME COLUMN: A COLUMN: B", texts to answer the class index, or an even grid over the range of
-    the labels. A test file may come without labels.
+    the labels. A test file may come without labels. `continues`: the backbone goes on with texts, so that rows without
+    labels are what it learns; see `completion_fields`.
 
     Raises `TaskError` for: missing column, missing or unknown label, label that is not a finite number, one class only,
     other than one tag a word, too few rows to split, and all that `read_sheet` refuses.
@@ -62,6 +59,9 @@ def load_table(
     if stratify and validation is not None:
         raise TaskError("--stratify: with --validation no rows are held out; leave one of the two out")
     train = read_sheet(path)
+    asked = Asked(text, targets, continues, others=any((text_pair, label, separator, metrics)))
+    if texts := completion_fields(train.columns, _LABELS, asked):
+        return load_completions(path, train, texts, validation, test, name)
     words = path.suffix.lower() in WORDS
     text = text or (train.columns[0] if words else _guess(train, _TEXTS, "--text"))
     label = label or (train.columns[-1] if words and len(train.columns) > 1 else _found(train, _LABELS))
@@ -81,83 +81,19 @@ def load_table(
     if target not in ("number", "none"):
         reading.classes = _class_names(train, reading, given)
 
-    def rows_of(sheet: Sheet) -> Rows:
-        return _rows(sheet, reading)
+    if stratify and target != "class":
+        raise TaskError(f"{path}: --stratify needs one class a row; the type of the target here is {target}")
 
-    everything = rows_of(train)
-    order = fixed_order(len(everything))
-    splits: dict[str, Rows] = {}
-    absent: dict[str, str] = {}
-    parts = {"train": train.digest}
-    if validation is not None:
-        sheet = read_sheet(validation)
-        splits["validation"], parts["validation"] = rows_of(sheet), sheet.digest
-        if label:
-            _all_labelled(sheet, splits["validation"], label)
-        held = 0
-    else:
-        held = max(1, int(len(everything) * HELD_OUT))
-        if len(everything) < (3 if test is None else 2):
-            raise TaskError(f"{path} has {len(everything)} rows, too few to hold any out; add rows")
-        if stratify:
-            order = stratified(_classes_of(train, everything, target), order, held, 2 if test is None else 1)
-        splits["validation"] = everything.take(order[:held])
-    if test is not None:
-        sheet = read_sheet(test)
-        splits["test"], parts["test"] = rows_of(sheet), sheet.digest
-    elif validation is None:
-        splits["test"] = everything.take(order[held : 2 * held])
-        held *= 2
-    else:
-        absent["test"] = "a validation file was given and no test file; give one with --test FILE"
-    splits["train"] = everything.take(order[held:])
+    def rows_of(sheet: Sheet, split: str) -> Rows:
+        rows = _rows(sheet, reading)
+        if split == "validation" and label:
+            _all_labelled(sheet, rows, label)
+        return rows
 
-    spec = _spec(name, reading, everything, tuple(metrics))
-    revision = train.digest if len(parts) == 1 else xxhash.xxh3_128_hexdigest(repr(sorted(parts.items())).encode())
-    provenance = {
-        "dataset": path.name, "revision": revision, "licence": "not stated", "source": "table",
-        "splits": "files" if validation is not None and test is not None else "held-out",
-        "files": parts, "label": label, **({"separator": separator} if separator else {}),
-        **({"stratified": True} if stratify else {}),
-    }  # fmt: skip
-    return Task(spec, {s: splits[s] for s in ("train", "validation", "test") if s in splits}, provenance, absent)
-
-
-def _classes_of(sheet: Sheet, rows: Rows, target: TargetType) -> list[int]:
-    if target != "class":
-        raise TaskError(f"{sheet.path}: --stratify needs one class a row; the type of the target here is {target}")
-    return [label for label in rows.labels if isinstance(label, int)]
-
-
-def stratified(classes: Sequence[int], order: Sequence[int], held: int, parts: int) -> list[int]:
-    """The places of `order`: those of `parts` splits of `held` rows each, then the rest. In each split a class has its
-    share of the rows that are left, rounded such that they add up (the largest remainders up, of equal ones the first
-    class), but every class keeps a row in the rest. Within a split and the rest the order stays that of `order`.
-
-    Written here, since what stored splits are known by must not change with a library's version. Raises `TaskError`
-    where the classes have too few rows.
-    """
-    out: list[int] = []
-    left = list(order)
-    for _ in range(parts):
-        rows = Counter(classes[place] for place in left)
-        if len(left) - len(rows) < held:
-            raise TaskError(
-                f"--stratify: {len(order)} rows of {len(rows)} classes are too few to hold {held} out; add rows"
-            )
-        wanted = {c: min(held * n // len(left), n - 1) for c, n in sorted(rows.items())}
-        while sum(wanted.values()) < held:
-            short = [c for c in wanted if wanted[c] < rows[c] - 1]
-            wanted[max(short, key=lambda c: held * rows[c] - wanted[c] * len(left))] += 1
-        rest = []
-        for place in left:
-            if wanted[classes[place]]:
-                wanted[classes[place]] -= 1
-                out.append(place)
-            else:
-                rest.append(place)
-        left = rest
-    return out + left
+    parted = part(path, train, rows_of, validation, test, stratify)
+    spec = _spec(name, reading, parted.everything, tuple(metrics))
+    more = {"label": label, **({"separator": separator} if separator else {})}
+    return Task(spec, parted.splits, {**parted.provenance, **more}, parted.absent)
 
 
 @dataclass
@@ -180,12 +116,6 @@ def _guess(sheet: Sheet, names: Sequence[str], option: str) -> str:
     if found := _found(sheet, names):
         return found
     raise TaskError(f"{sheet.path}: name a column with {option}; columns there: {', '.join(sheet.columns)}")
-
-
-def table_name(stem: str) -> str:
-    """What a table is called as a task: its file's stem in letters, digits, - and _; never the name of a GLUE task."""
-    name = re.sub(r"[^A-Za-z0-9_-]+", "-", stem).strip("-_") or "table"
-    return f"{name}-table" if name in GLUE else name
 
 
 def _label_text(sheet: Sheet, row: int, value: Any) -> str | None:

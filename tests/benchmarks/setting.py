@@ -110,7 +110,8 @@ def prepared(shape: str, samples: int) -> tuple[Backbone, Inputs, int]:
     rows = task.rows("train").head(samples)
     gold = [task.spec.target_index(label) for label in rows.labels if label is not None] if lm else None
     answers = (candidates, gold) if lm else ()
-    made = backbone.prepare(fast, rows.texts, space_options(Recipe(**options), task.spec).text, *answers)
+    text = space_options(Recipe(**options), task.spec, backbone).text
+    made = backbone.prepare(fast, rows.texts, text, *answers)
     return backbone, made, len(task.spec.labels)
 
 

@@ -12,7 +12,7 @@ from pipeline.extract.backbones.text import decision_trie, gold_chain
 from pipeline.extract.checkpoint import Checkpoint
 from tests import tiny
 
-PROMPTS = {"t5": "task first: {0} second: {1}", "bert": "", "roberta": "", "clip_text": ""}
+PROMPTS = {"t5": "task first: {0} second: {1}", "bert": "", "roberta": "", "clip_text": "", "decoder": ""}
 TARGETS = ["0", "1", "2 3"]
 
 

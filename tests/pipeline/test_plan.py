@@ -18,7 +18,7 @@ from pipeline.extract.checkpoint import Checkpoint
 from pipeline.extracting import run_extract
 from pipeline.objectives import class_objective
 from pipeline.operations import count, saved_bytes
-from pipeline.plan import Workload, predict, run_plan, workload
+from pipeline.plan import predict, run_plan
 from pipeline.rates import Rates, random_batch
 from pipeline.recipe import Recipe
 from pipeline.shapes import known_config
@@ -26,6 +26,7 @@ from pipeline.sources import parse_size
 from pipeline.store.errors import UserError
 from pipeline.train.model import Model
 from pipeline.train.tuners import tuner_class, tuner_config
+from pipeline.workload import Workload, workload
 from tests.pairs import TEXT, pairs
 from tests.train.conformance import small_options
 

@@ -14,10 +14,10 @@ from PIL import Image
 from pipeline import rates
 from pipeline.extract.checkpoint import Checkpoint
 from pipeline.operations import count, saved_bytes
-from pipeline.plan import workload
 from pipeline.rates import random_batch
 from pipeline.recipe import Recipe
 from pipeline.train.tuners import tuner_config
+from pipeline.workload import workload
 from tests import vision
 from tests.pairs import IMAGES, SUITE, pairs
 from tests.pipeline.test_errors import refused, run

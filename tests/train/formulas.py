@@ -9,7 +9,7 @@ from typing import Any
 def _norm(backbone: Any) -> int:
     """What `Backbone.norm` has: a T5 norm has no bias, post-norm encoders and CNNs have none."""
     D = backbone.width
-    return {"t5": D, "vit": 2 * D, "clip-text": 2 * D, "swin": 2 * D}.get(backbone.name, 0)
+    return {"t5": D, "decoder": D, "vit": 2 * D, "clip-text": 2 * D, "swin": 2 * D}.get(backbone.name, 0)
 
 
 def probe(config: Any, backbone: Any) -> int:
@@ -56,10 +56,21 @@ def lst(config: Any, backbone: Any) -> int:
         elif backbone.name == "bert":
             f = raw.intermediate_size // r
             block, shared = 4 * (d * d + d) + (d * f + f) + (f * d + d) + 4 * d, 2 * d
+        elif backbone.name == "decoder":  # a Llama whose heads keep their number
+            inner = raw.num_attention_heads * raw.head_dim // r
+            grouped = inner * raw.num_key_value_heads // raw.num_attention_heads
+            block, shared = 2 * d * (inner + grouped) + 3 * d * (raw.intermediate_size // r) + 2 * d, d
         else:
             block, shared = 12 * d * d + 13 * d, 2 * d
         total += (D * d + d) + len(kept) * (D * d + d + block) + backbone.depth(stream) + shared
     return total + (d * D + D if backbone.writes_text else 0)
+
+
+def qst(config: Any, backbone: Any) -> int:
+    """An LST ladder with other ways down (through a rank, then a norm), a gate more and no map up that is left out."""
+    D, d, n = backbone.width, backbone.width // config.reduction, backbone.depth("decoder")
+    down = (D * config.rank + config.rank) + (config.rank * d + d) + 2 * d
+    return lst(config, backbone) + (n + 1) * (down - D * d - d) + (d * D + D) + 1
 
 
 def side_tuning(config: Any, backbone: Any) -> int:
@@ -92,6 +103,7 @@ FORMULAS: dict[tuple[str, str], Callable[[Any, Any], int]] = {
     ("unipt", "sequence"): unipt,
     ("unipt", "pyramid"): unipt_conv,
     ("lst", "sequence"): lst,
+    ("qst", "sequence"): qst,
     ("side-tuning", "sequence"): side_tuning,
     ("sherl-clip", "sequence"): sherl_clip,
     ("unipt-clip", "sequence"): _tower,

@@ -45,7 +45,7 @@ def test_a_new_tuner_is_one_file_and_one_registering_call(cases, monkeypatch):
 
     monkeypatch.setitem(base._TUNERS, "toy", toy_tuner.Toy)
     new = [p for p in pairs(SUITE) if p[1] == "toy"]
-    sequences = ["t5", "bert", "roberta", "clip_text", "vit", "clip"]
+    sequences = ["t5", "bert", "roberta", "clip_text", "decoder", "vit", "clip"]
     assert [backbone for backbone, _ in new] == sequences
     for backbone, tuner in new:
         for check in CHECKS:

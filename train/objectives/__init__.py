@@ -1,6 +1,6 @@
 """Objectives: one file a kind of target, with its head. Import an objective's module here to register it."""
 
-from pipeline.train.objectives import classification, label_text, multilabel, regression, tagging
+from pipeline.train.objectives import classification, completion, label_text, multilabel, regression, tagging
 from pipeline.train.objectives.base import (
     Answers,
     Head,
@@ -22,6 +22,7 @@ __all__ = [
     "Report",
     "Scorer",
     "classification",
+    "completion",
     "label_text",
     "multilabel",
     "objective_class",

@@ -123,6 +123,7 @@ class Objective(ABC):
     description: ClassVar[str]
     targets: ClassVar[tuple[str, ...]]  # types of target it learns: class, number, …
     wants: ClassVar[Want] = Want()
+    continues_text: ClassVar[bool] = False  # targets are tokens of the text itself: rows need none of their own
     slots: ClassVar[bool] = False  # its head reads features of several slots (see `Batch.spread`)
     coupled: ClassVar[bool] = False  # a batch's samples stand in one loss: no accumulation, one rank
 

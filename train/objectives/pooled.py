@@ -36,6 +36,10 @@ class PooledHead(Head):
             rows = features[name].float()
             if feature.stream:
                 layout = batch.layout(feature.stream)
-                rows = layout.mean(rows) if self.pooling == "mean" else rows.index_select(0, layout.first)
+                if self.pooling == "mean":
+                    rows = layout.mean(rows)
+                else:
+                    end = layout.lengths - 1 if self.pooling == "last" else 0
+                    rows = rows.index_select(0, layout.first + end)
             pooled.append(batch.spread(name, rows))
         return self.linear(pooled[0] if len(pooled) == 1 else torch.cat(pooled, dim=1)).float()

@@ -1,6 +1,6 @@
 """Tuners: one file a method. Import a method's module here to register it."""
 
-from pipeline.train.tuners import clip, conv, e3va, head2toe, lst, probe, sherl, sidetuning, unipt
+from pipeline.train.tuners import clip, conv, e3va, head2toe, lst, probe, qst, sherl, sidetuning, unipt
 from pipeline.train.tuners.base import (
     Start,
     StateLinear,
@@ -29,6 +29,7 @@ __all__ = [
     "head2toe",
     "lst",
     "probe",
+    "qst",
     "register",
     "sherl",
     "sidetuning",

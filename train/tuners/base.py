@@ -59,7 +59,8 @@ class Tuner(nn.Module):
     config_class: ClassVar[type[TunerConfig]]
     shapes: ClassVar[tuple[str, ...]] = ("sequence",)  # shapes of backbones this class works on, see `Backbone.shape`
     needs: ClassVar[tuple[type[Capability], ...]] = ()  # what a backbone must be able to do beyond being run
-    text_head: ClassVar[bool] = False  # True: can hand out rows for the backbone's frozen language-model head
+    text_head: ClassVar[bool] = False  # True: can hand out rows for the frozen head of a text-to-text backbone
+    continues_text: ClassVar[bool] = False  # True: the same for a decoder alone; no row has seen a later position
     projects: ClassVar[bool] = False  # True: its first maps take states of `backbone.state_width`, projected ones too
     # Learning rates that `train` starts from: the papers' under a frozen text head, measured ones elsewhere.
     lr_text: ClassVar[float] = 3e-3

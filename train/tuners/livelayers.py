@@ -20,6 +20,7 @@ from pipeline.extract.backbones.base import Backbone
 from pipeline.extract.backbones.batch import Batch, Layout
 from pipeline.extract.backbones.bylength import by_length
 from pipeline.extract.backbones.tail import LiveTail
+from pipeline.store.errors import UserError
 from pipeline.train.adapters import Bottleneck, add_biases, add_lora, free_biases
 
 REDUCTION = 16  # LoRA's rank and the adapter's width are the backbone's width over this
@@ -90,6 +91,8 @@ def saved_size(state: Mapping[str, Tensor]) -> int | None:
 def prepend(rows: Tensor, batch: Batch, stream: str, prompt: Tensor) -> tuple[Tensor, Batch, Tensor]:
     """`prompt` (P, width) before each sample's `rows`: the longer rows, a batch of those lengths, and where the
     sample's own rows are. The batch's columns of `stream` stay as they were."""
+    if batch.past is not None:
+        raise UserError("tail: a run with virtual tokens in its live layer cannot write text a token at a time")
     old = batch.layout(stream)
     lengths = batch.lengths[stream] + len(prompt)
     new = Layout.of(lengths, rows.device)

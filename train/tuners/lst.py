@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -22,18 +22,27 @@ class Ladder(nn.Module):
     """One stream's side network: s ← Lin₀(embedding), then for each kept layer i, s ← μᵢ s + (1 − μᵢ) Linᵢ(hᵢ) and a
     side block (LST eq. 1; fuse first, then block). μ = sigmoid(alpha / T), alpha starts at 0.
 
-    There is a gate for every backbone layer, also for dropped ones, as in the official parameter counts.
+    There is a gate for every backbone layer, also for dropped ones, as in the official parameter counts. `down(n, d)`:
+    a map of states, from width n to d; `gate`: what alpha starts at.
     """
 
-    def __init__(self, config: LstConfig, backbone: Backbone, stream: str) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        stream: str,
+        layers: list[int],
+        reduction: int,
+        temperature: float,
+        gate: float = 0.0,
+        down: Callable[[int, int], nn.Module] = linear,
+    ) -> None:
         super().__init__()
-        inner = checked_reduction(config.reduction, backbone.width)
-        self.stream, self.temperature = stream, config.temperature
-        self.layers = config.kept(backbone, stream)
-        self.first = linear(backbone.width, inner)
-        self.down = nn.ModuleList(linear(backbone.state_width(f"{stream}.{i}"), inner) for i in self.layers)
-        self.gates = nn.Parameter(torch.zeros(backbone.depth(stream)))
-        self.side = side_stack(backbone, stream, self.layers, config.reduction)
+        inner = checked_reduction(reduction, backbone.width)
+        self.stream, self.temperature, self.layers = stream, temperature, layers
+        self.first = down(backbone.width, inner)
+        self.down = nn.ModuleList(down(backbone.state_width(f"{stream}.{i}"), inner) for i in layers)
+        self.gates = nn.Parameter(torch.full((backbone.depth(stream),), gate))
+        self.side = side_stack(backbone, stream, layers, reduction)
 
     def rungs(self, batch: Batch, embedding: Tensor) -> Tensor:
         """(rows, D) embedding and the kept states → (rows, 1 + layers, D / r). `Tail.embed` has dropped out the
@@ -61,10 +70,16 @@ class Lst(Tuner):
     description = "LST: ladder side network, a narrow transformer fed from every kept layer"
     projects = True
     text_head = True
+    continues_text = True
 
     def __init__(self, config: LstConfig, backbone: Backbone, tail: Tail, wants: Want) -> None:
         super().__init__(config, backbone, tail, wants)
-        self.ladders = nn.ModuleDict({s: Ladder(config, backbone, s) for s in backbone.streams})
+        self.ladders = nn.ModuleDict(
+            {
+                s: Ladder(backbone, s, config.kept(backbone, s), config.reduction, config.temperature)
+                for s in backbone.streams
+            }
+        )
         self.stream = backbone.streams[-1]
         inner = backbone.width // config.reduction
         self.up = linear(inner, backbone.width) if wants.text_head else None

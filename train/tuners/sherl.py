@@ -33,6 +33,7 @@ class Sherl(Tuner):
     projects = True
     text_head = True
     needs = (LiveLast,)
+    continues_text = True
     tail: LiveTail
 
     def __init__(self, config: SherlConfig, backbone: Any, tail: LiveTail, wants: Want) -> None:

@@ -1,0 +1,153 @@
+"""Texts that a language model learns to write: their token ids, and which of the tokens are targets.
+
+Three forms of rows. `text`: every token but the first. `completion`: a prompt and what follows it, whose tokens are the
+targets. `messages`: a conversation (JSON), of which the assistant's tokens are. A text begins with the tokenizer's
+begin token, where it has one, and a text and a completion end with its end token; a conversation is rendered by the
+tokenizer's chat template, which says both. Targets are kept as spans of positions, [first, after the last].
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any, Literal
+
+import numpy as np
+
+from pipeline.store.errors import UserError
+
+Form = Literal["plain", "text", "completion", "messages"]
+Span = tuple[int, int]
+
+
+class RowError(UserError):
+    """A row is nothing to learn from; the message begins with its number."""
+
+
+_MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+def encode_rows(
+    tokenizer: Any, rows: Sequence[Sequence[str]], form: str, limit: int, side: str
+) -> tuple[list[list[int]], list[dict[str, Any]], np.ndarray]:
+    """The ids of each of `rows` of `form`, cut to `limit` tokens on `side`; its meta, which says how many `tokens` it
+    has and which spans of them are to `learn`; and (rows,) bool, which were cut. RowError where no target is left."""
+    encode = {"text": _text, "completion": _completion, "messages": _messages}[form]
+    kept, metas, truncated = [], [], np.zeros(len(rows), bool)
+    for i, fields in enumerate(rows):
+        try:
+            ids, spans = encode(tokenizer, fields)
+        except UserError as error:
+            raise RowError(f"row {i + 1}: {error}") from None
+        truncated[i] = len(ids) > limit
+        first = len(ids) - limit if truncated[i] and side == "left" else 0
+        ids = ids[first : first + limit]
+        # A first token has none before it that could predict it.
+        inside = [(max(a - first, 1), min(b - first, len(ids))) for a, b in spans]
+        learn = [[a, b] for a, b in inside if a < b]
+        if not learn:
+            cut = f": what is to be learned lies beyond --max-length {limit}" if truncated[i] else ""
+            raise RowError(f"row {i + 1} has no token to learn{cut}")
+        kept.append(ids)
+        metas.append({"tokens": len(ids), "learn": learn})
+    return kept, metas, truncated
+
+
+def prompt_ids(tokenizer: Any, form: str, text: str) -> list[int]:
+    """The ids that a text to be continued begins with: a prompt, or with `messages` what the user says."""
+    return _begun(tokenizer, text) if form != "messages" else chat_ids(tokenizer, [{"role": "user", "content": text}])
+
+
+def chat_ids(tokenizer: Any, said: list[dict[str, Any]]) -> list[int]:
+    """The ids of a conversation up to where the assistant's next turn begins."""
+    return _plain(tokenizer, _rendered(tokenizer, said, add_generation_prompt=True))
+
+
+def learned(meta: Mapping[str, Any]) -> np.ndarray:
+    """(tokens,) bool: which positions of a row are targets."""
+    mask = np.zeros(int(meta["tokens"]), bool)
+    for first, end in meta["learn"]:
+        mask[first:end] = True
+    return mask
+
+
+def _plain(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _begun(tokenizer: Any, text: str) -> list[int]:
+    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    return begin + _plain(tokenizer, text)
+
+
+def _ended(tokenizer: Any, text: str) -> list[int]:
+    return _begun(tokenizer, text) + ([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])
+
+
+def _text(tokenizer: Any, fields: Sequence[str]) -> tuple[list[int], list[Span]]:
+    ids = _ended(tokenizer, fields[0])
+    return ids, [(0, len(ids))]
+
+
+def _completion(tokenizer: Any, fields: Sequence[str]) -> tuple[list[int], list[Span]]:
+    """The two are tokenised as one text; a token that the prompt alone does not end in is the completion's."""
+    prompt, completion = fields
+    ids = _ended(tokenizer, prompt + completion)
+    before = _begun(tokenizer, prompt)
+    same = next((k for k, (a, b) in enumerate(zip(before, ids, strict=False)) if a != b), min(len(before), len(ids)))
+    return ids, [(same, len(ids))] if completion else []
+
+
+def _messages(tokenizer: Any, fields: Sequence[str]) -> tuple[list[int], list[Span]]:
+    said = json.loads(fields[0])
+    if tokenizer.chat_template and _MARKS.search(str(tokenizer.chat_template)):
+        made = tokenizer.apply_chat_template(said, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+        mask = np.asarray(made["assistant_masks"], bool)
+        edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]])))
+        return list(made["input_ids"]), [(int(a), int(b)) for a, b in edges.reshape(-1, 2)]
+    return _by_prefixes(tokenizer, said)
+
+
+def _by_prefixes(tokenizer: Any, said: list[dict[str, Any]]) -> tuple[list[int], list[Span]]:
+    """The assistant's turns of a template without generation marks: what the conversation up to a turn lacks of that
+    with it. Each rendering must begin as the one before; a template that rewrites earlier turns is refused."""
+    if not tokenizer.is_fast:
+        raise UserError("the tokenizer does not say which characters a token stands for: save a tokenizer.json")
+    characters: list[Span] = []
+    renderings = [""]
+    for i, message in enumerate(said):
+        if message["role"] == "assistant":
+            renderings += [
+                _rendered(tokenizer, said[:i], add_generation_prompt=True),
+                _rendered(tokenizer, said[: i + 1]),
+            ]
+            characters.append((len(renderings[-2]), len(renderings[-1])))
+    whole = _rendered(tokenizer, said)
+    for shorter, longer in pairwise([*renderings, whole]):
+        if not longer.startswith(shorter):
+            raise UserError(
+                "the chat template renders earlier turns otherwise once there are later ones, so the assistant's "
+                "tokens cannot be told apart: give one with {% generation %} marks"
+            )
+    made = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    ends = np.asarray([end for _, end in made["offset_mapping"]], np.int64)
+    # A token ends within one turn: ends ascend, so that the tokens of a turn are neighbours.
+    spans = [(int(np.searchsorted(ends, a, "right")), int(np.searchsorted(ends, b, "right"))) for a, b in characters]
+    return list(made["input_ids"]), spans
+
+
+def _rendered(tokenizer: Any, said: list[dict[str, Any]], **options: Any) -> str:
+    if not tokenizer.chat_template:
+        raise UserError(
+            "the tokenizer has no chat template: put the model's chat_template.jinja beside its weights, or give rows "
+            "of prompt and completion"
+        )
+    from jinja2 import TemplateError
+
+    try:
+        text: str = tokenizer.apply_chat_template(said, tokenize=False, **options)
+    except TemplateError as error:
+        raise UserError(f"the chat template refuses the conversation: {error}") from None
+    return text
