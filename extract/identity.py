@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from pipeline.extract.backbones.base import TextOptions
-from pipeline.extract.backbones.images import VIEW_POLICY
+from pipeline.extract.backbones.views import VIEW_POLICY
 from pipeline.extract.checkpoint import Checkpoint
 from pipeline.extract.projection import parse_projection
 from pipeline.store.errors import UserError
@@ -96,6 +96,7 @@ def options_of(identity: Mapping[str, Any]) -> SpaceOptions:
             views=1 if identity["views"] == "none" else 2,
             view_seed=int(seed) if seed.isdigit() else 0,
             upright="orientation" in identity,
+            dense="padding" in identity,
         )
         chosen = {k: identity[k] for k in ("format", "projection", "projection_fit", "precision", "attention")}
         return SpaceOptions(**chosen, text=text)
@@ -124,7 +125,7 @@ def _image_fields(checkpoint: Checkpoint, options: SpaceOptions) -> dict[str, An
     """What pictures are made of, in words beside the preprocessing's digest; nothing for text."""
     if checkpoint.family.modality == "text":
         return {}
-    made = checkpoint.tokenizer.sized(options.text.image_size)
+    made = checkpoint.tokenizer.sized(options.text.image_size, options.text.dense)
     mean, std = (",".join(f"{v:g}" for v in values) for values in (made.mean, made.std))
     return {
         "image_size": made.extent_text,
@@ -133,4 +134,5 @@ def _image_fields(checkpoint: Checkpoint, options: SpaceOptions) -> dict[str, An
         "std": std,
         # Spaces of before have no such field: their pictures were taken as they lie in the file.
         **({"orientation": "exif"} if options.text.upright else {}),
+        **({"padding": f"zeros to {checkpoint.family.coarsest}"} if options.text.dense else {}),
     }

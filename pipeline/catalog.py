@@ -18,6 +18,7 @@ TUNERS = {
     "lst": "LST: ladder side network, a narrow transformer fed from every kept layer",
     "probe": "linear probe on the mean of the last state: the floor",
     "side-tuning": "Side-Tuning: the last state blended with a small network on the embedding",
+    "fixed": "the head alone on the frozen backbone's feature pyramid: the floor of dense tasks",
 }
 
 # name → description, model types; in the order of `extract.backbones.families`
@@ -31,6 +32,8 @@ FAMILIES = {
         ("vit", "clip_vision_model"),
     ),
     "clip-text": ("the text tower of CLIP (transformers)", ("clip_text_model",)),
+    "convnext": ("ConvNeXt and ConvNeXt V2 (timm)", ()),
+    "efficientnet": ("MobileNetV2, MnasNet, EfficientNet (timm): inverted bottlenecks in stages", ()),
     "resnet": (
         "convolutional networks: ResNet, ResNeXt and kin (timm), ResNet (transformers), CIFAR ResNets",
         ("resnet", "cifar_resnet"),

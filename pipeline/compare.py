@@ -150,11 +150,11 @@ def _text(rows: Sequence[dict[str, Any]], preset: str) -> str:
     return "\n".join([*lines, f"settings, counterparts by --preset {preset}:", *made])
 
 
-def settings(what: str, recipe: Recipe, options: FitOptions, paper: bool) -> str:
+def settings(what: str, options: FitOptions, batch_size: int) -> str:
     """What a row of the table was made with, in words: the method's own settings and those of training."""
     warm = f"{options.warmup_steps} steps" if options.warmup_ratio is None else f"{options.warmup_ratio:g} of all steps"
     long = f"{options.epochs} epochs" if options.max_steps is None else f"{options.max_steps} steps"
-    size = f"{batch_size_of(recipe, paper)}" + (f" × {options.accumulate}" if options.accumulate > 1 else "")
+    size = f"{batch_size}" + (f" × {options.accumulate}" if options.accumulate > 1 else "")
     return (
         f"{what}; lr {options.lr:g}, {options.schedule} after a warm-up of {warm}, batch {size}, {long}, "
         f"clip {options.clip:g}, weight decay {options.weight_decay:g}, {options.precision}"
@@ -168,7 +168,8 @@ def _tuner(recipe: Recipe) -> dict[str, Any]:
     backbone, checkpoint = live_backbone(job) if recipe.live else (None, None)
     batch = next(iter(sources(job, backbone, checkpoint)["train"].epochs(0, 1)))
     what = ", ".join(f"{k} {v}" for k, v in stated(job.config).items()) or "no options"
-    made = settings(what, recipe, fit_options(recipe, job.spec, job.paper, model.tuner.default_lr()), job.paper)
+    options = fit_options(recipe, job.spec, job.paper, model.tuner.default_lr())
+    made = settings(what, options, batch_size_of(recipe, job.paper, job.spec.target))
     return _summary(job, model, batch, metrics, [model.tuner.tail]) | {"settings": made}
 
 
@@ -180,7 +181,7 @@ def _counterpart(recipe: Recipe, name: str, preset: str) -> dict[str, Any]:
     identity = job.found.space.identity
     module = load_backbone(checkpoint, identity["precision"], identity["attention"], job.device).model
     model = CounterpartModel(method, job.found.family, module, job.objective, recipe.seed).to(job.device)
-    size = batch_size_of(recipe, job.paper)
+    size = batch_size_of(recipe, job.paper, job.spec.target)
     parts = {
         split: input_source(live_source(job, split, backbone, checkpoint, size), backbone)
         for split, table in job.tables.items()
@@ -202,7 +203,7 @@ def _counterpart(recipe: Recipe, name: str, preset: str) -> dict[str, Any]:
         resume=False,
         info={"counterpart": name, "preset": preset, "space": job.found.space.id},
     )
-    made = settings(method.description, recipe, options, job.paper)
+    made = settings(method.description, options, size)
     return _summary(job, model, next(iter(parts["train"].epochs(0, 1))), metrics, []) | {"settings": made}
 
 

@@ -11,7 +11,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from pipeline.extract.tasks.base import SPLITS, Label, TaskSpec
 from pipeline.store import TaskTable
 
-OWN = ("table", "image folder")  # sources of tasks that we split where no split is given
+OWN = ("table", "image folder", "mask folder")  # sources of tasks that we split where no split is given
 
 
 def doubts(tables: Mapping[str, TaskTable], images: bool = False) -> list[str]:

@@ -17,7 +17,7 @@ from pipeline.extract.backbones.live import Backbone
 from pipeline.extract.checkpoint import Checkpoint, local, resolve
 from pipeline.extract.identity import options_of, refuse_other, space_identity
 from pipeline.extract.tasks import canonical_name
-from pipeline.extract.tasks.base import Rows, TaskSpec
+from pipeline.extract.tasks.base import DENSE, Rows, TaskSpec
 from pipeline.extracting import Split, load_backbone, prepare_split, task_tables
 from pipeline.keepsakes import make_start, start_file, stored_late, stored_start
 from pipeline.objectives import make_objective
@@ -223,9 +223,10 @@ def first_views(table: TaskTable, views: int | None) -> TaskTable:
     return table.take([i for i, t in enumerate(table.texts) if int(t[1]) < views])
 
 
-def batch_size_of(recipe: Recipe, paper: bool) -> int:
-    """Training batch size: 100 under the papers' protocol for text-to-text backbones, else 64."""
-    return recipe.batch_size or (100 if paper else 64)
+def batch_size_of(recipe: Recipe, paper: bool, target: str) -> int:
+    """Training batch size: 100 under the papers' protocol for text-to-text backbones, 4 images where targets are dense,
+    else 64."""
+    return recipe.batch_size or (100 if paper else 4 if target in DENSE else 64)
 
 
 def grouped(recipe: Recipe, paper: bool) -> bool:
@@ -302,7 +303,7 @@ def picture_options(identity: Mapping[str, Any]) -> dict[str, Any]:
 
 def sources(job: Job, backbone: Backbone | None, checkpoint: Checkpoint | None = None) -> dict[str, Source]:
     """A source for each split: from the store, or live when there is a backbone. Both give the same batches."""
-    size = batch_size_of(job.recipe, job.paper)
+    size = batch_size_of(job.recipe, job.paper, job.spec.target)
     out: dict[str, Source] = {}
     for split in job.tables:
         if split == "train" or job.targets(split) is not None:

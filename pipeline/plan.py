@@ -27,7 +27,7 @@ from pipeline import rates as measured
 from pipeline.advice import plan_text, recommend
 from pipeline.extract.backbones.base import Family, family_for
 from pipeline.extract.backbones.batch import stream_of
-from pipeline.extract.backbones.images import Picture, Preprocess
+from pipeline.extract.backbones.images import Picture, Preprocess, filled_up
 from pipeline.extract.backbones.vision import Vision
 from pipeline.extract.checkpoint import Checkpoint, local
 from pipeline.extract.encoding import unscaled_dtype
@@ -193,7 +193,8 @@ def sample_lengths(
     refuse_other_kind(family, rows.texts, text.root, f"the {split} rows of {spec.name}")
     if isinstance(family, Vision):
         assert isinstance(tokenizer, Preprocess)
-        return family.measure(image_extents(tokenizer.sized(text.image_size), rows, text))
+        extents = image_extents(tokenizer.sized(text.image_size, text.dense), rows, text)
+        return family.measure(filled_up(extents, family.padding(text)))
     if tokenizer is not None:
         candidates = family.candidates(tokenizer, spec.texts) if family.writes_text else []
         gold = None
@@ -239,7 +240,7 @@ def workload(recipe: Recipe, task: Task | None = None) -> Workload:
         max(2, len(task.spec.labels)),
         {s: sample_lengths(family, tokenizer, task, s, recipe) for s in splits},
         rows,
-        batch_size_of(recipe, family.writes_text),
+        batch_size_of(recipe, family.writes_text, task.spec.target),
         grouped(recipe, family.writes_text),
         recipe.epochs or (10 if task.spec.name in LARGE_TASKS else 20),
         tokenizer is None,

@@ -17,7 +17,7 @@ from pipeline.extract.checkpoint import Checkpoint, local
 from pipeline.extract.encoding import tensors_of
 from pipeline.extract.identity import SpaceOptions, space_identity, views_text
 from pipeline.extract.tasks import Task, canonical_name, load_task
-from pipeline.extract.tasks.base import TaskSpec
+from pipeline.extract.tasks.base import DENSE, TaskSpec
 from pipeline.extract.tasks.hub_images import PREFIX, hub_folder
 from pipeline.objectives import refuse_targets, target_types
 from pipeline.owners import config_of
@@ -72,6 +72,7 @@ def open_task(recipe: Recipe) -> Task:
         validation=Path(recipe.validation) if recipe.validation else None,
         test=Path(recipe.test) if recipe.test else None,
         grid=recipe.grid,
+        void=recipe.objective_options.get("ignore_index"),
     )
     refuse_targets(recipe, task.spec)
     return task
@@ -88,6 +89,7 @@ def space_options(recipe: Recipe, spec: TaskSpec) -> SpaceOptions:
         image_size=size_text(recipe.image_size),
         views=recipe.views or 1,
         view_seed=recipe.view_seed or 0,
+        dense=spec.target in DENSE,
     )
     return SpaceOptions(
         format=recipe.format or "float16",

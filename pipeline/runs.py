@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pipeline.command_line import quoted
@@ -100,12 +101,19 @@ class Run:
         return {**score(self.spec.metrics, answers, objective.rounded(labels)), "in_targets": known / len(texts)}
 
     def predict(
-        self, texts: Sequence[str | Sequence[str]], root: str | Path = "", say: Say = lambda text: None
+        self,
+        texts: Sequence[str | Sequence[str]],
+        root: str | Path = "",
+        say: Say = lambda text: None,
+        out_dir: str | Path | None = None,
     ) -> list[dict[str, Any]]:
         """What is told of each row, the backbone run live: `label` (a class's name, or a number) and its `probability`
         where there is one. A row: the text of each of the task's fields, or the name of a picture; where that is one,
-        also without a sequence around it. `root`: the folder that names of pictures are relative to. Raises UserError
-        for rows of another shape or kind."""
+        also without a sequence around it. `root`: the folder that names of pictures are relative to. `out_dir`: where
+        what is no line of text is written, as it is made (masks, overlays); an entry then names the files. Raises
+        UserError for rows of another shape or kind."""
+        if out_dir is not None and not self.job.objective.files:
+            raise UserError(f"--out-dir: objective {self.job.objective.name} writes no files; leave it out")
         checked = checked_rows(texts, self.spec)
         if not checked:
             return []
@@ -120,10 +128,17 @@ class Run:
         order = Order(part.inputs.tokens(), self._batch_size())
         known = Targets(self.job.objective, None, part.inputs.metas) if part.inputs.metas else None
         source = LiveSource(backbone, part.inputs, known, self.job.states, order)
-        return predict(self.model, source, self.job.device, self.job.recipe.train_precision)
+        keep: Callable[[int, dict[str, Any]], dict[str, Any]] = lambda place, entry: entry
+        if out_dir is not None:
+            images, names = [Path(root) / row[0] for row in checked], file_names([row[0] for row in checked])
+
+            def keep(place: int, entry: dict[str, Any]) -> dict[str, Any]:
+                return self.job.objective.save(entry, images[place], Path(out_dir), names[place])
+
+        return predict(self.model, source, self.job.device, self.job.recipe.train_precision, keep=keep)
 
     def _batch_size(self) -> int:
-        return batch_size_of(self.job.recipe, self.job.paper)
+        return batch_size_of(self.job.recipe, self.job.paper, self.spec.target)
 
 
 def load_run(folder: str | Path, **overrides: Any) -> Run:
@@ -155,6 +170,16 @@ def load_run(folder: str | Path, **overrides: Any) -> Run:
     check(state, model.trainable_state(), folder / TUNER)
     model.load_trainable(state)
     return Run(folder, job, model.to(job.device))
+
+
+def file_names(images: Sequence[str]) -> list[str]:
+    """What files made of `images` are called: as these, without the suffix where that leaves them distinct."""
+    paths = [PurePosixPath(image.replace("\\", "/")) for image in images]
+    plain = [str(path.with_suffix("")) for path in paths]
+    if any(path.is_absolute() or ".." in path.parts for path in paths):
+        plain = [path.stem for path in paths]
+    seen = Counter(plain)
+    return [name if seen[name] == 1 else f"{name}{path.suffix}" for name, path in zip(plain, paths, strict=True)]
 
 
 def read_inputs(

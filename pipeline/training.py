@@ -102,7 +102,7 @@ def run_train(recipe: Recipe, say: Say, quiet: bool = False) -> dict[str, Any]:
     options = fit_options(recipe, job.spec, job.paper, model.tuner.default_lr())
     backbone, checkpoint = live_backbone(job) if recipe.live else (None, None)
     parts = sources(job, backbone, checkpoint)
-    size = batch_size_of(recipe, model.tuner.family.writes_text)
+    size = batch_size_of(recipe, model.tuner.family.writes_text, job.spec.target)
     table = job.tables["train"]
     more = f" of {table.header['total']:,}" if len(table.keys) < table.header.get("total", 0) else ""
     say(

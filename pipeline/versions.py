@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.extract.tasks import canonical_name, split_id
 from pipeline.recipe import Recipe
 from pipeline.store import Space, TaskTable, digest_json
+from pipeline.store.digest import digest_bytes
 from pipeline.store.errors import StoreError
 from pipeline.store.records import Record
 from pipeline.store.tables import TableInfo, created_of, version_of
@@ -194,9 +195,14 @@ def _distinct(space: Space, versions: Sequence[Version]) -> list[Version]:
     found: dict[str, Version] = {}
     for version in versions:
         tables = _read(space, version)
-        rows = {split: [t.keys, t.labels, t.texts] for split, t in tables.items()}
+        rows = {split: [t.keys, [_plain(label) for label in t.labels], t.texts] for split, t in tables.items()}
         found.setdefault(digest_json([rows, version.header.get("spec")]), version)
     return list(found.values())
+
+
+def _plain(label: Any) -> Any:
+    """A target as JSON has it."""
+    return digest_bytes(label) if isinstance(label, bytes) else label
 
 
 def columns_text(header: Mapping[str, Any]) -> str:

@@ -219,6 +219,16 @@ class SideTuningConfig(SideConfig):
 
 
 @dataclass(frozen=True)
+class FixedConfig(TunerConfig):
+    """No options of its own; `layers` are not for it: the feature pyramid is the backbone's."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.layers:
+            raise ValueError("layers: the head reads the backbone's feature pyramid; there is nothing to choose")
+
+
+@dataclass(frozen=True)
 class ObjectiveConfig:
     """Options of an objective are the fields of a subclass, each made by `option`, each with a default. Raises
     ValueError for a value that an option does not take."""
@@ -241,6 +251,28 @@ class MultilabelConfig(PooledConfig):
     threshold: float = option(0.5, "Probability from which a label is told.", above=0, below=1)
 
 
+@dataclass(frozen=True)
+class SegmentationConfig(ObjectiveConfig):
+    """`head`: "upernet" (Xiao et al. 2018) on all maps, "fcn" (Long et al. 2015) on the last but one, "linear" on all.
+    `head_width`: channels inside of it. `auxiliary_weight`: of the loss of an FCN head on the last map but one, which
+    is there in training alone; 0 leaves it out. `head_dropout`: before the classifier. `ignore_index`: a number in masks
+    that is no class, beside 255."""
+
+    head: str = option("upernet", "What reads the feature maps.", choices=("upernet", "fcn", "linear"))
+    head_width: int = option(512, "Channels of the head.", least=1)
+    auxiliary_weight: float = option(
+        0.4, "Weight of the auxiliary head's loss, of UPerNet in training alone; 0: none.", least=0
+    )
+    head_dropout: float = option(0.1, "Dropout before the classifier.", least=0, below=1)
+    ignore_index: int | None = option(
+        None,
+        "Number in masks that is no class, beside 255. Default: 11 of CamVid's own masks.",
+        least=0,
+        most=255,
+        extraction=True,
+    )
+
+
 # Name → config, in the order in which they are registered; a test compares the two.
 TUNERS: dict[str, type[TunerConfig]] = {
     "sherl-clip": ClipConfig,
@@ -252,6 +284,7 @@ TUNERS: dict[str, type[TunerConfig]] = {
     "lst": LstConfig,
     "probe": ProbeConfig,
     "side-tuning": SideTuningConfig,
+    "fixed": FixedConfig,
 }
 
 OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
@@ -259,5 +292,6 @@ OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
     "label-text": ObjectiveConfig,
     "multilabel": MultilabelConfig,
     "regression": PooledConfig,
+    "segmentation": SegmentationConfig,
     "tagging": ObjectiveConfig,
 }

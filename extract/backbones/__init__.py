@@ -1,6 +1,6 @@
 """Backbones: one file a family. Import a family's module here to register it."""
 
-from pipeline.extract.backbones import bert, clip_text, resnet, swin, t5, vit
+from pipeline.extract.backbones import bert, clip_text, convnext, efficientnet, resnet, swin, t5, vit
 from pipeline.extract.backbones.base import Family, SideStack, Tail, TextOptions, families, family_for, register
 from pipeline.extract.backbones.batch import Batch, Layout, stream_of
 from pipeline.extract.backbones.inputs import Inputs
@@ -15,6 +15,8 @@ __all__ = [
     "TextOptions",
     "bert",
     "clip_text",
+    "convnext",
+    "efficientnet",
     "families",
     "family_for",
     "register",

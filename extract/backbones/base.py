@@ -36,7 +36,9 @@ class TextOptions:
     read; `image_size`, "HEIGHTxWIDTH" of what the backbone sees, "own" for each
     picture's own, "" for the checkpoint's; `views`, how many fixed
     augmented views of a training picture there are (1: the plain one alone), and `view_seed`, which draws them;
-    `upright`, turn pictures as their EXIF orientation says (False: of spaces made before that was done).
+    `upright`, turn pictures as their EXIF orientation says (False: of spaces made before that was done); `dense`, show
+    the whole of each picture, padded at the bottom and the right to the backbone's coarsest stride, and keep as meta
+    where it shows what.
     """
 
     prompt: str = ""
@@ -48,6 +50,7 @@ class TextOptions:
     views: int = 1
     view_seed: int = 0
     upright: bool = True
+    dense: bool = False
     words: bool = False
 
 
@@ -162,6 +165,15 @@ class Family(ABC):
     def width_of(self, stream: str) -> int:
         """The width of the states of `stream`."""
         return self.width
+
+    def stride(self, stream: str) -> int:
+        """Pixels between two neighbours of the map of `stream`; 0 where its rows are no map."""
+        return 0
+
+    @property
+    def coarsest(self) -> int:
+        """The largest stride of a stream in pixels."""
+        return max(self.stride(s) for s in self.streams)
 
     def state_width(self, state: str) -> int:
         """The width of `state` as a tuner gets it: that of its stream, or less where the space has a projection."""

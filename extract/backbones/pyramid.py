@@ -20,6 +20,8 @@ from pipeline.extract.backbones.batch import Batch
 from pipeline.extract.backbones.grids import per_size
 from pipeline.extract.backbones.vision import Vision, fill, in_order, keep, map_sizes, pixel_groups
 
+_SIDE = 1 << 12  # a multiple of every stride
+
 
 class PyramidTail(Tail):
     """The last block, on maps, and the final norm. `channels_last`: whether the block takes (b, H, W, C)."""
@@ -96,6 +98,14 @@ class Pyramid(Vision):
 
     def depth(self, stream: str) -> int:
         return self._depths[self.streams.index(stream)]
+
+    def stride(self, stream: str) -> int:
+        return _SIDE // self.grid(stream, _SIDE, _SIDE)[0]
+
+    @property
+    def levels(self) -> tuple[str, ...]:
+        """The streams that make up the feature pyramid: of each stride from 4 on the last."""
+        return tuple({self.stride(s): s for s in self.streams if self.stride(s) >= 4}.values())
 
     def last_block(self, model: Any) -> nn.Module:
         return self.stages(model)[-1][-1]

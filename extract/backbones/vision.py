@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from pipeline.extract.backbones.base import Family, SideStack, TextOptions, load_frozen
 from pipeline.extract.backbones.batch import Batch
 from pipeline.extract.backbones.fill import check_fit
+from pipeline.extract.geometry import META
 from pipeline.extract.backbones.grids import COLUMN, EXTENT, SIZES, sizes
 from pipeline.extract.backbones.images import Blank, Preprocess, load_pixels, look_all
 from pipeline.extract.backbones.inputs import Inputs
@@ -81,9 +82,9 @@ class Vision(Family):
         Every picture is decoded once here. Raises UserError naming the first that cannot be read; with
         `options.skip_bad` those are left out and listed in `skipped`.
         """
-        preprocess = tokenizer.sized(options.image_size)
+        preprocess, stride = tokenizer.sized(options.image_size, options.dense), self.padding(options)
         paths, views = [Path(options.root) / t[0] for t in texts], [int(t[1]) if len(t) > 1 else 0 for t in texts]
-        found = look_all(paths, preprocess, views, options.view_seed, options.upright)
+        found = look_all(paths, preprocess, views, options.view_seed, options.upright, stride)
         bad = {i: str(p) for i, p in enumerate(found) if isinstance(p, UserError)}
         if bad and not options.skip_bad:
             more = f" (and {len(bad) - 1} more like it)" if len(bad) > 1 else ""
@@ -96,7 +97,12 @@ class Vision(Family):
         extents = np.array([p.extent for p in good], np.int64).reshape(len(good), 2)
         lengths = {s: n for s, n in self.measure(extents).items() if s not in EXTENT}
         columns = {COLUMN: self._grids(extents).reshape(-1).astype(np.int32)}
-        return Inputs(lengths, columns, np.zeros(len(good), bool), pictures, bad)
+        metas = [{META: p.geometry().to_meta()} for p in good] if options.dense else []
+        return Inputs(lengths, columns, np.zeros(len(good), bool), pictures, bad, metas)
+
+    def padding(self, options: TextOptions) -> int:
+        """What extents of pictures are filled up to multiples of."""
+        return self.coarsest if options.dense else 1
 
     def measure(self, extents: np.ndarray) -> dict[str, np.ndarray]:
         """Lengths of images of `extents` (n, 2) in pixels: stream → (n,), and what `made_up` needs beside them."""

@@ -1,6 +1,6 @@
 """Objectives: one file a kind of target, with its head. Import an objective's module here to register it."""
 
-from pipeline.train.objectives import classification, label_text, multilabel, regression, tagging
+from pipeline.train.objectives import classification, label_text, multilabel, regression, segmentation, tagging
 from pipeline.train.objectives.base import (
     Answers,
     Head,
@@ -27,5 +27,6 @@ __all__ = [
     "objective_names",
     "register",
     "regression",
+    "segmentation",
     "tagging",
 ]

@@ -1,6 +1,6 @@
 """Tuners: one file a method. Import a method's module here to register it."""
 
-from pipeline.train.tuners import clip, conv, e3va, head2toe, lst, probe, sherl, sidetuning, unipt
+from pipeline.train.tuners import clip, conv, e3va, fixed, head2toe, lst, probe, sherl, sidetuning, unipt
 from pipeline.train.tuners.base import (
     Start,
     StateLinear,
@@ -21,6 +21,7 @@ __all__ = [
     "clip",
     "conv",
     "e3va",
+    "fixed",
     "form",
     "head2toe",
     "lst",

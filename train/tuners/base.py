@@ -201,7 +201,8 @@ def tuner_config(name: str, options: dict[str, Any]) -> TunerConfig:
 def rows_of(family: Family, stream: str, width: int | None = None) -> Feature:
     """What a tuner hands out that keeps the positions of `stream`; `width`: the backbone's own if not given."""
     kind: Kind = "sequence" if family.shape == "sequence" else "map"
-    return Feature(family.width_of(stream) if width is None else width, stream, kind)
+    stride = family.stride(stream) if kind == "map" else 0
+    return Feature(family.width_of(stream) if width is None else width, stream, kind, stride)
 
 
 def checked_reduction(reduction: int, width: int) -> int:
