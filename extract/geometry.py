@@ -50,8 +50,8 @@ class Geometry:
         return self.offset == (0, 0) and all(abs(a - b) < 0.5 for a, b in zip(shown, self.seen, strict=True))
 
     def mask(self, values: np.ndarray, void: int) -> np.ndarray:
-        """A mask of the image (height, width) → that of the view (`seen`), by the pixel under the middle of each; `void`
-        where the view shows what is outside of the image."""
+        """A mask of the image (height, width) → that of the view (`seen`), by the pixel under the middle of each one;
+        `void` where the view shows what is outside of the image."""
         if self.plain:
             return values
         places = []

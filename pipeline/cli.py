@@ -214,7 +214,7 @@ def predict(
     root = given if given.is_dir() else given.parent
     ids, rows = read_inputs(given, loaded.spec, text, text_pair)
     if loaded.job.objective.files and out_dir is None:
-        raise UserError(f"objective {loaded.job.objective.name} tells more than text: give --out-dir FOLDER for its files")
+        raise UserError(f"--out-dir is missing: objective {loaded.job.objective.name} tells more than text")
     told = loaded.predict(rows, root, _voice(as_json), out_dir)
     found = [{"id": name, **entry} for name, entry in zip(ids, told, strict=True)]
     if output:

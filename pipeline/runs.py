@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -128,12 +128,12 @@ class Run:
         order = Order(part.inputs.tokens(), self._batch_size())
         known = Targets(self.job.objective, None, part.inputs.metas) if part.inputs.metas else None
         source = LiveSource(backbone, part.inputs, known, self.job.states, order)
-        keep: Callable[[int, dict[str, Any]], dict[str, Any]] = lambda place, entry: entry
-        if out_dir is not None:
-            images, names = [Path(root) / row[0] for row in checked], file_names([row[0] for row in checked])
+        images, names = [Path(root) / row[0] for row in checked], file_names([row[0] for row in checked])
 
-            def keep(place: int, entry: dict[str, Any]) -> dict[str, Any]:
-                return self.job.objective.save(entry, images[place], Path(out_dir), names[place])
+        def keep(place: int, entry: dict[str, Any]) -> dict[str, Any]:
+            if out_dir is None:
+                return entry
+            return self.job.objective.save(entry, images[place], Path(out_dir), names[place])
 
         return predict(self.model, source, self.job.device, self.job.recipe.train_precision, keep=keep)
 

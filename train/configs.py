@@ -255,8 +255,8 @@ class MultilabelConfig(PooledConfig):
 class SegmentationConfig(ObjectiveConfig):
     """`head`: "upernet" (Xiao et al. 2018) on all maps, "fcn" (Long et al. 2015) on the last but one, "linear" on all.
     `head_width`: channels inside of it. `auxiliary_weight`: of the loss of an FCN head on the last map but one, which
-    is there in training alone; 0 leaves it out. `head_dropout`: before the classifier. `ignore_index`: a number in masks
-    that is no class, beside 255."""
+    is there in training alone; 0 leaves it out. `head_dropout`: before the classifier. `ignore_index`: a number in
+    masks that is no class, beside 255."""
 
     head: str = option("upernet", "What reads the feature maps.", choices=("upernet", "fcn", "linear"))
     head_width: int = option(512, "Channels of the head.", least=1)

@@ -101,8 +101,8 @@ class Preprocess:
         return "x".join(map(str, self.size)) or "own"
 
     def sized(self, text: str, whole: bool = False) -> Preprocess:
-        """The same at another size as `extent_text` writes it; "" changes nothing. `whole`: stretched to it, nothing cut
-        off. Raises UserError otherwise."""
+        """The same at another size as `extent_text` writes it; "" changes nothing. `whole`: stretched to it, with nothing
+        cut off. Raises UserError otherwise."""
         if whole:
             return replace(self, crop=0.0).sized(text)
         if not text:
@@ -273,7 +273,9 @@ def look_all(
     """`look` at many, on a few threads, in order."""
     with warnings.catch_warnings(), ThreadPoolExecutor(4) as pool:
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # such pictures are refused by name
-        return list(pool.map(lambda p: look(p[0], preprocess, p[1], seed, upright, stride), zip(paths, views, strict=True)))
+        return list(
+            pool.map(lambda p: look(p[0], preprocess, p[1], seed, upright, stride), zip(paths, views, strict=True))
+        )
 
 
 def load_pixels(pictures: Sequence[Picture | Blank]) -> list[Tensor]:

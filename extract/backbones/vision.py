@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from pipeline.extract.backbones.base import Family, SideStack, TextOptions, load_frozen
 from pipeline.extract.backbones.batch import Batch
 from pipeline.extract.backbones.fill import check_fit
-from pipeline.extract.geometry import META
 from pipeline.extract.backbones.grids import COLUMN, EXTENT, SIZES, sizes
 from pipeline.extract.backbones.images import Blank, Preprocess, load_pixels, look_all
 from pipeline.extract.backbones.inputs import Inputs
+from pipeline.extract.geometry import META
 from pipeline.store.errors import UserError
 
 _HEADS = ("head.", "head_dist.", "fc.", "classifier.", "fc_norm.", "norm_head.", "linear.", "pooler.")

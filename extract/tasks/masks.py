@@ -6,8 +6,8 @@
     FOLDER/SPLIT/…  FOLDER/SPLITannot/…                      CamVid's layout
     FOLDER/JPEGImages  FOLDER/SegmentationClass              PASCAL VOC's, splits by ImageSets/Segmentation/SPLIT.txt
 
-A mask is an 8-bit image of one channel, or with a palette; a pixel's number is that of its class. 255 is no class, and so
-is what the user says is none. FOLDER/classes.txt, a name a line, says which classes there are; without it there are as
+A mask is an 8-bit image of one channel, or with a palette; a pixel's number is that of its class. 255 is no class, and
+so is what the user says is none. FOLDER/classes.txt, a name a line, says which classes there are; without it there are as
 many as the largest number of a training mask asks for.
 """
 
@@ -51,8 +51,8 @@ class Pairs:
 
 
 def mask_pairs(folder: Path) -> Pairs | None:
-    """The images with masks of `folder`; None where it is laid out in no way that is known. Raises `TaskError` naming an
-    image without a mask or a mask without an image."""
+    """The images with masks of `folder`; None where it is laid out in no way that is known. Raises `TaskError` naming
+    an image without a mask or a mask without an image."""
     here = {p.name: p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")}
     if beside := {n: p for n, p in here.items() if n in _SPLITS and f"{n}annot" in here}:
         return Pairs("annot", {_SPLITS[n]: _paired(p, here[f"{n}annot"]) for n, p in beside.items()})
@@ -111,7 +111,7 @@ def load_masks(folder: Path, name: str | None = None, void: int | None = None) -
     pairs = mask_pairs(folder)
     if pairs is None or not pairs.splits:
         raise TaskError(
-            f"{folder}: no masks found; expected images/ and masks/ (or SPLIT/ and SPLITannot/) with files of equal names"
+            f"{folder}: no masks found; expected images/ and masks/ (or SPLIT/ and SPLITannot/), files of equal names"
         )
     read = {split: _read(files) for split, files in pairs.splits.items()}
     if not any(read.values()):
@@ -209,9 +209,7 @@ def read_mask(data: bytes, where: str) -> np.ndarray:
             if image.width * image.height > MOST_PIXELS:
                 raise TaskError(f"{where}: more than {MOST_PIXELS:,} pixels")
             if image.mode not in ("L", "P", "1"):
-                raise TaskError(
-                    f"{where}: a mask is an 8-bit image of one channel whose numbers are classes, this one is {image.mode}"
-                )
+                raise TaskError(f"{where}: a mask has one channel of 8 bits, the numbers of classes; not {image.mode}")
             return np.asarray(image).astype(np.uint8)
     except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise TaskError(f"{where}: no mask that can be read ({str(error).splitlines()[0][:80]})") from None
@@ -242,8 +240,8 @@ def _rows(
     for (image, path), mask in zip(files, masks, strict=True):
         if wrong := [n for n in mask.numbers if n >= len(classes) and n not in none]:
             raise TaskError(
-                f"{path}: {wrong[0]} is no class, there are {len(classes)} (0 to {len(classes) - 1}); say which number is "
-                "none with --ignore-index, or name all classes in classes.txt"
+                f"{path}: {wrong[0]} is no class, there are {len(classes)} (0 to {len(classes) - 1}); say which number "
+                "is none with --ignore-index, or name all classes in classes.txt"
             )
         rows.texts.append((image.relative_to(folder).as_posix(),))
         rows.labels.append(mask.data)

@@ -62,8 +62,8 @@ def load_task(
     folder, with masks beside them or in folders of classes, or those of a Hugging Face dataset (hub:DATASET).
 
     `data`: folder of the task's files, instead of the Hugging Face hub. `grid`: spacing of the STS-B targets, 0.1 as in
-    the official LST and SHERL code (a quirk) or 0.2 as in T5. `targets`: types of target that will do, () for any. `void`:
-    a value in masks that is no class. All other options are for a table; see `load_table`.
+    the official LST and SHERL code (a quirk) or 0.2 as in T5. `targets`: types of target that will do, () for any.
+    `void`: a number in masks that is no class. All other options are for a table; see `load_table`.
     Raises `TaskError` with one line for anything wrong with the name, the options or the files.
     """
     options = {"text": text, "text-pair": text_pair, "label": label, "separator": separator,

@@ -37,8 +37,8 @@ class LinearHead(nn.Module):
 
 
 def finished(head: nn.Module, dropout: float) -> nn.Module:
-    """A head of transformers with what the original has and it lacks: dropout before the classifier (`Dropout2d`, 0.1 in
-    UPerNet's code). Fresh weights are drawn as there: normal with std 0.01 for the classifier, Kaiming's for others."""
+    """A head of transformers with what the original has and it lacks: dropout before the classifier (of channels, 0.1
+    in UPerNet's code). Fresh weights are drawn as there: std 0.01 for the classifier, Kaiming's for convolutions."""
     for module in list(head.modules()):
         if isinstance(module, UperNetConvModule):
             module.batch_norm = SteadyNorm(module.batch_norm.num_features)

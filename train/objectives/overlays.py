@@ -22,8 +22,8 @@ def palette(count: int) -> np.ndarray:
 
 
 def save_mask(mask: np.ndarray, classes: int, image: Path, folder: Path, name: str) -> dict[str, str]:
-    """Write `mask` (height, width) uint8 to `folder`/NAME.png, and over its image to `folder`/overlays/NAME.jpg. Returns
-    the two names. Raises UserError where they cannot be written."""
+    """Write `mask` (height, width) uint8 to `folder`/NAME.png, and over its image to `folder`/overlays/NAME.jpg.
+    Returns the two names. Raises UserError where they cannot be written."""
     files = {"mask": f"{name}.png", "overlay": f"overlays/{name}.jpg"}
     shown = np.asarray(open_image(image), np.float32)
     colours = palette(classes)[np.minimum(mask, classes - 1)]

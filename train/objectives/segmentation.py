@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.extract.backbones.batch import Batch
@@ -60,8 +60,8 @@ class MaskHead(Head):
         return float((batch.targets["mask"] != VOID).sum())
 
     def images(self, features: Features, batch: Batch) -> Iterator[tuple[int, Tensor]]:
-        """(place in the batch, class of each pixel (height, width) uint8 of the image, or of the view where it shows but
-        a part of it), one image at a time: logits at full resolution are large."""
+        """(place in the batch, class of each pixel as scored, (height, width) uint8), one image at a time: logits at
+        full resolution are large."""
         for group in groups(batch):
             logits = refuse_nan(self.main(maps(self.features, features, group, batch)).float())
             for place, geometry, own in zip(group.places, group.geometries, logits, strict=True):
@@ -85,7 +85,7 @@ class MaskHead(Head):
 
 
 def scored_size(geometry: Geometry) -> tuple[int, int]:
-    """(height, width) at which predictions of a view are told and scored: of the image where the view shows all of it."""
+    """(height, width) at which a view is told and scored: the image's where all of it is seen, else the view's."""
     return geometry.size if geometry.whole else geometry.seen
 
 
