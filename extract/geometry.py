@@ -35,7 +35,7 @@ class Geometry:
     @classmethod
     def of(cls, meta: Mapping[str, Any]) -> Geometry:
         """That of a sample by its meta. Raises KeyError or TypeError where it says none."""
-        raw = meta[META]
+        raw: dict[str, Any] = meta[META]
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()})
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pipeline.extract.backbones.base import Family
 from pipeline.extract.backbones.bert import Bert
 from pipeline.extract.backbones.clip_text import ClipText
+from pipeline.extract.backbones.convnext import ConvNeXt
 from pipeline.extract.backbones.resnet import ResNet
 from pipeline.extract.backbones.swin import Swin
 from pipeline.extract.backbones.t5 import T5
@@ -14,7 +15,7 @@ from pipeline.train.tuners import tuner_names
 TEXT: dict[str, type[Family]] = {"t5": T5, "bert": Bert, "roberta": Bert, "clip_text": ClipText}
 IMAGES: dict[str, type[Family]] = {
     "vit": Vit, "vit_hf": Vit, "clip": Vit, "resnet": ResNet, "resnext": ResNet, "resnet_hf": ResNet, "cifar": ResNet,
-    "swin": Swin,
+    "swin": Swin, "convnext": ConvNeXt,
 }  # fmt: skip
 
 # What goes through the long suites: each family, each library and each kind of block once.

@@ -256,14 +256,15 @@ class SegmentationConfig(ObjectiveConfig):
     """`head`: "upernet" (Xiao et al. 2018) on all maps, "fcn" (Long et al. 2015) on the last but one, "linear" on all.
     `head_width`: channels inside of it. `auxiliary_weight`: of the loss of an FCN head on the last map but one, which
     is there in training alone; 0 leaves it out. `head_dropout`: before the classifier. `ignore_index`: a number in
-    masks that is no class, beside 255."""
+    masks that is no class, beside 255. None is the published value of the head: width 512 of UPerNet, 256 of FCN, 0.4
+    and 0.1."""
 
     head: str = option("upernet", "What reads the feature maps.", choices=("upernet", "fcn", "linear"))
-    head_width: int = option(512, "Channels of the head.", least=1)
-    auxiliary_weight: float = option(
-        0.4, "Weight of the auxiliary head's loss, of UPerNet in training alone; 0: none.", least=0
+    head_width: int | None = option(None, "Channels of the head. Default: 512 of upernet, 256 of fcn.", least=1)
+    auxiliary_weight: float | None = option(
+        None, "Weight of the loss of UPerNet's auxiliary head; 0: there is none. Default: 0.4.", least=0
     )
-    head_dropout: float = option(0.1, "Dropout before the classifier.", least=0, below=1)
+    head_dropout: float | None = option(None, "Dropout before the classifier. Default: 0.1.", least=0, below=1)
     ignore_index: int | None = option(
         None,
         "Number in masks that is no class, beside 255. Default: 11 of CamVid's own masks.",
@@ -271,6 +272,29 @@ class SegmentationConfig(ObjectiveConfig):
         most=255,
         extraction=True,
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.head != "upernet" and self.auxiliary_weight is not None:
+            raise ValueError(f"auxiliary_weight: upernet has an auxiliary head, {self.head} has none")
+        for name in ("head_width", "head_dropout"):
+            if self.head == "linear" and getattr(self, name) is not None:
+                raise ValueError(f"{name}: a linear head is a single linear map, it has none")
+
+    @property
+    def width(self) -> int:
+        """Channels of the head."""
+        return self.head_width or {"upernet": 512}.get(self.head, 256)
+
+    @property
+    def dropout(self) -> float:
+        """Before the classifier."""
+        return 0.1 if self.head_dropout is None else self.head_dropout
+
+    @property
+    def auxiliary(self) -> float:
+        """The weight of the auxiliary loss, 0 for none."""
+        return 0.0 if self.head != "upernet" else 0.4 if self.auxiliary_weight is None else self.auxiliary_weight
 
 
 # Name → config, in the order in which they are registered; a test compares the two.

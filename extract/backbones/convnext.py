@@ -41,7 +41,7 @@ class ConvNeXt(Pyramid):
     def grid(self, stream: str, height: int, width: int) -> tuple[int, int]:
         for conv in self._strided(self.streams.index(stream)):
             # Kernel = stride without padding rounds down, an overlapping stem's kernel 3 and padding 1 round up.
-            more = 2 * conv.padding[0] - conv.kernel_size[0]
+            more = 2 * int(conv.padding[0]) - conv.kernel_size[0]
             height, width = ((side + more) // conv.stride[0] + 1 for side in (height, width))
         return height, width
 

@@ -101,8 +101,8 @@ class Preprocess:
         return "x".join(map(str, self.size)) or "own"
 
     def sized(self, text: str, whole: bool = False) -> Preprocess:
-        """The same at another size as `extent_text` writes it; "" changes nothing. `whole`: stretched to it, with nothing
-        cut off. Raises UserError otherwise."""
+        """The same at another size as `extent_text` writes it; "" changes nothing. `whole`: the whole picture stretched
+        to it. Raises UserError otherwise."""
         if whole:
             return replace(self, crop=0.0).sized(text)
         if not text:

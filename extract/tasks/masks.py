@@ -7,8 +7,8 @@
     FOLDER/JPEGImages  FOLDER/SegmentationClass              PASCAL VOC's, splits by ImageSets/Segmentation/SPLIT.txt
 
 A mask is an 8-bit image of one channel, or with a palette; a pixel's number is that of its class. 255 is no class, and
-so is what the user says is none. FOLDER/classes.txt, a name a line, says which classes there are; without it there are as
-many as the largest number of a training mask asks for.
+so is what the user says is none. FOLDER/classes.txt, a name a line, says which classes there are; without it there are
+as many as the largest number of a training mask asks for.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,37 +37,41 @@ class LinearHead(nn.Module):
         return self.classifier(torch.cat(same, 1))
 
 
-def finished(head: nn.Module, dropout: float) -> nn.Module:
+def finished(head: Any, dropout: float) -> nn.Module:
     """A head of transformers with what the original has and it lacks: dropout before the classifier (of channels, 0.1
     in UPerNet's code). Fresh weights are drawn as there: std 0.01 for the classifier, Kaiming's for convolutions."""
     for module in list(head.modules()):
         if isinstance(module, UperNetConvModule):
             module.batch_norm = SteadyNorm(module.batch_norm.num_features)
             nn.init.kaiming_normal_(module.conv.weight, mode="fan_out", nonlinearity="relu")
-    nn.init.normal_(head.classifier.weight, std=0.01)  # type: ignore[union-attr, arg-type]
-    nn.init.zeros_(head.classifier.bias)  # type: ignore[union-attr, arg-type]
+    nn.init.normal_(head.classifier.weight, std=0.01)
+    nn.init.zeros_(head.classifier.bias)
     head.classifier = nn.Sequential(nn.Dropout2d(dropout), head.classifier)
-    return head
+    whole: nn.Module = head
+    return whole
 
 
 def fcn(widths: Sequence[int], classes: int, width: int, dropout: float, convolutions: int) -> nn.Module:
     """`convolutions` of 3 × 3 on the last map but one (the only one where there is but one), then the classifier."""
-    config = UperNetConfig(
-        num_labels=classes, auxiliary_channels=width, auxiliary_num_convs=convolutions, auxiliary_in_channels=None
-    )
+    config = _config(classes, auxiliary_channels=width, auxiliary_num_convs=convolutions, auxiliary_in_channels=None)
     return finished(UperNetFCNHead(config, list(widths), in_index=max(0, len(widths) - 2)), dropout)
 
 
-def map_head(kind: str, widths: Sequence[int], classes: int, width: int, dropout: float) -> nn.Module:
-    """The head `kind` for maps of `widths`, finest first."""
-    if kind == "linear":
+def map_head(widths: Sequence[int], classes: int, config: SegmentationConfig) -> nn.Module:
+    """The head that `config` asks for, for maps of `widths`, finest first."""
+    if config.head == "linear":
         return LinearHead(widths, classes)
-    if kind == "fcn":
-        return fcn(widths, classes, width, dropout, 2)
-    config = UperNetConfig(hidden_size=width, num_labels=classes, pool_scales=[1, 2, 3, 6])
-    return finished(UperNetHead(config, list(widths)), dropout)
+    if config.head == "fcn":
+        return fcn(widths, classes, config.width, config.dropout, 2)
+    upernet = _config(classes, hidden_size=config.width, pool_scales=[1, 2, 3, 6])
+    return finished(UperNetHead(upernet, list(widths)), config.dropout)
 
 
 def auxiliary_head(widths: Sequence[int], classes: int, config: SegmentationConfig) -> nn.Module:
     """UPerNet's: one convolution of half the head's width."""
-    return fcn(widths, classes, max(1, config.head_width // 2), config.head_dropout, 1)
+    return fcn(widths, classes, max(1, config.width // 2), config.dropout, 1)
+
+
+def _config(classes: int, **options: Any) -> Any:
+    # The base class takes `num_labels`, which the signature does not say.
+    return UperNetConfig(**{"num_labels": classes, **options})

@@ -33,11 +33,10 @@ class MaskHead(Head):
 
     def __init__(self, features: Mapping[str, Feature], classes: int, config: SegmentationConfig) -> None:
         super().__init__()
-        self.features, self.classes, self.share = dict(features), classes, config.auxiliary_weight
+        self.features, self.classes, self.share = dict(features), classes, config.auxiliary
         widths = [f.width for f in sorted(features.values(), key=lambda f: f.stride)]
-        self.main = map_head(config.head, widths, classes, config.head_width, config.head_dropout)
-        with_auxiliary = config.head == "upernet" and config.auxiliary_weight > 0
-        self.auxiliary = auxiliary_head(widths, classes, config) if with_auxiliary else None
+        self.main = map_head(widths, classes, config)
+        self.auxiliary = auxiliary_head(widths, classes, config) if config.auxiliary else None
 
     def losses(self, features: Features, batch: Batch) -> dict[str, Tensor]:
         assert batch.targets is not None

@@ -43,13 +43,20 @@ class ConvNorm(nn.Module):
 def taps(config: TunerConfig, family: Family, method: str, live: bool) -> list[str]:
     """The output of every stage; of the last, where its last block is live, that of the block before.
 
-    Raises UserError for chosen layers: which positions of which stage would be meant is not said by numbers.
+    Raises UserError for chosen layers: which positions of which stage would be meant is not said by numbers; and where
+    the last stage has no block before its live one.
     """
     if config.layers:
         raise UserError(f"layers: {method} on {family.name} backbones reads every stage; there is nothing to choose")
     names = [f"{s}.{family.depth(s) - 1}" for s in family.streams]
     if live:
-        names[-1] = f"{family.streams[-1]}.{max(0, family.depth(family.streams[-1]) - 2)}"
+        last = family.streams[-1]
+        if family.depth(last) < 2:
+            raise UserError(
+                f"SHERL's live layer is the last of two blocks or more of one width; {last} of {family.name} backbones "
+                "has a single one"
+            )
+        names[-1] = f"{last}.{family.depth(last) - 2}"
     return names
 
 
