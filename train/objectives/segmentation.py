@@ -162,7 +162,8 @@ class Segmentation(Objective):
         geometry = Geometry.of(meta)
         values = read_mask(target, "a mask of the task table")
         if values.shape != geometry.size:
-            raise UserError(f"a mask of the task table is {values.shape}, its picture {geometry.size}")
+            mask, image = ("x".join(map(str, size)) for size in (values.shape, geometry.size))
+            raise UserError(f"a mask of the task table has {mask} pixels, its picture {image}: extract again")
         own = self.index[values]
         view = geometry.mask(own, VOID)
         return {"mask": view.reshape(-1), "own": (own if geometry.whole else view).reshape(-1)}
