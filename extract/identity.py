@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from pipeline.extract.backbones.base import TextOptions
-from pipeline.extract.backbones.views import VIEW_POLICY
+from pipeline.extract.backbones.views import POLICIES
 from pipeline.extract.checkpoint import Checkpoint
 from pipeline.extract.projection import parse_projection
 from pipeline.store.errors import UserError
@@ -74,13 +74,15 @@ def space_identity(checkpoint: Checkpoint, options: SpaceOptions) -> dict[str, A
         "precision": options.precision,
         "attention": options.attention,
         "mode": "eval",
-        "views": views_text(options.text.views, options.text.view_seed),
+        "views": views_text(options.text.views, options.text.view_seed, options.text.augment),
     }
 
 
-def views_text(views: int, seed: int) -> str:
-    """How `views` views of a training picture are drawn; how many there are is of the task's table."""
-    return f"{VIEW_POLICY};seed {seed}" if views > 1 else "none"
+def views_text(views: int, seed: int, augment: str = "random") -> str:
+    """How `views` views of a training picture are made; how many there are is of the task's table."""
+    if views < 2:
+        return "none"
+    return f"{POLICIES[augment]};seed {seed}" if augment == "random" else POLICIES[augment]
 
 
 def options_of(identity: Mapping[str, Any]) -> SpaceOptions:
@@ -94,6 +96,7 @@ def options_of(identity: Mapping[str, Any]) -> SpaceOptions:
             truncation_side=identity["truncation_side"],
             image_size=identity.get("image_size", ""),
             views=1 if identity["views"] == "none" else 2,
+            augment="flip" if identity["views"] == POLICIES["flip"] else "random",
             view_seed=int(seed) if seed.isdigit() else 0,
             upright="orientation" in identity,
             dense="padding" in identity,

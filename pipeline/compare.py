@@ -45,8 +45,8 @@ def run_compare(
 
     `preset`: whose settings the counterparts have, see `train.counterparts`; the table says with which it was made.
 
-    The metric is the task's average on the test split, else on validation; the spread is the standard deviation over
-    seeds; seconds an epoch are the fastest seed's, which other work on the machine disturbed least. Memory of one
+    The metric is what selects the best epoch, on the test split, else on validation; the spread is the standard
+    deviation over seeds; seconds an epoch are the fastest seed's, which other work on the machine disturbed least. Memory of one
     training step: on a GPU the measured peak; on a CPU the tensors counted, that is weights, gradients, Adam's two
     moments, the batch, and what the backward pass keeps. The layout says which blocks the order of samples followed: a
     seed gives the same run on the same layout only.
@@ -221,7 +221,7 @@ def _summary(job: Job, model: Any, batch: Batch, metrics: dict[str, Any], more: 
     if scores is None:
         raise UserError(f"task {job.spec.name} has neither test nor validation labels: there is nothing to compare")
     return {
-        "metric": scores["average"],
+        "metric": job.objective.scorer().value(scores),
         "seconds_per_epoch": metrics["seconds_per_epoch"],
         "trainable": metrics["trainable_parameters"],
         "layout": metrics["layout"],

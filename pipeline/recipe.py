@@ -154,6 +154,12 @@ class Recipe:
         "Default: 1; train takes what the store has, or the first so many.",
         "extract train",
     )
+    augment: str | None = _option(
+        None,
+        "Pictures: how views are made: random, or flip, the mirror image (--views 2). Default: random.",
+        "extract train",
+        choices=("random", "flip"),
+    )
     view_seed: int | None = _option(
         None, "Pictures: seed that draws the augmented views. Default: 0.", "extract train", metavar="SEED"
     )

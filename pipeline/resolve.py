@@ -32,7 +32,7 @@ from pipeline.train.tuners import tuner_class, tuner_names
 
 # Options of a recipe that are fields of a feature space.
 SPACE_FIELDS = ("format", "projection", "precision", "attention", "prompt", "max_length", "truncation_side")
-PICTURES = ("image_size", "views", "view_seed")  # and those that say how pictures are made
+PICTURES = ("image_size", "views", "augment", "view_seed")  # and those that say how pictures are made
 
 
 def store_path(recipe: Recipe) -> str:
@@ -88,6 +88,7 @@ def space_options(recipe: Recipe, spec: TaskSpec) -> SpaceOptions:
         skip_bad=recipe.skip_bad,
         image_size=size_text(recipe.image_size),
         views=recipe.views or 1,
+        augment=recipe.augment or "random",
         view_seed=recipe.view_seed or 0,
         dense=spec.target in DENSE,
     )
@@ -160,9 +161,9 @@ def wanted_fields(recipe: Recipe) -> dict[str, Any]:
     wanted: dict[str, Any] = {k: v for k in SPACE_FIELDS if (v := getattr(recipe, k)) is not None}
     if recipe.image_size is not None:
         wanted["image_size"] = Preprocess().sized(size_text(recipe.image_size)).extent_text
-    if recipe.views is not None or recipe.view_seed is not None:
+    if recipe.views is not None or recipe.view_seed is not None or recipe.augment is not None:
         # A seed alone asks for views: without any, nothing is drawn.
-        wanted["views"] = views_text(recipe.views or 2, recipe.view_seed or 0)
+        wanted["views"] = views_text(recipe.views or 2, recipe.view_seed or 0, recipe.augment or "random")
     return wanted
 
 

@@ -18,13 +18,14 @@ TEXT_OPTIONS: dict[str, tuple[Any, ...]] = {
     "max_length": (None, 128), "truncation_side": (None, "right"), "prompt": (None,),
 }  # fmt: skip
 PICTURE_OPTIONS: dict[str, tuple[Any, ...]] = {
-    "image_size": (None,), "views": (None, 1), "view_seed": (None, 0), "skip_bad": (False,),
+    "image_size": (None,), "views": (None, 1), "augment": (None, "random"), "view_seed": (None, 0),
+    "skip_bad": (False,),
 }  # fmt: skip
 STREAM_OPTIONS = (
     "model", "task", "store", "data", "text", "text_pair", "label", "separator", "objective", "validation", "test",
     "limit", "space", "format", "projection", "precision", "attention", "prompt", "max_length", "truncation_side",
-    "image_size", "views", "view_seed", "batch_size", "seed", "device", "tier", "host_memory", "scheduler", "window",
-    "group_by_length", "imports",
+    "image_size", "views", "augment", "view_seed", "batch_size", "seed", "device", "tier", "host_memory", "scheduler",
+    "window", "group_by_length", "imports",
 )  # fmt: skip
 
 
@@ -55,6 +56,10 @@ def refuse_for_kind(recipe: Recipe, family: Family) -> None:
         raise UserError(f"--prompt is for text-to-text backbones; {family.name} ones read the text fields as they are")
     if recipe.view_seed and (recipe.views or 1) < 2:
         raise UserError("--view-seed: it draws the views of --views; give --views 2 or more with it")
+    if recipe.augment == "flip" and (recipe.views != 2 or recipe.view_seed):
+        raise UserError(
+            "--augment flip: there are two views, the picture and its mirror image: give --views 2 and no seed"
+        )
 
 
 def refuse_for_stream(names: Iterable[str]) -> None:

@@ -35,7 +35,8 @@ class TextOptions:
     Of image families: `root`, the folder that file names are relative to; `skip_bad`, leave out pictures that cannot be
     read; `image_size`, "HEIGHTxWIDTH" of what the backbone sees, "own" for each
     picture's own, "" for the checkpoint's; `views`, how many fixed
-    augmented views of a training picture there are (1: the plain one alone), and `view_seed`, which draws them;
+    augmented views of a training picture there are (1: the plain one alone), `augment`, how they are made ("random",
+    "flip"), and `view_seed`, which draws random ones;
     `upright`, turn pictures as their EXIF orientation says (False: of spaces made before that was done); `dense`, show
     the whole of each picture, padded at the bottom and the right to the backbone's coarsest stride, and keep as meta
     where it shows what.
@@ -48,6 +49,7 @@ class TextOptions:
     skip_bad: bool = False
     image_size: str = ""
     views: int = 1
+    augment: str = "random"
     view_seed: int = 0
     upright: bool = True
     dense: bool = False

@@ -23,7 +23,7 @@ import xxhash
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from pipeline.extract.backbones.views import VIEW_POLICY, View
+from pipeline.extract.backbones.views import POLICIES, View
 from pipeline.extract.geometry import MOST_PIXELS, Geometry
 from pipeline.store.errors import UserError
 
@@ -162,7 +162,8 @@ class Preprocess:
 @dataclass(frozen=True)
 class Picture:
     """One file under one preprocessing and one view. `extent`: (height, width) of what the backbone sees; `size`: of
-    the file's image, upright. `stride`: extents are filled up with zeros, the mean colour, to multiples of it."""
+    the file's image, upright. `stride`: extents are filled up with zeros, the mean colour, to multiples of it.
+    `augment`: how views but the plain one are made, of `POLICIES`."""
 
     path: Path
     preprocess: Preprocess
@@ -173,6 +174,7 @@ class Picture:
     upright: bool = True
     size: tuple[int, int] = (0, 0)
     stride: int = 1
+    augment: str = "random"
 
     def pixels(self) -> Tensor:
         """(3, height, width) float32. Raises UserError for a file that cannot be read any more."""
@@ -187,6 +189,8 @@ class Picture:
         return out
 
     def _view(self, size: tuple[int, int]) -> View:
+        if self.augment == "flip":
+            return View.mirror(size)
         return View.draw(size, np.random.default_rng(int(self.key[:16], 16)))
 
     def geometry(self) -> Geometry:
@@ -247,19 +251,26 @@ def filled_up(extent: Sequence[int] | np.ndarray, stride: int) -> np.ndarray:
 
 
 def look(
-    path: Path, preprocess: Preprocess, view: int, seed: int, upright: bool = True, stride: int = 1
+    path: Path,
+    preprocess: Preprocess,
+    view: int,
+    seed: int,
+    upright: bool = True,
+    stride: int = 1,
+    augment: str = "random",
 ) -> Picture | UserError:
     """The picture at `path`, decoded once to be sure that it can be; or what is wrong with it."""
     try:
         image = open_image(path, upright)
     except UserError as error:
         return error
-    what = f"{preprocess.digest}:view {view}" + (f" of {VIEW_POLICY}, seed {seed}" if view else "")
+    drawn = f"{POLICIES[augment]}, seed {seed}" if augment == "random" else POLICIES[augment]
+    what = f"{preprocess.digest}:view {view}" + (f" of {drawn}" if view else "")
     h = xxhash.xxh3_128(path.read_bytes())
     h.update(what.encode())
     height, width = filled_up(preprocess.extent(*image.size), stride).tolist()
     size = (image.height, image.width)
-    return Picture(path, preprocess, view, seed, h.hexdigest(), (height, width), upright, size, stride)
+    return Picture(path, preprocess, view, seed, h.hexdigest(), (height, width), upright, size, stride, augment)
 
 
 def look_all(
@@ -269,12 +280,15 @@ def look_all(
     seed: int,
     upright: bool = True,
     stride: int = 1,
+    augment: str = "random",
 ) -> list[Any]:
     """`look` at many, on a few threads, in order."""
     with warnings.catch_warnings(), ThreadPoolExecutor(4) as pool:
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # such pictures are refused by name
         return list(
-            pool.map(lambda p: look(p[0], preprocess, p[1], seed, upright, stride), zip(paths, views, strict=True))
+            pool.map(
+                lambda p: look(p[0], preprocess, p[1], seed, upright, stride, augment), zip(paths, views, strict=True)
+            )
         )
 
 

@@ -1,4 +1,4 @@
-"""Views: fixed random crops, flips and changes of colour, each drawn once for a picture."""
+"""Views: the mirror image, or fixed random crops, flips and changes of colour, each drawn once for a picture."""
 
 from __future__ import annotations
 
@@ -9,21 +9,28 @@ from PIL import Image, ImageEnhance
 
 from pipeline.extract.geometry import Geometry
 
-VIEW_POLICY = "crop0.6-1,flip0.5,color0.2"
+# How views of a name are made, as the identity of a feature space says it.
+POLICIES = {"random": "crop0.6-1,flip0.5,color0.2", "flip": "flip"}
+_ENHANCE = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
 
 
 @dataclass(frozen=True)
 class View:
     """What is done to an image: cut out (left, top, width, height), stretched to the image's size, turned left to
-    right or not, and brightness, contrast and colour changed by factors."""
+    right or not, and brightness, contrast and colour changed by factors; () leaves them."""
 
     box: tuple[int, int, int, int]
     flip: bool
     colours: tuple[float, ...]
 
     @classmethod
+    def mirror(cls, size: tuple[int, int]) -> View:
+        """The mirror image of one of `size` (width, height), exactly."""
+        return cls((0, 0, *size), True, ())
+
+    @classmethod
     def draw(cls, size: tuple[int, int], rng: np.random.Generator) -> View:
-        """`VIEW_POLICY` of an image of `size` (width, height): a crop of 0.6 to 1 of the area, a flip half of the time,
+        """A random view of an image of `size` (width, height): a crop of 0.6 to 1 of the area, a flip half of the time,
         brightness, contrast and colour within 0.8 to 1.2."""
         width, height = size
         share, ratio = rng.uniform(0.6, 1.0), np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
@@ -39,9 +46,7 @@ class View:
         out = image.crop((left, top, left + wide, top + tall)).resize(image.size, Image.Resampling.BILINEAR)
         if self.flip:
             out = out.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        for enhance, factor in zip(
-            (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color), self.colours, strict=True
-        ):
+        for enhance, factor in zip(_ENHANCE, self.colours, strict=False):
             out = enhance(out).enhance(factor)
         return out
 

@@ -84,7 +84,7 @@ class Vision(Family):
         """
         preprocess, stride = tokenizer.sized(options.image_size, options.dense), self.padding(options)
         paths, views = [Path(options.root) / t[0] for t in texts], [int(t[1]) if len(t) > 1 else 0 for t in texts]
-        found = look_all(paths, preprocess, views, options.view_seed, options.upright, stride)
+        found = look_all(paths, preprocess, views, options.view_seed, options.upright, stride, options.augment)
         bad = {i: str(p) for i, p in enumerate(found) if isinstance(p, UserError)}
         if bad and not options.skip_bad:
             more = f" (and {len(bad) - 1} more like it)" if len(bad) > 1 else ""

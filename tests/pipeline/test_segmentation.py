@@ -11,8 +11,10 @@ from click.testing import CliRunner
 from PIL import Image
 
 from pipeline.cli import main
+from pipeline.extract.geometry import Geometry
 from pipeline.extract.tasks import load_task
 from pipeline.extract.tasks.masks import read_mask
+from pipeline.store import Store
 from tests.scenes import write_scenes
 
 
@@ -140,3 +142,32 @@ def test_an_unreadable_image_stops_extraction_by_name(scenes, checkpoints, tmp_p
     assert "001.png: damaged picture" in run(*words, ok=False) and not (tmp_path / "store").exists()
     done = run(*words, "--skip-bad")
     assert done["rows"] == {"train": 2, "validation": 1} and done["skipped"] == 1
+
+
+def test_a_flip_is_stored_beside_the_picture_and_trained_on_as_live(scenes, checkpoints, tmp_path):
+    words = ["--model", checkpoints["mobilenet"], "--task", scenes, "--store", tmp_path / "store"]
+    views = ["--views", 2, "--augment", "flip"]
+    done = run("extract", *words, *views, "--image-size", "own", "--for", "fixed", "--format", "float32")
+    assert done["computed"] == 2 * 8 + 4 + 4 and done["rows"] == {"train": 16, "validation": 4, "test": 4}
+    train = ["train", *words, "--tuner", "fixed", "--head", "linear", "--epochs", 3, "--batch-size", 4]
+    run(*train, "--out", tmp_path / "a"), run(*train, "--live", "--out", tmp_path / "b")
+    one, other = losses(tmp_path / "a"), losses(tmp_path / "b")
+    assert len(one) == 12 and np.abs(np.subtract(one, other)).max() <= 1e-5
+    space = Store.open(tmp_path / "store").spaces()[0]
+    assert space.identity["views"] == "flip" and space.identity["padding"] == "zeros to 32"
+    for more in (["--views", 3], ["--views", 2, "--view-seed", 1], []):
+        said = run("extract", *words, *more, "--augment", "flip", "--for", "fixed", ok=False)
+        assert "--augment flip: there are two views" in said
+
+
+def test_seeded_views_carry_their_masks(scenes, checkpoints, tmp_path):
+    views = 3
+    words = ["--model", checkpoints["mobilenet"], "--task", scenes, "--store", tmp_path / "store"]
+    run("extract", *words, "--views", views, "--image-size", "own", "--for", "fixed", "--format", "float32")
+    train = ["train", *words, "--tuner", "fixed", "--head", "linear", "--epochs", 1]
+    run(*train, "--out", tmp_path / "a"), run(*train, "--live", "--out", tmp_path / "b")
+    assert np.abs(np.subtract(losses(tmp_path / "a"), losses(tmp_path / "b"))).max() <= 1e-5
+    space = Store.open(tmp_path / "store").spaces()[0]
+    (table,) = [space.read_table(t) for t in space.tables() if t.split == "train"]
+    assert len(table) == 8 * views and len({bytes(label) for label in table.labels}) == 8
+    assert sum(Geometry.of(meta).plain for meta in table.metas) == 8

@@ -107,7 +107,7 @@ def test_the_auxiliary_head_is_there_in_training_alone():
 
 def test_a_flipped_view_is_the_mirror_image():
     objective = Segmentation(SegmentationConfig(head="linear"), ANSWERS)
-    batch, rows, masks = made([(32, 64)], objective)
+    batch, rows, _ = made([(32, 64)], objective)
     mirrored = {k: v.view(32 // f.stride, 64 // f.stride, -1).flip(1).flatten(0, 1) for (k, v), f in
                 zip(rows.items(), FEATURES.values(), strict=True)}  # fmt: skip
     other, _, _ = made([(32, 64)], objective, flips=(0,))
