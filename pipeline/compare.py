@@ -46,10 +46,10 @@ def run_compare(
     `preset`: whose settings the counterparts have, see `train.counterparts`; the table says with which it was made.
 
     The metric is what selects the best epoch, on the test split, else on validation; the spread is the standard
-    deviation over seeds; seconds an epoch are the fastest seed's, which other work on the machine disturbed least. Memory of one
-    training step: on a GPU the measured peak; on a CPU the tensors counted, that is weights, gradients, Adam's two
-    moments, the batch, and what the backward pass keeps. The layout says which blocks the order of samples followed: a
-    seed gives the same run on the same layout only.
+    deviation over seeds; seconds an epoch are the fastest seed's, which other work on the machine disturbed least.
+    Memory of one training step: on a GPU the measured peak; on a CPU the tensors counted, that is weights, gradients,
+    Adam's two moments, the batch, and what the backward pass keeps. The layout says which blocks the order of samples
+    followed: a seed gives the same run on the same layout only.
     """
     unknown = [m for m in methods if m not in COUNTERPARTS and m not in tuner_names()]
     if not methods or unknown:

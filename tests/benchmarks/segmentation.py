@@ -21,8 +21,9 @@ from tests.benchmarks.results import markdown, write
 
 NOTE = """Frozen MobileNetV2 × 0.35 with ImageNet features, UPerNet of width 64 with its auxiliary head (514,166
 trainable parameters), 92 / 34 / 39 images of CamVid at 360 × 480, padded to 384 × 480; 11 classes, batch 4, the
-defaults of `pipeline train`. Seconds an epoch are of training alone, on {threads} CPU thread(s); the machine was shared with other
-work, so they are upper bounds, and the ratio is what counts. Live: {steps} steps, the backbone run in the loop."""
+defaults of `pipeline train`. Seconds an epoch are of training alone, on {threads} CPU thread(s); the machine was shared
+with other work, so they are upper bounds, and the ratio is what counts. Live: {steps} steps, the backbone run in the
+loop."""
 
 
 def main() -> None:
