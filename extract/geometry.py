@@ -35,8 +35,8 @@ class Geometry:
     @classmethod
     def of(cls, meta: Mapping[str, Any]) -> Geometry:
         """That of a sample by its meta. Raises KeyError or TypeError where it says none."""
-        raw: dict[str, Any] = meta[META]
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()})
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in meta[META].items()}
+        return cls(**values)
 
     @property
     def plain(self) -> bool:

@@ -48,8 +48,8 @@ class Recipe:
     task: str = _option(
         "",
         "Task: a GLUE name (see `pipeline tasks`), your own .csv, .tsv, .jsonl or .conll file, a folder of pictures, "
-        "or hub:DATASET, pictures from Hugging Face; of what is stored also its name, or NAME@ID (see `pipeline store "
-        "status`).",
+        "with masks beside them too, or hub:DATASET, pictures from Hugging Face; of what is stored also its name, or "
+        "NAME@ID (see `pipeline store status`).",
         "extract train",
         metavar="NAME",
     )
@@ -59,8 +59,8 @@ class Recipe:
     )
     objective: str | None = _option(
         None,
-        "What is learned of the label: classification, regression, multilabel, tagging; label-text, where a "
-        "text-to-text backbone writes it. Default: from the data; regression if all labels are numbers with a fraction "
+        "What is learned of the label: classification, regression, multilabel, tagging, segmentation; label-text, where "
+        "a text-to-text backbone writes it. Default: from the data; regression if all labels are numbers with a fraction "
         "among them.",
         "extract train",
         metavar="NAME",
@@ -190,7 +190,8 @@ class Recipe:
     # training
     batch_size: int | None = _option(
         None,
-        "Samples a batch. Training default: 100 for T5 (the papers'), else 64; extraction: see --batch-tokens.",
+        "Samples a batch. Training default: 100 for T5 (the papers'), 2 images with masks, else 64; extraction: see "
+        "--batch-tokens.",
         "extract train",
     )
     epochs: int | None = _option(

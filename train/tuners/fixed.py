@@ -16,6 +16,7 @@ class Fixed(Tuner):
 
     description = "the head alone on the frozen backbone's feature pyramid: the floor of dense tasks"
     shapes = ("pyramid",)
+    lr_pooled = 3e-3
 
     def __init__(self, config: FixedConfig, family: Family, tail: Tail, wants: Want) -> None:
         super().__init__(config, family, tail, wants)
