@@ -59,9 +59,9 @@ class Recipe:
     )
     objective: str | None = _option(
         None,
-        "What is learned of the label: classification, regression, multilabel, tagging, segmentation; label-text, where "
-        "a text-to-text backbone writes it. Default: from the data; regression if all labels are numbers with a fraction "
-        "among them.",
+        "What is learned of the label: classification, regression, multilabel, tagging, segmentation; label-text, "
+        "where a text-to-text backbone writes it. Default: from the data; regression if all labels are numbers with a "
+        "fraction among them.",
         "extract train",
         metavar="NAME",
     )
