@@ -1,17 +1,20 @@
-"""Options of our tuners and objectives: their configs, in a module without torch, so that the command line lists them
-without loading what reads them. Those of others stand in their own files.
+"""Options of our tuners, and those that objectives have in common: their configs, in modules without torch, so that the
+command line lists them without loading what reads them. Those of others stand in their own files. Options of single
+objectives: `train.objective_configs`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pipeline.extract.options import check_options, option
 from pipeline.store.errors import UserError
+from pipeline.train.published import kept_layers
 
 if TYPE_CHECKING:
-    from pipeline.extract.backbones.base import Family
+    from pipeline.extract.backbones.base import Backbone
 
 BLENDS = ("redundancy", "max", "average", "mhsa", "linear", "linear-learned", "attention")
 TAILS = ("frozen", "lora", "bitfit", "adapter", "prompt")
@@ -39,11 +42,14 @@ class TunerConfig:
     def __post_init__(self) -> None:
         check_options(self)
 
-    def kept(self, family: Family, method: str, stream: str) -> list[int]:
-        """The layers used on `stream`. Raises UserError for one that the backbone does not have."""
+    paper: ClassVar[str] = ""  # whose choice of layers is the default, see `train.published`
+
+    def kept(self, backbone: Backbone, stream: str) -> list[int]:
+        """The layers used on `stream`, all where neither options nor a paper choose. Raises UserError for one that the
+        backbone does not have."""
+        depth = backbone.depth(stream)
         if not self.layers:
-            return family.kept_layers(method, stream)
-        depth = family.depth(stream)
+            return kept_layers(self.paper, backbone, stream) or list(range(depth))
         bad = [i for i in self.layers if not 0 <= i < depth]
         if bad:
             raise UserError(f"layers: the backbone's {stream} has blocks 0 to {depth - 1}, not {bad[0]}")
@@ -82,6 +88,8 @@ class SherlConfig(SideConfig):
     `recompute`: compute the blend again in the backward pass instead of keeping what lies between: less memory, the
     same numbers, a longer step."""
 
+    paper = "sherl"
+
     gate: float | None = option(
         None, "Start of the gate alpha. Default: 0, the paper's, on T5; 0.1 on encoders, where that is calmer."
     )
@@ -118,10 +126,10 @@ class SherlConfig(SideConfig):
         if self.tail_size is not None and (self.tail not in SIZED or self.tail_size < 1):
             raise ValueError(f"tail_size: a number above 0, with tail {' or '.join(SIZED)}; tail is {self.tail}")
 
-    def first_live(self, family: Family) -> int:
+    def first_live(self, backbone: Backbone) -> int:
         """The number of the first live layer, with "none" of the last one, which the blend then does not enter.
         UserError for one that the backbone does not have."""
-        last = family.depth(family.streams[-1]) - 1
+        last = backbone.depth(backbone.streams[-1]) - 1
         if self.insert in ("last", "none"):
             return last
         number = int(self.insert.partition(":")[2])
@@ -129,9 +137,9 @@ class SherlConfig(SideConfig):
             raise UserError(f"insert: the blend can enter layers 1 to {last} of this backbone, not {number}")
         return number
 
-    def streams(self, family: Family) -> tuple[str, ...]:
+    def streams(self, backbone: Backbone) -> tuple[str, ...]:
         """Those that are blended."""
-        return family.streams[-1:] if self.insert == "none" else family.streams
+        return backbone.streams[-1:] if self.insert == "none" else backbone.streams
 
 
 @dataclass(frozen=True)
@@ -170,7 +178,9 @@ class LstConfig(SideConfig):
     """`reduction`: r, side width is D / r. `layers`: kept layers, the rest are dropped with their side blocks.
     `temperature`: of the fusion gates. `init`: what side blocks start from: "random", or the backbone pruned by
     "magnitude" or by "fisher" information on the task (LST §3.3; 0.1 and 0.2 points of GLUE average in its ablation).
-    `prune`: "running" as in the released code, or "aligned", ours (see `extract.backbones.pruning`)."""
+    `prune`: "running" as in the released code, or "aligned", ours (see `train.sideblocks.pruning`)."""
+
+    paper = "lst"
 
     reduction: int = option(
         8, "Side width is the backbone's over this. (Extraction: for the weights of --init.)", least=1, extraction=True
@@ -231,10 +241,23 @@ class FixedConfig(TunerConfig):
 @dataclass(frozen=True)
 class ObjectiveConfig:
     """Options of an objective are the fields of a subclass, each made by `option`, each with a default. Raises
-    ValueError for a value that an option does not take."""
+    ValueError for a value that an option does not take. `metric`: what is reported instead of the task's own figures;
+    the first selects the best epoch."""
+
+    metric: tuple[str, ...] = option(
+        (),
+        "What is scored, by names of scikit-learn; the first selects the best epoch (errors: the smallest). Of two "
+        "classes precision, recall and f1 are those of the second. Default: the task's own.",
+        metavar="NAMES",
+    )
 
     def __post_init__(self) -> None:
         check_options(self)
+
+    def settled(self, labels: Sequence[str], targets: Iterable[Any]) -> Self:
+        """With what it leaves to be counted counted on `targets`, those of the training rows, and the names in it
+        looked up among `labels`. Raises UserError for a name that is not there."""
+        return self
 
 
 @dataclass(frozen=True)
@@ -242,59 +265,6 @@ class PooledConfig(ObjectiveConfig):
     """`pooling`: what the head reads of a sample's rows, their mean or the first one."""
 
     pooling: str = option("mean", "What the head reads, the mean of the tokens or the first one.", choices=POOLINGS)
-
-
-@dataclass(frozen=True)
-class MultilabelConfig(PooledConfig):
-    """`threshold`: the probability from which a label is told."""
-
-    threshold: float = option(0.5, "Probability from which a label is told.", above=0, below=1)
-
-
-@dataclass(frozen=True)
-class SegmentationConfig(ObjectiveConfig):
-    """`head`: "upernet" (Xiao et al. 2018) on all maps, "fcn" (Long et al. 2015) on the last but one, "linear" on all.
-    `head_width`: channels inside of it. `auxiliary_weight`: of the loss of an FCN head on the last map but one, which
-    is there in training alone; 0 leaves it out. `head_dropout`: before the classifier. `ignore_index`: a number in
-    masks that is no class, beside 255. None is the published value of the head: width 512 of UPerNet, 256 of FCN, 0.4
-    and 0.1."""
-
-    head: str = option("upernet", "What reads the feature maps.", choices=("upernet", "fcn", "linear"))
-    head_width: int | None = option(None, "Channels of the head. Default: 512 of upernet, 256 of fcn.", least=1)
-    auxiliary_weight: float | None = option(
-        None, "Weight of the loss of UPerNet's auxiliary head; 0: there is none. Default: 0.4.", least=0
-    )
-    head_dropout: float | None = option(None, "Dropout before the classifier. Default: 0.1.", least=0, below=1)
-    ignore_index: int | None = option(
-        None,
-        "Number in masks that is no class, beside 255. Default: 11 of CamVid's own masks.",
-        least=0,
-        most=255,
-        extraction=True,
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.head != "upernet" and self.auxiliary_weight is not None:
-            raise ValueError(f"auxiliary_weight: upernet has an auxiliary head, {self.head} has none")
-        for name in ("head_width", "head_dropout"):
-            if self.head == "linear" and getattr(self, name) is not None:
-                raise ValueError(f"{name}: a linear head is a single linear map, it has none")
-
-    @property
-    def width(self) -> int:
-        """Channels of the head."""
-        return self.head_width or {"upernet": 512}.get(self.head, 256)
-
-    @property
-    def dropout(self) -> float:
-        """Before the classifier."""
-        return 0.1 if self.head_dropout is None else self.head_dropout
-
-    @property
-    def auxiliary(self) -> float:
-        """The weight of the auxiliary loss, 0 for none."""
-        return 0.0 if self.head != "upernet" else 0.4 if self.auxiliary_weight is None else self.auxiliary_weight
 
 
 # Name → config, in the order in which they are registered; a test compares the two.
@@ -309,13 +279,4 @@ TUNERS: dict[str, type[TunerConfig]] = {
     "probe": ProbeConfig,
     "side-tuning": SideTuningConfig,
     "fixed": FixedConfig,
-}
-
-OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
-    "classification": PooledConfig,
-    "label-text": ObjectiveConfig,
-    "multilabel": MultilabelConfig,
-    "regression": PooledConfig,
-    "segmentation": SegmentationConfig,
-    "tagging": ObjectiveConfig,
 }

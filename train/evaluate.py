@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pipeline.extract.backbones.batch import Batch
 from pipeline.store.errors import UserError
-from pipeline.train.objectives.base import Outputs, Scorer
+from pipeline.train.objectives.base import Outputs, Report, Scorer
 from pipeline.train.options import PRECISIONS
 from pipeline.train.source import Source
 
@@ -96,14 +96,19 @@ def evaluate(
     device: torch.device | str = "cpu",
     precision: str = "float32",
     check: Callable[[], None] = lambda: None,
+    report: Report | None = None,
 ) -> dict[str, float]:
-    """The figures of `scorer` over `source`. Raises UserError where the split has no targets."""
+    """The figures of `scorer` over `source`, of whose batches `report` is told too. Raises UserError where the split
+    has no targets."""
 
     def take(batch: Batch) -> None:
         check()
         if batch.targets is None:
             raise UserError("this split has no labels to score against: use predict, or choose another split")
-        scorer.update(model.measure(batch), batch)
+        out = model.measure(batch)
+        scorer.update(out, batch)
+        if report is not None:
+            report.update(out, batch)
 
     _visit(model, source, device, precision, take)
     return scorer.compute()

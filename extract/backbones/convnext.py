@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pipeline.extract.backbones.base import register
 from pipeline.extract.backbones.pyramid import Pyramid
+from pipeline.extract.backbones.registry import register
 from pipeline.store.errors import UserError
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pipeline.extract.backbones.base import register
 from pipeline.extract.backbones.pyramid import Pyramid
+from pipeline.extract.backbones.registry import register
 
 
 def _convolutions(block: nn.Module) -> list[nn.Conv2d]:

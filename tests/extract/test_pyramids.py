@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.extract.backbones import TextOptions, family_for
+from pipeline.extract.backbones import TextOptions, backbone_for
 from pipeline.extract.backbones.grids import sizes
 from pipeline.extract.checkpoint import Checkpoint
 
@@ -25,18 +25,18 @@ def unequal(tmp_path_factory):
 
 def prepared(checkpoint, folder, numbers, **options):
     names = [(f"{i}.png",) for i in numbers]
-    return checkpoint.family.prepare(checkpoint.tokenizer, names, TextOptions(root=str(folder), **options))
+    return checkpoint.backbone.prepare(checkpoint.tokenizer, names, TextOptions(root=str(folder), **options))
 
 
 @pytest.mark.parametrize("name", ["mobilenet", "convnext"])
 def test_states_are_those_of_timms_own_pyramid(checkpoints, unequal, name):
     checkpoint = Checkpoint(checkpoints[name], name)
-    family, model = checkpoint.family, checkpoint.family.load(checkpoint.folder, torch.float32, "sdpa", "cpu")
+    backbone, model = checkpoint.backbone, checkpoint.backbone.load(checkpoint.folder, torch.float32, "sdpa", "cpu")
     inputs = prepared(checkpoint, unequal, [1], image_size="own")
-    last = [f"{s}.{family.depth(s) - 1}" for s in family.levels]
-    assert family.levels == tuple(f"stage{i}" for i in LEVELS[name])
+    last = [f"{s}.{backbone.depth(s) - 1}" for s in backbone.levels]
+    assert backbone.levels == tuple(f"stage{i}" for i in LEVELS[name])
     with torch.no_grad():
-        states = family.run(model, inputs.batch(), family.states())
+        states = backbone.run(model, inputs.batch(), backbone.states())
         pixels = inputs.pictures[0].pixels()[None]
         expected = model.forward_intermediates(pixels, intermediates_only=True)[-4:]
         if name == "mobilenet":  # what its classifier reads is a stream too
@@ -44,28 +44,28 @@ def test_states_are_those_of_timms_own_pyramid(checkpoints, unequal, name):
             last.append("stage8.0")
     for state, features in zip(last, expected, strict=True):
         torch.testing.assert_close(states[state], features.flatten(2).mT.flatten(0, 1), rtol=1e-4, atol=1e-5)
-    assert {k: len(v) for k, v in states.items()} == {k: inputs.lengths[k.split(".")[0]][0] for k in family.states()}
+    assert {k: len(v) for k, v in states.items()} == {k: inputs.lengths[k.split(".")[0]][0] for k in backbone.states()}
 
 
 @pytest.mark.parametrize("name", LEVELS)
 def test_each_picture_is_padded_alone_to_the_coarsest_stride(checkpoints, unequal, name):
     checkpoint = Checkpoint(checkpoints[name], name)
-    family, model = checkpoint.family, checkpoint.family.load(checkpoint.folder, torch.float32, "sdpa", "cpu")
+    backbone, model = checkpoint.backbone, checkpoint.backbone.load(checkpoint.folder, torch.float32, "sdpa", "cpu")
     inputs = prepared(checkpoint, unequal, range(4), image_size="own", dense=True)
     assert [p.extent for p in inputs.pictures] == [(64, 64), (64, 96), (64, 128), (64, 96)]
-    batch, states = inputs.batch(), [f"{s}.0" for s in family.levels]
-    together = family.run(model, batch, states)
+    batch, states = inputs.batch(), [f"{s}.0" for s in backbone.levels]
+    together = backbone.run(model, batch, states)
     for i in range(4):
         one = inputs.take(np.array([i]))
-        alone = family.run(model, one.batch(), states)
+        alone = backbone.run(model, one.batch(), states)
         for state in states:
             stream = state.split(".")[0]
             first = int(inputs.lengths[stream][:i].sum())
             rows = together[state][first : first + len(alone[state])]
             torch.testing.assert_close(rows, alone[state], rtol=1e-3, atol=1e-4)
-            shape = sizes(one.batch(), family.streams, stream)[0]
-            assert tuple(shape) == tuple(n // family.stride(stream) for n in one.pictures[0].extent)
-    assert [family.stride(s) for s in family.levels] == [4, 8, 16, 32]
+            shape = sizes(one.batch(), backbone.streams, stream)[0]
+            assert tuple(shape) == tuple(n // backbone.stride(stream) for n in one.pictures[0].extent)
+    assert [backbone.stride(s) for s in backbone.levels] == [4, 8, 16, 32]
 
 
 def test_overlapping_stems_and_odd_sides_have_the_grid_they_give(checkpoints, unequal):
@@ -73,13 +73,13 @@ def test_overlapping_stems_and_odd_sides_have_the_grid_they_give(checkpoints, un
     same = {"pad_type": "same"}
     for architecture, more in (("convnext_atto_ols", {}), ("convnext_atto", {}), ("mobilenetv2_035", same)):
         config.architecture, config.model_args = architecture, more
-        family = family_for(config)
+        backbone = backbone_for(config)
         with torch.device("meta"):
-            model = family.make().eval()
+            model = backbone.make().eval()
             for side in (64, 75, 97, 110):
-                grid = family.stem(model, torch.zeros(1, 3, side, side + 9))
-                for number, blocks in enumerate(family.stages(model)):
-                    for block in (*family.before(model, number), *blocks):
+                grid = backbone.stem(model, torch.zeros(1, 3, side, side + 9))
+                for number, blocks in enumerate(backbone.stages(model)):
+                    for block in (*backbone.before(model, number), *blocks):
                         grid = block(grid)
-                    assert tuple(grid.shape[2:]) == family.grid(family.streams[number], side, side + 9)
-                    assert grid.shape[1] == family.channels(number)
+                    assert tuple(grid.shape[2:]) == backbone.grid(backbone.streams[number], side, side + 9)
+                    assert grid.shape[1] == backbone.channels(number)

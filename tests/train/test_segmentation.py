@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from pipeline.extract.backbones import Batch
 from pipeline.extract.geometry import META, Geometry
 from pipeline.store.errors import UserError
-from pipeline.train.configs import SegmentationConfig
 from pipeline.train.features import Feature
 from pipeline.train.model import on_host
+from pipeline.train.objective_configs import SegmentationConfig
 from pipeline.train.objectives import Answers
 from pipeline.train.objectives.maskheads import map_head
 from pipeline.train.objectives.segmentation import MaskScorer, Segmentation

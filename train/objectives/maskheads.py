@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers import UperNetConfig
 from transformers.models.upernet.modeling_upernet import UperNetConvModule, UperNetFCNHead, UperNetHead
 
-from pipeline.train.configs import SegmentationConfig
+from pipeline.train.objective_configs import SegmentationConfig
 
 
 class SteadyNorm(nn.BatchNorm2d):

@@ -20,12 +20,14 @@ from pipeline.extract.backbones.batch import Batch
 from pipeline.extract.geometry import Geometry
 from pipeline.extract.tasks.masks import VOID, read_mask
 from pipeline.store.errors import UserError
-from pipeline.train.configs import SegmentationConfig
 from pipeline.train.features import Feature, Features, Want
 from pipeline.train.finite import refuse_nan
 from pipeline.train.maps import Group, groups, maps
+from pipeline.train.objective_configs import SegmentationConfig
 from pipeline.train.objectives.base import Answers, Head, Objective, Outputs, Scorer, Vocabulary, register
 from pipeline.train.objectives.maskheads import auxiliary_head, map_head
+
+USUAL = ("miou", "pixel_accuracy")
 
 
 class MaskHead(Head):
@@ -115,10 +117,14 @@ def own_pixels(logits: Tensor, group: Group, geometry: Geometry) -> Tensor:
 class MaskScorer(Scorer):
     """Mean over classes of intersection over union, as torchmetrics' JaccardIndex has it: over the pixels of the data
     set, without those that have no class, without classes that are neither there nor told; and the share of pixels that
-    are right. Keeps one matrix."""
+    are right: those of `names`, the first of which selects the best epoch. Keeps one matrix."""
 
-    def __init__(self, classes: int) -> None:
-        self.counts = np.zeros((classes, classes), np.int64)
+    def __init__(self, classes: int, names: Sequence[str] = USUAL) -> None:
+        self.counts, self.names = np.zeros((classes, classes), np.int64), tuple(names)
+
+    @property
+    def first(self) -> str:
+        return self.names[0]
 
     def update(self, out: Outputs, batch: Batch) -> None:
         self.counts += out["confusion"].numpy()
@@ -131,10 +137,8 @@ class MaskScorer(Scorer):
         union = self.counts.sum(0) + self.counts.sum(1) - right
         there = union > 0
         mean = float((right[there] / union[there]).mean()) if there.any() else 0.0
-        return {"miou": mean, "pixel_accuracy": float(right.sum() / max(1, self.counts.sum()))}
-
-    def value(self, figures: Mapping[str, float]) -> float:
-        return figures["miou"]
+        figures = {"miou": mean, "pixel_accuracy": float(right.sum() / max(1, self.counts.sum()))}
+        return {name: figures[name] for name in self.names}
 
 
 @register("segmentation", SegmentationConfig)
@@ -180,8 +184,16 @@ class Segmentation(Objective):
     def head(self, features: Mapping[str, Feature], vocabulary: Vocabulary) -> MaskHead:
         return MaskHead(features, len(self.numbers), self.config)
 
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        return USUAL
+
+    @property
+    def usual(self) -> tuple[str, ...]:
+        return USUAL
+
     def scorer(self) -> MaskScorer:
-        return MaskScorer(len(self.numbers))
+        return MaskScorer(len(self.numbers), self.metrics)
 
     def entries(self, out: Outputs) -> list[dict[str, Any]]:
         """`mask` (height, width) uint8 in the task's own numbers, and the share of pixels of each class."""
