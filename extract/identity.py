@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from pipeline.extract.backbones.base import TextOptions
-from pipeline.extract.backbones.images import VIEW_POLICY
+from pipeline.extract.backbones.views import POLICIES
 from pipeline.extract.checkpoint import Checkpoint
 from pipeline.extract.projection import parse_projection
 from pipeline.store.errors import UserError
@@ -76,13 +76,15 @@ def space_identity(checkpoint: Checkpoint, options: SpaceOptions) -> dict[str, A
         "precision": options.precision,
         "attention": options.attention,
         "mode": "eval",
-        "views": views_text(options.text.views, options.text.view_seed),
+        "views": views_text(options.text.views, options.text.view_seed, options.text.augment),
     }
 
 
-def views_text(views: int, seed: int) -> str:
-    """How `views` views of a training picture are drawn; how many there are is of the task's table."""
-    return f"{VIEW_POLICY};seed {seed}" if views > 1 else "none"
+def views_text(views: int, seed: int, augment: str = "random") -> str:
+    """How `views` views of a training picture are made; how many there are is of the task's table."""
+    if views < 2:
+        return "none"
+    return f"{POLICIES[augment]};seed {seed}" if augment == "random" else POLICIES[augment]
 
 
 def options_of(identity: Mapping[str, Any]) -> SpaceOptions:
@@ -96,8 +98,10 @@ def options_of(identity: Mapping[str, Any]) -> SpaceOptions:
             truncation_side=identity["truncation_side"],
             image_size=identity.get("image_size", ""),
             views=1 if identity["views"] == "none" else 2,
+            augment="flip" if identity["views"] == POLICIES["flip"] else "random",
             view_seed=int(seed) if seed.isdigit() else 0,
             upright="orientation" in identity,
+            dense="padding" in identity,
         )
         chosen = {k: identity[k] for k in ("format", "projection", "projection_fit", "precision", "attention")}
         return SpaceOptions(**chosen, text=text)
@@ -126,7 +130,7 @@ def _image_fields(checkpoint: Checkpoint, options: SpaceOptions) -> dict[str, An
     """What pictures are made of, in words beside the preprocessing's digest; nothing for text."""
     if checkpoint.backbone.modality == "text":
         return {}
-    made = checkpoint.tokenizer.sized(options.text.image_size)
+    made = checkpoint.tokenizer.sized(options.text.image_size, options.text.dense)
     mean, std = (",".join(f"{v:g}" for v in values) for values in (made.mean, made.std))
     return {
         "image_size": made.extent_text,
@@ -135,4 +139,5 @@ def _image_fields(checkpoint: Checkpoint, options: SpaceOptions) -> dict[str, An
         "std": std,
         # Spaces of before have no such field: their pictures were taken as they lie in the file.
         **({"orientation": "exif"} if options.text.upright else {}),
+        **({"padding": f"zeros to {checkpoint.backbone.coarsest}"} if options.text.dense else {}),
     }

@@ -19,6 +19,7 @@ TUNERS = {
     "probe": "linear probe on the mean of the last state: the floor",
     "qst": "QST: a ladder beside a language model, its output blended with the backbone's",
     "side-tuning": "Side-Tuning: the last state blended with a small network on the embedding",
+    "fixed": "the head alone on the frozen backbone's feature pyramid: the floor of dense tasks",
 }
 
 _DECODERS = (
@@ -39,6 +40,8 @@ FAMILIES = {
         ("vit", "clip_vision_model"),
     ),
     "clip-text": ("the text tower of CLIP (transformers)", ("clip_text_model",)),
+    "convnext": ("ConvNeXt and ConvNeXt V2 (timm)", ()),
+    "efficientnet": ("MobileNetV2, MnasNet, EfficientNet (timm): inverted bottlenecks in stages", ()),
     "decoder": (
         "decoder-only language models: Llama, Mistral, Qwen, Gemma, Phi, OLMo, GPT-2, GPT-NeoX, gpt-oss",
         _DECODERS,

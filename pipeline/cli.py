@@ -200,6 +200,12 @@ def evaluate(
     help="Write predictions here: .csv, or .jsonl. Default: a table on stdout.",
     metavar="FILE",
 )
+@click.option(
+    "--out-dir",
+    default=None,
+    help="Of masks: write them here as PNG, and overlays to look at.",
+    metavar="FOLDER",
+)
 @click.option("--store", default=None, help="The store, where it is not the run's own.", metavar="FOLDER")
 @click.option("--model", default=None, help="The checkpoint, where it has moved.", metavar="NAME")
 @click.option("--device", default=None, type=click.Choice(["auto", "cpu", "cuda"]), help="Where to compute.")
@@ -213,19 +219,23 @@ def predict(
     text: str | None,
     text_pair: str | None,
     output: str | None,
+    out_dir: str | None,
     **over: Any,
 ) -> tuple[Any, str]:
     """Predict on inputs never seen: the backbone runs live, the tuner cannot tell."""
     with imports():
         from pipeline.report import entries_text, write_entries
         from pipeline.runs import load_run, read_rows
+        from pipeline.store.errors import UserError
 
     loaded = load_run(run, **over)
     loaded = loaded.of(task) if task else loaded
     given = Path(input_file)
     root = given if given.is_dir() else given.parent
     ids, rows = read_rows(given, loaded.job, text, text_pair)
-    told = loaded.predict(rows, root, _voice(as_json))
+    if loaded.objective.files and out_dir is None:
+        raise UserError(f"--out-dir is missing: objective {loaded.objective.name} tells more than text")
+    told = loaded.predict(rows, root, _voice(as_json), out_dir)
     found = [{"id": name, **entry} for name, entry in zip(ids, told, strict=True)]
     if output:
         write_entries(Path(output), found)

@@ -26,7 +26,7 @@ from pipeline.preparing import load_backbone
 from pipeline.recipe import Recipe
 from pipeline.report import layout_text, size_text, table_text
 from pipeline.slots import refuse_slots
-from pipeline.sources import batch_size_of, live_backbone, live_source, sources
+from pipeline.sources import live_backbone, live_source, sources
 from pipeline.store.errors import UserError
 from pipeline.train.counterparts import COUNTERPARTS, CounterpartModel, counterpart, input_source
 from pipeline.train.loop import FitOptions, fit
@@ -172,11 +172,11 @@ def _figure(value: float | None, name: str) -> str:
     return f"{value:.4g}" if name in ERRORS else f"{100 * value:.1f}"
 
 
-def settings(what: str, recipe: Recipe, options: FitOptions, paper: bool) -> str:
+def settings(what: str, options: FitOptions, batch_size: int) -> str:
     """What a row of the table was made with, in words: the method's own settings and those of training."""
     warm = f"{options.warmup_steps} steps" if options.warmup_ratio is None else f"{options.warmup_ratio:g} of all steps"
     long = f"{options.epochs} epochs" if options.max_steps is None else f"{options.max_steps} steps"
-    size = f"{batch_size_of(recipe, paper)}" + (f" × {options.accumulate}" if options.accumulate > 1 else "")
+    size = f"{batch_size}" + (f" × {options.accumulate}" if options.accumulate > 1 else "")
     return (
         f"{what}; lr {options.lr:g}, {options.schedule} after a warm-up of {warm}, batch {size}, {long}, "
         f"clip {options.clip:g}, weight decay {options.weight_decay:g}, {options.precision}"
@@ -191,7 +191,8 @@ def _tuner(recipe: Recipe) -> dict[str, Any]:
     batch = next(iter(sources(job, live, checkpoint)["train"].epochs(0, 1)))
     what = ", ".join(f"{k} {v}" for k, v in stated(job.config).items()) or "no options"
     what += _weighing(job)
-    made = settings(what, recipe, fit_options(recipe, job.spec, job.paper, model.tuner.default_lr()), job.paper)
+    options = fit_options(recipe, job.spec, job.paper, model.tuner.default_lr())
+    made = settings(what, options, job.batch_size)
     return _summary(job, model, batch, metrics, [model.tuner.tail]) | {"settings": made}
 
 
@@ -203,7 +204,7 @@ def _counterpart(recipe: Recipe, name: str, preset: str) -> dict[str, Any]:
     identity = job.found.space.identity
     module = load_backbone(checkpoint, identity["precision"], identity["attention"], job.device).model
     model = CounterpartModel(method, job.found.backbone, module, job.objective, recipe.seed).to(job.device)
-    size = batch_size_of(recipe, job.paper)
+    size = job.batch_size
     parts = {
         split: input_source(live_source(job, split, live, checkpoint, size), live)
         for split in job.tables
@@ -225,7 +226,7 @@ def _counterpart(recipe: Recipe, name: str, preset: str) -> dict[str, Any]:
         resume=False,
         info={"counterpart": name, "preset": preset, "space": job.found.space.id},
     )
-    made = settings(method.description + _weighing(job), recipe, options, job.paper)
+    made = settings(method.description + _weighing(job), options, size)
     return _summary(job, model, next(iter(parts["train"].epochs(0, 1))), metrics, []) | {"settings": made}
 
 

@@ -51,7 +51,7 @@ def as_extracted(recipe: Recipe, found: Found) -> Recipe:
         # Views of 2 or more share a space, however many there are.
         known["views"] = max((views_of(space.read_table(t)) for t in tables if t.split == "train"), default=2)
     usual: dict[str, Any] = {"format": "float16", "projection": "none", "precision": "float32", "attention": "sdpa"}
-    usual |= {"max_length": 128, "truncation_side": "right", "view_seed": 0}
+    usual |= {"max_length": 128, "truncation_side": "right", "augment": "random", "view_seed": 0}
     name = recipe.model or found.source["names"][0]
     checkpoint = local(name) if "image_size" in known else None
     if checkpoint is not None and checkpoint.tokenizer.extent_text == known["image_size"]:
@@ -69,4 +69,5 @@ def picture_options(identity: Mapping[str, Any]) -> dict[str, Any]:
     if "image_size" not in identity:
         return {}
     text = options_of(identity).text
-    return {"image_size": text.image_size, **({"view_seed": text.view_seed} if text.views > 1 else {})}
+    views = {"augment": text.augment, "view_seed": text.view_seed} if text.views > 1 else {}
+    return {"image_size": text.image_size, **views}

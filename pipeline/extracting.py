@@ -151,6 +151,8 @@ def _announce(
 
 def _labels_text(spec: TaskSpec) -> str:
     """What the label is taken for: a column of numbers with one word among them would be hundreds of classes."""
+    if spec.target == "mask":
+        return f"label: masks of {len(spec.labels):,} classes ({_few(spec.labels)}); other values are no class"
     if spec.target == "none":
         return "no label: rows are for `stream` alone, not for training (--label COLUMN)"
     if spec.target == "number":
@@ -158,9 +160,12 @@ def _labels_text(spec: TaskSpec) -> str:
     if spec.target == "tokens":
         learned = {"text": "all of", "completion": "of the completions of", "messages": "the assistant's in"}
         return f"targets: tokens, {learned[form_of(spec)]} the texts"
-    few = ", ".join(spec.labels[:4]) + (", …" if len(spec.labels) > 4 else "")
     what = {"class": "classes", "classes": "classes, any number of them a row", "tags": "tags, one a word"}[spec.target]
-    return f"label: {len(spec.labels):,} {what} ({few})"
+    return f"label: {len(spec.labels):,} {what} ({_few(spec.labels)})"
+
+
+def _few(labels: Sequence[str]) -> str:
+    return ", ".join(labels[:4]) + (", …" if len(labels) > 4 else "")
 
 
 def _too_many_classes(spec: TaskSpec, splits: Sequence[Split]) -> str:

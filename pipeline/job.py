@@ -94,7 +94,7 @@ class Job:
 
     @property
     def batch_size(self) -> int:
-        return batch_size_of(self.recipe, self.paper)
+        return batch_size_of(self.recipe, self.paper, self.spec.target)
 
     @property
     def each(self) -> list[Job]:

@@ -107,7 +107,7 @@ class Joint:
 
     @property
     def batch_size(self) -> int:
-        return batch_size_of(self.recipe, self.paper)
+        return batch_size_of(self.recipe, self.paper, self.spec.target)
 
     @property
     def each(self) -> list[Joint]:

@@ -19,7 +19,8 @@ from pipeline.extract.plugins import import_modules
 from pipeline.recipe import Recipe, common_value, field_names, named, option_name
 from pipeline.slots import SlotRecipe, tuners_in
 from pipeline.store.errors import UserError
-from pipeline.train.configs import OBJECTIVES, TUNERS, TunerConfig
+from pipeline.train.configs import TUNERS, TunerConfig
+from pipeline.train.objective_configs import OBJECTIVES
 from pipeline.values import checked_value
 
 KINDS = ("tuner", "objective")

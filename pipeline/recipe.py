@@ -51,8 +51,8 @@ class Recipe:
     task: str = _option(
         "",
         "Task: a GLUE name (see `pipeline tasks`), your own .csv, .tsv, .jsonl or .conll file, a folder of pictures, "
-        "or hub:DATASET, pictures or texts from Hugging Face; of what is stored also its name, or NAME@ID (see "
-        "`pipeline store status`). Several, with commas between: one tuner, a head and a score each.",
+        "with masks beside them too, or hub:DATASET, pictures or texts from Hugging Face; of what is stored also its "
+        "name, or NAME@ID (see `pipeline store status`). Several, with commas between: one tuner, a head and a score each.",
         "extract train",
         metavar="NAME",
     )
@@ -62,8 +62,8 @@ class Recipe:
     )
     objective: str | None = _option(
         None,
-        "What is learned of the label: classification, regression, multilabel, tagging; label-text, where a "
-        "text-to-text backbone writes it; completion, a language model's next token. Default: from the data; "
+        "What is learned of the label: classification, regression, multilabel, tagging, segmentation; label-text, "
+        "where a text-to-text backbone writes it; completion, a language model's next token. Default: from the data; "
         "regression if all labels are numbers with a fraction among them.",
         "extract train",
         metavar="NAME",
@@ -176,6 +176,12 @@ class Recipe:
         "Default: 1; train takes what the store has, or the first so many.",
         "extract train",
     )
+    augment: str | None = _option(
+        None,
+        "Pictures: how views are made: random, or flip, the mirror image (--views 2). Default: random.",
+        "extract train",
+        choices=("random", "flip"),
+    )
     view_seed: int | None = _option(
         None, "Pictures: seed that draws the augmented views. Default: 0.", "extract train", metavar="SEED"
     )
@@ -206,7 +212,8 @@ class Recipe:
     # training
     batch_size: int | None = _option(
         None,
-        "Samples a batch. Training default: 100 for T5 (the papers'), else 64; extraction: see --batch-tokens.",
+        "Samples a batch. Training default: 100 for T5 (the papers'), 2 images with masks, else 64; extraction: see "
+        "--batch-tokens.",
         "extract train",
     )
     epochs: int | None = _option(

@@ -17,7 +17,7 @@ from pipeline.extract.checkpoint import Checkpoint, local
 from pipeline.extract.encoding import tensors_of
 from pipeline.extract.identity import SpaceOptions, space_identity, views_text
 from pipeline.extract.tasks import Task, canonical_name, load_task
-from pipeline.extract.tasks.base import TaskSpec
+from pipeline.extract.tasks.base import DENSE, TaskSpec
 from pipeline.extract.tasks.glue import USUAL_GRID
 from pipeline.extract.tasks.hub_images import PREFIX, hub_folder
 from pipeline.objectives import refuse_targets, target_types
@@ -35,7 +35,7 @@ from pipeline.versions import versions_of
 
 # Options of a recipe that are fields of a feature space.
 SPACE_FIELDS = ("format", "projection", "precision", "attention", "prompt", "max_length", "truncation_side")
-PICTURES = ("image_size", "views", "view_seed")  # and those that say how pictures are made
+PICTURES = ("image_size", "views", "augment", "view_seed")  # and those that say how pictures are made
 
 
 def store_path(recipe: Recipe) -> str:
@@ -77,6 +77,7 @@ def open_task(recipe: Recipe, backbone: Backbone | None = None) -> Task:
         stratify=bool(recipe.stratify),
         grid=USUAL_GRID if recipe.grid is None else recipe.grid,
         continues=backbone is not None and backbone.continues_text,
+        void=recipe.objective_options.get("ignore_index"),
     )
     refuse_targets(recipe, task.spec)
     return task
@@ -92,7 +93,9 @@ def space_options(recipe: Recipe, spec: TaskSpec, backbone: Backbone) -> SpaceOp
         skip_bad=recipe.skip_bad,
         image_size=size_text(recipe.image_size),
         views=recipe.views or 1,
+        augment=recipe.augment or "random",
         view_seed=recipe.view_seed or 0,
+        dense=spec.target in DENSE,
     )
     return SpaceOptions(
         format=recipe.format or "float16",
@@ -163,9 +166,9 @@ def wanted_fields(recipe: Recipe) -> dict[str, Any]:
     wanted: dict[str, Any] = {k: v for k in SPACE_FIELDS if (v := getattr(recipe, k)) is not None}
     if recipe.image_size is not None:
         wanted["image_size"] = Preprocess().sized(size_text(recipe.image_size)).extent_text
-    if recipe.views is not None or recipe.view_seed is not None:
+    if recipe.views is not None or recipe.view_seed is not None or recipe.augment is not None:
         # A seed alone asks for views: without any, nothing is drawn.
-        wanted["views"] = views_text(recipe.views or 2, recipe.view_seed or 0)
+        wanted["views"] = views_text(recipe.views or 2, recipe.view_seed or 0, recipe.augment or "random")
     return wanted
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pipeline.command_line import quoted
@@ -24,6 +25,7 @@ from pipeline.mixture import Mixture, open_job
 from pipeline.owners import recipe_of
 from pipeline.preparing import of_slot
 from pipeline.recipe import read_recipe
+from pipeline.rows import checked_rows
 from pipeline.slots import parts_of, slots_of
 from pipeline.sources import fresh_source, live_backbone, relive
 from pipeline.store.errors import StoreError, UserError
@@ -34,7 +36,7 @@ from pipeline.train.generate import generate
 from pipeline.train.metrics import score
 from pipeline.train.mixture import MixedModel
 from pipeline.train.model import Model
-from pipeline.train.objectives.base import Report
+from pipeline.train.objectives.base import Objective, Report
 from pipeline.train.objectives.label_text import LabelText
 from pipeline.train.source import Source
 from pipeline.train.tuners import tuner_class
@@ -55,6 +57,11 @@ class Run:
     @property
     def spec(self) -> TaskSpec:
         return self.job.spec
+
+    @property
+    def objective(self) -> Objective:
+        """What is learned of the targets. UserError for several tasks at once."""
+        return self.single().objective
 
     def __repr__(self) -> str:
         return f"Run({str(self.folder)!r}, tuner={self.job.recipe.tuner!r}, task={self.spec.name!r})"
@@ -126,12 +133,16 @@ class Run:
         texts: Sequence[str | Sequence[str]] | Mapping[str, Sequence[str | Sequence[str]]],
         root: str | Path = "",
         say: Say = lambda text: None,
+        out_dir: str | Path | None = None,
     ) -> list[dict[str, Any]]:
         """What is told of each row, the backbone run live: `label` (a class's name, or a number) and its `probability`
         where there is one. A row: the text of each of the task's fields, or the name of a picture; where that is one,
         also without a sequence around it. Of a run with several backbones: slot → its rows, or rows that every
-        slot reads. `root`: the folder that names of pictures are relative to. Raises UserError
-        for rows of another shape or kind."""
+        slot reads. `root`: the folder that names of pictures are relative to. `out_dir`: where what is no line of text
+        is written, as it is made (masks, overlays); an entry then names the files. Raises UserError for rows of another
+        shape or kind."""
+        if out_dir is not None and not self.objective.files:
+            raise UserError(f"--out-dir: objective {self.objective.name} writes no files; leave it out")
         texts = texts if isinstance(texts, str | bytes | Mapping) else list(texts)
         if not texts:
             return []
@@ -141,7 +152,14 @@ class Run:
         else:
             assert isinstance(self.job, Job)
             source = fresh_source(self.job, self.live(), texts, str(root), say)
-        return predict(self.model, source, self.job.device, self.job.recipe.train_precision)
+        keep = (lambda place, entry: entry) if out_dir is None else self._saving(texts, Path(root), Path(out_dir))
+        return predict(self.model, source, self.job.device, self.job.recipe.train_precision, keep=keep)
+
+    def _saving(self, texts: Any, root: Path, folder: Path) -> Callable[[int, dict[str, Any]], dict[str, Any]]:
+        """What writes the files of an entry below `folder`, from the place of its image among `texts`."""
+        names = [row[0] for row in checked_rows(texts, self.spec)]
+        files = file_names(names)
+        return lambda place, entry: self.objective.save(entry, root / names[place], folder, files[place])
 
 
 def load_run(folder: str | Path, **overrides: Any) -> Run:
@@ -173,6 +191,16 @@ def load_run(folder: str | Path, **overrides: Any) -> Run:
     check(state, model.trainable_state(), folder / TUNER)
     model.load_trainable(state)
     return Run(folder, job, model.to(job.device))
+
+
+def file_names(images: Sequence[str]) -> list[str]:
+    """What files made of `images` are called: as these, without the suffix where that leaves them distinct."""
+    paths = [PurePosixPath(image.replace("\\", "/")) for image in images]
+    plain = [str(path.with_suffix("")) for path in paths]
+    if any(path.is_absolute() or ".." in path.parts for path in paths):
+        plain = [path.stem for path in paths]
+    seen = Counter(plain)
+    return [name if seen[name] == 1 else f"{name}{path.suffix}" for name, path in zip(plain, paths, strict=True)]
 
 
 def read_rows(

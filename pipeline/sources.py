@@ -15,7 +15,7 @@ from pipeline.extract.backbones import TextOptions
 from pipeline.extract.backbones.live import LiveBackbone
 from pipeline.extract.checkpoint import Checkpoint, resolve
 from pipeline.extract.identity import options_of, refuse_other
-from pipeline.extract.tasks.base import Rows
+from pipeline.extract.tasks.base import DENSE, Rows
 from pipeline.extracted import as_extracted
 from pipeline.preparing import Split, load_backbone, prepare_split
 from pipeline.recipe import Recipe
@@ -37,9 +37,10 @@ if TYPE_CHECKING:
 Live = tuple[LiveBackbone, Checkpoint]
 
 
-def batch_size_of(recipe: Recipe, paper: bool) -> int:
-    """Training batch size: 100 under the papers' protocol for text-to-text backbones, else 64."""
-    return recipe.batch_size or (100 if paper else 64)
+def batch_size_of(recipe: Recipe, paper: bool, target: str) -> int:
+    """Training batch size: 100 under the papers' protocol for text-to-text backbones, 2 images where targets are dense,
+    as in those papers, else 64."""
+    return recipe.batch_size or (100 if paper else 2 if target in DENSE else 64)
 
 
 def grouped(recipe: Recipe, paper: bool) -> bool:
@@ -99,7 +100,7 @@ def stored_states(job: Job, split: str) -> Iterator[Space]:
 
 def sources(job: Job, live: LiveBackbone | None, checkpoint: Checkpoint | None = None) -> dict[str, Source]:
     """A source for each split: from the store, or live when there is a backbone. Both give the same batches."""
-    size = batch_size_of(job.recipe, job.paper)
+    size = job.batch_size
     out: dict[str, Source] = {}
     for split in job.tables:
         if split == "train" or job.targets(split) is not None:

@@ -13,7 +13,9 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from pipeline.extract.geometry import META, MOST_PIXELS, Geometry
 from pipeline.extract.tasks.base import TaskError, TaskSpec
+from pipeline.extract.tasks.masks import png_size
 from pipeline.recipe import PRECISIONS
 from pipeline.store import FORMATS, Samples, Space, Store, TaskTable, digest_json
 from pipeline.store.errors import StoreError, UserError
@@ -210,8 +212,13 @@ def _wrong_target(label: Any, spec: TaskSpec, meta: Mapping[str, Any]) -> str:
             return f"there are {len(label)} tags for {count} words"
     if spec.target == "tokens" and (wrong := _wrong_spans(meta)):
         return wrong
+    if spec.target == "mask" and (wrong := _wrong_geometry(meta)):
+        return wrong
     if label is None:
         return ""
+    if spec.target == "mask":
+        size = png_size(label) if isinstance(label, bytes) else None
+        return "" if size == tuple(meta[META]["size"]) else "its mask is no PNG image of its picture's size"
     if spec.target in ("classes", "tags"):
         sound = isinstance(label, list) and all(type(i) is int and 0 <= i < len(spec.labels) for i in label)
     elif spec.target == "class":
@@ -235,6 +242,21 @@ def _wrong_spans(meta: Mapping[str, Any]) -> str:
     return ""
 
 
+def _wrong_geometry(meta: Mapping[str, Any]) -> str:
+    """What keeps the meta of an image from saying where it shows what, "" where nothing does."""
+    try:
+        found = Geometry.of(meta)
+        pairs = (found.size, found.extent, found.seen)
+        whole = all(type(n) is int and 1 <= n <= MAX_NUMBER for pair in pairs for n in pair)
+        real = all(_is_number(n) for n in (*found.scale, *found.offset)) and min(found.scale) > 0
+        inside = all(a <= b for a, b in zip(found.seen, found.extent, strict=True))
+        two = all(len(pair) == 2 for pair in (*pairs, found.scale, found.offset))
+    except (KeyError, TypeError, ValueError):
+        return "it does not say where its picture shows what"
+    within = whole and max(h * w for h, w in pairs) <= MOST_PIXELS if two and whole else False
+    return "" if within and real and inside else "where its picture shows what makes no sense"
+
+
 def _spec(raw: Any, where: str) -> TaskSpec:
     if not isinstance(raw, dict):
         raise refuse(where, "its header describes no task")
@@ -247,7 +269,7 @@ def _spec(raw: Any, where: str) -> TaskSpec:
         raise refuse(where, "spec.values in its header is no list of numbers")
     if any(b <= a for a, b in pairwise(values)):
         raise refuse(where, "spec.values in its header do not ascend")
-    scored = raw["metrics"] or raw.get("target") in ("classes", "tags", "tokens", "none")
+    scored = raw["metrics"] or raw.get("target") in ("classes", "tags", "tokens", "mask", "none")
     if not isinstance(raw.get("name"), str) or not isinstance(raw.get("prompt"), str) or not scored:
         raise refuse(where, "spec.name, spec.prompt or spec.metrics is missing in its header")
     try:

@@ -20,15 +20,16 @@ TEXT_OPTIONS: dict[str, tuple[Any, ...]] = {
     "max_length": (None, 128), "truncation_side": (None, "right"), "prompt": (None,),
 }  # fmt: skip
 PICTURE_OPTIONS: dict[str, tuple[Any, ...]] = {
-    "image": (None,), "image_size": (None,), "views": (None, 1), "view_seed": (None, 0), "skip_bad": (False,),
+    "image": (None,), "image_size": (None,), "views": (None, 1), "augment": (None, "random"), "view_seed": (None, 0),
+    "skip_bad": (False,),
 }  # fmt: skip
 # How a file becomes a task.
 TABLE_OPTIONS = ("text", "text_pair", "label", "separator", "validation", "test", "stratify", "grid")
 STREAM_OPTIONS = (
     "model", "task", "store", "data", "text", "text_pair", "image", "label", "separator", "objective", "validation",
     "test", "stratify", "limit", "space", "format", "projection", "precision", "attention", "prompt", "max_length",
-    "truncation_side", "image_size", "views", "view_seed", "batch_size", "seed", "device", "tier", "host_memory",
-    "scheduler", "window", "group_by_length", "imports",
+    "truncation_side", "image_size", "views", "augment", "view_seed", "batch_size", "seed", "device", "tier",
+    "host_memory", "scheduler", "window", "group_by_length", "imports",
 )  # fmt: skip
 
 
@@ -92,6 +93,10 @@ def refuse_for_kind(recipe: Recipe, backbone: Backbone) -> None:
         )
     if recipe.view_seed and (recipe.views or 1) < 2:
         raise UserError("--view-seed: it draws the views of --views; give --views 2 or more with it")
+    if recipe.augment == "flip" and (recipe.views != 2 or recipe.view_seed):
+        raise UserError(
+            "--augment flip: there are two views, the picture and its mirror image: give --views 2 and no seed"
+        )
 
 
 def refuse_host_memory(recipe: Recipe) -> None:

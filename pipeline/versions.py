@@ -18,6 +18,7 @@ from pipeline.extract.tasks.glue import USUAL_GRID
 from pipeline.recipe import Recipe
 from pipeline.slots import slot_of
 from pipeline.store import Space, TaskTable, digest_json
+from pipeline.store.digest import digest_bytes
 from pipeline.store.errors import StoreError
 from pipeline.store.records import Record
 from pipeline.store.tables import TableInfo, created_of, version_of
@@ -215,9 +216,17 @@ def _distinct(space: Space, versions: Sequence[Version]) -> list[Version]:
     found: dict[str, Version] = {}
     for version in versions:
         tables = _read(space, version)
-        rows = {split: [list(t.keys), t.labels, list(t.texts), *_beside(t)] for split, t in tables.items()}
+        rows = {
+            split: [list(t.keys), [_plain(label) for label in t.labels], list(t.texts), *_beside(t)]
+            for split, t in tables.items()
+        }
         found.setdefault(digest_json([rows, version.header.get("spec")]), version)
     return list(found.values())
+
+
+def _plain(label: Any) -> Any:
+    """A target as JSON has it."""
+    return digest_bytes(label) if isinstance(label, bytes) else label
 
 
 def _beside(table: TaskTable) -> list[Any]:

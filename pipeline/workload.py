@@ -11,7 +11,7 @@ import numpy as np
 
 from pipeline.extract.backbones.base import Backbone
 from pipeline.extract.backbones.batch import stream_of
-from pipeline.extract.backbones.images import Picture, Preprocess
+from pipeline.extract.backbones.images import Picture, Preprocess, filled_up
 from pipeline.extract.backbones.registry import backbone_for
 from pipeline.extract.backbones.vision import Vision
 from pipeline.extract.checkpoint import Checkpoint, local
@@ -145,7 +145,8 @@ def sample_lengths(
     refuse_other_kind(backbone, rows.texts, text.root, f"the {split} rows of {spec.name}")
     if isinstance(backbone, Vision):
         assert isinstance(tokenizer, Preprocess)
-        return backbone.measure(image_extents(tokenizer.sized(text.image_size), rows, text))
+        extents = image_extents(tokenizer.sized(text.image_size, text.dense), rows, text)
+        return backbone.measure(filled_up(extents, backbone.padding(text)))
     if tokenizer is not None:
         return prepared(backbone, tokenizer, spec, split, rows, text, candidates_of(backbone, tokenizer, spec)).lengths
     prompted = [text.prompt.format(*t) if backbone.writes_text else " ".join(t) for t in rows.texts]
@@ -187,7 +188,7 @@ def workload(recipe: Recipe, task: Task | None = None) -> Workload:
         0 if task.spec.target == "tokens" else max(2, len(task.spec.labels)),
         {s: sample_lengths(backbone, tokenizer, task, s, recipe) for s in splits},
         rows,
-        batch_size_of(recipe, backbone.writes_text),
+        batch_size_of(recipe, backbone.writes_text, task.spec.target),
         grouped(recipe, backbone.writes_text),
         recipe.epochs or (10 if task.spec.name in LARGE_TASKS else 20),
         tokenizer is None,

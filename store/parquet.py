@@ -24,12 +24,14 @@ from pipeline.store.names import MAX_JSON, MAX_UNPACKED, MAX_UNPACKED_RATIO, UNP
 from pipeline.store.texts import Texts
 
 _HEADER = b"activation"
-# Type of a task's targets → type of the column: an index or a number a sample, a list of indices, or nothing.
+# Type of a task's targets → type of the column: an index or a number a sample, a list of indices, the bytes of a PNG
+# file, or nothing.
 TARGETS: dict[str, pa.DataType] = {
     "class": pa.int32(),
     "number": pa.float64(),
     "classes": pa.list_(pa.int32()),
     "tags": pa.list_(pa.int32()),
+    "mask": pa.binary(),
     "none": pa.null(),
 }
 _KEY, _TEXTS, _TEXT = pa.binary(16), pa.list_(pa.string()), pa.string()
@@ -155,6 +157,8 @@ def _type_of(spec: Any, targets: Sequence[Any]) -> pa.DataType:
     some = [target for target in targets if target is not None]
     if not some:
         return TARGETS["none"]
+    if any(isinstance(target, bytes) for target in some):
+        return TARGETS["mask"]
     if any(isinstance(target, list) for target in some):
         return TARGETS["classes"]
     return TARGETS["class" if all(type(target) is int for target in some) else "number"]
@@ -164,6 +168,8 @@ def _fits(target: Any, kind: pa.DataType) -> bool:
     """Whether `target` is a value of the column; Arrow itself would cut a fraction off."""
     if target is None or pa.types.is_list(kind):
         return target is None or (isinstance(target, list) and all(type(i) is int for i in target))
+    if pa.types.is_binary(kind):
+        return isinstance(target, bytes)
     if pa.types.is_floating(kind):
         return type(target) in (int, float)
     return pa.types.is_integer(kind) and type(target) is int

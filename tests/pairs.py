@@ -5,6 +5,7 @@ from __future__ import annotations
 from pipeline.extract.backbones.base import Backbone
 from pipeline.extract.backbones.bert import Bert
 from pipeline.extract.backbones.clip_text import ClipText
+from pipeline.extract.backbones.convnext import ConvNeXt
 from pipeline.extract.backbones.decoder import Decoder
 from pipeline.extract.backbones.resnet import ResNet
 from pipeline.extract.backbones.swin import Swin
@@ -15,7 +16,7 @@ from pipeline.train.tuners import tuner_names
 TEXT: dict[str, type[Backbone]] = {"t5": T5, "bert": Bert, "roberta": Bert, "clip_text": ClipText, "decoder": Decoder}
 IMAGES: dict[str, type[Backbone]] = {
     "vit": Vit, "vit_hf": Vit, "clip": Vit, "resnet": ResNet, "resnext": ResNet, "resnet_hf": ResNet, "cifar": ResNet,
-    "swin": Swin,
+    "swin": Swin, "convnext": ConvNeXt,
 }  # fmt: skip
 
 # What goes through the long suites: each family, each library and each kind of block once.

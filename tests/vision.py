@@ -56,6 +56,14 @@ def swin(folder: Path) -> Path:
     return _timm(folder, "swin_tiny_patch4_window7_224", 64, img_size=64, **shape)
 
 
+def mobilenet(folder: Path) -> Path:
+    return _timm(folder, "mobilenetv2_035", 64)
+
+
+def convnext(folder: Path) -> Path:
+    return _timm(folder, "convnext_tiny", 64, depths=[1, 1, 1, 2], dims=[8, 16, 16, 32])
+
+
 def _hugging_face(folder: Path, model: torch.nn.Module, side: int) -> Path:
     model.save_pretrained(folder)
     spec = {"size": {"height": side, "width": side}, "image_mean": MEAN, "image_std": STD, "resample": 2}
@@ -101,7 +109,7 @@ def cifar(folder: Path, depth: int = 20, weights: Path | None = None) -> Path:
 
 CHECKPOINTS = {
     "vit": vit, "vit_hf": vit_hf, "clip": clip, "resnet": resnet, "resnext": resnext, "resnet_hf": resnet_hf,
-    "cifar": cifar, "swin": swin,
+    "cifar": cifar, "swin": swin, "mobilenet": mobilenet, "convnext": convnext,
 }  # fmt: skip
 
 

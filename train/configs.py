@@ -1,12 +1,12 @@
-"""Options of our tuners and objectives: their configs, in a module without torch, so that the command line lists them
-without loading what reads them. Those of others stand in their own files.
+"""Options of our tuners, and those that objectives have in common: their configs, in modules without torch, so that the
+command line lists them without loading what reads them. Those of others stand in their own files. Options of single
+objectives: `train.objective_configs`.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pipeline.extract.options import check_options, option
@@ -240,6 +240,16 @@ class SideTuningConfig(SideConfig):
 
 
 @dataclass(frozen=True)
+class FixedConfig(TunerConfig):
+    """No options of its own; `layers` are not for it: the feature pyramid is the backbone's."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.layers:
+            raise ValueError("layers: the head reads the backbone's feature pyramid; there is nothing to choose")
+
+
+@dataclass(frozen=True)
 class ObjectiveConfig:
     """Options of an objective are the fields of a subclass, each made by `option`, each with a default. Raises
     ValueError for a value that an option does not take. `metric`: what is reported instead of the task's own figures;
@@ -270,82 +280,6 @@ class PooledConfig(ObjectiveConfig):
     )
 
 
-BALANCED = ("balanced",)
-
-
-@dataclass(frozen=True)
-class ClassificationConfig(PooledConfig):
-    """`class_weights`: what a row of each class counts in the loss, the mean of which is over the sum of the weights;
-    classes that are not named count 1. "balanced": rows / (classes · rows of the class), as in scikit-learn, over the
-    classes that occur."""
-
-    class_weights: tuple[str, ...] = option(
-        (),
-        "What rows of a class count in the loss: balanced (classes count alike, counted on the training rows), or "
-        "NAME=WEIGHT,…; classes not named count 1. Default: rows count alike.",
-        metavar="balanced|NAME=W,…",
-    )
-
-    def settled(self, labels: Sequence[str], targets: Iterable[Any]) -> Self:
-        if self.class_weights == BALANCED:
-            rows = Counter(target for target in targets if target is not None)
-            share = sum(rows.values()) / max(1, len(rows))
-            weights = [share / rows[i] if rows[i] else 1.0 for i in range(len(labels))]
-        else:
-            weights = named_weights("class_weights", self.class_weights, labels)
-        return replace(self, class_weights=weights_text(labels, weights))
-
-
-@dataclass(frozen=True)
-class MultilabelConfig(PooledConfig):
-    """`threshold`: the probability from which a label is told. `positive_weights`: what a row with a label counts in
-    that label's loss beside one without; "balanced": rows without / rows with it, 1 for a label that all or none have.
-    The mean stays one over rows and labels, as that of torch."""
-
-    threshold: float = option(0.5, "Probability from which a label is told.", above=0, below=1)
-    positive_weights: tuple[str, ...] = option(
-        (),
-        "What a row with a label counts in its loss beside one without: balanced (rows without / rows with it, counted "
-        "on the training rows), or NAME=WEIGHT,…; labels not named count 1. Default: alike.",
-        metavar="balanced|NAME=W,…",
-    )
-
-    def settled(self, labels: Sequence[str], targets: Iterable[Any]) -> Self:
-        if self.positive_weights == BALANCED:
-            known = [target for target in targets if target is not None]
-            rows = Counter(label for target in known for label in set(target))
-            weights = [(len(known) / rows[i] - 1) or 1.0 if rows[i] else 1.0 for i in range(len(labels))]
-        else:
-            weights = named_weights("positive_weights", self.positive_weights, labels)
-        return replace(self, positive_weights=weights_text(labels, weights))
-
-
-def named_weights(option: str, given: Sequence[str], labels: Sequence[str]) -> list[float]:
-    """Weights in the order of `labels` from texts NAME=WEIGHT, 1 for what is not named; [] where nothing is `given`.
-    Raises UserError for another text, an unknown name, one that is named twice, or a weight that is not above 0."""
-    weights: dict[str, float] = {}
-    spelled = "--" + option.replace("_", "-")
-    for text in given:
-        name, _, number = text.rpartition("=")
-        try:
-            weight = float(number)
-        except ValueError:
-            weight = 0.0
-        if not name or not 0 < weight < float("inf"):
-            raise UserError(f"{spelled}: balanced, or NAME=WEIGHT with a weight above 0, not {text!r}")
-        if name not in labels:
-            raise UserError(f"{spelled}: there is no class {name!r}; there are: {', '.join(labels)}")
-        if name in weights:
-            raise UserError(f"{spelled}: {name!r} is given twice")
-        weights[name] = weight
-    return [weights.get(label, 1.0) for label in labels] if weights else []
-
-
-def weights_text(labels: Sequence[str], weights: Sequence[float]) -> tuple[str, ...]:
-    """`weights`, if any, as the texts that `named_weights` reads, to the last bit."""
-    return tuple(f"{label}={weight!r}" for label, weight in zip(labels, weights, strict=False))
-
-
 # Name → config, in the order in which they are registered; a test compares the two.
 TUNERS: dict[str, type[TunerConfig]] = {
     "sherl-clip": ClipConfig,
@@ -358,13 +292,5 @@ TUNERS: dict[str, type[TunerConfig]] = {
     "probe": ProbeConfig,
     "qst": QstConfig,
     "side-tuning": SideTuningConfig,
-}
-
-OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
-    "classification": ClassificationConfig,
-    "completion": ObjectiveConfig,
-    "label-text": ObjectiveConfig,
-    "multilabel": MultilabelConfig,
-    "regression": PooledConfig,
-    "tagging": ObjectiveConfig,
+    "fixed": FixedConfig,
 }

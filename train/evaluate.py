@@ -72,15 +72,17 @@ def predict(
     device: torch.device | str = "cpu",
     precision: str = "float32",
     check: Callable[[], None] = lambda: None,
+    keep: Callable[[int, dict[str, Any]], dict[str, Any]] = lambda place, entry: entry,
 ) -> list[dict[str, Any]]:
     """What `model.objective` tells of each sample of `source`, in the order of its task table. `check` is called
-    between batches and may raise to stop."""
+    between batches and may raise to stop. `keep(place, entry)`: what is to stay in memory of each."""
     indices: list[np.ndarray] = []
     entries: list[dict[str, Any]] = []
 
     def take(batch: Batch) -> None:
         check()
-        entries.extend(model.objective.entries(model.predict(batch)))
+        told = model.objective.entries(model.predict(batch))
+        entries.extend(keep(place, entry) for place, entry in zip(batch.index.tolist(), told, strict=True))
         indices.append(batch.index)
 
     _visit(model, source, device, precision, take)

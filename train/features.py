@@ -14,13 +14,14 @@ Kind = Literal["sample", "sequence", "map"]
 class Feature:
     """What a tuner hands out under one name: rows of `width`, packed as those of `stream`.
 
-    `kind`: "sequence", a row a position (`stream` says whose); "map", the same with positions on a grid; "sample", one
-    row a sample (`stream` is "").
+    `kind`: "sequence", a row a position (`stream` says whose); "map", the same with positions on a grid, `stride`
+    pixels of what the backbone sees apart; "sample", one row a sample (`stream` is "").
     """
 
     width: int
     stream: str = ""
     kind: Kind = "sample"
+    stride: int = 0
 
 
 Features = dict[str, Tensor]  # under the names of `Tuner.features`

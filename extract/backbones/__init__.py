@@ -1,6 +1,6 @@
 """Backbones: one file a family. Import a family's module here to register it."""
 
-from pipeline.extract.backbones import bert, clip_text, decoder, resnet, swin, t5, vit
+from pipeline.extract.backbones import bert, clip_text, convnext, decoder, efficientnet, resnet, swin, t5, vit
 from pipeline.extract.backbones.base import Backbone, TextOptions
 from pipeline.extract.backbones.batch import Batch, Layout, stream_of
 from pipeline.extract.backbones.inputs import Inputs
@@ -18,7 +18,9 @@ __all__ = [
     "backbone_for",
     "bert",
     "clip_text",
+    "convnext",
     "decoder",
+    "efficientnet",
     "register",
     "resnet",
     "stream_of",

@@ -36,8 +36,11 @@ class TextOptions:
     Of image families: `root`, the folder that file names are relative to; `skip_bad`, leave out pictures that cannot be
     read; `image_size`, "HEIGHTxWIDTH" of what the backbone sees, "own" for each
     picture's own, "" for the checkpoint's; `views`, how many fixed
-    augmented views of a training picture there are (1: the plain one alone), and `view_seed`, which draws them;
-    `upright`, turn pictures as their EXIF orientation says (False: of spaces made before that was done).
+    augmented views of a training picture there are (1: the plain one alone), `augment`, how they are made ("random",
+    "flip"), and `view_seed`, which draws random ones;
+    `upright`, turn pictures as their EXIF orientation says (False: of spaces made before that was done); `dense`, show
+    the whole of each picture, padded at the bottom and the right to the backbone's coarsest stride, and keep as meta
+    where it shows what.
     """
 
     prompt: str = ""
@@ -47,8 +50,10 @@ class TextOptions:
     skip_bad: bool = False
     image_size: str = ""
     views: int = 1
+    augment: str = "random"
     view_seed: int = 0
     upright: bool = True
+    dense: bool = False
     words: bool = False
     form: Form = "plain"
 
@@ -121,6 +126,15 @@ class Backbone(ABC):
     def width_of(self, stream: str) -> int:
         """The width of the states of `stream`."""
         return self.width
+
+    def stride(self, stream: str) -> int:
+        """Pixels between two neighbours of the map of `stream`; 0 where its rows are no map."""
+        return 0
+
+    @property
+    def coarsest(self) -> int:
+        """The largest stride of a stream in pixels."""
+        return max(self.stride(s) for s in self.streams)
 
     # -- projection: the same backbone, some of whose states are kept in fewer channels ---------------------------
     @property

@@ -144,6 +144,17 @@ class ClassToken(Capability):
     what = "a class token that stands for an image"
 
 
+class Levels(Capability):
+    """In stages, the last states of some of which make up a feature pyramid."""
+
+    what = "a feature pyramid"
+
+    @property
+    @abstractmethod
+    def levels(self) -> tuple[str, ...]:
+        """The streams of the feature pyramid, the finest map first."""
+
+
 class Branches(LiveLast):
     """In stages, with states of their own for what attention and MLP of each block add to the stream (`stage2.3.msa`,
     `stage2.3.mlp`) and for the patch embedding (`stage1.in`), and mergings between stages that its tail keeps."""

@@ -20,9 +20,11 @@ from typing import Any
 import numpy as np
 import torch
 import xxhash
-from PIL import Image, ImageEnhance, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from pipeline.extract.backbones.views import POLICIES, View
+from pipeline.extract.geometry import MOST_PIXELS, Geometry
 from pipeline.store.errors import UserError
 
 INTERPOLATIONS = {
@@ -43,8 +45,6 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-MOST_PIXELS = 89_478_485  # of a picture, a quarter of a gigabyte decoded; what Pillow warns at
-VIEW_POLICY = "crop0.6-1,flip0.5,color0.2"
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,11 @@ class Preprocess:
         """`size` as text: "224x224", or "own"."""
         return "x".join(map(str, self.size)) or "own"
 
-    def sized(self, text: str) -> Preprocess:
-        """The same at another size as `extent_text` writes it; "" changes nothing. Raises UserError otherwise."""
+    def sized(self, text: str, whole: bool = False) -> Preprocess:
+        """The same at another size as `extent_text` writes it; "" changes nothing. `whole`: the whole picture stretched
+        to it. Raises UserError otherwise."""
+        if whole:
+            return replace(self, crop=0.0).sized(text)
         if not text:
             return self
         parts = text.split("x")
@@ -130,12 +133,25 @@ class Preprocess:
         how = INTERPOLATIONS[self.interpolation]
         if not self.crop:
             return image.resize((width, height), how)
-        scale = max(height / image.height, width / image.width) / self.crop
-        tall, wide = max(height, round(image.height * scale)), max(width, round(image.width * scale))
+        tall, wide = self._resized(*image.size)
         if (wide, tall) != image.size:
             image = image.resize((wide, tall), how)
         left, top = (wide - width) // 2, (tall - height) // 2
         return image.crop((left, top, left + width, top + height))
+
+    def geometry(self, width: int, height: int) -> Geometry:
+        """Where `frame` puts what of an image of this size."""
+        tall, wide = self.extent(width, height)
+        if not self.size or not self.crop:
+            return Geometry((height, width), (tall, wide), (tall, wide), (tall / height, wide / width))
+        high, broad = self._resized(width, height)
+        cut = (float((high - tall) // 2), float((broad - wide) // 2))
+        return Geometry((height, width), (tall, wide), (tall, wide), (high / height, broad / width), cut)
+
+    def _resized(self, width: int, height: int) -> tuple[int, int]:
+        """(height, width) before the middle is cut out."""
+        scale = max(self.size[0] / height, self.size[1] / width) / self.crop
+        return max(self.size[0], round(height * scale)), max(self.size[1], round(width * scale))
 
     def pixels(self, image: Image.Image) -> Tensor:
         """(3, height, width) float32, normalised."""
@@ -145,7 +161,9 @@ class Preprocess:
 
 @dataclass(frozen=True)
 class Picture:
-    """One file under one preprocessing and one view."""
+    """One file under one preprocessing and one view. `extent`: (height, width) of what the backbone sees; `size`: of
+    the file's image, upright. `stride`: extents are filled up with zeros, the mean colour, to multiples of it.
+    `augment`: how views but the plain one are made, of `POLICIES`."""
 
     path: Path
     preprocess: Preprocess
@@ -154,13 +172,32 @@ class Picture:
     key: str
     extent: tuple[int, int]
     upright: bool = True
+    size: tuple[int, int] = (0, 0)
+    stride: int = 1
+    augment: str = "random"
 
     def pixels(self) -> Tensor:
         """(3, height, width) float32. Raises UserError for a file that cannot be read any more."""
         image = open_image(self.path, self.upright)
         if self.view:
-            image = augmented(image, np.random.default_rng(int(self.key[:16], 16)))
-        return self.preprocess.pixels(self.preprocess.frame(image))
+            image = self._view(image.size).apply(image)
+        shown = self.preprocess.pixels(self.preprocess.frame(image))
+        if self.stride == 1:
+            return shown
+        out = shown.new_zeros(3, *self.extent)
+        out[:, : shown.shape[1], : shown.shape[2]] = shown
+        return out
+
+    def _view(self, size: tuple[int, int]) -> View:
+        if self.augment == "flip":
+            return View.mirror(size)
+        return View.draw(size, np.random.default_rng(int(self.key[:16], 16)))
+
+    def geometry(self) -> Geometry:
+        """What of the image stands where in `pixels`."""
+        height, width = self.size
+        found = replace(self.preprocess.geometry(width, height), extent=self.extent)
+        return self._view((width, height)).geometry(found) if self.view else found
 
 
 @dataclass(frozen=True)
@@ -208,46 +245,57 @@ def open_image(path: Path, upright: bool = True) -> Image.Image:
         raise UserError(f"{path}: {why}; repair it, or leave it out: --skip-bad") from None
 
 
-def look(path: Path, preprocess: Preprocess, view: int, seed: int, upright: bool = True) -> Picture | UserError:
+def filled_up(extent: Sequence[int] | np.ndarray, stride: int) -> np.ndarray:
+    """Extents in pixels, (…, 2) or (2,), as the least multiples of `stride` that hold them."""
+    return -(-np.asarray(extent, np.int64) // stride) * stride
+
+
+def look(
+    path: Path,
+    preprocess: Preprocess,
+    view: int,
+    seed: int,
+    upright: bool = True,
+    stride: int = 1,
+    augment: str = "random",
+) -> Picture | UserError:
     """The picture at `path`, decoded once to be sure that it can be; or what is wrong with it."""
     try:
         image = open_image(path, upright)
     except UserError as error:
         return error
-    what = f"{preprocess.digest}:view {view}" + (f" of {VIEW_POLICY}, seed {seed}" if view else "")
+    drawn = f"{POLICIES[augment]}, seed {seed}" if augment == "random" else POLICIES[augment]
+    what = f"{preprocess.digest}:view {view}" + (f" of {drawn}" if view else "")
     h = xxhash.xxh3_128(path.read_bytes())
     h.update(what.encode())
-    return Picture(path, preprocess, view, seed, h.hexdigest(), preprocess.extent(*image.size), upright)
+    height, width = filled_up(preprocess.extent(*image.size), stride).tolist()
+    size = (image.height, image.width)
+    return Picture(path, preprocess, view, seed, h.hexdigest(), (height, width), upright, size, stride, augment)
 
 
 def look_all(
-    paths: Sequence[Path], preprocess: Preprocess, views: Sequence[int], seed: int, upright: bool = True
+    paths: Sequence[Path],
+    preprocess: Preprocess,
+    views: Sequence[int],
+    seed: int,
+    upright: bool = True,
+    stride: int = 1,
+    augment: str = "random",
 ) -> list[Any]:
     """`look` at many, on a few threads, in order."""
     with warnings.catch_warnings(), ThreadPoolExecutor(4) as pool:
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # such pictures are refused by name
-        return list(pool.map(lambda p: look(p[0], preprocess, p[1], seed, upright), zip(paths, views, strict=True)))
+        return list(
+            pool.map(
+                lambda p: look(p[0], preprocess, p[1], seed, upright, stride, augment), zip(paths, views, strict=True)
+            )
+        )
 
 
 def load_pixels(pictures: Sequence[Picture | Blank]) -> list[Tensor]:
     """Pixels of many, on a few threads, in order."""
     with ThreadPoolExecutor(4) as pool:
         return list(pool.map(lambda picture: picture.pixels(), pictures))
-
-
-def augmented(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """`VIEW_POLICY`: a crop of 0.6 to 1 of the area, a flip half of the time, brightness, contrast and colour within
-    0.8 to 1.2."""
-    share, ratio = rng.uniform(0.6, 1.0), np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
-    wide = min(image.width, max(1, round(image.width * (share * ratio) ** 0.5)))
-    tall = min(image.height, max(1, round(image.height * (share / ratio) ** 0.5)))
-    left, top = int(rng.integers(image.width - wide + 1)), int(rng.integers(image.height - tall + 1))
-    out = image.crop((left, top, left + wide, top + tall)).resize(image.size, Image.Resampling.BILINEAR)
-    if rng.random() < 0.5:
-        out = out.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
-        out = enhance(out).enhance(float(rng.uniform(0.8, 1.2)))
-    return out
 
 
 def _short(error: BaseException) -> str:

@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.extract.backbones.batch import Batch
-from pipeline.extract.backbones.capabilities import Blocks, LiveLast
+from pipeline.extract.backbones.capabilities import Blocks, Levels, LiveLast
 from pipeline.extract.backbones.grids import per_size
 from pipeline.extract.backbones.loading import collect, freeze
 from pipeline.extract.backbones.tail import LiveTail
 from pipeline.extract.backbones.vision import Vision, fill, in_order, keep, map_sizes, pixel_groups
+
+_SIDE = 1 << 12  # a multiple of every stride
 
 
 class PyramidTail(LiveTail):
@@ -59,7 +61,7 @@ class PyramidTail(LiveTail):
         return super().train(False)
 
 
-class Pyramid(Blocks, LiveLast, Vision):
+class Pyramid(Blocks, LiveLast, Levels, Vision):
     """What staged families share. Subclasses give `stem`, `stages`, `channels` and `grid`."""
 
     shape: ClassVar[Literal["sequence", "pyramid"]] = "pyramid"
@@ -98,6 +100,14 @@ class Pyramid(Blocks, LiveLast, Vision):
 
     def depth(self, stream: str) -> int:
         return self._depths[self.streams.index(stream)]
+
+    def stride(self, stream: str) -> int:
+        return _SIDE // self.grid(stream, _SIDE, _SIDE)[0]
+
+    @property
+    def levels(self) -> tuple[str, ...]:
+        """The streams that make up the feature pyramid: of each stride from 4 on the last."""
+        return tuple({self.stride(s): s for s in self.streams if self.stride(s) >= 4}.values())
 
     def embedding(self, stream: str) -> list[str]:
         return []

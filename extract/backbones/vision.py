@@ -26,6 +26,7 @@ from pipeline.extract.backbones.grids import COLUMN, EXTENT, SIZES, sizes
 from pipeline.extract.backbones.images import Blank, Preprocess, load_pixels, look_all
 from pipeline.extract.backbones.inputs import Inputs
 from pipeline.extract.backbones.loading import load_frozen
+from pipeline.extract.geometry import META
 from pipeline.store.errors import UserError
 
 _HEADS = ("head.", "head_dist.", "fc.", "classifier.", "fc_norm.", "norm_head.", "linear.", "pooler.")
@@ -71,9 +72,9 @@ class Vision(Backbone):
         Every picture is decoded once here. Raises UserError naming the first that cannot be read; with
         `options.skip_bad` those are left out and listed in `skipped`.
         """
-        preprocess = tokenizer.sized(options.image_size)
+        preprocess, stride = tokenizer.sized(options.image_size, options.dense), self.padding(options)
         paths, views = [Path(options.root) / t[0] for t in texts], [int(t[1]) if len(t) > 1 else 0 for t in texts]
-        found = look_all(paths, preprocess, views, options.view_seed, options.upright)
+        found = look_all(paths, preprocess, views, options.view_seed, options.upright, stride, options.augment)
         bad = {i: str(p) for i, p in enumerate(found) if isinstance(p, UserError)}
         if bad and not options.skip_bad:
             more = f" (and {len(bad) - 1} more like it)" if len(bad) > 1 else ""
@@ -86,7 +87,12 @@ class Vision(Backbone):
         extents = np.array([p.extent for p in good], np.int64).reshape(len(good), 2)
         lengths = {s: n for s, n in self.measure(extents).items() if s not in EXTENT}
         columns = {COLUMN: self._grids(extents).reshape(-1).astype(np.int32)}
-        return Inputs(lengths, columns, np.zeros(len(good), bool), pictures, bad)
+        metas = [{META: p.geometry().to_meta()} for p in good] if options.dense else []
+        return Inputs(lengths, columns, np.zeros(len(good), bool), pictures, bad, metas)
+
+    def padding(self, options: TextOptions) -> int:
+        """What extents of pictures are filled up to multiples of."""
+        return self.coarsest if options.dense else 1
 
     def measure(self, extents: np.ndarray) -> dict[str, np.ndarray]:
         """Lengths of images of `extents` (n, 2) in pixels: stream → (n,), and what `made_up` needs beside them."""

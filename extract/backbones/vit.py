@@ -88,6 +88,10 @@ class Vit(LateBlocks, ClassToken, Vision):
             raise UserError(f"pictures of {height}x{width} have no whole {patch[0]}x{patch[1]} patches: --image-size")
         return height // patch[0], width // patch[1]
 
+    def stride(self, stream: str) -> int:
+        patch = self.skeleton.patch_embed.patch_size if self.is_timm else (self.config.patch_size,)
+        return int(patch[0])
+
     def blocks(self, model: Any) -> Any:
         """The list of blocks."""
         if self.is_timm:

@@ -21,8 +21,9 @@ SPLIT_NAMES: dict[str, str] = {"train": "train", "validation": "validation", "va
                "dev": "validation", "test": "test"}  # fmt: skip
 SPLIT_SEED = 42  # of the LST / SHERL protocol; never the run's seed, so that every seed sees the same splits
 
-Label = int | float | list[int] | None  # the target of a row, of its task's type
-TargetType = Literal["class", "number", "classes", "tags", "tokens", "none"]
+Label = int | float | list[int] | bytes | None  # the target of a row, of its task's type
+TargetType = Literal["class", "number", "classes", "tags", "tokens", "mask", "none"]
+DENSE = ("mask",)  # types of target that say where in an image something is
 # What format 1 of task tables called a task by, which the versions of such tasks are still digests of.
 _KINDS = {"class": "classification", "number": "regression"}
 
@@ -36,12 +37,13 @@ class TaskSpec:
     """A task without its rows. It travels in the header of a task table (`to_dict`, `from_dict`).
 
     `target`: the type of a row's target: an index into `labels` (class), a number, a list of such indices (classes:
-    any number of them; tags: one for each word of the text), tokens of the text itself (then a row has no label), or
-    none. `labels`: names in index order, () for numbers. `metrics`: names known to `train.metrics` for a class or a
-    number; their mean selects the best epoch. `fields`: names of the one or two text fields. `prompt`: text-to-text
-    source with {0} and {1} for the fields. `texts`: what a text-to-text model must answer, per class, or per value of
-    the grid for a number; () for other targets. `values`: the number each of these stands for, evenly spaced; () where
-    targets are no numbers. Raises `TaskError` where these do not fit together.
+    any number of them; tags: one for each word of the text), an image of such indices as the bytes of a PNG file
+    (mask), tokens of the text itself (then a row has no label), or none. `labels`: names in index order, () for
+    numbers. `metrics`: names known to `train.metrics` for a class or a number; their mean selects the best epoch.
+    `fields`: names of the one or two text fields. `prompt`: text-to-text source with {0} and {1} for the fields.
+    `texts`: what a text-to-text model must answer, per class, or per value of the grid for a number; () for other
+    targets. `values`: the number each of these stands for, evenly spaced; () where targets are no numbers. Raises
+    `TaskError` where these do not fit together.
     """
 
     name: str
@@ -81,6 +83,8 @@ class TaskSpec:
 
     def named(self, label: Label) -> str:
         """A target as people read it: names of classes, or the number."""
+        if isinstance(label, bytes):
+            return f"a mask of {len(label):,} bytes"
         if self.target == "number" or label is None:
             return "none" if label is None else f"{label:g}"
         return ", ".join(self.labels[int(i)] for i in (label if isinstance(label, list) else [label])) or "nothing"

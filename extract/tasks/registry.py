@@ -16,6 +16,7 @@ from pipeline.extract.tasks.completion import load_hub_texts
 from pipeline.extract.tasks.glue import GLUE, USUAL_GRID, load_glue
 from pipeline.extract.tasks.hub_images import PREFIX, hub_name, load_hub_images
 from pipeline.extract.tasks.images import load_folder
+from pipeline.extract.tasks.masks import load_masks, mask_pairs
 from pipeline.extract.tasks.names import table_name
 from pipeline.extract.tasks.sheet import SUFFIXES
 from pipeline.extract.tasks.table import load_table
@@ -59,13 +60,14 @@ def load_task(
     task_name: str | None = None,
     grid: float = USUAL_GRID,
     continues: bool = False,
+    void: int | None = None,
 ) -> Task:
     """The task called `name`, the table at the path `name` (.csv, .tsv, .jsonl, .json, .conll), the pictures in that
-    folder, or those of a Hugging Face dataset (hub:DATASET).
+    folder, with masks beside them or in folders of classes, or those of a Hugging Face dataset (hub:DATASET).
 
     `data`: folder of the task's files, instead of the Hugging Face hub. `grid`: spacing of the STS-B targets, 0.1 as in
-    the official LST and SHERL code (a quirk) or 0.2 as in T5. `targets`: types of target that will do, () for any. All
-    other options are for a table; see `load_table`.
+    the official LST and SHERL code (a quirk) or 0.2 as in T5. `targets`: types of target that will do, () for any.
+    `void`: a number in masks that is no class. All other options are for a table; see `load_table`.
     Raises `TaskError` with one line for anything wrong with the name, the options or the files.
     """
     options = {"text": text, "text-pair": text_pair, "label": label, "separator": separator,
@@ -91,7 +93,9 @@ def load_task(
         )  # fmt: skip
         return replace(made, origin=_origin(path, validation, test))
     if is_folder(name):
-        return replace(load_folder(Path(name), task_name), origin=_origin(Path(name)))
+        dense = "mask" in targets or (not targets and mask_pairs(Path(name)) is not None)
+        made = load_masks(Path(name), task_name, void) if dense else load_folder(Path(name), task_name)
+        return replace(made, origin=_origin(Path(name)))
     known = _resolve(name)
     origin = digest_json(["hub", known]) if data is None else _origin(data)
     return replace(_TASKS[known][1](data, grid), origin=origin)

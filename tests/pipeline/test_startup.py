@@ -12,7 +12,7 @@ import pytest
 from pipeline import catalog
 from pipeline.catalog import FAMILIES, TUNERS
 from pipeline.extract.backbones import backbone_classes
-from pipeline.train import configs
+from pipeline.train import configs, objective_configs
 from pipeline.train.objectives import objective_class
 from pipeline.train.tuners import base, tuner_class, tuner_names
 
@@ -54,7 +54,7 @@ def test_lists_say_what_the_classes_say() -> None:
     ours = {n: tuner_class(n) for n in tuner_names()}  # other tests may have registered theirs
     assert {n: c.description for n, c in ours.items() if c.__module__.startswith("pipeline.")} == TUNERS
     assert {n: tuner_class(n).config_class for n in TUNERS} == configs.TUNERS and [*TUNERS] == [*configs.TUNERS]
-    assert {n: objective_class(n).config_class for n in configs.OBJECTIVES} == configs.OBJECTIVES
+    assert {n: objective_class(n).config_class for n in objective_configs.OBJECTIVES} == objective_configs.OBJECTIVES
     assert {f.name: (f.description, f.model_types) for f in backbone_classes()} == FAMILIES
 
 

@@ -108,4 +108,5 @@ FORMULAS: dict[tuple[str, str], Callable[[Any, Any], int]] = {
     ("sherl-clip", "sequence"): sherl_clip,
     ("unipt-clip", "sequence"): _tower,
     ("e3va", "pyramid"): e3va,
+    ("fixed", "pyramid"): lambda config, backbone: 0,
 }

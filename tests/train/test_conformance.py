@@ -58,7 +58,9 @@ def test_the_toy_is_gone():
 
 def test_a_tuner_without_a_form_for_a_family_says_so(checkpoints):
     backbone = Checkpoint(checkpoints["cifar"], "cifar").backbone
-    with pytest.raises(UserError, match=r"'lst' has no form for resnet backbones.*sherl, unipt, head2toe, probe"):
+    with pytest.raises(
+        UserError, match=r"'lst' has no form for resnet backbones.*sherl, unipt, fixed, head2toe, probe"
+    ):
         tuner_class("lst", backbone)
 
 

@@ -14,8 +14,9 @@ from torch.nn import functional as F
 
 from pipeline.extract.backbones.inputs import Inputs
 from pipeline.store.errors import Notice, UserError
-from pipeline.train.configs import ClassificationConfig, MultilabelConfig, ObjectiveConfig, PooledConfig, named_weights
+from pipeline.train.configs import ObjectiveConfig, PooledConfig
 from pipeline.train.features import Feature
+from pipeline.train.objective_configs import ClassificationConfig, MultilabelConfig, named_weights
 from pipeline.train.objectives import Answers
 from pipeline.train.objectives.classification import Classification
 from pipeline.train.objectives.multilabel import Multilabel

@@ -1,6 +1,14 @@
 """Objectives: one file a kind of target, with its head. Import an objective's module here to register it."""
 
-from pipeline.train.objectives import classification, completion, label_text, multilabel, regression, tagging
+from pipeline.train.objectives import (
+    classification,
+    completion,
+    label_text,
+    multilabel,
+    regression,
+    segmentation,
+    tagging,
+)
 from pipeline.train.objectives.base import (
     Answers,
     Head,
@@ -30,5 +38,6 @@ __all__ = [
     "objective_names",
     "register",
     "regression",
+    "segmentation",
     "tagging",
 ]

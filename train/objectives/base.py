@@ -11,6 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -126,6 +127,7 @@ class Objective(ABC):
     continues_text: ClassVar[bool] = False  # targets are tokens of the text itself: rows need none of their own
     slots: ClassVar[bool] = False  # its head reads features of several slots (see `Batch.spread`)
     coupled: ClassVar[bool] = False  # a batch's samples stand in one loss: no accumulation, one rank
+    files: ClassVar[bool] = False  # entries hold more than JSON does, and `save` writes it
 
     def __init__(self, config: Any, answers: Answers) -> None:
         self.config, self.answers = config, answers
@@ -179,7 +181,13 @@ class Objective(ABC):
 
     @abstractmethod
     def entries(self, out: Outputs) -> list[dict[str, Any]]:
-        """What `Head.predict` gave for B samples, on the host → B entries ready for JSON."""
+        """What `Head.predict` gave for B samples, on the host → B entries ready for JSON; with `files`, as `save` takes
+        them."""
+
+    def save(self, entry: Mapping[str, Any], image: Path, folder: Path, name: str) -> dict[str, Any]:
+        """Write what `entry` says of `image` to files called `name` below `folder`. Returns it ready for JSON, with the
+        files' names."""
+        raise NotImplementedError
 
 
 _OBJECTIVES: dict[str, type[Objective]] = {}

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.extract.backbones.batch import Batch
-from pipeline.train.configs import MultilabelConfig, named_weights
 from pipeline.train.features import Feature, Features
 from pipeline.train.finite import refuse_nan
 from pipeline.train.metrics import LABELS
+from pipeline.train.objective_configs import MultilabelConfig, named_weights
 from pipeline.train.objectives.base import Objective, Outputs, Report, Scorer, Vocabulary, register
 from pipeline.train.objectives.pooled import PooledHead
 from pipeline.train.objectives.reports import shares

@@ -1,6 +1,6 @@
 """Tuners: one file a method. Import a method's module here to register it."""
 
-from pipeline.train.tuners import clip, conv, e3va, head2toe, lst, probe, qst, sherl, sidetuning, unipt
+from pipeline.train.tuners import clip, conv, e3va, fixed, head2toe, lst, probe, qst, sherl, sidetuning, unipt
 from pipeline.train.tuners.base import (
     Start,
     StateLinear,
@@ -25,6 +25,7 @@ __all__ = [
     "conv",
     "e3va",
     "fitting_tuner",
+    "fixed",
     "form",
     "head2toe",
     "lst",

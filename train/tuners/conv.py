@@ -52,7 +52,7 @@ def taps(config: TunerConfig, backbone: Backbone, method: str, live: bool) -> li
         raise UserError(f"layers: {method} on {backbone.name} backbones reads every stage; there is nothing to choose")
     names = [f"{s}.{backbone.depth(s) - 1}" for s in backbone.streams]
     if live:
-        names[-1] = f"{backbone.streams[-1]}.{max(0, backbone.depth(backbone.streams[-1]) - 2)}"
+        names[-1] = f"{backbone.streams[-1]}.{backbone.depth(backbone.streams[-1]) - 2}"
     return names
 
 
@@ -101,6 +101,9 @@ class SherlConv(Tuner):
                 return f"{name}: {backbone.name} backbones take {usual} only, not {given}"
         if config.recompute:
             return f"recompute: SHERL on {backbone.name} backbones keeps what it computes; leave it out"
+        if backbone.depth(backbone.streams[-1]) < 2:
+            last = f"{backbone.streams[-1]} of {backbone.name} backbones has a single one"
+            return f"SHERL's live layer is the last of two blocks or more of one width; {last}"
         return super().refuse(config, backbone)
 
     @classmethod

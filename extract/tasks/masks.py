@@ -1,0 +1,257 @@
+"""Images with masks as a task: a class for each pixel, in a file of the image's name.
+
+    FOLDER/images/*.jpg  FOLDER/masks/*.png                  a tenth of the images each is held out, as of a table
+    FOLDER/images/SPLIT/…  FOLDER/masks/SPLIT/…              splits as they are; `annotations` will do for `masks`
+    FOLDER/SPLIT/images/…  FOLDER/SPLIT/masks/…              the same
+    FOLDER/SPLIT/…  FOLDER/SPLITannot/…                      CamVid's layout
+    FOLDER/JPEGImages  FOLDER/SegmentationClass              PASCAL VOC's, splits by ImageSets/Segmentation/SPLIT.txt
+
+A mask is an 8-bit image of one channel, or with a palette; a pixel's number is that of its class. 255 is no class, and
+so is what the user says is none. FOLDER/classes.txt, a name a line, says which classes there are; without it there are
+as many as the largest number of a training mask asks for.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from pipeline.extract.geometry import MOST_PIXELS
+from pipeline.extract.tasks.base import SPLITS, Rows, Task, TaskError, TaskSpec, fixed_order
+from pipeline.extract.tasks.images import SPLIT_NAMES, pictures
+from pipeline.extract.tasks.splits import HELD_OUT, table_name
+
+VOID = 255
+CLASSES = "classes.txt"
+# Brostow et al. (2009) in the 11 classes of Badrinarayanan et al. (2017), whose masks say 11 where there is none.
+CAMVID = (
+    "sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist",
+)  # fmt: skip
+_SPLITS = {**SPLIT_NAMES, "training": "train"}
+_MASKS = ("masks", "annotations", "labels")
+_LOSSY = (".jpg", ".jpeg", ".webp", ".gif")
+_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Images with their masks, split → (image, mask) in the order of names; `layout`: how they lie in their folder.
+    Images of the split "" are yet to be split."""
+
+    layout: str
+    splits: dict[str, list[tuple[Path, Path]]]
+
+
+def mask_pairs(folder: Path) -> Pairs | None:
+    """The images with masks of `folder`; None where it is laid out in no way that is known. Raises `TaskError` naming
+    an image without a mask or a mask without an image."""
+    here = {p.name: p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")}
+    if beside := {n: p for n, p in here.items() if n in _SPLITS and f"{n}annot" in here}:
+        return Pairs("annot", {_SPLITS[n]: _paired(p, here[f"{n}annot"]) for n, p in beside.items()})
+    if "JPEGImages" in here and "SegmentationClass" in here:
+        return Pairs("voc", _voc(folder, here["JPEGImages"], here["SegmentationClass"]))
+    if "images" in here and (name := _first(here)):
+        parts = {p.name: p for p in here["images"].iterdir() if p.is_dir() and p.name in _SPLITS}
+        if parts:
+            return Pairs("images", {_SPLITS[n]: _paired(p, here[name] / n) for n, p in parts.items()})
+        return Pairs("images", {"": _paired(here["images"], here[name])})
+    found = {}
+    for split, place in here.items():
+        inner = {p.name: p for p in place.iterdir() if p.is_dir()} if split in _SPLITS else {}
+        if "images" in inner and (name := _first(inner)):
+            found[_SPLITS[split]] = _paired(inner["images"], inner[name])
+    return Pairs("images", found) if found else None
+
+
+def _first(folders: dict[str, Path]) -> str | None:
+    return next((name for name in _MASKS if name in folders), None)
+
+
+def _stems(folder: Path) -> dict[str, Path]:
+    return {p.relative_to(folder).with_suffix("").as_posix(): p for p in pictures(folder)} if folder.is_dir() else {}
+
+
+def _paired(images: Path, masks: Path) -> list[tuple[Path, Path]]:
+    here, there = _stems(images), _stems(masks)
+    if without := sorted(here.keys() - there.keys()):
+        raise TaskError(f"{here[without[0]]}: there is no mask of this name in {masks}")
+    if without := sorted(there.keys() - here.keys()):
+        raise TaskError(f"{there[without[0]]}: there is no picture of this name in {images}")
+    return [(here[stem], there[stem]) for stem in sorted(here)]
+
+
+def _voc(folder: Path, images: Path, masks: Path) -> dict[str, list[tuple[Path, Path]]]:
+    here, there = _stems(images), _stems(masks)
+    found = {}
+    for file in sorted((folder / "ImageSets" / "Segmentation").glob("*.txt")):
+        if file.stem not in _SPLITS:
+            continue
+        names = file.read_text(encoding="utf-8").split()
+        if lost := next((n for n in names if n not in here or n not in there), None):
+            raise TaskError(f"{file}: {lost} has no picture in {images.name} or no mask in {masks.name}")
+        found[_SPLITS[file.stem]] = [(here[n], there[n]) for n in names]
+    return found
+
+
+def load_masks(folder: Path, name: str | None = None, void: int | None = None) -> Task:
+    """The images of `folder` with their masks as a task named after it. Rows hold names relative to the folder, and the
+    bytes of the mask as a PNG file. `void`: a number in masks that is no class, beside 255.
+
+    Raises `TaskError` naming a mask that is damaged, of another size than its image, of several channels or with a
+    number that is no class; and where there are no masks, or too few to hold any out.
+    """
+    pairs = mask_pairs(folder)
+    if pairs is None or not pairs.splits:
+        raise TaskError(
+            f"{folder}: no masks found; expected images/ and masks/ (or SPLIT/ and SPLITannot/), files of equal names"
+        )
+    read = {split: _read(files) for split, files in pairs.splits.items()}
+    if not any(read.values()):
+        raise TaskError(f"{folder}: there are no pictures in it")
+    classes, none = _classes(folder, pairs, read, void)
+    splits = {split: _rows(folder, pairs.splits[split], masks, classes, none) for split, masks in read.items()}
+    absent: dict[str, str] = {}
+    if "" in splits:
+        everything, rule = splits.pop(""), "held-out"
+        held = max(1, int(len(everything) * HELD_OUT))
+        if len(everything) < 3:
+            raise TaskError(f"{folder} has {len(everything)} pictures, too few to hold any out; add some")
+        order = fixed_order(len(everything))
+        parts = (("train", order[2 * held :]), ("validation", order[:held]), ("test", order[held : 2 * held]))
+        splits = {split: everything.take(places) for split, places in parts}
+    else:
+        rule = "folders"
+        absent = {s: f"no folder of {s} pictures in {folder}" for s in SPLITS if s not in splits}
+        splits = {s: rows.take(fixed_order(len(rows))) for s, rows in splits.items()}
+    task = table_name(name or folder.resolve().name)
+    provenance = {
+        "dataset": folder.resolve().name,
+        "revision": _revision(splits),
+        "licence": "not stated",
+        "source": "mask folder",
+        "splits": rule,
+        "label": "mask",
+    }
+    spec = TaskSpec(task, "mask", classes, (), ("image",), f"{task} image: {{0}}")
+    return Task(spec, {s: splits[s] for s in SPLITS if s in splits}, provenance, absent)
+
+
+@dataclass(frozen=True)
+class _Mask:
+    """`data`: as the bytes of a PNG file. `numbers`: which occur, ascending."""
+
+    data: bytes
+    numbers: tuple[int, ...]
+
+
+def _read(files: Sequence[tuple[Path, Path]]) -> list[_Mask]:
+    with ThreadPoolExecutor(4) as pool:
+        return list(pool.map(_read_pair, files))
+
+
+def _read_pair(pair: tuple[Path, Path]) -> _Mask:
+    image, path = pair
+    if path.suffix.lower() in _LOSSY:
+        raise TaskError(f"{path}: a mask in a format that does not keep its numbers; save it as PNG")
+    data = path.read_bytes()
+    values = read_mask(data, str(path))
+    if png_size(data) is None:  # another lossless format
+        data = _png(values)
+    if (seen := _size(image)) is not None and seen != values.shape:
+        tall, wide = values.shape
+        raise TaskError(f"{path}: a mask of {tall}x{wide} pixels, its picture {image.name} has {seen[0]}x{seen[1]}")
+    numbers = np.flatnonzero(np.bincount(values.reshape(-1), minlength=256))
+    return _Mask(data, tuple(numbers.tolist()))
+
+
+def _size(image: Path) -> tuple[int, int] | None:
+    """(height, width) of an image, upright; None of one that cannot be read, which is said where it is."""
+    from pipeline.extract.backbones.images import header_extent
+    from pipeline.store.errors import UserError
+
+    try:
+        width, height = header_extent(image)
+    except UserError:
+        return None
+    return height, width
+
+
+def _png(values: np.ndarray) -> bytes:
+    from PIL import Image
+
+    out = io.BytesIO()
+    Image.fromarray(values).save(out, "PNG")
+    return out.getvalue()
+
+
+def png_size(data: bytes) -> tuple[int, int] | None:
+    """(height, width) that a PNG file says it has; None of what is none."""
+    if len(data) < 24 or not data.startswith(_SIGNATURE) or data[12:16] != b"IHDR":
+        return None
+    width, height = struct.unpack(">II", data[16:24])
+    return height, width
+
+
+def read_mask(data: bytes, where: str) -> np.ndarray:
+    """(height, width) uint8, the numbers of a mask's pixels. Raises `TaskError` naming `where` for what is none."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise TaskError(f"{where}: more than {MOST_PIXELS:,} pixels")
+            if image.mode not in ("L", "P", "1"):
+                raise TaskError(f"{where}: a mask has one channel of 8 bits, the numbers of classes; not {image.mode}")
+            return np.asarray(image).astype(np.uint8)
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise TaskError(f"{where}: no mask that can be read ({str(error).splitlines()[0][:80]})") from None
+
+
+def _classes(
+    folder: Path, pairs: Pairs, read: dict[str, list[_Mask]], void: int | None
+) -> tuple[tuple[str, ...], set[int]]:
+    """Names of the classes in the order of their numbers, and the numbers that are no class."""
+    none = {VOID} if void is None else {VOID, void}
+    file = folder / CLASSES
+    if file.is_file():
+        names = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        if len(set(names)) < len(names) or len(names) > VOID:
+            raise TaskError(f"{file}: at most {VOID} names, each once, one a line")
+        return tuple(names), none
+    first = read.get("train") or read.get("") or [m for masks in read.values() for m in masks]
+    numbers = {n for mask in first for n in mask.numbers} - {VOID}
+    if void is None and pairs.layout == "annot" and max(numbers, default=0) == len(CAMVID):
+        return CAMVID, {*none, len(CAMVID)}
+    return tuple(str(i) for i in range(max(numbers - none, default=0) + 1)), none
+
+
+def _rows(
+    folder: Path, files: Sequence[tuple[Path, Path]], masks: Sequence[_Mask], classes: Sequence[str], none: set[int]
+) -> Rows:
+    rows = Rows([], [])
+    for (image, path), mask in zip(files, masks, strict=True):
+        if wrong := [n for n in mask.numbers if n >= len(classes) and n not in none]:
+            raise TaskError(
+                f"{path}: {wrong[0]} is no class, there are {len(classes)} (0 to {len(classes) - 1}); say which number "
+                "is none with --ignore-index, or name all classes in classes.txt"
+            )
+        rows.texts.append((image.relative_to(folder).as_posix(),))
+        rows.labels.append(mask.data)
+    return rows
+
+
+def _revision(splits: dict[str, Rows]) -> str:
+    named: list[Any] = []
+    for split, rows in splits.items():
+        for texts, data in zip(rows.texts, rows.labels, strict=True):
+            assert isinstance(data, bytes)
+            named.append((split, *texts, xxhash.xxh3_128_hexdigest(data)))
+    return xxhash.xxh3_128_hexdigest(repr(sorted(named)).encode())

@@ -1,0 +1,69 @@
+"""CamVid from cached features: UPerNet of width 64 on a frozen MobileNetV2, 360 × 480, 12 epochs, by number format.
+
+Everything runs through the public commands' functions. Cached and live epochs are timed in one process, one after the
+other; accuracies are of the test split, at the epoch that was best on the validation split.
+
+    python -m tests.benchmarks.segmentation --data ../shared/data --out /tmp/camvid --seeds 2
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pipeline.extracting import run_extract
+from pipeline.recipe import Recipe
+from pipeline.training import run_train
+from tests.benchmarks.results import markdown, write
+
+NOTE = """Frozen MobileNetV2 × 0.35 with ImageNet features, UPerNet of width 64 with its auxiliary head (514,166
+trainable parameters), 92 / 34 / 39 images of CamVid at 360 × 480, padded to 384 × 480; 11 classes, batch 2, the
+defaults of `pipeline train`. Seconds an epoch are of training alone, on {threads} CPU thread(s); the machine was shared
+with other work, so they are upper bounds, and the ratio is what counts. Live: {steps} steps, the backbone run in the
+loop."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--formats", nargs="+", default=["float16", "int8"])
+    parser.add_argument("--live-steps", type=int, default=46)
+    args = parser.parse_args()
+    task = {"model": str(args.data / "weights/mobilenetv2_035"), "task": str(args.data / "camvid")}
+    rows = []
+    for fmt in args.formats:
+        common = {**task, "store": str(args.out / "store"), "format": fmt, "image_size": "own"}
+        done = run_extract(Recipe(**common, tuners=("fixed",)), print, quiet=True)
+        print(f"{fmt}: extracted {done['computed']} images, {done['bytes'] / 1e6:.0f} MB, {done['seconds']:.1f} s")
+        options = {**common, "tuner": "fixed", "epochs": args.epochs, "objective_options": {"head_width": 64}}
+        runs = []
+        for seed in range(args.seeds):
+            recipe = Recipe(**options, seed=seed, out=str(args.out / f"runs/{fmt}-{seed}"), overwrite=True)
+            runs.append(run_train(recipe, lambda text: None, quiet=True))
+            print(f"{fmt} seed {seed}: {runs[-1]['test']}, {runs[-1]['seconds_per_epoch']:.1f} s an epoch", flush=True)
+        live = "–"
+        if fmt == args.formats[0]:
+            recipe = Recipe(
+                **options, live=True, max_steps=args.live_steps, out=str(args.out / "runs/live"), overwrite=True
+            )
+            live = f"{run_train(recipe, lambda text: None, quiet=True)['seconds_per_epoch']:.1f}"
+        cells = [f"{100 * np.mean([r[s]['miou'] for r in runs]):.1f}" for s in ("validation", "test")]
+        each = ", ".join(f"{100 * r['test']['miou']:.1f}" for r in runs)
+        accuracy = f"{100 * np.mean([r['test']['pixel_accuracy'] for r in runs]):.1f}"
+        seconds = f"{np.mean([r['seconds_per_epoch'] for r in runs]):.1f}"
+        rows.append((fmt, *cells, each, accuracy, seconds, live))
+        print(*rows[-1], flush=True)
+    head = ("format", "validation mIoU", "test mIoU", "by seed", "pixel accuracy", "s/epoch cached", "live")
+    note = NOTE.format(threads=torch.get_num_threads(), steps=args.live_steps)
+    command = "python -m tests.benchmarks.segmentation --data DATA --out FOLDER"
+    write("Segmentation", command, f"{note}\n\n{markdown(head, rows)}")
+
+
+if __name__ == "__main__":
+    main()

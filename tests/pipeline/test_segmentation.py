@@ -1,0 +1,173 @@
+"""Segmentation from the command line on generated scenes of unequal sizes: cached = live, what is told is what is
+scored, bad input by name."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from pipeline.cli import main
+from pipeline.extract.geometry import Geometry
+from pipeline.extract.tasks import load_task
+from pipeline.extract.tasks.masks import read_mask
+from pipeline.store import Store
+from tests.scenes import write_scenes
+
+
+def run(*words, ok: bool = True):
+    result = CliRunner().invoke(main, [*map(str, words), "--json"])
+    assert (result.exit_code == 0) == ok, result.output
+    return json.loads(result.stdout) if ok else result.stderr
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    return write_scenes(tmp_path_factory.mktemp("dense") / "scenes", {"train": 8, "val": 4, "test": 4})
+
+
+@pytest.fixture(scope="module")
+def store(scenes, checkpoints, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dense") / "store"
+    for name in ("mobilenet", "swin"):
+        done = run(
+            "extract", "--model", checkpoints[name], "--task", scenes, "--objective", "segmentation", "--image-size",
+            "own", "--for", "fixed" if name == "mobilenet" else "fixed,e3va", "--format", "float32", "--store", folder,
+        )  # fmt: skip
+        assert done["computed"] == 16
+    return folder
+
+
+def losses(folder):
+    lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+CASES = [("mobilenet", "fixed", "upernet"), ("mobilenet", "fixed", "fcn"), ("swin", "fixed", "linear"),
+         ("swin", "e3va", "upernet")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("model", "tuner", "head"), CASES)
+def test_cached_is_live_at_unequal_sizes(scenes, store, checkpoints, tmp_path, model, tuner, head):
+    words = ["train", "--model", checkpoints[model], "--task", scenes, "--tuner", tuner, "--store", store]
+    words += ["--head", head, "--batch-size", 3, "--epochs", 7, "--max-steps", 20, "--no-group-by-length"]
+    words += [] if head == "linear" else ["--head-width", 8]
+    cached, live = run(*words, "--out", tmp_path / "a"), run(*words, "--live", "--out", tmp_path / "b")
+    one, other = losses(tmp_path / "a"), losses(tmp_path / "b")
+    assert len(one) == 20 and np.abs(np.subtract(one, other)).max() <= 1e-5
+    assert cached["test"].keys() == {"miou", "pixel_accuracy"}
+    assert cached["test"] == pytest.approx(live["test"], abs=1e-3)
+
+
+def test_what_is_told_is_what_is_scored(scenes, store, checkpoints, tmp_path):
+    words = ["--model", checkpoints["mobilenet"], "--task", scenes, "--store", store]
+    trained = run("train", *words, "--tuner", "fixed", "--head-width", 16, "--epochs", 4, "--out", tmp_path / "run")
+    told = run("predict", tmp_path / "run", "--input", scenes / "test", "--out-dir", tmp_path / "told")
+    assert [p["mask"] for p in told["predictions"]] == [f"{i:03d}.png" for i in range(4)]
+    counts = np.zeros((4, 4), np.int64)
+    rows = load_task(str(scenes)).rows("test")
+    for (name,), data in zip(rows.texts, rows.labels, strict=True):
+        truth, guess = read_mask(data, ""), np.asarray(Image.open(tmp_path / "told" / name.split("/")[1]))
+        assert guess.shape == truth.shape and guess.dtype == np.uint8
+        known = truth != 255
+        np.add.at(counts, (truth[known], guess[known]), 1)
+        overlay = Image.open(tmp_path / "told" / "overlays" / name.split("/")[1].replace("png", "jpg"))
+        assert overlay.size == truth.shape[::-1]
+    right, there = np.diag(counts), (counts.sum(0) + counts.sum(1)) > 0
+    union = counts.sum(0) + counts.sum(1) - right
+    expected = {"miou": (right[there] / union[there]).mean(), "pixel_accuracy": right.sum() / counts.sum()}
+    assert trained["test"] == pytest.approx(expected, abs=2e-3)  # the backbone ran on other batches
+    scored = run("evaluate", tmp_path / "run")
+    assert {k: scored[k] for k in expected} == pytest.approx(trained["test"])
+    assert "--out-dir is missing" in run("predict", tmp_path / "run", "--input", scenes / "test", ok=False)
+
+
+def test_a_class_that_is_ignored_is_neither_learned_nor_told(scenes, store, checkpoints, tmp_path):
+    words = ["--model", checkpoints["mobilenet"], "--task", scenes, "--store", store, "--tuner", "fixed"]
+    run("train", *words, "--head", "linear", "--ignore-index", 0, "--epochs", 2, "--out", tmp_path / "run")
+    told = run("predict", tmp_path / "run", "--input", scenes / "test" / "001.png", "--out-dir", tmp_path / "told")
+    (entry,) = told["predictions"]
+    assert "0" not in entry["shares"] and np.asarray(Image.open(tmp_path / "told" / "001.png")).min() > 0
+
+
+def test_whole_images_at_a_size_of_ones_own(scenes, checkpoints, tmp_path):
+    words = ["--model", checkpoints["mobilenet"], "--task", scenes, "--store", tmp_path / "store"]
+    run("extract", *words, "--image-size", "48x80", "--for", "fixed")
+    trained = run("train", *words, "--tuner", "fixed", "--head", "linear", "--epochs", 1, "--out", tmp_path / "run")
+    told = run("predict", tmp_path / "run", "--input", scenes / "val", "--out-dir", tmp_path / "told")
+    assert 0 < trained["test"]["pixel_accuracy"] <= 1
+    for entry in told["predictions"]:
+        assert Image.open(tmp_path / "told" / entry["mask"]).size == Image.open(scenes / "val" / entry["id"]).size
+
+
+REFUSED = {
+    "--tuner sherl": "SHERL's live layer is the last of two blocks",
+    "--tuner fixed --layers 1": "layers: the head reads the backbone's feature pyramid",
+    "--head fcn --auxiliary-weight 0.4": "auxiliary_weight: upernet has an auxiliary head, fcn has none",
+    "--head linear --head-width 8": "head_width: a linear head is a single linear map",
+    "--objective classification": "learns targets of type class, these are mask",
+    "--ignore-index 300": "ignore_index: at least 0 and at most 255",
+    "--head unet": "Invalid value for '--head'",
+}
+
+
+@pytest.mark.parametrize("options", REFUSED)
+def test_what_does_not_fit_is_refused_in_a_line(scenes, store, checkpoints, tmp_path, options):
+    words = [
+        "train",
+        "--model",
+        checkpoints["mobilenet"],
+        "--task",
+        scenes,
+        "--store",
+        store,
+        "--out",
+        tmp_path / "run",
+    ]
+    words += ["--tuner", "fixed"] if "--tuner" not in options else []
+    if "--objective" not in options:
+        words += ["--objective", "segmentation"]
+    said = run(*words, *options.split(), ok=False)
+    assert REFUSED[options] in said and "Traceback" not in said and not (tmp_path / "run").exists()
+
+
+def test_an_unreadable_image_stops_extraction_by_name(scenes, checkpoints, tmp_path):
+    folder = write_scenes(tmp_path / "scenes", {"train": 3, "val": 1})
+    (folder / "train" / "001.png").write_bytes(b"no picture")
+    words = ["extract", "--model", checkpoints["mobilenet"], "--task", folder, "--store", tmp_path / "store", "--for",
+             "fixed"]  # fmt: skip
+    assert "001.png: damaged picture" in run(*words, ok=False) and not (tmp_path / "store").exists()
+    done = run(*words, "--skip-bad")
+    assert done["rows"] == {"train": 2, "validation": 1} and done["skipped"] == 1
+
+
+def test_a_flip_is_stored_beside_the_picture_and_trained_on_as_live(scenes, checkpoints, tmp_path):
+    words = ["--model", checkpoints["mobilenet"], "--task", scenes, "--store", tmp_path / "store"]
+    views = ["--views", 2, "--augment", "flip"]
+    done = run("extract", *words, *views, "--image-size", "own", "--for", "fixed", "--format", "float32")
+    assert done["computed"] == 2 * 8 + 4 + 4 and done["rows"] == {"train": 16, "validation": 4, "test": 4}
+    train = ["train", *words, "--tuner", "fixed", "--head", "linear", "--epochs", 3, "--batch-size", 4]
+    run(*train, "--out", tmp_path / "a"), run(*train, "--live", "--out", tmp_path / "b")
+    one, other = losses(tmp_path / "a"), losses(tmp_path / "b")
+    assert len(one) == 12 and np.abs(np.subtract(one, other)).max() <= 1e-5
+    space = Store.open(tmp_path / "store").spaces()[0]
+    assert space.identity["views"] == "flip" and space.identity["padding"] == "zeros to 32"
+    for more in (["--views", 3], ["--views", 2, "--view-seed", 1], []):
+        said = run("extract", *words, *more, "--augment", "flip", "--for", "fixed", ok=False)
+        assert "--augment flip: there are two views" in said
+
+
+def test_seeded_views_carry_their_masks(scenes, checkpoints, tmp_path):
+    views = 3
+    words = ["--model", checkpoints["mobilenet"], "--task", scenes, "--store", tmp_path / "store"]
+    run("extract", *words, "--views", views, "--image-size", "own", "--for", "fixed", "--format", "float32")
+    train = ["train", *words, "--tuner", "fixed", "--head", "linear", "--epochs", 1]
+    run(*train, "--out", tmp_path / "a"), run(*train, "--live", "--out", tmp_path / "b")
+    assert np.abs(np.subtract(losses(tmp_path / "a"), losses(tmp_path / "b"))).max() <= 1e-5
+    space = Store.open(tmp_path / "store").spaces()[0]
+    (table,) = [space.read_table(t) for t in space.tables() if t.split == "train"]
+    assert len(table) == 8 * views and len({bytes(label) for label in table.labels}) == 8
+    assert sum(Geometry.of(meta).plain for meta in table.metas) == 8

@@ -1,0 +1,39 @@
+"""The frozen backbone's feature pyramid as it is: what trains is the objective's head alone."""
+
+from __future__ import annotations
+
+from pipeline.extract.backbones.base import Backbone
+from pipeline.extract.backbones.batch import Batch
+from pipeline.extract.backbones.capabilities import Levels
+from pipeline.extract.backbones.tail import Tail
+from pipeline.train.configs import FixedConfig
+from pipeline.train.features import Features, Want
+from pipeline.train.tuners.base import Tuner, register, rows_of
+
+
+@register("fixed", FixedConfig)
+class Fixed(Tuner):
+    """No parameters. One map a level, the output of the last block of each (`Levels.levels`)."""
+
+    description = "the head alone on the frozen backbone's feature pyramid: the floor of dense tasks"
+    shapes = ("pyramid",)
+    needs = (Levels,)
+    lr_pooled = 3e-3
+
+    def __init__(self, config: FixedConfig, backbone: Backbone, tail: Tail, wants: Want) -> None:
+        super().__init__(config, backbone, tail, wants)
+        self.names = self.states(config, backbone)
+        self.features = {s: rows_of(backbone, s) for s in levels(backbone)}
+
+    @classmethod
+    def states(cls, config: FixedConfig, backbone: Backbone) -> list[str]:
+        return [f"{s}.{backbone.depth(s) - 1}" for s in levels(backbone)]
+
+    def forward(self, batch: Batch) -> Features:
+        return {s: batch.states[n].float() for s, n in zip(self.features, self.names, strict=True)}
+
+
+def levels(backbone: Backbone) -> tuple[str, ...]:
+    """The streams of a staged backbone's feature pyramid."""
+    assert isinstance(backbone, Levels)
+    return backbone.levels
