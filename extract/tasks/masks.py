@@ -27,7 +27,8 @@ import xxhash
 from pipeline.extract.geometry import MOST_PIXELS
 from pipeline.extract.tasks.base import SPLITS, Rows, Task, TaskError, TaskSpec, fixed_order
 from pipeline.extract.tasks.images import SPLIT_NAMES, pictures
-from pipeline.extract.tasks.splits import HELD_OUT, table_name
+from pipeline.extract.tasks.names import table_name
+from pipeline.extract.tasks.splits import HELD_OUT
 
 VOID = 255
 CLASSES = "classes.txt"
