@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from pipeline.train.configs import PooledConfig
 from pipeline.train.objectives import Answers, ObjectiveConfig
 from pipeline.train.objectives.label_text import LabelText
-from pipeline.train.objectives.pooled import PooledConfig
 from pipeline.train.objectives.regression import Regression
 from pipeline.train.objectives.scores import ScalarScorer
 

@@ -12,8 +12,8 @@ import torch
 
 from pipeline import store
 from pipeline.store.errors import MissingStates, StoreError, UserError
+from pipeline.train.configs import PooledConfig
 from pipeline.train.objectives import Answers
-from pipeline.train.objectives.pooled import PooledConfig
 from pipeline.train.objectives.regression import Regression
 from pipeline.train.stream import StoreSource
 from pipeline.train.targets import Targets

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from pipeline.extract.backbones.batch import Batch
 from pipeline.extract.encoding import decode, encode
 from pipeline.store.samples import Samples
+from pipeline.train.configs import PooledConfig
 from pipeline.train.objectives.base import Answers, Scorer
 from pipeline.train.objectives.classification import Classification
-from pipeline.train.objectives.pooled import PooledConfig
 from pipeline.train.objectives.scores import ScalarScorer
 from pipeline.train.targets import Targets
 

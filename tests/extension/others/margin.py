@@ -8,9 +8,9 @@ from typing import Any
 from torch.nn import functional as F
 
 from pipeline.extract.options import option
+from pipeline.train.configs import PooledConfig
 from pipeline.train.objectives import register
 from pipeline.train.objectives.classification import ClassHead, Classification
-from pipeline.train.objectives.pooled import PooledConfig
 
 
 @dataclass(frozen=True)
