@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from pipeline.command import command, say
-from pipeline.options import build_recipe, takes, tuners_among
+from pipeline.command import command, voice
+from pipeline.options import build_recipe, split_names, takes, tuners_among
 from pipeline.store_commands import store
+from pipeline.sweep_command import sweep
 
 EPILOG = """\b
 Start here (no network needed after installation):
@@ -42,10 +42,6 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
-def _voice(as_json: bool) -> Callable[[str], None]:
-    return (lambda text: None) if as_json else say
-
-
 @click.group(epilog=EPILOG, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="activation-pipeline", prog_name="pipeline")
 @click.pass_context
@@ -66,7 +62,7 @@ def extract(as_json: bool, recipe_file: str | None, **options: Any) -> tuple[Any
     """Run the backbone once over a task and store its hidden states."""
     from pipeline.extracting import run_extract
 
-    return run_extract(build_recipe("extract", options, recipe_file), _voice(as_json), quiet=as_json), ""
+    return run_extract(build_recipe("extract", options, recipe_file), voice(as_json), quiet=as_json), ""
 
 
 @main.command(short_help="Train a tuner from the store.", cls=takes("train"))
@@ -76,7 +72,7 @@ def train(as_json: bool, recipe_file: str | None, **options: Any) -> tuple[Any, 
     from pipeline.report import metrics_text
     from pipeline.training import run_train
 
-    result = run_train(build_recipe("train", options, recipe_file), _voice(as_json), quiet=as_json)
+    result = run_train(build_recipe("train", options, recipe_file), voice(as_json), quiet=as_json)
     return result, metrics_text(result)
 
 
@@ -101,7 +97,7 @@ def bench(as_json: bool, recipe_file: str | None, **options: Any) -> tuple[Any, 
     """A small run of the same work: predicted, measured and their ratio. At most 128 rows unless --limit says more."""
     from pipeline.bench import run_bench
 
-    return run_bench(build_recipe("train", options, recipe_file), _voice(as_json))
+    return run_bench(build_recipe("train", options, recipe_file), voice(as_json))
 
 
 @main.command(
@@ -136,12 +132,13 @@ def compare(
     **options: Any,
 ) -> tuple[Any, str]:
     """Train several methods on one task and print trainable parameters, memory, seconds an epoch and the metric."""
-    from pipeline.compare import default_folder, parse_seeds, run_compare
+    from pipeline.compare import default_folder, run_compare
+    from pipeline.values import parse_seeds
 
     recipe = build_recipe("train", options, recipe_file, tuners_among(methods))
-    names = list(dict.fromkeys(m.strip() for m in methods.split(",") if m.strip()))
+    names = split_names(methods)
     numbers = [recipe.seed] if seeds is None else parse_seeds(seeds)
-    return run_compare(recipe, names, numbers, default_folder(recipe), csv_file, _voice(as_json), preset)
+    return run_compare(recipe, names, numbers, default_folder(recipe), csv_file, voice(as_json), preset)
 
 
 @main.command()
@@ -199,7 +196,7 @@ def predict(
     given = Path(input_file)
     root = given if given.is_dir() else given.parent
     ids, rows = read_inputs(given, loaded.spec, text, text_pair)
-    told = loaded.predict(rows, root, _voice(as_json))
+    told = loaded.predict(rows, root, voice(as_json))
     found = [{"id": name, **entry} for name, entry in zip(ids, told, strict=True)]
     if output:
         write_entries(Path(output), found)
@@ -217,7 +214,7 @@ def demo(as_json: bool, out: str, seed: int) -> tuple[Any, str]:
     """Extract, train and compare on a generated task with a real encoder; a few minutes on two cores, no network."""
     from pipeline.demo import run_demo
 
-    return run_demo(Path(out), seed, _voice(as_json), quiet=as_json)
+    return run_demo(Path(out), seed, voice(as_json), quiet=as_json)
 
 
 @main.command()
@@ -259,3 +256,4 @@ def tuners(as_json: bool) -> tuple[Any, str]:
 
 
 main.add_command(store)
+main.add_command(sweep)

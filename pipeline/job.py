@@ -13,6 +13,7 @@ from dask.utils import parse_bytes
 
 from pipeline.command_line import extract_command
 from pipeline.extract.backbones import TextOptions
+from pipeline.extract.backbones.base import Tail
 from pipeline.extract.backbones.live import Backbone
 from pipeline.extract.checkpoint import Checkpoint, local, resolve
 from pipeline.extract.identity import options_of, refuse_other, space_identity
@@ -92,11 +93,12 @@ class Job:
         labelled = all(label is not None for label in table.labels)
         return Targets(self.objective, table.labels, table.metas or None) if labelled else None
 
-    def model(self, seed: int | None = None) -> Model:
-        """The tuner on the space's tail, weights drawn from `seed`."""
+    def model(self, seed: int | None = None, tail: Tail | None = None) -> Model:
+        """The tuner on the space's tail, weights drawn from `seed`. `tail`: that of another model on the same space
+        with the same late layers, for they can share it."""
         name, family = self.recipe.tuner, self.found.family
         attention = self.found.space.identity["attention"]
-        tail = tail_for(name, self.config, family, attention, self.found.tail, self.late)
+        tail = tail or tail_for(name, self.config, family, attention, self.found.tail, self.late)
         model = Model.build(name, self.config, family, tail, self.objective, seed)
         if seed is not None and self.first is not None:
             model.tuner.begin(self.first())
@@ -252,7 +254,7 @@ def store_source(job: Job, split: str, batch_size: int) -> StoreSource:
             job.states,
             list(job.found.family.columns),
             batch_size=batch_size,
-            seed=recipe.seed,
+            seed=recipe.ordering,
             window=recipe.window,
             group_by_length=grouped(recipe, job.paper),
             scheduler=recipe.scheduler,
@@ -327,7 +329,7 @@ def live_source(job: Job, split: str, backbone: Backbone, checkpoint: Checkpoint
     if order is None:
         lengths = part.inputs.tokens() if grouped(job.recipe, job.paper) else None
         recipe = job.recipe
-        order = Order(np.zeros(len(part.keys), np.int64), batch_size, recipe.seed, recipe.window, lengths)
+        order = Order(np.zeros(len(part.keys), np.int64), batch_size, recipe.ordering, recipe.window, lengths)
     return LiveSource(backbone, part.inputs, job.targets(split), job.states, order)
 
 

@@ -164,10 +164,10 @@ def stated(config: TunerConfig) -> dict[str, Any]:
     return {k: v for k, v in asdict(config).items() if v not in (None, ())}
 
 
-def write_recipe(folder: Path, job: Job, options: FitOptions, batch_size: int) -> None:
-    """recipe.yaml: the run's options with every default resolved, so that it can be run again by `--recipe`."""
+def resolved_recipe(job: Job, options: FitOptions, batch_size: int) -> Recipe:
+    """The run's options with every default resolved."""
     identity = job.found.space.identity
-    resolved = replace(
+    return replace(
         job.recipe,
         task=lasting_name(job),
         model=job.recipe.model or job.found.source["names"][0],
@@ -190,6 +190,11 @@ def write_recipe(folder: Path, job: Job, options: FitOptions, batch_size: int) -
         **{k: identity[k] for k in ("max_length", "truncation_side")},
         **picture_options(identity),
     )
+
+
+def write_recipe(folder: Path, job: Job, options: FitOptions, batch_size: int) -> None:
+    """recipe.yaml: the run's options with every default resolved, so that it can be run again by `--recipe`."""
+    resolved = resolved_recipe(job, options, batch_size)
     title = f"{job.recipe.tuner} on {job.spec.name}, {time.strftime('%Y-%m-%d')}"
     header = f"{title}\npipeline train --recipe recipe.yaml --out OTHER"
     write_bytes(folder / "recipe.yaml", resolved.to_yaml(header).encode())

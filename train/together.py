@@ -148,7 +148,7 @@ class _Together:
         run.abandon()
         self.ended[run] = error
         self.active.remove(run)
-        self.bar.total -= run.total - run.state.step
+        self.bar.total = (self.bar.total or 0) - (run.total - run.state.step)
 
     def check(self) -> None:
         """Between two batches: stop here if asked to."""
