@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -132,8 +133,7 @@ class _Together:
             return {}
         views = _Views()
         ways = [
-            Scoring(r.model, r.scorer(), r.options.precision, lambda batch, r=r: views.over(batch).of(r, split))
-            for r in runs
+            Scoring(run.model, run.scorer(), run.options.precision, partial(views.view, run, split)) for run in runs
         ]
         found: dict[Training, dict[str, float]] = {}
         for run, figures in zip(runs, evaluate_all(ways, source, self.runs[0].device, self.check), strict=True):
@@ -169,12 +169,12 @@ class _Views:
     def __init__(self, batch: Batch | None = None) -> None:
         self.batch, self._made = batch, dict[int, Batch]()
 
-    def over(self, batch: Batch) -> _Views:
-        """Of `batch`, which may be another than before."""
+    def view(self, run: Training, split: str, batch: Batch) -> Batch:
+        """`batch`, which may be another than before, as `run` is to see it."""
         if batch is not self.batch:
             self.batch = batch
             self._made.clear()
-        return self
+        return self.of(run, split)
 
     def of(self, run: Training, split: str) -> Batch:
         assert self.batch is not None
