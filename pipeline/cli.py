@@ -163,6 +163,21 @@ def evaluate(as_json: bool, run: str, split: str | None, generate: bool, **overr
     return result, scores_text(result)
 
 
+@main.command(short_help="One HTML file about runs, sweeps and tables.")
+@click.argument("given", metavar="RUN…", nargs=-1, required=True)
+@click.option("-o", "--output", default="report.html", show_default=True, help="The file.", metavar="FILE")
+@click.option("--store", default=None, help="The store, where it is not the runs' own.", metavar="FOLDER")
+@click.option("--device", default=None, type=click.Choice(["auto", "cpu", "cuda"]), help="Where to compute.")
+@IMPORT
+@command
+def report(as_json: bool, given: tuple[str, ...], output: str, **elsewhere: Any) -> tuple[Any, str]:
+    """Write one self-contained HTML file about run folders, sweeps, folders of runs and tables of compare: curves,
+    scores over seeds, confusion, mistakes, what the tuners learned, what it cost. Predictions come from the store."""
+    from pipeline.report_html import run_report
+
+    return run_report(given, Path(output), voice(as_json), **elsewhere)
+
+
 @main.command(short_help="Predict on new inputs, the backbone live.")
 @click.argument("run", metavar="RUN")
 @click.option(

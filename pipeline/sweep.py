@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.command_line import command_line, option
-from pipeline.compare import fit_counterpart, refuse_counterpart
+from pipeline.compare import fit_counterpart, refuse_counterpart, step_memory
 from pipeline.extract.backbones.base import Tail
 from pipeline.grid import Trial
 from pipeline.job import Job, batch_size_of, live_backbone, load_job, sources
@@ -164,8 +164,15 @@ def _train(members: Sequence[Prepared], folder: Path, progress: bool) -> dict[st
         if _objective(job) != _objective(members[0].job):
             run.targets = {split: told for split in parts if (told := job.targets(split)) is not None}
         runs.append(run)
-    ended = fit_all(runs, progress)
-    return {member.trial.name: _ended(end) for member, end in zip(members, ended, strict=True)}
+    ended = [_ended(end) for end in fit_all(runs, progress)]
+    batch = next(iter(parts["train"].epochs(0, 1))).to(members[0].job.device)
+    taken: dict[str, float] = {}
+    for member, run, end in zip(members, runs, ended, strict=True):
+        label = member.trial.label
+        if label not in taken:
+            taken[label] = step_memory(run.model, run.view(batch, "train"), [member.tail])
+        end["memory_bytes"] = taken[label]
+    return {member.trial.name: end for member, end in zip(members, ended, strict=True)}
 
 
 def _shared(members: Sequence[Prepared]) -> dict[str, Source]:
@@ -208,9 +215,12 @@ def _found(trial: Trial, folder: Path, member: Prepared | None, before: Mapping[
             same = load_checkpoint(folder / TUNER)[1].get("rows") == member.job.version
     if not same:
         raise UserError(f"{folder} holds a run with other options or other rows: give another --out")
+    memory = before.get("memory_bytes")
     if (folder / "metrics.json").is_file():
-        return {"status": "done", **json.loads((folder / "metrics.json").read_text(encoding="utf-8"))}
-    return {"status": "diverged", "why": before["why"]} if before.get("status") == "diverged" else None
+        ended = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        return {"status": "done", **ended, "memory_bytes": memory}
+    diverged = before.get("status") == "diverged"
+    return {"status": "diverged", "why": before["why"], "memory_bytes": memory} if diverged else None
 
 
 def _made_with(trial: Trial) -> dict[str, Any]:
@@ -258,7 +268,7 @@ def _row(trial: Trial, folder: Path, end: Mapping[str, Any], jobs: Mapping[str, 
         "status": end["status"],
         "dev": scores["dev"],
         "score": scores["test"],
-        **{name: end.get(name) for name in (*told, "seconds_per_epoch", "why")},
+        **{name: end.get(name) for name in (*told, "seconds_per_epoch", "memory_bytes", "why")},
         "command": _command(trial, again),
     }
 

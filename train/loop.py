@@ -173,6 +173,15 @@ class Training:
         else:
             self._spent += time.perf_counter() - begun + seconds / sharing
 
+    def view(self, batch: Batch, split: str) -> Batch:
+        """`batch` of `split` with the targets that this run learns, where it holds others."""
+        targets = None if self.targets is None else self.targets.get(split)
+        if targets is None:
+            return batch
+        own = replace(batch, targets=None)
+        targets.fill(own, own.index, own.device)
+        return own
+
     def step(self, group: list[Batch]) -> dict[str, Any]:
         """One optimizer step on the mean loss over all of `group`."""
         state, options = self.state, self.options

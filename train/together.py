@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +22,6 @@ from pipeline.store.malloc import keep_freed_memory, return_freed_memory
 from pipeline.train.evaluate import Scoring, closing, evaluate_all
 from pipeline.train.finite import NotFinite
 from pipeline.train.interrupt import Interrupt, Interrupted
-from pipeline.train.targets import Targets
 
 if TYPE_CHECKING:
     from pipeline.train.loop import Training
@@ -167,7 +165,7 @@ class _Views:
     """The batch as each run is to see it: the same states, the targets that its own objective learns."""
 
     def __init__(self, batch: Batch | None = None) -> None:
-        self.batch, self._made = batch, dict[int, Batch]()
+        self.batch, self._made = batch, dict[int | None, Batch]()
 
     def view(self, run: Training, split: str, batch: Batch) -> Batch:
         """`batch`, which may be another than before, as `run` is to see it."""
@@ -178,14 +176,10 @@ class _Views:
 
     def of(self, run: Training, split: str) -> Batch:
         assert self.batch is not None
-        targets: Targets | None = None if run.targets is None else run.targets.get(split)
-        if targets is None:
-            return self.batch
-        if id(targets) not in self._made:
-            own = replace(self.batch, targets=None)
-            targets.fill(own, own.index, own.device)
-            self._made[id(targets)] = own
-        return self._made[id(targets)]
+        key = None if run.targets is None else id(run.targets.get(split))
+        if key not in self._made:
+            self._made[key] = run.view(self.batch, split)
+        return self._made[key]
 
 
 def _told(scores: dict[Training, dict[str, float]]) -> str:
