@@ -219,6 +219,17 @@ def predict(
     return {"run": run, "rows": len(found), "predictions": found}, entries_text(found)
 
 
+@main.command(short_help="This machine, the installation, the store.")
+@click.option("--store", default="", help="The store. Default: $PIPELINE_STORE, else ./activations.", metavar="FOLDER")
+@command
+def doctor(as_json: bool, store: str) -> tuple[Any, str]:
+    """Versions, devices, memory, measured rates, the store's health, and what to install for what. Changes nothing; a
+    file of 256 MB is written and removed to time the disk."""
+    from pipeline.doctor import run_doctor
+
+    return run_doctor(store)
+
+
 @main.command(short_help="The whole way on a generated task, in minutes.")
 @click.option(
     "--out", default="demo", show_default=True, help="Folder for the demo's store and runs.", metavar="FOLDER"

@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="put the table into RESULTS.md")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        base, report, words = extracted(asked.shape, asked.samples, ("probe", "lst"), Path(name), "float16")
+        base, _, words = extracted(asked.shape, asked.samples, ("probe", "lst"), Path(name), "float16")
         rows = []
         for tuner, count, cold in CASES:
             recipe = replace(base, tuner=tuner, tier="disk", batch_size=32)
