@@ -49,7 +49,7 @@ SIDE = 1024  # of the matrices whose product is timed
 def run_doctor(where: str) -> tuple[dict[str, Any], str]:
     """The facts and `problems`, a sentence each; and the same as text."""
     problems: list[str] = []
-    found = {
+    found: dict[str, Any] = {
         "versions": _versions(),
         "devices": _devices(),
         "memory": {"available": available_memory()},
