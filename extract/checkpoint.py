@@ -18,7 +18,8 @@ import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
 
-from pipeline.extract.backbones.base import Family, family_for
+from pipeline.extract.backbones.base import Backbone
+from pipeline.extract.backbones.registry import backbone_for
 from pipeline.extract.names import SHORT_NAMES
 from pipeline.extract.plugins import load_installed
 from pipeline.store.errors import UserError
@@ -59,15 +60,15 @@ class Checkpoint:
             raise UserError(f"{self.folder}: config.json cannot be used: {_first_line(error)}") from None
 
     @cached_property
-    def family(self) -> Family:
-        return family_for(self.config)
+    def backbone(self) -> Backbone:
+        return backbone_for(self.config)
 
     @cached_property
     def tokenizer(self) -> Any:
         """The tokenizer, or the preprocessing of pictures. UserError where there is none or it knows no words."""
         from transformers import AutoTokenizer
 
-        if (processor := self.family.processor(self.folder)) is not None:
+        if (processor := self.backbone.processor(self.folder)) is not None:
             return processor
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
@@ -120,7 +121,7 @@ class Checkpoint:
     @cached_property
     def tokenizer_digest(self) -> str:
         """xxh3-128 over the tokenizer's files; of an image family, over its preprocessing."""
-        if self.family.modality == "image":
+        if self.backbone.modality == "image":
             return self.tokenizer.digest
         present = [f for n in _TOKENIZER_FILES if (f := self.folder / n).is_file()]
         return _digest([(f.name, xxhash.xxh3_128_hexdigest(f.read_bytes())) for f in present])

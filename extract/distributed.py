@@ -22,7 +22,7 @@ from safetensors.torch import load, save
 from tqdm import tqdm
 
 from pipeline.extract.backbones.inputs import Inputs
-from pipeline.extract.backbones.live import Backbone
+from pipeline.extract.backbones.live import LiveBackbone
 from pipeline.extract.identity import PRECISIONS, differences_of
 from pipeline.extract.order import extraction_batches
 from pipeline.extract.plugins import import_modules
@@ -156,23 +156,23 @@ def run_piece(piece: Piece) -> dict[str, int]:
     with _BUSY:
         import_modules(piece.imports)
         space = Store.open(piece.store).space(piece.space)
-        backbone = _backbone(piece.model, piece.device, piece.store, piece.space)
+        live = _live(piece.model, piece.device, piece.store, piece.space)
         if piece.base:
             segment = next((s for s in space.segments() if s.id == piece.base), None)
             if segment is None:
                 raise StoreError(f"segment {piece.base} is gone: run the same command again")
-            read = segment.read(columns=list(backbone.family.columns))
+            read = segment.read(columns=list(live.backbone.columns))
             inputs = Inputs(read.lengths, read.columns, np.zeros(len(read), bool))
             keys = list(read.keys)
         else:
             inputs = _work(piece.store, piece.work).take(np.arange(piece.start, piece.stop))
             keys = inputs.keys()
-        done = compute(space, inputs, keys, piece.states, backbone, quiet=True, **piece.options)
+        done = compute(space, inputs, keys, piece.states, live, quiet=True, **piece.options)
     return {"computed": done.computed, "bytes": done.bytes, "segments": done.segments}
 
 
 @lru_cache(maxsize=1)
-def _backbone(model: str, device: str, store: str, space: str) -> Backbone:
+def _live(model: str, device: str, store: str, space: str) -> LiveBackbone:
     """The backbone of a space, loaded once a worker. Raises StoreError if the checkpoint here is another one."""
     from pipeline.extract.checkpoint import resolve
 
@@ -186,9 +186,11 @@ def _backbone(model: str, device: str, store: str, space: str) -> Backbone:
     if device == "cuda" and not gpu:
         raise UserError("--device cuda: torch sees no GPU on a worker; use --device cpu or auto")
     place = torch.device("cuda" if gpu else "cpu")
-    family, precision = checkpoint.family, PRECISIONS[identity["precision"]]
-    family.projection = load_projection(opened, identity)
-    return Backbone(family, lambda: family.load(checkpoint.folder, precision, identity["attention"], place), place)
+    backbone = checkpoint.backbone.projected(load_projection(opened, identity))
+    precision = PRECISIONS[identity["precision"]]
+    return LiveBackbone(
+        backbone, lambda: backbone.load(checkpoint.folder, precision, identity["attention"], place), place
+    )
 
 
 def _write(space: Space, inputs: Inputs) -> str:

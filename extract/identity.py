@@ -51,21 +51,23 @@ def space_identity(checkpoint: Checkpoint, options: SpaceOptions) -> dict[str, A
     A prompt is part of it only where the family reads one; single-stream encoders join text pairs their tokenizer's
     way. Raises UserError for an attention implementation the family does not have.
     """
-    family = checkpoint.family
-    if options.attention not in family.attentions:
-        raise UserError(f"attention: one of {', '.join(family.attentions)}, not {options.attention!r}")
+    backbone = checkpoint.backbone
+    if options.attention not in backbone.attentions:
+        raise UserError(f"attention: one of {', '.join(backbone.attentions)}, not {options.attention!r}")
     if options.projection != "none":
-        parse_projection(options.projection, family.width)
-        if family.shape != "sequence":
-            raise UserError(f"projection: {family.name} backbones have states of several widths; only none is possible")
+        parse_projection(options.projection, backbone.width)
+        if backbone.shape != "sequence":
+            raise UserError(
+                f"projection: {backbone.name} backbones have states of several widths; only none is possible"
+            )
     return {
         **_image_fields(checkpoint, options),
         "format_version": FORMAT_VERSION,
-        "family": family.name,
+        "family": backbone.name,
         "weights": checkpoint.weights_digest,
         "config": checkpoint.config_digest,
         "tokenizer": checkpoint.tokenizer_digest,
-        "prompt": options.text.prompt if family.writes_text else "",
+        "prompt": options.text.prompt if backbone.writes_text else "",
         "max_length": options.text.max_length,
         "truncation_side": options.text.truncation_side,
         "format": options.format,
@@ -122,7 +124,7 @@ def refuse_other(checkpoint: Checkpoint, identity: Mapping[str, Any]) -> None:
 
 def _image_fields(checkpoint: Checkpoint, options: SpaceOptions) -> dict[str, Any]:
     """What pictures are made of, in words beside the preprocessing's digest; nothing for text."""
-    if checkpoint.family.modality == "text":
+    if checkpoint.backbone.modality == "text":
         return {}
     made = checkpoint.tokenizer.sized(options.text.image_size)
     mean, std = (",".join(f"{v:g}" for v in values) for values in (made.mean, made.std))

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from pipeline.extract.backbones.batch import stream_of
 from pipeline.extract.backbones.inputs import Inputs
-from pipeline.extract.backbones.live import Backbone
+from pipeline.extract.backbones.live import LiveBackbone
 from pipeline.extract.encoding import encode
 from pipeline.extract.order import consecutive_batches, extraction_batches
 from pipeline.store import SEGMENT_BYTES, SEGMENT_SECONDS, Encoded, Samples, Segment, SegmentWriter, Space
@@ -54,7 +54,7 @@ def compute(
     inputs: Inputs,
     keys: Sequence[str],
     states: Sequence[str],
-    backbone: Backbone,
+    live: LiveBackbone,
     *,
     tokens: int,
     batch_size: int | None = None,
@@ -89,7 +89,7 @@ def compute(
             )
             for batch in batches:
                 names = [item.keys[i] for i in batch]
-                sealer.add(_run(backbone, item.inputs.take(batch), names, item.states, space, describe), item.base)
+                sealer.add(_run(live, item.inputs.take(batch), names, item.states, space, describe), item.base)
                 report.computed += len(batch)
                 bar.update(len(batch))
                 bar.set_postfix_str(f"{sealer.bytes / 1e9:.2f} GB sealed", refresh=False)
@@ -155,7 +155,7 @@ def plan_work(space: Space, inputs: Inputs, keys: Sequence[str], states: Sequenc
 
 
 def _run(
-    backbone: Backbone,
+    live: LiveBackbone,
     inputs: Inputs,
     keys: list[str],
     states: Sequence[str],
@@ -164,7 +164,7 @@ def _run(
 ) -> Samples:
     """Run one batch and encode its states in the space's format, on the device that computed them."""
     with torch.inference_mode():
-        batch = backbone.states(inputs, states)
+        batch = live.states(inputs, states)
         encoded: dict[str, Encoded] = {}
         for name in states:
             try:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from pipeline.api import FeatureStore as FeatureStore
     from pipeline.api import load_run as load_run
     from pipeline.api import open_store as open_store
-    from pipeline.extract.backbones.base import Family as Family
+    from pipeline.extract.backbones.base import Backbone as Backbone
     from pipeline.extract.backbones.batch import Batch as Batch
     from pipeline.recipe import Recipe as Recipe
     from pipeline.runs import Run as Run
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 # Imported when first used: the command line starts at once, torch is loaded when something needs it.
 _HOMES = {
     "Batch": "pipeline.extract.backbones.batch",
-    "Family": "pipeline.extract.backbones.base",
+    "Backbone": "pipeline.extract.backbones.base",
     "FeatureStore": "pipeline.api",
     "Recipe": "pipeline.recipe",
     "Run": "pipeline.runs",

@@ -56,7 +56,8 @@ def recommend(plan: Plan, work: Workload, recipe: Recipe, budget: float | None, 
             f"training takes {size_text(plan.memory['total'])}, over {size_text(memory)}: a batch of {size} and "
             f"--accumulate {accumulate} do the same with less"
         )
-        plan.commands = both(replace(recipe, batch_size=size, accumulate=accumulate, host_memory="0"))
+        smaller = replace(recipe, batch_size=size, accumulate=accumulate, tier="auto", host_memory="0")
+        plan.commands = both(smaller if recipe.tier == "auto" else replace(smaller, tier="disk", host_memory=None))
     elif plan.pays:
         plan.recommendation = (
             f"cache: extraction is paid back after {plan.break_even[plan.tier]:.1f} of {plan.epochs} epochs, and every "
@@ -75,6 +76,14 @@ def recommend(plan: Plan, work: Workload, recipe: Recipe, budget: float | None, 
             "when several seeds or tuners share the states"
         )
         plan.commands = both(replace(recipe, live=True))
+
+
+def _rates_head(plan: Plan) -> str:
+    """Whether the rates are new."""
+    if plan.rates_of is None:
+        return "measured here"
+    some = f", {plan.measured} measured now" if plan.measured else ""
+    return f"rates of {plan.rates_of[:10]}{some} (--measure: all anew)"
 
 
 def plan_text(plan: Plan, work: Workload) -> str:
@@ -104,7 +113,7 @@ def plan_text(plan: Plan, work: Workload) -> str:
     return "\n".join(
         [
             f"{plan.samples:,} samples ({rows}); mean positions of a training sample: {lengths}{how}",
-            f"{work.tuner} reads {widths_text(plan.states, work.family.width, work.family.projection)}",
+            f"{work.tuner} reads {widths_text(plan.states, work.backbone.width, work.backbone.projection)}",
             "",
             table_text(["format", "a sample", "in all"], formats),
             "",
@@ -112,8 +121,8 @@ def plan_text(plan: Plan, work: Workload) -> str:
             table_text(["cached epoch from", "seconds", "live ÷ cached", "break-even epochs"], tiers),
             f"operations live ÷ cached: {plan.operations['ratio']:.1f}",
             f"training memory: {size_text(plan.memory['total'])} ({memory}), computed from tensors",
-            f"measured here: backbone {(r['backbone'] or 0) / 1e9:,.0f} GFLOP/s, step {r['step']:.3g} s, decoding "
-            f"{size_text(r['decode'] or 0)}/s, disk written {size_text(r['disk_write'] or 0)}/s, warm "
+            f"{_rates_head(plan)}: backbone {(r['backbone'] or 0) / 1e9:,.0f} GFLOP/s, step {r['step']:.3g} s, "
+            f"decoding {size_text(r['decode'] or 0)}/s, disk written {size_text(r['disk_write'] or 0)}/s, warm "
             f"{size_text(r['disk_warm'] or 0)}/s, {cold}{image}",
             "",
             plan.recommendation,

@@ -23,7 +23,7 @@ from pipeline.train.iterable import Stream
 from pipeline.train.stream import StoreSource
 from pipeline.train.targets import Targets
 from pipeline.training import run_train
-from pipeline.unused import refuse_for_stream
+from pipeline.unused import TABLE_OPTIONS, refuse_for_command, refuse_for_stream, refuse_host_memory
 
 Say = Callable[[str], None]
 
@@ -35,6 +35,10 @@ def _silent(text: str) -> None:
 def extract(task: str | Task = "", *, say: Say = _silent, **options: Any) -> dict[str, Any]:
     """Run the backbone once over a task's rows and store the states. `task`: a name, a table's path, or a `Task` with
     rows made in Python. Returns what was done (space, rows, samples computed, bytes)."""
+    options = named(options, "extract()")
+    refuse_for_command("extract", options)
+    if isinstance(task, Task) and (vain := [option for option in TABLE_OPTIONS if option in options]):
+        raise UserError(f"extract(): {vain[0]}: it says how a table is read, and here a Task with its rows is given")
     name = task.spec.name if isinstance(task, Task) else task
     recipe = recipe_of("extract", ("extract()", {**options, "task": name}))
     return run_extract(recipe, say, quiet=say is _silent, task=task if isinstance(task, Task) else None)
@@ -42,6 +46,8 @@ def extract(task: str | Task = "", *, say: Say = _silent, **options: Any) -> dic
 
 def train(*, say: Say = _silent, **options: Any) -> dict[str, Any]:
     """Train a tuner from the store. Returns the metrics and the run's folder."""
+    options = named(options, "train()")
+    refuse_for_command("train", options)
     return run_train(recipe_of("train", ("train()", options)), say, quiet=say is _silent)
 
 
@@ -68,6 +74,7 @@ def stream(
     options = named(options, "stream()")
     refuse_for_stream(options)
     recipe = recipe_of("train", ("stream()", {"device": "cpu", **options, "batch_size": batch_size, "seed": seed}))
+    refuse_host_memory(recipe)
     device = device_of(recipe)
     found = find_space(recipe)
     assert isinstance(found.space, Space)
@@ -86,7 +93,7 @@ def stream(
     targets = None if unlabelled else Targets(plain_objective(spec), table.labels, table.metas or None)
     names = [states] if isinstance(states, str) else list(states)
     source = StoreSource(
-        found.space, table.keys, targets, names, found.family.columns, batch_size=batch_size, seed=seed,
+        found.space, table.keys, targets, names, found.backbone.columns, batch_size=batch_size, seed=seed,
         window=recipe.window, group_by_length=bool(recipe.group_by_length), tier=recipe.tier, device=device,
         host_bytes=None if recipe.host_memory is None else parse_size(recipe.host_memory), scheduler=recipe.scheduler,
         pin=device.type == "cuda",

@@ -58,8 +58,8 @@ def with_weights(point: Checkpoint, folder: Path) -> Checkpoint:
     """The checkpoint, or one of its shape with random weights where it has none."""
     if any(point.folder.glob("*.safetensors")):
         return point
-    made, model = folder / "checkpoint", fresh_backbone(point.family, "sdpa")
-    if point.family.modality == "image":  # timm has no `save_pretrained`; both libraries read this
+    made, model = folder / "checkpoint", fresh_backbone(point.backbone, "sdpa")
+    if point.backbone.modality == "image":  # timm has no `save_pretrained`; both libraries read this
         made.mkdir()
         for file in point.folder.glob("*.json"):
             shutil.copy(file, made)
@@ -82,9 +82,9 @@ def measure(recipe: Recipe, task: Any, folder: Path) -> dict[str, float]:
     done = run_extract(chosen, quiet, True, task)
     share = done["computed"] / (done["computed"] - tiny["computed"])
     job = load_job(recipe)
-    backbone, point = live_backbone(job)
+    live, point = live_backbone(job)
     parts = {
-        "live epoch, s": sources(job, backbone, point)["train"],
+        "live epoch, s": sources(job, live, point)["train"],
         "cached epoch, host memory, s": sources(replace(job, recipe=replace(recipe, host_memory="1TB")), None)["train"],
         "cached epoch, disk, s": sources(replace(job, recipe=replace(recipe, host_memory="0")), None)["train"],
     }

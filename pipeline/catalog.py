@@ -22,7 +22,7 @@ TUNERS = {
     "side-tuning": "Side-Tuning: the last state blended with a small network on the embedding",
 }
 
-# name → description, model types; in the order of `extract.backbones.families`
+# name → description, model types; in the order of `extract.backbones.backbone_classes`
 FAMILIES = {
     "bert": (
         "BERT-like encoders: BERT, RoBERTa, XLM-R, CamemBERT, MiniLM",
@@ -69,5 +69,5 @@ def tuners() -> dict[str, str]:
 def families() -> dict[str, tuple[str, tuple[str, ...]]]:
     """name → description and model types of every family of backbones, likewise."""
     register = sys.modules.get("pipeline.extract.backbones")
-    more = {} if register is None else {f.name: (f.description, f.model_types) for f in register.families()}
+    more = {} if register is None else {f.name: (f.description, f.model_types) for f in register.backbone_classes()}
     return {**FAMILIES, **more}

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from pipeline.command import command, voice
+from pipeline.command import command, imports, voice
 from pipeline.options import build_recipe, split_names, takes, tuners_among
 from pipeline.store_commands import store
 from pipeline.sweep_command import sweep
@@ -60,7 +60,8 @@ def main(context: click.Context) -> None:
 @command
 def extract(as_json: bool, recipe_file: str | None, **options: Any) -> tuple[Any, str]:
     """Run the backbone once over a task and store its hidden states."""
-    from pipeline.extracting import run_extract
+    with imports():
+        from pipeline.extracting import run_extract
 
     return run_extract(build_recipe("extract", options, recipe_file), voice(as_json), quiet=as_json), ""
 
@@ -69,8 +70,9 @@ def extract(as_json: bool, recipe_file: str | None, **options: Any) -> tuple[Any
 @command
 def train(as_json: bool, recipe_file: str | None, **options: Any) -> tuple[Any, str]:
     """Train a tuner from the store; the backbone is not loaded."""
-    from pipeline.report import metrics_text
-    from pipeline.training import run_train
+    with imports():
+        from pipeline.report import metrics_text
+        from pipeline.training import run_train
 
     result = run_train(build_recipe("train", options, recipe_file), voice(as_json), quiet=as_json)
     return result, metrics_text(result)
@@ -79,23 +81,26 @@ def train(as_json: bool, recipe_file: str | None, **options: Any) -> tuple[Any, 
 @main.command(short_help="What a run will cost, before it is paid.", cls=takes("train"))
 @click.option("--budget", default=None, help="Disk that the states may take, such as 100GB.", metavar="SIZE")
 @click.option("--memory", default=None, help="Memory that training may take, such as 8GB.", metavar="SIZE")
+@click.option("--measure", is_flag=True, help="Measure this machine anew; its rates are remembered with their date.")
 @command
 def plan(
-    as_json: bool, recipe_file: str | None, budget: str | None, memory: str | None, **options: Any
+    as_json: bool, recipe_file: str | None, budget: str | None, memory: str | None, measure: bool, **options: Any
 ) -> tuple[Any, str]:
     """Bytes, seconds, memory and break-even of caching, from a config.json and rates measured on this machine."""
-    from pipeline.job import parse_size
-    from pipeline.plan import run_plan
+    with imports():
+        from pipeline.job import parse_size
+        from pipeline.plan import run_plan
 
-    sizes = [None if size is None else float(parse_size(size)) for size in (budget, memory)]
-    return run_plan(build_recipe("train", options, recipe_file), *sizes)
+    disk, room = (None if size is None else float(parse_size(size)) for size in (budget, memory))
+    return run_plan(build_recipe("train", options, recipe_file), disk, room, measure)
 
 
 @main.command(short_help="Measure what plan predicted.", cls=takes("train"))
 @command
 def bench(as_json: bool, recipe_file: str | None, **options: Any) -> tuple[Any, str]:
     """A small run of the same work: predicted, measured and their ratio. At most 128 rows unless --limit says more."""
-    from pipeline.bench import run_bench
+    with imports():
+        from pipeline.bench import run_bench
 
     return run_bench(build_recipe("train", options, recipe_file), voice(as_json))
 
@@ -132,8 +137,9 @@ def compare(
     **options: Any,
 ) -> tuple[Any, str]:
     """Train several methods on one task and print trainable parameters, memory, seconds an epoch and the metric."""
-    from pipeline.compare import default_folder, run_compare
-    from pipeline.values import parse_seeds
+    with imports():
+        from pipeline.compare import default_folder, run_compare
+        from pipeline.values import parse_seeds
 
     recipe = build_recipe("train", options, recipe_file, tuners_among(methods))
     names = split_names(methods)
@@ -144,23 +150,28 @@ def compare(
 @main.command()
 @click.argument("run", metavar="RUN")
 @click.option("--split", default=None, help="Split to score. Default: test, else validation.")
+@click.option("--report", is_flag=True, help="Also each class by itself and the confusion matrix, or the residuals.")
 @click.option("--generate", is_flag=True, help="Also generate freely with the frozen decoder live; exact match (T5).")
 @click.option("--store", default=None, help="The store, where it is not the run's own.", metavar="FOLDER")
 @click.option("--model", default=None, help="Checkpoint for --generate, where it has moved.", metavar="NAME")
 @click.option("--device", default=None, type=click.Choice(["auto", "cpu", "cuda"]), help="Where to compute.")
 @IMPORT
 @command
-def evaluate(as_json: bool, run: str, split: str | None, generate: bool, **overrides: Any) -> tuple[Any, str]:
+def evaluate(
+    as_json: bool, run: str, split: str | None, report: bool, generate: bool, **overrides: Any
+) -> tuple[Any, str]:
     """Score a finished run from the store."""
-    from pipeline.report import scores_text
-    from pipeline.runs import load_run
+    with imports():
+        from pipeline.report import scores_text
+        from pipeline.runs import load_run
+        from pipeline.train.runlog import finite
 
     loaded = load_run(run, **overrides)
     split = split or ("test" if "test" in loaded.job.tables else "validation")
-    result: dict[str, Any] = {"run": run, "split": split, **loaded.evaluate(split)}
+    result: dict[str, Any] = {"run": run, "split": split, **loaded.evaluate(split, report)}
     if generate:
         result["generated"] = loaded.generate(split)
-    return result, scores_text(result)
+    return finite(result), scores_text(result)
 
 
 @main.command(short_help="One HTML file about runs, sweeps and tables.")
@@ -173,7 +184,8 @@ def evaluate(as_json: bool, run: str, split: str | None, generate: bool, **overr
 def report(as_json: bool, given: tuple[str, ...], output: str, **elsewhere: Any) -> tuple[Any, str]:
     """Write one self-contained HTML file about run folders, sweeps, folders of runs and tables of compare: curves,
     scores over seeds, confusion, mistakes, what the tuners learned, what it cost. Predictions come from the store."""
-    from pipeline.report_html import run_report
+    with imports():
+        from pipeline.report_html import run_report
 
     return run_report(given, Path(output), voice(as_json), **elsewhere)
 
@@ -204,8 +216,9 @@ def predict(
     as_json: bool, run: str, input_file: str, text: str | None, text_pair: str | None, output: str | None, **over: Any
 ) -> tuple[Any, str]:
     """Predict on inputs never seen: the backbone runs live, the tuner cannot tell."""
-    from pipeline.report import entries_text, write_entries
-    from pipeline.runs import load_run, read_inputs
+    with imports():
+        from pipeline.report import entries_text, write_entries
+        from pipeline.runs import load_run, read_inputs
 
     loaded = load_run(run, **over)
     given = Path(input_file)
@@ -238,7 +251,8 @@ def doctor(as_json: bool, store: str) -> tuple[Any, str]:
 @command
 def demo(as_json: bool, out: str, seed: int) -> tuple[Any, str]:
     """Extract, train and compare on a generated task with a real encoder; a few minutes on two cores, no network."""
-    from pipeline.demo import run_demo
+    with imports():
+        from pipeline.demo import run_demo
 
     return run_demo(Path(out), seed, voice(as_json), quiet=as_json)
 

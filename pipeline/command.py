@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import os
 import re
@@ -64,6 +65,19 @@ def notices() -> Iterator[None]:
 
         warnings.showwarning = show
         yield
+
+
+@contextmanager
+def imports() -> Iterator[None]:
+    """Within it nothing is collected: while torch and transformers are imported, hundreds of thousands of objects are
+    made that stay, and the collector would go through them again and again, a tenth of the time."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def command(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
 from pipeline.owners import owned
 from pipeline.recipe import Recipe, option_name
+from pipeline.store.errors import MissingStates
 
 # Options that mean something else to `extract` than to `train`: its batches are of tokens, its seed orders the visits.
 TRAINING_SENSE = ("batch_size", "seed")
@@ -59,6 +61,20 @@ def extraction(recipe: Recipe, tuner: str = "") -> Recipe:
 def extract_command(recipe: Recipe, **changed: Any) -> str:
     """The command that would put into the store what `recipe` needs."""
     return command_line("extract", replace(extraction(recipe), **changed))
+
+
+class NotExtracted(MissingStates):
+    """Something is not stored: `what` it is, for the message, and the extraction that puts it there, of which `changed`
+    are options that are not those of the `recipe` to train by."""
+
+    def __init__(self, what: str, recipe: Recipe, samples: int = 0, states: tuple[str, ...] = (), **changed: Any):
+        super().__init__(f"{what}; run: {extract_command(recipe, **changed)}", samples, states)
+        self.what, self.recipe = what, recipe
+
+    def for_all(self, tuners: Sequence[str], options: Mapping[str, Any]) -> NotExtracted:
+        """The same where training by several `tuners` with `options` between them was asked for."""
+        recipe = replace(self.recipe, tuner_options=dict(options))
+        return NotExtracted(self.what, recipe, self.samples, self.states, tuners=tuple(tuners))
 
 
 def store_command(command: str, store: str, *words: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -14,7 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.extract.backbones import Batch, Family
+from pipeline.command_line import NotExtracted
+from pipeline.extract.backbones import Backbone, Batch
 from pipeline.extracting import Say, load_backbone
 from pipeline.job import Job, batch_size_of, live_backbone, live_source, load_job, sources
 from pipeline.objectives import make_objective
@@ -25,6 +27,8 @@ from pipeline.report import layout_text, size_text, table_text
 from pipeline.store.errors import UserError
 from pipeline.train.counterparts import COUNTERPARTS, CounterpartModel, counterpart, input_source
 from pipeline.train.loop import FitOptions, fit
+from pipeline.train.metrics import ERRORS
+from pipeline.train.runlog import finite
 from pipeline.train.source import Source
 from pipeline.train.tuners import tuner_names
 from pipeline.training import fit_options, job_doubts, make_folder, run_train, stated
@@ -46,11 +50,11 @@ def run_compare(
 
     `preset`: whose settings the counterparts have, see `train.counterparts`; the table says with which it was made.
 
-    The metric is the task's average on the test split, else on validation; the spread is the standard deviation over
-    seeds; seconds an epoch are the fastest seed's, which other work on the machine disturbed least. Memory of one
-    training step: on a GPU the measured peak; on a CPU the tensors counted, that is weights, gradients, Adam's two
-    moments, the batch, and what the backward pass keeps. The layout says which blocks the order of samples followed: a
-    seed gives the same run on the same layout only.
+    The metric is what selects the best epoch, of the test split, else of validation; the spread is the standard
+    deviation over seeds; seconds an epoch are the fastest seed's, which other work on the machine disturbed least.
+    Memory of one training step: on a GPU the measured peak; on a CPU the tensors counted, that is weights, gradients,
+    Adam's two moments, the batch, and what the backward pass keeps. The layout says which blocks the order of samples
+    followed: a seed gives the same run on the same layout only.
     """
     unknown = [m for m in methods if m not in COUNTERPARTS and m not in tuner_names()]
     if not methods or unknown:
@@ -62,7 +66,11 @@ def run_compare(
         raise UserError(f"--preset {preset}: it is for {', '.join(COUNTERPARTS)}, and --tuners names none of them")
     if csv_file and not Path(csv_file).parent.is_dir():
         raise UserError(f"--csv {csv_file}: no such folder: {Path(csv_file).parent}")
-    jobs = [_refuse(recipe, method, preset) for method in methods]
+    try:
+        jobs = [_refuse(recipe, method, preset) for method in methods]
+    except NotExtracted as error:
+        names = dict.fromkeys("probe" if method in COUNTERPARTS else method for method in methods)
+        raise error.for_all(tuple(names), recipe.tuner_options) from None
     for sentence in job_doubts(jobs[0]):
         say(f"warning: {sentence}")
     make_folder(folder)
@@ -84,6 +92,7 @@ def run_compare(
                 "memory_bytes": max(r["memory"] for r in runs),
                 "seconds_per_epoch": min(r["seconds_per_epoch"] for r in runs),
                 "metric": statistics.mean(metrics),
+                "figure": runs[0]["figure"],
                 "spread": statistics.stdev(metrics) if len(metrics) > 1 else None,
                 "seeds": len(metrics),
                 "live": method in COUNTERPARTS or recipe.live,
@@ -100,7 +109,7 @@ def run_compare(
         except OSError as error:  # what was measured is not lost
             say(f"warning: --csv {csv_file}: cannot be written: {error.strerror or error}")
     result = {"task": recipe.task, "preset": preset, "backbone_parameters": total, "rows": rows}
-    return result, _text(rows, preset)
+    return finite(result), _text(rows, preset)
 
 
 def _refuse(recipe: Recipe, method: str, preset: str) -> Job:
@@ -108,7 +117,7 @@ def _refuse(recipe: Recipe, method: str, preset: str) -> Job:
     or with states that are not stored, a counterpart that the backbone has no place for or whose package is missing."""
     if method not in COUNTERPARTS:
         job = load_job(for_tuner(recipe, method))
-        refuse_for_training(job.recipe, job.found.family)
+        refuse_for_training(job.recipe, job.found.backbone)
         job.model(recipe.seed)
         if not recipe.live:
             sources(job, None)
@@ -119,7 +128,7 @@ def _refuse(recipe: Recipe, method: str, preset: str) -> Job:
 def refuse_counterpart(recipe: Recipe, name: str, preset: str) -> Job:
     """The job of a counterpart. UserError where the backbone has no place for it, or its package is missing."""
     job = _probe(recipe)
-    counterpart(name, preset).prepare(job.found.family, copy.deepcopy(_shape(job.found.family)))
+    counterpart(name, preset).prepare(job.found.backbone, copy.deepcopy(_shape(job.found.backbone)))
     return job
 
 
@@ -131,18 +140,27 @@ def _text(rows: Sequence[dict[str, Any]], preset: str) -> str:
             f"{100 * r['share']:.2f} %",
             size_text(r["memory_bytes"]),
             f"{r['seconds_per_epoch']:.2f}",
-            f"{100 * r['metric']:.1f}",
-            "" if r["spread"] is None else f"± {100 * r['spread']:.1f}",
+            _figure(r["metric"], r["figure"]),
+            "" if r["spread"] is None else f"± {_figure(r['spread'], r['figure'])}",
             str(r["seeds"]),
         )
         for r in rows
     ]
+    figures = list(dict.fromkeys(r["figure"] for r in rows))
     layouts = {r["method"]: r["layout"] for r in rows}
     same = set(layouts.values())
     laid = same.pop() if len(same) == 1 else "; ".join(f"{method} {layout}" for method, layout in layouts.items())
     made = [f"  {r['method']}: {r['settings']}" for r in rows]
-    lines = [table_text(HEAD, cells), f"layout of the samples: {laid}", ""]
+    shown = [f"{name}, smaller is better" if name in ERRORS else name for name in figures if name != "average"]
+    lines = [table_text(HEAD, cells), *(f"metric: {name}" for name in shown), f"layout of the samples: {laid}", ""]
     return "\n".join([*lines, f"settings, counterparts by --preset {preset}:", *made])
+
+
+def _figure(value: float | None, name: str) -> str:
+    """In percent, but for errors, which are in the target's unit."""
+    if value is None or math.isnan(value):
+        return "undefined"
+    return f"{value:.4g}" if name in ERRORS else f"{100 * value:.1f}"
 
 
 def settings(what: str, recipe: Recipe, options: FitOptions, paper: bool) -> str:
@@ -160,9 +178,10 @@ def _tuner(recipe: Recipe) -> dict[str, Any]:
     metrics = run_train(recipe, lambda text: None, quiet=True)
     job = load_job(recipe)
     model = job.model(recipe.seed).to(job.device)
-    backbone, checkpoint = live_backbone(job) if recipe.live else (None, None)
-    batch = next(iter(sources(job, backbone, checkpoint)["train"].epochs(0, 1)))
+    live, checkpoint = live_backbone(job) if recipe.live else (None, None)
+    batch = next(iter(sources(job, live, checkpoint)["train"].epochs(0, 1)))
     what = ", ".join(f"{k} {v}" for k, v in stated(job.config).items()) or "no options"
+    what += _weighing(job)
     made = settings(what, recipe, fit_options(recipe, job.spec, job.paper, model.tuner.default_lr()), job.paper)
     return _summary(job, model, batch, metrics, [model.tuner.tail]) | {"settings": made}
 
@@ -182,17 +201,17 @@ def fit_counterpart(recipe: Recipe, name: str, preset: str) -> Fitted:
     """Train a counterpart with the splits, the order and the options of a probe's run on the same store."""
     method = counterpart(name, preset)
     job = _probe(recipe)
-    backbone, checkpoint = live_backbone(job)
+    live, checkpoint = live_backbone(job)
     identity = job.found.space.identity
     module = load_backbone(checkpoint, identity["precision"], identity["attention"], job.device).model
-    model = CounterpartModel(method, job.found.family, module, job.objective, recipe.seed).to(job.device)
+    model = CounterpartModel(method, job.found.backbone, module, job.objective, recipe.seed).to(job.device)
     size = batch_size_of(recipe, job.paper)
     parts = {
-        split: input_source(live_source(job, split, backbone, checkpoint, size), backbone)
+        split: input_source(live_source(job, split, live, checkpoint, size), live)
         for split, table in job.tables.items()
         if split == "train" or all(label is not None for label in table.labels)
     }
-    rate = method.lr_text if job.found.family.writes_text else method.lr
+    rate = method.lr_text if job.found.backbone.writes_text else method.lr
     options = fit_options(recipe, job.spec, job.paper, rate)
     folder = Path(recipe.out or f"runs/{name}")
     metrics = fit(
@@ -214,8 +233,16 @@ def fit_counterpart(recipe: Recipe, name: str, preset: str) -> Fitted:
 def _counterpart(recipe: Recipe, name: str, preset: str) -> dict[str, Any]:
     made = fit_counterpart(recipe, name, preset)
     batch = next(iter(made.train.epochs(0, 1)))
-    told = settings(counterpart(name, preset).description, recipe, made.options, made.job.paper)
+    described = counterpart(name, preset).description + _weighing(made.job)
+    told = settings(described, recipe, made.options, made.job.paper)
     return _summary(made.job, made.model, batch, made.metrics, []) | {"settings": told}
+
+
+def _weighing(job: Job) -> str:
+    """What the objective was set to beside its defaults, as it ends a list; what is scored stands in the table."""
+    config = job.objective.config
+    set_to = {k: v for k, v in stated(config).items() if k != "metric" and v != getattr(type(config)(), k)}
+    return "".join(f", {k} {' '.join(v) if isinstance(v, tuple) else v}" for k, v in set_to.items())
 
 
 def _probe(recipe: Recipe) -> Job:
@@ -223,7 +250,9 @@ def _probe(recipe: Recipe) -> Job:
     way: a text-to-text one writes the label."""
     job = load_job(replace(recipe, tuner="probe", tuner_options={}, live=True))
     header = next(iter(job.tables.values())).header
-    job.objective = make_objective(recipe, job.spec, header.get("candidates", ()), job.found.family, None)
+    job.objective = make_objective(
+        recipe, job.spec, header.get("candidates", ()), job.found.backbone, None, job.training
+    )
     return job
 
 
@@ -231,24 +260,26 @@ def _summary(job: Job, model: Any, batch: Batch, metrics: dict[str, Any], more: 
     scores = metrics["test"] or metrics["validation"]
     if scores is None:
         raise UserError(f"task {job.spec.name} has neither test nor validation labels: there is nothing to compare")
+    first = job.objective.scorer().first
     return {
-        "metric": scores["average"],
+        "metric": math.nan if scores[first] is None else scores[first],
+        "figure": first,
         "seconds_per_epoch": metrics["seconds_per_epoch"],
         "trainable": metrics["trainable_parameters"],
         "layout": metrics["layout"],
         "memory": step_memory(model, batch.to(job.device), more),
-        "backbone": backbone_parameters(job.found.family),
+        "backbone": backbone_parameters(job.found.backbone),
     }
 
 
-def backbone_parameters(family: Family) -> int:
+def backbone_parameters(backbone: Backbone) -> int:
     """Parameters of the whole backbone without a task head, counted without loading it."""
-    return sum(p.numel() for n, p in _shape(family).named_parameters() if "pooler" not in n)
+    return sum(p.numel() for n, p in _shape(backbone).named_parameters() if "pooler" not in n)
 
 
-def _shape(family: Family) -> nn.Module:
+def _shape(backbone: Backbone) -> nn.Module:
     """The backbone without its values; shared, so not to be changed."""
-    model: nn.Module = getattr(family, "skeleton", None) or backbone_model(family)
+    model: nn.Module = getattr(backbone, "skeleton", None) or backbone_model(backbone)
     return model
 
 

@@ -6,11 +6,13 @@ twice. But a score on them is not what it seems.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable, Mapping, Sequence
 
 from pipeline.extract.tasks.base import SPLITS, Label, TaskSpec
 from pipeline.store import TaskTable
 
+OUTSIDE = "O"  # the tag of a word in no span
 OWN = ("table", "image folder")  # sources of tasks that we split where no split is given
 
 
@@ -20,11 +22,42 @@ def doubts(tables: Mapping[str, TaskTable], images: bool = False) -> list[str]:
     tables = {name: tables[name] for name in SPLITS if name in tables}
     rows = {name: _contents(table, images) for name, table in tables.items()}
     found = [] if images else [_blank(name, table) for name, table in tables.items()]
+    found += _labels(tables)
     found.append(_contradictions(tables, rows, images))
     for place, name in enumerate(tables):
         before = list(tables)[:place]
         found.append(_shared(name, before, tables, rows, images))
     return [sentence for sentence in found if sentence]
+
+
+def _labels(tables: Mapping[str, TaskTable]) -> list[str]:
+    """What makes it doubtful that the labels are what was meant."""
+    table = next(iter(tables.values()), None)
+    if table is None:
+        return []
+    target, names = table.header["spec"]["target"], table.header["spec"]["labels"]
+    found, alike = [], dict[str, list[str]]()
+    for name in names:
+        alike.setdefault(_plain(name), []).append(name)
+    if same := [group for group in alike.values() if len(group) > 1]:
+        shown = " and ".join(map(repr, same[0]))
+        found.append(f"{shown} are {len(same[0])} labels, though they differ in blanks, case or a number's form only")
+    if names and all(re.fullmatch(r"[+-]?\d+,\d+", name) for name in names):
+        found.append(f"labels such as {names[0]!r} are classes, not numbers: those have a decimal point")
+    if target == "tags" and OUTSIDE not in names:
+        few = ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
+        found.append(f"no tag is called {OUTSIDE} ({few}): every word counts as one of a span")
+    if target == "classes" and all(len(label or ()) < 2 for t in tables.values() for label in t.labels):
+        found.append("no row has more than one label: is it the right --separator?")
+    return found
+
+
+def _plain(name: str) -> str:
+    """What labels that mean the same are likely to have in common."""
+    try:
+        return repr(float(name))
+    except ValueError:
+        return " ".join(name.split()).casefold()
 
 
 def limit_doubt(limit: int | None, table: TaskTable, views: int = 1) -> str:

@@ -14,12 +14,14 @@ from typing import Any
 import torch
 
 from pipeline.doubts import doubts
-from pipeline.extract.backbones import Family, Inputs, TextOptions, stream_of
-from pipeline.extract.backbones.live import Backbone
+from pipeline.extract.backbones import Backbone, Inputs, TextOptions, stream_of
+from pipeline.extract.backbones.capabilities import WritesText
+from pipeline.extract.backbones.live import LiveBackbone
 from pipeline.extract.checkpoint import CONFIG_NOISE, Checkpoint, resolve
 from pipeline.extract.encoding import arrays_of
 from pipeline.extract.identity import PRECISIONS, space_identity
 from pipeline.extract.plugins import lasting
+from pipeline.extract.projection import Projection
 from pipeline.extract.run import Report, compute, provenance_of
 from pipeline.extract.tasks.base import SPLITS, Rows, Task, TaskSpec
 from pipeline.extract.tasks.images import contents
@@ -49,7 +51,7 @@ class Split:
 
 
 def prepare_split(
-    family: Family,
+    backbone: Backbone,
     tokenizer: Any,
     spec: TaskSpec,
     name: str,
@@ -60,18 +62,38 @@ def prepare_split(
 ) -> Split:
     """Tokenise a split. Training rows of a text-to-text backbone get their own target's decoder positions, other rows
     those that scoring all targets needs. Raises UserError for rows that the backbone cannot read."""
-    refuse_other_kind(family, rows.texts, options.root, f"the {name} rows of {spec.name}")
-    gold = None
+    refuse_other_kind(backbone, rows.texts, options.root, f"the {name} rows of {spec.name}")
     options = replace(options, words=spec.target == "tags")
     if options.views > 1 and name == "train":
         rows = with_views(rows, options.views)
-    if name == "train" and candidates:
-        gold = [spec.target_index(label) for label in rows.labels if isinstance(label, int | float)]
-    inputs = family.prepare(tokenizer, rows.texts, options, candidates, gold)
-    refuse_unknown_ids(family, inputs, f"the {name} rows of {spec.name}")
+    inputs = prepared(backbone, tokenizer, spec, name, rows, options, candidates)
+    refuse_unknown_ids(backbone, inputs, f"the {name} rows of {spec.name}")
     if inputs.skipped:
         rows = rows.take([i for i in range(len(rows)) if i not in inputs.skipped])
     return Split(name, rows, inputs, inputs.keys(), len(rows) if total is None else total)
+
+
+def candidates_of(backbone: Backbone, tokenizer: Any, spec: TaskSpec) -> list[list[int]]:
+    """Token ids of each target text; none where the backbone does not write text."""
+    return backbone.candidates(tokenizer, spec.texts) if isinstance(backbone, WritesText) else []
+
+
+def prepared(
+    backbone: Backbone,
+    tokenizer: Any,
+    spec: TaskSpec,
+    split: str,
+    rows: Rows,
+    options: TextOptions,
+    candidates: Sequence[Sequence[int]],
+) -> Inputs:
+    """The rows of a split as inputs; those of a backbone that writes text as `prepare_split` says."""
+    if not isinstance(backbone, WritesText):
+        return backbone.prepare(tokenizer, rows.texts, options)
+    gold = None
+    if split == "train" and candidates:
+        gold = [spec.target_index(label) for label in rows.labels if isinstance(label, int | float)]
+    return backbone.prepare(tokenizer, rows.texts, options, candidates, gold)
 
 
 def with_views(rows: Rows, views: int) -> Rows:
@@ -81,17 +103,24 @@ def with_views(rows: Rows, views: int) -> Rows:
     return several
 
 
-def load_backbone(checkpoint: Checkpoint, precision: str, attention: str, device: torch.device) -> Backbone:
-    """The checkpoint's backbone, loaded when first used. One that writes text has a row for each token, no more."""
-    family = checkpoint.family
+def load_backbone(
+    checkpoint: Checkpoint,
+    precision: str,
+    attention: str,
+    device: torch.device,
+    projection: Projection | None = None,
+) -> LiveBackbone:
+    """The checkpoint's backbone, loaded when first used; what it hands out is projected as the feature space's states
+    are. One that writes text has a row for each token, no more."""
+    backbone = checkpoint.backbone.projected(projection)
 
     def load() -> Any:
-        model = family.load(checkpoint.folder, PRECISIONS[precision], attention, device)
-        if family.writes_text:
-            family.keep_tokens(model, checkpoint.tokens)
+        model = backbone.load(checkpoint.folder, PRECISIONS[precision], attention, device)
+        if isinstance(backbone, WritesText):
+            backbone.keep_tokens(model, checkpoint.tokens)
         return model
 
-    return Backbone(family, load, device)
+    return LiveBackbone(backbone, load, device)
 
 
 def run_extract(recipe: Recipe, say: Say, quiet: bool = False, task: Task | None = None) -> dict[str, Any]:
@@ -101,39 +130,41 @@ def run_extract(recipe: Recipe, say: Say, quiet: bool = False, task: Task | None
     started = time.perf_counter()
     device = device_of(recipe)
     checkpoint = resolve(recipe.model)
-    family, states = checkpoint.family, wanted_states(recipe, checkpoint.family)
-    refuse_full_readers(recipe, recipe.tuners, family)
-    refuse_for_kind(recipe, family)
+    backbone, states = checkpoint.backbone, wanted_states(recipe, checkpoint.backbone)
+    refuse_full_readers(recipe, recipe.tuners, backbone)
+    refuse_for_kind(recipe, backbone)
     task = task or open_task(recipe)
     options = space_options(recipe, task.spec)
-    task = with_contents(task, family, options.text)
+    task = with_contents(task, backbone, options.text)
     identity = space_identity(checkpoint, options)
-    candidates = family.candidates(checkpoint.tokenizer, task.spec.texts) if family.writes_text else []
+    candidates = candidates_of(backbone, checkpoint.tokenizer, task.spec)
     splits = [
-        _split(family, checkpoint, task, name, recipe.limit, options.text, candidates) for name in _splits(task, recipe)
+        _split(backbone, checkpoint, task, name, recipe.limit, options.text, candidates)
+        for name in _splits(task, recipe)
     ]
     inputs = Inputs.concat([s.inputs for s in splits])
     keys = [k for s in splits for k in s.keys]
-    backbone = load_backbone(checkpoint, options.precision, options.attention, device)
+    live = load_backbone(checkpoint, options.precision, options.attention, device)
     where, digest = store_path(recipe), identity["weights"]
     if "://" not in where and not Path(where).exists():
-        _ = backbone.model  # a checkpoint that cannot run leaves no trace
+        _ = live.model  # a checkpoint that cannot run leaves no trace
     store = Store.open(where, create=True)
     kept = _kept_mark(store, identity, checkpoint)
     if not store.has_weights(digest, *(kept_name(name, kept) for name in KEEPSAKES)):
-        parts = _keepsakes(checkpoint, backbone, identity)
+        parts = _keepsakes(checkpoint, live, identity)
         store.save_weights(digest, {kept_name(name, kept): content for name, content in parts.items()})
     tokens = recipe.batch_tokens or (32768 if device.type == "cuda" else 4096)
     fit_on = next((s.inputs for s in splits if s.name == "train"), inputs)
-    identity = project(store, identity, backbone, fit_on, recipe.seed, tokens, task.spec.name, say)
+    identity, live = project(store, identity, live, fit_on, recipe.seed, tokens, task.spec.name, say)
+    backbone = live.backbone
     space = store.create_space(identity)
     tables = {s.name: _table(task, s, candidates, checkpoint, splits) for s in splits}
-    odd = doubts(tables, family.modality == "image")
-    _announce(say, space, splits, inputs, keys, states, family, options.format, task.spec, options.text.max_length)
-    warnings = [*token_doubts(checkpoint.tokenizer, family, splits), *odd]
+    odd = doubts(tables, backbone.modality == "image")
+    _announce(say, space, splits, inputs, keys, states, backbone, options.format, task.spec, options.text.max_length)
+    warnings = [*token_doubts(checkpoint.tokenizer, backbone, splits), *odd]
     for sentence in warnings:
         say(f"warning: {sentence}")
-    keep(recipe, task.spec, store, identity, kept, backbone, splits, candidates, say)
+    keep(recipe, task.spec, store, identity, kept, live, splits, candidates, say)
     how: dict[str, Any] = {
         "tokens": tokens,
         "batch_size": recipe.batch_size,
@@ -144,12 +175,12 @@ def run_extract(recipe: Recipe, say: Say, quiet: bool = False, task: Task | None
     if recipe.scheduler:
         from pipeline.extract.distributed import compute_on
 
-        each = estimated_bytes(inputs, states, family, options.format) / len(keys)
+        each = estimated_bytes(inputs, states, backbone, options.format) / len(keys)
         model = os.path.abspath(recipe.model) if Path(recipe.model).is_dir() else recipe.model  # noqa: PTH100
         how["imports"] = lasting(recipe.imports)
         report = compute_on(recipe.scheduler, space, inputs, keys, states, model, recipe.device, each, **how)
     else:
-        report = compute(space, inputs, keys, states, backbone, describe=_describer(splits), **how)
+        report = compute(space, inputs, keys, states, live, describe=_describer(splits), **how)
     save_tables(space, tables, states)
     report.seconds = time.perf_counter() - started
     done = _finish(say, store, space, task, splits, states, report)
@@ -166,7 +197,7 @@ def _splits(task: Task, recipe: Recipe) -> list[str]:
 
 
 def _split(
-    family: Family,
+    backbone: Backbone,
     checkpoint: Checkpoint,
     task: Task,
     name: str,
@@ -178,12 +209,12 @@ def _split(
     if not len(rows):
         raise UserError(f"task {task.spec.name}: the {name} split is empty")
     head = rows.head(limit)
-    return prepare_split(family, checkpoint.tokenizer, task.spec, name, head, options, candidates, len(rows))
+    return prepare_split(backbone, checkpoint.tokenizer, task.spec, name, head, options, candidates, len(rows))
 
 
-def estimated_bytes(inputs: Inputs, states: Sequence[str], family: Family, fmt: str) -> float:
+def estimated_bytes(inputs: Inputs, states: Sequence[str], backbone: Backbone, fmt: str) -> float:
     """Bytes of `states` of `inputs` (methods §6.2): positions × width × bytes a value, summed over states."""
-    values = sum(float(inputs.lengths[stream_of(n)].sum()) * family.state_width(n) for n in states)
+    values = sum(float(inputs.lengths[stream_of(n)].sum()) * backbone.state_width(n) for n in states)
     return values * bytes_per_value(fmt)
 
 
@@ -194,7 +225,7 @@ def _announce(
     inputs: Inputs,
     keys: Sequence[str],
     states: Sequence[str],
-    family: Family,
+    backbone: Backbone,
     fmt: str,
     spec: TaskSpec,
     longest: int,
@@ -204,12 +235,12 @@ def _announce(
     )
     stored = space.lookup(list(dict.fromkeys(keys)), states)
     todo = int((~stored.present).sum())
-    size = estimated_bytes(inputs, states, family, fmt)
+    size = estimated_bytes(inputs, states, backbone, fmt)
     say(f"rows: {rows}; {_labels_text(spec)}")
     if many := _too_many_classes(spec, splits):
         say(f"warning: {many}")
     say(
-        f"space {space.id[:12]}: {widths_text(list(states), family.width, family.projection)} as {fmt}, "
+        f"space {space.id[:12]}: {widths_text(list(states), backbone.width, backbone.projection)} as {fmt}, "
         f"{size / len(keys) / 1e3:,.1f} kB a sample, {size / 1e9:.3f} GB in all"
     )
     say(
@@ -220,7 +251,7 @@ def _announce(
         if bad := split.inputs.skipped:
             say(f"warning: {split.name}: {len(bad):,} pictures left out, first: {next(iter(bad.values()))}")
     if cut := int(inputs.truncated.sum()):
-        limit = int(inputs.lengths[family.streams[0]][inputs.truncated].max())
+        limit = int(inputs.lengths[backbone.streams[0]][inputs.truncated].max())
         whose = "--max-length" if limit >= longest else "all that the model takes"
         say(f"warning: {cut:,} of {len(keys):,} texts are longer than {limit:,} tokens ({whose}) and were cut")
 
@@ -261,11 +292,11 @@ def _describer(splits: Sequence[Split]) -> Callable[[str], str]:
 KEEPSAKES = ("tail.safetensors", "config.json", "source.json")
 
 
-def _keepsakes(checkpoint: Checkpoint, backbone: Backbone, identity: dict[str, Any]) -> dict[str, Any]:
+def _keepsakes(checkpoint: Checkpoint, live: LiveBackbone, identity: dict[str, Any]) -> dict[str, Any]:
     """What training needs of a checkpoint: tail weights and configuration, and the names it goes by."""
-    source = {"names": sorted({checkpoint.name}), "revision": checkpoint.revision, "family": checkpoint.family.name}
+    source = {"names": sorted({checkpoint.name}), "revision": checkpoint.revision, "family": checkpoint.backbone.name}
     return {
-        "tail.safetensors": arrays_of(backbone.family.tail_weights(backbone.model)),
+        "tail.safetensors": arrays_of(live.backbone.tail_weights(live.model)),
         "config.json": _config(checkpoint),
         "source.json": {**source, "made_with": made_with(identity)},
     }
@@ -291,17 +322,17 @@ def _kept_mark(store: Store, identity: dict[str, Any], checkpoint: Checkpoint) -
 
 def task_tables(checkpoint: Checkpoint, task: Task, recipe: Recipe, options: TextOptions) -> dict[str, TaskTable]:
     """The task tables an extraction would store, without one."""
-    family = checkpoint.family
-    task = with_contents(task, family, options)
-    candidates = family.candidates(checkpoint.tokenizer, task.spec.texts) if family.writes_text else []
+    backbone = checkpoint.backbone
+    task = with_contents(task, backbone, options)
+    candidates = candidates_of(backbone, checkpoint.tokenizer, task.spec)
     names = [s for s in SPLITS if s in task.splits]
-    splits = [_split(family, checkpoint, task, name, recipe.limit, options, candidates) for name in names]
+    splits = [_split(backbone, checkpoint, task, name, recipe.limit, options, candidates) for name in names]
     return {s.name: _table(task, s, candidates, checkpoint, splits) for s in splits}
 
 
-def with_contents(task: Task, family: Family, options: TextOptions) -> Task:
+def with_contents(task: Task, backbone: Backbone, options: TextOptions) -> Task:
     """A task with pictures, what their files hold being part of its provenance: they may change under their names."""
-    if family.modality != "image":
+    if backbone.modality != "image":
         return task
     held = contents(Path(options.root), (t[0] for rows in task.splits.values() for t in rows.texts))
     return replace(task, provenance={**task.provenance, "contents": held})

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from dask.utils import parse_bytes
 
-from pipeline.command_line import extract_command
+from pipeline.command_line import NotExtracted
 from pipeline.extract.backbones import TextOptions
-from pipeline.extract.backbones.base import Tail
-from pipeline.extract.backbones.live import Backbone
+from pipeline.extract.backbones.live import LiveBackbone
+from pipeline.extract.backbones.tail import Tail
 from pipeline.extract.checkpoint import Checkpoint, local, resolve
 from pipeline.extract.identity import options_of, refuse_other, space_identity
 from pipeline.extract.tasks import canonical_name
@@ -42,14 +42,14 @@ from pipeline.store.errors import MissingStates, StoreError, UserError
 from pipeline.store.tables import version_of
 from pipeline.stored import check_columns, check_states, kept_of
 from pipeline.train.live import LiveSource
-from pipeline.train.model import Model, tail_for
+from pipeline.train.model import Model, late_weights, tail_for
 from pipeline.train.objectives import Objective
 from pipeline.train.order import Order
 from pipeline.train.ranks import Ranks
 from pipeline.train.source import Source
 from pipeline.train.stream import StoreSource
 from pipeline.train.targets import Targets
-from pipeline.train.tuners import TunerConfig, tuner_class
+from pipeline.train.tuners import TunerConfig, fitting_tuner, tuner_class
 from pipeline.unused import refuse_for_kind
 from pipeline.versions import AmbiguousTask, stored_tables
 
@@ -65,7 +65,7 @@ class Job:
     config: TunerConfig
     states: list[str]
     device: torch.device
-    live: tuple[Backbone, Checkpoint] | None = None
+    live: tuple[LiveBackbone, Checkpoint] | None = None
     late: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)  # live layers before the last
     first: Callable[[], dict[str, torch.Tensor]] | None = None  # weights that training starts from
 
@@ -78,14 +78,19 @@ class Job:
     def objective(self) -> Objective:
         """What is learned of the targets."""
         header = next(iter(self.tables.values())).header
-        family = self.found.family
-        tuner = tuner_class(self.recipe.tuner, family)
-        return make_objective(self.recipe, self.spec, header.get("candidates", ()), family, tuner)
+        backbone = self.found.backbone
+        tuner = tuner_class(self.recipe.tuner, backbone)
+        return make_objective(self.recipe, self.spec, header.get("candidates", ()), backbone, tuner, self.training)
+
+    @property
+    def training(self) -> list[Any]:
+        """The targets of the training rows."""
+        return self.tables["train"].labels if "train" in self.tables else []
 
     @property
     def paper(self) -> bool:
         """Whether the papers' protocol for text-to-text backbones gives the defaults."""
-        return self.found.family.writes_text
+        return self.found.backbone.writes_text
 
     def targets(self, split: str) -> Targets | None:
         """The targets of a split; None where a row has none."""
@@ -96,10 +101,10 @@ class Job:
     def model(self, seed: int | None = None, tail: Tail | None = None) -> Model:
         """The tuner on the space's tail, weights drawn from `seed`. `tail`: that of another model on the same space
         with the same late layers, for they can share it."""
-        name, family = self.recipe.tuner, self.found.family
+        name, backbone = self.recipe.tuner, self.found.backbone
         attention = self.found.space.identity["attention"]
-        tail = tail or tail_for(name, self.config, family, attention, self.found.tail, self.late)
-        model = Model.build(name, self.config, family, tail, self.objective, seed)
+        tail = tail or tail_for(name, self.config, backbone, attention, self.found.tail, self.late)
+        model = Model.build(name, self.config, backbone, tail, self.objective, seed)
         if seed is not None and self.first is not None:
             model.tuner.begin(self.first())
         return model
@@ -128,10 +133,10 @@ def load_job(recipe: Recipe, version: str | None = None, space: str | None = Non
     job = make_job(recipe if space is None else replace(recipe, views=None), found, tables)
     store, digest = Store.open(store_path(recipe)), found.space.identity["weights"]
     named = replace(recipe, model=recipe.model or found.source["names"][0])
-    cls = tuner_class(recipe.tuner, found.family)
+    cls = tuner_class(recipe.tuner, found.backbone)
     kept = kept_of(store, found.space.identity)
-    job.late = stored_late(named, store, digest, kept, cls.late_layers(job.config, found.family))
-    if start := cls.start(job.config, found.family):
+    job.late = stored_late(named, store, digest, kept, cls.late_layers(job.config, found.backbone))
+    if start := cls.start(job.config, found.backbone):
         keys, labels = (tables["train"].keys, tables["train"].labels) if "train" in tables else ([], [])
         file = start_file(start, recipe.task, keys, labels, found.space.identity["precision"], kept)
         job.first = lambda: stored_start(named, store, digest, start, file)
@@ -142,30 +147,30 @@ def tables_of(recipe: Recipe, found: Found, version: str | None = None) -> dict[
     """The stored tables of the recipe's task. StoreError with the command to run where none fits."""
     assert isinstance(found.space, Space)
     try:
-        return stored_tables(found.space, recipe, found.family.modality == "image", version)
+        return stored_tables(found.space, recipe, found.backbone.modality == "image", version)
     except AmbiguousTask:
         raise
     except StoreError as error:
-        raise StoreError(f"{error}; run: {extract_command(as_extracted(recipe, found))}") from None
+        raise NotExtracted(str(error), as_extracted(recipe, found)) from None
 
 
 def make_job(
     recipe: Recipe,
     found: Found,
     tables: dict[str, TaskTable],
-    live: tuple[Backbone, Checkpoint] | None = None,
+    live: tuple[LiveBackbone, Checkpoint] | None = None,
 ) -> Job:
     """A job on tables at hand; the recipe's limit is for its training rows."""
     if "train" in tables:
         tables = {**tables, "train": limited(first_views(tables["train"], recipe.views), recipe.limit)}
     spec = TaskSpec.from_dict(next(iter(tables.values())).header["spec"])
-    if found.family.modality == "text":  # a store of earlier versions may hold names of pictures read as text
+    if found.backbone.modality == "text":  # a store of earlier versions may hold names of pictures read as text
         for split, table in tables.items():
-            refuse_other_kind(found.family, table.texts, "", f"the stored {split} rows of {spec.name}")
+            refuse_other_kind(found.backbone, table.texts, "", f"the stored {split} rows of {spec.name}")
     config = config_of(recipe, recipe.tuner)
-    tuner = tuner_class(recipe.tuner, found.family)
-    states = tuner.states(config, found.family)
-    projection = found.family.projection
+    tuner = fitting_tuner(recipe.tuner, config, found.backbone)
+    states = tuner.states(config, found.backbone)
+    projection = found.backbone.projection
     if projection is not None and not tuner.projects and projection.basis.keys() & set(states):
         kind = found.space.identity["projection"]
         raise UserError(f"tuner {recipe.tuner} reads full states; this feature space keeps {kind}: extract without it")
@@ -177,7 +182,7 @@ def unstored_job(recipe: Recipe, space: str = "") -> Job | None:
     another feature space than the one asked for by the beginning of its id, `space`."""
     need(recipe, "model", "task")
     checkpoint, task = resolve(recipe.model), open_task(recipe)
-    refuse_for_kind(recipe, checkpoint.family)
+    refuse_for_kind(recipe, checkpoint.backbone)
     options = space_options(recipe, task.spec)
     if options.projection != "none":
         raise UserError("--projection: what extract fitted is kept in a store, and there is none here; extract first")
@@ -188,16 +193,16 @@ def unstored_job(recipe: Recipe, space: str = "") -> Job | None:
             break
     else:
         return None
-    backbone = load_backbone(checkpoint, options.precision, options.attention, device_of(recipe))
+    live = load_backbone(checkpoint, options.precision, options.attention, device_of(recipe))
     tables = task_tables(checkpoint, task, recipe, text)
-    tail = checkpoint.family.tail_weights(backbone.model)
-    found = Found(Unstored(digest_json(identity), identity), checkpoint.family, tail, {"names": [checkpoint.name]})
-    job = make_job(recipe, found, tables, (backbone, checkpoint))
-    cls, family = tuner_class(recipe.tuner, found.family), found.family
-    job.late = {i: family.block_weights(backbone.model, i) for i in cls.late_layers(job.config, family)}
-    if start := cls.start(job.config, family):
+    tail = checkpoint.backbone.tail_weights(live.model)
+    found = Found(Unstored(digest_json(identity), identity), checkpoint.backbone, tail, {"names": [checkpoint.name]})
+    job = make_job(recipe, found, tables, (live, checkpoint))
+    backbone = found.backbone
+    job.late = late_weights(recipe.tuner, job.config, backbone, live.model)
+    if start := tuner_class(recipe.tuner, backbone).start(job.config, backbone):
         train = relive(job, "train", checkpoint) if start.fisher else None
-        job.first = lambda: make_start(start, family, backbone.model, job.objective, train, backbone.device)
+        job.first = lambda: make_start(start, backbone, live.model, job.objective, train, live.device)
     return job
 
 
@@ -239,11 +244,11 @@ def store_source(job: Job, split: str, batch_size: int) -> StoreSource:
     """Batches of `split` from the store. Raises UserError with the command to run when something is not there."""
     table, recipe = job.tables[split], job.recipe
     if isinstance(job.found.space, Unstored):
-        raise StoreError(f"nothing of {job.spec.name} is in a store yet; run: {extract_command(recipe)}")
+        raise NotExtracted(f"nothing of {job.spec.name} is in a store yet", recipe)
     ranks = Ranks.from_environment()
     # Every rank evaluates alike; of training batches each reads its share.
     options: dict[str, Any] = {"rank": ranks.rank, "world": ranks.world} if split == "train" else {}
-    check_states(job.found.space, job.found.family, job.states)
+    check_states(job.found.space, job.found.backbone, job.states)
     if recipe.host_memory is not None:
         options["host_bytes"] = parse_size(recipe.host_memory)
     try:
@@ -252,7 +257,7 @@ def store_source(job: Job, split: str, batch_size: int) -> StoreSource:
             table.keys,
             job.targets(split),
             job.states,
-            list(job.found.family.columns),
+            list(job.found.backbone.columns),
             batch_size=batch_size,
             seed=recipe.ordering,
             window=recipe.window,
@@ -262,12 +267,12 @@ def store_source(job: Job, split: str, batch_size: int) -> StoreSource:
             device=job.device,
             pin=job.device.type == "cuda",
             dtype=None,
-            check=lambda samples: check_columns(job.found.family, samples),
+            check=lambda samples: check_columns(job.found.backbone, samples),
             **options,
         )
     except MissingStates as error:
         known = as_extracted(recipe, job.found)
-        raise MissingStates(f"{split}: {error}; run: {extract_command(known)}", error.samples, error.states) from None
+        raise NotExtracted(f"{split}: {error}", known, error.samples, error.states) from None
 
 
 def as_extracted(recipe: Recipe, found: Found) -> Recipe:
@@ -302,21 +307,21 @@ def picture_options(identity: Mapping[str, Any]) -> dict[str, Any]:
     return {"image_size": text.image_size, **({"view_seed": text.view_seed} if text.views > 1 else {})}
 
 
-def sources(job: Job, backbone: Backbone | None, checkpoint: Checkpoint | None = None) -> dict[str, Source]:
+def sources(job: Job, live: LiveBackbone | None, checkpoint: Checkpoint | None = None) -> dict[str, Source]:
     """A source for each split: from the store, or live when there is a backbone. Both give the same batches."""
     size = batch_size_of(job.recipe, job.paper)
     out: dict[str, Source] = {}
     for split in job.tables:
         if split == "train" or job.targets(split) is not None:
-            if backbone is None:
+            if live is None:
                 out[split] = store_source(job, split, size)
             else:
                 assert checkpoint is not None
-                out[split] = live_source(job, split, backbone, checkpoint, size)
+                out[split] = live_source(job, split, live, checkpoint, size)
     return out
 
 
-def live_source(job: Job, split: str, backbone: Backbone, checkpoint: Checkpoint, batch_size: int) -> LiveSource:
+def live_source(job: Job, split: str, live: LiveBackbone, checkpoint: Checkpoint, batch_size: int) -> LiveSource:
     """Batches computed now from the texts of the task table, in the order of the store where it holds the samples."""
     part = relive(job, split, checkpoint)
     if part.keys != list(job.tables[split].keys):
@@ -330,7 +335,7 @@ def live_source(job: Job, split: str, backbone: Backbone, checkpoint: Checkpoint
         lengths = part.inputs.tokens() if grouped(job.recipe, job.paper) else None
         recipe = job.recipe
         order = Order(np.zeros(len(part.keys), np.int64), batch_size, recipe.ordering, recipe.window, lengths)
-    return LiveSource(backbone, part.inputs, job.targets(split), job.states, order)
+    return LiveSource(live, part.inputs, job.targets(split), job.states, order)
 
 
 def relive(job: Job, split: str, checkpoint: Checkpoint) -> Split:
@@ -339,7 +344,7 @@ def relive(job: Job, split: str, checkpoint: Checkpoint) -> Split:
     rows = Rows([tuple(t) for t in table.texts], list(table.labels))
     candidates = table.header.get("candidates", [])
     options = replace(text_options(job.found), root=picture_root(job.recipe))
-    return prepare_split(job.found.family, checkpoint.tokenizer, job.spec, split, rows, options, candidates)
+    return prepare_split(job.found.backbone, checkpoint.tokenizer, job.spec, split, rows, options, candidates)
 
 
 def text_options(found: Found) -> TextOptions:
@@ -347,15 +352,15 @@ def text_options(found: Found) -> TextOptions:
     return replace(options_of(found.space.identity).text, views=1)
 
 
-def live_backbone(job: Job) -> tuple[Backbone, Checkpoint]:
+def live_backbone(job: Job) -> tuple[LiveBackbone, Checkpoint]:
     """The backbone of the job's space. Raises UserError when the checkpoint at hand is another one."""
     if job.live is not None:
         return job.live
     identity = job.found.space.identity
     checkpoint = resolve(job.recipe.model or job.found.source["names"][0])
     refuse_other(checkpoint, identity)
-    checkpoint.family.projection = job.found.family.projection
-    return load_backbone(checkpoint, identity["precision"], identity["attention"], job.device), checkpoint
+    projection = job.found.backbone.projection
+    return load_backbone(checkpoint, identity["precision"], identity["attention"], job.device, projection), checkpoint
 
 
 def parse_size(text: str) -> int:

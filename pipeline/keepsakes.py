@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from pipeline.command_line import extract_command
-from pipeline.extract.backbones import Batch, Family
-from pipeline.extract.backbones.live import Backbone
+from pipeline.command_line import NotExtracted
+from pipeline.extract.backbones import Backbone, Batch
+from pipeline.extract.backbones.live import LiveBackbone
 from pipeline.extract.encoding import arrays_of, tensors_of
 from pipeline.extract.tasks import canonical_name
 from pipeline.extract.tasks.base import TaskSpec
@@ -23,8 +23,9 @@ from pipeline.objectives import make_objective
 from pipeline.owners import config_of
 from pipeline.recipe import Recipe
 from pipeline.store import Store, digest_json
-from pipeline.store.errors import MissingStates, UserError
+from pipeline.store.errors import UserError
 from pipeline.train.importance import FISHER_SAMPLES, fisher, magnitude
+from pipeline.train.model import late_weights
 from pipeline.train.objectives import Objective
 from pipeline.train.targets import Targets
 from pipeline.train.tuners import Start, tuner_class, tuner_names
@@ -50,14 +51,14 @@ def start_file(start: Start, task: str, keys: Sequence[str], labels: Sequence[An
 
 
 def make_start(
-    start: Start, family: Family, model: Any, objective: Objective, split: Split | None, device: torch.device
+    start: Start, backbone: Backbone, model: Any, objective: Objective, split: Split | None, device: torch.device
 ) -> Weights:
     """The weights of `start` from a loaded backbone. `split`: the training rows, for Fisher information."""
     if not start.fisher:
         return start.make(model, magnitude(model))
     if split is None or not split.rows.labelled():
         raise UserError("--init fisher needs labelled train rows: extract the train split with it")
-    return start.make(model, fisher(family, model, objective, _singles(split, objective, device)))
+    return start.make(model, fisher(backbone, model, objective, _singles(split, objective, device)))
 
 
 def _singles(split: Split, objective: Objective, device: torch.device) -> Iterator[Batch]:
@@ -74,31 +75,32 @@ def keep(
     store: Store,
     identity: dict[str, Any],
     kept: str,
-    backbone: Backbone,
+    live: LiveBackbone,
     splits: Sequence[Split],
     candidates: Sequence[Sequence[int]],
     say: Say,
 ) -> None:
     """Put what the tuners of `--for` want of the backbone into the store under the mark `kept`, where it is not there
     already."""
-    family, digest = backbone.family, identity["weights"]
+    backbone, digest = live.backbone, identity["weights"]
     train = next((s for s in splits if s.name == "train"), None)
     for name in recipe.tuners:
-        if name not in tuner_names(family):
+        if name not in tuner_names(type(backbone)):
             continue
-        config, cls = config_of(recipe, name, len(recipe.tuners) > 1), tuner_class(name, family)
-        blocks = {block_file(i, kept): i for i in cls.late_layers(config, family)}
+        config, cls = config_of(recipe, name, len(recipe.tuners) > 1), tuner_class(name, backbone)
+        blocks = {block_file(i, kept): i for i in cls.late_layers(config, backbone)}
         missing = [f for f in blocks if not store.has_weights(digest, f)]
         if missing:
             say(f"keeping {len(missing)} late layers for {name}")
-            store.save_weights(digest, {f: arrays_of(family.block_weights(backbone.model, blocks[f])) for f in missing})
-        if start := cls.start(config, family):
+            late = late_weights(name, config, backbone, live.model)
+            store.save_weights(digest, {f: arrays_of(late[blocks[f]]) for f in missing})
+        if start := cls.start(config, backbone):
             keys, labels = (train.keys, train.rows.labels) if train else ([], [])
             file = start_file(start, recipe.task, keys, labels, identity["precision"], kept)
             if not store.has_weights(digest, file):
                 say(f"first weights of {name}: {start.name}")
-                objective = make_objective(recipe, spec, candidates, family, cls)
-                made = make_start(start, family, backbone.model, objective, train, backbone.device)
+                objective = make_objective(recipe, spec, candidates, backbone, cls)
+                made = make_start(start, backbone, live.model, objective, train, live.device)
                 store.save_weights(digest, {file: arrays_of(made)})
 
 
@@ -106,12 +108,12 @@ def stored_late(recipe: Recipe, store: Store, digest: str, kept: str, layers: Se
     """The late layers that a tail needs. Raises MissingStates with the command that puts them there."""
     absent = [i for i in layers if not store.has_weights(digest, block_file(i, kept))]
     if absent:
-        raise MissingStates(f"the store does not hold live layer {absent[0]}; run: {extract_command(recipe)}")
+        raise NotExtracted(f"the store does not hold live layer {absent[0]}", recipe)
     return {i: tensors_of(store.load_tensors(digest, block_file(i, kept))) for i in layers}
 
 
 def stored_start(recipe: Recipe, store: Store, digest: str, start: Start, file: str) -> Weights:
     """First weights from the store. Raises MissingStates with the command that puts them there."""
     if not store.has_weights(digest, file):
-        raise MissingStates(f"the store does not hold {start.name} for this task; run: {extract_command(recipe)}")
+        raise NotExtracted(f"the store does not hold {start.name} for this task", recipe)
     return tensors_of(store.load_tensors(digest, file))

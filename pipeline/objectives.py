@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-from pipeline.extract.backbones.base import Family
+from pipeline.extract.backbones.base import Backbone
 from pipeline.extract.tasks.base import TaskSpec
 from pipeline.owners import options_of, refusal
 from pipeline.recipe import Recipe
@@ -29,7 +30,7 @@ def refuse_targets(recipe: Recipe, spec: TaskSpec) -> None:
         )
 
 
-def objective_name(recipe: Recipe, spec: TaskSpec, family: Family, tuner: type[Tuner] | None) -> str:
+def objective_name(recipe: Recipe, spec: TaskSpec, backbone: Backbone, tuner: type[Tuner] | None) -> str:
     """The objective asked for, else the first one for such targets; where backbone and tuner write text, a class or a
     number is written as one. `tuner`: None for what trains inside the backbone. UserError where one cannot learn such
     targets, or there are none."""
@@ -41,7 +42,7 @@ def objective_name(recipe: Recipe, spec: TaskSpec, family: Family, tuner: type[T
             "pipeline.stream"
         )
     refuse_targets(recipe, spec)
-    writes = family.writes_text and (tuner is None or tuner.text_head)
+    writes = backbone.writes_text and (tuner is None or tuner.text_head)
     text = next((n for n in fitting if objective_class(n).wants.text_head), None) if writes else None
     if recipe.objective:
         return text or recipe.objective
@@ -49,15 +50,21 @@ def objective_name(recipe: Recipe, spec: TaskSpec, family: Family, tuner: type[T
 
 
 def make_objective(
-    recipe: Recipe, spec: TaskSpec, token_ids: Sequence[Sequence[int]], family: Family, tuner: type[Tuner] | None
+    recipe: Recipe,
+    spec: TaskSpec,
+    token_ids: Sequence[Sequence[int]],
+    backbone: Backbone,
+    tuner: type[Tuner] | None,
+    training: Sequence[Any] = (),
 ) -> Objective:
-    """The objective of a run. `token_ids`: of each target text, from the task table."""
-    name = objective_name(recipe, spec, family, tuner)
+    """The objective of a run. `token_ids`: of each target text, from the task table; `training`: the targets of its
+    training rows, on which options may be counted."""
+    name = objective_name(recipe, spec, backbone, tuner)
     cls = objective_class(name)
     if others := recipe.objective_options.keys() - options_of("objective", name).keys():
-        how = f"tuner {recipe.tuner} on {family.name} backbones" if tuner else f"{family.name} backbones"
+        how = f"tuner {recipe.tuner} on {backbone.name} backbones" if tuner else f"{backbone.name} backbones"
         raise UserError(refusal(sorted(others), [f"objective {name}, that of {how} here"]))
-    config = objective_config(name, recipe.objective_options)
+    config = objective_config(name, recipe.objective_options).settled(spec.labels, training)
     answers = Answers(spec.labels, spec.metrics, spec.texts, tuple(tuple(ids) for ids in token_ids), spec.values)
     return cls(config, answers)
 
@@ -69,8 +76,8 @@ def plain_objective(spec: TaskSpec) -> Objective:
     return cls(cls.config_class(), Answers(spec.labels, spec.metrics))
 
 
-def class_objective(family: Family, tuner: type[Tuner], token_ids: Sequence[Sequence[int]]) -> Objective:
+def class_objective(backbone: Backbone, tuner: type[Tuner], token_ids: Sequence[Sequence[int]]) -> Objective:
     """An objective of `len(token_ids)` classes without names, to count and to time: the default for such a pair."""
-    name = "label-text" if family.writes_text and tuner.text_head else "classification"
+    name = "label-text" if backbone.writes_text and tuner.text_head else "classification"
     cls = objective_class(name)
     return cls(cls.config_class(), Answers.of_classes(len(token_ids), token_ids))

@@ -18,9 +18,9 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.extract.backbones.base import Family
+from pipeline.extract.backbones.base import Backbone
 from pipeline.extract.backbones.batch import Batch, stream_of
-from pipeline.extract.backbones.vision import Vision
+from pipeline.extract.backbones.tail import TextTail
 from pipeline.objectives import class_objective
 from pipeline.train.model import Model, tail_for
 from pipeline.train.tuners import TunerConfig, tuner_class
@@ -57,54 +57,49 @@ class NoValues(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def fresh_backbone(family: Family, attention: str) -> Any:
+def fresh_backbone(backbone: Backbone, attention: str) -> Any:
     """The backbone with weights drawn anew, on the present default device."""
-    from transformers import AutoModel, AutoModelForSeq2SeqLM
-
-    if isinstance(family, Vision):
-        return family.make(attention).eval()
-    maker: Any = AutoModelForSeq2SeqLM if family.writes_text else AutoModel
-    return maker.from_config(family.config, attn_implementation=attention).eval()
+    return backbone.make(attention).eval()
 
 
-def backbone_model(family: Family, attention: str = "eager") -> nn.Module:
+def backbone_model(backbone: Backbone, attention: str = "eager") -> nn.Module:
     """The backbone's module on the meta device: shapes without weights."""
     with torch.device("meta"):
-        return fresh_backbone(family, attention)
+        return fresh_backbone(backbone, attention)
 
 
-def tuner_model(family: Family, name: str, config: TunerConfig, classes: int = 2) -> Model:
+def tuner_model(backbone: Backbone, name: str, config: TunerConfig, classes: int = 2) -> Model:
     """A tuner with its tail and head on the meta device."""
-    objective = class_objective(family, tuner_class(name, family), [(i, 1) for i in range(classes)])
+    objective = class_objective(backbone, tuner_class(name, backbone), [(i, 1) for i in range(classes)])
     with torch.device("meta"):
-        return Model.build(name, config, family, tail_for(name, config, family, "sdpa"), objective).train()
+        return Model.build(name, config, backbone, tail_for(name, config, backbone, "sdpa"), objective).train()
 
 
 def meta_batch(
-    family: Family, lengths: dict[str, np.ndarray], states: list[str], dtype: torch.dtype = torch.float32
+    backbone: Backbone, lengths: dict[str, np.ndarray], states: list[str], dtype: torch.dtype = torch.float32
 ) -> Batch:
     """A batch of the given lengths (stream → (B,)) with `states` in `dtype`, on the meta device."""
-    batch = family.made_up(lengths, "meta")
+    batch = backbone.made_up(lengths, "meta")
     for name in states:
         rows = int(lengths[stream_of(name)].sum())
-        batch.states[name] = torch.zeros(rows, family.state_width(name), dtype=dtype, device="meta")
+        batch.states[name] = torch.zeros(rows, backbone.state_width(name), dtype=dtype, device="meta")
     batch.targets = {"label": torch.zeros(len(batch), dtype=torch.long, device="meta")}
     return batch
 
 
 def backbone_operations(
-    family: Family, lengths: dict[str, np.ndarray], states: list[str], model: nn.Module | None = None
+    backbone: Backbone, lengths: dict[str, np.ndarray], states: list[str], model: nn.Module | None = None
 ) -> float:
     """Operations of the frozen forward pass over one batch, up to the last of `states`. `model`: a `backbone_model`
     made before."""
-    model = backbone_model(family) if model is None else model
+    model = backbone_model(backbone) if model is None else model
     with FlopCounterMode(display=False) as counter, NoValues(), torch.no_grad():
-        family.run(model, meta_batch(family, lengths, []), states)
+        backbone.run(model, meta_batch(backbone, lengths, []), states)
     return float(counter.get_total_flops())
 
 
 def saved_bytes(
-    family: Family,
+    backbone: Backbone,
     name: str,
     config: TunerConfig,
     lengths: dict[str, np.ndarray],
@@ -113,8 +108,8 @@ def saved_bytes(
 ) -> int:
     """Bytes that a step keeps for its backward pass, each tensor once; weights and the batch's own states, which are
     in `dtype`, left out."""
-    batch = meta_batch(family, lengths, tuner_class(name, family).states(config, family), dtype)
-    model = tuner_model(family, name, config, classes)
+    batch = meta_batch(backbone, lengths, tuner_class(name, backbone).states(config, backbone), dtype)
+    model = tuner_model(backbone, name, config, classes)
     given = (*model.parameters(), *model.tuner.tail.parameters(), *batch.states.values())
     return kept_bytes(given, lambda: surrogate_loss(model, batch))
 
@@ -135,16 +130,16 @@ def kept_bytes(given: Iterable[torch.Tensor], forward: Callable[[], Any]) -> int
 
 
 def count(
-    family: Family, name: str, config: TunerConfig, lengths: dict[str, np.ndarray], classes: int = 2
+    backbone: Backbone, name: str, config: TunerConfig, lengths: dict[str, np.ndarray], classes: int = 2
 ) -> Operations:
     """Operations of one batch of samples of `lengths` (stream → (B,) int64) with tuner `name`."""
-    model, states = tuner_model(family, name, config, classes), tuner_class(name, family).states(config, family)
-    return Operations(backbone_operations(family, lengths, states), step_operations(family, lengths, states, model))
+    model, states = tuner_model(backbone, name, config, classes), tuner_class(name, backbone).states(config, backbone)
+    return Operations(backbone_operations(backbone, lengths, states), step_operations(backbone, lengths, states, model))
 
 
-def step_operations(family: Family, lengths: dict[str, np.ndarray], states: list[str], model: Model) -> float:
+def step_operations(backbone: Backbone, lengths: dict[str, np.ndarray], states: list[str], model: Model) -> float:
     """Operations of a training step of a `tuner_model`, forward and backward, on one batch."""
-    batch = meta_batch(family, lengths, states)
+    batch = meta_batch(backbone, lengths, states)
     with FlopCounterMode(display=False) as step:
         surrogate_loss(model, batch).backward()
     return float(step.get_total_flops())
@@ -163,5 +158,6 @@ def surrogate_loss(model: Model, batch: Batch) -> torch.Tensor:
         (loss,) = model.head.losses(features, batch).values()
         return loss
     (rows,) = features.values()
+    assert isinstance(model.tuner.tail, TextTail)
     tokens = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
     return F.cross_entropy(model.tuner.tail.logits(rows).float(), tokens)

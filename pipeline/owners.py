@@ -124,8 +124,12 @@ def recipe_of(
         for name, value in named(values, where).items():
             kind = name.removesuffix("_options")
             if kind in KINDS and kind != name:
-                nested = common_value(name, value, where)
-                own += [(kind, option, v, where) for option, v in named(nested, where).items()]
+                nested = named(common_value(name, value, where), where)
+                if twice := [n for n in values if str(n).replace("-", "_") in nested.keys() - field_names()]:
+                    raise UserError(
+                        f"{where}: {option_name(twice[0])} is given twice, by itself and in {name}: keep one"
+                    )
+                own += [(kind, option, v, where) for option, v in nested.items()]
             elif name in field_names():
                 common[name] = common_value(name, value, where)
             else:

@@ -25,15 +25,17 @@ import torch
 
 from pipeline import rates as measured
 from pipeline.advice import plan_text, recommend
-from pipeline.extract.backbones.base import Family, family_for
+from pipeline.extract.backbones.base import Backbone
 from pipeline.extract.backbones.batch import stream_of
 from pipeline.extract.backbones.images import Picture, Preprocess
+from pipeline.extract.backbones.registry import backbone_for
 from pipeline.extract.backbones.vision import Vision
 from pipeline.extract.checkpoint import Checkpoint, local
 from pipeline.extract.encoding import unscaled_dtype
 from pipeline.extract.order import extraction_batches
 from pipeline.extract.projection import orthogonal, parse_projection
 from pipeline.extract.tasks import Task
+from pipeline.extracting import candidates_of, prepared
 from pipeline.image_sizes import image_extents, some_pictures
 from pipeline.job import batch_size_of, grouped
 from pipeline.operations import (
@@ -47,6 +49,7 @@ from pipeline.operations import (
 )
 from pipeline.owners import config_of
 from pipeline.recipe import Recipe
+from pipeline.remembered import Remembered
 from pipeline.resolve import device_of, need, open_task, refuse_full_readers, space_options, store_path
 from pipeline.rows import refuse_other_kind
 from pipeline.shapes import known_config
@@ -55,7 +58,7 @@ from pipeline.store.errors import UserError
 from pipeline.store.malloc import keep_freed_memory
 from pipeline.train.order import Order
 from pipeline.train.tiers import available_memory
-from pipeline.train.tuners import TunerConfig, tuner_class
+from pipeline.train.tuners import TunerConfig, fitting_tuner
 from pipeline.unused import refuse_for_kind
 
 SAMPLED = 2000  # rows whose lengths stand for all
@@ -71,7 +74,7 @@ class Workload:
     """What is to be run. `lengths`: split → stream → (n,) positions of sampled rows, of images as `Vision.measure`
     gives them; `rows`: split → rows in all. `pictures`: a few of the images, to time reading them."""
 
-    family: Family
+    backbone: Backbone
     tuner: str
     config: TunerConfig
     states: list[str]
@@ -90,16 +93,16 @@ class Workload:
 
     def positions(self, split: str) -> dict[str, float]:
         """Mean positions of a sample in each stream."""
-        return {s: float(self.lengths[split][s].mean()) for s in self.family.streams}
+        return {s: float(self.lengths[split][s].mean()) for s in self.backbone.streams}
 
     def sample_bytes(self, fmt: str, split: str, channels: int | None = None) -> float:
         """Bytes of one sample as stored, the mean over a split. `channels`: of projected states, None for no
         projection."""
-        n, full = {s: float(k.mean()) for s, k in self.lengths[split].items()}, set(self.family.full_states())
-        total = float(sum(4 * n[stream_of(c)] for c in self.family.columns))
+        n, full = {s: float(k.mean()) for s, k in self.lengths[split].items()}, set(self.backbone.full_states())
+        total = float(sum(4 * n[stream_of(c)] for c in self.backbone.columns))
         for state in self.states:
             stream = stream_of(state)
-            width = self.family.width_of(stream) if channels is None or state in full else channels
+            width = self.backbone.width_of(stream) if channels is None or state in full else channels
             total += n[stream] * (width * bytes_per_value(fmt) + (4 if fmt == "int8" else 0))
         return total
 
@@ -110,7 +113,7 @@ class Workload:
     def extraction_batch(self, tokens: int) -> dict[str, np.ndarray]:
         """Lengths of a typical batch as extraction makes them: of all, the middle one by its longest sample."""
         part = self.lengths["train" if "train" in self.rows else next(iter(self.rows))]
-        positions = positions_of(self.family, part)
+        positions = positions_of(self.backbone, part)
         batches = sorted(extraction_batches(positions, 0, tokens), key=lambda b: int(positions[b].max()))
         return {s: n[batches[len(batches) // 2]] for s, n in part.items()}
 
@@ -119,16 +122,16 @@ class Workload:
         with the share of the epoch's batches it stands for, such that they add up to the epoch's positions: a median
         alone would miss the long ones."""
         part = self.lengths["train" if "train" in self.rows else next(iter(self.rows))]
-        rows = positions_of(self.family, part)
+        rows = positions_of(self.backbone, part)
         size = min(self.batch_size, len(rows))
         order = Order(np.zeros(len(rows), np.int64), size, lengths=rows if self.grouped else None)
         batches = [b for b in order.epoch(0) if len(b) == size]
         sizes = np.array([rows[b].sum() for b in batches])
         thirds = [third for third in np.array_split(np.argsort(sizes, kind="stable"), 3) if len(third)]
         picks = [third[np.abs(sizes[third] - sizes[third].mean()).argmin()] for third in thirds]
-        if self.family.writes_text and "train" not in self.rows:
+        if self.backbone.writes_text and "train" not in self.rows:
             # Only training samples hold a target's positions; elsewhere only the start of one is counted.
-            part = part | {s: np.maximum(part[s], 2) for s in self.family.streams[1:]}
+            part = part | {s: np.maximum(part[s], 2) for s in self.backbone.streams[1:]}
         shares = np.array([len(third) / len(batches) for third in thirds])
         shares *= size * rows.mean() / (shares @ sizes[picks])
         return [(float(f), {s: n[batches[i]] for s, n in part.items()}) for f, i in zip(shares, picks, strict=True)]
@@ -151,6 +154,8 @@ class Plan:
     memory: dict[str, float]
     operations: dict[str, float]
     rates: dict[str, float | None]
+    rates_of: str | None  # when the oldest of the remembered rates was measured, None where none is
+    measured: int | None  # rates that were measured now, None where none may be remembered
     epochs: int
     format: str
     projection: str
@@ -160,52 +165,48 @@ class Plan:
     commands: list[str] = field(default_factory=list)
 
 
-def positions_of(family: Family, lengths: dict[str, np.ndarray]) -> np.ndarray:
+def positions_of(backbone: Backbone, lengths: dict[str, np.ndarray]) -> np.ndarray:
     """(n,) the measure of each sample's cost that batches are made by, see `Inputs.tokens`."""
-    streams = [lengths[s] for s in family.streams]
-    return np.min(streams, axis=0) if family.modality == "image" else np.sum(streams, axis=0)
+    streams = [lengths[s] for s in backbone.streams]
+    return np.min(streams, axis=0) if backbone.modality == "image" else np.sum(streams, axis=0)
 
 
-def family_and_tokenizer(model: str) -> tuple[Family, Any | None]:
-    """The family from a `config.json` alone, and a tokenizer where there is one. Nothing is downloaded."""
+def backbone_and_tokenizer(model: str) -> tuple[Backbone, Any | None]:
+    """The backbone from a `config.json` alone, and a tokenizer where there is one. Nothing is downloaded."""
     folder = Path(model).expanduser()
     if folder.name == "config.json":
         folder = folder.parent
     point = Checkpoint(folder, folder.name) if (folder / "config.json").is_file() else local(model)
-    if point is not None and point.family.modality == "image":
-        return point.family, point.tokenizer
+    if point is not None and point.backbone.modality == "image":
+        return point.backbone, point.tokenizer
     if point is not None:
         # Asked for the tokenizer of a folder that has none, transformers makes an empty one up.
         has_words = any((point.folder / name).is_file() for name in VOCABULARIES)
-        return point.family, point.tokenizer if has_words else None
+        return point.backbone, point.tokenizer if has_words else None
     config = known_config(model)
     if config is None:
         raise UserError(f"{model}: not on this machine and its shape is not known; give a folder with its config.json")
-    return family_for(config), None
+    return backbone_for(config), None
 
 
 def sample_lengths(
-    family: Family, tokenizer: Any | None, task: Task, split: str, recipe: Recipe
+    backbone: Backbone, tokenizer: Any | None, task: Task, split: str, recipe: Recipe
 ) -> dict[str, np.ndarray]:
     """Positions of up to `SAMPLED` rows of a split: tokenised, or estimated from words; of images by their extents."""
     spec, rows = task.spec, task.rows(split).head(min(SAMPLED, recipe.limit or SAMPLED))
     text = space_options(recipe, spec).text
-    refuse_other_kind(family, rows.texts, text.root, f"the {split} rows of {spec.name}")
-    if isinstance(family, Vision):
+    refuse_other_kind(backbone, rows.texts, text.root, f"the {split} rows of {spec.name}")
+    if isinstance(backbone, Vision):
         assert isinstance(tokenizer, Preprocess)
-        return family.measure(image_extents(tokenizer.sized(text.image_size), rows, text))
+        return backbone.measure(image_extents(tokenizer.sized(text.image_size), rows, text))
     if tokenizer is not None:
-        candidates = family.candidates(tokenizer, spec.texts) if family.writes_text else []
-        gold = None
-        if split == "train" and candidates:
-            gold = [spec.target_index(label) for label in rows.labels if isinstance(label, int | float)]
-        return family.prepare(tokenizer, rows.texts, text, candidates, gold).lengths
-    prompted = [text.prompt.format(*t) if family.writes_text else " ".join(t) for t in rows.texts]
+        return prepared(backbone, tokenizer, spec, split, rows, text, candidates_of(backbone, tokenizer, spec)).lengths
+    prompted = [text.prompt.format(*t) if backbone.writes_text else " ".join(t) for t in rows.texts]
     words = np.asarray([len(p.split()) for p in prompted], float)
-    special = 1 if family.writes_text else 1 + len(spec.fields)
-    tokens = np.ceil(words * TOKENS_A_WORD.get(family.name, 1.4)).astype(np.int64) + special
-    out = {family.streams[0]: np.clip(tokens, 1, text.max_length)}
-    for stream in family.streams[1:]:
+    special = 1 if backbone.writes_text else 1 + len(spec.fields)
+    tokens = np.ceil(words * TOKENS_A_WORD.get(backbone.name, 1.4)).astype(np.int64) + special
+    out = {backbone.streams[0]: np.clip(tokens, 1, text.max_length)}
+    for stream in backbone.streams[1:]:
         out[stream] = np.full(len(words), 2 if split == "train" else 1, np.int64)
     return out
 
@@ -213,34 +214,34 @@ def sample_lengths(
 def workload(recipe: Recipe, task: Task | None = None) -> Workload:
     """The recipe's task and model as numbers."""
     need(recipe, "model", "task")
-    family, tokenizer = family_and_tokenizer(recipe.model)
+    backbone, tokenizer = backbone_and_tokenizer(recipe.model)
     task = task or open_task(recipe)
-    refuse_full_readers(recipe, (recipe.tuner,), family)
-    refuse_for_kind(recipe, family)
-    if kept := parse_projection(recipe.projection or "none", family.width):
+    refuse_full_readers(recipe, (recipe.tuner,), backbone)
+    refuse_for_kind(recipe, backbone)
+    if kept := parse_projection(recipe.projection or "none", backbone.width):
         # Of a projection the widths alone matter here.
-        small = {n: family.width for n in family.states() if n not in family.full_states()}
-        family.projection = orthogonal(small, kept[1], 0)
+        small = {n: backbone.width for n in backbone.states() if n not in backbone.full_states()}
+        backbone = backbone.projected(orthogonal(small, kept[1], 0))
     config = config_of(recipe, recipe.tuner)
     splits = [s for s in (recipe.split or task.splits) if len(task.rows(s))]
     rows = {s: min(len(task.rows(s)), recipe.limit or len(task.rows(s))) for s in splits}
     pictures: list[Picture] = []
-    if isinstance(family, Vision):
+    if isinstance(backbone, Vision):
         assert isinstance(tokenizer, Preprocess)
         first = task.rows("train" if "train" in splits else splits[0])
         pictures = some_pictures(tokenizer, first, space_options(recipe, task.spec).text)
         if "train" in rows:
             rows["train"] *= recipe.views or 1
     return Workload(
-        family,
+        backbone,
         recipe.tuner,
         config,
-        tuner_class(recipe.tuner, family).states(config, family),
+        fitting_tuner(recipe.tuner, config, backbone).states(config, backbone),
         max(2, len(task.spec.labels)),
-        {s: sample_lengths(family, tokenizer, task, s, recipe) for s in splits},
+        {s: sample_lengths(backbone, tokenizer, task, s, recipe) for s in splits},
         rows,
-        batch_size_of(recipe, family.writes_text),
-        grouped(recipe, family.writes_text),
+        batch_size_of(recipe, backbone.writes_text),
+        grouped(recipe, backbone.writes_text),
         recipe.epochs or (10 if task.spec.name in LARGE_TASKS else 20),
         tokenizer is None,
         pictures,
@@ -249,15 +250,15 @@ def workload(recipe: Recipe, task: Task | None = None) -> Workload:
 
 def forward_operations(work: Workload, tokens: int) -> float:
     """Operations of extracting every sample: batches bucketed by length, as extraction makes them."""
-    total, model = 0.0, backbone_model(work.family)
+    total, model = 0.0, backbone_model(work.backbone)
     for split, lengths in work.lengths.items():
-        positions = positions_of(work.family, lengths)
+        positions = positions_of(work.backbone, lengths)
         batches = extraction_batches(positions, 0, tokens)
         # A few batches over the middle of the range of lengths stand for all.
         ascending = sorted(batches, key=lambda b: int(positions[b].max()))
         picks = [ascending[i] for i in np.unique(np.linspace(0, len(batches) - 1, 6).astype(int)[1:-1])]
         found = sum(
-            backbone_operations(work.family, {s: n[b] for s, n in lengths.items()}, work.states, model) for b in picks
+            backbone_operations(work.backbone, {s: n[b] for s, n in lengths.items()}, work.states, model) for b in picks
         )
         share = sum(int(positions[b].sum()) for b in picks) / float(positions.sum())
         total += found / share * work.rows[split] / len(positions)
@@ -267,13 +268,13 @@ def forward_operations(work: Workload, tokens: int) -> float:
 def training_memory(work: Workload, batch: dict[str, np.ndarray], dtype: torch.dtype, held: float) -> dict[str, float]:
     """Bytes by what they are for, computed from the tensors. `dtype`: of a batch's states. `held`: the tier's blocks,
     or those in flight."""
-    model = tuner_model(work.family, work.tuner, work.config, work.classes)
+    model = tuner_model(work.backbone, work.tuner, work.config, work.classes)
     rows = {s: int(n.sum()) for s, n in batch.items()}
-    values = [rows[stream_of(s)] * work.family.state_width(s) for s in work.states]
+    values = [rows[stream_of(s)] * work.backbone.state_width(s) for s in work.states]
     parts = {
         "tail": sum(p.numel() * 4 for p in model.tuner.tail.parameters()),
         "trainable, gradients, Adam": model.trainable_parameters() * 16,
-        "kept for the backward pass": saved_bytes(work.family, work.tuner, work.config, batch, work.classes, dtype),
+        "kept for the backward pass": saved_bytes(work.backbone, work.tuner, work.config, batch, work.classes, dtype),
         "two batches": 2 * sum(values) * dtype.itemsize,
         "a state widened": 4 * max(values) if dtype.itemsize < 4 else 0,
         "blocks": held,
@@ -281,25 +282,27 @@ def training_memory(work: Workload, batch: dict[str, np.ndarray], dtype: torch.d
     return {k: float(v) for k, v in parts.items()} | {"total": float(sum(parts.values()))}
 
 
-def predict(work: Workload, recipe: Recipe, budget: float | None = None, memory: float | None = None) -> Plan:
-    """Measure this machine and predict. `budget`: bytes of disk, `memory`: bytes of memory that may be taken."""
+def predict(
+    work: Workload,
+    recipe: Recipe,
+    budget: float | None = None,
+    memory: float | None = None,
+    known: Remembered | None = None,
+) -> Plan:
+    """Measure this machine, as far as `known` has not its rates, and predict. `budget`: bytes of disk, `memory`: bytes
+    of memory that may be taken."""
     keep_freed_memory()  # as extraction and training do
     device, training = device_of(recipe), work.training_batches()
     batch = training[len(training) // 2][1]  # the middle one stands for a typical batch
-    kept = parse_projection(recipe.projection or "none", work.family.width)
+    kept = parse_projection(recipe.projection or "none", work.backbone.width)
     channels = kept[1] if kept else None
     fmt = recipe.format or choose_format(work, budget, channels)
     dtype = unscaled_dtype(fmt)
     tokens = recipe.batch_tokens or (32768 if device.type == "cuda" else 4096)
-    model = (work.family, work.tuner, work.config)
-    speed = measured.Rates(
-        measured.backbone_rate(work.family, batch, device),
-        measured.backbone_rate(work.family, work.extraction_batch(tokens), device),
-        sum(share * measured.step_seconds(*model, b, work.classes, device, dtype) for share, b in training),
-        measured.decode_rate(work.family.width, fmt),
-        *measured.disk_rates(Path(store_path(recipe))),
-        measured.image_seconds(work.pictures) if work.pictures else 0.0,
-    )
+    model = (work.backbone, work.tuner, work.config)
+    folder, filled = Path(store_path(recipe)), work.extraction_batch(tokens)
+    shapes = measured.Measured(*model, work.classes, batch, filled, training, fmt, folder, work.pictures)
+    speed = shapes.rates(device, known)
     ops = weighted((share, count(*model, b, work.classes)) for share, b in training)
     train = "train" if "train" in work.rows else next(iter(work.rows))
     batches = -(-work.rows[train] // work.batch_size)
@@ -329,6 +332,8 @@ def predict(work: Workload, recipe: Recipe, budget: float | None = None, memory:
         memory=training_memory(work, batch, dtype, held),
         operations=described(ops, batches),
         rates=asdict(speed),
+        rates_of=min(known.dates, default=None) if known else None,
+        measured=known.measured if known else None,
         epochs=work.epochs,
         format=fmt,
         projection=recipe.projection or "none",
@@ -342,8 +347,8 @@ def predict(work: Workload, recipe: Recipe, budget: float | None = None, memory:
 def sizes(work: Workload, projection: str | None, channels: int | None) -> dict[str, dict[str, float]]:
     """Bytes a sample and in all of every format, then of float16 in a quarter and an eighth of the channels."""
     table = {f: work.bytes(f) for f in FORMATS}
-    if work.family.shape == "sequence":
-        table |= {f"float16, pca:{k}": work.bytes("float16", k) for n in (4, 8) if (k := work.family.width // n)}
+    if work.backbone.shape == "sequence":
+        table |= {f"float16, pca:{k}": work.bytes("float16", k) for n in (4, 8) if (k := work.backbone.width // n)}
         if channels is not None:
             table |= {f"{f}, {projection}": work.bytes(f, channels) for f in FORMATS}
     return {name: {"bytes a sample": size / work.samples, "total": size} for name, size in table.items()}
@@ -375,8 +380,12 @@ def choose_format(work: Workload, budget: float | None, channels: int | None = N
     return "int8" if budget is not None and work.bytes("float16", channels) > budget else "float16"
 
 
-def run_plan(recipe: Recipe, budget: float | None, memory: float | None) -> tuple[dict[str, Any], str]:
-    """The plan as a mapping and as text."""
+def run_plan(
+    recipe: Recipe, budget: float | None, memory: float | None, measure: bool = False
+) -> tuple[dict[str, Any], str]:
+    """The plan as a mapping and as text. `measure`: measure this machine although its rates are remembered."""
     work = workload(recipe)
-    plan = predict(work, recipe, budget, memory)
+    known = Remembered(device_of(recipe), again=measure)
+    plan = predict(work, recipe, budget, memory, known)
+    known.save()
     return asdict(plan), plan_text(plan, work)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pipeline.command_line import store_command
 from pipeline.extract.backbones import Inputs
-from pipeline.extract.backbones.live import Backbone
+from pipeline.extract.backbones.live import LiveBackbone
 from pipeline.extract.encoding import arrays_of
 from pipeline.extract.order import consecutive_batches
 from pipeline.extract.projection import (
@@ -31,21 +31,21 @@ FIT_SAMPLES = 1024
 def project(
     store: Store,
     identity: dict[str, Any],
-    backbone: Backbone,
+    live: LiveBackbone,
     inputs: Inputs,
     seed: int,
     tokens: int,
     task: str,
     say: Callable[[str], None],
-) -> dict[str, Any]:
-    """`identity` completed with the fit of its projection, which the backbone's family applies from now on.
+) -> tuple[dict[str, Any], LiveBackbone]:
+    """`identity` completed with the fit of its projection, and the backbone that applies it.
 
     A space of the store that differs in nothing but the fit gives its own, the largest if there are several, so that
     the same command always goes on in one space; otherwise up to `FIT_SAMPLES` of `inputs` are run to fit one.
     """
-    parsed = parse_projection(identity["projection"], backbone.family.width)
+    parsed = parse_projection(identity["projection"], live.backbone.width)
     if parsed is None:
-        return identity
+        return identity, live
     known = [s for s in store.spaces() if {**s.identity, "projection_fit": ""} == identity]
     if known:
         chosen = max(known, key=lambda s: (sum(len(part) for part in s.segments()), s.id))
@@ -58,17 +58,16 @@ def project(
             remove = store_command("rm", store.where, chosen.id[:12])
             say(f"warning: it was {few} only; to fit it anew, remove the space: {remove}")
     else:
-        family = backbone.family
-        widths = {n: family.width for n in family.states() if n not in family.full_states()}
+        backbone = live.backbone
+        widths = {n: backbone.width for n in backbone.states() if n not in backbone.full_states()}
         pick = inputs.take(sample(FIT_SAMPLES, len(inputs), seed))
         if parsed[0] == "pca":
             say(f"projection {identity['projection']}: fitting {len(widths)} states on {len(pick):,} samples")
-        found = fit(*parsed, seed, widths, _states(backbone, pick, list(widths), tokens))
+        found = fit(*parsed, seed, widths, _states(live, pick, list(widths), tokens))
         about = {"samples": len(pick), "task": task, "seed": seed}
         files = {file_name(found.digest): arrays_of(found.tensors()), about_name(found.digest): about}
         store.save_weights(identity["weights"], files)
-    backbone.family.projection = found
-    return {**identity, "projection_fit": found.digest}
+    return {**identity, "projection_fit": found.digest}, live.projected(found)
 
 
 def _about(store: Store, identity: dict[str, Any]) -> dict[str, Any]:
@@ -78,11 +77,11 @@ def _about(store: Store, identity: dict[str, Any]) -> dict[str, Any]:
         return {}
 
 
-def _states(backbone: Backbone, inputs: Inputs, states: list[str], tokens: int) -> Iterator[dict[str, Tensor]]:
+def _states(live: LiveBackbone, inputs: Inputs, states: list[str], tokens: int) -> Iterator[dict[str, Tensor]]:
     order = np.argsort(inputs.tokens(), kind="stable")
     inputs = inputs.take(order)
     for batch in consecutive_batches(inputs.tokens(), tokens, None):
-        yield backbone.states(inputs.take(batch), states).states
+        yield live.states(inputs.take(batch), states).states
 
 
 def widths_text(states: list[str], width: int, projection: Projection | None) -> str:

@@ -7,25 +7,28 @@ real tuner with random weights on random states of the real shape; both are the 
 from __future__ import annotations
 
 import copy
+import json
 import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from pipeline.extract.backbones.base import Family, Tail
+from pipeline.extract.backbones.base import Backbone
 from pipeline.extract.backbones.batch import Batch, stream_of
 from pipeline.extract.backbones.images import Picture, load_pixels
-from pipeline.extract.encoding import decode, encode
+from pipeline.extract.backbones.tail import Tail
+from pipeline.extract.encoding import decode, encode, unscaled_dtype
 from pipeline.objectives import class_objective
 from pipeline.operations import backbone_operations, fresh_backbone
-from pipeline.train.model import Model, tail_for
+from pipeline.remembered import Figures, Remembered
+from pipeline.train.model import Model, late_weights, tail_for
 from pipeline.train.optim import adamw
 from pipeline.train.options import FitOptions
 from pipeline.train.tuners import TunerConfig, tuner_class
@@ -52,6 +55,71 @@ class Rates:
     image: float = 0.0
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What the rates are measured on. `batch` and `extraction`: stream → lengths of a batch of training and of
+    extraction; `steps`: batches of training, each with its share of an epoch's. `folder`: on the disk of the store."""
+
+    backbone: Backbone
+    tuner: str
+    config: TunerConfig
+    classes: int
+    batch: dict[str, np.ndarray]
+    extraction: dict[str, np.ndarray]
+    steps: list[tuple[float, dict[str, np.ndarray]]]
+    format: str
+    folder: Path
+    pictures: Sequence[Picture] = ()
+
+    def rates(self, device: torch.device, known: Remembered | None) -> Rates:
+        """The rates on `device`: those that `known` has, and the others measured. Images are always read anew."""
+        dtype = unscaled_dtype(self.format)
+        config = json.loads(self.backbone.config.to_json_string())
+        same = {"family": self.backbone.name, "config": {k: v for k, v in config.items() if k[0] != "_"}}
+        if self.backbone.projection is not None:
+            same["widths"] = {n: self.backbone.state_width(n) for n in self.backbone.states()}
+
+        def rate(what: str, measure: Callable[[], Figures], **about: Any) -> Figures:
+            return measure() if known is None else known.rate(what, about, measure)
+
+        def one(what: str, measure: Callable[[], float], **about: Any) -> float:
+            (figure,) = rate(what, lambda: (measure(),), **about)
+            assert figure is not None
+            return figure
+
+        def backbone(lengths: dict[str, np.ndarray]) -> float:
+            about = {**same, "lengths": _lists(lengths)}
+            return one("backbone", lambda: backbone_rate(self.backbone, lengths, device), **about)
+
+        def step(lengths: dict[str, np.ndarray]) -> float:
+            about = {"tuner": self.tuner, "options": asdict(self.config), "classes": self.classes, "type": str(dtype)}
+            about = {**same, **about, "lengths": _lists(lengths)}
+            given = self.backbone, self.tuner, self.config, lengths, self.classes, device, dtype
+            return one("step", lambda: step_seconds(*given), **about)
+
+        width = self.backbone.width
+        written, warm, cold = rate("disk", lambda: disk_rates(self.folder), mount=_mount(self.folder))
+        return Rates(
+            backbone(self.batch),
+            backbone(self.extraction),
+            sum(share * step(lengths) for share, lengths in self.steps),
+            one("decode", lambda: decode_rate(width, self.format), width=width, format=self.format),
+            written or 0.0,
+            warm or 0.0,
+            cold,
+            image_seconds(self.pictures) if self.pictures else 0.0,
+        )
+
+
+def _lists(lengths: dict[str, np.ndarray]) -> dict[str, list[int]]:
+    return {stream: n.tolist() for stream, n in lengths.items()}
+
+
+def _mount(folder: Path) -> str:
+    """Where the file system of `folder`, or of what is there of it, is mounted."""
+    return next(str(p) for p in (folder.resolve(), *folder.resolve().parents) if p.is_mount())
+
+
 def runs(run: Callable[[], Any], device: torch.device, seconds: float = 1.0, least: int = 2) -> list[float]:
     """Seconds of each of several runs, after one that does not count; stops after `seconds`."""
     run()
@@ -72,14 +140,14 @@ def best(run: Callable[[], Any], device: torch.device, seconds: float = 1.0) -> 
     return min(runs(run, device, seconds))
 
 
-def shallow(family: Family, blocks: int) -> Family:
-    """The same family at the same width with few blocks."""
-    config = copy.deepcopy(family.config)
+def shallow(backbone: Backbone, blocks: int) -> Backbone:
+    """The same backbone at the same width with few blocks."""
+    config = copy.deepcopy(backbone.config)
     config.vocab_size = min(config.vocab_size, 1024)
     for name in ("num_layers", "num_decoder_layers", "num_hidden_layers"):
         if hasattr(config, name):
             setattr(config, name, blocks)
-    return type(family)(config)
+    return type(backbone)(config)
 
 
 def head(lengths: dict[str, np.ndarray], samples: int) -> dict[str, np.ndarray]:
@@ -90,7 +158,7 @@ def head(lengths: dict[str, np.ndarray], samples: int) -> dict[str, np.ndarray]:
 
 
 def random_batch(
-    family: Family,
+    backbone: Backbone,
     lengths: dict[str, np.ndarray],
     states: list[str],
     classes: int,
@@ -100,25 +168,25 @@ def random_batch(
     """A batch of random states in `dtype`; decoder positions are chains, as those of one target a sample."""
     g = torch.Generator().manual_seed(0)
     rows = {s: int(n.sum()) for s, n in lengths.items()}
-    batch = family.made_up(lengths)
+    batch = backbone.made_up(lengths)
     for name, column in batch.columns.items():
         stream, what = name.split(".")
         if what == "parent":
             column.copy_(torch.from_numpy(np.concatenate([np.arange(n) - 1 for n in lengths[stream]])))
         elif what == "ids":
-            column.random_(2, min(1000, family.config.vocab_size), generator=g)
+            column.random_(2, min(1000, backbone.config.vocab_size), generator=g)
     for name in states:
-        batch.states[name] = torch.randn(rows[stream_of(name)], family.state_width(name), generator=g).to(dtype)
+        batch.states[name] = torch.randn(rows[stream_of(name)], backbone.state_width(name), generator=g).to(dtype)
     batch.targets = {"label": torch.randint(classes, (len(batch),), generator=g)}
     return batch.to(device)
 
 
-def backbone_rate(family: Family, lengths: dict[str, np.ndarray], device: torch.device) -> float:
+def backbone_rate(backbone: Backbone, lengths: dict[str, np.ndarray], device: torch.device) -> float:
     """FLOP/s of the frozen forward pass of two blocks; of an image backbone, which is smaller and whose stages differ,
     of all."""
-    positions = sum(float(lengths[s].mean()) for s in family.streams)
+    positions = sum(float(lengths[s].mean()) for s in backbone.streams)
     lengths = head(lengths, max(4, int(RATE_TOKENS / positions)))
-    small = family if family.modality == "image" else shallow(family, 2)
+    small = backbone if backbone.modality == "image" else shallow(backbone, 2)
     model = fresh_backbone(small, "sdpa").to(device)
     batch = random_batch(small, lengths, [], 2, device)
     states = small.states()
@@ -127,18 +195,18 @@ def backbone_rate(family: Family, lengths: dict[str, np.ndarray], device: torch.
     return backbone_operations(small, lengths, states) / seconds
 
 
-def random_tail(family: Family, name: str, config: TunerConfig) -> Tail:
+def random_tail(backbone: Backbone, name: str, config: TunerConfig) -> Tail:
     """The tail that tuner `name` needs, of no particular weights. An image family takes it out of a whole backbone,
     whose buffers (statistics, shift masks) have to make sense; a text family builds it by itself, however large."""
-    if family.modality == "text":
-        return tail_for(name, config, family, "sdpa")
-    model = fresh_backbone(family, "sdpa")
-    late = {i: family.block_weights(model, i) for i in tuner_class(name, family).late_layers(config, family)}
-    return tail_for(name, config, family, "sdpa", family.tail_weights(model), late)
+    if backbone.modality == "text":
+        return tail_for(name, config, backbone, "sdpa")
+    model = fresh_backbone(backbone, "sdpa")
+    late = late_weights(name, config, backbone, model)
+    return tail_for(name, config, backbone, "sdpa", backbone.tail_weights(model), late)
 
 
 def step_seconds(
-    family: Family,
+    backbone: Backbone,
     name: str,
     config: TunerConfig,
     lengths: dict[str, np.ndarray],
@@ -147,16 +215,18 @@ def step_seconds(
     dtype: torch.dtype,
 ) -> float:
     """Seconds of one training step as the loop makes it, on states in `dtype`, the fixed cost of a step included."""
-    objective = class_objective(family, tuner_class(name, family), [(2 + i, 1) for i in range(classes)])
-    tail = random_tail(family, name, config)
+    objective = class_objective(backbone, tuner_class(name, backbone), [(2 + i, 1) for i in range(classes)])
+    tail = random_tail(backbone, name, config)
     for parameter in tail.parameters():
         parameter.data.normal_(std=0.02)
-    model = Model.build(name, config, family, tail, objective, 0).to(device).train()
+    model = Model.build(name, config, backbone, tail, objective, 0).to(device).train()
     options = FitOptions(lr=1e-6)
     optimizer, _ = adamw(model, options)
 
     def seconds(part: dict[str, np.ndarray]) -> float:
-        batch = random_batch(family, part, tuner_class(name, family).states(config, family), classes, device, dtype)
+        batch = random_batch(
+            backbone, part, tuner_class(name, backbone).states(config, backbone), classes, device, dtype
+        )
         if objective.wants.text_head:
             # Inputs of the target's own chain, so that every row is a target row, as in training.
             assert batch.targets is not None
@@ -174,7 +244,7 @@ def step_seconds(
     if device.type != "cpu" or samples <= 32:
         return seconds(lengths)
     small, large = head(lengths, 8), head(lengths, 24)
-    sizes = [sum(int(part[s].sum()) for s in family.streams) for part in (small, large, lengths)]
+    sizes = [sum(int(part[s].sum()) for s in backbone.streams) for part in (small, large, lengths)]
     first, second = seconds(small), seconds(large)
     return second + max(0.0, second - first) / (sizes[1] - sizes[0]) * (sizes[2] - sizes[1])
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.extract.backbones.base import Family
+from pipeline.extract.backbones.base import Backbone
 from pipeline.extract.backbones.inputs import Inputs
 from pipeline.extract.checkpoint import Checkpoint
 from pipeline.extract.encoding import decode
@@ -28,7 +28,7 @@ from pipeline.store.errors import UserError
 from pipeline.store.index import families
 from pipeline.store.rewrite import read_family
 from pipeline.store.samples import Samples
-from pipeline.stored import family_from, source_of
+from pipeline.stored import backbone_from, source_of
 
 # Largest difference in a row over the row's largest value: rounding of the number format, and of another batch shape.
 FORMAT_TOLERANCE = {"float32": 0.0, "float16": 1e-3, "bfloat16": 8e-3, "int8": 8e-3}
@@ -55,11 +55,12 @@ def _recheck(
     identity = space.identity
     checkpoint = resolve(model or source_of(store, space)["names"][0])
     refuse_other(checkpoint, identity)
-    family = family_from(store, space)
-    checkpoint.family.projection = family.projection
-    images = family.modality == "image"
-    inputs_of = _images(space, family, checkpoint, data) if images else _columns(family)
-    backbone = load_backbone(checkpoint, identity["precision"], identity["attention"], torch.device("cpu"))
+    backbone = backbone_from(store, space)
+    images = backbone.modality == "image"
+    inputs_of = _images(space, backbone, checkpoint, data) if images else _columns(backbone)
+    live = load_backbone(
+        checkpoint, identity["precision"], identity["attention"], torch.device("cpu"), backbone.projection
+    )
     tolerance = FORMAT_TOLERANCE[identity["format"]] + PRECISION_TOLERANCE[identity["precision"]]
     found = families(space.segments())
     places = [(f, i) for f in found for i in range(len(f.base))]
@@ -77,9 +78,9 @@ def _recheck(
         read = read or read_family(member, list(member.holder), np.array([position]))
         checked += 1
         with torch.inference_mode():
-            live = backbone.states(inputs, states)
+            again = live.states(inputs, states)
         for name in states:
-            kept, now = decode(read.states[name]), live.states[name].float().cpu()
+            kept, now = decode(read.states[name]), again.states[name].float().cpu()
             scale = now.abs().amax(1).clamp_min(1e-6)
             # A row of tiny values is as exact as the larger rows beside it.
             difference = float(((kept - now).abs().amax(1) / scale.clamp_min(float(scale.mean()) * 0.1)).max())
@@ -104,18 +105,18 @@ def _recheck(
 InputsOf = Callable[[str, Samples | None], Inputs | None]
 
 
-def _columns(family: Family) -> InputsOf:
+def _columns(backbone: Backbone) -> InputsOf:
     """A sample's inputs from its stored columns."""
 
     def inputs(key: str, read: Samples | None) -> Inputs:
         assert read is not None
-        columns = {n: read.columns[n] for n in family.columns}
+        columns = {n: read.columns[n] for n in backbone.columns}
         return Inputs({stream_of(n): read.lengths[stream_of(n)] for n in columns}, columns, np.zeros(1, bool))
 
     return inputs
 
 
-def _images(space: Space, family: Family, checkpoint: Checkpoint, data: Sequence[str | Path]) -> InputsOf:
+def _images(space: Space, backbone: Backbone, checkpoint: Checkpoint, data: Sequence[str | Path]) -> InputsOf:
     """A sample's inputs from its image, by the file name that a task table has; None where none is as it was."""
     if not data:
         raise UserError(
@@ -126,13 +127,13 @@ def _images(space: Space, family: Family, checkpoint: Checkpoint, data: Sequence
         table = space.read_table(info)
         for key, fields in zip(table.keys, table.texts, strict=True):
             names.setdefault(key, set()).add(tuple(fields))
-    options = text_options(Found(space, family, {}, {}))
+    options = text_options(Found(space, backbone, {}, {}))
 
     def inputs(key: str, read: Samples | None) -> Inputs | None:
         for fields in sorted(names.get(key, ())):
             for folder in data:
                 try:
-                    found = family.prepare(checkpoint.tokenizer, [fields], replace(options, root=str(folder)))
+                    found = backbone.prepare(checkpoint.tokenizer, [fields], replace(options, root=str(folder)))
                 except UserError:  # it is not there, or cannot be read
                     continue
                 if found.keys() == [key]:

@@ -90,10 +90,16 @@ class Recipe:
         metavar="FILE",
     )
     test: str | None = _option(None, "Own table: file with test rows.", "extract train", metavar="FILE")
-    grid: float = _option(
-        0.1,
-        "STS-B with a text-to-text backbone: step of the target numbers. 0.1 is what the papers' code does (T5 itself "
-        "used 0.2).",
+    stratify: bool | None = _option(
+        None,
+        "Own table: rows that are held out have the classes in the shares of all rows. Default: a plain draw; train "
+        "takes what the store has.",
+        "extract train",
+    )
+    grid: float | None = _option(
+        None,
+        "STS-B with a text-to-text backbone: step of the target numbers. Default: 0.1, which is what the papers' code "
+        "does (T5 itself used 0.2); train takes what the store has.",
         "extract train",
     )
     limit: int | None = _option(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,8 @@ def size_text(n: float) -> str:
 def _metrics(metrics: dict[str, Any] | None) -> str:
     if not metrics:
         return "none"
-    return "  ".join(f"{k} {v:.4f}" for k, v in metrics.items() if k != "average" or len(metrics) != 2)
+    shown = {k: "undefined" if v is None or math.isnan(v) else f"{v:.4f}" for k, v in metrics.items()}
+    return "  ".join(f"{k} {v}" for k, v in shown.items() if k != "average" or len(shown) != 2)
 
 
 def layout_text(layout: dict[str, Any]) -> str:
@@ -66,8 +68,29 @@ def metrics_text(result: dict[str, Any]) -> str:
     )
 
 
+SHOWN = 20  # classes whose confusion matrix is shown whole; of more, so many of the most frequent confusions
+
+
+def detail_text(report: Mapping[str, Any]) -> str:
+    """A report of `evaluate --report`: its table, and what is taken for what."""
+    parts = [entries_text(report["rows"])]
+    confusion, labels = report.get("confusion"), report.get("labels", ())
+    if isinstance(confusion, dict):  # of each label by itself
+        head = ("label", "told, there", "told, not there", "not told, there", "neither")
+        rows = [(k, str(b[1][1]), str(b[0][1]), str(b[1][0]), str(b[0][0])) for k, b in confusion.items()]
+        parts.append(table_text(head, rows))
+    elif confusion and len(labels) <= SHOWN:
+        counts = [[label, *map(str, row)] for label, row in zip(labels, confusion, strict=True)]
+        parts.append(table_text(("is \\ told", *labels), counts))
+    elif confusion:
+        cells = [(n, i, j) for i, row in enumerate(confusion) for j, n in enumerate(row) if n and i != j]
+        most = sorted(cells, key=lambda cell: (-cell[0], cell[1:]))[:SHOWN]
+        parts.append(table_text(("is", "told", "rows"), [(labels[i], labels[j], str(n)) for n, i, j in most]))
+    return "\n\n".join(parts)
+
+
 def scores_text(result: dict[str, Any]) -> str:
-    """Scores of one split."""
+    """Scores of one split, and its report where there is one."""
     plain = {k: v for k, v in result.items() if isinstance(v, float)}
     lines = [f"{result['split']}: {_metrics(plain)}"]
     if "generated" in result:
@@ -76,6 +99,8 @@ def scores_text(result: dict[str, Any]) -> str:
         lines.append(
             f"{result['split']}, free generation, exact match: {_metrics(generated)} ({share:.1%} answers are targets)"
         )
+    if "report" in result:
+        lines += ["", detail_text(result["report"])]
     return "\n".join(lines)
 
 

@@ -278,7 +278,7 @@ def _compare(out: Details, run: Run, entries: Sequence[Mapping[str, Any]]) -> No
 def _mistake(run: Run, texts: Sequence[str], truth: str, guess: str, how: float) -> dict[str, Any]:
     """A sample's fields (a picture as a small image where its file is at hand), truth and prediction."""
     shown = {"texts": dict(zip(run.spec.fields, texts, strict=False)), "truth": truth, "guess": guess, "how": how}
-    if run.job.found.family.modality == "image":
+    if run.job.found.backbone.modality == "image":
         try:
             with Image.open(Path(picture_root(run.job.recipe)) / texts[0]) as picture:
                 small = picture.convert("RGB")

@@ -10,23 +10,24 @@ from typing import Any
 
 import torch
 
-from pipeline.command_line import extract_command
-from pipeline.extract.backbones import Family, TextOptions
+from pipeline.command_line import NotExtracted
+from pipeline.extract.backbones import Backbone, TextOptions
 from pipeline.extract.backbones.images import Preprocess
 from pipeline.extract.checkpoint import Checkpoint, local
 from pipeline.extract.encoding import tensors_of
 from pipeline.extract.identity import SpaceOptions, space_identity, views_text
 from pipeline.extract.tasks import Task, canonical_name, load_task
 from pipeline.extract.tasks.base import TaskSpec
+from pipeline.extract.tasks.glue import USUAL_GRID
 from pipeline.extract.tasks.hub_images import PREFIX, hub_folder
 from pipeline.objectives import refuse_targets, target_types
 from pipeline.owners import config_of
 from pipeline.place import store_place
 from pipeline.recipe import Recipe, option_name
 from pipeline.store import Space, Store
-from pipeline.store.errors import SpaceMismatch, StoreError, UserError
+from pipeline.store.errors import StoreError, UserError
 from pipeline.store.resolve import resolve as resolve_space
-from pipeline.stored import family_from, kept_name, kept_of, source_of
+from pipeline.stored import backbone_from, kept_name, kept_of, source_of
 from pipeline.train.model import union_states
 from pipeline.train.tuners import tuner_class, tuner_names
 
@@ -71,7 +72,8 @@ def open_task(recipe: Recipe) -> Task:
         targets=target_types(recipe),
         validation=Path(recipe.validation) if recipe.validation else None,
         test=Path(recipe.test) if recipe.test else None,
-        grid=recipe.grid,
+        stratify=bool(recipe.stratify),
+        grid=USUAL_GRID if recipe.grid is None else recipe.grid,
     )
     refuse_targets(recipe, task.spec)
     return task
@@ -113,24 +115,24 @@ def size_text(size: str | None) -> str:
     return f"{size}x{size}" if size and size.isdigit() else size or ""
 
 
-def wanted_states(recipe: Recipe, family: Family) -> list[str]:
+def wanted_states(recipe: Recipe, backbone: Backbone) -> list[str]:
     """The states that the tuners of `--for` read between them."""
     if not recipe.tuners:
         raise UserError("--for: name at least one tuner; `pipeline tuners` lists them")
     names = recipe.tuners
     if names == Recipe().tuners:  # nobody asked for these by name: those of them that there are
-        names = tuple(n for n in names if n in tuner_names(family))
-    return union_states([(name, config_of(recipe, name, len(recipe.tuners) > 1)) for name in names], family)
+        names = tuple(n for n in names if n in tuner_names(type(backbone)))
+    return union_states([(name, config_of(recipe, name, len(recipe.tuners) > 1)) for name in names], backbone)
 
 
-def refuse_full_readers(recipe: Recipe, names: Sequence[str], family: Family) -> None:
+def refuse_full_readers(recipe: Recipe, names: Sequence[str], backbone: Backbone) -> None:
     """UserError for a tuner of `names` that cannot work in the projected space `recipe` asks for."""
-    if (recipe.projection or "none") == "none" or family.shape != "sequence":
+    if (recipe.projection or "none") == "none" or backbone.shape != "sequence":
         return
-    small = set(family.states()) - set(family.full_states())
+    small = set(backbone.states()) - set(backbone.full_states())
     for name in names:
-        tuner = tuner_class(name, family)
-        if not tuner.projects and small & set(tuner.states(config_of(recipe, name, len(names) > 1), family)):
+        tuner = tuner_class(name, backbone)
+        if not tuner.projects and small & set(tuner.states(config_of(recipe, name, len(names) > 1), backbone)):
             raise UserError(f"tuner {name} reads full states, not {recipe.projection}: extract without it")
 
 
@@ -144,11 +146,11 @@ class Unstored:
 
 @dataclass
 class Found:
-    """A feature space and the family that made it, rebuilt from what the store keeps (or, unstored, from the
+    """A feature space and the backbone that made it, rebuilt from what the store keeps (or, unstored, from the
     checkpoint)."""
 
     space: Space | Unstored
-    family: Family
+    backbone: Backbone
     tail: dict[str, torch.Tensor]
     source: dict[str, Any]
 
@@ -177,7 +179,7 @@ def find_space(recipe: Recipe, exactly: str | None = None) -> Found:
     task = canonical_name(recipe.task)
     spaces = [s for s in store.spaces() if any(t.task == task for t in s.tables())]
     if not spaces:
-        raise StoreError(f"the store {store.where} holds no states of task {task!r}; run: {extract_command(recipe)}")
+        raise NotExtracted(f"the store {store.where} holds no states of task {task!r}", recipe)
     if exactly is not None:
         if space := next((s for s in spaces if s.id == exactly), None):
             return _found(store, space)
@@ -201,9 +203,8 @@ def find_space(recipe: Recipe, exactly: str | None = None) -> Found:
             named = [s for s in spaces if name in names_of(store, s)]
             if not named:
                 there = ", ".join(sorted({n for s in spaces for n in names_of(store, s)}))
-                raise SpaceMismatch(
-                    f"no states of task {task!r} by model {name!r} in {store.where}; there are some by: {there}; "
-                    f"to add this model run: {extract_command(recipe)}"
+                raise NotExtracted(
+                    f"no states of task {task!r} by model {name!r} in {store.where}; there are some by: {there}", recipe
                 )
             spaces = named
     return _found(store, resolve_space(spaces, wanted))
@@ -211,9 +212,9 @@ def find_space(recipe: Recipe, exactly: str | None = None) -> Found:
 
 def _found(store: Store, space: Space) -> Found:
     digest = space.identity["weights"]
-    family = family_from(store, space)
+    backbone = backbone_from(store, space)
     tail = tensors_of(store.load_tensors(digest, kept_name("tail.safetensors", kept_of(store, space.identity))))
-    return Found(space, family, tail, source_of(store, space))
+    return Found(space, backbone, tail, source_of(store, space))
 
 
 def names_of(store: Store, space: Space) -> list[str]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.extract.backbones import Family, Inputs
+from pipeline.extract.backbones import Backbone, Inputs
 from pipeline.extract.tasks.base import TaskSpec
 from pipeline.extract.tasks.images import SUFFIXES
 from pipeline.store.errors import UserError
@@ -51,24 +51,24 @@ def _text(value: Any, name: str, number: int) -> str:
     return str(value)
 
 
-def refuse_other_kind(family: Family, texts: Sequence[Sequence[str]], root: str, where: str) -> None:
+def refuse_other_kind(backbone: Backbone, texts: Sequence[Sequence[str]], root: str, where: str) -> None:
     """UserError for names of pictures given to a backbone that reads text, and for texts given to one that reads
     pictures. `root`: the folder that names are relative to; `where`: what the rows are, for the message."""
     if not len(texts):
         return
     first = texts[0][0]
     shown = repr(first if len(first) <= 60 else first[:60] + "…")
-    if family.modality == "text":
+    if backbone.modality == "text":
         if all(t[0].lower().endswith(SUFFIXES) for t in texts):
             raise UserError(
-                f"{where} are names of pictures (the first is {shown}), and {family.name} backbones read text: "
+                f"{where} are names of pictures (the first is {shown}), and {backbone.name} backbones read text: "
                 "give an image model, see `pipeline models`"
             )
     # A name without a suffix may be a picture too; what is wrong with a single file is said when it is read.
     elif not any(t[0].lower().endswith(SUFFIXES) or _is_file(root, t[0]) for t in texts[:LOOKED_AT]):
         raise UserError(
-            f"{where} name no pictures (the first is {shown}), and {family.name} backbones read pictures: give a text "
-            "model, see `pipeline models`, or the folder that the names are relative to: --data FOLDER"
+            f"{where} name no pictures (the first is {shown}), and {backbone.name} backbones read pictures: give a "
+            "text model, see `pipeline models`, or the folder that the names are relative to: --data FOLDER"
         )
 
 
@@ -76,10 +76,10 @@ def _is_file(root: str, name: str) -> bool:
     return os.path.isfile(os.path.join(root, name))  # noqa: PTH113, PTH118 (false, not an error, for what is no path)
 
 
-def refuse_unknown_ids(family: Family, inputs: Inputs, where: str) -> None:
+def refuse_unknown_ids(backbone: Backbone, inputs: Inputs, where: str) -> None:
     """UserError for token ids that the backbone has no embedding of."""
-    rows = getattr(family.config, "vocab_size", None)
-    ids = inputs.columns.get(f"{family.streams[0]}.ids")
+    rows = getattr(backbone.config, "vocab_size", None)
+    ids = inputs.columns.get(f"{backbone.streams[0]}.ids")
     if rows is not None and ids is not None and len(ids) and int(ids.max()) >= rows:
         raise UserError(
             f"{where}: the tokenizer gives token {int(ids.max())} and the model knows {rows:,}: it is another model's "
@@ -87,13 +87,13 @@ def refuse_unknown_ids(family: Family, inputs: Inputs, where: str) -> None:
         )
 
 
-def token_doubts(tokenizer: Any, family: Family, splits: Sequence[Split]) -> list[str]:
+def token_doubts(tokenizer: Any, backbone: Backbone, splits: Sequence[Split]) -> list[str]:
     """What makes it doubtful that the tokenizer fits the texts, one line each: many unknown tokens, or distinct texts
     that became the same sample."""
-    if family.modality != "text":
+    if backbone.modality != "text":
         return []
     said = []
-    ids = np.concatenate([s.inputs.columns[f"{family.streams[0]}.ids"] for s in splits])
+    ids = np.concatenate([s.inputs.columns[f"{backbone.streams[0]}.ids"] for s in splits])
     nothing = -1 if tokenizer.unk_token_id is None else tokenizer.unk_token_id
     words = ids[~np.isin(ids, [i for i in tokenizer.all_special_ids if i != nothing])]
     unknown = float((words == nothing).mean()) if len(words) else 0.0

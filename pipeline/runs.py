@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.command_line import quoted
-from pipeline.extract.backbones.live import Backbone
+from pipeline.extract.backbones.live import LiveBackbone
 from pipeline.extract.checkpoint import Checkpoint
 from pipeline.extract.tasks.base import Rows, TaskSpec
 from pipeline.extract.tasks.glue import GLUE
@@ -54,7 +54,7 @@ class Run:
     folder: Path
     job: Job
     model: Model
-    _live: tuple[Backbone, Checkpoint] | None = None
+    _live: tuple[LiveBackbone, Checkpoint] | None = None
 
     @property
     def spec(self) -> TaskSpec:
@@ -69,18 +69,24 @@ class Run:
         found: dict[str, Any] = json.loads((self.folder / "metrics.json").read_text(encoding="utf-8"))
         return found
 
-    def live(self) -> tuple[Backbone, Checkpoint]:
+    def live(self) -> tuple[LiveBackbone, Checkpoint]:
         """The backbone, loaded once."""
         self._live = self._live or live_backbone(self.job)
         return self._live
 
-    def evaluate(self, split: str) -> dict[str, float]:
-        """Metrics of `split` from the store, computed as at the end of training."""
+    def evaluate(self, split: str, report: bool = False) -> dict[str, Any]:
+        """Metrics of `split` from the store, computed as at the end of training. With `report`, what more there is to
+        say of it under that name: precision, recall, F1 and support of each class and the confusion matrix, or a
+        summary of the residuals. UserError for a report of an objective that has none."""
         if split not in self.job.tables:
             raise UserError(f"the store has no {split} rows of {self.spec.name}; it has: {', '.join(self.job.tables)}")
+        objective, precision = self.job.objective, self.job.recipe.train_precision
+        more = objective.report() if report else None
+        if report and more is None:
+            raise UserError(f"--report: objective {objective.name} has nothing to report beside its figures")
         source = store_source(self.job, split, self._batch_size())
-        precision = self.job.recipe.train_precision
-        return evaluate(self.model, source, self.job.objective.scorer(), self.job.device, precision)
+        figures = evaluate(self.model, source, objective.scorer(), self.job.device, precision, report=more)
+        return {**figures, "report": more.compute()} if more else figures
 
     def generate(self, split: str) -> dict[str, Any]:
         """Free generation on `split` with the frozen decoder live: metrics by exact match of the written text (of a
@@ -89,15 +95,17 @@ class Run:
         objective = self.job.objective
         if not isinstance(objective, LabelText):
             raise UserError(f"--generate: only runs of objective label-text write text; this one's is {objective.name}")
-        backbone, checkpoint = self.live()
-        written = generate(self.model, backbone, relive(self.job, split, checkpoint).inputs)
+        live, checkpoint = self.live()
+        written = generate(self.model, live, relive(self.job, split, checkpoint).inputs)
         texts = checkpoint.tokenizer.batch_decode(written, skip_special_tokens=True)
         answers = [objective.meaning(t) for t in texts]
         labels = [label for label in self.job.tables[split].labels if label is not None]
         if len(labels) < len(texts):
             raise UserError(f"not all {split} rows of {self.spec.name} have labels to score against")
         known = sum(t.strip() in self.spec.texts for t in texts)
-        return {**score(self.spec.metrics, answers, objective.rounded(labels)), "in_targets": known / len(texts)}
+        truth, average = objective.truth(labels), not objective.config.metric
+        figures = score(objective.metrics, answers, truth, average=average)
+        return {**figures, "in_targets": known / len(texts)}
 
     def predict(
         self, texts: Sequence[str | Sequence[str]], root: str | Path = "", say: Say = lambda text: None
@@ -110,16 +118,16 @@ class Run:
         if not checked:
             return []
         rows = Rows(checked, [None] * len(checked))
-        backbone, checkpoint = self.live()
+        live, checkpoint = self.live()
         candidates = next(iter(self.job.tables.values())).header.get("candidates", [])
         options = replace(text_options(self.job.found), root=str(root))
-        part = prepare_split(backbone.family, checkpoint.tokenizer, self.spec, "predict", rows, options, candidates)
-        for line in token_doubts(checkpoint.tokenizer, backbone.family, [part]):
+        part = prepare_split(live.backbone, checkpoint.tokenizer, self.spec, "predict", rows, options, candidates)
+        for line in token_doubts(checkpoint.tokenizer, live.backbone, [part]):
             say(f"warning: {line}")
         # Sorted by length, so that batches hold little padding; `predict` puts the answers back in order.
         order = Order(part.inputs.tokens(), self._batch_size())
         known = Targets(self.job.objective, None, part.inputs.metas) if part.inputs.metas else None
-        source = LiveSource(backbone, part.inputs, known, self.job.states, order)
+        source = LiveSource(live, part.inputs, known, self.job.states, order)
         return predict(self.model, source, self.job.device, self.job.recipe.train_precision)
 
     def _batch_size(self) -> int:
@@ -160,8 +168,8 @@ def load_run(folder: str | Path, **overrides: Any) -> Run:
 def read_inputs(
     path: Path, spec: TaskSpec, text: str | None = None, text_pair: str | None = None
 ) -> tuple[list[Any], list[tuple[str, ...]]]:
-    """Ids and fields of a file's rows. An id is what stands in a column `id`, else the row's number from 1, or the name
-    of a picture. Fields: columns named by `text` and `text_pair`, or by the task's own field names.
+    """Ids and fields of a file's rows. An id is what stands in a column `id`; where nothing does, the row's number from
+    1, or the name of a picture. Fields: columns named by `text` and `text_pair`, or by the task's own field names.
 
     GLUE's files are understood in their own layout; a folder gives the pictures below it, a picture itself. Raises
     UserError for a missing column or text, a bad file or a folder without pictures.
@@ -184,4 +192,5 @@ def read_inputs(
         name = asked or next((n for n in (field, *also) if n in sheet.columns), field)
         columns.append([cell_text(sheet, row, value, name) for row, value in enumerate(sheet.column(name))])
     rows = [tuple(row) for row in zip(*columns, strict=True)]
-    return sheet.column("id") if "id" in sheet.columns else list(range(1, len(rows) + 1)), rows
+    named = sheet.column("id") if "id" in sheet.columns else [None] * len(rows)
+    return [place if name in (None, "") else name for place, name in enumerate(named, 1)], rows

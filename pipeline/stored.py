@@ -20,7 +20,7 @@ from pipeline.store.errors import StoreError, UserError
 from pipeline.store.names import is_key
 
 if TYPE_CHECKING:
-    from pipeline.extract.backbones import Family
+    from pipeline.extract.backbones import Backbone
 
 # The deepest published networks have some hundred layers; the largest numbers of a configuration are vocabularies and
 # longest positions.
@@ -37,12 +37,12 @@ def refuse(where: str, what: str) -> StoreError:
     return StoreError(f"{where} is malformed: {what}; restore it from another copy, or extract again")
 
 
-def family_from(store: Store, space: Space) -> Family:
-    """The family of a space, from the configuration kept beside its tail weights. Raises StoreError for one that no
+def backbone_from(store: Store, space: Space) -> Backbone:
+    """The backbone of a space, from the configuration kept beside its tail weights. Raises StoreError for one that no
     backbone has: of a wrong type, or so large that only its making would fill the memory."""
     from transformers import AutoConfig
 
-    from pipeline.extract.backbones import family_for
+    from pipeline.extract.backbones import backbone_for
     from pipeline.extract.projection import load_projection
 
     identity = check_identity(space)
@@ -54,8 +54,8 @@ def family_from(store: Store, space: Space) -> Family:
     if not isinstance(kind, str):
         raise refuse(where, "model_type is missing")
     try:
-        family = family_for(AutoConfig.for_model(kind, **raw))
-        layers = [family.depth(stream) for stream in family.streams]
+        backbone = backbone_for(AutoConfig.for_model(kind, **raw))
+        layers = [backbone.depth(stream) for stream in backbone.streams]
         sound = all(isinstance(n, int) and 1 <= n <= MAX_LAYERS for n in layers)
     except UserError:
         raise
@@ -63,8 +63,7 @@ def family_from(store: Store, space: Space) -> Family:
         raise refuse(where, " ".join(str(error).split())[:200] or type(error).__name__) from error
     if not sound:
         raise refuse(where, f"a backbone has 1 to {MAX_LAYERS} layers")
-    family.projection = load_projection(store, identity)
-    return family
+    return backbone.projected(load_projection(store, identity))
 
 
 def made_with(identity: Mapping[str, Any]) -> dict[str, Any]:
@@ -251,19 +250,19 @@ def _is_number(value: object) -> bool:
     return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
 
 
-def check_states(space: Space, family: Family, states: Sequence[str]) -> None:
+def check_states(space: Space, backbone: Backbone, states: Sequence[str]) -> None:
     """Raises StoreError for a stored state that has not the width the backbone gives it."""
     for segment in space.segments():
         for name in states:
             info = segment.states.get(name)
-            if info is not None and info.width != family.state_width(name):
+            if info is not None and info.width != backbone.state_width(name):
                 raise refuse(
                     f"segment {segment.id}",
-                    f"{name} is {info.width} wide, the backbone's is {family.state_width(name)}",
+                    f"{name} is {info.width} wide, the backbone's is {backbone.state_width(name)}",
                 )
 
 
-def check_columns(family: Family, samples: Samples) -> None:
+def check_columns(backbone: Backbone, samples: Samples) -> None:
     """Raises StoreError where the columns of `samples`, a block as read, cannot be inputs of the backbone."""
-    if wrong := family.refuse_columns(samples.lengths, samples.columns):
+    if wrong := backbone.refuse_columns(samples.lengths, samples.columns):
         raise StoreError(f"the samples from {samples.keys[0]} on are malformed: {wrong}; extract again in a new store")

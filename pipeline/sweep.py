@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from pipeline.command_line import command_line, option
 from pipeline.compare import fit_counterpart, refuse_counterpart, step_memory
-from pipeline.extract.backbones.base import Tail
+from pipeline.extract.backbones.tail import Tail
 from pipeline.grid import Trial
 from pipeline.job import Job, batch_size_of, live_backbone, load_job, sources
 from pipeline.recipe import Recipe, read_recipe
@@ -27,7 +27,15 @@ from pipeline.train.source import Source
 from pipeline.train.stream import StoreSource
 from pipeline.train.together import fit_all
 from pipeline.train.tuners import tuner_class
-from pipeline.training import describe_space, fit_options, job_doubts, make_folder, resolved_recipe, write_recipe
+from pipeline.training import (
+    describe_space,
+    fit_options,
+    job_doubts,
+    make_folder,
+    own_options,
+    resolved_recipe,
+    write_recipe,
+)
 from pipeline.unused import refuse_for_training
 
 Say = Callable[[str], None]
@@ -131,7 +139,7 @@ def _look_up(trial: Trial, others: Sequence[Prepared]) -> Prepared:
     """A trial with what is found in the store; what `others` on the same space have found already is shared."""
     recipe, tail = trial.recipe, None
     job = load_job(recipe)
-    refuse_for_training(recipe, job.found.family)
+    refuse_for_training(recipe, job.found.backbone)
     if "train" not in job.tables:
         raise UserError(f"the store has no train rows of {job.spec.name}")
     for other in others:
@@ -145,7 +153,7 @@ def _look_up(trial: Trial, others: Sequence[Prepared]) -> Prepared:
 
 
 def _late(job: Job) -> list[int]:
-    return tuner_class(job.recipe.tuner, job.found.family).late_layers(job.config, job.found.family)
+    return tuner_class(job.recipe.tuner, job.found.backbone).late_layers(job.config, job.found.backbone)
 
 
 def _train(members: Sequence[Prepared], folder: Path, progress: bool) -> dict[str, dict[str, Any]]:
@@ -159,7 +167,12 @@ def _train(members: Sequence[Prepared], folder: Path, progress: bool) -> dict[st
         run = Training(
             job.model(recipe.seed, member.tail), parts["train"], parts.get("validation"), parts.get("test"),
             member.options(), own, job.objective.scorer, job.device,
-            {"space": job.found.space.id, "tuner": recipe.tuner, "rows": job.version},
+            {
+                "space": job.found.space.id,
+                "tuner": recipe.tuner,
+                "rows": job.version,
+                "chosen": own_options(job, asdict),
+            },
         )  # fmt: skip
         if _objective(job) != _objective(members[0].job):
             run.targets = {split: told for split in parts if (told := job.targets(split)) is not None}
@@ -181,7 +194,7 @@ def _shared(members: Sequence[Prepared]) -> dict[str, Source]:
     wanted = {state for member in members for state in member.job.states}
     if wanted == set(job.states):
         return members[0].parts
-    together = replace(job, states=[s for s in job.found.family.states() if s in wanted])
+    together = replace(job, states=[s for s in job.found.backbone.states() if s in wanted])
     out = sources(together, *(job.live or (None, None)))
     for split, source in out.items():
         order = members[0].parts[split].order

@@ -1,9 +1,12 @@
-"""What every tuner must do on every backbone it works on, for tuners of others too:
+"""What every backbone must do, and every tuner on every backbone it works on, for those of others too:
 
-    import my_tuners, pipeline.testing
+    import my_tuners, my_backbones, pipeline.testing
 
     def test_mine():
         pipeline.testing.conform("mine", "folder/of/a/small/checkpoint")
+
+    def test_my_backbone():
+        pipeline.testing.conform_backbone("folder/of/a/small/checkpoint/of/it")
 
 `Case` is one pair ready to run: `case.model(seed)` a fresh model, `case.batch()` six samples with live states.
 """
@@ -11,7 +14,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,14 +24,15 @@ import numpy as np
 import torch
 
 from pipeline.extract.backbones import Batch, Inputs, TextOptions, stream_of
+from pipeline.extract.backbones.capabilities import LiveLast
 from pipeline.extract.checkpoint import Checkpoint, resolve
 from pipeline.extract.encoding import decode, encode
 from pipeline.extract.tasks import load_task
 from pipeline.objectives import class_objective
 from pipeline.store import UserError
-from pipeline.train.model import Model, state_names, tail_for
+from pipeline.train.model import Model, late_weights, state_names, tail_for
 from pipeline.train.objectives import Objective
-from pipeline.train.tuners import tuner_class, tuner_config
+from pipeline.train.tuners import tuner_class, tuner_config, tuner_names
 
 TEXTS = (
     ("the old cat sees a dog", "a cat sleeps"),
@@ -57,12 +61,12 @@ class Case:
     options: dict[str, Any] | None = None
 
     @cached_property
-    def family(self) -> Any:
-        return self.checkpoint.family
+    def backbone(self) -> Any:
+        return self.checkpoint.backbone
 
     @cached_property
-    def backbone(self) -> Any:
-        return self.family.load(self.checkpoint.folder, torch.float32, "sdpa", "cpu")
+    def loaded(self) -> Any:
+        return self.backbone.load(self.checkpoint.folder, torch.float32, "sdpa", "cpu")
 
     @cached_property
     def config(self) -> Any:
@@ -70,33 +74,35 @@ class Case:
 
     @cached_property
     def inputs(self) -> Inputs:
-        if self.family.modality == "text":
-            prompt = "task first: {0} second: {1}" if self.family.writes_text else ""
-            gold = [i % 3 for i in range(len(TEXTS))] if self.chains else None
-            return self.family.prepare(self.checkpoint.tokenizer, TEXTS, TextOptions(prompt), self.chains, gold)
+        if self.backbone.modality == "text":
+            prompt = "task first: {0} second: {1}" if self.backbone.writes_text else ""
+            answers = (self.chains, [i % 3 for i in range(len(TEXTS))]) if self.chains else ()
+            return self.backbone.prepare(self.checkpoint.tokenizer, TEXTS, TextOptions(prompt), *answers)
         return self.images()
 
     def images(self) -> Inputs:
         """Six of the pictures."""
         names = load_task(str(self.pictures)).splits["train"].texts[:6]
-        return self.family.prepare(self.checkpoint.tokenizer, names, TextOptions(root=str(self.pictures)))
+        return self.backbone.prepare(self.checkpoint.tokenizer, names, TextOptions(root=str(self.pictures)))
 
     @cached_property
     def chains(self) -> list[list[int]]:
-        return self.family.candidates(self.checkpoint.tokenizer, ["0", "1", "2 3"])
+        if not self.backbone.writes_text:
+            return []
+        return self.backbone.candidates(self.checkpoint.tokenizer, ["0", "1", "2 3"])
 
     @cached_property
     def objective(self) -> Objective:
-        return class_objective(self.family, tuner_class(self.tuner, self.family), self.chains or [()] * 3)
+        return class_objective(self.backbone, tuner_class(self.tuner, self.backbone), self.chains or [()] * 3)
 
     def model(self, seed: int = 0) -> Model:
-        return Model.build(self.tuner, self.config, self.family, self.tail, self.objective, seed)
+        return Model.build(self.tuner, self.config, self.backbone, self.tail, self.objective, seed)
 
     @cached_property
     def tail(self) -> Any:
-        own, family = tuner_class(self.tuner, self.family), self.family
-        late = {i: family.block_weights(self.backbone, i) for i in own.late_layers(self.config, family)}
-        return tail_for(self.tuner, self.config, family, "sdpa", family.tail_weights(self.backbone), late)
+        backbone = self.backbone
+        late = late_weights(self.tuner, self.config, backbone, self.loaded)
+        return tail_for(self.tuner, self.config, backbone, "sdpa", backbone.tail_weights(self.loaded), late)
 
     def batch(self, inputs: Inputs | None = None) -> Batch:
         if inputs is None:
@@ -109,7 +115,7 @@ class Case:
 
     def _run(self, inputs: Inputs) -> Batch:
         batch = inputs.batch()
-        batch.states = self.family.run(self.backbone, batch, state_names(self.tuner, self.config, self.family))
+        batch.states = self.backbone.run(self.loaded, batch, state_names(self.tuner, self.config, self.backbone))
         batch.targets = {"label": torch.arange(len(batch)) % 3}
         return replace(batch, pictures=None)  # a tuner cannot tell where states come from
 
@@ -186,7 +192,7 @@ def single_rows_and_zero_states_stay_finite(case: Case) -> None:
     for one in (batch, zero):
         model.loss(one).backward()
         assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
-    if case.family.modality == "text" and not case.family.writes_text:
+    if case.backbone.modality == "text" and not case.backbone.writes_text:
         ids = {k: v[:1] for k, v in case.inputs.columns.items()}
         single = case.batch(Inputs({"encoder": np.ones(1, np.int64)}, ids, np.zeros(1, bool)))
         model.loss(single).backward()
@@ -219,11 +225,11 @@ def a_sample_does_not_see_the_others(case: Case) -> None:
             at[name] += len(alone)
 
 
-def states_are_known_to_the_family(case: Case) -> None:
-    names = state_names(case.tuner, case.config, case.family)
-    assert names and set(names) <= set(case.family.states())
+def states_are_known_to_the_backbone(case: Case) -> None:
+    names = state_names(case.tuner, case.config, case.backbone)
+    assert names and set(names) <= set(case.backbone.states())
     batch = case.batch()
-    assert all(v.shape[1] == case.family.width_of(stream_of(k)) for k, v in batch.states.items())
+    assert all(v.shape[1] == case.backbone.width_of(stream_of(k)) for k, v in batch.states.items())
 
 
 CHECKS: list[Callable[[Case], None]] = [
@@ -236,7 +242,87 @@ CHECKS: list[Callable[[Case], None]] = [
     single_rows_and_zero_states_stay_finite,
     half_precision_training_stays_finite,
     a_sample_does_not_see_the_others,
-    states_are_known_to_the_family,
+    states_are_known_to_the_backbone,
+]
+
+
+def every_state_has_its_width(case: Case) -> None:
+    backbone, names = case.backbone, case.backbone.states()
+    batch = case.inputs.batch()
+    found = backbone.run(case.loaded, batch, names)
+    assert len(set(names)) == len(names) and found.keys() == set(names)
+    for name, rows in found.items():
+        expected = (len(batch.layout(stream_of(name)).sample), backbone.state_width(name))
+        assert rows.shape == expected and torch.isfinite(rows).all(), name
+    assert set(backbone.full_states()) <= set(names)
+
+
+def only_wanted_states_are_collected(case: Case) -> None:
+    batch = case.inputs.batch()
+    every = case.backbone.run(case.loaded, batch, case.backbone.states())
+    for name in every:
+        found = case.backbone.run(case.loaded, batch, [name])
+        assert list(found) == [name]
+        torch.testing.assert_close(found[name], every[name], rtol=1e-4, atol=1e-5)
+
+
+def a_sample_runs_alone_as_beside_others(case: Case) -> None:
+    names = case.backbone.states()
+    together = case.backbone.run(case.loaded, case.inputs.batch(), names)
+    at = dict.fromkeys(names, 0)
+    for i in range(len(case.inputs)):
+        alone = case.backbone.run(case.loaded, case.inputs.take(np.array([i])).batch(), names)
+        for name, rows in alone.items():
+            torch.testing.assert_close(rows, together[name][at[name] : at[name] + len(rows)], rtol=1e-3, atol=1e-4)
+            at[name] += len(rows)
+
+
+def inputs_are_known_by_what_they_are(case: Case) -> None:
+    backbone, inputs = case.backbone, case.inputs
+    assert len(set(inputs.keys())) == len(inputs) and inputs.columns.keys() == set(backbone.columns)
+    assert inputs.take(np.array([3, 0])).keys() == [inputs.keys()[3], inputs.keys()[0]]
+    assert backbone.refuse_columns(inputs.lengths, inputs.columns) is None
+
+
+def the_tail_goes_on_where_states_end(case: Case) -> None:
+    """Embeddings have the backbone's width; a live last block gives what the backbone's own gives."""
+    backbone, batch = case.backbone, case.inputs.batch()
+    live = isinstance(backbone, LiveLast)
+    tail = backbone.tail(backbone.tail_weights(case.loaded), "sdpa").eval()
+    assert not any(p.requires_grad for p in tail.parameters())
+    batch.states = backbone.run(case.loaded, batch, backbone.states())
+    if backbone.shape == "sequence":
+        for stream in backbone.streams:
+            rows = len(batch.layout(stream).sample)
+            assert tail.embed(batch, stream).shape == (rows, backbone.width)
+            assert tail.final_norm(batch.states[f"{stream}.0"], stream).shape == (rows, backbone.width)
+    stream, last = backbone.streams[-1], backbone.depth(backbone.streams[-1]) - 1
+    if live and last:
+        hidden = {s: batch.states[f"{s}.{backbone.depth(s) - 1}"] for s in backbone.streams[:-1]}
+        hidden = {s: tail.final_norm(rows, s) for s, rows in hidden.items()}
+        found = tail({**hidden, stream: batch.states[f"{stream}.{last - 1}"]}, batch)
+        torch.testing.assert_close(found, batch.states[f"{stream}.{last}"], rtol=1e-4, atol=1e-4)
+
+
+def every_tuner_works_or_says_why_not(case: Case) -> None:
+    works = tuner_names(type(case.backbone))
+    assert "probe" in works
+    for name in tuner_names():
+        try:
+            tuner_class(name, case.backbone)
+        except UserError as error:
+            assert name not in works and repr(name) in str(error) and case.backbone.name in str(error)
+        else:
+            assert name in works
+
+
+BACKBONE_CHECKS: list[Callable[[Case], None]] = [
+    every_state_has_its_width,
+    only_wanted_states_are_collected,
+    a_sample_runs_alone_as_beside_others,
+    inputs_are_known_by_what_they_are,
+    the_tail_goes_on_where_states_end,
+    every_tuner_works_or_says_why_not,
 ]
 
 
@@ -244,9 +330,21 @@ def conform(tuner: str, model: str, pictures: str | Path = "", **options: Any) -
     """Put the registered `tuner` with `options` through all checks on `model`: a name, or the folder of a checkpoint,
     the smaller the faster. `pictures`: a folder of images as a task, for backbones that see. Raises AssertionError
     naming the check."""
-    case = Case(resolve(model), tuner, Path(pictures), options)
-    for check in CHECKS:
+    _put_through(Case(resolve(model), tuner, Path(pictures), options), CHECKS, f"{tuner} on {model}")
+
+
+def conform_backbone(model: str, pictures: str | Path = "", tuners: Sequence[str] | None = None) -> None:
+    """Put the backbone of the checkpoint `model` through its own checks, then each of `tuners`, all that work on it by
+    default, through `conform`'s. Raises AssertionError naming the check."""
+    point = resolve(model)
+    _put_through(Case(point, "probe", Path(pictures)), BACKBONE_CHECKS, model)
+    for tuner in tuner_names(type(point.backbone)) if tuners is None else tuners:
+        _put_through(Case(point, tuner, Path(pictures)), CHECKS, f"{tuner} on {model}")
+
+
+def _put_through(case: Case, checks: Sequence[Callable[[Case], None]], what: str) -> None:
+    for check in checks:
         try:
             check(case)
         except AssertionError as error:
-            raise AssertionError(f"{tuner} on {model}: {check.__name__}: {error}") from error
+            raise AssertionError(f"{what}: {check.__name__}: {error}") from error

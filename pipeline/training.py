@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.command_line import extract_command
+from pipeline.command_line import NotExtracted
 from pipeline.doubts import doubts, limit_doubt
 from pipeline.extract.plugins import lasting
 from pipeline.extract.tasks import is_named
@@ -28,8 +28,9 @@ from pipeline.job import (
 )
 from pipeline.recipe import Recipe
 from pipeline.resolve import store_path
-from pipeline.store.errors import StoreError, UserError
+from pipeline.store.errors import UserError
 from pipeline.store.places import absolute
+from pipeline.train.configs import ObjectiveConfig
 from pipeline.train.loop import FitOptions, fit
 from pipeline.train.ranks import Ranks
 from pipeline.train.runlog import write_bytes
@@ -89,20 +90,18 @@ def make_folder(folder: Path) -> None:
 def run_train(recipe: Recipe, say: Say, quiet: bool = False) -> dict[str, Any]:
     """Train what `recipe` says; `say` takes the lines a person reads. Returns the metrics with the run's folder."""
     job = load_job(recipe)
-    refuse_for_training(recipe, job.found.family)
+    refuse_for_training(recipe, job.found.backbone)
     if "train" not in job.tables:
-        raise StoreError(
-            f"the store has no train rows of {job.spec.name}; run: "
-            f"{extract_command(as_extracted(recipe, job.found), split=('train',))}"
-        )
+        known = as_extracted(recipe, job.found)
+        raise NotExtracted(f"the store has no train rows of {job.spec.name}", known, split=("train",))
     folder = run_folder(job)
     if (folder / "metrics.json").exists() and not recipe.overwrite:
         raise UserError(f"{folder} holds a finished run; give another --out, or --overwrite to replace it")
     model = job.model(recipe.seed)
     options = fit_options(recipe, job.spec, job.paper, model.tuner.default_lr())
-    backbone, checkpoint = live_backbone(job) if recipe.live else (None, None)
-    parts = sources(job, backbone, checkpoint)
-    size = batch_size_of(recipe, model.tuner.family.writes_text)
+    live, checkpoint = live_backbone(job) if recipe.live else (None, None)
+    parts = sources(job, live, checkpoint)
+    size = batch_size_of(recipe, model.tuner.backbone.writes_text)
     table = job.tables["train"]
     more = f" of {table.header['total']:,}" if len(table.keys) < table.header.get("total", 0) else ""
     say(
@@ -128,7 +127,12 @@ def run_train(recipe: Recipe, say: Say, quiet: bool = False) -> dict[str, Any]:
         job.objective.scorer,
         job.device,
         progress=not quiet,
-        info={"space": job.found.space.id, "tuner": recipe.tuner, "rows": job.version},
+        info={
+            "space": job.found.space.id,
+            "tuner": recipe.tuner,
+            "rows": job.version,
+            "chosen": own_options(job, asdict),
+        },
     )
     if remark := model.tuner.remark():
         say(f"{recipe.tuner}: {remark}")
@@ -140,7 +144,7 @@ def job_doubts(job: Job) -> list[str]:
     """What is odd about the rows of a run, a sentence each."""
     train = job.tables.get("train")
     limit = "" if train is None else limit_doubt(job.recipe.limit, train, views_of(train))
-    return [*([limit] if limit else []), *doubts(job.tables, job.found.family.modality == "image")]
+    return [*([limit] if limit else []), *doubts(job.tables, job.found.backbone.modality == "image")]
 
 
 def describe_space(job: Job) -> str:
@@ -159,9 +163,23 @@ def lasting_name(job: Job) -> str:
     return task if own else task_id(next(iter(job.tables.values())).header)
 
 
-def stated(config: TunerConfig) -> dict[str, Any]:
+def stated(config: TunerConfig | ObjectiveConfig) -> dict[str, Any]:
     """The options of a config that say something, the defaults among them: a later version may have others."""
     return {k: v for k, v in asdict(config).items() if v not in (None, ())}
+
+
+def own_options(job: Job, of: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+    """The options of the tuner and the objective as a recipe has them, those that `of` makes of a config."""
+    own = Recipe(tuner_options=of(job.config), objective_options=of(job.objective.config)).to_mapping()
+    return {"objective": job.objective.name, **{k: own[k] for k in ("tuner_options", "objective_options")}}
+
+
+def rows_options(job: Job) -> dict[str, Any]:
+    """How the rows were split and numbers made into texts, also where the store decided it."""
+    made, values = job.tables["train"].header.get("provenance", {}), job.spec.values
+    stepped = len(values) > 1 and made.get("source") != "table"  # of a table the step follows from its range
+    grid = values[1] - values[0] if stepped else job.recipe.grid
+    return {"stratify": bool(made.get("stratified")) or job.recipe.stratify, "grid": grid}
 
 
 def resolved_recipe(job: Job, options: FitOptions, batch_size: int) -> Recipe:
@@ -175,15 +193,14 @@ def resolved_recipe(job: Job, options: FitOptions, batch_size: int) -> Recipe:
         space=job.found.space.id,
         batch_size=batch_size,
         group_by_length=grouped(job.recipe, job.paper),
-        objective=job.objective.name,
         epochs=options.epochs,
         lr=options.lr,
         warmup_steps=options.warmup_steps,
         warmup_ratio=options.warmup_ratio,
+        **own_options(job, stated),
         views=views_of(job.tables["train"]) if "image_size" in identity else None,
         imports=lasting(job.recipe.imports),
-        tuner_options=stated(job.config),
-        objective_options=asdict(job.objective.config),
+        **rows_options(job),
         out=None,
         overwrite=False,
         **{k: identity[k] for k in ("format", "projection", "precision", "attention")},

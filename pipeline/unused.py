@@ -3,12 +3,13 @@ of what they asked. (Those of tuners and objectives go to their owners, see `pip
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
-from pipeline.extract.backbones import Family
-from pipeline.owners import KINDS, having
+from pipeline.extract.backbones import Backbone
+from pipeline.extract.options import about
+from pipeline.owners import KINDS, having, options_of
 from pipeline.recipe import Recipe, option_name
 from pipeline.store.errors import UserError
 
@@ -20,11 +21,13 @@ TEXT_OPTIONS: dict[str, tuple[Any, ...]] = {
 PICTURE_OPTIONS: dict[str, tuple[Any, ...]] = {
     "image_size": (None,), "views": (None, 1), "view_seed": (None, 0), "skip_bad": (False,),
 }  # fmt: skip
+# How a file becomes a task.
+TABLE_OPTIONS = ("text", "text_pair", "label", "separator", "validation", "test", "stratify", "grid")
 STREAM_OPTIONS = (
     "model", "task", "store", "data", "text", "text_pair", "label", "separator", "objective", "validation", "test",
-    "limit", "space", "format", "projection", "precision", "attention", "prompt", "max_length", "truncation_side",
-    "image_size", "views", "view_seed", "batch_size", "seed", "device", "tier", "host_memory", "scheduler", "window",
-    "group_by_length", "imports",
+    "stratify", "limit", "space", "format", "projection", "precision", "attention", "prompt", "max_length",
+    "truncation_side", "image_size", "views", "view_seed", "batch_size", "seed", "device", "tier", "host_memory",
+    "scheduler", "window", "group_by_length", "imports",
 )  # fmt: skip
 
 
@@ -33,28 +36,53 @@ def given(recipe: Recipe, option: str) -> bool:
     return getattr(recipe, option) != _FIELDS[option].default
 
 
-def refuse_for_training(recipe: Recipe, family: Family) -> None:
+def refuse_for_training(recipe: Recipe, backbone: Backbone) -> None:
     """UserError for options of training that do nothing on this backbone, or in a live run."""
-    if family.modality == "text":  # of pictures the space itself says what they were made with
-        refuse_for_kind(recipe, family)
+    if backbone.modality == "text":  # of pictures the space itself says what they were made with
+        refuse_for_kind(recipe, backbone)
+    refuse_host_memory(recipe)
     if recipe.live:
         for option in ("tier", "host_memory", "scheduler"):
             if given(recipe, option):
                 raise UserError(f"{option_name(option)}: it is for states from a store, and --live reads none")
 
 
-def refuse_for_kind(recipe: Recipe, family: Family) -> None:
+def refuse_for_kind(recipe: Recipe, backbone: Backbone) -> None:
     """UserError for options of pictures where the backbone reads text, and the other way round."""
-    text = family.modality == "text"
+    text = backbone.modality == "text"
     others, read = (PICTURE_OPTIONS, "text") if text else (TEXT_OPTIONS, "pictures")
     for option, nothing in others.items():
         if getattr(recipe, option) not in nothing:
             what = "pictures" if text else "texts"
-            raise UserError(f"{option_name(option)} is for {what}, and {family.name} backbones read {read}")
-    if text and not family.writes_text and recipe.prompt is not None:
-        raise UserError(f"--prompt is for text-to-text backbones; {family.name} ones read the text fields as they are")
+            raise UserError(f"{option_name(option)} is for {what}, and {backbone.name} backbones read {read}")
+    if text and not backbone.writes_text and recipe.prompt is not None:
+        raise UserError(
+            f"--prompt is for text-to-text backbones; {backbone.name} ones read the text fields as they are"
+        )
     if recipe.view_seed and (recipe.views or 1) < 2:
         raise UserError("--view-seed: it draws the views of --views; give --views 2 or more with it")
+
+
+def refuse_host_memory(recipe: Recipe) -> None:
+    """UserError for memory to choose a tier by, where the tier is said."""
+    if recipe.host_memory is not None and recipe.tier != "auto":
+        raise UserError(f"--host-memory: it decides the tier, and --tier {recipe.tier} says it; leave one of them out")
+
+
+def refuse_for_command(command: str, options: Mapping[str, Any]) -> None:
+    """UserError for options given in Python that the command line's `command` does not have: those of another, and of
+    tuners and objectives what extraction does not depend on."""
+    plain = dict(options)
+    for kind in KINDS:
+        nested = plain.pop(f"{kind}_options", None)
+        plain |= nested if isinstance(nested, Mapping) else {}
+    for name in plain:
+        if name in _FIELDS and command not in _FIELDS[name].metadata["on"]:
+            others = " and ".join(c for c in ("extract", "train") if c in _FIELDS[name].metadata["on"])
+            raise UserError(f"{command}(): {name}: it does nothing here, it is an option of {others}")
+        found = [options_of(kind, owner)[name][0] for kind in KINDS for owner in having(kind, name)]
+        if command == "extract" and found and not any(about(f).extraction for f in found):
+            raise UserError(f"extract(): {name}: it is for training, extraction does not depend on it")
 
 
 def refuse_for_stream(names: Iterable[str]) -> None:

@@ -32,11 +32,12 @@ def checked_value(name: str, hint: Any, value: Any, where: str) -> Any:
         return None
     kind = next(k for k in kinds if k is not type(None))
     if args := get_args(kind):
-        values = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+        apart = [part.strip() for part in value.split(",")] if isinstance(value, str) else [value]
+        values = value if isinstance(value, list | tuple) else apart
         if not all(isinstance(v, str | int | float) for v in values):
             raise UserError(f"{where}: {name}: expected {args[0].__name__} values, not {short(value)}")
         try:
-            return tuple(args[0](str(v).strip()) for v in values if str(v).strip())
+            return tuple(args[0](str(v)) for v in values if str(v).strip())
         except ValueError:
             raise UserError(f"{where}: {name}: expected {args[0].__name__} values, not {short(value)}") from None
     if (kind is bool and isinstance(value, bool)) or (kind is str and isinstance(value, str)):

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pipeline.extract.tasks import canonical_name, split_id
+from pipeline.extract.tasks.glue import USUAL_GRID
 from pipeline.recipe import Recipe
 from pipeline.store import Space, TaskTable, digest_json
 from pipeline.store.errors import StoreError
@@ -77,7 +78,8 @@ class Version:
     @property
     def reads(self) -> str:
         """Its columns and classes, and when it was made, for people who must choose."""
-        return f"{columns_text(self.header)}, extracted {self.created[:16].replace('T', ' ') or '?'}"
+        drawn = ", stratified" if _object(self.header, "provenance").get("stratified") else ""
+        return f"{columns_text(self.header)}{drawn}, extracted {self.created[:16].replace('T', ' ') or '?'}"
 
     @property
     def counts(self) -> str:
@@ -133,8 +135,8 @@ def stored_tables(
         which = "; ".join(f"{v.name}: {v.counts}, {v.reads}" for v in fitting)
         raise AmbiguousTask(
             f"task {recipe.task!r} fits {len(fitting)} tasks of this feature space: say which one by its file, --task "
-            f"PATH, by its columns, --text and --label, or by its id, such as --task {fitting[0].name}; there are: "
-            f"{which}"
+            "PATH, by its columns, --text and --label, by --stratify or --no-stratify, or by its id, such as --task "
+            f"{fitting[0].name}; there are: {which}"
         )
     return _whole(fitting[0], _read(space, fitting[0]))
 
@@ -194,7 +196,7 @@ def _distinct(space: Space, versions: Sequence[Version]) -> list[Version]:
     found: dict[str, Version] = {}
     for version in versions:
         tables = _read(space, version)
-        rows = {split: [t.keys, t.labels, t.texts] for split, t in tables.items()}
+        rows = {split: [list(t.keys), t.labels, list(t.texts)] for split, t in tables.items()}
         found.setdefault(digest_json([rows, version.header.get("spec")]), version)
     return list(found.values())
 
@@ -216,7 +218,7 @@ def task_id(header: Mapping[str, Any]) -> str:
 
 def _columns(header: Mapping[str, Any]) -> list[Any]:
     spec, made = _object(header, "spec"), _object(header, "provenance")
-    return [_names(spec.get("fields")), made.get("label"), spec.get("target")]
+    return [_names(spec.get("fields")), made.get("label"), spec.get("target"), bool(made.get("stratified"))]
 
 
 def _object(header: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -242,11 +244,15 @@ def unlike(recipe: Recipe, header: Mapping[str, Any]) -> str:
     ):
         if asked is not None and there is not None and asked != there:
             return f"{option} was {there!r}, now {asked!r}"
-    # The usual grid stands in every recipe and asks for nothing.
+    if recipe.stratify is not None and recipe.stratify != bool(made.get("stratified")):
+        was, now = ("without", "with") if recipe.stratify else ("with", "without")
+        return f"rows were held out {was} --stratify, now {now} it"
     values = spec.get("values") or []
-    if recipe.grid != Recipe.grid and (len(values) < 2 or not math.isclose(values[1] - values[0], recipe.grid)):
-        step = f"{values[1] - values[0]:g}" if len(values) > 1 else "none"
-        return f"--grid was {step}, now {recipe.grid:g}"
+    step = values[1] - values[0] if len(values) > 1 else 0.0
+    # Recipes of earlier versions all state the usual grid, also of tasks that have none of the kind.
+    stated = recipe.grid == USUAL_GRID and (not step or made.get("source") == "table")
+    if recipe.grid is not None and not stated and not math.isclose(step, recipe.grid):
+        return f"--grid was {f'{step:g}' if step else 'none'}, now {recipe.grid:g}"
     from pipeline.objectives import target_types  # objectives load torch, which `pipeline store` does without
 
     learned, there = target_types(recipe), spec.get("target")

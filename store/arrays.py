@@ -19,9 +19,6 @@ from typing import Any
 
 import google_crc32c
 import numpy as np
-import zarr
-from zarr.codecs import BytesCodec, Crc32cCodec
-from zarr.storage import MemoryStore
 
 from pipeline.store.digest import digest_bytes
 from pipeline.store.errors import StoreError
@@ -81,6 +78,10 @@ class ArraySpec:
 
 def group_files(arrays: Sequence[ArraySpec], attributes: dict[str, Any]) -> dict[str, bytes]:
     """The `zarr.json` files of a group of `arrays`, made by zarr itself, consolidated. Path → content."""
+    import zarr  # a third of a second, which those who only read do not need
+    from zarr.codecs import BytesCodec, Crc32cCodec
+    from zarr.storage import MemoryStore
+
     memory = MemoryStore()
     group = zarr.create_group(memory, attributes=attributes)
     for array in arrays:

@@ -17,6 +17,22 @@ from threading import Lock
 from pipeline.store.digest import digest_bytes
 
 
+def keep_file(path: Path, *pieces: bytes) -> bool:
+    """Write `pieces` to `path`, whole or not at all; False where the disk does not take it, which is no error."""
+    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with part.open("wb") as file:
+            for piece in pieces:
+                file.write(piece)
+        part.replace(path)
+    except OSError:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        return False
+    return True
+
+
 class Cache:
     """Copies in `folder`, made when first needed, of at most `limit` bytes together."""
 
@@ -30,7 +46,8 @@ class Cache:
         """The copy of `key`, marked as used; None if there is none or it is damaged."""
         if self._total < 0:
             with self._lock:
-                self._evict()  # The limit may be lower than it was for those who filled it.
+                if self._total < 0:
+                    self._evict()  # The limit may be lower than it was for those who filled it.
         path = self._path(key)
         try:
             data = path.read_bytes()
@@ -51,16 +68,7 @@ class Cache:
         """Keep a copy, unless it is larger than the whole cache; a disk that does not take it is no error."""
         if len(data) + 32 > self.limit:
             return
-        path = self._path(key)
-        part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with part.open("wb") as file:
-                file.write(digest_bytes(data).encode())
-                file.write(data)
-            part.replace(path)
-        except OSError:
-            part.unlink(missing_ok=True)
+        if not keep_file(self._path(key), digest_bytes(data).encode(), data):
             return
         with self._lock:
             if self._total < 0:

@@ -7,6 +7,7 @@ in which any byte differs from what was written, since a flipped digit in a samp
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +26,17 @@ def dump_document(document: dict[str, Any]) -> bytes:
     return _HEAD + digest_bytes(body).encode() + _TAIL + body[1:]
 
 
-def load_document(data: bytes, where: str | Path, kind: str) -> dict[str, Any]:
-    """The document `data`, whose `kind` must be `kind`.
+def load_document(
+    data: bytes, where: str | Path, kind: str, parse: Callable[[bytes, str | Path], dict[str, Any]] | None = None
+) -> dict[str, Any]:
+    """The document `data`, whose `kind` must be `kind`. `parse`: in place of `parse_json`.
 
     Raises StoreError naming `where`: damaged, of another kind, or of a newer format than this version reads.
     """
     body = b"{" + data[_BODY:]
     whole = data[: len(_HEAD)] == _HEAD and data[_BODY - len(_TAIL) : _BODY] == _TAIL
     whole = whole and data[len(_HEAD) : len(_HEAD) + 32] == digest_bytes(body).encode()
-    document = parse_json(body if whole else data, where)
+    document = (parse or parse_json)(body if whole else data, where)
     version = document.get("format")
     # A newer format may well seal its documents differently: say "newer" rather than "damaged".
     if type(version) is int and version > FORMAT and document.get("kind") == kind:

@@ -93,6 +93,10 @@ class KeyIndex:
     def __len__(self) -> int:
         return len(self.keys)
 
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in (self.keys.high, self.keys.low, self._order, self._heads))
+
     def first(self, keys: Sequence[str], preferred: np.ndarray | None = None) -> np.ndarray:
         """The first place of each of `keys` (n,) int64, -1 where there is none. `preferred`: (lists,) bool; a place in
         such a list goes before one in another."""
@@ -139,6 +143,11 @@ class Index:
 
     def __len__(self) -> int:
         return self._keys.keys.distinct()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory, the keys of the segments included."""
+        return self._keys.nbytes
 
     def states(self) -> dict[str, frozenset[str]]:
         """Sample key → states and columns stored of it, in the fullest family that holds it."""

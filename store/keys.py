@@ -28,13 +28,23 @@ class Keys(Sequence[str]):
             return keys
         keys = keys if isinstance(keys, list) else list(keys)
         # Many at once, far faster than one by one.
-        text = "".join(keys) if set(map(type, keys)) <= {str} and set(map(len, keys)) <= {32} else "?"
+        sound = set(map(type, keys)) <= {str} and set(map(len, keys)) <= {32}
+        return cls.of_text("".join(keys) if sound else "?")
+
+    @classmethod
+    def of_text(cls, text: str) -> Keys:
+        """The keys whose hex characters follow one another in `text`. Raises ValueError as `of` does."""
         try:
             data = bytes.fromhex(text)
         except ValueError:
             data = b""
-        if data.hex() != text:  # upper case and blanks are read as well
+        if data.hex() != text or len(data) % 16:  # upper case and blanks are read as well
             raise ValueError("a sample key is the 32 lower hex characters of an xxh3-128")
+        return cls.of_bytes(data)
+
+    @classmethod
+    def of_bytes(cls, data: bytes) -> Keys:
+        """The keys whose 16 bytes each follow one another in `data`."""
         words = np.frombuffer(data, ">u8").reshape(-1, 2)
         return cls(words[:, 0].astype(np.uint64), words[:, 1].astype(np.uint64))
 

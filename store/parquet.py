@@ -8,17 +8,19 @@ that a file states bound what it unpacks to.
 from __future__ import annotations
 
 import io
-import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.store.digest import canonical_json
 from pipeline.store.document import parse_json
+from pipeline.store.keys import Keys
 from pipeline.store.names import MAX_JSON, MAX_UNPACKED, MAX_UNPACKED_RATIO, UNPACKED_SLACK
+from pipeline.store.texts import Texts
 
 _HEADER = b"activation"
 # Type of a task's targets → type of the column: an index or a number a sample, a list of indices, or nothing.
@@ -31,9 +33,8 @@ TARGETS: dict[str, pa.DataType] = {
 }
 _KEY, _TEXTS, _TEXT = pa.binary(16), pa.list_(pa.string()), pa.string()
 _LONE = re.compile("[\ud800-\udfff]")
-_ESCAPE = re.compile(r"\\(?:\\|u([0-9a-f]{4}))")
 
-Columns = tuple[list[str], list[Any], list[list[str]], list[str], list[dict[str, Any]]]
+Columns = tuple[Keys, list[Any], Texts, list[str], list[dict[str, Any]]]
 
 
 def dump(
@@ -90,21 +91,20 @@ def read_rows(data: bytes, rows: int, where: str) -> tuple[dict[str, Any], Colum
     _bound(file, len(data), rows)
     try:
         table = file.read()
+        table.validate(full=True)  # that texts are UTF-8, before one is looked at
     except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
         raise ValueError(_line(error)) from error
     if len(table) != rows or table["key"].null_count:
         raise ValueError("its header does not match its rows")
-    keys = [key.hex() for key in table["key"].to_pylist()]
-    targets, texts = table["target"].to_pylist(), table["inputs"].to_pylist()
-    if not all(map(_is_target, targets)) or not all(t is not None and None not in t for t in texts):
+    target, texts = table["target"], table["inputs"]
+    if not _are_targets(target) or texts.null_count or pc.list_flatten(texts).null_count:
         raise ValueError("a row is malformed")
-    if header.pop("escaped", False):
-        texts = [[_unescaped(text) for text in row] for row in texts]
+    keys = Keys.of_bytes(b"".join(_bytes_of(chunk) for chunk in table["key"].chunks))
     ids = [] if table["id"].null_count == rows else [i or "" for i in table["id"].to_pylist()]
     metas: list[dict[str, Any]] = []
     if table["meta"].null_count < rows:
         metas = [{} if text is None else parse_json(text.encode(), where) for text in table["meta"].to_pylist()]
-    return header, (keys, targets, texts, ids, metas)
+    return header, (keys, target.to_pylist(), Texts(texts, bool(header.pop("escaped", False))), ids, metas)
 
 
 def _opened(data: bytes) -> pq.ParquetFile:
@@ -156,18 +156,21 @@ def _fits(target: Any, kind: pa.DataType) -> bool:
     return pa.types.is_integer(kind) and type(target) is int
 
 
-def _is_target(value: Any) -> bool:
-    if isinstance(value, list):
-        return None not in value
-    return value is None or math.isfinite(value)
+def _are_targets(column: pa.ChunkedArray) -> bool:
+    """Whether all numbers are finite and no list holds a null."""
+    if pa.types.is_list(column.type):
+        return not pc.list_flatten(column).null_count
+    return not pa.types.is_floating(column.type) or pc.all(pc.is_finite(column)).as_py() is not False
+
+
+def _bytes_of(keys: pa.FixedSizeBinaryArray) -> bytes:
+    """What lies in the array; it has no nulls."""
+    size = keys.type.byte_width
+    return bytes(memoryview(keys.buffers()[1])[keys.offset * size : (keys.offset + len(keys)) * size])
 
 
 def _escaped(text: str) -> str:
     return _LONE.sub(lambda m: f"\\u{ord(m[0]):04x}", text.replace("\\", "\\\\"))
-
-
-def _unescaped(text: str) -> str:
-    return _ESCAPE.sub(lambda m: chr(int(m[1], 16)) if m[1] else "\\", text)
 
 
 def _line(error: BaseException) -> str:

@@ -27,17 +27,28 @@ def open_files(where: str | Path) -> Files:
     """Access to the files of the store at `where`, be it there or not. Raises UserError for an unknown protocol."""
     if not is_remote(where):
         return Files(where)
-    folder = os.environ.get("PIPELINE_CACHE") or str(Path.home() / ".cache" / "activation-pipeline")
-    return _remote(str(where), folder, cache_bytes(), os.getpid())
+    return _remote(str(where), str(cache_folder()), cache_bytes(), os.getpid())
+
+
+def cache_folder() -> Path:
+    """Where what can be fetched or derived again is kept: $PIPELINE_CACHE, else `activation-pipeline` in
+    $XDG_CACHE_HOME, else in ~/.cache."""
+    if mine := os.environ.get("PIPELINE_CACHE"):
+        return Path(mine)
+    common = os.environ.get("XDG_CACHE_HOME", "")
+    # A relative one is to be ignored, says the specification.
+    return (Path(common) if Path(common).is_absolute() else Path.home() / ".cache") / "activation-pipeline"
 
 
 def cache_bytes() -> int:
     """$PIPELINE_CACHE_SIZE ("50GB"; 0 is off), else 20 GB."""
+    text = os.environ.get("PIPELINE_CACHE_SIZE", "")
+    if not text:
+        return CACHE_BYTES
     from dask.utils import parse_bytes
 
-    text = os.environ.get("PIPELINE_CACHE_SIZE", "")
     try:
-        return int(parse_bytes(text)) if text else CACHE_BYTES
+        return int(parse_bytes(text))
     except ValueError:
         raise UserError(f"PIPELINE_CACHE_SIZE={text}: expected a size such as 50GB, or 0 for no cache") from None
 

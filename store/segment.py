@@ -12,13 +12,14 @@ import numpy as np
 from ml_dtypes import bfloat16
 
 from pipeline.store.arrays import ArraySpec, Runs, check_file, damaged, parse_group, read_rows, wanted_chunks
+from pipeline.store.derived import manifest_of
 from pipeline.store.digest import digest_bytes
 from pipeline.store.document import parse_json
 from pipeline.store.errors import MissingStates, StoreError
 from pipeline.store.files import Files
 from pipeline.store.formats import Encoded
 from pipeline.store.keys import Keys
-from pipeline.store.manifest import StateInfo, load_manifest
+from pipeline.store.manifest import StateInfo
 from pipeline.store.names import MAX_JSON, MAX_SMALL_JSON, is_temporary, segment_path, stream_of
 from pipeline.store.samples import Samples, offsets_of
 
@@ -53,17 +54,19 @@ class Segment:
         name = f"{self.folder}/manifest.json"
         try:
             data = files.read(name, MAX_JSON)
+            digest = digest_bytes(data)
             try:
-                manifest = load_manifest(data, where, space, segment)
+                manifest = manifest_of(data, digest, where, space, segment)
             except StoreError:
                 if not files.forget(name):
                     raise
                 data = files.read(name, MAX_JSON)
-                manifest = load_manifest(data, where, space, segment)
+                digest = digest_bytes(data)
+                manifest = manifest_of(data, digest, where, space, segment)
         except FileNotFoundError:
             raise NotSealed(f"segment {segment} is not there or not sealed: {where} is missing") from None
         self.manifest = manifest
-        self.seal = len(data), digest_bytes(data)
+        self.seal = len(data), digest
         self.base, self.keys, self.lengths = manifest.base, manifest.keys, manifest.lengths
         self.states: dict[str, StateInfo] = manifest.states
         self.columns = manifest.columns

@@ -162,8 +162,6 @@ class Space:
     def _open(self, name: str) -> Segment | None:
         """The segment `name` if it is sealed."""
         try:
-            if self.files.local and self.files.size(f"{segment_path(self.id, name)}/manifest.json") is None:
-                return None
             return self._segment(name)
         except NotSealed:
             return None

@@ -6,6 +6,7 @@ format 1 gzipped JSON lines, `store.jsonlines`). Its name holds its digest: it n
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -13,9 +14,11 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from pipeline.store.digest import digest_bytes, digest_json
+from pipeline.store import derived
+from pipeline.store.digest import canonical_json, digest_bytes, digest_json
 from pipeline.store.errors import MissingStates, StoreError
 from pipeline.store.files import Files, explain
+from pipeline.store.keys import Keys
 from pipeline.store.names import MAX_TABLE_BYTES, TABLE_FORMAT, are_keys, check_task, is_key
 
 OLD, NEW = ".jsonl.gz", ".parquet"
@@ -31,9 +34,9 @@ class TaskTable:
     knows of each (JSON). These may be empty."""
 
     header: dict[str, Any]
-    keys: list[str]
+    keys: Sequence[str]
     labels: list[Any]
-    texts: list[list[str]] = field(default_factory=list)
+    texts: Sequence[list[str]] = field(default_factory=list)
     ids: list[str] = field(default_factory=list)
     metas: list[dict[str, Any]] = field(default_factory=list)
 
@@ -43,7 +46,7 @@ class TaskTable:
     def take(self, rows: Sequence[int]) -> TaskTable:
         """The rows `rows`, in that order."""
 
-        def of(column: list[Any]) -> list[Any]:
+        def of(column: Sequence[Any]) -> list[Any]:
             return [column[i] for i in rows] if column else []
 
         return TaskTable(self.header, of(self.keys), of(self.labels), of(self.texts), of(self.ids), of(self.metas))
@@ -92,9 +95,13 @@ def save_table(files: Files, folder: str, table: TaskTable) -> str:
     from pipeline.store import parquet  # a third of a second, which listing a store does not need
 
     task, split, n = check_task(table.task), check_task(table.split), len(table)
-    texts: list[list[str]] = table.texts or [[]] * n
+    texts: Sequence[list[str]] = table.texts or [[]] * n
     sized = all(len(column) in (0, n) for column in (table.ids, table.metas))
-    if not sized or not n == len(table.labels) == len(texts) or not are_keys(table.keys):
+    if (
+        not sized
+        or not n == len(table.labels) == len(texts)
+        or not (isinstance(table.keys, Keys) or are_keys(list(table.keys)))
+    ):
         raise ValueError("a task table needs as many labels and texts as keys, and keys that are sample keys")
     if not all(math.isfinite(label) for label in table.labels if isinstance(label, float)):
         raise ValueError("a label is a class index, a finite number, a list of indices or None")
@@ -182,16 +189,22 @@ def load_table(
 
 
 def read_header(files: Files, info: TableInfo) -> dict[str, Any]:
-    """The header of a listed table, without its rows, which are checked but not parsed. Raises StoreError if the table
-    is damaged or gone."""
+    """The header of a listed table, without its rows, which are checked but not parsed; of a large table once, as long
+    as it does not change. Raises StoreError if the table is damaged or gone."""
     from pipeline.store import jsonlines, parquet
 
+    known, name = derived.cache(), derived.header_name(files, info.path, files.size(info.path) or 0)
+    if known is not None and name is not None and (kept := known.get(name)) is not None:
+        return _header(files, info, json.loads(kept))
     data, where = _checked(files, info), f"task table {files.where(info.path)}"
     try:
         read = jsonlines.read_header if info.path.endswith(OLD) else parquet.read_header
-        return _header(files, info, read(data, where))
+        header = read(data, where)
     except ValueError as error:
         raise _bad(files, info, str(error)) from error
+    if known is not None and name is not None:
+        known.put(name, canonical_json(header))
+    return _header(files, info, header)
 
 
 def read_table(files: Files, info: TableInfo) -> TaskTable:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,12 @@ import torch
 from tests import tiny, vision
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is kept in the user's cache (remote files, rates of the machine, manifests) is each test's own."""
+    monkeypatch.setenv("PIPELINE_CACHE", str(tmp_path_factory.getbasetemp() / "caches" / secrets.token_hex(8)))
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.extract.backbones.base import Family
+from pipeline.extract.backbones.base import Backbone
 from pipeline.extract.backbones.bert import Bert
 from pipeline.extract.backbones.clip_text import ClipText
 from pipeline.extract.backbones.resnet import ResNet
@@ -11,8 +11,8 @@ from pipeline.extract.backbones.t5 import T5
 from pipeline.extract.backbones.vit import Vit
 from pipeline.train.tuners import tuner_names
 
-TEXT: dict[str, type[Family]] = {"t5": T5, "bert": Bert, "roberta": Bert, "clip_text": ClipText}
-IMAGES: dict[str, type[Family]] = {
+TEXT: dict[str, type[Backbone]] = {"t5": T5, "bert": Bert, "roberta": Bert, "clip_text": ClipText}
+IMAGES: dict[str, type[Backbone]] = {
     "vit": Vit, "vit_hf": Vit, "clip": Vit, "resnet": ResNet, "resnext": ResNet, "resnet_hf": ResNet, "cifar": ResNet,
     "swin": Swin,
 }  # fmt: skip
@@ -21,6 +21,6 @@ IMAGES: dict[str, type[Family]] = {
 SUITE = {**TEXT, **{name: IMAGES[name] for name in ("vit", "clip", "resnext", "cifar", "swin")}}
 
 
-def pairs(families: dict[str, type[Family]]) -> list[tuple[str, str]]:
+def pairs(families: dict[str, type[Backbone]]) -> list[tuple[str, str]]:
     """(family, tuner) for every tuner registered now."""
-    return [(name, tuner) for name, cls in families.items() for tuner in tuner_names(cls)]  # type: ignore[arg-type]
+    return [(name, tuner) for name, cls in families.items() for tuner in tuner_names(cls)]

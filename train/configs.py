@@ -4,14 +4,17 @@ without loading what reads them. Those of others stand in their own files.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pipeline.extract.options import check_options, option
 from pipeline.store.errors import UserError
+from pipeline.train.published import kept_layers
 
 if TYPE_CHECKING:
-    from pipeline.extract.backbones.base import Family
+    from pipeline.extract.backbones.base import Backbone
 
 BLENDS = ("redundancy", "max", "average", "mhsa", "linear", "linear-learned", "attention")
 TAILS = ("frozen", "lora", "bitfit", "adapter", "prompt")
@@ -39,11 +42,14 @@ class TunerConfig:
     def __post_init__(self) -> None:
         check_options(self)
 
-    def kept(self, family: Family, method: str, stream: str) -> list[int]:
-        """The layers used on `stream`. Raises UserError for one that the backbone does not have."""
+    paper: ClassVar[str] = ""  # whose choice of layers is the default, see `train.published`
+
+    def kept(self, backbone: Backbone, stream: str) -> list[int]:
+        """The layers used on `stream`, all where neither options nor a paper choose. Raises UserError for one that the
+        backbone does not have."""
+        depth = backbone.depth(stream)
         if not self.layers:
-            return family.kept_layers(method, stream)
-        depth = family.depth(stream)
+            return kept_layers(self.paper, backbone, stream) or list(range(depth))
         bad = [i for i in self.layers if not 0 <= i < depth]
         if bad:
             raise UserError(f"layers: the backbone's {stream} has blocks 0 to {depth - 1}, not {bad[0]}")
@@ -82,6 +88,8 @@ class SherlConfig(SideConfig):
     `recompute`: compute the blend again in the backward pass instead of keeping what lies between: less memory, the
     same numbers, a longer step."""
 
+    paper = "sherl"
+
     gate: float | None = option(
         None, "Start of the gate alpha. Default: 0, the paper's, on T5; 0.1 on encoders, where that is calmer."
     )
@@ -118,10 +126,10 @@ class SherlConfig(SideConfig):
         if self.tail_size is not None and (self.tail not in SIZED or self.tail_size < 1):
             raise ValueError(f"tail_size: a number above 0, with tail {' or '.join(SIZED)}; tail is {self.tail}")
 
-    def first_live(self, family: Family) -> int:
+    def first_live(self, backbone: Backbone) -> int:
         """The number of the first live layer, with "none" of the last one, which the blend then does not enter.
         UserError for one that the backbone does not have."""
-        last = family.depth(family.streams[-1]) - 1
+        last = backbone.depth(backbone.streams[-1]) - 1
         if self.insert in ("last", "none"):
             return last
         number = int(self.insert.partition(":")[2])
@@ -129,9 +137,9 @@ class SherlConfig(SideConfig):
             raise UserError(f"insert: the blend can enter layers 1 to {last} of this backbone, not {number}")
         return number
 
-    def streams(self, family: Family) -> tuple[str, ...]:
+    def streams(self, backbone: Backbone) -> tuple[str, ...]:
         """Those that are blended."""
-        return family.streams[-1:] if self.insert == "none" else family.streams
+        return backbone.streams[-1:] if self.insert == "none" else backbone.streams
 
 
 @dataclass(frozen=True)
@@ -170,7 +178,9 @@ class LstConfig(SideConfig):
     """`reduction`: r, side width is D / r. `layers`: kept layers, the rest are dropped with their side blocks.
     `temperature`: of the fusion gates. `init`: what side blocks start from: "random", or the backbone pruned by
     "magnitude" or by "fisher" information on the task (LST §3.3; 0.1 and 0.2 points of GLUE average in its ablation).
-    `prune`: "running" as in the released code, or "aligned", ours (see `extract.backbones.pruning`)."""
+    `prune`: "running" as in the released code, or "aligned", ours (see `train.sideblocks.pruning`)."""
+
+    paper = "lst"
 
     reduction: int = option(
         8, "Side width is the backbone's over this. (Extraction: for the weights of --init.)", least=1, extraction=True
@@ -221,10 +231,23 @@ class SideTuningConfig(SideConfig):
 @dataclass(frozen=True)
 class ObjectiveConfig:
     """Options of an objective are the fields of a subclass, each made by `option`, each with a default. Raises
-    ValueError for a value that an option does not take."""
+    ValueError for a value that an option does not take. `metric`: what is reported instead of the task's own figures;
+    the first selects the best epoch."""
+
+    metric: tuple[str, ...] = option(
+        (),
+        "What is scored, by names of scikit-learn; the first selects the best epoch (errors: the smallest). Of two "
+        "classes precision, recall and f1 are those of the second. Default: the task's own.",
+        metavar="NAMES",
+    )
 
     def __post_init__(self) -> None:
         check_options(self)
+
+    def settled(self, labels: Sequence[str], targets: Iterable[Any]) -> Self:
+        """With what it leaves to be counted counted on `targets`, those of the training rows, and the names in it
+        looked up among `labels`. Raises UserError for a name that is not there."""
+        return self
 
 
 @dataclass(frozen=True)
@@ -234,11 +257,80 @@ class PooledConfig(ObjectiveConfig):
     pooling: str = option("mean", "What the head reads, the mean of the tokens or the first one.", choices=POOLINGS)
 
 
+BALANCED = ("balanced",)
+
+
+@dataclass(frozen=True)
+class ClassificationConfig(PooledConfig):
+    """`class_weights`: what a row of each class counts in the loss, the mean of which is over the sum of the weights;
+    classes that are not named count 1. "balanced": rows / (classes · rows of the class), as in scikit-learn, over the
+    classes that occur."""
+
+    class_weights: tuple[str, ...] = option(
+        (),
+        "What rows of a class count in the loss: balanced (classes count alike, counted on the training rows), or "
+        "NAME=WEIGHT,…; classes not named count 1. Default: rows count alike.",
+        metavar="balanced|NAME=W,…",
+    )
+
+    def settled(self, labels: Sequence[str], targets: Iterable[Any]) -> Self:
+        if self.class_weights == BALANCED:
+            rows = Counter(target for target in targets if target is not None)
+            share = sum(rows.values()) / max(1, len(rows))
+            weights = [share / rows[i] if rows[i] else 1.0 for i in range(len(labels))]
+        else:
+            weights = named_weights("class_weights", self.class_weights, labels)
+        return replace(self, class_weights=weights_text(labels, weights))
+
+
 @dataclass(frozen=True)
 class MultilabelConfig(PooledConfig):
-    """`threshold`: the probability from which a label is told."""
+    """`threshold`: the probability from which a label is told. `positive_weights`: what a row with a label counts in
+    that label's loss beside one without; "balanced": rows without / rows with it, 1 for a label that all or none have.
+    The mean stays one over rows and labels, as that of torch."""
 
     threshold: float = option(0.5, "Probability from which a label is told.", above=0, below=1)
+    positive_weights: tuple[str, ...] = option(
+        (),
+        "What a row with a label counts in its loss beside one without: balanced (rows without / rows with it, counted "
+        "on the training rows), or NAME=WEIGHT,…; labels not named count 1. Default: alike.",
+        metavar="balanced|NAME=W,…",
+    )
+
+    def settled(self, labels: Sequence[str], targets: Iterable[Any]) -> Self:
+        if self.positive_weights == BALANCED:
+            known = [target for target in targets if target is not None]
+            rows = Counter(label for target in known for label in set(target))
+            weights = [(len(known) / rows[i] - 1) or 1.0 if rows[i] else 1.0 for i in range(len(labels))]
+        else:
+            weights = named_weights("positive_weights", self.positive_weights, labels)
+        return replace(self, positive_weights=weights_text(labels, weights))
+
+
+def named_weights(option: str, given: Sequence[str], labels: Sequence[str]) -> list[float]:
+    """Weights in the order of `labels` from texts NAME=WEIGHT, 1 for what is not named; [] where nothing is `given`.
+    Raises UserError for another text, an unknown name, one that is named twice, or a weight that is not above 0."""
+    weights: dict[str, float] = {}
+    spelled = "--" + option.replace("_", "-")
+    for text in given:
+        name, _, number = text.rpartition("=")
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = 0.0
+        if not name or not 0 < weight < float("inf"):
+            raise UserError(f"{spelled}: balanced, or NAME=WEIGHT with a weight above 0, not {text!r}")
+        if name not in labels:
+            raise UserError(f"{spelled}: there is no class {name!r}; there are: {', '.join(labels)}")
+        if name in weights:
+            raise UserError(f"{spelled}: {name!r} is given twice")
+        weights[name] = weight
+    return [weights.get(label, 1.0) for label in labels] if weights else []
+
+
+def weights_text(labels: Sequence[str], weights: Sequence[float]) -> tuple[str, ...]:
+    """`weights`, if any, as the texts that `named_weights` reads, to the last bit."""
+    return tuple(f"{label}={weight!r}" for label, weight in zip(labels, weights, strict=False))
 
 
 # Name → config, in the order in which they are registered; a test compares the two.
@@ -255,7 +347,7 @@ TUNERS: dict[str, type[TunerConfig]] = {
 }
 
 OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
-    "classification": PooledConfig,
+    "classification": ClassificationConfig,
     "label-text": ObjectiveConfig,
     "multilabel": MultilabelConfig,
     "regression": PooledConfig,

@@ -10,7 +10,7 @@ counts at T5-base with a vocabulary of 32,100 are reproduced: `tests/train/test_
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
-from pipeline.extract.backbones.base import Family
+from pipeline.extract.backbones.base import Backbone
 from pipeline.extract.backbones.batch import Batch, stream_of
+from pipeline.extract.backbones.capabilities import Blocks, WritesText
 from pipeline.extract.backbones.dropout import use_fast_dropout
-from pipeline.extract.backbones.live import Backbone
+from pipeline.extract.backbones.live import LiveBackbone
 from pipeline.store.errors import UserError
 from pipeline.train.adapters import VirtualTokens, add_adapter, add_biases, add_lora, free_biases
 from pipeline.train.features import Features
@@ -37,92 +38,98 @@ PROMPT, PAPER_PROMPT = 20, 100  # virtual tokens of prompt tuning
 
 @dataclass(frozen=True)
 class Counterpart:
-    """`prepare(family, model)` makes parts of the model trainable or adds to it. `lr`: the rate used by default,
+    """`prepare(backbone, model)` makes parts of the model trainable or adds to it. `lr`: the rate used by default,
     `lr_text` under a frozen text head. `virtual`: tokens put before every text."""
 
     name: str
     description: str
     lr: float
-    prepare: Callable[[Family, nn.Module], None]
+    prepare: Callable[[Backbone, nn.Module], None]
     lr_text: float = 1e-3
     virtual: int = 0
 
 
-def _full(family: Family, model: nn.Module) -> None:
+def _full(backbone: Backbone, model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("pooler" not in name)
 
 
-def _bitfit(family: Family, model: nn.Module) -> None:
-    free_biases(model, f"a {family.name} backbone")
+def _bitfit(backbone: Backbone, model: nn.Module) -> None:
+    free_biases(model, f"a {backbone.name} backbone")
 
 
-def _norms(family: Family, model: nn.Module) -> None:
+def _norms(backbone: Backbone, model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, _NORMS):
             module.requires_grad_(True)
 
 
-def _partial(family: Family, model: nn.Module) -> None:
-    family.last_block(model).requires_grad_(True)
+def _partial(backbone: Backbone, model: nn.Module) -> None:
+    _blocks("partial-1", backbone, model, backbone.streams[-1])[-1].requires_grad_(True)
 
 
-def _lora(family: Family, model: nn.Module) -> None:
-    add_lora(model, f"a {family.name} backbone")
+def _lora(backbone: Backbone, model: nn.Module) -> None:
+    add_lora(model, f"a {backbone.name} backbone")
 
 
-def _adapter(family: Family, model: nn.Module) -> None:
-    if family.shape != "sequence":
-        raise UserError(f"adapter: {family.name} backbones have no token blocks to put it on")
-    for stream in family.streams:
-        for block in family.stack(model, stream):
-            add_adapter(block, family.width, max(1, family.width // 8))
+def _adapter(backbone: Backbone, model: nn.Module) -> None:
+    if backbone.shape != "sequence":
+        raise UserError(f"adapter: {backbone.name} backbones have no token blocks to put it on")
+    for stream in backbone.streams:
+        for block in _blocks("adapter", backbone, model, stream):
+            add_adapter(block, backbone.width, max(1, backbone.width // 8))
 
 
-def _prompt(family: Family, model: Any) -> None:
-    if family.modality != "text":
-        raise UserError(f"prompt: {family.name} backbones read no tokens that virtual ones could stand before")
+def _prompt(backbone: Backbone, model: Any) -> None:
+    if backbone.modality != "text":
+        raise UserError(f"prompt: {backbone.name} backbones read no tokens that virtual ones could stand before")
     model.set_input_embeddings(VirtualTokens(model.get_input_embeddings(), PROMPT))
 
 
-def _paper_full(family: Family, model: nn.Module) -> None:
-    _on_t5(family)
-    _full(family, model)
+def _paper_full(backbone: Backbone, model: nn.Module) -> None:
+    _on_t5(backbone)
+    _full(backbone, model)
 
 
-def _paper_bitfit(family: Family, model: nn.Module) -> None:
-    _on_t5(family)
+def _paper_bitfit(backbone: Backbone, model: nn.Module) -> None:
+    _on_t5(backbone)
     add_biases(model, _NORMS)
-    free_biases(model, f"a {family.name} backbone")
+    free_biases(model, f"a {backbone.name} backbone")
 
 
-def _paper_lora(family: Family, model: nn.Module) -> None:
-    _on_t5(family)
+def _paper_lora(backbone: Backbone, model: nn.Module) -> None:
+    _on_t5(backbone)
     add_biases(model, _NORMS)
-    add_lora(model, f"a {family.name} backbone", rank=32, alpha=32)
-    free_biases(model, f"a {family.name} backbone")
+    add_lora(model, f"a {backbone.name} backbone", rank=32, alpha=32)
+    free_biases(model, f"a {backbone.name} backbone")
 
 
-def _paper_adapter(family: Family, model: nn.Module) -> None:
-    _on_t5(family)
-    inner = max(1, family.width // 16)
-    for stream in family.streams:
-        for block in family.stack(model, stream):
+def _paper_adapter(backbone: Backbone, model: nn.Module) -> None:
+    _on_t5(backbone)
+    inner = max(1, backbone.width // 16)
+    for stream in backbone.streams:
+        for block in _blocks("adapter", backbone, model, stream):
             layers: Any = block.layer  # self-attention first, the feed-forward layer last; cross-attention has none
-            add_adapter(layers[0].SelfAttention, family.width, inner, published=True)
-            add_adapter(layers[-1].DenseReluDense, family.width, inner, published=True)
-    _norms(family, model)
+            add_adapter(layers[0].SelfAttention, backbone.width, inner, published=True)
+            add_adapter(layers[-1].DenseReluDense, backbone.width, inner, published=True)
+    _norms(backbone, model)
 
 
-def _paper_prompt(family: Family, model: Any) -> None:
-    _on_t5(family)
+def _paper_prompt(backbone: Backbone, model: Any) -> None:
+    _on_t5(backbone)
     model.set_input_embeddings(VirtualTokens(model.get_input_embeddings(), PAPER_PROMPT))
 
 
-def _on_t5(family: Family) -> None:
-    if family.name != "t5":
+def _blocks(what: str, backbone: Backbone, model: nn.Module, stream: str) -> Sequence[nn.Module]:
+    if not isinstance(backbone, Blocks):
+        raise UserError(f"{what}: it needs {Blocks.what}, which {backbone.name} backbones do not have")
+    return backbone.stack(model, stream)
+
+
+def _on_t5(backbone: Backbone) -> None:
+    if backbone.name != "t5":
         raise UserError(
-            f"--preset paper: the papers' settings are for T5, not for a {family.name} backbone; leave it out"
+            f"--preset paper: the papers' settings are for T5, not for a {backbone.name} backbone; leave it out"
         )
 
 
@@ -175,17 +182,17 @@ class CounterpartModel(Reader):
     """A backbone with something trainable in it and an objective's head on its last state."""
 
     def __init__(
-        self, method: Counterpart, family: Family, model: nn.Module, objective: Objective, seed: int = 0
+        self, method: Counterpart, backbone: Backbone, model: nn.Module, objective: Objective, seed: int = 0
     ) -> None:
         super().__init__()
-        self.family, self.backbone, self.objective, self.virtual = family, model, objective, method.virtual
+        self.architecture, self.backbone, self.objective, self.virtual = backbone, model, objective, method.virtual
         model.requires_grad_(False)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            method.prepare(family, model)
+            method.prepare(backbone, model)
             use_fast_dropout(model)
-            self.stream = family.streams[-1]
-            self.head = objective.head({self.stream: rows_of(family, self.stream, family.width)}, self)
+            self.stream = backbone.streams[-1]
+            self.head = objective.head({self.stream: rows_of(backbone, self.stream, backbone.width)}, self)
 
     def train(self, mode: bool = True) -> CounterpartModel:
         super().train(mode)
@@ -196,16 +203,18 @@ class CounterpartModel(Reader):
 
     def forward(self, batch: Batch) -> Features:
         """The last state, behind the backbone's final norm."""
-        state, first = f"{self.stream}.{self.family.depth(self.stream) - 1}", self.family.streams[0]
+        state, first = f"{self.stream}.{self.architecture.depth(self.stream) - 1}", self.architecture.streams[0]
         seen = self._prompted(batch, first) if self.virtual else batch
-        rows = self.family.run(self.backbone, seen, [state])[state]
+        rows = self.architecture.run(self.backbone, seen, [state])[state]
         if self.virtual and self.stream == first:
             rows = rows[text_rows(batch.lengths[first], self.virtual)]
-        return {self.stream: self.family.finish(self.backbone, rows)}
+        if isinstance(self.architecture, Blocks):
+            rows = self.architecture.finish(self.backbone, rows)
+        return {self.stream: rows}
 
     def _prompted(self, batch: Batch, stream: str) -> Batch:
         longest = int(batch.lengths[stream].max()) + self.virtual
-        most = getattr(self.family.config, "max_position_embeddings", None) or longest
+        most = getattr(self.architecture.config, "max_position_embeddings", None) or longest
         if longest > most:
             raise UserError(
                 f"prompt: a text and {self.virtual} virtual tokens need {longest} positions, the backbone has {most}; "
@@ -216,7 +225,8 @@ class CounterpartModel(Reader):
 
     def logits(self, rows: Tensor, tokens: Tensor | None = None) -> Tensor:
         """(rows, width) → (rows, vocabulary), or only the columns `tokens`."""
-        return self.family.logits(self.backbone, rows, tokens)
+        assert isinstance(self.architecture, WritesText)
+        return self.architecture.logits(self.backbone, rows, tokens)
 
     def trainable_state(self) -> dict[str, Tensor]:
         """Name → tensor of everything that is trained, on the host."""
@@ -258,9 +268,9 @@ class InputSource(LiveSource):
     """The batches of a `LiveSource` without any states: the model computes its own."""
 
     def compute(self, index: np.ndarray) -> Batch:
-        return self.inputs.take(index).batch(self.backbone.device)
+        return self.inputs.take(index).batch(self.live.device)
 
 
-def input_source(source: LiveSource, backbone: Backbone) -> InputSource:
+def input_source(source: LiveSource, live: LiveBackbone) -> InputSource:
     """`source` without states."""
-    return InputSource(backbone, source.inputs, source.targets, [], source.order)
+    return InputSource(live, source.inputs, source.targets, [], source.order)

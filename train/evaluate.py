@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pipeline.extract.backbones.batch import Batch
 from pipeline.store.errors import UserError
 from pipeline.train.finite import NotFinite
-from pipeline.train.objectives.base import Outputs, Scorer
+from pipeline.train.objectives.base import Outputs, Report, Scorer
 from pipeline.train.options import PRECISIONS
 from pipeline.train.source import Source
 
@@ -95,10 +95,11 @@ def evaluate(
     device: torch.device | str = "cpu",
     precision: str = "float32",
     check: Callable[[], None] = lambda: None,
+    report: Report | None = None,
 ) -> dict[str, float]:
-    """The figures of `scorer` over `source`. Raises UserError where the split has no targets."""
-
-    (figures,) = evaluate_all([Scoring(model, scorer, precision)], source, device, check)
+    """The figures of `scorer` over `source`, of whose batches `report` is told too. Raises UserError where the split
+    has no targets."""
+    (figures,) = evaluate_all([Scoring(model, scorer, precision, report=report)], source, device, check)
     if isinstance(figures, NotFinite):
         raise figures
     return figures
@@ -106,12 +107,13 @@ def evaluate(
 
 @dataclass
 class Scoring:
-    """A model and the scorer that is told of its predictions. `view`: the batch as this model is to see it."""
+    """A model, and the scorer and report that are told of its predictions. `view`: the batch as it is to see it."""
 
     model: Any
     scorer: Scorer
     precision: str = "float32"
     view: Callable[[Batch], Batch] = lambda batch: batch
+    report: Report | None = None
     failed: NotFinite | None = None
 
     def take(self, batch: Batch) -> None:
@@ -121,9 +123,13 @@ class Scoring:
         if batch.targets is None:
             raise UserError("this split has no labels to score against: use predict, or choose another split")
         try:
-            self.scorer.update(self.model.measure(batch), batch)
+            out = self.model.measure(batch)
         except NotFinite as error:
             self.failed = error
+            return
+        self.scorer.update(out, batch)
+        if self.report is not None:
+            self.report.update(out, batch)
 
 
 def evaluate_all(

@@ -9,8 +9,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from pipeline.extract.backbones.capabilities import WritesText
 from pipeline.extract.backbones.inputs import Inputs
-from pipeline.extract.backbones.live import Backbone
+from pipeline.extract.backbones.live import LiveBackbone
+from pipeline.extract.backbones.tail import TextTail
 from pipeline.train.finite import refuse_nan
 from pipeline.train.model import Model
 from pipeline.train.model import state_names as names_of
@@ -21,13 +23,15 @@ MAX_LENGTH = 20
 
 
 @torch.inference_mode()
-def generate(model: Model, backbone: Backbone, inputs: Inputs, batch_size: int = 64) -> list[list[int]]:
+def generate(model: Model, live: LiveBackbone, inputs: Inputs, batch_size: int = 64) -> list[list[int]]:
     """The token ids written for each sample, without the start id and the end token. Raises NotFinite for NaN."""
     model.eval()
-    config = backbone.family.config
+    backbone = live.backbone
+    assert isinstance(backbone, WritesText)
+    config = live.backbone.config
     end = config.eos_token_id if isinstance(config.eos_token_id, int) else config.eos_token_id[0]
-    states = names_of(model.tuner.name, model.tuner.config, backbone.family)
-    start = backbone.family.start_id  # type: ignore[attr-defined]
+    states = names_of(model.tuner.name, model.tuner.config, live.backbone)
+    start = backbone.start_id
     max_length = max([MAX_LENGTH, *(len(c) for c in model.objective.answers.token_ids)])
     out: list[list[int]] = []
     for low in range(0, len(inputs), batch_size):
@@ -35,10 +39,11 @@ def generate(model: Model, backbone: Backbone, inputs: Inputs, batch_size: int =
         chains = [[start] for _ in range(len(part))]
         done = np.zeros(len(part), bool)
         while not done.all() and len(chains[0]) <= max_length:
-            batch = backbone.states(backbone.family.with_decoder(part, chains), states, torch.float32)
+            batch = live.states(backbone.with_decoder(part, chains), states, torch.float32)
             layout = batch.layout("decoder")
             last = layout.first + layout.lengths - 1
             (rows,) = model(batch).values()
+            assert isinstance(model.tuner.tail, TextTail)
             tokens = refuse_nan(model.tuner.tail.logits(rows[last])).argmax(-1).tolist()
             done |= np.asarray(tokens) == end
             for chain, token in zip(chains, tokens, strict=True):

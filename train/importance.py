@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from pipeline.extract.backbones.base import Family
+from pipeline.extract.backbones.base import Backbone
 from pipeline.extract.backbones.batch import Batch
 from pipeline.train.counterparts import CounterpartModel, counterpart
 from pipeline.train.objectives.base import Objective
@@ -20,13 +20,13 @@ def magnitude(model: nn.Module) -> dict[str, Tensor]:
     return {n: p.detach().abs() for n, p in model.named_parameters()}
 
 
-def fisher(family: Family, model: nn.Module, objective: Objective, batches: Iterable[Batch]) -> dict[str, Tensor]:
+def fisher(backbone: Backbone, model: nn.Module, objective: Objective, batches: Iterable[Batch]) -> dict[str, Tensor]:
     """The empirical Fisher information of each parameter, float32: the sum over `batches`, of one labelled sample each,
     of the squared gradient of the mean token cross entropy on the true target, in eval mode (methods §2.2).
 
     `model` is left as it was: frozen, without gradients. Parameters that got none count 0.
     """
-    whole = CounterpartModel(counterpart("full"), family, model, objective).to(next(model.parameters()).device).eval()
+    whole = CounterpartModel(counterpart("full"), backbone, model, objective).to(next(model.parameters()).device).eval()
     total = {n: torch.zeros(p.shape, device=p.device) for n, p in model.named_parameters()}
     for batch in batches:
         with torch.enable_grad():

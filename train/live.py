@@ -11,7 +11,7 @@ import torch
 
 from pipeline.extract.backbones.batch import Batch
 from pipeline.extract.backbones.inputs import Inputs
-from pipeline.extract.backbones.live import Backbone
+from pipeline.extract.backbones.live import LiveBackbone
 from pipeline.train.order import Order
 from pipeline.train.targets import Targets
 
@@ -23,9 +23,9 @@ class LiveSource:
     """
 
     def __init__(
-        self, backbone: Backbone, inputs: Inputs, targets: Targets | None, states: Sequence[str], order: Order
+        self, live: LiveBackbone, inputs: Inputs, targets: Targets | None, states: Sequence[str], order: Order
     ) -> None:
-        self.backbone, self.inputs, self.states, self.order = backbone, inputs, list(states), order
+        self.live, self.inputs, self.states, self.order = live, inputs, list(states), order
         self.targets = targets
 
     @property
@@ -52,10 +52,10 @@ class LiveSource:
         batch = self.compute(index)
         batch.index = index
         if self.targets is not None:
-            self.targets.fill(batch, index, self.backbone.device)
+            self.targets.fill(batch, index, self.live.device)
         batch.wait_seconds = time.perf_counter() - began
         return batch
 
     def compute(self, index: np.ndarray) -> Batch:
         """The states of the samples `index`."""
-        return self.backbone.states(self.inputs.take(index), self.states, torch.float32)
+        return self.live.states(self.inputs.take(index), self.states, torch.float32)

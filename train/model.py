@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.extract.backbones.base import Family, Tail
+from pipeline.extract.backbones.base import Backbone
 from pipeline.extract.backbones.batch import Batch
+from pipeline.extract.backbones.capabilities import LateBlocks
+from pipeline.extract.backbones.tail import LiveTail, Tail
 from pipeline.store.errors import UserError
 from pipeline.train.features import Features
-from pipeline.train.objectives.base import Head, Objective, Outputs
-from pipeline.train.tuners.base import Tuner, TunerConfig, tuner_class
+from pipeline.train.objectives.base import Head, Objective, Outputs, Vocabulary
+from pipeline.train.tuners.base import Tuner, TunerConfig, fitting_tuner, tuner_class
 
 
 class Reader(nn.Module):
@@ -75,17 +77,24 @@ class Model(Reader):
         super().__init__()
         self.tuner, self.objective = tuner, objective
         refuse_features(tuner, objective)
-        self.head = objective.head(tuner.features, tuner.tail)
+        # A tail without a language-model head is read by no head that would ask for one: refused above.
+        self.head = objective.head(tuner.features, cast(Vocabulary, tuner.tail))
 
     @classmethod
     def build(
-        cls, name: str, config: TunerConfig, family: Family, tail: Tail, objective: Objective, seed: int | None = None
+        cls,
+        name: str,
+        config: TunerConfig,
+        backbone: Backbone,
+        tail: Tail,
+        objective: Objective,
+        seed: int | None = None,
     ) -> Model:
         """The model of tuner `name`; with `seed`, its weights are drawn from that seed alone."""
         with torch.random.fork_rng(devices=[], enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed)
-            return cls(tuner_class(name, family)(config, family, tail, objective.wants), objective)
+            return cls(tuner_class(name, backbone)(config, backbone, tail, objective.wants), objective)
 
     def forward(self, batch: Batch) -> Features:
         return self.tuner(batch)
@@ -120,46 +129,56 @@ class Model(Reader):
 
 def refuse_features(tuner: Tuner, objective: Objective) -> None:
     """UserError, one sentence, where `objective` cannot read what `tuner` hands out."""
-    wants, family = objective.wants, tuner.family
-    if wants.text_head and not family.writes_text:
-        raise UserError(f"objective {objective.name} needs a backbone that writes text; {family.name} backbones do not")
+    wants, backbone = objective.wants, tuner.backbone
+    if wants.text_head and not backbone.writes_text:
+        raise UserError(
+            f"objective {objective.name} needs a backbone that writes text; {backbone.name} backbones do not"
+        )
     if wants.text_head and not tuner.text_head:
         raise UserError(f"objective {objective.name} needs rows for a text head, which tuner {tuner.name} has none of")
     for feature in tuner.features.values():
         if feature.kind not in wants.kinds:
             raise UserError(
                 f"objective {objective.name} reads {' or '.join(wants.kinds)} features; tuner {tuner.name} on "
-                f"{family.name} backbones hands out a {feature.kind}"
+                f"{backbone.name} backbones hands out a {feature.kind}"
             )
-        if family.writes_text and not wants.text_head and feature.stream == family.streams[-1]:
+        if backbone.writes_text and not wants.text_head and feature.stream == backbone.streams[-1]:
             # While training, a text decoder is fed the answer.
             raise UserError(
-                f"objective {objective.name} cannot read tuner {tuner.name} on {family.name} backbones: its rows have "
-                "seen the target; use --objective label-text, or a tuner that reads the encoder (probe, unipt)"
+                f"objective {objective.name} cannot read tuner {tuner.name} on {backbone.name} backbones: its rows "
+                "have seen the target; use --objective label-text, or a tuner that reads the encoder (probe, unipt)"
             )
 
 
 def tail_for(
     name: str,
     config: TunerConfig,
-    family: Family,
+    backbone: Backbone,
     attention: str,
     weights: dict[str, Tensor] | None = None,
     late: Mapping[int, dict[str, Tensor]] | None = None,
 ) -> Tail:
     """The tail that tuner `name` needs, with its late layers; without `weights` its shape only."""
-    tail = family.tail(weights, attention)
-    for i in tuner_class(name, family).late_layers(config, family):
-        tail.late[str(i)] = family.late_block(None if weights is None else (late or {})[i], attention)
+    tail = backbone.tail(weights, attention)
+    for i in tuner_class(name, backbone).late_layers(config, backbone):
+        assert isinstance(tail, LiveTail) and isinstance(backbone, LateBlocks)
+        tail.late[str(i)] = backbone.late_block(None if weights is None else (late or {})[i], attention)
     return tail
 
 
-def state_names(name: str, config: TunerConfig, family: Family) -> list[str]:
-    """The states tuner `name` reads on `family`."""
-    return tuner_class(name, family).states(config, family)
+def late_weights(name: str, config: TunerConfig, backbone: Backbone, model: Any) -> dict[int, dict[str, Tensor]]:
+    """What `tail_for` puts into the late layers that tuner `name` needs, from a loaded backbone."""
+    layers = tuner_class(name, backbone).late_layers(config, backbone)
+    return {i: backbone.block_weights(model, i) for i in layers} if isinstance(backbone, LateBlocks) else {}
 
 
-def union_states(pairs: Sequence[tuple[str, TunerConfig]], family: Family) -> list[str]:
-    """The states that several tuners read between them, in the family's order."""
-    wanted = {s for name, config in pairs for s in state_names(name, config, family)}
-    return [s for s in family.states() if s in wanted]
+def state_names(name: str, config: TunerConfig, backbone: Backbone) -> list[str]:
+    """The states tuner `name` reads on `backbone`."""
+    return tuner_class(name, backbone).states(config, backbone)
+
+
+def union_states(pairs: Sequence[tuple[str, TunerConfig]], backbone: Backbone) -> list[str]:
+    """The states that several tuners read between them, in the backbone's order. UserError for one that cannot work on
+    it with its options."""
+    wanted = {s for name, config in pairs for s in fitting_tuner(name, config, backbone).states(config, backbone)}
+    return [s for s in backbone.states() if s in wanted]

@@ -14,6 +14,7 @@ Price: one sort of n keys an epoch (about 0.1 s for a million samples).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -23,10 +24,16 @@ from pipeline.store.digest import digest_bytes
 GROUP = 16  # batches sorted by length together: enough to lose nearly all padding, few enough to touch few blocks
 
 
+def ranks_of(block: np.ndarray) -> np.ndarray:
+    """(n,) int64: the place of each of `block` (n,), numbers from 0 that are not many more than n, among those that
+    occur."""
+    return (np.cumsum(np.bincount(block) > 0) - 1)[block].astype(np.int64, copy=False)
+
+
 def epoch_order(block: np.ndarray, seed: int, epoch: int, window: int) -> np.ndarray:
     """A permutation of the n samples, (n,) int64. `block`: (n,) the block of each sample. `window`: in blocks."""
     draws = np.random.Generator(np.random.PCG64([seed, epoch]))
-    _, block = np.unique(block, return_inverse=True)
+    block = ranks_of(block)
     count = int(block.max(initial=-1)) + 1
     # Only `random` is drawn and sorted here: unlike `permutation`, its stream is stable over NumPy releases.
     place = np.empty(count, np.int64)
@@ -104,9 +111,18 @@ class Order:
         return [batches[i] for i in np.argsort(place, kind="stable")] + batches[whole:]
 
     def _cut(self, order: np.ndarray) -> list[np.ndarray]:
-        batch = np.arange(len(order)) // self.batch_size
-        order = order[np.lexsort((order, self.block[order], batch))]
-        return [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+        """Batches in `order`, the samples of each by block and number."""
+        size, n = self.batch_size, len(order)
+        whole = n // size * size
+        # One number for block and sample, so that all batches are sorted at once: a tenth of the time of a lexsort.
+        joined = self._ranks[order] * n + order
+        parts = [np.sort(joined[:whole].reshape(-1, size), axis=1) % n, np.sort(joined[whole:])[None] % n]
+        return [batch for part in parts for batch in part if len(batch)]
+
+    @cached_property
+    def _ranks(self) -> np.ndarray:
+        """(n,) int64: the place of each sample's block among those that occur."""
+        return ranks_of(self.block)
 
 
 def rank_slice(batch: np.ndarray, rank: int, world: int) -> np.ndarray:

@@ -41,6 +41,9 @@ class State:
 def refuse_other_run(saved: Mapping[str, Any], now: Mapping[str, Any], run_dir: Path) -> None:
     """Raises UserError naming what differs between the unfinished run in `run_dir` and the one asked for `now`."""
     for name, value in now.items():
+        if isinstance(value, Mapping):  # what an earlier version did not write down is taken as it is now
+            refuse_other_run({**value, **saved.get(name, {})}, value, run_dir)
+            continue
         if name in _FREE or saved.get(name) == value:
             continue
         if name in _CONTENT:

@@ -8,13 +8,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import psutil
 import torch
 from torch.utils.data import get_worker_info
 
 
 def available_memory() -> int:
     """Bytes of memory this process may still take: the machine's, or its control group's where that is less."""
-    free = _meminfo()
+    free = int(psutil.virtual_memory().available)
     for limit, used in (
         ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
         ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
@@ -41,19 +42,6 @@ def choose(nbytes: int, host_bytes: int | None, device: torch.device | None = No
         keepers = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) * (worker.num_workers if worker else 1)
         host_bytes = available_memory() // (2 * keepers)
     return "host" if nbytes <= host_bytes else "disk"
-
-
-def _meminfo() -> int:
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    except (ValueError, OSError, AttributeError):
-        return 4 << 30
 
 
 def _cached(stat: Path) -> int:

@@ -1,22 +1,23 @@
 """Backbones: one file a family. Import a family's module here to register it."""
 
 from pipeline.extract.backbones import bert, clip_text, resnet, swin, t5, vit
-from pipeline.extract.backbones.base import Family, SideStack, Tail, TextOptions, families, family_for, register
+from pipeline.extract.backbones.base import Backbone, TextOptions
 from pipeline.extract.backbones.batch import Batch, Layout, stream_of
 from pipeline.extract.backbones.inputs import Inputs
+from pipeline.extract.backbones.registry import backbone_classes, backbone_for, register
+from pipeline.extract.backbones.tail import Tail
 
 __all__ = [
+    "Backbone",
     "Batch",
-    "Family",
     "Inputs",
     "Layout",
-    "SideStack",
     "Tail",
     "TextOptions",
+    "backbone_classes",
+    "backbone_for",
     "bert",
     "clip_text",
-    "families",
-    "family_for",
     "register",
     "resnet",
     "stream_of",

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.models.bert.modeling_bert import BertEmbeddings, BertLayer, BertModel
@@ -18,23 +17,17 @@ from transformers.models.camembert.modeling_camembert import CamembertModel
 from transformers.models.roberta.modeling_roberta import RobertaEmbeddings, RobertaLayer, RobertaModel
 from transformers.models.xlm_roberta.modeling_xlm_roberta import XLMRobertaModel
 
-from pipeline.extract.backbones.base import (
-    Family,
-    SideStack,
-    Tail,
-    TextOptions,
-    collect,
-    freeze,
-    key_mask,
-    load_frozen,
-    register,
-)
+from pipeline.extract.backbones.base import Backbone, TextOptions
 from pipeline.extract.backbones.batch import Batch
+from pipeline.extract.backbones.capabilities import LateBlocks
 from pipeline.extract.backbones.dropout import SIDE, use_fast_dropout
 from pipeline.extract.backbones.fill import filled
-from pipeline.extract.backbones.inputs import Inputs, ragged
-from pipeline.extract.backbones.pruning import prune_bert
-from pipeline.extract.backbones.text import tokenize, word_metas
+from pipeline.extract.backbones.inputs import Inputs
+from pipeline.extract.backbones.loading import collect, freeze, load_frozen
+from pipeline.extract.backbones.masks import key_mask
+from pipeline.extract.backbones.registry import register
+from pipeline.extract.backbones.tail import LiveTail
+from pipeline.extract.backbones.text import encoder_inputs
 
 _MODELS: dict[str, Any] = {
     "bert": BertModel,
@@ -44,7 +37,7 @@ _MODELS: dict[str, Any] = {
 }
 
 
-class BertTail(Tail):
+class BertTail(LiveTail):
     """Embeddings and the last block (SHERL on single-stream encoders: the live layer)."""
 
     def __init__(self, config: Any, attention: str) -> None:
@@ -76,35 +69,6 @@ class BertTail(Tail):
         return layout.unpad(block(layout.pad(rows), mask))
 
 
-class BertSideStack(SideStack):
-    """Post-norm encoder blocks of width D / r, intermediate size / r, the backbone's number of heads; a final
-    LayerNorm. Initialised as BERT is, N(0, 0.02²)."""
-
-    def __init__(self, config: Any, layers: Sequence[int], reduction: int) -> None:
-        super().__init__()
-        self.width = config.hidden_size // reduction
-        side = copy.deepcopy(config)
-        side.hidden_size = self.width
-        side.intermediate_size = config.intermediate_size // reduction
-        side._attn_implementation = SIDE
-        block = BertLayer if config.model_type == "bert" else RobertaLayer
-        self.blocks = nn.ModuleList(use_fast_dropout(block(side)) for _ in layers)
-        self.norm = nn.LayerNorm(self.width, eps=config.layer_norm_eps)
-        for module in self.blocks.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=config.initializer_range)
-                nn.init.zeros_(module.bias)
-
-    def context(self, batch: Batch, stream: str, memory: Tensor | None) -> Tensor:
-        return key_mask(batch.layout(stream), SIDE, torch.float32)
-
-    def block(self, index: int, grid: Tensor, context: Tensor) -> Tensor:
-        return self.blocks[index](grid, context)
-
-    def final(self, rows: Tensor) -> Tensor:
-        return self.norm(rows)
-
-
 def _padded(config: Any, batch: Batch) -> dict[str, Tensor]:
     layout = batch.layout("encoder")
     pad = config.pad_token_id if config.pad_token_id is not None else 0
@@ -115,7 +79,7 @@ def _padded(config: Any, batch: Batch) -> dict[str, Tensor]:
 
 
 @register
-class Bert(Family):
+class Bert(LateBlocks, Backbone):
     """See the module's docstring."""
 
     name = "bert"
@@ -127,10 +91,6 @@ class Bert(Family):
     def width(self) -> int:
         return self.config.hidden_size
 
-    @property
-    def dropout(self) -> float:
-        return self.config.hidden_dropout_prob
-
     def depth(self, stream: str) -> int:
         return self.config.num_hidden_layers
 
@@ -138,29 +98,14 @@ class Bert(Family):
     def columns(self) -> tuple[str, ...]:
         return ("encoder.ids", "encoder.types") if self.config.type_vocab_size > 1 else ("encoder.ids",)
 
+    def embedding(self, stream: str) -> list[str]:
+        return []
+
     def tables(self) -> dict[str, int]:
         return {"encoder.ids": self.config.vocab_size, "encoder.types": self.config.type_vocab_size}
 
-    def prepare(
-        self,
-        tokenizer: Any,
-        texts: Sequence[Sequence[str]],
-        options: TextOptions,
-        candidates: Sequence[Sequence[int]] = (),
-        gold: Sequence[int] | None = None,
-    ) -> Inputs:
-        """Single sentences or pairs, joined the tokenizer's own way. Labels play no part."""
-        limit = min(options.max_length, self._longest())
-        first = [t[0] for t in texts]
-        second = [t[1] for t in texts] if texts and len(texts[0]) > 1 else None
-        encoded, cut = tokenize(tokenizer, first, second, limit, options.truncation_side, options.words)
-        metas = word_metas(texts, first, 0, encoded)
-        ids, lengths = ragged(encoded["input_ids"])
-        columns = {"encoder.ids": ids}
-        if "encoder.types" in self.columns:
-            types = encoded.get("token_type_ids")
-            columns["encoder.types"] = ragged(types)[0] if types is not None else np.zeros_like(ids)
-        return Inputs({"encoder": lengths}, columns, cut, metas=metas)
+    def prepare(self, tokenizer: Any, texts: Sequence[Sequence[str]], options: TextOptions) -> Inputs:
+        return encoder_inputs(tokenizer, texts, options, self._longest(), "encoder.types" in self.columns)
 
     def _longest(self) -> int:
         # RoBERTa keeps the first padding_idx + 1 positions for padding.
@@ -175,9 +120,6 @@ class Bert(Family):
         config._attn_implementation = attention
         return use_fast_dropout((BertLayer if config.model_type == "bert" else RobertaLayer)(config))
 
-    def pruned(self, model: Any, importance: dict[str, Tensor], reduction: int, aligned: bool) -> dict[str, Tensor]:
-        return prune_bert(self.config, dict(model.named_parameters()), importance, reduction, aligned)
-
     def load(self, folder: Path, dtype: torch.dtype, attention: str, device: torch.device | str) -> nn.Module:
         return load_frozen(_MODELS[self.config.model_type], folder, dtype, attention, device)
 
@@ -189,7 +131,7 @@ class Bert(Family):
             model(**_padded(self.config, batch), attention_mask=layout.mask.long())
         return out
 
-    def tail_weights(self, model: nn.Module) -> dict[str, Tensor]:
+    def tail_weights(self, model: Any) -> dict[str, Tensor]:
         last = f"encoder.layer.{self.config.num_hidden_layers - 1}."
         out = {}
         for name, tensor in model.state_dict().items():
@@ -204,6 +146,3 @@ class Bert(Family):
 
     def norm(self, stream: str) -> nn.Module:
         return nn.Identity()
-
-    def side_stack(self, stream: str, layers: Sequence[int], reduction: int) -> BertSideStack:
-        return BertSideStack(self.config, layers, reduction)

@@ -14,44 +14,24 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
-from pipeline.extract.backbones.base import (
-    Family,
-    SideStack,
-    Tail,
-    TextOptions,
-    attention_mask,
-    collect,
-    freeze,
-    load_frozen,
-    register,
-)
+from pipeline.extract.backbones.base import Backbone, TextOptions
 from pipeline.extract.backbones.batch import Batch, Layout
-from pipeline.extract.backbones.inputs import Inputs, ragged
-from pipeline.extract.backbones.pruning import prune_vit
-from pipeline.extract.backbones.text import tokenize, word_metas
+from pipeline.extract.backbones.capabilities import LateBlocks
+from pipeline.extract.backbones.inputs import Inputs
+from pipeline.extract.backbones.loading import collect, freeze, load_frozen
+from pipeline.extract.backbones.masks import attention_mask, earlier
+from pipeline.extract.backbones.registry import register
+from pipeline.extract.backbones.tail import LiveTail
+from pipeline.extract.backbones.text import encoder_inputs
 from pipeline.extract.backbones.vision import fill, keep
-from pipeline.extract.backbones.vit import VitSideStack
 
 
 def causal_mask(layout: Layout, attention: str, dtype: torch.dtype) -> Tensor:
-    """(1, 1, L, L). Padding comes last, so no real position sees it."""
-    longest = layout.mask.shape[1]
-    allowed = torch.ones(longest, longest, dtype=torch.bool, device=layout.mask.device).tril()
-    return attention_mask(allowed[None, None], attention, dtype)
+    """(1, 1, L, L), see `earlier`."""
+    return attention_mask(earlier(layout)[None, None], attention, dtype)
 
 
-class CausalSideStack(VitSideStack):
-    """A ViT's side blocks under a causal mask."""
-
-    def context(self, batch: Batch, stream: str, memory: Tensor | None) -> Tensor:
-        longest = batch.layout(stream).mask.shape[1]
-        return torch.ones(longest, longest, dtype=torch.bool, device=batch.device).triu(1)
-
-    def block(self, index: int, grid: Tensor, context: Tensor) -> Tensor:
-        return self.blocks[index](grid, src_mask=context)
-
-
-class ClipTextTail(Tail):
+class ClipTextTail(LiveTail):
     """See the module's docstring."""
 
     def __init__(self, embeddings: nn.Module, block: nn.Module, norm: nn.Module, attention: str) -> None:
@@ -77,41 +57,27 @@ class ClipTextTail(Tail):
 
 
 @register
-class ClipText(Family):
+class ClipText(LateBlocks, Backbone):
     """See the module's docstring."""
 
     name = "clip-text"
     model_types = ("clip_text_model",)
     description = "the text tower of CLIP (transformers)"
     streams = ("encoder",)
+    causal = ("encoder",)
 
     @property
     def width(self) -> int:
         return self.config.hidden_size
 
-    @property
-    def dropout(self) -> float:
-        return 0.0
-
     def depth(self, stream: str) -> int:
         return self.config.num_hidden_layers
 
-    def prepare(
-        self,
-        tokenizer: Any,
-        texts: Sequence[Sequence[str]],
-        options: TextOptions,
-        candidates: Sequence[Sequence[int]] = (),
-        gold: Sequence[int] | None = None,
-    ) -> Inputs:
-        """Single texts, or pairs joined by the tokenizer's own way."""
-        limit = min(options.max_length, self.config.max_position_embeddings)
-        first = [t[0] for t in texts]
-        second = [t[1] for t in texts] if texts and len(texts[0]) > 1 else None
-        encoded, cut = tokenize(tokenizer, first, second, limit, options.truncation_side, options.words)
-        metas = word_metas(texts, first, 0, encoded)
-        ids, lengths = ragged(encoded["input_ids"])
-        return Inputs({"encoder": lengths}, {"encoder.ids": ids}, cut, metas=metas)
+    def embedding(self, stream: str) -> list[str]:
+        return []
+
+    def prepare(self, tokenizer: Any, texts: Sequence[Sequence[str]], options: TextOptions) -> Inputs:
+        return encoder_inputs(tokenizer, texts, options, self.config.max_position_embeddings)
 
     def load(self, folder: Path, dtype: torch.dtype, attention: str, device: torch.device | str) -> nn.Module:
         return load_frozen(CLIPTextModel, folder, dtype, attention, device)
@@ -137,10 +103,6 @@ class ClipText(Family):
             model = CLIPTextModel._from_config(copy.deepcopy(self.config), attn_implementation=attention)
         return model.encoder.layers[0].eval()
 
-    def pruned(self, model: Any, importance: dict[str, Tensor], reduction: int, aligned: bool) -> dict[str, Tensor]:
-        heads, own = self.config.num_attention_heads, dict(model.named_parameters())
-        return prune_vit(own, importance, "encoder.layers", "final_layer_norm", heads, reduction, aligned)
-
     def finish(self, model: Any, rows: Tensor) -> Tensor:
         return model.final_layer_norm(rows)
 
@@ -156,9 +118,6 @@ class ClipText(Family):
 
     def norm(self, stream: str) -> nn.Module:
         return nn.LayerNorm(self.width, eps=self.config.layer_norm_eps)
-
-    def side_stack(self, stream: str, layers: Sequence[int], reduction: int) -> SideStack:
-        return CausalSideStack(self.width // reduction, self.config.num_attention_heads, len(layers))
 
 
 def _parts(model: Any) -> dict[str, nn.Module]:

@@ -15,22 +15,24 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.extract.backbones.base import Tail, collect, freeze
 from pipeline.extract.backbones.batch import Batch
+from pipeline.extract.backbones.capabilities import Blocks, LiveLast
 from pipeline.extract.backbones.grids import per_size
+from pipeline.extract.backbones.loading import collect, freeze
+from pipeline.extract.backbones.tail import LiveTail
 from pipeline.extract.backbones.vision import Vision, fill, in_order, keep, map_sizes, pixel_groups
 
 
-class PyramidTail(Tail):
+class PyramidTail(LiveTail):
     """The last block, on maps, and the final norm. `channels_last`: whether the block takes (b, H, W, C)."""
 
-    def __init__(self, family: Pyramid, block: nn.Module, norm: nn.Module) -> None:
+    def __init__(self, backbone: Pyramid, block: nn.Module, norm: nn.Module) -> None:
         super().__init__()
-        object.__setattr__(self, "family", family)
+        object.__setattr__(self, "backbone", backbone)
         self.block, self.norm = block, norm
         freeze(self)
 
-    family: Pyramid
+    backbone: Pyramid
 
     def embed(self, batch: Batch, stream: str) -> Tensor:
         raise NotImplementedError("a staged backbone has no embedding of its own width")
@@ -40,24 +42,24 @@ class PyramidTail(Tail):
         return self.block
 
     def through(self, block: nn.Module, hidden: dict[str, Tensor], batch: Batch) -> Tensor:
-        stream = self.family.streams[-1]
-        return self.apply_to(block, hidden[stream], map_sizes(self.family, batch, stream))
+        stream = self.backbone.streams[-1]
+        return self.apply_to(block, hidden[stream], map_sizes(self.backbone, batch, stream))
 
     def apply_to(self, module: nn.Module, rows: Tensor, shapes: np.ndarray) -> Tensor:
         """A module of the backbone on packed rows of maps of `shapes` (B, 2)."""
-        if self.family.channels_last:
+        if self.backbone.channels_last:
             return per_size(rows, shapes, module)
         return per_size(rows, shapes, lambda x: module(x.permute(0, 3, 1, 2).contiguous()).permute(0, 2, 3, 1))
 
     def final_norm(self, rows: Tensor, stream: str) -> Tensor:
-        return self.norm(rows) if stream == self.family.streams[-1] else rows
+        return self.norm(rows) if stream == self.backbone.streams[-1] else rows
 
     def train(self, mode: bool = True) -> PyramidTail:
         # Batch norm stays in eval mode: its statistics are frozen, and so is nothing else here that has a mode.
         return super().train(False)
 
 
-class Pyramid(Vision):
+class Pyramid(Blocks, LiveLast, Vision):
     """What staged families share. Subclasses give `stem`, `stages`, `channels` and `grid`."""
 
     shape: ClassVar[Literal["sequence", "pyramid"]] = "pyramid"
@@ -97,8 +99,11 @@ class Pyramid(Vision):
     def depth(self, stream: str) -> int:
         return self._depths[self.streams.index(stream)]
 
-    def last_block(self, model: Any) -> nn.Module:
-        return self.stages(model)[-1][-1]
+    def embedding(self, stream: str) -> list[str]:
+        return []
+
+    def stack(self, model: Any, stream: str) -> Sequence[nn.Module]:
+        return self.stages(model)[self.streams.index(stream)]
 
     def finish(self, model: Any, rows: Tensor) -> Tensor:
         return self.final(model)(rows)

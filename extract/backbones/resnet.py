@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from transformers import ResNetModel
 
-from pipeline.extract.backbones.base import register
 from pipeline.extract.backbones.cifar import CifarResNetModel
 from pipeline.extract.backbones.pyramid import Pyramid
+from pipeline.extract.backbones.registry import register
 
 
 @register

@@ -12,9 +12,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pipeline.extract.backbones.base import register
 from pipeline.extract.backbones.batch import Batch
+from pipeline.extract.backbones.capabilities import Branches
 from pipeline.extract.backbones.pyramid import Pyramid, PyramidTail
+from pipeline.extract.backbones.registry import register
 from pipeline.extract.backbones.vision import map_sizes
 from pipeline.store.errors import UserError
 
@@ -22,18 +23,18 @@ from pipeline.store.errors import UserError
 class SwinTail(PyramidTail):
     """Adds `merge`: a stage's rows to the next stage's resolution and width, by the backbone's own frozen merging."""
 
-    def __init__(self, family: Swin, block: nn.Module, norm: nn.Module, merges: Sequence[nn.Module]) -> None:
-        super().__init__(family, block, norm)
+    def __init__(self, backbone: Swin, block: nn.Module, norm: nn.Module, merges: Sequence[nn.Module]) -> None:
+        super().__init__(backbone, block, norm)
         self.merges = nn.ModuleList(merges)
         self.requires_grad_(False)
 
     def merge(self, rows: Tensor, stage: int, batch: Batch) -> Tensor:
         """(rows of `stage`, C) → (rows of the next, 2C). Stages count from 0."""
-        return self.apply_to(self.merges[stage], rows, map_sizes(self.family, batch, self.family.streams[stage]))
+        return self.apply_to(self.merges[stage], rows, map_sizes(self.backbone, batch, self.backbone.streams[stage]))
 
 
 @register
-class Swin(Pyramid):
+class Swin(Branches, Pyramid):
     """See the module's docstring."""
 
     name = "swin"

@@ -20,45 +20,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.models.t5.modeling_t5 import T5Attention, T5Block, T5ForConditionalGeneration, T5LayerNorm, T5Stack
+from transformers.models.t5.modeling_t5 import T5Attention, T5Block, T5ForConditionalGeneration, T5LayerNorm
 
-from pipeline.extract.backbones.base import (
-    Family,
-    SideStack,
-    Tail,
-    TextOptions,
-    attention_mask,
-    collect,
-    freeze,
-    key_mask,
-    load_frozen,
-    register,
-)
+from pipeline.extract.backbones.base import Backbone, TextOptions
 from pipeline.extract.backbones.batch import Batch
-from pipeline.extract.backbones.dropout import SIDE, Dropout, use_fast_dropout
+from pipeline.extract.backbones.capabilities import LateBlocks, WritesText
+from pipeline.extract.backbones.dropout import Dropout, use_fast_dropout
 from pipeline.extract.backbones.fill import filled
 from pipeline.extract.backbones.inputs import Inputs, ragged
-from pipeline.extract.backbones.pruning import prune_t5
+from pipeline.extract.backbones.loading import collect, freeze, load_frozen
+from pipeline.extract.backbones.masks import attention_mask, key_mask, tree
+from pipeline.extract.backbones.registry import register
 from pipeline.extract.backbones.t5_attention import cross_attend, is_cheaper
+from pipeline.extract.backbones.tail import TextTail
 from pipeline.extract.backbones.text import decision_trie, field_start, gold_chain, tokenize, word_metas
 from pipeline.store.errors import UserError
-
-# Kept layers of the papers (0-based), by number of blocks; LST Table 1 and SHERL's released scripts. T5-large keeps 13
-# in SHERL (layer 22 is the decoder's guide), 12 in LST; the largest models keep the last one or two.
-_BASE = [1, 2, 3, 5, 6, 7, 9, 10, 11]
-_ODD = list(range(1, 24, 2))
-
-
-def ancestors(parent: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """`parent` (B, P) places within the sample, -1 at roots → (B, P, P) bool self-or-ancestor, (B, P) int64 depth."""
-    batch, length = parent.shape
-    seen = torch.eye(length, dtype=torch.bool, device=parent.device).expand(batch, -1, -1).clone()
-    current = parent.masked_fill(~mask, -1)
-    for _ in range(length - 1):
-        live = current >= 0
-        seen |= torch.zeros_like(seen).scatter_(2, current.clamp(min=0)[..., None], live[..., None])
-        current = torch.where(live, parent.gather(1, current.clamp(min=0)), current)
-    return seen, seen.sum(-1) - 1
 
 
 def tree_bias(table: nn.Embedding, depth: Tensor, config: Any) -> Tensor:
@@ -74,8 +50,7 @@ def tree_bias(table: nn.Embedding, depth: Tensor, config: Any) -> Tensor:
 
 def decoder_context(batch: Batch, table: nn.Embedding, config: Any, attention: str, dtype: torch.dtype) -> Any:
     """(self mask, self bias, cross mask, cross bias) for decoder blocks over the batch's tries."""
-    layout = batch.layout("decoder")
-    seen, depth = ancestors(layout.pad(batch.columns["decoder.parent"], -1), layout.mask)
+    seen, depth = tree(batch, "decoder")
     cross = key_mask(batch.layout("encoder"), attention, dtype)
     zero = torch.zeros((1, config.num_heads, 1, cross.shape[-1]), dtype=dtype, device=cross.device)
     own = attention_mask(seen[:, None], attention, dtype)
@@ -88,12 +63,12 @@ def run_decoder_block(block: nn.Module, grid: Tensor, memory: Tensor, context: A
     return block(grid, own_mask, own_bias, memory, cross_mask, cross_bias)[0]
 
 
-class T5Tail(Tail):
+class T5Tail(TextTail):
     """See the module's docstring."""
 
     def __init__(self, config: Any, attention: str, tied: bool, tokens: int) -> None:
         super().__init__()
-        self.config = _decoder_config(config, attention)
+        self.config = decoder_config(config, attention)
         self.scale = config.d_model**-0.5 if _scales_outputs(config) else 1.0
         self.shared = nn.Embedding(tokens, config.d_model)
         self.block = T5Block(self.config, has_relative_attention_bias=False, layer_idx=config.num_decoder_layers - 1)
@@ -133,83 +108,24 @@ class T5Tail(Tail):
         return (rows * self.scale) @ (table if tokens is None else table[tokens]).t()
 
 
-class T5SideStack(SideStack):
-    """T5 blocks with d_model, d_ff and d_kv over r and the number of heads unchanged; the first owns the relative
-    position bias, a T5 norm ends the stack (LST §3.2).
-
-    First weights are those of the released code, whose library initialises each missing module alone: a Linear is
-    N(0, 0.01²), not what T5 gives it by its place, and the bias table N(0, 1), which is torch's own."""
-
-    def __init__(self, config: Any, stream: str, layers: Sequence[int], reduction: int) -> None:
-        super().__init__()
-        side = _decoder_config(config, SIDE) if stream == "decoder" else _encoder_config(config, SIDE)
-        side.d_model, side.d_ff, side.d_kv = (n // reduction for n in (config.d_model, config.d_ff, config.d_kv))
-        side.num_layers = len(layers)
-        side.vocab_size = 1  # the stack's own embedding is thrown away below
-        stack = T5Stack(side)
-        self.width, self.config, self.stream = side.d_model, side, stream
-        self.blocks, self.norm = use_fast_dropout(stack.block), stack.final_layer_norm
-        self.dropout = Dropout(config.dropout_rate)
-        for module in self.blocks.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=0.01 if isinstance(module, nn.Linear) else 1.0)
-
-    blocks: Any
-
-    @property
-    def _attention(self) -> Any:
-        first: Any = self.blocks[0]
-        return first.layer[0].SelfAttention
-
-    def context(self, batch: Batch, stream: str, memory: Tensor | None) -> Any:
-        table, layout = self._attention.relative_attention_bias, batch.layout(stream)
-        if self.stream == "decoder":
-            assert memory is not None
-            context = decoder_context(batch, table, self.config, SIDE, torch.float32)
-            return context, batch.layout("encoder").pad(memory)
-        longest = layout.mask.shape[1]
-        return key_mask(layout, SIDE, torch.float32), self._attention.compute_bias(longest, longest)
-
-    def block(self, index: int, grid: Tensor, context: Any) -> Tensor:
-        if self.stream == "decoder":
-            return run_decoder_block(self.blocks[index], grid, context[1], context[0])
-        return self.blocks[index](grid, context[0], context[1])[0]
-
-    def final(self, rows: Tensor) -> Tensor:
-        return self.dropout(self.norm(rows))
-
-
 @register
-class T5(Family):
+class T5(WritesText, LateBlocks, Backbone):
     """See the module's docstring."""
 
     name = "t5"
     model_types = ("t5",)
     description = "T5 encoder-decoders: v1.0, v1.1, flan"
-    writes_text = True
     streams = ("encoder", "decoder")
 
     @property
     def width(self) -> int:
         return self.config.d_model
 
-    @property
-    def dropout(self) -> float:
-        return self.config.dropout_rate
-
     def depth(self, stream: str) -> int:
         return self.config.num_layers if stream == "encoder" else self.config.num_decoder_layers
 
-    def kept_layers(self, method: str, stream: str) -> list[int]:
-        depth = self.depth(stream)
-        huge = self.config.d_ff >= 16384 or self.config.d_model >= 2048
-        if depth == 12:
-            return list(_BASE)
-        if depth == 24 and huge:
-            return [22, 23] if method == "sherl" else [23]
-        if depth == 24:
-            return sorted({*_ODD, 22}) if method == "sherl" else list(_ODD)
-        return list(range(depth))
+    def embedding(self, stream: str) -> list[str]:
+        return []
 
     def full_states(self) -> list[str]:
         # The encoder's last state is SHERL's guide; the decoder's guide is what enters its last block.
@@ -279,6 +195,9 @@ class T5(Family):
             )
         return model
 
+    def make(self, attention: str = "sdpa") -> Any:
+        return T5ForConditionalGeneration._from_config(self.config, attn_implementation=attention)
+
     def keep_tokens(self, model: Any, tokens: int) -> None:
         """As the official code does: of T5's 32,128 rows 28 are no token's and take no part in the softmax."""
         holders = (model.shared, model.encoder.embed_tokens, model.decoder.embed_tokens, model.lm_head)
@@ -330,11 +249,8 @@ class T5(Family):
         return F.linear(rows * scale, table, bias)
 
     def bare_block(self, attention: str) -> nn.Module:
-        block = T5Block(_decoder_config(self.config, attention), has_relative_attention_bias=False, layer_idx=1)
+        block = T5Block(decoder_config(self.config, attention), has_relative_attention_bias=False, layer_idx=1)
         return use_fast_dropout(block)
-
-    def pruned(self, model: Any, importance: dict[str, Tensor], reduction: int, aligned: bool) -> dict[str, Tensor]:
-        return prune_t5(self.config, dict(model.named_parameters()), importance, reduction, aligned)
 
     def tail_weights(self, model: Any) -> dict[str, Tensor]:
         weights = {
@@ -360,9 +276,6 @@ class T5(Family):
     def norm(self, stream: str) -> nn.Module:
         return T5LayerNorm(self.config.d_model, eps=self.config.layer_norm_epsilon)
 
-    def side_stack(self, stream: str, layers: Sequence[int], reduction: int) -> T5SideStack:
-        return T5SideStack(self.config, stream, layers, reduction)
-
 
 Trie = tuple[list[int], list[int]]
 
@@ -380,13 +293,7 @@ def _scales_outputs(config: Any) -> bool:
     return bool(getattr(config, "scale_decoder_outputs", config.tie_word_embeddings))
 
 
-def _decoder_config(config: Any, attention: str) -> Any:
+def decoder_config(config: Any, attention: str) -> Any:
     out = copy.deepcopy(config)
     out.is_decoder, out.num_layers, out._attn_implementation = True, config.num_decoder_layers, attention
-    return out
-
-
-def _encoder_config(config: Any, attention: str) -> Any:
-    out = copy.deepcopy(config)
-    out.is_decoder, out.use_cache, out._attn_implementation = False, False, attention
     return out

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from string import Formatter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipeline.extract.backbones.inputs import Inputs, ragged
 from pipeline.extract.words import word_meta
 from pipeline.store.errors import UserError
+
+if TYPE_CHECKING:
+    from pipeline.extract.backbones.base import TextOptions
 
 
 def tokenize(
@@ -35,6 +39,23 @@ def tokenize(
             whole = tokenizer(first[i], None if second is None else second[i], truncation=False, verbose=False)
             cut[i] = len(whole["input_ids"]) > limit
     return dict(encoded), cut
+
+
+def encoder_inputs(
+    tokenizer: Any, texts: Sequence[Sequence[str]], options: TextOptions, longest: int, types: bool = False
+) -> Inputs:
+    """Single texts, or pairs joined the tokenizer's own way, as the one stream `encoder` of at most `longest` tokens.
+    `types`: with the column that says to which text of a pair a token belongs."""
+    limit = min(options.max_length, longest)
+    first = [t[0] for t in texts]
+    second = [t[1] for t in texts] if texts and len(texts[0]) > 1 else None
+    encoded, cut = tokenize(tokenizer, first, second, limit, options.truncation_side, options.words)
+    ids, lengths = ragged(encoded["input_ids"])
+    columns = {"encoder.ids": ids}
+    if types:
+        told = encoded.get("token_type_ids")
+        columns["encoder.types"] = ragged(told)[0] if told is not None else np.zeros_like(ids)
+    return Inputs({"encoder": lengths}, columns, cut, metas=word_metas(texts, first, 0, encoded))
 
 
 def word_metas(

@@ -19,18 +19,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pipeline.extract.backbones.base import Family, SideStack, TextOptions, load_frozen
+from pipeline.extract.backbones.base import Backbone, TextOptions
 from pipeline.extract.backbones.batch import Batch
 from pipeline.extract.backbones.fill import check_fit
 from pipeline.extract.backbones.grids import COLUMN, EXTENT, SIZES, sizes
 from pipeline.extract.backbones.images import Blank, Preprocess, load_pixels, look_all
 from pipeline.extract.backbones.inputs import Inputs
+from pipeline.extract.backbones.loading import load_frozen
 from pipeline.store.errors import UserError
 
 _HEADS = ("head.", "head_dist.", "fc.", "classifier.", "fc_norm.", "norm_head.", "linear.", "pooler.")
 
 
-class Vision(Family):
+class Vision(Backbone):
     """A family whose samples are pictures. Subclasses say how large each stream's map is and how to run."""
 
     modality: ClassVar[Literal["text", "image"]] = "image"
@@ -38,10 +39,6 @@ class Vision(Family):
     timm_options: ClassVar[dict[str, Any]] = {}
     hf_attention: ClassVar[str] = ""  # where transformers takes one attention only
     extra_rows: int = 0  # rows before those of the map: class and distillation tokens
-
-    @property
-    def dropout(self) -> float:
-        return 0.0
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -68,14 +65,7 @@ class Vision(Family):
         """The checkpoint's preprocessing."""
         return Preprocess.of(folder, self.config)
 
-    def prepare(
-        self,
-        tokenizer: Any,
-        texts: Sequence[Sequence[str]],
-        options: TextOptions,
-        candidates: Sequence[Sequence[int]] = (),
-        gold: Sequence[int] | None = None,
-    ) -> Inputs:
+    def prepare(self, tokenizer: Any, texts: Sequence[Sequence[str]], options: TextOptions) -> Inputs:
         """File names, each with a view's number if there are views, → inputs. `tokenizer`: a `Preprocess`.
 
         Every picture is decoded once here. Raises UserError naming the first that cannot be read; with
@@ -147,12 +137,6 @@ class Vision(Family):
         model = self.make(attention)
         load_timm(model, folder)
         return model.to(device, dtype).eval().requires_grad_(False)
-
-    def norm(self, stream: str) -> nn.Module:
-        return nn.LayerNorm(self.width, eps=1e-6)
-
-    def side_stack(self, stream: str, layers: Sequence[int], reduction: int) -> SideStack:
-        raise UserError(f"the {self.name} family has no side blocks of its own kind; LST works on transformers")
 
 
 def with_attention(model: Any, attention: str) -> Any:
@@ -226,6 +210,6 @@ def in_order(parts: Sequence[tuple[list[int], Tensor]]) -> Tensor:
     return torch.cat([done[i] for i in sorted(done)])
 
 
-def map_sizes(family: Family, batch: Batch, stream: str) -> np.ndarray:
+def map_sizes(backbone: Backbone, batch: Batch, stream: str) -> np.ndarray:
     """(B, 2) int64: the extents of each sample's map of `stream`."""
-    return sizes(batch, family.streams, stream)
+    return sizes(batch, backbone.streams, stream)

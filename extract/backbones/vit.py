@@ -7,7 +7,6 @@ block's output before the final norm. The embedding output (patches with positio
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,25 +14,25 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionModel, ViTModel
 
-from pipeline.extract.backbones.base import SideStack, Tail, collect, freeze, key_mask, register
 from pipeline.extract.backbones.batch import Batch
-from pipeline.extract.backbones.pruning import prune_vit
+from pipeline.extract.backbones.capabilities import ClassToken, LateBlocks
+from pipeline.extract.backbones.loading import collect, freeze
+from pipeline.extract.backbones.masks import key_mask
+from pipeline.extract.backbones.registry import register
+from pipeline.extract.backbones.tail import LiveTail
 from pipeline.extract.backbones.vision import Vision, fill, in_order, keep, pixel_groups
 from pipeline.store.errors import UserError
 
 EMBED = "encoder.embed"
 
 
-class VitTail(Tail):
+class VitTail(LiveTail):
     """The last block and the final norm."""
 
     def __init__(self, block: nn.Module, norm: nn.Module, timm: bool, attention: str) -> None:
         super().__init__()
         self.block, self.norm, self.timm, self.attention = block, norm, timm, attention
         freeze(self)
-
-    def embed(self, batch: Batch, stream: str = "encoder") -> Tensor:
-        return batch.states[EMBED]
 
     @property
     def last(self) -> nn.Module:
@@ -52,33 +51,8 @@ class VitTail(Tail):
         return self.norm(rows)
 
 
-class VitSideStack(SideStack):
-    """Pre-norm transformer blocks of width D / r, MLP four times that, as many heads of the backbone as divide it; a
-    final LayerNorm."""
-
-    def __init__(self, width: int, heads: int, blocks: int) -> None:
-        super().__init__()
-        self.width = width
-        self.blocks = nn.ModuleList(
-            nn.TransformerEncoderLayer(
-                width, math.gcd(width, heads), 4 * width, 0.0, "gelu", batch_first=True, norm_first=True
-            )
-            for _ in range(blocks)
-        )
-        self.norm = nn.LayerNorm(width, eps=1e-6)
-
-    def context(self, batch: Batch, stream: str, memory: Tensor | None) -> Tensor:
-        return ~batch.layout(stream).mask
-
-    def block(self, index: int, grid: Tensor, context: Tensor) -> Tensor:
-        return self.blocks[index](grid, src_key_padding_mask=context)
-
-    def final(self, rows: Tensor) -> Tensor:
-        return self.norm(rows)
-
-
 @register
-class Vit(Vision):
+class Vit(LateBlocks, ClassToken, Vision):
     """See the module's docstring."""
 
     name = "vit"
@@ -104,11 +78,9 @@ class Vit(Vision):
     def depth(self, stream: str) -> int:
         return len(self.blocks(self.skeleton))
 
-    def states(self) -> list[str]:
-        return [EMBED, *(f"encoder.{i}" for i in range(self.depth("encoder")))]
-
-    def embedding(self, stream: str) -> list[str]:
-        return [EMBED]
+    @property
+    def heads(self) -> int:
+        return self.skeleton.blocks[0].attn.num_heads if self.is_timm else self.config.num_attention_heads
 
     def grid(self, stream: str, height: int, width: int) -> tuple[int, int]:
         patch = self.skeleton.patch_embed.patch_size if self.is_timm else (self.config.patch_size,) * 2
@@ -144,12 +116,6 @@ class Vit(Vision):
         with torch.device("meta"):
             return self.blocks(self.make(attention).eval())[0]
 
-    def pruned(self, model: Any, importance: dict[str, Tensor], reduction: int, aligned: bool) -> dict[str, Tensor]:
-        heads = model.blocks[0].attn.num_heads if self.is_timm else self.config.num_attention_heads
-        prefix = next(n for n, m in model.named_modules() if m is self.blocks(model))
-        final = next(n for n, m in model.named_modules() if m is self.last_norm(model))
-        return prune_vit(dict(model.named_parameters()), importance, prefix, final, heads, reduction, aligned)
-
     def finish(self, model: Any, rows: Tensor) -> Tensor:
         return self.last_norm(model)(rows)
 
@@ -178,10 +144,8 @@ class Vit(Vision):
         fill({"block": block, "norm": norm}, weights)
         return VitTail(block, norm, self.is_timm, attention)
 
-    def side_stack(self, stream: str, layers: Sequence[int], reduction: int) -> VitSideStack:
-        model = self.skeleton
-        heads = model.blocks[0].attn.num_heads if self.is_timm else self.config.num_attention_heads
-        return VitSideStack(self.width // reduction, heads, len(layers))
+    def norm(self, stream: str) -> nn.Module:
+        return nn.LayerNorm(self.width, eps=1e-6)
 
 
 def _first(output: Any) -> Tensor:

@@ -16,6 +16,7 @@ from typing import Any
 from pipeline.extract.tasks.base import Task, TaskError
 from pipeline.extract.tasks.images import SPLIT_NAMES, load_folder
 from pipeline.extract.tasks.table import table_name
+from pipeline.store.places import cache_folder
 
 PREFIX = "hub:"
 MARK = ".source.json"
@@ -28,7 +29,7 @@ def hub_name(task: str) -> str:
 
 def hub_folder(task: str, data: str | Path | None) -> Path:
     """Where the pictures of `task` are written: `data`, else a folder of the user's cache."""
-    return Path(data) if data else Path("~/.cache/activation-pipeline/pictures").expanduser() / hub_name(task)
+    return Path(data) if data else cache_folder() / "pictures" / hub_name(task)
 
 
 def load_hub_images(task: str, data: Path | None) -> Task:

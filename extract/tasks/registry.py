@@ -52,6 +52,7 @@ def load_task(
     targets: Sequence[str] = (),
     validation: Path | None = None,
     test: Path | None = None,
+    stratify: bool = False,
     metrics: Sequence[str] = (),
     task_name: str | None = None,
     grid: float = USUAL_GRID,
@@ -65,7 +66,8 @@ def load_task(
     Raises `TaskError` with one line for anything wrong with the name, the options or the files.
     """
     options = {"text": text, "text-pair": text_pair, "label": label, "separator": separator,
-               "validation": validation, "test": test, "metrics": metrics, "task-name": task_name}  # fmt: skip
+               "validation": validation, "test": test, "stratify": stratify, "metrics": metrics,
+               "task-name": task_name}  # fmt: skip
     pictures = name.startswith(PREFIX) or is_folder(name)
     given = [f"--{option}" for option, value in options.items() if value and not (pictures and option == "task-name")]
     if given and (pictures or is_named(name)):
@@ -79,7 +81,7 @@ def load_task(
         path = table_path(name, data)
         made = load_table(
             path, text=text, text_pair=text_pair, label=label, separator=separator, targets=targets,
-            validation=validation, test=test, metrics=metrics, name=task_name,
+            validation=validation, test=test, stratify=stratify, metrics=metrics, name=task_name,
         )  # fmt: skip
         return replace(made, origin=_origin(path, validation, test))
     if is_folder(name):

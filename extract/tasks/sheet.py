@@ -166,6 +166,8 @@ def _sentences(path: Path, text: str) -> tuple[list[str], list[list[Any]], list[
     wide = 0
     for number, line in enumerate([*text.split("\n"), ""], 1):
         line = line.rstrip("\r")
+        if "\r" in line:
+            raise TaskError(f"{path}, line {number}: lines end in a carriage return alone; save the file with newlines")
         if not line.strip() or line.startswith("-DOCSTART-"):
             if words:
                 rows.append([list(column) for column in zip(*words, strict=True)])

@@ -2,13 +2,15 @@
 
 Splits: separate files where given. Where neither a validation nor a test file is given, a tenth of the rows each is
 held out by the fixed permutation (seed 42, whatever the run's seed), so that a table always splits the same way. With a
-test file alone, only validation rows are held out; with a validation file alone there is no test split.
+test file alone, only validation rows are held out; with a validation file alone there is no test split. Stratified,
+rows are held out class by class, in the order of that permutation.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +38,7 @@ def load_table(
     targets: Sequence[str] = (),
     validation: Path | None = None,
     test: Path | None = None,
+    stratify: bool = False,
     metrics: Sequence[str] = (),
     name: str | None = None,
 ) -> Task:
@@ -49,13 +52,15 @@ def load_table(
     several with `separator` between them are classes; else it is a number if all are numbers and one has a fraction,
     and a class if not. `targets`: types that will do, where another than this is meant; tags and classes may then be
     text with blanks or `separator` between them. Class names are those of `path`, sorted (by value where all are whole
-    numbers). `metrics`: accuracy, or pearson and spearman, where not given. Text-to-text: prompt "NAME COLUMN: A
-    COLUMN: B", texts to answer the class index, or an even grid over the range of the labels. A test file may come
-    without labels.
+    numbers). `stratify`: hold rows out by `stratified`. `metrics`: accuracy, or pearson and spearman, where not given.
+    Text-to-text: prompt "NAME COLUMN: A COLUMN: B", texts to answer the class index, or an even grid over the range of
+    the labels. A test file may come without labels.
 
     Raises `TaskError` for: missing column, missing or unknown label, label that is not a finite number, one class only,
     other than one tag a word, too few rows to split, and all that `read_sheet` refuses.
     """
+    if stratify and validation is not None:
+        raise TaskError("--stratify: with --validation no rows are held out; leave one of the two out")
     train = read_sheet(path)
     words = path.suffix.lower() in WORDS
     text = text or (train.columns[0] if words else _guess(train, _TEXTS, "--text"))
@@ -69,7 +74,10 @@ def load_table(
         if value is None or (value == "" and not separator):
             raise TaskError(f"{train.where(row)}: no label in column {label!r}; every training row needs one")
     target = _target(train, targets, given, train.column(text), separator) if label else "none"
-    reading = _Reading(fields, label or "", target, separator)
+    lists = any(isinstance(value, list) for value in given)
+    if lists and separator:
+        raise TaskError(f"{path}: --separator parts labels within a text, those in column {label!r} are lists")
+    reading = _Reading(fields, label or "", target, separator, lists)
     if target not in ("number", "none"):
         reading.classes = _class_names(train, reading, given)
 
@@ -91,6 +99,8 @@ def load_table(
         held = max(1, int(len(everything) * HELD_OUT))
         if len(everything) < (3 if test is None else 2):
             raise TaskError(f"{path} has {len(everything)} rows, too few to hold any out; add rows")
+        if stratify:
+            order = stratified(_classes_of(train, everything, target), order, held, 2 if test is None else 1)
         splits["validation"] = everything.take(order[:held])
     if test is not None:
         sheet = read_sheet(test)
@@ -108,18 +118,57 @@ def load_table(
         "dataset": path.name, "revision": revision, "licence": "not stated", "source": "table",
         "splits": "files" if validation is not None and test is not None else "held-out",
         "files": parts, "label": label, **({"separator": separator} if separator else {}),
+        **({"stratified": True} if stratify else {}),
     }  # fmt: skip
     return Task(spec, {s: splits[s] for s in ("train", "validation", "test") if s in splits}, provenance, absent)
 
 
+def _classes_of(sheet: Sheet, rows: Rows, target: TargetType) -> list[int]:
+    if target != "class":
+        raise TaskError(f"{sheet.path}: --stratify needs one class a row; the type of the target here is {target}")
+    return [label for label in rows.labels if isinstance(label, int)]
+
+
+def stratified(classes: Sequence[int], order: Sequence[int], held: int, parts: int) -> list[int]:
+    """The places of `order`: those of `parts` splits of `held` rows each, then the rest. In each split a class has its
+    share of the rows that are left, rounded such that they add up (the largest remainders up, of equal ones the first
+    class), but every class keeps a row in the rest. Within a split and the rest the order stays that of `order`.
+
+    Written here, since what stored splits are known by must not change with a library's version. Raises `TaskError`
+    where the classes have too few rows.
+    """
+    out: list[int] = []
+    left = list(order)
+    for _ in range(parts):
+        rows = Counter(classes[place] for place in left)
+        if len(left) - len(rows) < held:
+            raise TaskError(
+                f"--stratify: {len(order)} rows of {len(rows)} classes are too few to hold {held} out; add rows"
+            )
+        wanted = {c: min(held * n // len(left), n - 1) for c, n in sorted(rows.items())}
+        while sum(wanted.values()) < held:
+            short = [c for c in wanted if wanted[c] < rows[c] - 1]
+            wanted[max(short, key=lambda c: held * rows[c] - wanted[c] * len(left))] += 1
+        rest = []
+        for place in left:
+            if wanted[classes[place]]:
+                wanted[classes[place]] -= 1
+                out.append(place)
+            else:
+                rest.append(place)
+        left = rest
+    return out + left
+
+
 @dataclass
 class _Reading:
-    """How columns become rows. `classes`: names of classes or tags."""
+    """How columns become rows. `classes`: names of classes or tags; `lists`: labels are lists, never text."""
 
     fields: tuple[str, ...]
     label: str
     target: TargetType
     separator: str | None
+    lists: bool = False
     classes: tuple[str, ...] = ()
 
 
@@ -154,6 +203,10 @@ def _labels_of(sheet: Sheet, row: int, value: Any, reading: _Reading) -> list[st
         return None
     if isinstance(value, list):
         parts: Iterable[Any] = value
+    elif reading.lists and value != "":
+        raise TaskError(
+            f"{sheet.where(row)}: {reading.label!r} is {value!r}, in other rows a list; make it one here too"
+        )
     else:
         parts = [part.strip() for part in str(value).split(reading.separator)]
         parts = [part for part in parts if part]

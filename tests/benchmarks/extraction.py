@@ -48,13 +48,13 @@ def main() -> None:
     args = parser.parse_args()
     keep_freed_memory()
     checkpoint = resolve(args.model)
-    family = checkpoint.family
+    backbone = checkpoint.backbone
     task = load_task("sst2", args.data)
     options = SpaceOptions()
-    inputs = family.prepare(checkpoint.tokenizer, task.rows("train").head(args.rows).texts, options.text)
+    inputs = backbone.prepare(checkpoint.tokenizer, task.rows("train").head(args.rows).texts, options.text)
     keys = inputs.keys()
-    states = wanted_states(Recipe(), family)
-    backbone = load_backbone(checkpoint, options.precision, options.attention, torch.device("cpu"))
+    states = wanted_states(Recipe(), backbone)
+    live = load_backbone(checkpoint, options.precision, options.attention, torch.device("cpu"))
     batches = [inputs.take(b) for b in extraction_batches(inputs.tokens(), 0, TOKENS)]
 
     def bare() -> None:
@@ -62,7 +62,7 @@ def main() -> None:
             for part in batches:
                 batch: Any = part.batch()
                 # The last state alone: every block runs, one output is picked up.
-                family.run(backbone.model, batch, family.states()[-1:])
+                backbone.run(live.model, batch, backbone.states()[-1:])
 
     bare()
     seconds: list[tuple[float, float]] = []
@@ -72,7 +72,7 @@ def main() -> None:
         bare()
         middle = time.perf_counter()
         space = Store.open(folder / "store", create=True).create_space(space_identity(checkpoint, options))
-        report = compute(space, inputs, keys, states, backbone, tokens=TOKENS, quiet=True)
+        report = compute(space, inputs, keys, states, live, tokens=TOKENS, quiet=True)
         end = time.perf_counter()
         shutil.rmtree(folder)
         seconds.append((middle - begun, end - middle))

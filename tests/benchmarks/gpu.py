@@ -28,9 +28,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from pipeline.extract.backbones.base import Family, family_for
+from pipeline.extract.backbones.base import Backbone
 from pipeline.extract.backbones.inputs import Inputs
-from pipeline.extract.backbones.live import Backbone
+from pipeline.extract.backbones.live import LiveBackbone
+from pipeline.extract.backbones.registry import backbone_for
 from pipeline.extract.order import extraction_batches
 from pipeline.extract.run import compute
 from pipeline.objectives import class_objective
@@ -57,8 +58,8 @@ EXTRACT_TOKENS = 32768
 class Setting:
     """One shape with its inputs, ready to run."""
 
-    family: Family
     backbone: Backbone
+    live: LiveBackbone
     inputs: Inputs
     labels: np.ndarray
     device: torch.device
@@ -73,8 +74,8 @@ def make(shape: str, lengths: str, samples: int, batch: int, device: torch.devic
     config = known_config(shape)
     if config is None:
         raise SystemExit(f"{shape}: not a known shape")
-    family = family_for(config)
-    maker: Any = AutoModelForSeq2SeqLM if family.writes_text else AutoModel
+    backbone = backbone_for(config)
+    maker: Any = AutoModelForSeq2SeqLM if backbone.writes_text else AutoModel
 
     def load() -> Any:
         with torch.device(device):
@@ -85,17 +86,17 @@ def make(shape: str, lengths: str, samples: int, batch: int, device: torch.devic
     g = np.random.default_rng(0)
     mean, deviation = LENGTHS[lengths]
     n = np.clip(g.lognormal(mean, deviation, samples).astype(np.int64), 12, 128)
-    columns = {c: g.integers(5, 5000, int(n.sum())).astype(np.int32) for c in family.columns if c == "encoder.ids"}
+    columns = {c: g.integers(5, 5000, int(n.sum())).astype(np.int32) for c in backbone.columns if c == "encoder.ids"}
     counts, labels = {"encoder": n}, g.integers(0, 2, samples)
-    if "encoder.types" in family.columns:
+    if "encoder.types" in backbone.columns:
         columns["encoder.types"] = np.zeros(int(n.sum()), np.int32)
-    if "decoder" in family.streams:
+    if "decoder" in backbone.streams:
         counts["decoder"] = np.full(samples, 2, np.int64)
         first = np.asarray([c[0] for c in CHAINS], np.int32)[labels]
         columns["decoder.ids"] = np.stack([np.zeros(samples, np.int32), first], 1).ravel()
         columns["decoder.parent"] = np.tile(np.asarray([-1, 0], np.int32), samples)
     inputs = Inputs(counts, columns, np.zeros(samples, bool))
-    return Setting(family, Backbone(family, load, device), inputs, labels, device, dtype, batch)
+    return Setting(backbone, LiveBackbone(backbone, load, device), inputs, labels, device, dtype, batch)
 
 
 def clock(device: torch.device, run: Callable[[], Any]) -> float:
@@ -111,17 +112,17 @@ def clock(device: torch.device, run: Callable[[], Any]) -> float:
 def extraction(s: Setting, states: list[str], space: Any) -> tuple[float, float]:
     """(seconds of the bare forward pass, seconds until all is sealed) over the same batches."""
     batches = [s.inputs.take(b) for b in extraction_batches(s.inputs.tokens(), 0, EXTRACT_TOKENS)]
-    last = [f"{stream}.{s.family.depth(stream) - 1}" for stream in s.family.streams]
+    last = [f"{stream}.{s.backbone.depth(stream) - 1}" for stream in s.backbone.streams]
 
     def bare() -> None:
         with torch.inference_mode():
             for part in batches:
-                s.family.run(s.backbone.model, part.batch(s.device), last)
+                s.backbone.run(s.live.model, part.batch(s.device), last)
 
     bare()
     plain = min(clock(s.device, bare) for _ in range(2))
     how = {"tokens": EXTRACT_TOKENS, "quiet": True}
-    return plain, clock(s.device, lambda: compute(space, s.inputs, s.inputs.keys(), states, s.backbone, **how))  # type: ignore[arg-type]
+    return plain, clock(s.device, lambda: compute(space, s.inputs, s.inputs.keys(), states, s.live, **how))  # type: ignore[arg-type]
 
 
 def train(s: Setting, model: Any, source: Any, epochs: int, folder: Path) -> dict[str, float]:
@@ -151,27 +152,27 @@ def train(s: Setting, model: Any, source: Any, epochs: int, folder: Path) -> dic
 def tuned(s: Setting, name: str, space: Any, tail: Any, folder: Path, say: Callable[..., None]) -> list[list[str]]:
     """Rows of one tuner: live, then cached from each tier."""
     config = tuner_config(name, {})
-    states, keys = state_names(name, config, s.family), s.inputs.keys()
-    objective = class_objective(s.family, tuner_class(name, s.family), CHAINS)
+    states, keys = state_names(name, config, s.backbone), s.inputs.keys()
+    objective = class_objective(s.backbone, tuner_class(name, s.backbone), CHAINS)
     told = Targets(objective, s.labels)
 
     def model() -> Model:
-        return Model.build(name, config, s.family, s.family.tail(tail, "sdpa"), objective, 0)
+        return Model.build(name, config, s.backbone, s.backbone.tail(tail, "sdpa"), objective, 0)
 
     def stored(tier: str) -> StoreSource:
-        columns = list(s.family.columns)
+        columns = list(s.backbone.columns)
         return StoreSource(
             space, keys, told, states, columns, batch_size=s.batch, tier=tier, device=s.device,
             pin=s.device.type == "cuda", dtype=None,
         )  # fmt: skip
 
     order = stored("disk").order
-    live = train(s, model(), LiveSource(s.backbone, s.inputs, told, states, order), 2, folder / "run")
+    live = train(s, model(), LiveSource(s.live, s.inputs, told, states, order), 2, folder / "run")
     lengths = {k: v[order.epoch(0)[0]] for k, v in s.inputs.lengths.items()}
-    operations = count(s.family, name, config, lengths)
+    operations = count(s.backbone, name, config, lengths)
     rows = [row(f"{name}, live", live, live, f"{operations.ratio:.1f}", "–")]
     say(*rows[-1])
-    s.backbone._model = None  # a cached run holds no backbone
+    s.live._model = None  # a cached run holds no backbone
     for tier in ("device", "host", "disk"):
         source = stored(tier)
         found = train(s, model(), source, 3, folder / "run")
@@ -194,11 +195,11 @@ def row(name: str, found: dict[str, float], live: dict[str, float], operations: 
 
 def inside(s: Setting, name: str, folder: Path) -> list[str]:
     """A row of a method that trains inside the backbone, or that it does not fit; its second epoch, as of live ones."""
-    objective = class_objective(s.family, tuner_class("sherl" if s.family.writes_text else "probe"), CHAINS)
+    objective = class_objective(s.backbone, tuner_class("sherl" if s.backbone.writes_text else "probe"), CHAINS)
     try:
-        model = CounterpartModel(counterpart(name), s.family, s.backbone.load(), objective)
-        source = LiveSource(s.backbone, s.inputs, Targets(objective, s.labels), [], StoreOrder(s).order)
-        found = train(s, model.to(s.device), input_source(source, s.backbone), 2, folder / "run")
+        model = CounterpartModel(counterpart(name), s.backbone, s.live.load(), objective)
+        source = LiveSource(s.live, s.inputs, Targets(objective, s.labels), [], StoreOrder(s).order)
+        found = train(s, model.to(s.device), input_source(source, s.live), 2, folder / "run")
     except torch.OutOfMemoryError:
         return [name, "does not fit", *["–"] * 6]
     return [c if i != 3 else "–" for i, c in enumerate(row(name, found, found, "", "–"))]
@@ -242,9 +243,9 @@ def main() -> None:
             identity = {"format": "bfloat16" if device.type == "cuda" else "float16", "weights": "random"}
             space = store.create_space(identity)
             tuners = args.tuners.split(",")
-            union = {n for t in tuners for n in state_names(t, tuner_config(t, {}), s.family)}
-            plain, whole = extraction(s, [n for n in s.family.states() if n in union], space)
-            tail = s.family.tail_weights(s.backbone.model)
+            union = {n for t in tuners for n in state_names(t, tuner_config(t, {}), s.backbone)}
+            plain, whole = extraction(s, [n for n in s.backbone.states() if n in union], space)
+            tail = s.backbone.tail_weights(s.live.model)
             rows = [
                 ["bare forward pass", f"{plain:.2f}", f"{args.samples / plain:,.0f}", *["–"] * 5],
                 ["extraction", f"{whole:.2f}", f"{args.samples / whole:,.0f}", f"{plain / whole:.2f}", *["–"] * 4],

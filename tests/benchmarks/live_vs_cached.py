@@ -31,7 +31,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from pipeline.extract.backbones import Family
+from pipeline.extract.backbones import Backbone
 from pipeline.job import Job, live_backbone, load_job, sources
 from pipeline.operations import Operations, backbone_model, backbone_operations, step_operations, tuner_model
 from pipeline.report import table_text
@@ -102,31 +102,31 @@ def epochs_of(job: Job, source: Any, epochs: int, folder: Path) -> list[tuple[fl
 
 def operations(job: Job, order: Order, lengths: dict[str, np.ndarray]) -> Operations:
     """Of one epoch, see `epoch_operations`."""
-    return epoch_operations(job.found.family, job.recipe.tuner, job.config, order, lengths, len(job.spec.labels))
+    return epoch_operations(job.found.backbone, job.recipe.tuner, job.config, order, lengths, len(job.spec.labels))
 
 
 def epoch_operations(
-    family: Family, tuner: str, config: TunerConfig, order: Order, lengths: dict[str, np.ndarray], classes: int
+    backbone: Backbone, tuner: str, config: TunerConfig, order: Order, lengths: dict[str, np.ndarray], classes: int
 ) -> Operations:
     """Of one epoch, summed over its batches with their padding. `lengths`: stream → (n,)."""
-    total, states = Operations(0.0, 0.0), tuner_class(tuner, family).states(config, family)
-    backbone, model = backbone_model(family), tuner_model(family, tuner, config, classes)
+    total, states = Operations(0.0, 0.0), tuner_class(tuner, backbone).states(config, backbone)
+    frozen, model = backbone_model(backbone), tuner_model(backbone, tuner, config, classes)
     for index in order.epoch(0):
         batch = {s: n[index] for s, n in lengths.items()}
-        run = backbone_operations(family, batch, states, backbone)
-        total += Operations(run, step_operations(family, batch, states, model))
+        run = backbone_operations(backbone, batch, states, frozen)
+        total += Operations(run, step_operations(backbone, batch, states, model))
     return total
 
 
 def counted(shape: str, tuners: Sequence[str], samples: int, batch_size: int) -> list[list[str]]:
     """Operations live ÷ cached of an epoch for each tuner, at its best and as published. No weights are made."""
-    family, inputs, classes = setting.prepared(shape, samples)
+    backbone, inputs, classes = setting.prepared(shape, samples)
     rows = []
     for tuner in tuners:
         cells = [shape, tuner]
         for grouped in LIVE.values():
             order = Order(np.zeros(samples, np.int64), batch_size, 0, 4, inputs.tokens() if grouped else None)
-            ops = epoch_operations(family, tuner, tuner_config(tuner, {}), order, inputs.lengths, classes)
+            ops = epoch_operations(backbone, tuner, tuner_config(tuner, {}), order, inputs.lengths, classes)
             cells.append(ratio_text(ops.ratio))
         rows.append(cells)
     return rows
@@ -138,11 +138,11 @@ def ratio_text(ratio: float) -> str:
 
 def formula_bytes(job: Job, source: Any) -> float:
     """methods §6.2: bytes a value · width · (states of each stream · positions of it), the mean over samples."""
-    family, fmt = job.found.family, job.found.space.identity["format"]
-    states = {s: sum(n.startswith(s) for n in job.states) for s in family.streams}
+    backbone, fmt = job.found.backbone, job.found.space.identity["format"]
+    states = {s: sum(n.startswith(s) for n in job.states) for s in backbone.streams}
     return sum(
-        bytes_per_value(fmt) * family.width * states[s] * float(np.mean(source.plan.lengths[s]))
-        for s in family.streams
+        bytes_per_value(fmt) * backbone.width * states[s] * float(np.mean(source.plan.lengths[s]))
+        for s in backbone.streams
         if states[s]
     )
 
@@ -152,8 +152,8 @@ def measure(job: Job, live_is: str, rounds: int, folder: Path, say: Any, with_li
     job = replace(job, recipe=replace(job.recipe, group_by_length=LIVE[live_is]))
     live = None
     if with_live:
-        backbone, point = live_backbone(job)
-        live = sources(job, backbone, point)["train"]
+        frozen, point = live_backbone(job)
+        live = sources(job, frozen, point)["train"]
     host = sources(replace(job, recipe=replace(job.recipe, host_memory="1TB")), None)["train"]
     disk = sources(replace(job, recipe=replace(job.recipe, host_memory="0")), None)["train"]
     timed = {"live": Timed(), "host": Timed(), "disk": Timed()}
@@ -178,7 +178,7 @@ def measure(job: Job, live_is: str, rounds: int, folder: Path, say: Any, with_li
         "ratio_disk": timed["live"].seconds / timed["disk"].seconds,
         "ratio_processor": timed["live"].processor / timed["host"].processor,
         "operations_ratio": ops.ratio,
-        "operations": {"backbone": ops.backbone, "step": ops.step},
+        "operations": {"backbone": ops.frozen, "step": ops.step},
         "waiting_host": timed["host"].waiting,
         "waiting_disk": timed["disk"].waiting,
         "bytes": sizes / host.n,

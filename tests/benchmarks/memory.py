@@ -29,7 +29,8 @@ from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from pipeline.extract.backbones.base import Family, family_for
+from pipeline.extract.backbones.base import Backbone
+from pipeline.extract.backbones.registry import backbone_for
 from pipeline.objectives import class_objective
 from pipeline.operations import NoValues, backbone_model, meta_batch, surrogate_loss, tuner_model
 from pipeline.report import table_text
@@ -104,37 +105,37 @@ def counted(resident: list[Any]) -> Iterator[Storages]:
         yield storages
 
 
-def cached(family: Family, name: str, lengths: dict[str, np.ndarray], **options: Any) -> tuple[int, int]:
+def cached(backbone: Backbone, name: str, lengths: dict[str, np.ndarray], **options: Any) -> tuple[int, int]:
     """(peak bytes, trainable parameters) of a step on states at hand."""
     config = tuner_config(name, options)
-    states = tuner_class(name, family).states(config, family)
-    model = tuner_model(family, name, config)
-    batch = meta_batch(family, lengths, states, torch.float16)
+    states = tuner_class(name, backbone).states(config, backbone)
+    model = tuner_model(backbone, name, config)
+    batch = meta_batch(backbone, lengths, states, torch.float16)
     step = step_of(model, lambda: surrogate_loss(model, batch))
     return peak([model, model.tuner.tail, *batch.states.values()], step), model.trainable_parameters()
 
 
-def live(family: Family, name: str, lengths: dict[str, np.ndarray]) -> tuple[int, int]:
+def live(backbone: Backbone, name: str, lengths: dict[str, np.ndarray]) -> tuple[int, int]:
     """The same with the backbone in the step."""
     config = tuner_config(name, {})
-    states = tuner_class(name, family).states(config, family)
-    model, backbone = tuner_model(family, name, config), backbone_model(family, "sdpa")
+    states = tuner_class(name, backbone).states(config, backbone)
+    model, frozen = tuner_model(backbone, name, config), backbone_model(backbone, "sdpa")
 
     def loss() -> torch.Tensor:
-        batch = meta_batch(family, lengths, [])
+        batch = meta_batch(backbone, lengths, [])
         with torch.no_grad():
-            batch.states = family.run(backbone, batch, states)
+            batch.states = backbone.run(frozen, batch, states)
         return surrogate_loss(model, batch)
 
-    return peak([model, model.tuner.tail, backbone], step_of(model, loss)), model.trainable_parameters()
+    return peak([model, model.tuner.tail, frozen], step_of(model, loss)), model.trainable_parameters()
 
 
-def inside(family: Family, name: str, lengths: dict[str, np.ndarray]) -> tuple[int, int]:
+def inside(backbone: Backbone, name: str, lengths: dict[str, np.ndarray]) -> tuple[int, int]:
     """A method that trains inside the backbone."""
-    objective = class_objective(family, tuner_class("sherl"), ((0, 1), (1, 1)))
+    objective = class_objective(backbone, tuner_class("sherl"), ((0, 1), (1, 1)))
     with torch.device("meta"):
-        model = CounterpartModel(counterpart(name), family, backbone_model(family, "sdpa"), objective).train()
-    batch = meta_batch(family, lengths, [])
+        model = CounterpartModel(counterpart(name), backbone, backbone_model(backbone, "sdpa"), objective).train()
+    batch = meta_batch(backbone, lengths, [])
 
     def loss() -> torch.Tensor:
         (rows,) = model(batch).values()
@@ -144,7 +145,7 @@ def inside(family: Family, name: str, lengths: dict[str, np.ndarray]) -> tuple[i
     return peak([model], step_of(model, loss)), model.trainable_parameters()
 
 
-METHODS: dict[str, Callable[[Family, dict[str, np.ndarray]], tuple[int, int]]] = {
+METHODS: dict[str, Callable[[Backbone, dict[str, np.ndarray]], tuple[int, int]]] = {
     "SHERL, cached": lambda f, n: cached(f, "sherl", n),
     "SHERL, cached, --recompute": lambda f, n: cached(f, "sherl", n, recompute=True),
     "SHERL, live": lambda f, n: live(f, "sherl", n),
@@ -165,8 +166,8 @@ def main() -> None:
     lengths = {"encoder": texts, "decoder": np.full(args.batch_size, 2, np.int64)}
     rows = []
     for shape in args.shapes.split(","):
-        family = family_for(known_config(shape))
-        found = {name: method(family, lengths) for name, method in METHODS.items()}
+        backbone = backbone_for(known_config(shape))
+        found = {name: method(backbone, lengths) for name, method in METHODS.items()}
         reference, sherl = found["full fine-tuning"][0], found["SHERL, live"][0]
         for name, (size, trainable) in found.items():
             cells = (f"{trainable:,}", f"{size / 1e9:.2f}", f"{size / sherl:.3f}", f"{size / reference:.3f}")

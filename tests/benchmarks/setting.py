@@ -16,7 +16,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModel, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
 
-from pipeline.extract.backbones import Family, Inputs, family_for
+from pipeline.extract.backbones import Backbone, Inputs, backbone_for
 from pipeline.extract.tasks import load_task
 from pipeline.extracting import run_extract
 from pipeline.recipe import Recipe
@@ -98,19 +98,20 @@ def words_of(samples: int) -> str:
     return f"{samples} training rows of RTE" if real else f"{samples} made-up texts of {LENGTH} words"
 
 
-def prepared(shape: str, samples: int) -> tuple[Family, Inputs, int]:
+def prepared(shape: str, samples: int) -> tuple[Backbone, Inputs, int]:
     """The family of a shape, and the training inputs of `samples` texts as extraction makes them; how many classes."""
     with tempfile.TemporaryDirectory() as folder:
         texts, options, _ = texts_and_task(samples, Path(folder))
         task = open_task(Recipe(**options))
-    family = family_for(known_config(SHAPES[shape]))
-    lm = family.writes_text
+    backbone = backbone_for(known_config(SHAPES[shape]))
+    lm = backbone.writes_text
     fast = trained_tokenizer(texts, lm)
-    candidates = family.candidates(fast, task.spec.texts) if lm else []
+    candidates = backbone.candidates(fast, task.spec.texts) if lm else []
     rows = task.rows("train").head(samples)
     gold = [task.spec.target_index(label) for label in rows.labels if label is not None] if lm else None
-    made = family.prepare(fast, rows.texts, space_options(Recipe(**options), task.spec).text, candidates, gold)
-    return family, made, len(task.spec.labels)
+    answers = (candidates, gold) if lm else ()
+    made = backbone.prepare(fast, rows.texts, space_options(Recipe(**options), task.spec).text, *answers)
+    return backbone, made, len(task.spec.labels)
 
 
 def checkpoint(shape: str, folder: Path, texts: list[str]) -> Path:

@@ -55,7 +55,7 @@ def observe(folder: Path) -> dict[str, Any]:
         identities[name] = {k: "" if k in OF_FILES else v for k, v in identity.items()}
         for tuner in (t for n, t in pairs({name: SUITE[name]}) if n == name):
             config = tuner_config(tuner, small_options(tuner))
-            model = tuner_model(checkpoint.family, tuner, config, 3)
+            model = tuner_model(checkpoint.backbone, tuner, config, 3)
             states[f"{name} {tuner}"] = {k: "x".join(map(str, v.shape)) for k, v in model._trained().items()}
     return {
         "saved": states,

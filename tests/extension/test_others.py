@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from transformers import ElectraConfig, ElectraModel
+from transformers import DistilBertConfig, DistilBertModel
 
 from tests import tiny
 
@@ -22,14 +22,14 @@ OTHERS = Path(__file__).parent / "others"
 
 
 @pytest.fixture(scope="module")
-def electra(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("electra")
+def distil(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("distil")
     tokenizer = tiny._tokenizer("bert")
-    config = ElectraConfig(
-        vocab_size=len(tokenizer), embedding_size=32, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-        intermediate_size=64, max_position_embeddings=160, pad_token_id=0,
+    config = DistilBertConfig(
+        vocab_size=len(tokenizer), dim=32, n_layers=3, n_heads=4, hidden_dim=64, max_position_embeddings=160,
+        pad_token_id=0,
     )  # fmt: skip
-    ElectraModel(config).save_pretrained(folder)
+    DistilBertModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -60,7 +60,7 @@ def results(*lines: list[object], path: str = "", cwd: Path) -> list[dict]:
 
 
 @pytest.mark.parametrize("way", ["import", "entry point"])
-def test_the_whole_way(electra: Path, tmp_path: Path, way: str) -> None:
+def test_the_whole_way(distil: Path, tmp_path: Path, way: str) -> None:
     if way == "import":
         package, path = tmp_path / "elsewhere" / "others", ""
         load = ["--import", package]
@@ -72,7 +72,7 @@ def test_the_whole_way(electra: Path, tmp_path: Path, way: str) -> None:
         (info / "METADATA").write_text("Metadata-Version: 2.1\nName: others\nVersion: 1.0\n")
         (info / "entry_points.txt").write_text("[pipeline.plugins]\nothers = others\n")
     shutil.copytree(OTHERS, package, ignore=shutil.ignore_patterns("__pycache__"))
-    common = ["--model", electra, "--task", "word-parity", "--store", tmp_path / "store"]
+    common = ["--model", distil, "--task", "word-parity", "--store", tmp_path / "store"]
     run = tmp_path / "run"
     extract = ["extract", *load, *common, "--for", "power"]
     own = ["--tuner", "power", "--exponent", 2, "--tuner-seed", 0.5, "--objective", "margin", "--margin", 0.7]
@@ -126,8 +126,45 @@ def test_a_broken_plug_in_stops_nobody_else(tmp_path: Path) -> None:
     assert code == 0 and "sherl" in out and "plug-in broken (not_there) cannot be imported" in err
 
 
-def test_their_tuner_goes_through_the_conformance_suite_in_one_line(electra: Path, tmp_path: Path) -> None:
-    code = f"import others, pipeline.testing; pipeline.testing.conform('power', {str(electra)!r}, exponent=1)"
+def test_our_tuners_train_on_their_backbone_or_say_at_the_door_why_not(distil: Path, tmp_path: Path) -> None:
+    """LST by the general side blocks, which nobody wrote for this backbone."""
+    common = ["--import", OTHERS, "--model", distil, "--task", "word-parity", "--store", tmp_path / "store"]
+    lst = [*common, "--tuner", "lst", "--reduction", 4, "--epochs", 1, "--batch-size", 8]
+    probe = [*common, "--tuner", "probe", "--epochs", 1, "--batch-size", 8]
+    _, *runs = results(
+        ["extract", *common, "--format", "float32", "--for", "lst,probe", "--reduction", 4],
+        *(
+            ["train", *line, *live, "--out", tmp_path / f"{line[9]}{len(live)}"]
+            for line in (lst, probe)
+            for live in ([], ["--live"])
+        ),
+        cwd=tmp_path,
+    )
+    for cached, live in zip(runs[::2], runs[1::2], strict=True):
+        assert cached["trainable_parameters"] == live["trainable_parameters"] > 0
+        assert cached["validation"] == pytest.approx(live["validation"], abs=1e-6)
+    store = sorted(p.name for p in (tmp_path / "store").rglob("*"))
+    lacks = "'sherl' needs a last block that can be run live, which distilbert backbones do not have"
+    wrong = (
+        (["extract", *common, "--for", "sherl"], lacks),
+        (["train", *common, "--tuner", "sherl", "--out", tmp_path / "no"], lacks),
+        (["plan", *common, "--tuner", "sherl"], lacks),
+        (["compare", *common, "--tuners", "probe,sherl", "--out", tmp_path / "no"], lacks),
+        (["compare", *common, "--tuners", "adapter", "--out", tmp_path / "no"], "adapter: it needs a list of blocks"),
+        (["extract", *common, "--for", "lst", "--init", "magnitude"], "distilbert backbones have no pruning yet"),
+        (["extract", *common, "--for", "lst", "--reduction", 5], "must be a divisor of the backbone's width 32, not 5"),
+        (["train", *lst[:-6], "--reduction", 5, "--out", tmp_path / "no"], "must be a divisor of the backbone's width"),
+    )
+    for (code, _, err), (line, said) in zip(pipeline(*(line for line, _ in wrong), cwd=tmp_path), wrong, strict=True):
+        assert code != 0 and said in err and err.count("error:") == 1, (line, err)
+    assert sorted(p.name for p in (tmp_path / "store").rglob("*")) == store and not (tmp_path / "no").exists()
+
+
+def test_theirs_go_through_the_conformance_suite_in_a_line_each(distil: Path, tmp_path: Path) -> None:
+    code = (
+        f"import others, pipeline.testing as t; t.conform('power', {str(distil)!r}, exponent=1); "
+        f"t.conform_backbone({str(distil)!r}, tuners=('lst', 'probe', 'unipt'))"
+    )
     env = {**os.environ, "PYTHONPATH": str(OTHERS.parent), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -21,7 +21,7 @@ import torch
 
 from pipeline.extract.backbones.base import TextOptions
 from pipeline.extract.backbones.inputs import Inputs
-from pipeline.extract.backbones.live import Backbone
+from pipeline.extract.backbones.live import LiveBackbone
 from pipeline.extract.checkpoint import Checkpoint
 from pipeline.extract.identity import SpaceOptions, space_identity
 from pipeline.extract.run import compute
@@ -36,7 +36,7 @@ SEGMENT_BYTES = 6_000  # about ten samples
 class Killing:
     """A tiny backbone with inputs, ready to be extracted by forked children."""
 
-    backbone: Backbone
+    live: LiveBackbone
     inputs: Inputs
     keys: list[str]
     identity: dict[str, Any]
@@ -44,32 +44,32 @@ class Killing:
     @classmethod
     def prepare(cls, folder: Path, samples: int) -> Killing:
         checkpoint = Checkpoint(tiny.bert(folder / "bert"), "bert")
-        family = checkpoint.family
+        backbone = checkpoint.backbone
         device = torch.device("cpu")
-        backbone = Backbone(family, lambda: family.load(checkpoint.folder, torch.float32, "eager", device), device)
-        inputs = family.prepare(checkpoint.tokenizer, [(t,) for t in tiny.sentences(samples)], TextOptions(), [], None)
-        assert backbone.model is not None
+        live = LiveBackbone(backbone, lambda: backbone.load(checkpoint.folder, torch.float32, "eager", device), device)
+        inputs = backbone.prepare(checkpoint.tokenizer, [(t,) for t in tiny.sentences(samples)], TextOptions())
+        assert live.model is not None
         identity = space_identity(checkpoint, SpaceOptions(format="float32", attention="eager"))
-        return cls(backbone, inputs, inputs.keys(), identity)
+        return cls(live, inputs, inputs.keys(), identity)
 
     def extract(self, store: Path, log: Path | None = None) -> int:
         """Extract what is missing; every sample that is computed is noted in `log` first. Returns how many."""
-        backbone = self.backbone
+        live = self.live
         if log is not None:
-            original, descriptor = backbone.states, os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+            original, descriptor = live.states, os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
             def states(inputs: Inputs, *args: Any, **options: Any) -> Any:
                 os.write(descriptor, "".join(f"{k}\n" for k in inputs.keys()).encode())  # noqa: SIM118
                 return original(inputs, *args, **options)
 
-            backbone.states = states  # type: ignore[method-assign]
+            live.states = states  # type: ignore[method-assign]
         space = Store.open(store, create=True).create_space(self.identity)
         report = compute(
             space,
             self.inputs,
             self.keys,
             STATES,
-            backbone,
+            live,
             tokens=1,
             batch_size=1,
             quiet=True,

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.extract.backbones.base import TextOptions
 from pipeline.extract.backbones.images import Preprocess
-from pipeline.extract.backbones.live import Backbone
+from pipeline.extract.backbones.live import LiveBackbone
 from pipeline.extract.checkpoint import Checkpoint
 from pipeline.extract.identity import PRECISIONS, SpaceOptions, space_identity
 from pipeline.extract.run import compute
@@ -45,14 +45,16 @@ class Setup:
     def extract(self, store: Path, texts: list[tuple[str]] = TEXTS, **how: Any) -> int:
         """Extract; returns how many samples the backbone computed."""
         checkpoint = Checkpoint(self.folder, "backbone")
-        family, cpu = checkpoint.family, torch.device("cpu")
+        backbone, cpu = checkpoint.backbone, torch.device("cpu")
         precision = PRECISIONS[self.options.precision]
-        backbone = Backbone(family, lambda: family.load(self.folder, precision, self.options.attention, cpu), cpu)
-        inputs = family.prepare(checkpoint.tokenizer, texts, self.options.text, [[5, 1]], None)
+        live = LiveBackbone(backbone, lambda: backbone.load(self.folder, precision, self.options.attention, cpu), cpu)
+        inputs = backbone.prepare(
+            checkpoint.tokenizer, texts, self.options.text, *([[[5, 1]]] if backbone.writes_text else [])
+        )
         space = Store.open(store, create=True).create_space(self.identity())
         settings = {"tokens": 256, "quiet": True, "provenance": {}, **how}
         states = settings.pop("states", STATES)
-        return compute(space, inputs, inputs.keys(), states, backbone, **settings).computed
+        return compute(space, inputs, inputs.keys(), states, live, **settings).computed
 
 
 Change = Callable[[Setup, pytest.MonkeyPatch], Setup]
@@ -86,7 +88,7 @@ def edit(name: str, change: Callable[[dict[str, Any]], Any]) -> Change:
     return apply
 
 
-def other_family(setup: Setup, patch: pytest.MonkeyPatch) -> Setup:
+def other_backbone(setup: Setup, patch: pytest.MonkeyPatch) -> Setup:
     from pipeline.extract.backbones.t5 import T5
 
     patch.setattr(T5, "name", "t5x")
@@ -111,7 +113,7 @@ def begin_with_the_end_token(tokenizer: dict[str, Any]) -> None:
 
 TEXT: dict[str, Change] = {
     "format_version": constant("format_version", 0),
-    "family": other_family,
+    "family": other_backbone,
     "weights": one_layer,
     "config": edit("config.json", lambda c: c.update(layer_norm_epsilon=1e-3)),
     "tokenizer": edit(
@@ -225,8 +227,8 @@ IMAGE: dict[str, dict[str, Any]] = {
 def test_fields_of_pictures(field: str) -> None:
     """How pictures are made is in the identity in words, and as a digest of the whole preprocessing."""
     made = Preprocess()
-    family = SimpleNamespace(name="vit", modality="image", writes_text=False, attentions=("sdpa",))
-    common = {"family": family, "weights_digest": "w", "config_digest": "c"}
+    backbone = SimpleNamespace(name="vit", modality="image", writes_text=False, attentions=("sdpa",))
+    common = {"backbone": backbone, "weights_digest": "w", "config_digest": "c"}
 
     def identity(tokenizer: Preprocess) -> dict[str, Any]:
         checkpoint: Any = SimpleNamespace(**common, tokenizer=tokenizer, tokenizer_digest=tokenizer.digest)

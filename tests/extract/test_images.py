@@ -23,12 +23,12 @@ from tests.pairs import IMAGES
 @pytest.fixture(params=IMAGES)
 def loaded(request, checkpoints):
     checkpoint = Checkpoint(checkpoints[request.param], request.param)
-    return checkpoint, checkpoint.family, checkpoint.family.load(checkpoint.folder, torch.float32, "sdpa", "cpu")
+    return checkpoint, checkpoint.backbone, checkpoint.backbone.load(checkpoint.folder, torch.float32, "sdpa", "cpu")
 
 
 def inputs_of(checkpoint, pictures, n=5, **options) -> Inputs:
     names = load_task(str(pictures)).splits["train"].texts[:n]
-    return checkpoint.family.prepare(checkpoint.tokenizer, names, TextOptions(root=str(pictures), **options))
+    return checkpoint.backbone.prepare(checkpoint.tokenizer, names, TextOptions(root=str(pictures), **options))
 
 
 @torch.no_grad()
@@ -40,19 +40,19 @@ def whole(checkpoint, model, pixels):
         out = model(pixels)
         out = out if isinstance(out, torch.Tensor) else out.last_hidden_state
     if out.ndim == 4:
-        out = out.flatten(1, 2) if checkpoint.family.name == "swin" else out.flatten(2).transpose(1, 2)
+        out = out.flatten(1, 2) if checkpoint.backbone.name == "swin" else out.flatten(2).transpose(1, 2)
     return out
 
 
 def test_states_are_those_of_the_model_and_the_tail_continues_them(loaded, pictures):
-    checkpoint, family, model = loaded
+    checkpoint, backbone, model = loaded
     inputs = inputs_of(checkpoint, pictures)
     batch = inputs.batch()
-    states = family.run(model, batch, family.states())
-    assert set(states) == set(family.states())
-    stream = family.streams[-1]
-    last = family.depth(stream) - 1
-    tail = family.tail(family.tail_weights(model), "sdpa").eval()
+    states = backbone.run(model, batch, backbone.states())
+    assert set(states) == set(backbone.states())
+    stream = backbone.streams[-1]
+    last = backbone.depth(stream) - 1
+    tail = backbone.tail(backbone.tail_weights(model), "sdpa").eval()
     rows = tail({stream: states[f"{stream}.{last - 1}"]}, batch)
     torch.testing.assert_close(rows, states[f"{stream}.{last}"], rtol=0, atol=0)
     pixels = torch.stack([p.pixels() for p in inputs.pictures])
@@ -63,24 +63,24 @@ def test_states_are_those_of_the_model_and_the_tail_continues_them(loaded, pictu
 
 
 def test_pictures_of_other_sizes_go_together(loaded, pictures, tmp_path):
-    checkpoint, family, model = loaded
+    checkpoint, backbone, model = loaded
     for i, (wide, tall) in enumerate([(64, 64), (96, 64), (64, 64)]):
         name = ("a", "b")[i % 2]
         (tmp_path / name).mkdir(exist_ok=True)
         noise = np.random.default_rng(i).integers(0, 255, (tall, wide, 3)).astype(np.uint8)
         Image.fromarray(noise).save(tmp_path / name / f"{i}.png")
     options = TextOptions(root=str(tmp_path), image_size="own")
-    inputs = family.prepare(checkpoint.tokenizer, [("a/0.png",), ("b/1.png",), ("a/2.png",)], options)
-    stream = family.streams[-1]
-    names = [f"{stream}.{family.depth(stream) - i}" for i in (2, 1)]
-    together = family.run(model, inputs.batch(), names)
-    tail = family.tail(family.tail_weights(model), "sdpa").eval()
+    inputs = backbone.prepare(checkpoint.tokenizer, [("a/0.png",), ("b/1.png",), ("a/2.png",)], options)
+    stream = backbone.streams[-1]
+    names = [f"{stream}.{backbone.depth(stream) - i}" for i in (2, 1)]
+    together = backbone.run(model, inputs.batch(), names)
+    tail = backbone.tail(backbone.tail_weights(model), "sdpa").eval()
     torch.testing.assert_close(
         tail({stream: together[names[0]]}, inputs.batch()), together[names[1]], rtol=1e-4, atol=1e-5
     )
     at = 0
     for i in range(3):
-        alone = family.run(model, inputs.take(np.array([i])).batch(), names)[names[1]]
+        alone = backbone.run(model, inputs.take(np.array([i])).batch(), names)[names[1]]
         torch.testing.assert_close(alone, together[names[1]][at : at + len(alone)], rtol=1e-4, atol=1e-5)
         at += len(alone)
     assert at == len(together[names[1]])
@@ -93,17 +93,17 @@ def test_a_key_is_of_the_bytes_the_preprocessing_and_the_view(checkpoints, pictu
     assert len(set(keys)) == 5 and inputs.take(np.array([3, 1])).keys() == [keys[3], keys[1]]
     source = inputs.pictures[0].path
     (tmp_path / "copy.png").write_bytes(source.read_bytes())
-    copy = checkpoint.family.prepare(checkpoint.tokenizer, [("copy.png",)], TextOptions(root=str(tmp_path)))
+    copy = checkpoint.backbone.prepare(checkpoint.tokenizer, [("copy.png",)], TextOptions(root=str(tmp_path)))
     assert copy.keys() == keys[:1]  # the name plays no part
     assert inputs_of(checkpoint, pictures, image_size="64x64").keys() != keys
     name = source.relative_to(pictures).as_posix()
     options = TextOptions(root=str(pictures))
-    views = checkpoint.family.prepare(checkpoint.tokenizer, [(name, "0"), (name, "1"), (name, "2")], options)
+    views = checkpoint.backbone.prepare(checkpoint.tokenizer, [(name, "0"), (name, "1"), (name, "2")], options)
     assert views.keys()[0] == keys[0] and len(set(views.keys())) == 3
-    again = checkpoint.family.prepare(checkpoint.tokenizer, [(name, "1")], options)
+    again = checkpoint.backbone.prepare(checkpoint.tokenizer, [(name, "1")], options)
     assert torch.equal(again.pictures[0].pixels(), views.pictures[1].pixels())
     assert not torch.equal(views.pictures[1].pixels(), views.pictures[0].pixels())
-    other = checkpoint.family.prepare(checkpoint.tokenizer, [(name, "1")], replace(options, view_seed=1))
+    other = checkpoint.backbone.prepare(checkpoint.tokenizer, [(name, "1")], replace(options, view_seed=1))
     assert other.keys() != again.keys()
 
 
@@ -131,8 +131,8 @@ def test_bad_pictures_are_named_and_left_out_only_when_asked(checkpoints, pictur
         Image.fromarray(np.zeros((8, 8), np.uint8)).save(bad)
     options, names = TextOptions(root=str(tmp_path)), [("good.png",), ("bad.png",), ("good.png",)]
     with pytest.raises(UserError, match=r"bad\.png: .*--skip-bad"):
-        checkpoint.family.prepare(checkpoint.tokenizer, names, options)
-    kept = checkpoint.family.prepare(checkpoint.tokenizer, names, replace(options, skip_bad=True))
+        checkpoint.backbone.prepare(checkpoint.tokenizer, names, options)
+    kept = checkpoint.backbone.prepare(checkpoint.tokenizer, names, replace(options, skip_bad=True))
     assert len(kept) == 2 and list(kept.skipped) == [1] and "bad.png" in kept.skipped[1]
 
 

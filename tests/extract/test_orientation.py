@@ -68,14 +68,14 @@ def test_states_of_a_turned_photo_are_those_of_the_upright_one(checkpoints, tmp_
     checkpoint = Checkpoint(checkpoints["cifar"], "cifar")
     values = photo(tmp_path / "turned.png", 6)
     Image.fromarray(np.rot90(values, -1)).save(tmp_path / "upright.png")
-    family = checkpoint.family
-    model = family.load(checkpoint.folder, torch.float32, "sdpa", "cpu")
-    name = family.states()[-1]
+    backbone = checkpoint.backbone
+    model = backbone.load(checkpoint.folder, torch.float32, "sdpa", "cpu")
+    name = backbone.states()[-1]
     states = []
     for upright in (True, False):
         options = TextOptions(root=str(tmp_path), upright=upright)
-        inputs = family.prepare(checkpoint.tokenizer, [("turned.png",), ("upright.png",)], options)
-        found = family.run(model, inputs.batch(), [name])[name]
+        inputs = backbone.prepare(checkpoint.tokenizer, [("turned.png",), ("upright.png",)], options)
+        found = backbone.run(model, inputs.batch(), [name])[name]
         states.append(found.view(2, -1, found.shape[1]))
     assert torch.equal(states[0][0], states[0][1]) and not torch.equal(states[1][0], states[1][1])
 
@@ -100,7 +100,7 @@ def test_pictures_of_too_many_pixels_are_refused(checkpoints, tmp_path, side):
     checkpoint = Checkpoint(checkpoints["cifar"], "cifar")
     options = TextOptions(root=str(tmp_path))
     with pytest.raises(UserError, match=rf"large\.png: .*more than {MOST_PIXELS:,} pixels.*--skip-bad"):
-        checkpoint.family.prepare(checkpoint.tokenizer, [("small.png",), ("large.png",)], options)
+        checkpoint.backbone.prepare(checkpoint.tokenizer, [("small.png",), ("large.png",)], options)
     skipping = TextOptions(root=str(tmp_path), skip_bad=True)
-    kept = checkpoint.family.prepare(checkpoint.tokenizer, [("small.png",), ("large.png",)], skipping)
+    kept = checkpoint.backbone.prepare(checkpoint.tokenizer, [("small.png",), ("large.png",)], skipping)
     assert len(kept) == 1 and list(kept.skipped) == [1]

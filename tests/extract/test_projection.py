@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -95,7 +94,6 @@ def test_live_is_cached(made, tuner):
     assert max(abs(a - b) / abs(b) for a, b in zip(cached, live, strict=True)) <= 1e-5
     run = load_run(folder / tuner)
     assert len(run.predict([("a b", "c"), ("b", "a c")])) == 2
-    assert json.loads((folder / tuner / "metrics.json").read_text())["trainable_parameters"] > 0
 
 
 def test_recomputed_samples_agree(made):

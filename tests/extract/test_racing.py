@@ -32,7 +32,7 @@ def test_eight_writers_of_overlapping_samples(tmp_path: Path) -> None:
                 space = Store.open(store, create=True).create_space(killing.identity)
                 part, keys = killing.inputs.take(mine), [killing.keys[i] for i in mine]
                 options = {"tokens": 1, "batch_size": 1, "quiet": True, "segment_bytes": 20_000}
-                compute(space, part, keys, STATES, killing.backbone, **options)  # type: ignore[arg-type]
+                compute(space, part, keys, STATES, killing.live, **options)  # type: ignore[arg-type]
                 code = 0
             finally:
                 os._exit(code)

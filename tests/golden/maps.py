@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers import ResNetConfig
 
 from pipeline.extract.backbones import Batch
-from pipeline.extract.backbones.base import Family, family_for
+from pipeline.extract.backbones.base import Backbone
+from pipeline.extract.backbones.registry import backbone_for
 from pipeline.train.features import Want
 from pipeline.train.tuners import tuner_config
 from pipeline.train.tuners.conv import ConvNorm, SherlConv, UniptConv
@@ -20,22 +21,22 @@ from tests.golden.compare import Place, Setup
 from tests.golden.texts import Pairs, affine
 
 
-def staged(case: Case) -> tuple[Family, Batch]:
+def staged(case: Case) -> tuple[Backbone, Batch]:
     """A ResNet of the case's widths whose last stage has three blocks, and the case's maps as packed rows."""
     c = case.config
-    family = family_for(ResNetConfig(embedding_size=c["widths"][0], hidden_sizes=c["widths"], depths=[1, 1, 1, 3]))
+    backbone = backbone_for(ResNetConfig(embedding_size=c["widths"][0], hidden_sizes=c["widths"], depths=[1, 1, 1, 3]))
     states, lengths = {}, {}
     grids = np.asarray([[n, n] for n in c["sizes"]], np.int32)
-    for stream in family.streams:
+    for stream in backbone.streams:
         maps = case.tensors[f"input/{stream}"]
         # The released code names a stage's map alike, be it that before the live block or the last.
-        last = range(family.depth(stream))[-2:]
+        last = range(backbone.depth(stream))[-2:]
         rows = maps.flatten(2).transpose(1, 2).reshape(-1, maps.shape[1])
         states |= {f"{stream}.{i}": rows for i in last}
         lengths[stream] = np.full(c["batch"], maps.shape[2] * maps.shape[3])
     lengths["grid"] = np.full(c["batch"], grids.size)
     columns = {"grid.sizes": torch.from_numpy(np.tile(grids.reshape(-1), c["batch"])).long()}
-    return family, Batch(states, columns, lengths)
+    return backbone, Batch(states, columns, lengths)
 
 
 def conv_norm(ours: str, official: str) -> tuple[dict[str, Place], dict[str, Place]]:
@@ -56,18 +57,18 @@ def as_maps(rows: Tensor, like: Tensor) -> Tensor:
 
 def sherl_resnet(case: Case) -> Setup:
     c = case.config
-    family, batch = staged(case)
+    backbone, batch = staged(case)
     weights: dict[str, Tensor] = {}
     for name, tensor in case.under("backbone").items():
         kind, _, rest = name.removeprefix("layer4.2.").partition(".")
         part = "convolution" if kind.startswith("conv") else "normalization"
         weights[f"block.layer.{int(kind[-1]) - 1}.{part}.{rest}"] = tensor
     counters = {f"block.layer.{i}.normalization.num_batches_tracked": torch.tensor(0) for i in range(3)}
-    tail = family.tail({**weights, **counters}, "sdpa")
-    tuner = SherlConv(tuner_config("sherl", {"reduction": 1}), family, tail, Want())
+    tail = backbone.tail({**weights, **counters}, "sdpa")
+    tuner = SherlConv(tuner_config("sherl", {"reduction": 1}), backbone, tail, Want())
     # The released side width is a part of the joint width, which no reduction of the backbone's gives.
     tuner.down = nn.ModuleList(ConvNorm(w, c["hidden"]) for w in c["widths"])
-    tuner.score, tuner.up = nn.Linear(c["hidden"], 1), ConvNorm(c["hidden"], family.width)
+    tuner.score, tuner.up = nn.Linear(c["hidden"], 1), ConvNorm(c["hidden"], backbone.width)
     side = "side_module"
     places, buffers = conv_norm("up", f"{side}.conv_out")
     for i in range(len(c["widths"])):
@@ -97,8 +98,8 @@ def sherl_resnet(case: Case) -> Setup:
 
 def unipt_maps(case: Case) -> Setup:
     c = case.config
-    family, batch = staged(case)
-    tuner = UniptConv(tuner_config("unipt", {"reduction": 1}), family, family.tail(None, "sdpa"), Want())
+    backbone, batch = staged(case)
+    tuner = UniptConv(tuner_config("unipt", {"reduction": 1}), backbone, backbone.tail(None, "sdpa"), Want())
     # The released side width is a part of the joint width, to which the way up goes.
     tuner.down = nn.ModuleList(ConvNorm(w, c["hidden"]) for w in c["widths"])
     tuner.aggregate = Aggregate(c["hidden"], ConvNorm(c["hidden"], c["hidden"]))

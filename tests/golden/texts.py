@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pipeline.extract.backbones import Batch, Family
+from pipeline.extract.backbones import Backbone, Batch
 from pipeline.extract.backbones.batch import Layout
 from pipeline.extract.checkpoint import Checkpoint
 from pipeline.train.features import Features, Want
@@ -33,14 +33,14 @@ def affine(ours: str, official: str) -> dict[str, Place]:
     return {f"{official}.{n}": Place(f"{ours}.{n}") for n in ("weight", "bias")}
 
 
-def backbone(case: Case, config: dict[str, Any]) -> tuple[Family, Any]:
+def built(case: Case, config: dict[str, Any]) -> tuple[Backbone, Any]:
     """The case's frozen weights as a checkpoint on disk, loaded as any other: its family and the model."""
     with TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "config.json").write_text(json.dumps(config))
         save_file(case.under("backbone"), folder / "model.safetensors", metadata={"format": "pt"})
-        family = Checkpoint(folder, case.name).family
-        return family, family.load(folder, torch.float32, "sdpa", "cpu")
+        backbone = Checkpoint(folder, case.name).backbone
+        return backbone, backbone.load(folder, torch.float32, "sdpa", "cpu")
 
 
 def packed(case: Case, masks: dict[str, Tensor]) -> Batch:
@@ -55,10 +55,10 @@ def packed(case: Case, masks: dict[str, Tensor]) -> Batch:
     return Batch(states, {}, {s: m.sum(1).numpy() for s, m in masks.items()})
 
 
-def rerun(case: Case, family: Family, model: Any, batch: Batch) -> Pairs:
+def rerun(case: Case, backbone: Backbone, model: Any, batch: Batch) -> Pairs:
     """The frozen states, computed by our backbone from the case's ids."""
     with torch.no_grad():
-        found = family.run(model, batch, list(batch.states))
+        found = backbone.run(model, batch, list(batch.states))
     return {f"backbone {n}": (found[n], batch.states[n]) for n in batch.states}
 
 
@@ -109,7 +109,7 @@ class OnT5:
         c, inputs = case.config, case.under("input")
         self.case = case
         self.masks = {"encoder": inputs["attention_mask"].bool(), "decoder": inputs["labels"] != -100}
-        self.family, backbone_model = backbone(case, t5_config(case))
+        self.backbone, backbone_model = built(case, t5_config(case))
         self.batch = packed(case, self.masks)
         self.batch.columns = {
             "encoder.ids": inputs["input_ids"][self.masks["encoder"]],
@@ -119,10 +119,10 @@ class OnT5:
         self.batch.targets = {"label": torch.arange(len(self.batch))}
         own = [row[row != -100].tolist() for row in inputs["labels"]]
         config = tuner_config(tuner, {"reduction": c["reduction"], "layers": c["kept"], "temperature": c["gate_T"]})
-        tail = self.family.tail(self.family.tail_weights(backbone_model), "sdpa")
+        tail = self.backbone.tail(self.backbone.tail_weights(backbone_model), "sdpa")
         objective = LabelText(ObjectiveConfig(), Answers.of_classes(len(own), own))
-        self.model = Model.build(tuner, config, self.family, tail, objective)
-        self.states = rerun(case, self.family, backbone_model, self.batch)
+        self.model = Model.build(tuner, config, self.backbone, tail, objective)
+        self.states = rerun(case, self.backbone, backbone_model, self.batch)
 
     def official(self, name: str) -> Tensor:
         """An output of the file at real positions. Its name begins with its stream; logits are the decoder's."""
@@ -182,7 +182,7 @@ def lst_t5(case: Case) -> Setup:
     hooked: dict[str, nn.Module] = {}
     for s, ladder in tuner.ladders.items():
         ours = f"ladders.{s}"
-        for i in range(on.family.depth(s)):
+        for i in range(on.backbone.depth(s)):
             places[f"{s}.side_gate_params.{i}"] = Place(f"{ours}.gates", lambda t, i=i: t[i : i + 1])
         places |= affine(f"{ours}.first", f"{s}.side_first_downsample")
         places[f"{s}.final_side_layer_norm.weight"] = Place(f"{ours}.side.norm.weight")
@@ -218,13 +218,13 @@ def unipt_bert(case: Case) -> Setup:
         "max_position_embeddings": frozen["embeddings.position_embeddings.weight"].shape[0],
         "type_vocab_size": frozen["embeddings.token_type_embeddings.weight"].shape[0],
     }  # fmt: skip
-    family, model = backbone(case, config)
+    backbone, model = built(case, config)
     mask = inputs["attention_mask"].bool()
     batch = packed(case, {"encoder": mask})
     ids = inputs["input_ids"][mask]
     batch.columns = {"encoder.ids": ids, "encoder.types": torch.zeros_like(ids)}
-    tail = family.tail(family.tail_weights(model), "sdpa")
-    tuner = Unipt(tuner_config("unipt", {"reduction": 1}), family, tail, Want())
+    tail = backbone.tail(backbone.tail_weights(model), "sdpa")
+    tuner = Unipt(tuner_config("unipt", {"reduction": 1}), backbone, tail, Want())
     # The released side width is a part of the joint width, which no reduction of the backbone's gives.
     tuner.down = nn.ModuleList(Down(c["D"], c["hidden"]) for _ in range(c["layers"] + 1))
     tuner.aggregate, tuner.up = Aggregate(c["hidden"]), nn.Linear(c["hidden"], c["joint"])
@@ -237,7 +237,7 @@ def unipt_bert(case: Case) -> Setup:
             places |= affine(f"side.down.{i}.{part}", f"{side}.downsample_layers.{i}.{part}")
     module = nn.ModuleDict({"side": tuner, "gpo": Gpo()})
     places |= {f"gpool.{n}": Place(f"gpo.{n}") for n, _ in Gpo().named_parameters()}
-    states = rerun(case, family, model, batch)
+    states = rerun(case, backbone, model, batch)
 
     def run() -> tuple[Tensor, Pairs]:
         (rows,) = tuner(batch).values()

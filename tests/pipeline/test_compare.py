@@ -22,21 +22,21 @@ from tests.train.conformance import Case
 THREE = class_objective(Bert, tuner_class("probe"), [()] * 3)
 
 
-def made(checkpoints, pictures, family: str, name: str):
-    case = Case(Checkpoint(checkpoints[family], family), "probe", pictures)
-    backbone = case.family.load(case.checkpoint.folder, torch.float32, "sdpa", "cpu")
-    return case, CounterpartModel(counterpart(name), case.family, backbone, THREE, 0)
+def made(checkpoints, pictures, backbone: str, name: str):
+    case = Case(Checkpoint(checkpoints[backbone], backbone), "probe", pictures)
+    module = case.backbone.load(case.checkpoint.folder, torch.float32, "sdpa", "cpu")
+    return case, CounterpartModel(counterpart(name), case.backbone, module, THREE, 0)
 
 
 @pytest.mark.parametrize("name", COUNTERPARTS)
-@pytest.mark.parametrize("family", ["bert", "vit", "clip", "cifar", "swin"])
-def test_a_counterpart_trains_what_it_says_and_starts_at_the_backbone(checkpoints, pictures, family, name):
-    refused = {"cifar": ("lora", "adapter"), "swin": ("adapter",)}.get(family, ())
-    if name in refused or (name == "prompt" and family != "bert"):
+@pytest.mark.parametrize("backbone", ["bert", "vit", "clip", "cifar", "swin"])
+def test_a_counterpart_trains_what_it_says_and_starts_at_the_backbone(checkpoints, pictures, backbone, name):
+    refused = {"cifar": ("lora", "adapter"), "swin": ("adapter",)}.get(backbone, ())
+    if name in refused or (name == "prompt" and backbone != "bert"):
         with pytest.raises(UserError, match=name):
-            made(checkpoints, pictures, family, name)
+            made(checkpoints, pictures, backbone, name)
         return
-    case, model = made(checkpoints, pictures, family, name)
+    case, model = made(checkpoints, pictures, backbone, name)
     inputs = case.inputs
     batch = inputs.batch()
     batch.targets = {"label": torch.arange(len(batch)) % 3}
@@ -67,24 +67,24 @@ def trains_only_its_own(model: CounterpartModel, batch) -> None:
 @pytest.mark.parametrize("name", COUNTERPARTS)
 def test_on_a_t5_they_start_at_its_own_loss(checkpoints, pictures, name):
     case = Case(Checkpoint(checkpoints["t5"], "t5"), "sherl", pictures)
-    family = case.family
-    backbone = family.load(case.checkpoint.folder, torch.float32, "sdpa", "cpu")
+    backbone = case.backbone
+    module = backbone.load(case.checkpoint.folder, torch.float32, "sdpa", "cpu")
     if name == "bitfit":
         with pytest.raises(UserError, match="no biases"):
-            CounterpartModel(counterpart(name), family, backbone, case.objective)
+            CounterpartModel(counterpart(name), backbone, module, case.objective)
         return
-    model = CounterpartModel(counterpart(name), family, backbone, case.objective, 0)
+    model = CounterpartModel(counterpart(name), backbone, module, case.objective, 0)
     batch = case.inputs.batch()
     batch.targets = {"label": torch.arange(len(batch)) % 3}
     chosen = model.eval().predict(batch)["label"]
     assert chosen.shape == (len(batch),) and int(chosen.max()) < 3
     # Teacher forcing on "2 3", by the model's own forward pass.
     chains = [list(c) for c in case.chains]
-    gold = family.with_decoder(case.inputs, [[family.start_id, *chains[2][:-1]]] * len(batch)).batch()
+    gold = backbone.with_decoder(case.inputs, [[backbone.start_id, *chains[2][:-1]]] * len(batch)).batch()
     gold.targets = {"label": torch.full((len(batch),), 2)}
     if name != "prompt":
         layout = gold.layout("encoder")
-        own = case.backbone(
+        own = case.loaded(
             input_ids=layout.pad(gold.columns["encoder.ids"]),
             attention_mask=layout.mask.long(),
             labels=torch.tensor([chains[2]] * len(batch)),
@@ -106,7 +106,7 @@ def test_prompt_tuning_is_tokens_before_the_text(checkpoints, pictures):
         start = int(batch.layout("encoder").first[i])
         ids = torch.cat([picks, batch.columns["encoder.ids"][start : start + n]])[None]
         types = torch.cat([torch.zeros(virtual).long(), batch.columns["encoder.types"][start : start + n]])[None]
-        own = case.backbone(input_ids=ids, token_type_ids=types).last_hidden_state[0, virtual:]
+        own = case.loaded(input_ids=ids, token_type_ids=types).last_hidden_state[0, virtual:]
         torch.testing.assert_close(found[at : at + n], own, rtol=1e-4, atol=1e-5)
         at += n
 
@@ -150,7 +150,7 @@ def probed(checkpoints, table, tmp_path) -> list[str]:
 def test_what_cannot_be_compared_is_said_before_anything_is_trained(probed, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)  # as where it is not installed
     for words, what in (
-        (["--tuners", "probe,lst", "--reduction", "4"], "--for lst"),
+        (["--tuners", "probe,lst", "--reduction", "4"], "--for probe,lst"),
         (["--tuners", "probe,e3va"], "no form"),
         (["--tuners", "probe,lora"], "counterparts"),
         (["--tuners", "probe", "--csv", str(tmp_path / "no" / "table.csv")], "no such folder"),

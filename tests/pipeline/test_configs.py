@@ -9,13 +9,14 @@ import pytest
 import torch
 from transformers import T5Config, TimmWrapperConfig
 
-from pipeline.extract.backbones import family_for
+from pipeline.extract.backbones import backbone_for
 from pipeline.extract.names import SHORT_NAMES
 from pipeline.objectives import class_objective
 from pipeline.owners import config_of, recipe_of
 from pipeline.recipe import read_recipe
 from pipeline.train.features import Want
 from pipeline.train.model import Model
+from pipeline.train.published import kept_layers
 from pipeline.train.tuners import tuner_class, tuner_config
 from tests.train.test_tuners import COUNTS, T5
 
@@ -35,13 +36,13 @@ def test_recipe(path: Path) -> None:
     assert path.stem == f"{recipe.tuner}-{recipe.model}" and recipe.tuners == (recipe.tuner,)
     for command in ("extract", "train"):
         assert re.search(rf"^#   pipeline {command} +--recipe configs/{path.name} --task rte", text, re.M)
-    family = family_for(T5Config(vocab_size=32128, **T5[recipe.model]))
-    for stream in family.streams:  # the recipe writes out what is also the default
-        assert list(recipe.tuner_options["layers"]) == family.kept_layers(recipe.tuner, stream)
+    backbone = backbone_for(T5Config(vocab_size=32128, **T5[recipe.model]))
+    for stream in backbone.streams:  # the recipe writes out what is also the default
+        assert list(recipe.tuner_options["layers"]) == kept_layers(recipe.tuner, backbone, stream)
     config = config_of(recipe, recipe.tuner)
-    objective = class_objective(family, tuner_class(recipe.tuner), ((5, 1), (6, 1)))
+    objective = class_objective(backbone, tuner_class(recipe.tuner), ((5, 1), (6, 1)))
     with torch.device("meta"):
-        model = Model.build(recipe.tuner, config, family, family.tail(None, "sdpa"), objective)
+        model = Model.build(recipe.tuner, config, backbone, backbone.tail(None, "sdpa"), objective)
     count = COUNTS[recipe.tuner, recipe.model]
     assert model.trainable_parameters() == count and f"Trainable parameters: {count:,} " in text
 
@@ -55,11 +56,11 @@ def test_recipe_of_e3va(size: str) -> None:
     for command in ("extract", "train"):
         assert re.search(rf"^#   pipeline {command} +--recipe configs/{path.name} --task pictures", text, re.M)
     architecture = SHORT_NAMES[recipe.model].removeprefix("timm/").rpartition(".")[0]
-    family = family_for(TimmWrapperConfig(architecture=architecture))
+    backbone = backbone_for(TimmWrapperConfig(architecture=architecture))
     for alpha in (8, 16, 32):
         config = tuner_config("e3va", {**recipe.tuner_options, "alpha": alpha})
         with torch.device("meta"):
-            made = tuner_class("e3va", family)(config, family, family.tail(None, "sdpa"), Want())
+            made = tuner_class("e3va", backbone)(config, backbone, backbone.tail(None, "sdpa"), Want())
         assert f"{sum(p.numel() for p in made.parameters()):,}" in text
 
 

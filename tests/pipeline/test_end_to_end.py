@@ -34,7 +34,6 @@ def trained(request, tmp_path_factory, table):
 
 def test_train_works_with_the_checkpoint_gone(trained):
     _, folder, _, result = trained
-    assert result["test"]["accuracy"] >= 0
     assert {p.name for p in (folder / "run").iterdir()} == {
         "tuner.safetensors",
         "recipe.yaml",
@@ -76,9 +75,9 @@ def test_predict_on_the_test_rows_gives_the_labels_of_evaluate(trained, tmp_path
 
 
 def test_free_generation_is_offered_on_text_to_text(trained):
-    family, folder, kept, _ = trained
+    backbone, folder, kept, _ = trained
     result = run("evaluate", folder / "run", "--generate", "--model", kept, "--json")
-    if family == "t5":
+    if backbone == "t5":
         assert result.exit_code == 0, result.output
         generated = json.loads(result.stdout)["generated"]
         assert 0 <= generated["in_targets"] <= 1 and 0 <= generated["accuracy"] <= 1
@@ -87,8 +86,8 @@ def test_free_generation_is_offered_on_text_to_text(trained):
 
 
 def test_another_checkpoint_is_refused_for_prediction(trained, tmp_path):
-    family, folder, _, _ = trained
-    other = tiny.CHECKPOINTS[family](tmp_path / "other", seed=5)
+    backbone, folder, _, _ = trained
+    other = tiny.CHECKPOINTS[backbone](tmp_path / "other", seed=5)
     (tmp_path / "new.tsv").write_text("first\tsecond\na\tb\n")
     result = run("predict", folder / "run", "--input", tmp_path / "new.tsv", "--model", other)
     assert result.exit_code != 0 and "weights" in result.stderr
@@ -117,8 +116,9 @@ def test_a_smaller_format_is_another_space(trained, table):
     _, folder, kept, _ = trained
     options = ["--model", kept, "--task", table, "--store", folder / "store"]
     result = run("extract", *options, *WORDS, "--format", "bfloat16", "--limit", 10, "--json")
-    assert json.loads(result.stdout)["computed"] > 0
-    assert len(Store.open(folder / "store").spaces()) == 2
+    spaces = {space.format: space for space in Store.open(folder / "store").spaces()}
+    assert set(spaces) == {"float32", "bfloat16"}
+    assert json.loads(result.stdout)["computed"] == len(spaces["bfloat16"].index()) <= 30
 
 
 def test_further_states_are_a_supplement(tmp_path, checkpoints, table):

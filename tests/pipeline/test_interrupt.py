@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from pipeline.extract.backbones.live import Backbone
+from pipeline.extract.backbones.live import LiveBackbone
 from pipeline.store import Store
 from pipeline.train.tuners.probe import Probe
 from tests.pipeline.test_errors import run
@@ -33,13 +33,13 @@ def after(calls: int, real):
 def test_extraction_goes_on_where_ctrl_c_stopped_it(checkpoints, table, tmp_path, monkeypatch):
     options = ["--model", checkpoints["bert"], "--task", table, *WORDS, "--store", tmp_path / "store"]
     options += ["--batch-size", 16]
-    real = Backbone.states
-    monkeypatch.setattr(Backbone, "states", after(3, real))
+    real = LiveBackbone.states
+    monkeypatch.setattr(LiveBackbone, "states", after(3, real))
     stopped = run("extract", *options)
     assert stopped.exit_code == 130
     assert "the same command goes on from there" in stopped.stderr
     assert len([x for x in stopped.stderr.splitlines() if x.startswith("error:")]) == 1
-    monkeypatch.setattr(Backbone, "states", real)
+    monkeypatch.setattr(LiveBackbone, "states", real)
     (space,) = Store.open(tmp_path / "store").spaces()
     stored = sum(len(s) for s in space.segments())
     assert 32 < stored <= 48 and not space.tables()

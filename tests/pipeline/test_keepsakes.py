@@ -25,9 +25,9 @@ def losses(folder) -> list[float]:
 
 @pytest.fixture
 def common(checkpoints, table, tmp_path):
-    def get(family: str) -> list:
+    def get(backbone: str) -> list:
         # A copy, so that it can be taken away.
-        folder = shutil.copytree(checkpoints[family], tmp_path / f"{family}-model")
+        folder = shutil.copytree(checkpoints[backbone], tmp_path / f"{backbone}-model")
         return ["--model", folder, "--task", table, "--text", "first", "--text-pair", "second", "--label", "label",
                 "--store", tmp_path / "store"]  # fmt: skip
 
@@ -52,8 +52,8 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_training_says_what_is_missing_then_needs_no_backbone_and_equals_live(common, tmp_path, case):
-    family, tuner, options, kept = CASES[case]
-    base = common(family)
+    backbone, tuner, options, kept = CASES[case]
+    base = common(backbone)
     plain = ["train", *base, "--tuner", tuner, "--reduction", 4, *STEPS]
     train = [*plain, *options]
     extract = ["extract", *base, "--format", "float32", "--for", tuner, *(["--reduction", 4] if tuner == "lst" else [])]

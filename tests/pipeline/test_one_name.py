@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -39,6 +40,27 @@ def crowded(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def mixed(tmp_path: Path) -> Path:
+    """A working directory with files, a package, a folder and a notebook of such names."""
+    for name in ("train.py", "store.py", "extract/__init__.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("raise SystemExit('the wrong one')\n")
+    (tmp_path / "store").mkdir()
+    cells = [{"cell_type": "markdown", "source": ["# Mine"]}, {"cell_type": "code", "source": USE.splitlines(True)}]
+    (tmp_path / "notebook.ipynb").write_text(json.dumps({"cells": cells, "nbformat": 4, "nbformat_minor": 5}))
+    return tmp_path
+
+
+# A kernel of Jupyter has the notebook's folder first on its path, as `python -c` has; no kernel is started here.
+NOTEBOOK = """
+import json, pathlib
+for cell in json.loads(pathlib.Path("notebook.ipynb").read_text())["cells"]:
+    if cell["cell_type"] == "code":
+        exec("".join(cell["source"]))
+"""
+
+
 def ran(folder: Path, *command: str, **environment: str) -> str:
     """What a command printed, run in `folder`."""
     done = subprocess.run(
@@ -53,19 +75,17 @@ def test_in_a_directory_of_the_same_names(crowded: Path) -> None:
     assert ran(crowded, sys.executable, "use.py", PYTHONPATH=str(ROOT)) == "fine\n"
 
 
-def test_commands_there(tmp_path: Path) -> None:
-    (tmp_path / "train.py").write_text("raise SystemExit('the wrong one')\n")
-    (tmp_path / "store").mkdir()
+def test_commands_there(mixed: Path) -> None:
     where = {"PYTHONPATH": str(ROOT)}
-    assert "sherl" in ran(tmp_path, sys.executable, "-m", "pipeline", "tuners", **where)
+    assert ran(mixed, sys.executable, "-c", NOTEBOOK, **where) == "fine\n"
+    assert "sherl" in ran(mixed, sys.executable, "-m", "pipeline", "tuners", **where)
     launched = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1", "-m", "pipeline", "--version"]
-    assert "pipeline" in ran(tmp_path, *launched, **where)
+    assert "pipeline" in ran(mixed, *launched, **where)
 
 
-def test_a_worker_of_a_cluster_there(tmp_path: Path) -> None:
+def test_a_worker_of_a_cluster_there(mixed: Path) -> None:
     pytest.importorskip("distributed")
-    (tmp_path / "store.py").write_text("raise SystemExit('the wrong one')\n")
-    (tmp_path / "use.py").write_text(
+    (mixed / "use.py").write_text(
         "from distributed import Client, LocalCluster\n"
         "def names():\n"
         "    from pipeline.train.tuners import tuner_names\n"
@@ -74,7 +94,7 @@ def test_a_worker_of_a_cluster_there(tmp_path: Path) -> None:
         "    with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as c, Client(c) as client:\n"
         "        print(client.submit(names).result())\n"
     )
-    assert "lst" in ran(tmp_path, sys.executable, "use.py", PYTHONPATH=str(ROOT))
+    assert "lst" in ran(mixed, sys.executable, "use.py", PYTHONPATH=str(ROOT))
 
 
 def test_nothing_imports_the_folders_by_their_own_names() -> None:
@@ -86,7 +106,7 @@ def test_nothing_imports_the_folders_by_their_own_names() -> None:
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("how", ["wheel", "editable"])
-def test_installed(tmp_path: Path, how: str) -> None:
+def test_installed(tmp_path: Path, mixed: Path, how: str) -> None:
     """Built and installed into an environment of its own, beside the packages of this one."""
     source = tmp_path / "source"
     shutil.copytree(ROOT, source, symlinks=True, ignore=shutil.ignore_patterns(".git", "__pycache__", ".*_cache"))
@@ -98,10 +118,10 @@ def test_installed(tmp_path: Path, how: str) -> None:
     target = [str(source)] if how == "wheel" else ["-e", str(source)]
     pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "--no-deps", "--force-reinstall"]
     ran(tmp_path, *pip, *target)
-    folder = tmp_path / "mine"
-    folder.mkdir()
-    (folder / "train.py").write_text("raise SystemExit('the wrong one')\n")
-    (folder / "use.py").write_text(USE + "print(pipeline.store.__file__)")
-    printed = ran(folder, str(python), "use.py")
+    (mixed / "use.py").write_text(USE + "print(pipeline.store.__file__)")
+    printed = ran(mixed, str(python), "use.py")
     assert printed.startswith("fine\n") and str(site if how == "wheel" else source) in printed
-    assert "sherl" in ran(folder, str(python), "-m", "pipeline", "tuners")
+    assert ran(mixed, str(python), "-c", NOTEBOOK) == "fine\n"
+    assert "sherl" in ran(mixed, str(python), "-m", "pipeline", "tuners")
+    assert "sherl" in ran(mixed, str(python.with_name("pipeline")), "tuners")
+    assert "pipeline" in ran(mixed, str(python), "-m", "torch.distributed.run", "-m", "pipeline", "--version")

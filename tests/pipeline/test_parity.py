@@ -38,18 +38,18 @@ def stores(tmp_path_factory, checkpoints, table, pictures):
     """(family, format) → a recipe whose states are in a store; extracted once a pair."""
     made: dict[tuple[str, str], dict] = {}
 
-    def get(family: str, fmt: str) -> dict:
-        if (family, fmt) not in made:
+    def get(backbone: str, fmt: str) -> dict:
+        if (backbone, fmt) not in made:
             options = {
-                "model": str(checkpoints[family]), "task": str(table), "text": "first", "text_pair": "second",
-                "label": "label", "store": str(tmp_path_factory.mktemp(f"{family}-{fmt}") / "store"), "format": fmt,
+                "model": str(checkpoints[backbone]), "task": str(table), "text": "first", "text_pair": "second",
+                "label": "label", "store": str(tmp_path_factory.mktemp(f"{backbone}-{fmt}") / "store"), "format": fmt,
                 "tuner_options": {"reduction": 4},
             }  # fmt: skip
-            if family in IMAGES:
+            if backbone in IMAGES:
                 options |= {"task": str(pictures), "text": None, "text_pair": None, "label": None}
-            run_extract(Recipe(**options, tuners=tuple(tuner_names(SUITE[family]))), silent, quiet=True)
-            made[family, fmt] = options
-        return made[family, fmt]
+            run_extract(Recipe(**options, tuners=tuple(tuner_names(SUITE[backbone]))), silent, quiet=True)
+            made[backbone, fmt] = options
+        return made[backbone, fmt]
 
     return get
 
@@ -77,32 +77,32 @@ def train_both(
     return losses(folder / "cached"), losses(folder / "live")
 
 
-@pytest.mark.parametrize(("family", "tuner"), pairs(SUITE))
-def test_float32_store_gives_the_live_losses(stores, tmp_path, family, tuner):
-    steps = STEPS if family in TEXT else 8
-    cached, live = train_both(stores(family, "float32"), tuner, tmp_path, steps)
+@pytest.mark.parametrize(("backbone", "tuner"), pairs(SUITE))
+def test_float32_store_gives_the_live_losses(stores, tmp_path, backbone, tuner):
+    steps = STEPS if backbone in TEXT else 8
+    cached, live = train_both(stores(backbone, "float32"), tuner, tmp_path, steps)
     assert len(cached) == len(live) == steps
     assert worst_of(cached, live) <= BOUNDS["float32"][1]
     assert len(set(cached)) == steps  # it did train
 
 
 @pytest.mark.parametrize("fmt", ["float16", "bfloat16", "int8"])
-@pytest.mark.parametrize("family", ["t5", "bert"])
-def test_smaller_formats_stay_within_their_bound(stores, tmp_path, family, fmt):
+@pytest.mark.parametrize("backbone", ["t5", "bert"])
+def test_smaller_formats_stay_within_their_bound(stores, tmp_path, backbone, fmt):
     # From a closed gate a T5 makes any rounding grow ten-thousandfold, with some seeds: that says nothing of a format.
-    cached, live = train_both(stores(family, fmt), "sherl", tmp_path, gate=0.1)
+    cached, live = train_both(stores(backbone, fmt), "sherl", tmp_path, gate=0.1)
     first, all_ = BOUNDS[fmt]
     assert worst_of(cached[:1], live[:1]) <= first
     assert 0 < worst_of(cached, live) <= all_
 
 
-@pytest.mark.parametrize("family", ["bert", "vit"])
-def test_a_new_tuner_is_live_as_cached_by_being_registered(stores, tmp_path, monkeypatch, family):
+@pytest.mark.parametrize("backbone", ["bert", "vit"])
+def test_a_new_tuner_is_live_as_cached_by_being_registered(stores, tmp_path, monkeypatch, backbone):
     monkeypatch.setattr(base, "_TUNERS", dict(base._TUNERS))
     from tests.train import toy_tuner
 
     monkeypatch.setitem(base._TUNERS, "toy", toy_tuner.Toy)
-    options = stores(family, "float32")
+    options = stores(backbone, "float32")
     run_extract(Recipe(**options | {"tuner_options": {}}, tuners=("toy",)), silent, quiet=True)
     cached, live = train_both(options, "toy", tmp_path, 4)
     assert len(cached) == 4 and worst_of(cached, live) <= BOUNDS["float32"][1]

@@ -26,12 +26,12 @@ from tests.train.conformance import Case, small_options
 
 @pytest.mark.parametrize(("name", "tuner"), pairs({n: c for n, c in IMAGES.items() if n in SUITE}))
 def test_operations_of_every_tuner_are_counted(name, tuner, checkpoints):
-    family = Checkpoint(checkpoints[name], name).family
-    lengths = family.measure(np.array([[64, 64], [64, 64], [96, 64]]))
+    backbone = Checkpoint(checkpoints[name], name).backbone
+    lengths = backbone.measure(np.array([[64, 64], [64, 64], [96, 64]]))
     config = tuner_config(tuner, small_options(tuner))
-    found = count(family, tuner, config, lengths)
+    found = count(backbone, tuner, config, lengths)
     assert found.backbone > 0 and found.step > 0
-    assert saved_bytes(family, tuner, config, lengths, 2) > 0
+    assert saved_bytes(backbone, tuner, config, lengths, 2) > 0
 
 
 @pytest.mark.parametrize("name", [n for n in IMAGES if n in SUITE])
@@ -40,7 +40,7 @@ def test_a_made_up_batch_has_the_shapes_of_a_real_one(name, checkpoints, picture
     case = Case(Checkpoint(checkpoints[name], name), "probe", pictures)
     real = case.batch()
     extents = np.array([p.extent for p in case.inputs.pictures])
-    made = random_batch(case.family, case.family.measure(extents), list(real.states), 2, torch.device("cpu"))
+    made = random_batch(case.backbone, case.backbone.measure(extents), list(real.states), 2, torch.device("cpu"))
     assert {k: v.shape for k, v in made.states.items()} == {k: v.shape for k, v in real.states.items()}
     assert all(torch.equal(made.columns[k], real.columns[k]) for k in real.columns)
     assert all(np.array_equal(made.lengths[s], n) for s, n in real.lengths.items())

@@ -20,9 +20,9 @@ def numbers(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("family", ["t5", "bert"])
-def test_a_table_of_numbers(checkpoints, numbers, tmp_path, family):
-    options = ["--model", checkpoints[family], "--task", numbers, "--store", tmp_path / "store"]
+@pytest.mark.parametrize("backbone", ["t5", "bert"])
+def test_a_table_of_numbers(checkpoints, numbers, tmp_path, backbone):
+    options = ["--model", checkpoints[backbone], "--task", numbers, "--store", tmp_path / "store"]
     assert run("extract", *options, "--text", "words", "--label", "score", "--for", "lst").exit_code == 0
     train = ["--tuner", "lst", "--reduction", 4, "--epochs", 2, "--batch-size", 16, "--out", tmp_path / "run"]
     result = run("train", *options, *train, "--json")

@@ -38,11 +38,11 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("family", "changes", "first", "second", "how"), CASES)
+@pytest.mark.parametrize(("backbone", "changes", "first", "second", "how"), CASES)
 def test_another_space_of_the_same_weights_changes_nothing(
-    checkpoints, table, tmp_path, family, changes, first, second, how
+    checkpoints, table, tmp_path, backbone, changes, first, second, how
 ):
-    other = reconfigured(checkpoints[family], tmp_path / "other", **changes)
+    other = reconfigured(checkpoints[backbone], tmp_path / "other", **changes)
     task = {"task": str(table), "limit": 24}
     more = {k: v for k, v in how.items() if k != "tuner"}
 
@@ -51,7 +51,7 @@ def test_another_space_of_the_same_weights_changes_nothing(
         return api.extract(model=str(model), store=str(tmp_path / store), **made)
 
     extract(other, "alone", **second)
-    extract(checkpoints[family], "shared", **first)
+    extract(checkpoints[backbone], "shared", **first)
     extract(other, "shared", **second)
     run = {**task, **how, **second, "model": str(other)}
     alone = losses(tmp_path / "run-alone", store=str(tmp_path / "alone"), **run)
@@ -60,7 +60,7 @@ def test_another_space_of_the_same_weights_changes_nothing(
     assert live == pytest.approx(losses(tmp_path / "live-alone", store=str(tmp_path / "alone"), live=True, **run))
 
     # A union keeps the files of one of them: the other is not read with those.
-    extract(checkpoints[family], "union", **first)
+    extract(checkpoints[backbone], "union", **first)
     alone_store, union = Store.open(tmp_path / "alone"), Store.open(tmp_path / "union")
     transfer(alone_store, union)
     with pytest.raises(StoreError, match="extract again"):
@@ -69,7 +69,7 @@ def test_another_space_of_the_same_weights_changes_nothing(
     assert losses(tmp_path / "run-union", store=str(tmp_path / "union"), **run) == alone
     # What is there already is not written again.
     there = set((tmp_path / "union" / "weights").rglob("*"))
-    extract(checkpoints[family], "union", **first)
+    extract(checkpoints[backbone], "union", **first)
     extract(other, "union", **second)
     assert set((tmp_path / "union" / "weights").rglob("*")) == there
 

@@ -11,7 +11,7 @@ import pytest
 
 from pipeline import catalog
 from pipeline.catalog import FAMILIES, TUNERS
-from pipeline.extract.backbones import families
+from pipeline.extract.backbones import backbone_classes
 from pipeline.train import configs
 from pipeline.train.objectives import objective_class
 from pipeline.train.tuners import base, tuner_class, tuner_names
@@ -46,12 +46,19 @@ def test_light_modules_stay_light(module: str) -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
+def test_reading_a_run_imports_no_library_that_only_training_needs() -> None:
+    """`predict` and `evaluate` begin here; what torch and transformers import themselves is theirs."""
+    loaded = "import sys, pipeline.runs; print([m for m in ('zarr', 'datasets', 'scipy.stats') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout == "[]\n"
+
+
 def test_lists_say_what_the_classes_say() -> None:
     ours = {n: tuner_class(n) for n in tuner_names()}  # other tests may have registered theirs
     assert {n: c.description for n, c in ours.items() if c.__module__.startswith("pipeline.")} == TUNERS
     assert {n: tuner_class(n).config_class for n in TUNERS} == configs.TUNERS and [*TUNERS] == [*configs.TUNERS]
     assert {n: objective_class(n).config_class for n in configs.OBJECTIVES} == configs.OBJECTIVES
-    assert {f.name: (f.description, f.model_types) for f in families()} == FAMILIES
+    assert {f.name: (f.description, f.model_types) for f in backbone_classes()} == FAMILIES
 
 
 def test_a_tuner_of_the_users_own_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:

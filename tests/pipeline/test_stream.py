@@ -67,7 +67,7 @@ def test_a_loader_hands_out_the_batches_of_one_process(features, workers):
     assert batch.mean("encoder.3").shape == (len(batch), 32)
 
 
-@pytest.mark.parametrize("workers", [0, 4])
+@pytest.mark.parametrize("workers", [0, 1, 4])
 def test_a_loader_goes_on_in_the_middle(features, workers):
     options = {**OPTIONS, "epochs": 2}
     whole = indices(features.stream(**options))

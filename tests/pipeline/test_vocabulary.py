@@ -76,12 +76,12 @@ def test_cut_tables_stay_tied_or_apart(pair):
 def test_a_head_of_its_own_is_used_wherever_logits_are_made(tmp_path):
     folder = tiny.t5(tmp_path / "v11", layers=2, tied=False, gated=True)
     head = load_file(folder / "model.safetensors")["lm_head.weight"]
-    backbone = loaded(folder)
-    family, rows = backbone.family, torch.randn(5, 32)
-    tail = family.tail(family.tail_weights(backbone.model), "sdpa")
-    for found in (family.logits(backbone.model, rows), tail.logits(rows)):
+    live = loaded(folder)
+    backbone, rows = live.backbone, torch.randn(5, 32)
+    tail = backbone.tail(backbone.tail_weights(live.model), "sdpa")
+    for found in (backbone.logits(live.model, rows), tail.logits(rows)):
         torch.testing.assert_close(found, rows @ head.t())
-    assert family.tail(None, "sdpa").lm_head is not None, "counted without weights, it has its head as well"
+    assert backbone.tail(None, "sdpa").lm_head is not None, "counted without weights, it has its head as well"
 
 
 def test_a_head_that_the_weights_lack_is_no_embedding(tmp_path):

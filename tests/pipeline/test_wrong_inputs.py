@@ -35,10 +35,10 @@ def runs(checkpoints, table, pictures, tmp_path_factory) -> dict[str, Path]:
     return {name: base / name for name in ("pair", "single", "pictures")}
 
 
-@pytest.mark.parametrize("family", tiny.CHECKPOINTS)
-def test_a_checkpoint_without_its_tokenizer_is_refused(family, checkpoints, table, tmp_path):
+@pytest.mark.parametrize("backbone", tiny.CHECKPOINTS)
+def test_a_checkpoint_without_its_tokenizer_is_refused(backbone, checkpoints, table, tmp_path):
     bare = tmp_path / "bare"
-    shutil.copytree(checkpoints[family], bare, ignore=shutil.ignore_patterns("*token*", "vocab*"))
+    shutil.copytree(checkpoints[backbone], bare, ignore=shutil.ignore_patterns("*token*", "vocab*"))
     common = ["--model", bare, "--task", table, "--text", "first", "--label", "label", "--store", tmp_path / "store"]
     refused(run("extract", *common, "--for", "probe"), str(bare), "tokenizer")
     refused(run("train", *common, "--tuner", "probe", "--live", "--out", tmp_path / "run"), str(bare), "tokenizer")
@@ -175,5 +175,5 @@ def test_rows_of_single_texts(runs, pictures):
 
 
 def test_a_whole_tokenizer_is_still_taken(checkpoints):
-    for family in tiny.CHECKPOINTS:
-        assert len(Checkpoint(checkpoints[family], family).tokenizer("a cat")["input_ids"]) > 1
+    for backbone in tiny.CHECKPOINTS:
+        assert len(Checkpoint(checkpoints[backbone], backbone).tokenizer("a cat")["input_ids"]) > 1

@@ -17,13 +17,13 @@ __all__ = ["CHECKS", "Case", "parameters_are_those_of_the_formula", "small_optio
 class Case(testing.Case):
     @cached_property
     def inputs(self) -> Inputs:
-        return inputs_of(self.checkpoint, 6) if self.family.modality == "text" else self.images()
+        return inputs_of(self.checkpoint, 6) if self.backbone.modality == "text" else self.images()
 
 
 def parameters_are_those_of_the_formula(case: Case) -> None:
     found = sum(p.numel() for p in case.model().tuner.parameters() if p.requires_grad)
-    if formula := FORMULAS.get((case.tuner, case.family.shape)):  # a new tuner puts its own there
-        assert found == formula(case.config, case.family)
+    if formula := FORMULAS.get((case.tuner, case.backbone.shape)):  # a new tuner puts its own there
+        assert found == formula(case.config, case.backbone)
 
 
 CHECKS: list[Callable[[Case], None]] = [*testing.CHECKS, parameters_are_those_of_the_formula]

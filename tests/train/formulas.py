@@ -6,80 +6,80 @@ from collections.abc import Callable
 from typing import Any
 
 
-def _norm(family: Any) -> int:
-    """What `Family.norm` has: a T5 norm has no bias, post-norm encoders and CNNs have none."""
-    D = family.width
-    return {"t5": D, "vit": 2 * D, "clip-text": 2 * D, "swin": 2 * D}.get(family.name, 0)
+def _norm(backbone: Any) -> int:
+    """What `Backbone.norm` has: a T5 norm has no bias, post-norm encoders and CNNs have none."""
+    D = backbone.width
+    return {"t5": D, "vit": 2 * D, "clip-text": 2 * D, "swin": 2 * D}.get(backbone.name, 0)
 
 
-def probe(config: Any, family: Any) -> int:
+def probe(config: Any, backbone: Any) -> int:
     return 0
 
 
-def sherl(config: Any, family: Any) -> int:
-    D, d = family.width, family.width // config.reduction
+def sherl(config: Any, backbone: Any) -> int:
+    D, d = backbone.width, backbone.width // config.reduction
     total = 0
-    for stream in family.streams:
-        live = stream == family.streams[-1]
-        sets = 1 + len([i for i in family.kept_layers("sherl", stream) if not live or i < family.depth(stream) - 1])
-        total += sets * ((D * d + d) + 2 * (d * d + d)) + (d + 1) + 1 + (d * D + D) + _norm(family)
+    for stream in backbone.streams:
+        live = stream == backbone.streams[-1]
+        sets = 1 + len([i for i in config.kept(backbone, stream) if not live or i < backbone.depth(stream) - 1])
+        total += sets * ((D * d + d) + 2 * (d * d + d)) + (d + 1) + 1 + (d * D + D) + _norm(backbone)
     return total
 
 
-def sherl_conv(config: Any, family: Any) -> int:
-    D, d = family.width, family.width // config.reduction
-    taps = sum(family.width_of(s) * d + 3 * d for s in family.streams)
-    return taps + (d + 1) + (d * D + 3 * D) + 1 + _norm(family)
+def sherl_conv(config: Any, backbone: Any) -> int:
+    D, d = backbone.width, backbone.width // config.reduction
+    taps = sum(backbone.width_of(s) * d + 3 * d for s in backbone.streams)
+    return taps + (d + 1) + (d * D + 3 * D) + 1 + _norm(backbone)
 
 
-def unipt(config: Any, family: Any) -> int:
-    D, d, n = family.width, family.width // config.reduction, family.depth(family.streams[0]) + 1
+def unipt(config: Any, backbone: Any) -> int:
+    D, d, n = backbone.width, backbone.width // config.reduction, backbone.depth(backbone.streams[0]) + 1
     return n * (D * d + 3 * d) + (d + 1) + (d * d + 3 * d) + d * D + D
 
 
-def unipt_conv(config: Any, family: Any) -> int:
-    D, d = family.width, family.width // config.reduction
-    finer = sum(D * c + c + c * d + 3 * d for c in map(family.width_of, family.streams[:-1]))
+def unipt_conv(config: Any, backbone: Any) -> int:
+    D, d = backbone.width, backbone.width // config.reduction
+    finer = sum(D * c + c + c * d + 3 * d for c in map(backbone.width_of, backbone.streams[:-1]))
     return finer + (D * d + 3 * d) + (d + 1) + (d * d + 3 * d) + d * D + D
 
 
-def lst(config: Any, family: Any) -> int:
-    D, r = family.width, config.reduction
-    d, raw = D // r, family.config
+def lst(config: Any, backbone: Any) -> int:
+    D, r = backbone.width, config.reduction
+    d, raw = D // r, backbone.config
     total = 0
-    for stream in family.streams:
-        kept = family.kept_layers("lst", stream)
-        if family.name == "t5":
+    for stream in backbone.streams:
+        kept = config.kept(backbone, stream)
+        if backbone.name == "t5":
             inner, f = raw.num_heads * (raw.d_kv // r), raw.d_ff // r
             attentions = 2 if stream == "decoder" else 1
             block, shared = attentions * (4 * d * inner + d) + 2 * d * f + d, 32 * raw.num_heads + d
-        elif family.name == "bert":
+        elif backbone.name == "bert":
             f = raw.intermediate_size // r
             block, shared = 4 * (d * d + d) + (d * f + f) + (f * d + d) + 4 * d, 2 * d
         else:
             block, shared = 12 * d * d + 13 * d, 2 * d
-        total += (D * d + d) + len(kept) * (D * d + d + block) + family.depth(stream) + shared
-    return total + (d * D + D if family.writes_text else 0)
+        total += (D * d + d) + len(kept) * (D * d + d + block) + backbone.depth(stream) + shared
+    return total + (d * D + D if backbone.writes_text else 0)
 
 
-def side_tuning(config: Any, family: Any) -> int:
-    D, d = family.width, family.width // config.reduction
+def side_tuning(config: Any, backbone: Any) -> int:
+    D, d = backbone.width, backbone.width // config.reduction
     return 2 * D * d + d + D + 1
 
 
-def _tower(config: Any, family: Any) -> int:
-    D, d, n = family.width, family.width // config.reduction, family.depth("encoder") + 1
+def _tower(config: Any, backbone: Any) -> int:
+    D, d, n = backbone.width, backbone.width // config.reduction, backbone.depth("encoder") + 1
     return n * (D * d + d) + 2 * D * d + d + D + (d + 1)
 
 
-def sherl_clip(config: Any, family: Any) -> int:
-    d, n = family.width // config.reduction, family.depth("encoder") + 1
-    return _tower(config, family) + n * (d + 1)
+def sherl_clip(config: Any, backbone: Any) -> int:
+    d, n = backbone.width // config.reduction, backbone.depth("encoder") + 1
+    return _tower(config, backbone) + n * (d + 1)
 
 
-def e3va(config: Any, family: Any) -> int:
-    blocks = sum(family.width_of(s) * family.depth(s) for s in family.streams)
-    return 12 * config.alpha * blocks + 3 * blocks + 2 * sum(map(family.width_of, family.streams))
+def e3va(config: Any, backbone: Any) -> int:
+    blocks = sum(backbone.width_of(s) * backbone.depth(s) for s in backbone.streams)
+    return 12 * config.alpha * blocks + 3 * blocks + 2 * sum(map(backbone.width_of, backbone.streams))
 
 
 FORMULAS: dict[tuple[str, str], Callable[[Any, Any], int]] = {

@@ -56,9 +56,9 @@ def test_one_learned_redundancy_an_early_layer():
 
 
 @pytest.mark.parametrize("blend", ["mhsa", "linear-learned"])
-@pytest.mark.parametrize("family", ["t5", "vit", "resnet"])
-def test_they_train_on_every_shape(checkpoints, pictures, family, blend):
-    case = Case(Checkpoint(checkpoints[family], family), "sherl", pictures)
+@pytest.mark.parametrize("backbone", ["t5", "vit", "resnet"])
+def test_they_train_on_every_shape(checkpoints, pictures, backbone, blend):
+    case = Case(Checkpoint(checkpoints[backbone], backbone), "sherl", pictures)
     case.config = tuner_config("sherl", {"reduction": 4, "blend": blend})
     model = case.model().train()
     for name, p in model.named_parameters():  # T5's form starts with scores so small that ReLU may take all of a row
@@ -70,16 +70,16 @@ def test_they_train_on_every_shape(checkpoints, pictures, family, blend):
     assert any(p.grad.abs().sum() > 0 for p in own.values())
 
 
-@pytest.mark.parametrize("family", ["t5", "bert", "vit"])
-def test_without_a_live_layer_the_blend_is_the_output(checkpoints, pictures, family, monkeypatch):
-    case = Case(Checkpoint(checkpoints[family], family), "sherl", pictures)
+@pytest.mark.parametrize("backbone", ["t5", "bert", "vit"])
+def test_without_a_live_layer_the_blend_is_the_output(checkpoints, pictures, backbone, monkeypatch):
+    case = Case(Checkpoint(checkpoints[backbone], backbone), "sherl", pictures)
     case.config = tuner_config("sherl", {"reduction": 4, "insert": "none", "gate": 0.1})
     model, batch = case.model().eval(), case.batch()
     tuner = model.tuner
     monkeypatch.setattr(tuner.tail, "through", lambda *_: pytest.fail("a layer ran"))
-    stream, depth = tuner.stream, case.family.depth(tuner.stream)
+    stream, depth = tuner.stream, case.backbone.depth(tuner.stream)
     assert {n.split(".")[0] for n in batch.states} == {stream} and f"{stream}.{depth - 1}" not in batch.states
-    names = [n for n in case.family.states() if n in batch.states and n not in case.family.embedding(stream)]
+    names = [n for n in case.backbone.states() if n in batch.states and n not in case.backbone.embedding(stream)]
     layers = [tuner.tail.embed(batch, stream), *(batch.states[n] for n in names)]
     blend = tuner.mtsa[stream](layers, layers[-1])
     torch.testing.assert_close(tuner(batch)[stream], tuner.norm[stream](blend))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from pipeline.extract.checkpoint import Checkpoint
 from pipeline.store import UserError
+from pipeline.testing import BACKBONE_CHECKS
 from pipeline.train.tuners import base, tuner_class, tuner_names
 from tests.pairs import SUITE, pairs
 from tests.train.conformance import CHECKS, Case
@@ -16,18 +18,25 @@ from tests.train.formulas import FORMULAS
 def cases(checkpoints, pictures):
     made: dict[tuple[str, str], Case] = {}
 
-    def get(family: str, tuner: str) -> Case:
-        if (family, tuner) not in made:
-            made[family, tuner] = Case(Checkpoint(checkpoints[family], family), tuner, pictures)
-        return made[family, tuner]
+    def get(backbone: str, tuner: str) -> Case:
+        if (backbone, tuner) not in made:
+            made[backbone, tuner] = Case(Checkpoint(checkpoints[backbone], backbone), tuner, pictures)
+        return made[backbone, tuner]
 
     return get
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda c: c.__name__)
-@pytest.mark.parametrize(("family", "tuner"), pairs(SUITE))
-def test_pair(cases, family, tuner, check):
-    check(cases(family, tuner))
+@pytest.mark.parametrize(("backbone", "tuner"), pairs(SUITE))
+def test_pair(cases, backbone, tuner, check):
+    check(cases(backbone, tuner))
+
+
+@pytest.mark.parametrize("check", BACKBONE_CHECKS, ids=lambda c: c.__name__)
+@pytest.mark.parametrize("backbone", SUITE)
+def test_backbone(cases, backbone, check):
+    with torch.no_grad():
+        check(cases(backbone, "probe"))
 
 
 def test_a_new_tuner_is_one_file_and_one_registering_call(cases, monkeypatch):
@@ -37,10 +46,10 @@ def test_a_new_tuner_is_one_file_and_one_registering_call(cases, monkeypatch):
     monkeypatch.setitem(base._TUNERS, "toy", toy_tuner.Toy)
     new = [p for p in pairs(SUITE) if p[1] == "toy"]
     sequences = ["t5", "bert", "roberta", "clip_text", "vit", "clip"]
-    assert [family for family, _ in new] == sequences
-    for family, tuner in new:
+    assert [backbone for backbone, _ in new] == sequences
+    for backbone, tuner in new:
         for check in CHECKS:
-            check(cases(family, tuner))
+            check(cases(backbone, tuner))
 
 
 def test_the_toy_is_gone():
@@ -48,10 +57,10 @@ def test_the_toy_is_gone():
 
 
 def test_a_tuner_without_a_form_for_a_family_says_so(checkpoints):
-    family = Checkpoint(checkpoints["cifar"], "cifar").family
+    backbone = Checkpoint(checkpoints["cifar"], "cifar").backbone
     with pytest.raises(UserError, match=r"'lst' has no form for resnet backbones.*sherl, unipt, head2toe, probe"):
-        tuner_class("lst", family)
+        tuner_class("lst", backbone)
 
 
 def test_every_tuner_has_a_formula_for_each_shape_it_works_on():
-    assert {(tuner, SUITE[family].shape) for family, tuner in pairs(SUITE)} == set(FORMULAS)
+    assert {(tuner, SUITE[backbone].shape) for backbone, tuner in pairs(SUITE)} == set(FORMULAS)

@@ -20,10 +20,11 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import T5Config, T5ForConditionalGeneration
 
-from pipeline.extract.backbones import Inputs, family_for
+from pipeline.extract.backbones import Inputs, backbone_for
 from pipeline.train.importance import fisher, magnitude
 from pipeline.train.objectives import Answers, Objective, ObjectiveConfig
 from pipeline.train.objectives.label_text import LabelText
+from pipeline.train.sideblocks import pruned
 
 FOLDER = Path(os.environ.get("GOLDEN") or Path(__file__).parents[1] / "golden")
 TOLERANCE = 1e-5  # of a tensor's largest value, float32
@@ -55,7 +56,7 @@ def golden(request) -> File:
     return File(request.param)
 
 
-def backbone(golden: File) -> tuple[Any, Any]:
+def built(golden: File) -> tuple[Any, Any]:
     """The family and the frozen T5 of the file."""
     c, weights = golden.config, golden.of("backbone")
     config = T5Config(
@@ -73,7 +74,7 @@ def backbone(golden: File) -> tuple[Any, Any]:
     tied = {k for k in state if k.endswith("embed_tokens.weight") or k == "lm_head.weight"}
     assert not unknown and state.keys() - weights.keys() <= tied
     model.load_state_dict(weights, strict=False)
-    return family_for(config), model
+    return backbone_for(config), model
 
 
 def importance(golden: File, model: Any) -> dict[str, Tensor]:
@@ -81,13 +82,13 @@ def importance(golden: File, model: Any) -> dict[str, Tensor]:
 
 
 def ours(name: str) -> str:
-    """The released name of a pruned tensor as `Family.pruned` has it."""
+    """The released name of a pruned tensor as `pruned` has it."""
     return name.replace(".block.", ".").replace("final_layer_norm", "norm")
 
 
 def test_pruned_tensors_are_the_released_ones_in_their_order(golden):
-    family, model = backbone(golden)
-    found = family.pruned(model, importance(golden, model), golden.config["reduction"], aligned=False)
+    backbone, model = built(golden)
+    found = pruned(backbone, model, importance(golden, model), golden.config["reduction"], aligned=False)
     released = golden.of("output/released")
     shared = released.pop("shared.weight")  # the side network has no embedding of its own
     assert shared.shape[1] == golden.config["width"] // golden.config["reduction"] and len(released) > 20
@@ -101,15 +102,15 @@ def test_fisher_sums_are_the_released_ones(golden):
     expected = golden.of("output/importance")
     if not expected:
         pytest.skip(f"{golden.about['case']} has no Fisher sums")
-    family, model = backbone(golden)
+    backbone, model = built(golden)
     inputs = golden.of("input")
-    found = fisher(family, model, *singles(family, inputs))
+    found = fisher(backbone, model, *singles(backbone, inputs))
     for name, tensor in expected.items():
         worst = float((found[name] - tensor).abs().max() / tensor.abs().max())
         assert worst <= TOLERANCE, f"{name}: {worst:.1e} of its largest"
 
 
-def singles(family: Any, inputs: dict[str, Tensor]) -> tuple[Objective, list[Any]]:
+def singles(backbone: Any, inputs: dict[str, Tensor]) -> tuple[Objective, list[Any]]:
     """The file's samples one by one, each answer a class of its own."""
     lengths = inputs["attention_mask"].sum(1)
     answers = [tuple(row[row >= 0].tolist()) for row in inputs["labels"]]
@@ -117,7 +118,7 @@ def singles(family: Any, inputs: dict[str, Tensor]) -> tuple[Objective, list[Any
     for i, answer in enumerate(answers):
         ids = inputs["input_ids"][i, : lengths[i]].int().numpy()
         sample = Inputs({"encoder": lengths[i : i + 1].numpy()}, {"encoder.ids": ids}, (lengths[i : i + 1] < 0).numpy())
-        batch = family.with_decoder(sample, [[family.start_id, *answer[:-1]]]).batch()
+        batch = backbone.with_decoder(sample, [[backbone.start_id, *answer[:-1]]]).batch()
         batch.targets = {"label": torch.tensor([i])}
         batches.append(batch)
     return LabelText(ObjectiveConfig(), Answers.of_classes(len(answers), answers)), batches

@@ -18,7 +18,7 @@ import pytest
 import torch
 from transformers import T5Config
 
-from pipeline.extract.backbones import family_for
+from pipeline.extract.backbones import backbone_for
 from pipeline.objectives import class_objective
 from pipeline.train.model import Model
 from pipeline.train.tuners import tuner_class, tuner_config
@@ -69,10 +69,10 @@ def test_first_weights_are_drawn_as_released(tuner):
     released = groups(tuner)
     if not released:
         pytest.skip(f"no first weights of {tuner} in {FILE.parent.name}")
-    family = family_for(T5Config(vocab_size=64, **T5["t5-base"]))
+    backbone = backbone_for(T5Config(vocab_size=64, **T5["t5-base"]))
     config = tuner_config(tuner, {"reduction": REDUCTION, "layers": [1, 10, 11]})
-    objective = class_objective(family, tuner_class(tuner), CHAINS)
-    made = Model.build(tuner, config, family, family.tail(None, "sdpa"), objective, seed=0)
+    objective = class_objective(backbone, tuner_class(tuner), CHAINS)
+    made = Model.build(tuner, config, backbone, backbone.tail(None, "sdpa"), objective, seed=0)
     own = dict(made.tuner.named_parameters())
     seen: set[str] = set()
     for group in released:

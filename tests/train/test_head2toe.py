@@ -12,8 +12,8 @@ from pipeline.train.tuners import tuner_class, tuner_config
 from tests.train.conformance import Case
 
 
-def case_of(checkpoints, pictures, family: str = "bert", **options) -> Case:
-    case = Case(Checkpoint(checkpoints[family], family), "head2toe", pictures)
+def case_of(checkpoints, pictures, backbone: str = "bert", **options) -> Case:
+    case = Case(Checkpoint(checkpoints[backbone], backbone), "head2toe", pictures)
     case.config = tuner_config("head2toe", options)
     return case
 
@@ -71,11 +71,11 @@ def test_the_penalty_is_the_group_lasso_of_training_alone(checkpoints, pictures)
 
 
 def test_every_block_of_a_staged_backbone_is_read_and_bad_options_are_refused(checkpoints):
-    family = Checkpoint(checkpoints["swin"], "swin").family
-    states = tuner_class("head2toe", family).states(tuner_config("head2toe", {}), family)
-    assert states == [f"{s}.{i}" for s in family.streams for i in range(family.depth(s))]
+    backbone = Checkpoint(checkpoints["swin"], "swin").backbone
+    states = tuner_class("head2toe", backbone).states(tuner_config("head2toe", {}), backbone)
+    assert states == [f"{s}.{i}" for s in backbone.streams for i in range(backbone.depth(s))]
     with pytest.raises(UserError, match="reads every block"):
-        tuner_class("head2toe", family).states(tuner_config("head2toe", {"layers": [0]}), family)
+        tuner_class("head2toe", backbone).states(tuner_config("head2toe", {"layers": [0]}), backbone)
     for options, word in (
         ({"features": 0}, "features"),
         ({"lasso": -1}, "lasso"),

@@ -31,7 +31,7 @@ def test_numbers_are_scored_against_the_texts_that_are_taught():
 
 
 def test_classes_are_scored_as_they_are():
-    assert YES_NO.rounded([0, 1, 1]) == [0, 1, 1]
+    assert YES_NO.truth([0, 1, 1]) == [0, 1, 1]
 
 
 @pytest.mark.parametrize(

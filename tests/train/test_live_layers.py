@@ -6,13 +6,12 @@ import pytest
 import torch
 from transformers import T5Config
 
-from pipeline.extract.backbones import family_for
+from pipeline.extract.backbones import backbone_for
 from pipeline.extract.checkpoint import Checkpoint
 from pipeline.objectives import class_objective
 from pipeline.store import UserError
-from pipeline.train.features import Want
 from pipeline.train.model import Model, tail_for
-from pipeline.train.tuners import tuner_class, tuner_config
+from pipeline.train.tuners import fitting_tuner, tuner_class, tuner_config
 from tests.train.conformance import CHECKS, Case, parameters_are_those_of_the_formula
 from tests.train.test_tuners import CHAINS, T5
 
@@ -22,16 +21,16 @@ VARIANTS = [{"insert": "single:1"}, {"insert": "multi:1"}, {"insert": "none"}] +
 VARIANTS += [{"insert": "multi:1", "tail": "lora"}]
 
 
-def case_of(checkpoints, pictures, family: str, **options) -> Case:
-    case = Case(Checkpoint(checkpoints[family], family), "sherl", pictures)
+def case_of(checkpoints, pictures, backbone: str, **options) -> Case:
+    case = Case(Checkpoint(checkpoints[backbone], backbone), "sherl", pictures)
     case.config = tuner_config("sherl", {"reduction": 4, **options})
     return case
 
 
 @pytest.mark.parametrize("options", VARIANTS, ids=lambda o: "-".join(o.values()))
-@pytest.mark.parametrize("family", ["t5", "bert", "clip_text", "vit"])
-def test_every_variant_goes_through_the_suite(checkpoints, pictures, family, options):
-    case = case_of(checkpoints, pictures, family, **options)
+@pytest.mark.parametrize("backbone", ["t5", "bert", "clip_text", "vit"])
+def test_every_variant_goes_through_the_suite(checkpoints, pictures, backbone, options):
+    case = case_of(checkpoints, pictures, backbone, **options)
     for check in CHECKS:
         if check is not parameters_are_those_of_the_formula:  # counted below
             check(case)
@@ -61,25 +60,25 @@ def test_what_is_saved_is_what_is_trained_and_it_all_learns(checkpoints, picture
     assert all(torch.equal(v, dict(model.named_parameters())[n]) for n, v in frozen.items())
 
 
-@pytest.mark.parametrize("family", ["bert", "vit"])
-def test_late_layers_are_those_of_the_backbone(checkpoints, pictures, family):
+@pytest.mark.parametrize("backbone", ["bert", "vit"])
+def test_late_layers_are_those_of_the_backbone(checkpoints, pictures, backbone):
     """With the gate wide open and nothing blended in, a single insertion is the backbone itself from that layer on."""
-    case = case_of(checkpoints, pictures, family, insert="single:1", gate=9.0)
+    case = case_of(checkpoints, pictures, backbone, insert="single:1", gate=9.0)
     model, batch = case.model().eval(), case.batch()
     assert "encoder.1" not in batch.states and "encoder.0" in batch.states
     up = model.tuner.mtsa["encoder"].up
     up.weight.data.zero_(), up.bias.data.zero_()
-    state = f"encoder.{case.family.depth('encoder') - 1}"
-    last = case.family.run(case.backbone, case.inputs.batch(), [state])[state]
+    state = f"encoder.{case.backbone.depth('encoder') - 1}"
+    last = case.backbone.run(case.loaded, case.inputs.batch(), [state])[state]
     torch.testing.assert_close(
         model.tuner(batch)["encoder"], model.tuner._finish(last, "encoder"), rtol=1e-4, atol=1e-4
     )
 
 
 def test_a_late_t5_layer_is_the_backbones_own(checkpoints):
-    family = Checkpoint(checkpoints["t5"], "t5").family
-    model = family.load(checkpoints["t5"], torch.float32, "sdpa", "cpu")
-    block = family.late_block(family.block_weights(model, 2), "sdpa").eval()
+    backbone = Checkpoint(checkpoints["t5"], "t5").backbone
+    model = backbone.load(checkpoints["t5"], torch.float32, "sdpa", "cpu")
+    block = backbone.late_block(backbone.block_weights(model, 2), "sdpa").eval()
     grid, memory = torch.randn(2, 3, 32), torch.randn(2, 5, 32)
     mask = torch.ones(2, 1, 1, 5, dtype=torch.bool)
     own, bias = torch.ones(2, 1, 3, 3, dtype=torch.bool).tril(), torch.randn(1, 4, 3, 3)
@@ -89,11 +88,11 @@ def test_a_late_t5_layer_is_the_backbones_own(checkpoints):
 
 
 def counted(options: dict) -> int:
-    family = family_for(T5Config(vocab_size=32128, **T5["t5-base"]))
+    backbone = backbone_for(T5Config(vocab_size=32128, **T5["t5-base"]))
     config = tuner_config("sherl", {"reduction": 8, **options})
-    objective = class_objective(family, tuner_class("sherl"), CHAINS)
+    objective = class_objective(backbone, tuner_class("sherl"), CHAINS)
     with torch.device("meta"):
-        model = Model.build("sherl", config, family, tail_for("sherl", config, family, "sdpa"), objective)
+        model = Model.build("sherl", config, backbone, tail_for("sherl", config, backbone, "sdpa"), objective)
     return model.trainable_parameters()
 
 
@@ -116,8 +115,8 @@ def test_parameters_on_t5_base():
 
 
 def test_only_earlier_states_are_read_and_bad_values_are_refused(checkpoints):
-    family = family_for(T5Config(vocab_size=64, **T5["t5-base"]))
-    states = tuner_class("sherl").states(tuner_config("sherl", {"insert": "multi:9"}), family)
+    backbone = backbone_for(T5Config(vocab_size=64, **T5["t5-base"]))
+    states = tuner_class("sherl").states(tuner_config("sherl", {"insert": "multi:9"}), backbone)
     assert [s for s in states if s.startswith("decoder")] == [f"decoder.{i}" for i in (1, 2, 3, 5, 6, 7, 8)]
     assert "encoder.11" in states
     for bad in ("multi", "single:x", "first"):
@@ -125,7 +124,7 @@ def test_only_earlier_states_are_read_and_bad_values_are_refused(checkpoints):
             tuner_config("sherl", {"insert": bad})
     for number in (0, 12):
         with pytest.raises(UserError, match=f"layers 1 to 11 of this backbone, not {number}"):
-            tuner_class("sherl").states(tuner_config("sherl", {"insert": f"single:{number}"}), family)
+            tuner_class("sherl").states(tuner_config("sherl", {"insert": f"single:{number}"}), backbone)
     for bad, message in (
         ({"tail": "thawed"}, "tail: one of frozen, lora"),
         ({"tail": "lora", "insert": "none"}, "tail: with insert none no layer is live that lora could train in"),
@@ -134,10 +133,10 @@ def test_only_earlier_states_are_read_and_bad_values_are_refused(checkpoints):
     ):
         with pytest.raises(UserError, match=message):
             tuner_config("sherl", bad)
-    swin = Checkpoint(checkpoints["swin"], "swin").family
+    swin = Checkpoint(checkpoints["swin"], "swin").backbone
     config = tuner_config("sherl", {"reduction": 4, "insert": "multi:1"})
     with pytest.raises(UserError, match="insert: swin backbones take last only"):
-        tuner_class("sherl", swin)(config, swin, swin.tail(None, "sdpa"), Want())
+        fitting_tuner("sherl", config, swin)
 
 
 def test_a_copied_layer_computes_as_the_shared_one_in_either_mode(checkpoints, pictures):
@@ -146,5 +145,5 @@ def test_a_copied_layer_computes_as_the_shared_one_in_either_mode(checkpoints, p
     plain, batch = case_of(checkpoints, pictures, "bert", gate=0.1), case.batch()
     shared = plain.model().train()
     shared(batch)  # leaves the shared layer in its mode for training
-    model = Model.build("sherl", case.config, case.family, shared.tuner.tail, case.objective, 0).eval()
+    model = Model.build("sherl", case.config, case.backbone, shared.tuner.tail, case.objective, 0).eval()
     torch.testing.assert_close(model(batch), shared.eval()(batch), rtol=1e-5, atol=1e-6)

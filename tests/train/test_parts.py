@@ -10,12 +10,12 @@ from pipeline.extract.checkpoint import Checkpoint
 from tests.train.conformance import Case
 
 
-@pytest.mark.parametrize(("tuner", "family"), [("lst", "bert"), ("lst", "t5"), ("sherl", "bert"), ("sherl", "vit")])
-def test_parts_change_no_gradient(checkpoints, pictures, monkeypatch, tuner: str, family: str) -> None:
+@pytest.mark.parametrize(("tuner", "backbone"), [("lst", "bert"), ("lst", "t5"), ("sherl", "bert"), ("sherl", "vit")])
+def test_parts_change_no_gradient(checkpoints, pictures, monkeypatch, tuner: str, backbone: str) -> None:
     monkeypatch.setattr(dropout, "drop", lambda x, p, training: x)
     monkeypatch.setattr(torch.nn.functional, "dropout", lambda x, *_: x)
     monkeypatch.setattr(bylength, "SAMPLES", 2)
-    case = Case(Checkpoint(checkpoints[family], family), tuner, pictures)
+    case = Case(Checkpoint(checkpoints[backbone], backbone), tuner, pictures)
     found, cut = [], []
     of = bylength.Parts.of
     monkeypatch.setattr(bylength.Parts, "of", lambda *a: cut.append(of(*a)) or cut[-1])
@@ -30,4 +30,4 @@ def test_parts_change_no_gradient(checkpoints, pictures, monkeypatch, tuner: str
     assert whole.keys() == parts.keys() and whole
     for name, gradient in whole.items():
         torch.testing.assert_close(parts[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
-    assert any(p is not None for p in cut) == (family != "vit")  # pictures are of one size
+    assert any(p is not None for p in cut) == (backbone != "vit")  # pictures are of one size

@@ -8,7 +8,8 @@ import torch
 from pipeline.extract.checkpoint import Checkpoint
 from pipeline.store import UserError
 from pipeline.train.importance import fisher, magnitude
-from pipeline.train.tuners import tuner_class, tuner_config
+from pipeline.train.sideblocks import pruned
+from pipeline.train.tuners import fitting_tuner, tuner_class, tuner_config
 from tests.train.conformance import Case
 
 R = 4
@@ -16,7 +17,7 @@ R = 4
 
 def loaded(checkpoints, name: str):
     checkpoint = Checkpoint(checkpoints[name], name)
-    return checkpoint.family, checkpoint.family.load(checkpoint.folder, torch.float32, "sdpa", "cpu")
+    return checkpoint.backbone, checkpoint.backbone.load(checkpoint.folder, torch.float32, "sdpa", "cpu")
 
 
 def top(scores: list[float], keep: int) -> list[int]:
@@ -69,9 +70,9 @@ def unlike_norms(model) -> None:
 
 
 def test_running_set_on_a_t5_is_the_walk_by_hand(checkpoints):
-    family, model = loaded(checkpoints, "t5")
+    backbone, model = loaded(checkpoints, "t5")
     unlike_norms(model)
-    found = family.pruned(model, magnitude(model), R, aligned=False)
+    found = pruned(backbone, model, magnitude(model), R, aligned=False)
     expected = walk_by_hand(model)
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -79,9 +80,9 @@ def test_running_set_on_a_t5_is_the_walk_by_hand(checkpoints):
 
 
 def test_aligned_set_is_one_for_the_residual_stream_and_fair_to_heads(checkpoints):
-    family, model = loaded(checkpoints, "t5")
+    backbone, model = loaded(checkpoints, "t5")
     unlike_norms(model)
-    found = family.pruned(model, magnitude(model), R, aligned=True)
+    found = pruned(backbone, model, magnitude(model), R, aligned=True)
     norms = [v for n, v in found.items() if "norm" in n]
     assert len(norms) == 4 * 2 + 4 * 3 + 2 and all(torch.equal(v, norms[0]) for v in norms)
     kept = [round(float(v - 1) * 100) for v in norms[0]]
@@ -100,24 +101,24 @@ def test_aligned_set_is_one_for_the_residual_stream_and_fair_to_heads(checkpoint
 @pytest.mark.parametrize("name", ["t5", "bert", "roberta", "vit", "vit_hf", "clip", "clip_text"])
 def test_side_blocks_start_as_the_pruned_blocks_of_the_kept_layers(checkpoints, pictures, name, prune, kept_as):
     case = Case(Checkpoint(checkpoints[name], name), "lst", pictures)
-    family = case.family
+    backbone = case.backbone
     case.config = tuner_config("lst", {"reduction": R, "init": "magnitude", "prune": prune, "layers": [1, 2]})
-    start = tuner_class("lst", family).start(case.config, family)
+    start = tuner_class("lst", backbone).start(case.config, backbone)
     assert start.name == f"lst-magnitude-{kept_as}-r4" and not start.fisher
-    weights = start.make(case.backbone, magnitude(case.backbone))
+    weights = start.make(case.loaded, magnitude(case.loaded))
     model = case.model()
     before = {k: v.clone() for k, v in model.trainable_state().items()}
     model.tuner.begin(weights)
     after = model.trainable_state()
     assert all(torch.equal(before[k], after[k]) for k in after if ".side." not in k)
     fresh = {k for k in after if ".side." in k and torch.equal(before[k], after[k])}
-    own = {f"tuner.ladders.{s}.side.blocks.{k}" for s in family.streams for k in (0, 1)}
+    own = {f"tuner.ladders.{s}.side.blocks.{k}" for s in backbone.streams for k in (0, 1)}
     # What was 0 or 1 before and after (biases, norms) cannot tell; every matrix must have come from the backbone.
     assert not [k for k in fresh if after[k].ndim > 1]
     assert {
         k.rsplit(".blocks.", 1)[0] + ".blocks." + k.rsplit(".blocks.", 1)[1][0] for k in after if ".blocks." in k
     } == own
-    stream = family.streams[-1]
+    stream = backbone.streams[-1]
     matrix = next(k for k, v in weights.items() if k.startswith(f"{stream}.2.") and v.ndim > 1)
     assert torch.equal(
         after[f"tuner.ladders.{stream}.side.blocks.1." + matrix.removeprefix(f"{stream}.2.")], weights[matrix]
@@ -127,15 +128,15 @@ def test_side_blocks_start_as_the_pruned_blocks_of_the_kept_layers(checkpoints, 
 
 def test_fisher_is_the_sum_of_squared_gradients_of_single_samples(checkpoints, pictures):
     case = Case(Checkpoint(checkpoints["t5"], "t5"), "lst", pictures)
-    family, model = case.family, case.backbone
+    backbone, model = case.backbone, case.loaded
     chain = list(case.chains[2])
-    gold = family.with_decoder(case.inputs, [[family.start_id, *chain[:-1]]] * 6)
+    gold = backbone.with_decoder(case.inputs, [[backbone.start_id, *chain[:-1]]] * 6)
     batches = []
     for i in range(3):
         batch = gold.take(torch.tensor([i]).numpy()).batch()
         batch.targets = {"label": torch.tensor([2])}
         batches.append(batch)
-    found = fisher(family, model, case.objective, batches)
+    found = fisher(backbone, model, case.objective, batches)
     assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
     expected = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
     model.requires_grad_(True)
@@ -146,8 +147,8 @@ def test_fisher_is_the_sum_of_squared_gradients_of_single_samples(checkpoints, p
             expected[n] += p.grad**2
     for n, tensor in expected.items():
         torch.testing.assert_close(found[n], tensor, rtol=1e-3, atol=1e-9, msg=n)
-    by_fisher = family.pruned(model, found, R, aligned=False)
-    by_size = family.pruned(model, magnitude(model), R, aligned=False)
+    by_fisher = pruned(backbone, model, found, R, aligned=False)
+    by_size = pruned(backbone, model, magnitude(model), R, aligned=False)
     assert {k: v.shape for k, v in by_fisher.items()} == {k: v.shape for k, v in by_size.items()}
     assert any(not torch.equal(v, by_size[k]) for k, v in by_fisher.items())
 
@@ -155,7 +156,7 @@ def test_fisher_is_the_sum_of_squared_gradients_of_single_samples(checkpoints, p
 def test_what_cannot_be_is_refused(checkpoints, pictures):
     with pytest.raises(UserError, match="init: one of random, magnitude, fisher"):
         tuner_config("lst", {"init": "fischer"})
-    family, _ = loaded(checkpoints, "bert")
+    backbone, _ = loaded(checkpoints, "bert")
     config = tuner_config("lst", {"init": "fisher"})
     with pytest.raises(UserError, match="without a head; use --init magnitude"):
-        tuner_class("lst", family).start(config, family)
+        fitting_tuner("lst", config, backbone)

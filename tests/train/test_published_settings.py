@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from pipeline.extract.backbones import family_for
+from pipeline.extract.backbones import backbone_for
 from pipeline.extract.checkpoint import Checkpoint
 from pipeline.objectives import class_objective
 from pipeline.operations import backbone_model
@@ -29,11 +29,11 @@ SHARES = {"adapter": 1.63, "lora": 1.71, "bitfit": 0.13, "prompt": 0.03, "full":
 def test_counts_at_t5_base_are_the_published_ones(name):
     config = known_config("t5-base")
     config.vocab_size = 32_100
-    family = family_for(config)
-    model = backbone_model(family)
+    backbone = backbone_for(config)
+    model = backbone_model(backbone)
     assert sum(p.numel() for p in model.parameters()) == TOTAL
     made = CounterpartModel(
-        counterpart(name, "paper"), family, model, class_objective(family, tuner_class("sherl"), ((3, 1), (4, 1)))
+        counterpart(name, "paper"), backbone, model, class_objective(backbone, tuner_class("sherl"), ((3, 1), (4, 1)))
     )
     assert made.trainable_parameters() == COUNTS[name]
     assert round(100 * COUNTS[name] / TOTAL, 2) == SHARES[name]
@@ -43,13 +43,15 @@ def test_counts_at_t5_base_are_the_published_ones(name):
 @pytest.mark.parametrize("name", PAPER)
 def test_they_train_what_they_say_from_the_backbone(checkpoints, pictures, name):
     case = Case(Checkpoint(checkpoints["t5"], "t5"), "sherl", pictures)
-    backbone = case.family.load(case.checkpoint.folder, torch.float32, "sdpa", "cpu")
+    module = case.backbone.load(case.checkpoint.folder, torch.float32, "sdpa", "cpu")
     chains = case.chains
-    batch = case.family.with_decoder(case.inputs, [[case.family.start_id, *chains[2][:-1]]] * len(case.inputs)).batch()
+    batch = case.backbone.with_decoder(
+        case.inputs, [[case.backbone.start_id, *chains[2][:-1]]] * len(case.inputs)
+    ).batch()
     batch.targets = {"label": torch.full((len(batch),), 2)}
-    plain = CounterpartModel(counterpart("full"), case.family, backbone, case.objective, 0).eval().loss(batch)
+    plain = CounterpartModel(counterpart("full"), case.backbone, module, case.objective, 0).eval().loss(batch)
     plain = float(plain.detach())
-    model = CounterpartModel(counterpart(name, "paper"), case.family, backbone, case.objective, 0)
+    model = CounterpartModel(counterpart(name, "paper"), case.backbone, module, case.objective, 0)
     if name != "prompt":  # adapters start near the identity, the others at it
         assert float(model.eval().loss(batch).detach()) == pytest.approx(plain, rel=1e-2 if name == "adapter" else 1e-6)
     model.loss(batch).backward()
@@ -63,30 +65,30 @@ def test_they_train_what_they_say_from_the_backbone(checkpoints, pictures, name)
 def test_biases_of_bitfit_are_where_they_should_be(checkpoints, pictures):
     """Adding b to a bias adds it to the module's output: on Linears, on norms, and on the columns of the head."""
     case = Case(Checkpoint(checkpoints["t5"], "t5"), "sherl", pictures)
-    backbone = case.family.load(case.checkpoint.folder, torch.float32, "sdpa", "cpu")
-    model = CounterpartModel(counterpart("bitfit", "paper"), case.family, backbone, case.objective).eval()
+    module = case.backbone.load(case.checkpoint.folder, torch.float32, "sdpa", "cpu")
+    model = CounterpartModel(counterpart("bitfit", "paper"), case.backbone, module, case.objective).eval()
     x = torch.randn(3, 32)
     shift = torch.randn(32)
-    for part in (backbone.decoder.final_layer_norm, backbone.encoder.block[1].layer[0].SelfAttention.q):
+    for part in (module.decoder.final_layer_norm, module.encoder.block[1].layer[0].SelfAttention.q):
         before = part(x).clone()
         part.bias.data += shift
         torch.testing.assert_close(part(x), before + shift)
-    tokens, head = torch.tensor([5, 2, 9]), torch.randn(backbone.lm_head.bias.shape)
+    tokens, head = torch.tensor([5, 2, 9]), torch.randn(module.lm_head.bias.shape)
     before, some = model.logits(x), model.logits(x, tokens)
-    backbone.lm_head.bias.data += head
+    module.lm_head.bias.data += head
     torch.testing.assert_close(model.logits(x), before + head)
     torch.testing.assert_close(model.logits(x, tokens), some + head[tokens])
-    torch.testing.assert_close(model.logits(x), backbone.lm_head(x * 32**-0.5))
+    torch.testing.assert_close(model.logits(x), module.lm_head(x * 32**-0.5))
 
 
 def test_what_the_papers_do_not_have_is_refused(checkpoints, pictures):
     with pytest.raises(UserError, match="norm-tuning"):
         counterpart("norm-tuning", "paper")
     case = Case(Checkpoint(checkpoints["bert"], "bert"), "probe", pictures)
-    backbone = case.family.load(case.checkpoint.folder, torch.float32, "sdpa", "cpu")
+    module = case.backbone.load(case.checkpoint.folder, torch.float32, "sdpa", "cpu")
     for name in PAPER:
         with pytest.raises(UserError, match="for T5"):
-            CounterpartModel(counterpart(name, "paper"), case.family, backbone, case.objective)
+            CounterpartModel(counterpart(name, "paper"), case.backbone, module, case.objective)
 
 
 def test_a_table_says_with_which_settings_it_was_made(checkpoints, table, tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import BertConfig, T5Config, TimmWrapperConfig
 
-from pipeline.extract.backbones import family_for
+from pipeline.extract.backbones import backbone_for
 from pipeline.extract.checkpoint import Checkpoint
 from pipeline.objectives import class_objective
 from pipeline.store import UserError
@@ -36,25 +36,25 @@ COUNTS = {
 CHAINS = ((5, 1), (6, 1))
 
 
-def counted(tuner: str, options, family) -> Model:
+def counted(tuner: str, options, backbone) -> Model:
     """On the meta device."""
-    objective = class_objective(family, tuner_class(tuner, family), CHAINS)
+    objective = class_objective(backbone, tuner_class(tuner, backbone), CHAINS)
     with torch.device("meta"):
-        return Model.build(tuner, tuner_config(tuner, options), family, family.tail(None, "sdpa"), objective)
+        return Model.build(tuner, tuner_config(tuner, options), backbone, backbone.tail(None, "sdpa"), objective)
 
 
 @pytest.mark.parametrize(("tuner", "shape"), COUNTS)
 def test_parameters_of_the_papers(tuner, shape):
-    family = family_for(T5Config(vocab_size=32128, **T5[shape]))
-    model = counted(tuner, {"reduction": 8}, family)
+    backbone = backbone_for(T5Config(vocab_size=32128, **T5[shape]))
+    model = counted(tuner, {"reduction": 8}, backbone)
     assert model.trainable_parameters() == COUNTS[tuner, shape]
 
 
 @pytest.mark.parametrize(("tuner", "count"), [("sherl", 158_740), ("lst", 299_192), ("probe", 770), ("unipt", 152_115)])
 def test_parameters_on_minilm(tuner, count):
     config = BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
-    family = family_for(config)
-    model = counted(tuner, {}, family)
+    backbone = backbone_for(config)
+    model = counted(tuner, {}, backbone)
     assert model.trainable_parameters() == count
 
 
@@ -70,10 +70,10 @@ def test_parameters_on_minilm(tuner, count):
     ],
 )
 def test_parameters_of_e3va(name, alpha, count):
-    family = family_for(TimmWrapperConfig(architecture=f"swin_{name}_patch4_window12_384"))
-    tuner = tuner_class("e3va", family)
+    backbone = backbone_for(TimmWrapperConfig(architecture=f"swin_{name}_patch4_window12_384"))
+    tuner = tuner_class("e3va", backbone)
     with torch.device("meta"):
-        made = tuner(tuner_config("e3va", {"alpha": alpha}), family, family.tail(None, "sdpa"), Want())
+        made = tuner(tuner_config("e3va", {"alpha": alpha}), backbone, backbone.tail(None, "sdpa"), Want())
     assert sum(p.numel() for p in made.parameters()) == count
 
 
@@ -86,16 +86,16 @@ def test_parameters_on_clip4clip(tower, count):
 
 def test_e3va_without_corrections_follows_the_backbone(checkpoints, pictures):
     checkpoint = Checkpoint(checkpoints["swin"], "swin")
-    family = checkpoint.family
+    backbone = checkpoint.backbone
     case = Case(checkpoint, "e3va", pictures)
     tuner, batch = case.model().tuner, case.batch()
     e = batch.states["stage1.in"]
-    for number, stream in enumerate(family.streams):
+    for number, stream in enumerate(backbone.streams):
         e = tuner.tail.merge(e, number - 1, batch) if number else e
-        for i in range(family.depth(stream)):
+        for i in range(backbone.depth(stream)):
             e = e + tuner.adapters[f"{stream}_{i}_msa"](batch.states[f"{stream}.{i}.msa"])
             e = e + tuner.adapters[f"{stream}_{i}_mlp"](batch.states[f"{stream}.{i}.mlp"])
-        torch.testing.assert_close(e, batch.states[f"{stream}.{family.depth(stream) - 1}"], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(e, batch.states[f"{stream}.{backbone.depth(stream) - 1}"], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("options", [{"start": "zero"}, {"fusion": "highway"}, {"zero_init": False}])
@@ -109,22 +109,27 @@ def test_the_choices_of_e3va_differ(checkpoints, pictures, options):
     assert other.keys() == usual.keys() and any(not torch.allclose(other[s], usual[s]) for s in usual)
 
 
-def built(checkpoints, family_name: str, tuner: str, seed: int = 0):
-    checkpoint = Checkpoint(checkpoints[family_name], family_name)
-    family = checkpoint.family
-    backbone = family.load(checkpoint.folder, torch.float32, "sdpa", "cpu")
-    tail = family.tail(family.tail_weights(backbone), "sdpa")
+def built(checkpoints, backbone_name: str, tuner: str, seed: int = 0):
+    checkpoint = Checkpoint(checkpoints[backbone_name], backbone_name)
+    backbone = checkpoint.backbone
+    module = backbone.load(checkpoint.folder, torch.float32, "sdpa", "cpu")
+    tail = backbone.tail(backbone.tail_weights(module), "sdpa")
     candidates = (
-        tuple(tuple(c) for c in family.candidates(checkpoint.tokenizer, ["0", "1", "2 3"]))
-        if family.name == "t5"
+        tuple(tuple(c) for c in backbone.candidates(checkpoint.tokenizer, ["0", "1", "2 3"]))
+        if backbone.name == "t5"
         else ()
     )
     config = tuner_config(tuner, {"reduction": 4})
     model = Model.build(
-        tuner, config, family, tail, class_objective(family, tuner_class(tuner, family), candidates or [()] * 3), seed
+        tuner,
+        config,
+        backbone,
+        tail,
+        class_objective(backbone, tuner_class(tuner, backbone), candidates or [()] * 3),
+        seed,
     )
     batch = inputs_of(checkpoint, 6).batch()
-    batch.states = family.run(backbone, batch, tuner_class(tuner).states(config, family))
+    batch.states = backbone.run(module, batch, tuner_class(tuner).states(config, backbone))
     batch.targets = {"label": torch.arange(6) % 3}
     return model, batch
 
@@ -279,6 +284,6 @@ def test_options_are_refused_by_name():
         tuner_config("lst", {"colour": 1})
     with pytest.raises(UserError, match="temperature"):
         tuner_config("sherl", {"temperature": 0})
-    family = family_for(T5Config(vocab_size=64, **T5["t5-base"]))
+    backbone = backbone_for(T5Config(vocab_size=64, **T5["t5-base"]))
     with pytest.raises(UserError, match="0 to 11, not 12"):
-        tuner_class("lst").states(tuner_config("lst", {"layers": [1, 12]}), family)
+        tuner_class("lst").states(tuner_config("lst", {"layers": [1, 12]}), backbone)

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from pipeline.extract.backbones.base import Family, Tail
+from pipeline.extract.backbones.base import Backbone
 from pipeline.extract.backbones.batch import Batch
+from pipeline.extract.backbones.tail import Tail
 from pipeline.train.features import Features, Want
 from pipeline.train.tuners import Tuner, TunerConfig, register
 from pipeline.train.tuners.base import rows_of
@@ -23,17 +24,17 @@ class ToyConfig(TunerConfig):
 class Toy(Tuner):
     description = "the last state, scaled"
 
-    def __init__(self, config: ToyConfig, family: Family, tail: Tail, wants: Want) -> None:
-        super().__init__(config, family, tail, wants)
-        self.stream = family.streams[0]
-        self.features = {self.stream: rows_of(family, self.stream)}
-        self.scale = nn.Parameter(torch.ones(family.width))
-        (self.state,) = self.states(config, family)
+    def __init__(self, config: ToyConfig, backbone: Backbone, tail: Tail, wants: Want) -> None:
+        super().__init__(config, backbone, tail, wants)
+        self.stream = backbone.streams[0]
+        self.features = {self.stream: rows_of(backbone, self.stream)}
+        self.scale = nn.Parameter(torch.ones(backbone.width))
+        (self.state,) = self.states(config, backbone)
 
     @classmethod
-    def states(cls, config: ToyConfig, family: Family) -> list[str]:
-        stream = family.streams[0]
-        return [f"{stream}.{family.depth(stream) - 1}"]
+    def states(cls, config: ToyConfig, backbone: Backbone) -> list[str]:
+        stream = backbone.streams[0]
+        return [f"{stream}.{backbone.depth(stream) - 1}"]
 
     def forward(self, batch: Batch) -> Features:
         return {self.stream: self.scale * batch.states[self.state].float()}

@@ -7,6 +7,7 @@ subclass of `Objective` with its `Head`, and `@register("name", ConfigClass)`.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -21,6 +22,7 @@ from pipeline.extract.plugins import load_installed
 from pipeline.store.errors import UserError
 from pipeline.train.configs import ObjectiveConfig
 from pipeline.train.features import Feature, Features, Want
+from pipeline.train.metrics import ERRORS
 
 Outputs = dict[str, Any]  # name → tensor with a first dimension of B, or a sequence of B entries
 
@@ -89,9 +91,28 @@ class Scorer(ABC):
     def compute(self) -> dict[str, float]:
         """The figures, by name."""
 
+    @property
+    def first(self) -> str:
+        """The figure that selects the best epoch."""
+        return "average"
+
     def value(self, figures: Mapping[str, float]) -> float:
-        """What selects the best epoch; larger is better."""
-        return figures["average"]
+        """What selects the best epoch; larger is better. NaN where the figure is undefined, None in JSON."""
+        found = figures[self.first]
+        return math.nan if found is None else -found if self.first in ERRORS else found
+
+
+class Report(ABC):
+    """What there is to say of a split beside its figures, in detail; it takes batches as a `Scorer` does."""
+
+    @abstractmethod
+    def update(self, out: Outputs, batch: Batch) -> None:
+        """Take one batch: what `Head.measure` gave, on the host, and the batch with its targets."""
+
+    @abstractmethod
+    def compute(self) -> dict[str, Any]:
+        """Ready for JSON: `rows`, name → columns of a table (`what` says what a row is), and what else there is, such
+        as a confusion matrix."""
 
 
 class Objective(ABC):
@@ -106,6 +127,24 @@ class Objective(ABC):
 
     def __init__(self, config: Any, answers: Answers) -> None:
         self.config, self.answers = config, answers
+        if unknown := [name for name in config.metric if name not in self.metric_names]:
+            fitting = ", ".join(self.metric_names) or "what it always reports, and nothing else"
+            raise UserError(f"--metric {unknown[0]}: objective {self.name} is scored by {fitting}")
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """What `--metric` takes for such answers; () where an objective has its own figures only."""
+        return ()
+
+    @property
+    def usual(self) -> tuple[str, ...]:
+        """The figures where none are asked for: the task's own."""
+        return self.answers.metrics
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The figures asked for, else the usual ones."""
+        return tuple(dict.fromkeys(self.config.metric)) or self.usual
 
     @abstractmethod
     def encode(self, target: Any, meta: Mapping[str, Any]) -> dict[str, Any]:
@@ -131,6 +170,10 @@ class Objective(ABC):
     @abstractmethod
     def scorer(self) -> Scorer:
         """A scorer that has seen nothing yet."""
+
+    def report(self) -> Report | None:
+        """A report that has seen nothing yet; None where there is no more to say than the figures."""
+        return None
 
     @abstractmethod
     def entries(self, out: Outputs) -> list[dict[str, Any]]:

@@ -6,45 +6,59 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.extract.backbones.batch import Batch
-from pipeline.train.configs import PooledConfig
+from pipeline.train.configs import ClassificationConfig, named_weights
 from pipeline.train.features import Feature, Features
 from pipeline.train.finite import refuse_nan
-from pipeline.train.objectives.base import Objective, Outputs, Vocabulary, register
+from pipeline.train.objectives.base import Outputs, Vocabulary, register
 from pipeline.train.objectives.pooled import PooledHead
-from pipeline.train.objectives.scores import ScalarScorer
+from pipeline.train.objectives.scores import ScalarObjective
 
 
 class ClassHead(PooledHead):
-    """Logits of the classes."""
+    """Logits of the classes. `weights`: what a sample of each class counts, () for alike."""
 
     def losses(self, features: Features, batch: Batch) -> dict[str, Tensor]:
+        """Σ w_y · cross entropy / Σ w_y, torch's weighted mean."""
         assert batch.targets is not None
-        return {"class": F.cross_entropy(self.outputs(features, batch), batch.targets["label"])}
+        return {"class": F.cross_entropy(self.outputs(features, batch), batch.targets["label"], self.weights)}
+
+    def weight(self, batch: Batch) -> float:
+        """The sum of the samples' weights, so that batches of a step and ranks add up to one weighted mean."""
+        if self.weights is None:
+            return super().weight(batch)
+        assert batch.targets is not None
+        return float(self.weights[batch.targets["label"].to(self.weights.device)].sum(dtype=torch.float64))
 
     def predict(self, features: Features, batch: Batch) -> Outputs:
         chance, label = refuse_nan(self.outputs(features, batch)).softmax(-1).max(-1)
         return {"label": label, "probability": chance}
 
+    def measure(self, features: Features, batch: Batch) -> Outputs:
+        """`label` (B,), and `chances` (B, classes)."""
+        chances = refuse_nan(self.outputs(features, batch)).softmax(-1)
+        return {"label": chances.max(-1).indices, "chances": chances}
 
-@register("classification", PooledConfig)
-class Classification(Objective):
+
+@register("classification", ClassificationConfig)
+class Classification(ScalarObjective):
     """Targets are class indices."""
 
     description = "one class a sample: a trainable linear map on pooled features"
     targets = ("class",)
+    ranks = True
 
     def encode(self, target: Any, meta: Mapping[str, Any]) -> dict[str, Any]:
         return {"label": np.int64(target)}
 
     def head(self, features: Mapping[str, Feature], vocabulary: Vocabulary) -> ClassHead:
-        return ClassHead(features, len(self.answers.labels), self.config.pooling)
-
-    def scorer(self) -> ScalarScorer:
-        return ScalarScorer(self.answers.metrics)
+        labels, config = self.answers.labels, self.config
+        weights = named_weights("class_weights", config.class_weights, labels)
+        return ClassHead(features, len(labels), config.pooling, weights)
 
     def entries(self, out: Outputs) -> list[dict[str, Any]]:
         pairs = zip(out["label"].tolist(), out["probability"].tolist(), strict=True)

@@ -21,8 +21,8 @@ from pipeline.store.errors import UserError
 from pipeline.train.configs import ObjectiveConfig
 from pipeline.train.features import Feature, Features, Want
 from pipeline.train.finite import refuse_nan
-from pipeline.train.objectives.base import Answers, Head, Objective, Outputs, Vocabulary, register
-from pipeline.train.objectives.scores import ScalarScorer
+from pipeline.train.objectives.base import Answers, Head, Outputs, Vocabulary, register
+from pipeline.train.objectives.scores import ScalarObjective
 
 IGNORE = -100
 
@@ -119,7 +119,7 @@ class TextHead(Head):
 
 
 @register("label-text", ObjectiveConfig)
-class LabelText(Objective):
+class LabelText(ScalarObjective):
     """Targets are classes or numbers, each answered by the text the task gives it (T5's way)."""
 
     description = "the label's text, by the frozen head of a text-to-text backbone"
@@ -139,7 +139,7 @@ class LabelText(Objective):
         (name,) = features
         return TextHead(name, vocabulary, self.answers.token_ids, self.answers.values)
 
-    def rounded(self, labels: Sequence[float] | np.ndarray) -> list[float]:
+    def truth(self, labels: Sequence[float] | np.ndarray) -> list[float]:
         """Labels as they are taught: a number is scored against the text it was rounded to, as in the papers' code."""
         values = self.answers.values
         return [values[nearest(values, label)] for label in labels] if values else list(labels)
@@ -153,9 +153,6 @@ class LabelText(Objective):
             return float(text)
         except ValueError:
             return None
-
-    def scorer(self) -> ScalarScorer:
-        return ScalarScorer(self.answers.metrics, self.rounded)
 
     def entries(self, out: Outputs) -> list[dict[str, Any]]:
         named = self.answers.labels if not self.answers.values else ()

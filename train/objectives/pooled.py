@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,17 @@ from pipeline.train.objectives.base import Head
 
 
 class PooledHead(Head):
-    """All features pooled, joined and mapped to `outputs` numbers a sample. Parameters: (Σ widths + 1) · outputs."""
+    """All features pooled, joined and mapped to `outputs` numbers a sample. `weights`: of each output in the loss, for
+    losses that have some. Parameters: (Σ widths + 1) · outputs."""
 
-    def __init__(self, features: Mapping[str, Feature], outputs: int, pooling: str) -> None:
+    weights: Tensor | None
+
+    def __init__(
+        self, features: Mapping[str, Feature], outputs: int, pooling: str, weights: Sequence[float] = ()
+    ) -> None:
         super().__init__()
+        given = torch.tensor(weights, dtype=torch.float32) if weights else None
+        self.register_buffer("weights", given, persistent=False)  # a run's recipe has them
         self.features, self.pooling = dict(features), pooling
         self.linear = nn.Linear(sum(f.width for f in features.values()), outputs)
         nn.init.normal_(self.linear.weight, std=0.02)

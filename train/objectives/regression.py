@@ -13,9 +13,9 @@ from pipeline.extract.backbones.batch import Batch
 from pipeline.train.configs import PooledConfig
 from pipeline.train.features import Feature, Features
 from pipeline.train.finite import refuse_nan
-from pipeline.train.objectives.base import Objective, Outputs, Vocabulary, register
+from pipeline.train.objectives.base import Outputs, Vocabulary, register
 from pipeline.train.objectives.pooled import PooledHead
-from pipeline.train.objectives.scores import ScalarScorer
+from pipeline.train.objectives.scores import ScalarObjective
 
 
 class NumberHead(PooledHead):
@@ -31,7 +31,7 @@ class NumberHead(PooledHead):
 
 
 @register("regression", PooledConfig)
-class Regression(Objective):
+class Regression(ScalarObjective):
     """Targets are numbers."""
 
     description = "one number a sample: a trainable linear map on pooled features"
@@ -42,9 +42,6 @@ class Regression(Objective):
 
     def head(self, features: Mapping[str, Feature], vocabulary: Vocabulary) -> NumberHead:
         return NumberHead(features, 1, self.config.pooling)
-
-    def scorer(self) -> ScalarScorer:
-        return ScalarScorer(self.answers.metrics)
 
     def entries(self, out: Outputs) -> list[dict[str, Any]]:
         return [{"label": value} for value in out["label"].tolist()]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+import numpy as np
+
 OUTSIDE = "O"
 _OPENS, _CLOSES = frozenset("BSU"), frozenset("ESLU")  # prefixes that always begin a span, and that always end one
 
@@ -57,3 +59,10 @@ class SpanCounts:
         precision, recall = right / told if told else 0.0, right / there if there else 0.0
         both = precision + recall
         return {"f1": 2 * precision * recall / both if both else 0.0, "precision": precision, "recall": recall}
+
+    def by_type(self) -> tuple[tuple[str, ...], np.ndarray]:
+        """The types of spans, and (types, 2, 2) how many of each are there and told, as `reports.shares` reads them;
+        of what is neither there nor told there is no number, 0 stands there."""
+        kinds = tuple(sorted(self.there.keys() | self.told.keys()))
+        rows = [[[0, self.told[k] - self.right[k]], [self.there[k] - self.right[k], self.right[k]]] for k in kinds]
+        return kinds, np.array(rows, np.int64).reshape(-1, 2, 2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,10 +13,12 @@ from pipeline.extract.backbones.batch import Batch
 from pipeline.train.configs import ObjectiveConfig
 from pipeline.train.features import Feature, Features, Want
 from pipeline.train.finite import refuse_nan
-from pipeline.train.objectives.base import Head, Objective, Outputs, Scorer, Vocabulary, register
+from pipeline.train.objectives.base import Head, Objective, Outputs, Report, Scorer, Vocabulary, register
+from pipeline.train.objectives.reports import shares
 from pipeline.train.objectives.spans import OUTSIDE, SpanCounts
 
 IGNORE = -100
+USUAL = ("f1", "precision", "recall", "accuracy")
 
 
 def first_positions(words: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -62,20 +64,19 @@ class TagHead(Head):
 
 
 class TagScorer(Scorer):
-    """Precision, recall and F1 of spans by CoNLL's rules, and the share of words with the right tag. A word that was
-    cut off counts as outside."""
+    """Precision, recall and F1 of spans by CoNLL's rules, and the share of words with the right tag: those of `names`,
+    the first of which selects the best epoch. A word that was cut off counts as outside."""
 
-    def __init__(self, tags: Sequence[str]) -> None:
-        self.tags, self.spans = tuple(tags), SpanCounts()
+    def __init__(self, tags: Sequence[str], names: Sequence[str] = USUAL) -> None:
+        self.tags, self.names, self.spans = tuple(tags), tuple(names), SpanCounts()
         self.right = self.words = 0
 
+    @property
+    def first(self) -> str:
+        return self.names[0]
+
     def update(self, out: Outputs, batch: Batch) -> None:
-        assert batch.targets is not None
-        ends = batch.targets["truth.n"].cumsum(0).tolist()
-        truth = batch.targets["truth"].tolist()
-        for told, end in zip(out["tags"], ends, strict=True):
-            guess = [OUTSIDE if t is None else self.tags[t] for t in told]
-            real = [self.tags[t] for t in truth[end - len(told) : end]]
+        for guess, real in sequences(self.tags, out, batch):
             self.spans.update(guess, real)
             self.right += sum(a == b for a, b in zip(guess, real, strict=True))
             self.words += len(real)
@@ -85,10 +86,31 @@ class TagScorer(Scorer):
         self.right, self.words = self.right + other.right, self.words + other.words
 
     def compute(self) -> dict[str, float]:
-        return {**self.spans.figures(), "accuracy": self.right / self.words if self.words else 0.0}
+        figures = {**self.spans.figures(), "accuracy": self.right / self.words if self.words else 0.0}
+        return {name: figures[name] for name in self.names}
 
-    def value(self, figures: Mapping[str, float]) -> float:
-        return figures["f1"]
+
+class SpanReport(Report):
+    """Precision, recall, F1 and support of each type of span, and the means over them."""
+
+    def __init__(self, tags: Sequence[str]) -> None:
+        self.tags, self.spans = tuple(tags), SpanCounts()
+
+    def update(self, out: Outputs, batch: Batch) -> None:
+        for guess, real in sequences(self.tags, out, batch):
+            self.spans.update(guess, real)
+
+    def compute(self) -> dict[str, Any]:
+        return shares(*self.spans.by_type())
+
+
+def sequences(tags: Sequence[str], out: Outputs, batch: Batch) -> Iterator[tuple[list[str], list[str]]]:
+    """The tags of each sample's words as told and as they are; a word that was cut off is told to be outside."""
+    assert batch.targets is not None
+    ends = batch.targets["truth.n"].cumsum(0).tolist()
+    truth = batch.targets["truth"].tolist()
+    for told, end in zip(out["tags"], ends, strict=True):
+        yield [OUTSIDE if t is None else tags[t] for t in told], [tags[t] for t in truth[end - len(told) : end]]
 
 
 @register("tagging", ObjectiveConfig)
@@ -111,8 +133,19 @@ class Tagging(Objective):
         ((name, feature),) = features.items()
         return TagHead(name, feature, len(self.answers.labels))
 
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        return USUAL
+
+    @property
+    def usual(self) -> tuple[str, ...]:
+        return USUAL
+
     def scorer(self) -> TagScorer:
-        return TagScorer(self.answers.labels)
+        return TagScorer(self.answers.labels, self.metrics)
+
+    def report(self) -> SpanReport:
+        return SpanReport(self.answers.labels)
 
     def entries(self, out: Outputs) -> list[dict[str, Any]]:
         return [{"tags": [None if t is None else self.answers.labels[t] for t in told]} for told in out["tags"]]

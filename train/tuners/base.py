@@ -17,11 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.extract.backbones.base import Family, Tail
+from pipeline.extract.backbones.base import Backbone
 from pipeline.extract.backbones.batch import Batch
+from pipeline.extract.backbones.capabilities import Capability
+from pipeline.extract.backbones.tail import Tail
 from pipeline.extract.plugins import load_installed
 from pipeline.store.errors import UserError
-from pipeline.train.configs import TunerConfig
+from pipeline.train.configs import SideConfig, TunerConfig
 from pipeline.train.features import Feature, Features, Kind, Want
 from pipeline.train.learned import Learned
 
@@ -56,28 +58,34 @@ class Tuner(nn.Module):
     name: ClassVar[str]
     description: ClassVar[str]
     config_class: ClassVar[type[TunerConfig]]
-    shapes: ClassVar[tuple[str, ...]] = ("sequence",)  # shapes of families this class works on, see `Family.shape`
-    families: ClassVar[tuple[str, ...]] = ()  # names of the only families it works on; empty for any
+    shapes: ClassVar[tuple[str, ...]] = ("sequence",)  # shapes of backbones this class works on, see `Backbone.shape`
+    needs: ClassVar[tuple[type[Capability], ...]] = ()  # what a backbone must be able to do beyond being run
     text_head: ClassVar[bool] = False  # True: can hand out rows for the backbone's frozen language-model head
-    projects: ClassVar[bool] = False  # True: its first maps take states of `family.state_width`, projected ones too
+    projects: ClassVar[bool] = False  # True: its first maps take states of `backbone.state_width`, projected ones too
     # Learning rates that `train` starts from: the papers' under a frozen text head, measured ones elsewhere.
     lr_text: ClassVar[float] = 3e-3
     lr_pooled: ClassVar[float] = 1e-3
 
     features: dict[str, Feature]  # what `forward` gives, known before any batch
 
-    def __init__(self, config: Any, family: Family, tail: Tail, wants: Want) -> None:
+    def __init__(self, config: Any, backbone: Backbone, tail: Tail, wants: Want) -> None:
         super().__init__()
-        self.config, self.family, self.wants = config, family, wants
+        self.config, self.backbone, self.wants = config, backbone, wants
         # Hidden from parameters(): the tail is shared, frozen and belongs to the feature space.
         object.__setattr__(self, "tail", tail)
 
     tail: Tail
 
     @classmethod
-    def states(cls, config: Any, family: Family) -> list[str]:
+    def states(cls, config: Any, backbone: Backbone) -> list[str]:
         """The states this tuner reads, in store order."""
         raise NotImplementedError
+
+    @classmethod
+    def refuse(cls, config: Any, backbone: Backbone) -> str | None:
+        """What keeps it from working on `backbone` with these options, in one sentence, asked before any work is done;
+        None where nothing does. What it needs whatever the options stands in `needs`."""
+        return indivisible(config.reduction, backbone.width) if isinstance(config, SideConfig) else None
 
     @classmethod
     def kept_options(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -85,7 +93,7 @@ class Tuner(nn.Module):
         return {}
 
     @classmethod
-    def start(cls, config: Any, family: Family) -> Start | None:
+    def start(cls, config: Any, backbone: Backbone) -> Start | None:
         """First weights that must be in the store before training; None where the seed is enough."""
         return None
 
@@ -94,7 +102,7 @@ class Tuner(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def late_layers(cls, config: Any, family: Family) -> list[int]:
+    def late_layers(cls, config: Any, backbone: Backbone) -> list[int]:
         """Live layers before the last one, which the tail must hold (`Tail.late`)."""
         return []
 
@@ -149,7 +157,7 @@ def register(name: str, config_class: type[TunerConfig]) -> Callable[[type[Tuner
 
 
 def form(name: str, shape: str) -> Callable[[type[Tuner]], type[Tuner]]:
-    """Class decorator: the form that tuner `name` has on families of another shape. It shares the tuner's config."""
+    """Class decorator: the form that tuner `name` has on backbones of another shape. It shares the tuner's config."""
 
     def inner(cls: type[Tuner]) -> type[Tuner]:
         if (name, shape) in _FORMS or name not in _TUNERS:
@@ -161,33 +169,48 @@ def form(name: str, shape: str) -> Callable[[type[Tuner]], type[Tuner]]:
     return inner
 
 
-def tuner_names(family: Family | None = None) -> list[str]:
-    """Registered names, in order of registration; with `family`, of those that work on it."""
-    return [n for n in _TUNERS if family is None or _form_for(n, family) is not None]
+def tuner_names(backbone: type[Backbone] | None = None) -> list[str]:
+    """Registered names, in order of registration; with `backbone`, of those that work on such."""
+    return [n for n in _TUNERS if backbone is None or not _lacks(_form_for(n, backbone), backbone)]
 
 
-def _form_for(name: str, family: Family) -> type[Tuner] | None:
-    cls = _FORMS.get((name, family.shape), _TUNERS[name])
-    fits = family.shape in cls.shapes and (not cls.families or family.name in cls.families)
-    return cls if fits else None
+def _form_for(name: str, backbone: type[Backbone]) -> type[Tuner]:
+    return _FORMS.get((name, backbone.shape), _TUNERS[name])
 
 
-def tuner_class(name: str, family: Family | None = None) -> type[Tuner]:
-    """The tuner called `name`, in its form for `family` if given; of an installed plug-in too.
+def _lacks(cls: type[Tuner], backbone: type[Backbone]) -> str:
+    """Why the tuner cannot work on such backbones, "" where it can."""
+    if backbone.shape not in cls.shapes:
+        return f"has no form for {backbone.name} backbones"
+    lacking = [need.what for need in cls.needs if not issubclass(backbone, need)]
+    return f"needs {' and '.join(lacking)}, which {backbone.name} backbones do not have" if lacking else ""
 
-    UserError offering the nearest names for an unknown one, or naming those that work on `family`.
+
+def tuner_class(name: str, backbone: Backbone | None = None) -> type[Tuner]:
+    """The tuner called `name`, in its form for `backbone` if given; of an installed plug-in too.
+
+    UserError offering the nearest names for an unknown one, or saying what it lacks on `backbone` and which work there.
     """
     if name not in _TUNERS:
         load_installed()
     if name in _TUNERS:
-        if family is None:
+        if backbone is None:
             return _TUNERS[name]
-        if cls := _form_for(name, family):
-            return cls
-        others = ", ".join(tuner_names(family))
-        raise UserError(f"tuner {name!r} has no form for {family.name} backbones; those that have one: {others}")
+        cls = _form_for(name, type(backbone))
+        if lacks := _lacks(cls, type(backbone)):
+            others = ", ".join(tuner_names(type(backbone)))
+            raise UserError(f"tuner {name!r} {lacks}; those that work on them: {others}")
+        return cls
     near = difflib.get_close_matches(name, _TUNERS, n=3, cutoff=0.4) or list(_TUNERS)
     raise UserError(f"unknown tuner {name!r}; did you mean {' or '.join(near)}? `pipeline tuners` lists them")
+
+
+def fitting_tuner(name: str, config: TunerConfig, backbone: Backbone) -> type[Tuner]:
+    """The door: `tuner_class`, with these options. UserError, one sentence, where it cannot work on `backbone`."""
+    cls = tuner_class(name, backbone)
+    if why := cls.refuse(config, backbone):
+        raise UserError(why)
+    return cls
 
 
 def tuner_config(name: str, options: dict[str, Any]) -> TunerConfig:
@@ -204,16 +227,23 @@ def tuner_config(name: str, options: dict[str, Any]) -> TunerConfig:
         raise UserError(f"tuner {name!r}: {error}") from None
 
 
-def rows_of(family: Family, stream: str, width: int | None = None) -> Feature:
+def rows_of(backbone: Backbone, stream: str, width: int | None = None) -> Feature:
     """What a tuner hands out that keeps the positions of `stream`; `width`: the backbone's own if not given."""
-    kind: Kind = "sequence" if family.shape == "sequence" else "map"
-    return Feature(family.width_of(stream) if width is None else width, stream, kind)
+    kind: Kind = "sequence" if backbone.shape == "sequence" else "map"
+    return Feature(backbone.width_of(stream) if width is None else width, stream, kind)
+
+
+def indivisible(reduction: int, width: int) -> str | None:
+    """Why `width` / `reduction` is no width of a side network; None where it is one."""
+    if reduction < 1 or width % reduction:
+        return f"reduction: must be a divisor of the backbone's width {width}, not {reduction}"
+    return None
 
 
 def checked_reduction(reduction: int, width: int) -> int:
     """width / reduction, the side network's width. Raises UserError unless it divides."""
-    if reduction < 1 or width % reduction:
-        raise UserError(f"reduction: must be a divisor of the backbone's width {width}, not {reduction}")
+    if why := indivisible(reduction, width):
+        raise UserError(why)
     return width // reduction
 
 

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.extract.backbones.base import Family, Tail
+from pipeline.extract.backbones.base import Backbone
 from pipeline.extract.backbones.batch import Batch, Layout
+from pipeline.extract.backbones.capabilities import ClassToken
+from pipeline.extract.backbones.tail import Tail
 from pipeline.train.configs import ClipConfig
 from pipeline.train.features import Feature, Features, Want
 from pipeline.train.tuners.base import StateLinear, Tuner, checked_reduction, full_precision, register
@@ -88,32 +90,32 @@ def _gather(weights: Tensor, rows: Tensor, layout: Layout, base: Tensor, clamped
 class ClipTuner(Tuner):
     """What the two forms share."""
 
-    families = ("vit",)
+    needs = (ClassToken,)
     tower: type[Tower]
 
-    def __init__(self, config: ClipConfig, family: Family, tail: Tail, wants: Want) -> None:
-        super().__init__(config, family, tail, wants)
-        inner = checked_reduction(config.reduction, family.width)
-        self.names = _names(config, family)
-        self.side = self.tower(family.width, family.width, len(self.names), inner)
-        self.features = {"class token": Feature(family.width)}
+    def __init__(self, config: ClipConfig, backbone: Backbone, tail: Tail, wants: Want) -> None:
+        super().__init__(config, backbone, tail, wants)
+        inner = checked_reduction(config.reduction, backbone.width)
+        self.names = _names(config, backbone)
+        self.side = self.tower(backbone.width, backbone.width, len(self.names), inner)
+        self.features = {"class token": Feature(backbone.width)}
 
     def forward(self, batch: Batch) -> Features:
         """(B, width): one row a sample."""
-        layout, last = batch.layout("encoder"), f"encoder.{self.family.depth('encoder') - 1}"
+        layout, last = batch.layout("encoder"), f"encoder.{self.backbone.depth('encoder') - 1}"
         first = layout.first
         pooled = self.tail.final_norm(batch.states[last].index_select(0, first).float(), "encoder")
         return {"class token": self.side(pooled, [batch.states[n] for n in self.names], layout, first)}
 
 
-def _names(config: ClipConfig, family: Family) -> list[str]:
-    layers = [f"encoder.{i}" for i in config.kept(family, "clip", "encoder")]
-    return [*family.embedding("encoder"), *layers]
+def _names(config: ClipConfig, backbone: Backbone) -> list[str]:
+    layers = [f"encoder.{i}" for i in config.kept(backbone, "encoder")]
+    return [*backbone.embedding("encoder"), *layers]
 
 
-def _read(config: ClipConfig, family: Family) -> list[str]:
-    last = f"encoder.{family.depth('encoder') - 1}"
-    names = _names(config, family)
+def _read(config: ClipConfig, backbone: Backbone) -> list[str]:
+    last = f"encoder.{backbone.depth('encoder') - 1}"
+    names = _names(config, backbone)
     return names if last in names else [*names, last]
 
 
@@ -123,8 +125,8 @@ class SherlClip(ClipTuner):
     tower = SherlTower
 
     @classmethod
-    def states(cls, config: ClipConfig, family: Family) -> list[str]:
-        return _read(config, family)
+    def states(cls, config: ClipConfig, backbone: Backbone) -> list[str]:
+        return _read(config, backbone)
 
 
 @register("unipt-clip", ClipConfig)
@@ -133,5 +135,5 @@ class UniptClip(ClipTuner):
     tower = UniptTower
 
     @classmethod
-    def states(cls, config: ClipConfig, family: Family) -> list[str]:
-        return _read(config, family)
+    def states(cls, config: ClipConfig, backbone: Backbone) -> list[str]:
+        return _read(config, backbone)

@@ -8,17 +8,20 @@ pooling over cells is pooling with kernel = stride.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.extract.backbones.base import Family, Tail
+from pipeline.extract.backbones.base import Backbone
 from pipeline.extract.backbones.batch import Batch
+from pipeline.extract.backbones.capabilities import LiveLast
 from pipeline.extract.backbones.grids import cell_counts, cells, max_cells, mean_cells, sizes, sum_cells
+from pipeline.extract.backbones.tail import LiveTail, Tail
 from pipeline.store.errors import UserError
 from pipeline.train.features import Features, Want
 from pipeline.train.tuners.base import Tuner, TunerConfig, checked_reduction, form, full_precision, rows_of
-from pipeline.train.tuners.livelayers import refuse
 from pipeline.train.tuners.mtsa import SCORED, learned, mix
 from pipeline.train.tuners.sherl import SherlConfig
 from pipeline.train.tuners.unipt import EPSILON, Aggregate, UniptConfig
@@ -40,25 +43,25 @@ class ConvNorm(nn.Module):
         return self.norm(rows)
 
 
-def taps(config: TunerConfig, family: Family, method: str, live: bool) -> list[str]:
+def taps(config: TunerConfig, backbone: Backbone, method: str, live: bool) -> list[str]:
     """The output of every stage; of the last, where its last block is live, that of the block before.
 
     Raises UserError for chosen layers: which positions of which stage would be meant is not said by numbers.
     """
     if config.layers:
-        raise UserError(f"layers: {method} on {family.name} backbones reads every stage; there is nothing to choose")
-    names = [f"{s}.{family.depth(s) - 1}" for s in family.streams]
+        raise UserError(f"layers: {method} on {backbone.name} backbones reads every stage; there is nothing to choose")
+    names = [f"{s}.{backbone.depth(s) - 1}" for s in backbone.streams]
     if live:
-        names[-1] = f"{family.streams[-1]}.{max(0, family.depth(family.streams[-1]) - 2)}"
+        names[-1] = f"{backbone.streams[-1]}.{max(0, backbone.depth(backbone.streams[-1]) - 2)}"
     return names
 
 
-def cells_of(family: Family, batch: Batch) -> dict[str, Tensor | None]:
+def cells_of(backbone: Backbone, batch: Batch) -> dict[str, Tensor | None]:
     """For each stream, the row of the last stage's map above each of its rows; None for the last stage itself."""
-    last = sizes(batch, family.streams, family.streams[-1])
+    last = sizes(batch, backbone.streams, backbone.streams[-1])
     out: dict[str, Tensor | None] = {}
-    for stream in family.streams:
-        shape = sizes(batch, family.streams, stream)
+    for stream in backbone.streams:
+        shape = sizes(batch, backbone.streams, stream)
         out[stream] = None if (shape == last).all() else cells(shape, last, batch.device)
     return out
 
@@ -75,29 +78,38 @@ class SherlConv(Tuner):
     description = "SHERL on staged backbones"
     lr_pooled = 3e-3
 
-    def __init__(self, config: SherlConfig, family: Family, tail: Tail, wants: Want) -> None:
-        super().__init__(config, family, tail, wants)
-        refuse({"insert": config.insert, "tail": config.tail}, family)
-        if config.recompute:
-            raise UserError(f"recompute: SHERL on {family.name} backbones keeps what it computes; leave it out")
-        inner = checked_reduction(config.reduction, family.width)
-        self.names = taps(config, family, "sherl", live=True)
-        self.down = nn.ModuleList(ConvNorm(family.width_of(n.split(".")[0]), inner) for n in self.names)
+    needs = (LiveLast,)
+    tail: LiveTail
+
+    def __init__(self, config: SherlConfig, backbone: Any, tail: LiveTail, wants: Want) -> None:
+        super().__init__(config, backbone, tail, wants)
+        inner = checked_reduction(config.reduction, backbone.width)
+        self.names = taps(config, backbone, "sherl", live=True)
+        self.down = nn.ModuleList(ConvNorm(backbone.width_of(n.split(".")[0]), inner) for n in self.names)
         self.score = nn.Linear(inner, 1) if config.blend in SCORED else None
         self.learned = learned(config.blend, len(self.names) - 1, inner)
-        self.up = ConvNorm(inner, family.width)
+        self.up = ConvNorm(inner, backbone.width)
         self.gate = nn.Parameter(torch.full((), 0.1 if config.gate is None else float(config.gate)))
-        self.norm = family.norm(family.streams[-1])
-        self.stream = family.streams[-1]
-        self.features = {self.stream: rows_of(family, self.stream)}
+        self.norm = backbone.norm(backbone.streams[-1])
+        self.stream = backbone.streams[-1]
+        self.features = {self.stream: rows_of(backbone, self.stream)}
 
     @classmethod
-    def states(cls, config: SherlConfig, family: Family) -> list[str]:
-        return taps(config, family, "sherl", live=True)
+    def refuse(cls, config: SherlConfig, backbone: Backbone) -> str | None:
+        for name, usual in (("insert", "last"), ("tail", "frozen")):
+            if (given := getattr(config, name)) != usual:
+                return f"{name}: {backbone.name} backbones take {usual} only, not {given}"
+        if config.recompute:
+            return f"recompute: SHERL on {backbone.name} backbones keeps what it computes; leave it out"
+        return super().refuse(config, backbone)
+
+    @classmethod
+    def states(cls, config: SherlConfig, backbone: Backbone) -> list[str]:
+        return taps(config, backbone, "sherl", live=True)
 
     def forward(self, batch: Batch) -> Features:
         with full_precision(batch.device):
-            where, count = cells_of(self.family, batch), int(batch.lengths[self.stream].sum())
+            where, count = cells_of(self.backbone, batch), int(batch.lengths[self.stream].sum())
             low = []
             for down, name in zip(self.down, self.names, strict=True):
                 rows, cell = batch.states[name].float(), where[name.split(".")[0]]
@@ -122,25 +134,25 @@ class UniptConv(Tuner):
     description = "UniPT on staged backbones"
     lr_pooled = 3e-3
 
-    def __init__(self, config: UniptConfig, family: Family, tail: Tail, wants: Want) -> None:
-        super().__init__(config, family, tail, wants)
-        inner = checked_reduction(config.reduction, family.width)
-        self.names = taps(config, family, "unipt", live=False)
-        widths = [family.width_of(n.split(".")[0]) for n in self.names]
-        self.guide = nn.ModuleList(nn.Linear(family.width, w) for w in widths[:-1])
+    def __init__(self, config: UniptConfig, backbone: Backbone, tail: Tail, wants: Want) -> None:
+        super().__init__(config, backbone, tail, wants)
+        inner = checked_reduction(config.reduction, backbone.width)
+        self.names = taps(config, backbone, "unipt", live=False)
+        widths = [backbone.width_of(n.split(".")[0]) for n in self.names]
+        self.guide = nn.ModuleList(nn.Linear(backbone.width, w) for w in widths[:-1])
         self.down = nn.ModuleList(ConvNorm(w, inner) for w in widths)
         self.aggregate = Aggregate(inner, ConvNorm(inner, inner))
-        self.up = nn.Linear(inner, family.width)
-        self.stream = family.streams[-1]
-        self.features = {self.stream: rows_of(family, self.stream)}
+        self.up = nn.Linear(inner, backbone.width)
+        self.stream = backbone.streams[-1]
+        self.features = {self.stream: rows_of(backbone, self.stream)}
 
     @classmethod
-    def states(cls, config: UniptConfig, family: Family) -> list[str]:
-        return taps(config, family, "unipt", live=False)
+    def states(cls, config: UniptConfig, backbone: Backbone) -> list[str]:
+        return taps(config, backbone, "unipt", live=False)
 
     def forward(self, batch: Batch) -> Features:
         with full_precision(batch.device):
-            where, top = cells_of(self.family, batch), batch.states[self.names[-1]].float()
+            where, top = cells_of(self.backbone, batch), batch.states[self.names[-1]].float()
             low = []
             for name, guide, down in zip(self.names[:-1], self.guide, self.down[:-1], strict=True):
                 rows, cell = batch.states[name].float(), where[name.split(".")[0]]

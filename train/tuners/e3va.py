@@ -23,9 +23,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.extract.backbones.base import Family, Tail
+from pipeline.extract.backbones.base import Backbone
 from pipeline.extract.backbones.batch import Batch
+from pipeline.extract.backbones.capabilities import Branches
 from pipeline.extract.backbones.swin import SwinTail
+from pipeline.extract.backbones.tail import Tail
 from pipeline.store.errors import UserError
 from pipeline.train.configs import E3vaConfig
 from pipeline.train.features import Features, Want
@@ -71,31 +73,31 @@ class E3va(Tuner):
 
     description = "E³VA: low-rank adapters on a highway beside a Swin; alpha 8, 16, 32 for E³VA, +, ++"
     shapes = ("pyramid",)
-    families = ("swin",)
+    needs = (Branches,)
     tail: SwinTail
 
-    def __init__(self, config: E3vaConfig, family: Family, tail: Tail, wants: Want) -> None:
-        super().__init__(config, family, tail, wants)
-        self.states(config, family)
+    def __init__(self, config: E3vaConfig, backbone: Backbone, tail: Tail, wants: Want) -> None:
+        super().__init__(config, backbone, tail, wants)
+        self.states(config, backbone)
         self.adapters = nn.ModuleDict()
-        for stream in family.streams:
-            for i in range(family.depth(stream)):
+        for stream in backbone.streams:
+            for i in range(backbone.depth(stream)):
                 for branch in ("msa", "mlp"):
-                    adapter = LowRankAdapter(family.width_of(stream), config.alpha, config.zero_init)
+                    adapter = LowRankAdapter(backbone.width_of(stream), config.alpha, config.zero_init)
                     self.adapters[f"{stream}_{i}_{branch}"] = adapter
-        self.norms = nn.ModuleDict({s: nn.LayerNorm(family.width_of(s)) for s in family.streams})
-        self.features = {s: rows_of(family, s) for s in family.streams}
+        self.norms = nn.ModuleDict({s: nn.LayerNorm(backbone.width_of(s)) for s in backbone.streams})
+        self.features = {s: rows_of(backbone, s) for s in backbone.streams}
 
     @classmethod
-    def states(cls, config: E3vaConfig, family: Family) -> list[str]:
+    def states(cls, config: E3vaConfig, backbone: Backbone) -> list[str]:
         if config.layers:
             raise UserError("layers: E³VA has adapters at every block; there is nothing to choose")
         names = ["stage1.in"] if config.start == "embedding" else []
-        for stream in family.streams:
-            for i in range(family.depth(stream)):
+        for stream in backbone.streams:
+            for i in range(backbone.depth(stream)):
                 names += [f"{stream}.{i}.msa", f"{stream}.{i}.mlp"]
             if config.fusion == "sum":
-                names.append(f"{stream}.{family.depth(stream) - 1}")
+                names.append(f"{stream}.{backbone.depth(stream) - 1}")
         return names
 
     def forward(self, batch: Batch) -> Features:
@@ -103,14 +105,14 @@ class E3va(Tuner):
         start = batch.states["stage1.0.msa"].float()
         e = batch.states["stage1.in"].float() if self.config.start == "embedding" else torch.zeros_like(start)
         out: Features = {}
-        for number, stream in enumerate(self.family.streams):
+        for number, stream in enumerate(self.backbone.streams):
             if number:
                 e = self.tail.merge(e, number - 1, batch)
-            for i in range(self.family.depth(stream)):
+            for i in range(self.backbone.depth(stream)):
                 for branch in ("msa", "mlp"):
                     tap = batch.states[f"{stream}.{i}.{branch}"]
                     e = e + self.adapters[f"{stream}_{i}_{branch}"](tap)
-            last = f"{stream}.{self.family.depth(stream) - 1}"
+            last = f"{stream}.{self.backbone.depth(stream) - 1}"
             met = e + batch.states[last].float() if self.config.fusion == "sum" else e
             out[stream] = self.norms[stream](met)
         return out

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.extract.backbones.base import Family, Tail
+from pipeline.extract.backbones.base import Backbone
 from pipeline.extract.backbones.batch import Batch, stream_of
+from pipeline.extract.backbones.tail import Tail
 from pipeline.store.errors import UserError
 from pipeline.train.configs import Head2ToeConfig
 from pipeline.train.features import Features, Want
@@ -37,24 +38,23 @@ class Head2Toe(Tuner):
     mask: Tensor
     seen: Tensor
 
-    def __init__(self, config: Head2ToeConfig, family: Family, tail: Tail, wants: Want) -> None:
-        super().__init__(config, family, tail, wants)
-        self.names = self.states(config, family)
+    def __init__(self, config: Head2ToeConfig, backbone: Backbone, tail: Tail, wants: Want) -> None:
+        super().__init__(config, backbone, tail, wants)
+        self.names = self.states(config, backbone)
         streams = {n: stream_of(n) for n in self.names}
-        widths = {n: family.state_width(n) for n in self.names}
-        self.features = {n: rows_of(family, s, widths[n]) for n, s in streams.items()}
+        widths = {n: backbone.state_width(n) for n in self.names}
+        self.features = {n: rows_of(backbone, s, widths[n]) for n, s in streams.items()}
         self.register_buffer("mask", torch.ones(sum(widths.values())))
         self.register_buffer("seen", torch.zeros((), dtype=torch.long))
 
     @classmethod
-    def states(cls, config: Head2ToeConfig, family: Family) -> list[str]:
-        if family.shape == "pyramid":
+    def states(cls, config: Head2ToeConfig, backbone: Backbone) -> list[str]:
+        if backbone.shape == "pyramid":
             if config.layers:
-                raise UserError(f"layers: head2toe on {family.name} backbones reads every block")
-            return [f"{s}.{i}" for s in family.streams for i in range(family.depth(s))]
-        stream = family.streams[0]  # a decoder's states in training would tell the label
-        chosen = config.kept(family, "head2toe", stream) if config.layers else range(family.depth(stream))
-        return [f"{stream}.{i}" for i in chosen]
+                raise UserError(f"layers: head2toe on {backbone.name} backbones reads every block")
+            return [f"{s}.{i}" for s in backbone.streams for i in range(backbone.depth(s))]
+        stream = backbone.streams[0]  # a decoder's states in training would tell the label
+        return [f"{stream}.{i}" for i in config.kept(backbone, stream)]
 
     def forward(self, batch: Batch) -> Features:
         """Every state's rows, scaled; zero in channels that were not selected."""

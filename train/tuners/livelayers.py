@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
-from pipeline.extract.backbones.base import Family, Tail
+from pipeline.extract.backbones.base import Backbone
 from pipeline.extract.backbones.batch import Batch, Layout
 from pipeline.extract.backbones.bylength import by_length
-from pipeline.store.errors import UserError
+from pipeline.extract.backbones.tail import LiveTail
 from pipeline.train.adapters import Bottleneck, add_biases, add_lora, free_biases
 
 REDUCTION = 16  # LoRA's rank and the adapter's width are the backbone's width over this
@@ -30,13 +30,15 @@ class LiveLayers(nn.Module):
     """Calls live layer i of `layers` on `hidden` as a `Tail` does. `how`: one of `train.configs.TAILS`. `size`:
     of those in `SIZED`, LoRA's rank, the adapter's width, or virtual rows; the paper's where it is None."""
 
-    def __init__(self, tail: Tail, family: Family, layers: Sequence[int], how: str, size: int | None = None) -> None:
+    def __init__(
+        self, tail: LiveTail, backbone: Backbone, layers: Sequence[int], how: str, size: int | None = None
+    ) -> None:
         super().__init__()
         object.__setattr__(self, "tail", tail)  # not this module's, see Tuner
-        self.layers, self.streams = list(layers), family.streams
+        self.layers, self.streams = list(layers), backbone.streams
         self.copies, self.adapters, self.prompts = nn.ModuleDict(), nn.ModuleDict(), nn.ParameterDict()
-        what = f"the live layer of a {family.name} backbone"
-        size = size or (PROMPT if how == "prompt" else max(1, family.width // REDUCTION))
+        what = f"the live layer of a {backbone.name} backbone"
+        size = size or (PROMPT if how == "prompt" else max(1, backbone.width // REDUCTION))
         for i in self.layers:
             if how in ("lora", "bitfit"):
                 block = copy.deepcopy(self._block(i))
@@ -47,11 +49,11 @@ class LiveLayers(nn.Module):
                     free_biases(block, what)
                 self.copies[str(i)] = block
             elif how == "adapter":
-                self.adapters[str(i)] = Bottleneck(family.width, size)
+                self.adapters[str(i)] = Bottleneck(backbone.width, size)
             elif how == "prompt":
-                self.prompts[str(i)] = nn.Parameter(0.02 * torch.randn(size, family.width))
+                self.prompts[str(i)] = nn.Parameter(0.02 * torch.randn(size, backbone.width))
 
-    tail: Tail
+    tail: LiveTail
 
     def _block(self, index: int) -> nn.Module:
         return self.tail.last if index == self.layers[-1] else self.tail.late[str(index)]
@@ -96,10 +98,3 @@ def prepend(rows: Tensor, batch: Batch, stream: str, prompt: Tensor) -> tuple[Te
     virtual = (new.first[:, None] + torch.arange(len(prompt), device=rows.device)).flatten()
     out = out.index_copy(0, own, rows).index_copy(0, virtual, prompt.to(rows.dtype).repeat(len(lengths), 1))
     return out, replace(batch, lengths={**batch.lengths, stream: lengths}, _derived={}), own
-
-
-def refuse(what: dict[str, str], family: Family) -> None:
-    """UserError for options that only backbones with one width have, naming the first that is set."""
-    for name, usual in (("insert", "last"), ("tail", "frozen")):
-        if what[name] != usual:
-            raise UserError(f"{name}: {family.name} backbones take {usual} only, not {what[name]}")

@@ -8,13 +8,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from pipeline.extract.backbones.base import Family, Tail
+from pipeline.extract.backbones.base import Backbone
 from pipeline.extract.backbones.batch import Batch
 from pipeline.extract.backbones.bylength import by_length
-from pipeline.store.errors import UserError
+from pipeline.extract.backbones.tail import Tail
 from pipeline.train.configs import PRUNES, LstConfig
 from pipeline.train.features import Features, Want
 from pipeline.train.learned import Learned
+from pipeline.train.sideblocks import prunable, pruned, side_stack
 from pipeline.train.tuners.base import Start, Tuner, checked_reduction, linear, register, rows_of
 
 
@@ -25,15 +26,15 @@ class Ladder(nn.Module):
     There is a gate for every backbone layer, also for dropped ones, as in the official parameter counts.
     """
 
-    def __init__(self, config: LstConfig, family: Family, stream: str) -> None:
+    def __init__(self, config: LstConfig, backbone: Backbone, stream: str) -> None:
         super().__init__()
-        inner = checked_reduction(config.reduction, family.width)
+        inner = checked_reduction(config.reduction, backbone.width)
         self.stream, self.temperature = stream, config.temperature
-        self.layers = config.kept(family, "lst", stream)
-        self.first = linear(family.width, inner)
-        self.down = nn.ModuleList(linear(family.state_width(f"{stream}.{i}"), inner) for i in self.layers)
-        self.gates = nn.Parameter(torch.zeros(family.depth(stream)))
-        self.side = family.side_stack(stream, self.layers, config.reduction)
+        self.layers = config.kept(backbone, stream)
+        self.first = linear(backbone.width, inner)
+        self.down = nn.ModuleList(linear(backbone.state_width(f"{stream}.{i}"), inner) for i in self.layers)
+        self.gates = nn.Parameter(torch.zeros(backbone.depth(stream)))
+        self.side = side_stack(backbone, stream, self.layers, config.reduction)
 
     def rungs(self, batch: Batch, embedding: Tensor) -> Tensor:
         """(rows, D) embedding and the kept states → (rows, 1 + layers, D / r). `Tail.embed` has dropped out the
@@ -62,35 +63,40 @@ class Lst(Tuner):
     projects = True
     text_head = True
 
-    def __init__(self, config: LstConfig, family: Family, tail: Tail, wants: Want) -> None:
-        super().__init__(config, family, tail, wants)
-        self.ladders = nn.ModuleDict({s: Ladder(config, family, s) for s in family.streams})
-        self.stream = family.streams[-1]
-        inner = family.width // config.reduction
-        self.up = linear(inner, family.width) if wants.text_head else None
-        width = inner if self.up is None else family.width
-        self.features = {self.stream: rows_of(family, self.stream, width)}
+    def __init__(self, config: LstConfig, backbone: Backbone, tail: Tail, wants: Want) -> None:
+        super().__init__(config, backbone, tail, wants)
+        self.ladders = nn.ModuleDict({s: Ladder(config, backbone, s) for s in backbone.streams})
+        self.stream = backbone.streams[-1]
+        inner = backbone.width // config.reduction
+        self.up = linear(inner, backbone.width) if wants.text_head else None
+        width = inner if self.up is None else backbone.width
+        self.features = {self.stream: rows_of(backbone, self.stream, width)}
 
     @classmethod
-    def states(cls, config: LstConfig, family: Family) -> list[str]:
+    def states(cls, config: LstConfig, backbone: Backbone) -> list[str]:
         names = []
-        for s in family.streams:
-            names += [*family.embedding(s), *(f"{s}.{i}" for i in config.kept(family, "lst", s))]
+        for s in backbone.streams:
+            names += [*backbone.embedding(s), *(f"{s}.{i}" for i in config.kept(backbone, s))]
         return names
 
     @classmethod
-    def start(cls, config: LstConfig, family: Family) -> Start | None:
+    def refuse(cls, config: LstConfig, backbone: Backbone) -> str | None:
+        if config.init != "random" and not prunable(backbone):
+            return f"init: {backbone.name} backbones have no pruning yet; use random"
+        if config.init == "fisher" and not backbone.writes_text:
+            return (
+                f"init: fisher needs the gradient of a pretrained output on the task, and {backbone.name} backbones "
+                "come without a head; use --init magnitude"
+            )
+        return super().refuse(config, backbone)
+
+    @classmethod
+    def start(cls, config: LstConfig, backbone: Backbone) -> Start | None:
         if config.init == "random":
             return None
-        checked_reduction(config.reduction, family.width)
-        if config.init == "fisher" and not family.writes_text:
-            raise UserError(
-                f"init: fisher needs the gradient of a pretrained output on the task, and {family.name} backbones come "
-                "without a head; use --init magnitude"
-            )
 
         def make(model: Any, importance: dict[str, Tensor]) -> dict[str, Tensor]:
-            return family.pruned(model, importance, config.reduction, config.prune == "aligned")
+            return pruned(backbone, model, importance, config.reduction, config.prune == "aligned")
 
         return Start(f"lst-{config.init}-{PRUNES[config.prune]}-r{config.reduction}", config.init == "fisher", make)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from pipeline.extract.backbones.base import Family, Tail
+from pipeline.extract.backbones.base import Backbone
 from pipeline.extract.backbones.batch import Batch
+from pipeline.extract.backbones.tail import Tail
 from pipeline.train.configs import ProbeConfig
 from pipeline.train.features import Features, Want
 from pipeline.train.tuners.base import Tuner, register, rows_of
@@ -18,22 +19,21 @@ class Probe(Tuner):
     lr_pooled = 1e-2
     shapes = ("sequence", "pyramid")
 
-    def __init__(self, config: ProbeConfig, family: Family, tail: Tail, wants: Want) -> None:
-        super().__init__(config, family, tail, wants)
-        self.stream = _stream(family)
-        self.features = {self.stream: rows_of(family, self.stream)}
-        (self.state,) = self.states(config, family)
+    def __init__(self, config: ProbeConfig, backbone: Backbone, tail: Tail, wants: Want) -> None:
+        super().__init__(config, backbone, tail, wants)
+        self.stream = _stream(backbone)
+        self.features = {self.stream: rows_of(backbone, self.stream)}
+        (self.state,) = self.states(config, backbone)
 
     @classmethod
-    def states(cls, config: ProbeConfig, family: Family) -> list[str]:
-        stream = _stream(family)
-        layer = config.kept(family, "probe", stream)[0] if config.layers else family.depth(stream) - 1
-        return [f"{stream}.{layer}"]
+    def states(cls, config: ProbeConfig, backbone: Backbone) -> list[str]:
+        stream = _stream(backbone)
+        return [f"{stream}.{config.kept(backbone, stream)[-1]}"]
 
     def forward(self, batch: Batch) -> Features:
         return {self.stream: self.tail.final_norm(batch.states[self.state].float(), self.stream)}
 
 
-def _stream(family: Family) -> str:
+def _stream(backbone: Backbone) -> str:
     # A text-to-text backbone is read at its encoder, a staged one at its last stage.
-    return family.streams[-1 if family.shape == "pyramid" else 0]
+    return backbone.streams[-1 if backbone.shape == "pyramid" else 0]

@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pipeline.extract.backbones.base import Family, Tail
+from pipeline.extract.backbones.base import Backbone
 from pipeline.extract.backbones.batch import Batch
+from pipeline.extract.backbones.capabilities import LateBlocks, LiveLast
 from pipeline.extract.backbones.dropout import Dropout
-from pipeline.store.errors import UserError
+from pipeline.extract.backbones.tail import LiveTail
 from pipeline.train.configs import SherlConfig
 from pipeline.train.features import Features, Want
 from pipeline.train.learned import Learned, Mean
@@ -33,32 +34,40 @@ class Sherl(Tuner):
     lr_pooled = 2e-3
     projects = True
     text_head = True
+    needs = (LiveLast,)
+    tail: LiveTail
 
-    def __init__(self, config: SherlConfig, family: Family, tail: Tail, wants: Want) -> None:
-        super().__init__(config, family, tail, wants)
-        inner = checked_reduction(config.reduction, family.width)
+    def __init__(self, config: SherlConfig, backbone: Any, tail: LiveTail, wants: Want) -> None:
+        super().__init__(config, backbone, tail, wants)
+        inner = checked_reduction(config.reduction, backbone.width)
         gate = (0.0 if wants.text_head else 0.1) if config.gate is None else config.gate
-        self.names = {s: _names(config, family, s) for s in config.streams(family)}
-        self.stream = family.streams[-1]
-        self.features = {self.stream: rows_of(family, self.stream)}
-        sets = {s: [family.width, *map(family.state_width, n)] for s, n in self.names.items()}
-        for names in self.names.values():
-            if family.state_width(names[-1]) != family.width:
-                raise UserError(
-                    f"layers: {names[-1]} would feed the live layer, but this feature space keeps it projected"
-                )
-        first, last = config.first_live(family), family.depth(self.stream) - 1
+        self.names = {s: _names(config, backbone, s) for s in config.streams(backbone)}
+        self.stream = backbone.streams[-1]
+        self.features = {self.stream: rows_of(backbone, self.stream)}
+        sets = {s: [backbone.width, *map(backbone.state_width, n)] for s, n in self.names.items()}
+        first, last = config.first_live(backbone), backbone.depth(self.stream) - 1
         if config.insert.startswith("multi"):
             # Each later layer reads what the one before read, and that one's output.
-            more = {i: [family.width] * (i - first) for i in range(first + 1, last + 1)}
+            more = {i: [backbone.width] * (i - first) for i in range(first + 1, last + 1)}
             sets |= {f"{self.stream}_{i}": sets[self.stream] + widths for i, widths in more.items()}
         self.mtsa = nn.ModuleDict(
             {k: MTSA(n, inner, gate, config.temperature, config.blend, config.recompute) for k, n in sets.items()}
         )
         live = range(first, last + 1) if config.insert != "none" else ()
-        self.live = LiveLayers(tail, family, live, config.tail, config.tail_size)
-        self.norm = nn.ModuleDict({s: family.norm(s) for s in self.names})
-        self.dropout = Dropout(family.dropout)
+        self.live = LiveLayers(tail, backbone, live, config.tail, config.tail_size)
+        self.norm = nn.ModuleDict({s: backbone.norm(s) for s in self.names})
+        # T5 drops out behind its final norms; no other backbone does.
+        self.dropout = Dropout(getattr(backbone.config, "dropout_rate", 0.0))
+
+    @classmethod
+    def refuse(cls, config: SherlConfig, backbone: Backbone) -> str | None:
+        if cls.late_layers(config, backbone) and not isinstance(backbone, LateBlocks):
+            return f"insert: {config.insert} needs {LateBlocks.what}, which {backbone.name} backbones do not have"
+        for stream in config.streams(backbone):
+            guide = _names(config, backbone, stream)[-1]
+            if backbone.state_width(guide) != backbone.width:
+                return f"layers: {guide} would feed the live layer, but this feature space keeps it projected"
+        return super().refuse(config, backbone)
 
     @classmethod
     def kept_options(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -67,12 +76,12 @@ class Sherl(Tuner):
         return {} if size is None else {"tail_size": size}
 
     @classmethod
-    def late_layers(cls, config: SherlConfig, family: Family) -> list[int]:
-        return list(range(config.first_live(family), family.depth(family.streams[-1]) - 1))
+    def late_layers(cls, config: SherlConfig, backbone: Backbone) -> list[int]:
+        return list(range(config.first_live(backbone), backbone.depth(backbone.streams[-1]) - 1))
 
     @classmethod
-    def states(cls, config: SherlConfig, family: Family) -> list[str]:
-        return [n for s in config.streams(family) for n in (*family.embedding(s), *_names(config, family, s))]
+    def states(cls, config: SherlConfig, backbone: Backbone) -> list[str]:
+        return [n for s in config.streams(backbone) for n in (*backbone.embedding(s), *_names(config, backbone, s))]
 
     def forward(self, batch: Batch) -> Features:
         hidden: dict[str, Tensor] = {}
@@ -120,10 +129,10 @@ class Sherl(Tuner):
         return rows if isinstance(norm, nn.Identity) else self.dropout(norm(rows))
 
 
-def _names(config: SherlConfig, family: Family, stream: str) -> list[str]:
-    layers = config.kept(family, "sherl", stream)
-    if stream == family.streams[-1]:
-        first = config.first_live(family)
+def _names(config: SherlConfig, backbone: Backbone, stream: str) -> list[str]:
+    layers = config.kept(backbone, stream)
+    if stream == backbone.streams[-1]:
+        first = config.first_live(backbone)
         layers = [i for i in layers if i < first]
         if not layers or config.insert not in ("last", "none"):
             layers = sorted({*layers, first - 1})  # the guide is what would enter the first live layer

@@ -10,8 +10,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from pipeline.extract.backbones.base import Family, Tail
+from pipeline.extract.backbones.base import Backbone
 from pipeline.extract.backbones.batch import Batch
+from pipeline.extract.backbones.tail import Tail
 from pipeline.train.configs import SideTuningConfig
 from pipeline.train.features import Features, Want
 from pipeline.train.tuners.base import Tuner, checked_reduction, register, rows_of
@@ -24,20 +25,19 @@ class SideTuning(Tuner):
     description = "Side-Tuning: the last state blended with a small network on the embedding"
     lr_pooled = 3e-3
 
-    def __init__(self, config: SideTuningConfig, family: Family, tail: Tail, wants: Want) -> None:
-        super().__init__(config, family, tail, wants)
-        self.stream = family.streams[0]
-        self.features = {self.stream: rows_of(family, self.stream)}
-        self.state = self.states(config, family)[-1]
-        inner = checked_reduction(config.reduction, family.width)
-        self.side = nn.Sequential(nn.Linear(family.width, inner), nn.GELU(), nn.Linear(inner, family.width))
+    def __init__(self, config: SideTuningConfig, backbone: Backbone, tail: Tail, wants: Want) -> None:
+        super().__init__(config, backbone, tail, wants)
+        self.stream = backbone.streams[0]
+        self.features = {self.stream: rows_of(backbone, self.stream)}
+        self.state = self.states(config, backbone)[-1]
+        inner = checked_reduction(config.reduction, backbone.width)
+        self.side = nn.Sequential(nn.Linear(backbone.width, inner), nn.GELU(), nn.Linear(inner, backbone.width))
         self.blend = nn.Parameter(torch.zeros(()))
 
     @classmethod
-    def states(cls, config: SideTuningConfig, family: Family) -> list[str]:
-        stream = family.streams[0]
-        layer = config.kept(family, "side-tuning", stream)[0] if config.layers else family.depth(stream) - 1
-        return [*family.embedding(stream), f"{stream}.{layer}"]
+    def states(cls, config: SideTuningConfig, backbone: Backbone) -> list[str]:
+        stream = backbone.streams[0]
+        return [*backbone.embedding(stream), f"{stream}.{config.kept(backbone, stream)[-1]}"]
 
     def forward(self, batch: Batch) -> Features:
         base = self.tail.final_norm(batch.states[self.state].float(), self.stream)

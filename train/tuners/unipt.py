@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.extract.backbones.base import Family, Tail
+from pipeline.extract.backbones.base import Backbone
 from pipeline.extract.backbones.batch import Batch, Layout
+from pipeline.extract.backbones.tail import Tail
 from pipeline.train.configs import UniptConfig
 from pipeline.train.features import Features, Want
 from pipeline.train.learned import Learned, Mean
@@ -89,20 +90,20 @@ class Unipt(Tuner):
     lr_pooled = 3e-3
     projects = True
 
-    def __init__(self, config: UniptConfig, family: Family, tail: Tail, wants: Want) -> None:
-        super().__init__(config, family, tail, wants)
-        self.stream = family.streams[0]
-        self.features = {self.stream: rows_of(family, self.stream)}
-        inner = checked_reduction(config.reduction, family.width)
-        self.names = [f"{self.stream}.{i}" for i in _layers(config, family)]
-        self.down = nn.ModuleList(Down(w, inner) for w in (family.width, *map(family.state_width, self.names)))
+    def __init__(self, config: UniptConfig, backbone: Backbone, tail: Tail, wants: Want) -> None:
+        super().__init__(config, backbone, tail, wants)
+        self.stream = backbone.streams[0]
+        self.features = {self.stream: rows_of(backbone, self.stream)}
+        inner = checked_reduction(config.reduction, backbone.width)
+        self.names = [f"{self.stream}.{i}" for i in _layers(config, backbone)]
+        self.down = nn.ModuleList(Down(w, inner) for w in (backbone.width, *map(backbone.state_width, self.names)))
         self.aggregate = Aggregate(inner)
-        self.up = nn.Linear(inner, family.width)
+        self.up = nn.Linear(inner, backbone.width)
 
     @classmethod
-    def states(cls, config: UniptConfig, family: Family) -> list[str]:
-        stream = family.streams[0]
-        return [*family.embedding(stream), *(f"{stream}.{i}" for i in _layers(config, family))]
+    def states(cls, config: UniptConfig, backbone: Backbone) -> list[str]:
+        stream = backbone.streams[0]
+        return [*backbone.embedding(stream), *(f"{stream}.{i}" for i in _layers(config, backbone))]
 
     def insights(self, batches: Iterable[Batch]) -> list[Learned]:
         mean = Mean()
@@ -124,7 +125,5 @@ class Unipt(Tuner):
         return {self.stream: self.up(F.relu(rows))}
 
 
-def _layers(config: UniptConfig, family: Family) -> list[int]:
-    stream = family.streams[0]
-    layers = config.kept(family, "unipt", stream) if config.layers else list(range(family.depth(stream)))
-    return layers
+def _layers(config: UniptConfig, backbone: Backbone) -> list[int]:
+    return config.kept(backbone, backbone.streams[0])

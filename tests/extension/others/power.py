@@ -23,17 +23,17 @@ class PowerConfig(TunerConfig):
 class Power(Tuner):
     description = "the last state to a power, scaled"
 
-    def __init__(self, config: Any, family: Any, tail: Any, wants: Any) -> None:
-        super().__init__(config, family, tail, wants)
-        self.stream = family.streams[0]
-        self.features = {self.stream: rows_of(family, self.stream)}
-        self.scale = nn.Parameter(torch.full((family.width,), config.seed))
-        (self.state,) = self.states(config, family)
+    def __init__(self, config: Any, backbone: Any, tail: Any, wants: Any) -> None:
+        super().__init__(config, backbone, tail, wants)
+        self.stream = backbone.streams[0]
+        self.features = {self.stream: rows_of(backbone, self.stream)}
+        self.scale = nn.Parameter(torch.full((backbone.width,), config.seed))
+        (self.state,) = self.states(config, backbone)
 
     @classmethod
-    def states(cls, config: Any, family: Any) -> list[str]:
-        stream = family.streams[0]
-        return [f"{stream}.{(config.layers or (family.depth(stream) - 1,))[-1]}"]
+    def states(cls, config: Any, backbone: Any) -> list[str]:
+        stream = backbone.streams[0]
+        return [f"{stream}.{(config.layers or (backbone.depth(stream) - 1,))[-1]}"]
 
     def forward(self, batch: Any) -> dict[str, torch.Tensor]:
         return {self.stream: self.scale * batch.states[self.state].float() ** self.config.exponent}
