@@ -10,17 +10,20 @@ from typing import Any
 
 from pipeline.doubts import limit_doubt
 from pipeline.extract.tasks.base import Task, TaskSpec
+from pipeline.extracted import first_views, limited, views_of
 from pipeline.extracting import run_extract
-from pipeline.job import first_views, limited, parse_size, tables_of, views_of
+from pipeline.job import found_tables
 from pipeline.objectives import plain_objective
 from pipeline.owners import recipe_of
 from pipeline.recipe import Recipe, named
 from pipeline.resolve import device_of, find_space, store_path
 from pipeline.runs import Run, load_run
+from pipeline.slots import refuse_slots
+from pipeline.sources import parse_size
 from pipeline.store import Space, Store
 from pipeline.store.errors import Notice, UserError
 from pipeline.train.iterable import Stream
-from pipeline.train.stream import StoreSource
+from pipeline.train.stream import StoreSource, StreamOptions
 from pipeline.train.targets import Targets
 from pipeline.training import run_train
 from pipeline.unused import TABLE_OPTIONS, refuse_for_command, refuse_for_stream, refuse_host_memory
@@ -75,10 +78,11 @@ def stream(
     refuse_for_stream(options)
     recipe = recipe_of("train", ("stream()", {"device": "cpu", **options, "batch_size": batch_size, "seed": seed}))
     refuse_host_memory(recipe)
+    refuse_slots(recipe, "stream()")
     device = device_of(recipe)
     found = find_space(recipe)
     assert isinstance(found.space, Space)
-    tables = tables_of(recipe, found)
+    tables = found_tables(recipe, found)
     if split not in tables:
         raise UserError(f"the store has no {split} rows of {recipe.task}; it has: {', '.join(tables)}")
     chosen = first_views(tables[split], recipe.views) if split == "train" else tables[split]
@@ -93,10 +97,11 @@ def stream(
     targets = None if unlabelled else Targets(plain_objective(spec), table.labels, table.metas or None)
     names = [states] if isinstance(states, str) else list(states)
     source = StoreSource(
-        found.space, table.keys, targets, names, found.backbone.columns, batch_size=batch_size, seed=seed,
-        window=recipe.window, group_by_length=bool(recipe.group_by_length), tier=recipe.tier, device=device,
-        host_bytes=None if recipe.host_memory is None else parse_size(recipe.host_memory), scheduler=recipe.scheduler,
-        pin=device.type == "cuda",
+        found.space, table.keys, targets, names, found.backbone.columns, StreamOptions(
+            batch_size, seed, recipe.window, bool(recipe.group_by_length), tier=recipe.tier, device=device,
+            host_bytes=None if recipe.host_memory is None else parse_size(recipe.host_memory),
+            scheduler=recipe.scheduler, pin=device.type == "cuda",
+        )
     )  # fmt: skip
     return Stream(source, epochs, device, f"{spec.name} {split}")
 

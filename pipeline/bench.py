@@ -18,12 +18,14 @@ from safetensors.torch import save_file
 
 from pipeline.extract.checkpoint import Checkpoint, resolve
 from pipeline.extracting import run_extract
-from pipeline.job import live_backbone, load_job, sources
+from pipeline.job import load_job
 from pipeline.operations import fresh_backbone
 from pipeline.plan import Plan, predict, workload
 from pipeline.recipe import Recipe
 from pipeline.report import size_text, table_text
 from pipeline.resolve import device_of, open_task, store_path
+from pipeline.slots import refuse_slots
+from pipeline.sources import live_backbone, sources
 from pipeline.store.errors import UserError
 from pipeline.train.loop import FitOptions, fit
 
@@ -33,6 +35,7 @@ WARM_UP_ROWS = 8
 
 def run_bench(recipe: Recipe, say: Callable[[str], None]) -> tuple[dict[str, Any], str]:
     """Predict, run, compare. Raises UserError where there is no tokenizer to make inputs with."""
+    refuse_slots(recipe, "bench")
     recipe = replace(recipe, limit=recipe.limit or ROWS, split=("train",), space=None)
     task = open_task(recipe)
     near = Path(store_path(recipe)).resolve().parent

@@ -36,6 +36,9 @@ IMPORT = click.option(
 )
 
 
+TASK = click.option("--task", default=None, help="Of a run with several tasks: which one.", metavar="NAME")
+
+
 def _quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -88,8 +91,8 @@ def plan(
 ) -> tuple[Any, str]:
     """Bytes, seconds, memory and break-even of caching, from a config.json and rates measured on this machine."""
     with imports():
-        from pipeline.job import parse_size
         from pipeline.plan import run_plan
+        from pipeline.sources import parse_size
 
     disk, room = (None if size is None else float(parse_size(size)) for size in (budget, memory))
     return run_plan(build_recipe("train", options, recipe_file), disk, room, measure)
@@ -151,6 +154,7 @@ def compare(
 @click.argument("run", metavar="RUN")
 @click.option("--split", default=None, help="Split to score. Default: test, else validation.")
 @click.option("--report", is_flag=True, help="Also each class by itself and the confusion matrix, or the residuals.")
+@TASK
 @click.option("--generate", is_flag=True, help="Also generate freely with the frozen decoder live; exact match (T5).")
 @click.option("--store", default=None, help="The store, where it is not the run's own.", metavar="FOLDER")
 @click.option("--model", default=None, help="Checkpoint for --generate, where it has moved.", metavar="NAME")
@@ -158,7 +162,7 @@ def compare(
 @IMPORT
 @command
 def evaluate(
-    as_json: bool, run: str, split: str | None, report: bool, generate: bool, **overrides: Any
+    as_json: bool, run: str, split: str | None, report: bool, task: str | None, generate: bool, **overrides: Any
 ) -> tuple[Any, str]:
     """Score a finished run from the store."""
     with imports():
@@ -167,6 +171,7 @@ def evaluate(
         from pipeline.train.runlog import finite
 
     loaded = load_run(run, **overrides)
+    loaded = loaded.of(task) if task else loaded
     split = split or ("test" if "test" in loaded.job.tables else "validation")
     result: dict[str, Any] = {"run": run, "split": split, **loaded.evaluate(split, report)}
     if generate:
@@ -199,6 +204,7 @@ def report(as_json: bool, given: tuple[str, ...], output: str, **elsewhere: Any)
     help="File with new rows (.csv, .tsv, .jsonl), a picture, or a folder of pictures.",
     metavar="FILE",
 )
+@TASK
 @click.option("--text", default=None, help="Column with the text. Default: the task's own.", metavar="COLUMN")
 @click.option("--text-pair", default=None, help="Column with the second text.", metavar="COLUMN")
 @click.option(
@@ -213,17 +219,25 @@ def report(as_json: bool, given: tuple[str, ...], output: str, **elsewhere: Any)
 @IMPORT
 @command
 def predict(
-    as_json: bool, run: str, input_file: str, text: str | None, text_pair: str | None, output: str | None, **over: Any
+    as_json: bool,
+    run: str,
+    input_file: str,
+    task: str | None,
+    text: str | None,
+    text_pair: str | None,
+    output: str | None,
+    **over: Any,
 ) -> tuple[Any, str]:
     """Predict on inputs never seen: the backbone runs live, the tuner cannot tell."""
     with imports():
         from pipeline.report import entries_text, write_entries
-        from pipeline.runs import load_run, read_inputs
+        from pipeline.runs import load_run, read_rows
 
     loaded = load_run(run, **over)
+    loaded = loaded.of(task) if task else loaded
     given = Path(input_file)
     root = given if given.is_dir() else given.parent
-    ids, rows = read_inputs(given, loaded.spec, text, text_pair)
+    ids, rows = read_rows(given, loaded.job, text, text_pair)
     told = loaded.predict(rows, root, voice(as_json))
     found = [{"id": name, **entry} for name, entry in zip(ids, told, strict=True)]
     if output:

@@ -9,6 +9,7 @@ from typing import Any
 
 from pipeline.owners import owned
 from pipeline.recipe import Recipe, option_name
+from pipeline.slots import SlotRecipe, tuners_in
 from pipeline.store.errors import MissingStates
 
 # Options that mean something else to `extract` than to `train`: its batches are of tokens, its seed orders the visits.
@@ -24,7 +25,7 @@ def command_line(command: str, recipe: Recipe) -> str:
         value = getattr(recipe, f.name)
         if taker in f.metadata["on"] and value != f.default:
             words += option(option_name(f.name), value)
-    names = recipe.tuners if taker == "extract" else (recipe.tuner,)
+    names = tuners_in(recipe, taker == "extract")
     for own in owned(names, recipe.objective, taker == "extract"):
         values = recipe.tuner_options if own.kind == "tuner" else recipe.objective_options
         if own.name in values:
@@ -54,8 +55,10 @@ def quoted(text: str) -> str:
 
 def extraction(recipe: Recipe, tuner: str = "") -> Recipe:
     """The recipe of the extraction that stores what training by `recipe` reads. `tuner`: another than its own."""
+    if isinstance(recipe, SlotRecipe):
+        recipe = recipe.joint()
     left: dict[str, Any] = {f.name: f.default for f in fields(recipe) if f.name in TRAINING_SENSE}
-    return replace(recipe, tuners=(tuner or recipe.tuner,), **left)
+    return replace(recipe, tuners=tuple((tuner or recipe.tuner).split(",")), **left)
 
 
 def extract_command(recipe: Recipe, **changed: Any) -> str:

@@ -17,13 +17,16 @@ from torch import nn
 
 from pipeline.command_line import NotExtracted
 from pipeline.extract.backbones import Backbone, Batch
-from pipeline.extracting import Say, load_backbone
-from pipeline.job import Job, batch_size_of, live_backbone, live_source, load_job, sources
+from pipeline.extracting import Say
+from pipeline.job import Job, load_job, stated
 from pipeline.objectives import make_objective
 from pipeline.operations import backbone_model, kept_bytes
 from pipeline.owners import for_tuner
+from pipeline.preparing import load_backbone
 from pipeline.recipe import Recipe
 from pipeline.report import layout_text, size_text, table_text
+from pipeline.slots import refuse_slots
+from pipeline.sources import batch_size_of, live_backbone, live_source, sources
 from pipeline.store.errors import UserError
 from pipeline.train.counterparts import COUNTERPARTS, CounterpartModel, counterpart, input_source
 from pipeline.train.loop import FitOptions, fit
@@ -31,7 +34,7 @@ from pipeline.train.metrics import ERRORS
 from pipeline.train.runlog import finite
 from pipeline.train.source import Source
 from pipeline.train.tuners import tuner_names
-from pipeline.training import fit_options, job_doubts, make_folder, run_train, stated
+from pipeline.training import fit_options, job_doubts, make_folder, run_train
 from pipeline.unused import refuse_for_training
 
 HEAD = ("method", "trainable", "share", "memory", "s/epoch", "metric", "spread", "seeds")
@@ -56,6 +59,7 @@ def run_compare(
     Adam's two moments, the batch, and what the backward pass keeps. The layout says which blocks the order of samples
     followed: a seed gives the same run on the same layout only.
     """
+    refuse_slots(recipe, "compare")
     unknown = [m for m in methods if m not in COUNTERPARTS and m not in tuner_names()]
     if not methods or unknown:
         known = ", ".join([*tuner_names(), *COUNTERPARTS])
@@ -117,7 +121,7 @@ def _refuse(recipe: Recipe, method: str, preset: str) -> Job:
     or with states that are not stored, a counterpart that the backbone has no place for or whose package is missing."""
     if method not in COUNTERPARTS:
         job = load_job(for_tuner(recipe, method))
-        refuse_for_training(job.recipe, job.found.backbone)
+        refuse_for_training(job.recipe, job.backbones)
         job.model(recipe.seed)
         if not recipe.live:
             sources(job, None)

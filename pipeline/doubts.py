@@ -94,7 +94,7 @@ def _contradictions(tables: Mapping[str, TaskTable], rows: Mapping[str, Sequence
             other = first.setdefault(content, label)
             if other != label and content not in unlike:
                 spec = TaskSpec.from_dict(table.header["spec"])
-                unlike[content] = f"{_shown(table, place)} as {spec.named(other)} and {spec.named(label)}"
+                unlike[content] = f"{shown(table, place)} as {spec.named(other)} and {spec.named(label)}"
     if not unlike:
         return ""
     what = "image" if images else "text"
@@ -118,10 +118,11 @@ def _shared(
     advice = "give each image once" if images else "remove what stands twice, or give --validation and --test"
     return (
         f"{len(shared):,} of {len(tables[name]):,} {name} rows stand in {' or '.join(before)} too, first: "
-        f"{_shown(tables[name], shared[0])}" + (f"; the split is drawn from the rows: {advice}" if ours else "")
+        f"{shown(tables[name], shared[0])}" + (f"; the split is drawn from the rows: {advice}" if ours else "")
     )
 
 
-def _shown(table: TaskTable, place: int) -> str:
+def shown(table: TaskTable, place: int) -> str:
+    """The beginning of a row's texts, in quotes."""
     text = " | ".join(table.texts[place])
     return repr(text if len(text) <= 60 else text[:60] + "…")

@@ -31,7 +31,8 @@ from pipeline.train.targets import Targets
 from pipeline.train.tuners import Start, tuner_class, tuner_names
 
 if TYPE_CHECKING:
-    from pipeline.extracting import Say, Split
+    from pipeline.extracting import Say
+    from pipeline.preparing import Split
 
 Weights = dict[str, torch.Tensor]
 

@@ -30,17 +30,22 @@ def refuse_targets(recipe: Recipe, spec: TaskSpec) -> None:
         )
 
 
+def refuse_untargeted(spec: TaskSpec) -> None:
+    """UserError where the task has no targets."""
+    if spec.target == "none":
+        raise UserError(
+            f"the rows of {spec.name} have no targets to learn: extract with --label COLUMN, or read their states with "
+            "pipeline.stream"
+        )
+
+
 def objective_name(recipe: Recipe, spec: TaskSpec, backbone: Backbone, tuner: type[Tuner] | None) -> str:
     """The objective asked for, else the first one for such targets; where backbone and tuner write text, a class or a
     number is written as one. `tuner`: None for what trains inside the backbone. UserError where one cannot learn such
     targets, or there are none."""
     target = spec.target
     fitting = [n for n in objective_names() if target in objective_class(n).targets]
-    if target == "none":
-        raise UserError(
-            f"the rows of {spec.name} have no targets to learn: extract with --label COLUMN, or read their states with "
-            "pipeline.stream"
-        )
+    refuse_untargeted(spec)
     refuse_targets(recipe, spec)
     writes = backbone.writes_text and (tuner is None or tuner.text_head)
     text = next((n for n in fitting if objective_class(n).wants.text_head), None) if writes else None
@@ -59,10 +64,28 @@ def make_objective(
 ) -> Objective:
     """The objective of a run. `token_ids`: of each target text, from the task table; `training`: the targets of its
     training rows, on which options may be counted."""
-    name = objective_name(recipe, spec, backbone, tuner)
+    how = f"tuner {recipe.tuner} on {backbone.name} backbones" if tuner else f"{backbone.name} backbones"
+    return _made(recipe, spec, token_ids, objective_name(recipe, spec, backbone, tuner), how, training)
+
+
+def joint_objective(recipe: Recipe, spec: TaskSpec, training: Sequence[Any] = ()) -> Objective:
+    """The objective of a run with several backbones: the one asked for, else the first for such targets, whose head
+    reads features of several slots. `training`: as in `make_objective`. UserError where there is none."""
+    refuse_untargeted(spec)
+    refuse_targets(recipe, spec)
+    fitting = [n for n in objective_names() if spec.target in objective_class(n).targets and objective_class(n).slots]
+    if (recipe.objective and recipe.objective not in fitting) or not fitting:
+        asked = f"--objective {recipe.objective}" if recipe.objective else f"targets of type {spec.target}"
+        there = ", ".join(n for n in objective_names() if objective_class(n).slots)
+        raise UserError(f"{asked}: not for several backbones; objectives that are: {there}")
+    return _made(recipe, spec, (), recipe.objective or fitting[0], "several backbones", training)
+
+
+def _made(
+    recipe: Recipe, spec: TaskSpec, token_ids: Sequence[Sequence[int]], name: str, how: str, training: Sequence[Any]
+) -> Objective:
     cls = objective_class(name)
     if others := recipe.objective_options.keys() - options_of("objective", name).keys():
-        how = f"tuner {recipe.tuner} on {backbone.name} backbones" if tuner else f"{backbone.name} backbones"
         raise UserError(refusal(sorted(others), [f"objective {name}, that of {how} here"]))
     config = objective_config(name, recipe.objective_options).settled(spec.labels, training)
     answers = Answers(spec.labels, spec.metrics, spec.texts, tuple(tuple(ids) for ids in token_ids), spec.values)

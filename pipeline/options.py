@@ -14,6 +14,7 @@ from pipeline.command import tell
 from pipeline.extract.options import about
 from pipeline.owners import Owned, names_of, owned, recipe_of, refusal
 from pipeline.recipe import Recipe, option_name, read_recipe
+from pipeline.slots import tuners_in
 from pipeline.store.errors import Notice, UserError
 
 _HINTS = get_type_hints(Recipe)
@@ -108,7 +109,8 @@ class OwnerCommand(click.Command):
 
     def _chosen(self, args: Sequence[str]) -> tuple[list[str], str | None]:
         """The tuners and the objective that the line or its recipe file names; modules to import are imported."""
-        names = {self.methods or ("tuners" if self.takes == "extract" else "tuner"), "objective", "imports"}
+        own = self.methods or ("tuners" if self.takes == "extract" else "tuner")
+        names = {own, "objective", "imports", "model"}
         looked_at = [p for p in self.params if p.name in {*names, "recipe_file", *self.looks_at}]
         ways: dict[str, Any] = {"ignore_unknown_options": True, "allow_extra_args": True}
         first = click.Command("first", params=looked_at, add_help_option=False, context_settings=ways)
@@ -126,7 +128,7 @@ class OwnerCommand(click.Command):
         """The tuners chosen by what is `given` on the line, and by the `recipe` of line and file."""
         if self.methods:
             return tuners_among(given[self.methods])
-        return list(recipe.tuners if self.takes == "extract" else (recipe.tuner,))
+        return tuners_in(recipe, self.takes == "extract")
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         own = [option for options in ctx.meta.get(_OWNED, {}).values() for option in options]

@@ -17,6 +17,7 @@ from typing import Any, get_type_hints
 from pipeline.extract.options import about
 from pipeline.extract.plugins import import_modules
 from pipeline.recipe import Recipe, common_value, field_names, named, option_name
+from pipeline.slots import SlotRecipe, tuners_in
 from pipeline.store.errors import UserError
 from pipeline.train.configs import OBJECTIVES, TUNERS, TunerConfig
 from pipeline.values import checked_value
@@ -137,7 +138,7 @@ def recipe_of(
     recipe = Recipe(**common)
     import_modules(recipe.imports)
     if tuners is None:
-        tuners = recipe.tuners if command == "extract" else (recipe.tuner,)
+        tuners = tuners_in(recipe, command == "extract")
     for name in tuners:
         options_of("tuner", name)  # of an installed plug-in, which is imported now
     if recipe.objective:
@@ -193,14 +194,14 @@ def nearest(option: str) -> str:
 
 def config_of(recipe: Recipe, name: str, several: bool = False) -> TunerConfig:
     """The config of tuner `name`. `several`: the options are for several tuners, of which this one takes what it has;
-    and `layers` are then not for those that read a single one."""
+    and `layers` are then not for those that read a single one. Tuners of several slots take what they have, too."""
     from pipeline.train.tuners import tuner_class, tuner_config
 
     options = dict(recipe.tuner_options)
-    if several:
+    if several or isinstance(recipe, SlotRecipe):
         options = {k: v for k, v in options.items() if k in options_of("tuner", name)}
-        if not tuner_class(name).text_head:
-            options.pop("layers", None)
+    if several and not tuner_class(name).text_head:
+        options.pop("layers", None)
     return tuner_config(name, options)
 
 

@@ -35,9 +35,7 @@ from pipeline.extract.encoding import unscaled_dtype
 from pipeline.extract.order import extraction_batches
 from pipeline.extract.projection import orthogonal, parse_projection
 from pipeline.extract.tasks import Task
-from pipeline.extracting import candidates_of, prepared
 from pipeline.image_sizes import image_extents, some_pictures
-from pipeline.job import batch_size_of, grouped
 from pipeline.operations import (
     Operations,
     backbone_model,
@@ -48,11 +46,14 @@ from pipeline.operations import (
     weighted,
 )
 from pipeline.owners import config_of
+from pipeline.preparing import candidates_of, prepared
 from pipeline.recipe import Recipe
 from pipeline.remembered import Remembered
 from pipeline.resolve import device_of, need, open_task, refuse_full_readers, space_options, store_path
 from pipeline.rows import refuse_other_kind
 from pipeline.shapes import known_config
+from pipeline.slots import refuse_slots
+from pipeline.sources import batch_size_of, grouped
 from pipeline.store import FORMATS, SEGMENT_BYTES, bytes_per_value
 from pipeline.store.errors import UserError
 from pipeline.store.malloc import keep_freed_memory
@@ -384,6 +385,7 @@ def run_plan(
     recipe: Recipe, budget: float | None, memory: float | None, measure: bool = False
 ) -> tuple[dict[str, Any], str]:
     """The plan as a mapping and as text. `measure`: measure this machine although its rates are remembered."""
+    refuse_slots(recipe, "plan")
     work = workload(recipe)
     known = Remembered(device_of(recipe), again=measure)
     plan = predict(work, recipe, budget, memory, known)

@@ -20,9 +20,9 @@ from pipeline.extract.backbones.inputs import Inputs
 from pipeline.extract.checkpoint import Checkpoint
 from pipeline.extract.encoding import decode
 from pipeline.extract.identity import refuse_other
-from pipeline.extracting import load_backbone
-from pipeline.job import text_options
+from pipeline.preparing import load_backbone
 from pipeline.resolve import Found
+from pipeline.sources import text_options
 from pipeline.store import Space, Store, stream_of
 from pipeline.store.errors import UserError
 from pipeline.store.index import families

@@ -22,7 +22,8 @@ DEVICES = ("auto", "cpu", "cuda")
 # Options that are 1 or more.
 _FROM_ONE = ["limit", "max_length", "batch_size", "batch_tokens", "epochs", "max_steps", "accumulate", "patience"]
 _FROM_ONE += ["window", "views"]
-_OWNED = {"help": "", "on": [], "choices": (), "many": False, "metavar": ""}
+# Of fields that are no option of a command.
+UNSPOKEN: dict[str, Any] = {"help": "", "on": [], "choices": (), "many": False, "metavar": ""}
 
 
 def _option(
@@ -41,7 +42,9 @@ class Recipe:
     # what
     model: str = _option(
         "",
-        "Backbone: a short name (see `pipeline models`), a hub id, or a checkpoint folder.",
+        "Backbone: a short name (see `pipeline models`), a hub id, or a checkpoint folder. Several that read "
+        "the same rows: SLOT=NAME,SLOT=NAME; --tuner, --text, --text-pair, --image and --space then take SLOT=VALUE,… "
+        "or one value for all slots.",
         "extract train",
         metavar="NAME",
     )
@@ -49,7 +52,7 @@ class Recipe:
         "",
         "Task: a GLUE name (see `pipeline tasks`), your own .csv, .tsv, .jsonl or .conll file, a folder of pictures, "
         "or hub:DATASET, pictures from Hugging Face; of what is stored also its name, or NAME@ID (see `pipeline store "
-        "status`).",
+        "status`). Several, with commas between: one tuner, a head and a score each.",
         "extract train",
         metavar="NAME",
     )
@@ -75,6 +78,12 @@ class Recipe:
     text: str | None = _option(None, "Own table: column with the text.", "extract train", metavar="COLUMN")
     text_pair: str | None = _option(
         None, "Own table: column with the second text of a pair.", "extract train", metavar="COLUMN"
+    )
+    image: str | None = _option(
+        None,
+        "Own table: column with the names of images, for backbones that read images.",
+        "extract train",
+        metavar="COLUMN",
     )
     label: str | None = _option(None, "Own table: column with the label.", "extract train", metavar="COLUMN")
     separator: str | None = _option(
@@ -177,8 +186,8 @@ class Recipe:
         None, "Extraction: padded tokens of a batch. Default: 4096 on a CPU, 32768 on a GPU.", "extract"
     )
     # what belongs to their owners: options of the tuner (of several tuners, each takes what it has) and the objective
-    tuner_options: dict[str, Any] = field(default_factory=dict, metadata=_OWNED)
-    objective_options: dict[str, Any] = field(default_factory=dict, metadata=_OWNED)
+    tuner_options: dict[str, Any] = field(default_factory=dict, metadata=UNSPOKEN)
+    objective_options: dict[str, Any] = field(default_factory=dict, metadata=UNSPOKEN)
     imports: tuple[str, ...] = _option(
         (),
         "Modules of your own to import first, that register tuners, objectives, backbones or tasks: names, .py files "

@@ -30,7 +30,7 @@ except ImportError:
 INK, FAINT, PAGE = "#010101", "#020202", "#030303"
 SERIES = tuple(f"#0400{i:02d}" for i in range(1, 9))
 _VARIABLES = {INK: "--ink", FAINT: "--faint", PAGE: "--page"} | {c: f"--s{i}" for i, c in enumerate(SERIES, start=1)}
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {
     "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10, "axes.edgecolor": FAINT,
     "axes.labelcolor": INK, "text.color": INK, "xtick.color": INK, "ytick.color": INK, "axes.facecolor": "none",
     "figure.facecolor": "none", "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,

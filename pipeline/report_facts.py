@@ -21,11 +21,11 @@ from scipy import stats
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
 from pipeline.extract.backbones.batch import Batch
-from pipeline.job import batch_size_of, store_source
+from pipeline.job import Job
 from pipeline.recipe import Recipe, option_name, read_recipe
 from pipeline.report import size_text
 from pipeline.resolve import picture_root
-from pipeline.runs import Run, load_run
+from pipeline.runs import load_run
 from pipeline.store import Space
 from pipeline.store.errors import UserError
 from pipeline.sweep_table import SWEEP
@@ -226,14 +226,19 @@ def details(shown: Shown, **elsewhere: Any) -> Details:
         out.missing = str(error)
         return out
     job = run.job
-    out.split = next((s for s in ("test", "validation") if s in job.tables and job.targets(s) is not None), "")
-    out.store = store_facts(run)
-    if not out.split:
-        out.missing = f"the store has no rows of {run.spec.name} with labels to look at"
+    if not isinstance(job, Job):
+        out.missing = (
+            "a run of several backbones or tasks: its scores are above, its predictions `pipeline predict` tells"
+        )
         return out
-    source = store_source(job, out.split, batch_size_of(job.recipe, job.paper))
+    out.split = next((s for s in ("test", "validation") if s in job.tables and job.targets(s) is not None), "")
+    out.store = store_facts(job)
+    if not out.split:
+        out.missing = f"the store has no rows of {job.spec.name} with labels to look at"
+        return out
+    source = job.source(out.split)
     entries = predict(run.model, source, job.device, job.recipe.train_precision)
-    _compare(out, run, entries)
+    _compare(out, job, entries)
     run.model.eval()
     with torch.inference_mode(), closing(source.sequential()) as batches:
         out.learned = run.model.tuner.insights(_on(batches, job.device))
@@ -244,9 +249,9 @@ def _on(batches: Iterable[Batch], device: torch.device) -> Iterable[Batch]:
     return (batch.to(device) for batch in islice(batches, LOOKED_AT))
 
 
-def _compare(out: Details, run: Run, entries: Sequence[Mapping[str, Any]]) -> None:
+def _compare(out: Details, job: Job, entries: Sequence[Mapping[str, Any]]) -> None:
     """Predictions beside the truth. A class's confusion, a number's pairs; of other targets the mistakes alone."""
-    table, spec = run.job.tables[out.split], run.spec
+    table, spec = job.tables[out.split], job.spec
     out.samples = len(entries)
     if spec.target == "number":
         truth = [float(label) for label in table.labels]
@@ -254,7 +259,7 @@ def _compare(out: Details, run: Run, entries: Sequence[Mapping[str, Any]]) -> No
         out.pairs = list(zip(truth, guess, strict=True))
         wrong = [(abs(t - g), i, t, g) for i, (t, g) in enumerate(out.pairs)]
         worst = sorted(wrong, reverse=True)[:MISTAKES]
-        out.mistakes = [_mistake(run, table.texts[i], f"{t:g}", f"{g:.3g}", e) for e, i, t, g in worst]
+        out.mistakes = [_mistake(job, table.texts[i], f"{t:g}", f"{g:.3g}", e) for e, i, t, g in worst]
         return
     if spec.target != "class":
         return
@@ -272,15 +277,15 @@ def _compare(out: Details, run: Run, entries: Sequence[Mapping[str, Any]]) -> No
     ]  # fmt: skip
     out.wrong = len(misses)
     for chance, i in sorted(misses, reverse=True)[:MISTAKES]:
-        out.mistakes.append(_mistake(run, table.texts[i], names[truth_at[i]], names[guess_at[i]], chance))
+        out.mistakes.append(_mistake(job, table.texts[i], names[truth_at[i]], names[guess_at[i]], chance))
 
 
-def _mistake(run: Run, texts: Sequence[str], truth: str, guess: str, how: float) -> dict[str, Any]:
+def _mistake(job: Job, texts: Sequence[str], truth: str, guess: str, how: float) -> dict[str, Any]:
     """A sample's fields (a picture as a small image where its file is at hand), truth and prediction."""
-    shown = {"texts": dict(zip(run.spec.fields, texts, strict=False)), "truth": truth, "guess": guess, "how": how}
-    if run.job.found.backbone.modality == "image":
+    shown = {"texts": dict(zip(job.spec.fields, texts, strict=False)), "truth": truth, "guess": guess, "how": how}
+    if job.found.backbone.modality == "image":
         try:
-            with Image.open(Path(picture_root(run.job.recipe)) / texts[0]) as picture:
+            with Image.open(Path(picture_root(job.recipe)) / texts[0]) as picture:
                 small = picture.convert("RGB")
                 small.thumbnail((THUMBNAIL, THUMBNAIL))
                 data = io.BytesIO()
@@ -291,9 +296,9 @@ def _mistake(run: Run, texts: Sequence[str], truth: str, guess: str, how: float)
     return shown
 
 
-def store_facts(run: Run) -> list[tuple[str, str]]:
+def store_facts(job: Job) -> list[tuple[str, str]]:
     """What the run's feature space holds and what it took: name, value."""
-    space, job = run.job.found.space, run.job
+    space = job.found.space
     if not isinstance(space, Space):
         return []
     segments = space.segments()

@@ -24,12 +24,14 @@ from pipeline.objectives import refuse_targets, target_types
 from pipeline.owners import config_of
 from pipeline.place import store_place
 from pipeline.recipe import Recipe, option_name
+from pipeline.slots import slot_of
 from pipeline.store import Space, Store
 from pipeline.store.errors import StoreError, UserError
 from pipeline.store.resolve import resolve as resolve_space
 from pipeline.stored import backbone_from, kept_name, kept_of, source_of
 from pipeline.train.model import union_states
 from pipeline.train.tuners import tuner_class, tuner_names
+from pipeline.versions import versions_of
 
 # Options of a recipe that are fields of a feature space.
 SPACE_FIELDS = ("format", "projection", "precision", "attention", "prompt", "max_length", "truncation_side")
@@ -65,7 +67,7 @@ def open_task(recipe: Recipe) -> Task:
     task = load_task(
         recipe.task,
         Path(recipe.data) if recipe.data else None,
-        text=recipe.text,
+        text=recipe.image or recipe.text,
         text_pair=recipe.text_pair,
         label=recipe.label,
         separator=recipe.separator,
@@ -176,10 +178,14 @@ def find_space(recipe: Recipe, exactly: str | None = None) -> Found:
     """
     need(recipe, "task")
     store = Store.open(store_path(recipe))
-    task = canonical_name(recipe.task)
+    task, slot = canonical_name(recipe.task), slot_of(recipe)
     spaces = [s for s in store.spaces() if any(t.task == task for t in s.tables())]
+    if slot or len(spaces) > 1:  # a task of several slots has tables of the same name
+        own = [s for s in spaces if any(v.slot == slot for v in versions_of(s, task, damaged=[]))]
+        spaces = own if slot or own else spaces
     if not spaces:
-        raise NotExtracted(f"the store {store.where} holds no states of task {task!r}", recipe)
+        what = f"task {task!r} for slot {slot}" if slot else f"task {task!r}"
+        raise NotExtracted(f"the store {store.where} holds no states of {what}", recipe)
     if exactly is not None:
         if space := next((s for s in spaces if s.id == exactly), None):
             return _found(store, space)

@@ -14,7 +14,7 @@ from pipeline.extract.tasks.images import SUFFIXES
 from pipeline.store.errors import UserError
 
 if TYPE_CHECKING:
-    from pipeline.extracting import Split
+    from pipeline.preparing import Split
 
 LOOKED_AT = 100  # rows that show whether they name pictures
 UNKNOWN = 0.05  # share of unknown tokens above which the tokenizer is in doubt

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,36 +11,32 @@ from typing import Any
 from pipeline.command_line import quoted
 from pipeline.extract.backbones.live import LiveBackbone
 from pipeline.extract.checkpoint import Checkpoint
-from pipeline.extract.tasks.base import Rows, TaskSpec
+from pipeline.extract.tasks.base import TaskSpec
 from pipeline.extract.tasks.glue import GLUE
 from pipeline.extract.tasks.images import SUFFIXES as PICTURES
 from pipeline.extract.tasks.images import pictures
 from pipeline.extract.tasks.sheet import read_sheet
 from pipeline.extract.tasks.table import cell_text
-from pipeline.extracting import Say, prepare_split
-from pipeline.job import (
-    Job,
-    batch_size_of,
-    live_backbone,
-    load_job,
-    relive,
-    store_source,
-    text_options,
-)
+from pipeline.extracting import Say
+from pipeline.job import Job
+from pipeline.joint import Joint
+from pipeline.mixture import Mixture, open_job
 from pipeline.owners import recipe_of
+from pipeline.preparing import of_slot
 from pipeline.recipe import read_recipe
-from pipeline.rows import checked_rows, token_doubts
+from pipeline.slots import parts_of, slots_of
+from pipeline.sources import fresh_source, live_backbone, relive
 from pipeline.store.errors import StoreError, UserError
 from pipeline.train.checkpoint import TUNER, check
 from pipeline.train.checkpoint import load as load_checkpoint
 from pipeline.train.evaluate import evaluate, predict
 from pipeline.train.generate import generate
-from pipeline.train.live import LiveSource
 from pipeline.train.metrics import score
+from pipeline.train.mixture import MixedModel
 from pipeline.train.model import Model
+from pipeline.train.objectives.base import Report
 from pipeline.train.objectives.label_text import LabelText
-from pipeline.train.order import Order
-from pipeline.train.targets import Targets
+from pipeline.train.source import Source
 from pipeline.train.tuners import tuner_class
 
 # Options of a run's recipe that say where things are and not what they are.
@@ -52,7 +48,7 @@ class Run:
     """A trained tuner with the space it was trained from."""
 
     folder: Path
-    job: Job
+    job: Job | Joint | Mixture
     model: Model
     _live: tuple[LiveBackbone, Checkpoint] | None = None
 
@@ -63,6 +59,14 @@ class Run:
     def __repr__(self) -> str:
         return f"Run({str(self.folder)!r}, tuner={self.job.recipe.tuner!r}, task={self.spec.name!r})"
 
+    def of(self, task: str) -> Run:
+        """The same run as one of its several tasks has it: what `predict` and `evaluate` need."""
+        if not isinstance(self.job, Mixture) or not isinstance(self.model, MixedModel):
+            raise UserError(f"--task: {self.folder} is a run of one task, {self.spec.name}")
+        if task not in self.job.jobs:
+            raise UserError(f"--task {task}: {self.folder} has the tasks {', '.join(self.job.jobs)}")
+        return Run(self.folder, self.job.jobs[task], self.model.of(task))
+
     @property
     def metrics(self) -> dict[str, Any]:
         """What training ended with: scores of validation and test, best epoch, trainable parameters, seconds."""
@@ -70,31 +74,41 @@ class Run:
         return found
 
     def live(self) -> tuple[LiveBackbone, Checkpoint]:
-        """The backbone, loaded once."""
+        """The backbone of a run with a single one, loaded once."""
+        assert isinstance(self.job, Job)
         self._live = self._live or live_backbone(self.job)
         return self._live
 
     def evaluate(self, split: str, report: bool = False) -> dict[str, Any]:
         """Metrics of `split` from the store, computed as at the end of training. With `report`, what more there is to
         say of it under that name: precision, recall, F1 and support of each class and the confusion matrix, or a
-        summary of the residuals. UserError for a report of an objective that has none."""
+        summary of the residuals. UserError for a report of an objective that has none, or of several tasks at once."""
         if split not in self.job.tables:
             raise UserError(f"the store has no {split} rows of {self.spec.name}; it has: {', '.join(self.job.tables)}")
-        objective, precision = self.job.objective, self.job.recipe.train_precision
-        more = objective.report() if report else None
-        if report and more is None:
-            raise UserError(f"--report: objective {objective.name} has nothing to report beside its figures")
-        source = store_source(self.job, split, self._batch_size())
-        figures = evaluate(self.model, source, objective.scorer(), self.job.device, precision, report=more)
+        more = self._report() if report else None
+        source, precision = self.job.source(split), self.job.recipe.train_precision
+        figures = evaluate(self.model, source, self.job.scorer(), self.job.device, precision, report=more)
         return {**figures, "report": more.compute()} if more else figures
+
+    def _report(self) -> Report:
+        objective = self._single().objective
+        if (found := objective.report()) is None:
+            raise UserError(f"--report: objective {objective.name} has nothing to report beside its figures")
+        return found
+
+    def _single(self) -> Job | Joint:
+        if isinstance(self.job, Mixture):
+            raise UserError(f"{self.folder} has several tasks: choose one with --task, of {', '.join(self.job.jobs)}")
+        return self.job
 
     def generate(self, split: str) -> dict[str, Any]:
         """Free generation on `split` with the frozen decoder live: metrics by exact match of the written text (of a
         regression by the number written), and the share of answers that are a target at all. Raises UserError for runs
         that write no text."""
-        objective = self.job.objective
+        objective = self._single().objective
         if not isinstance(objective, LabelText):
             raise UserError(f"--generate: only runs of objective label-text write text; this one's is {objective.name}")
+        assert isinstance(self.job, Job)
         live, checkpoint = self.live()
         written = generate(self.model, live, relive(self.job, split, checkpoint).inputs)
         texts = checkpoint.tokenizer.batch_decode(written, skip_special_tokens=True)
@@ -108,30 +122,26 @@ class Run:
         return {**figures, "in_targets": known / len(texts)}
 
     def predict(
-        self, texts: Sequence[str | Sequence[str]], root: str | Path = "", say: Say = lambda text: None
+        self,
+        texts: Sequence[str | Sequence[str]] | Mapping[str, Sequence[str | Sequence[str]]],
+        root: str | Path = "",
+        say: Say = lambda text: None,
     ) -> list[dict[str, Any]]:
         """What is told of each row, the backbone run live: `label` (a class's name, or a number) and its `probability`
         where there is one. A row: the text of each of the task's fields, or the name of a picture; where that is one,
-        also without a sequence around it. `root`: the folder that names of pictures are relative to. Raises UserError
+        also without a sequence around it. Of a run with several backbones: slot → its rows, or rows that every
+        slot reads. `root`: the folder that names of pictures are relative to. Raises UserError
         for rows of another shape or kind."""
-        checked = checked_rows(texts, self.spec)
-        if not checked:
+        texts = texts if isinstance(texts, str | bytes | Mapping) else list(texts)
+        if not texts:
             return []
-        rows = Rows(checked, [None] * len(checked))
-        live, checkpoint = self.live()
-        candidates = next(iter(self.job.tables.values())).header.get("candidates", [])
-        options = replace(text_options(self.job.found), root=str(root))
-        part = prepare_split(live.backbone, checkpoint.tokenizer, self.spec, "predict", rows, options, candidates)
-        for line in token_doubts(checkpoint.tokenizer, live.backbone, [part]):
-            say(f"warning: {line}")
-        # Sorted by length, so that batches hold little padding; `predict` puts the answers back in order.
-        order = Order(part.inputs.tokens(), self._batch_size())
-        known = Targets(self.job.objective, None, part.inputs.metas) if part.inputs.metas else None
-        source = LiveSource(live, part.inputs, known, self.job.states, order)
+        self._single()
+        if isinstance(self.job, Joint):
+            source: Source = self.job.fresh_source(texts, str(root), say)
+        else:
+            assert isinstance(self.job, Job)
+            source = fresh_source(self.job, self.live(), texts, str(root), say)
         return predict(self.model, source, self.job.device, self.job.recipe.train_precision)
-
-    def _batch_size(self) -> int:
-        return batch_size_of(self.job.recipe, self.job.paper)
 
 
 def load_run(folder: str | Path, **overrides: Any) -> Run:
@@ -153,16 +163,32 @@ def load_run(folder: str | Path, **overrides: Any) -> Run:
     recipe = recipe_of("train", (str(folder / "recipe.yaml"), kept), ("load_run()", moved), record=True)
     recipe = replace(recipe, limit=None, views=None, **{k: v for k, v in overrides.items() if v is not None})
     state, about = load_checkpoint(folder / TUNER)
-    told = tuner_class(recipe.tuner).kept_options(state)
+    told = {} if slots_of(recipe) else tuner_class(recipe.tuner).kept_options(state)
     recipe = replace(recipe, tuner_options={**told, **recipe.tuner_options})
     try:
-        job = load_job(recipe, about.get("rows"), about.get("space"))
+        job = open_job(recipe, about.get("rows"), about.get("space"))
     except StoreError as error:
         raise StoreError(f"{folder}: {error}") from None
     model = job.model()
     check(state, model.trainable_state(), folder / TUNER)
     model.load_trainable(state)
     return Run(folder, job, model.to(job.device))
+
+
+def read_rows(
+    path: Path, job: Job | Joint | Mixture, text: str | None = None, text_pair: str | None = None
+) -> tuple[list[Any], Any]:
+    """`read_inputs` for what `Run.predict` takes: of a run with several backbones slot → rows. `text` and `text_pair`
+    may then be SLOT=COLUMN,…"""
+    if not isinstance(job, Joint):
+        return read_inputs(path, job.spec, text, text_pair)
+    ids: list[Any] = []
+    rows = {}
+    asked = replace(job.recipe, text=text, text_pair=text_pair, image=None)
+    for slot, part in parts_of(asked).items():
+        with of_slot(slot):
+            ids, rows[slot] = read_inputs(path, job.jobs[slot].spec, part.text, part.text_pair)
+    return ids, rows
 
 
 def read_inputs(

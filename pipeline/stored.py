@@ -171,7 +171,7 @@ def check_header(header: Mapping[str, Any], where: str) -> TaskSpec:
     be."""
     for name, kinds in (
         ("provenance", dict), ("candidates", list), ("beside", dict), ("total", int), ("created", str),
-        ("decoder", str), ("model", str),
+        ("decoder", str), ("model", str), ("slot", str), ("slots", dict),
     ):  # fmt: skip
         if name in header and (not isinstance(header[name], kinds) or isinstance(header[name], bool)):
             raise refuse(where, f"{name} in its header is not of the right type")
@@ -186,6 +186,9 @@ def check_table(table: TaskTable, where: str) -> TaskTable:
     """`table`, its header, labels and texts being what a task's are. Raises StoreError naming `where` and what is
     not."""
     spec = check_header(table.header, where)
+    slots = {*table.joined, table.header["slot"]} if "slot" in table.header else set(table.joined)
+    if slots != set(table.header.get("slots", {})):
+        raise refuse(where, "the slots in its header are not those of its columns")
     metas = table.metas or [{}] * len(table)
     for row, (label, texts, meta) in enumerate(zip(table.labels, table.texts, metas, strict=True)):
         if wrong := _wrong_target(label, spec, meta):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,10 @@ from pipeline.command_line import command_line, option
 from pipeline.compare import fit_counterpart, refuse_counterpart, step_memory
 from pipeline.extract.backbones.tail import Tail
 from pipeline.grid import Trial
-from pipeline.job import Job, batch_size_of, live_backbone, load_job, sources
+from pipeline.job import Job, load_job
 from pipeline.recipe import Recipe, read_recipe
+from pipeline.slots import refuse_slots
+from pipeline.sources import live_backbone, sources
 from pipeline.store.digest import digest_json
 from pipeline.store.errors import UserError
 from pipeline.sweep_table import SWEEP, summary, summary_text, table_of, write_csv
@@ -28,7 +30,6 @@ from pipeline.train.stream import StoreSource
 from pipeline.train.together import fit_all
 from pipeline.train.tuners import tuner_class
 from pipeline.training import (
-    describe_space,
     fit_options,
     job_doubts,
     make_folder,
@@ -68,10 +69,6 @@ class Prepared:
         """How it is trained."""
         return fit_options(self.trial.recipe, self.job.spec, self.job.paper, self.lr)
 
-    @property
-    def batch_size(self) -> int:
-        return batch_size_of(self.trial.recipe, self.job.paper)
-
 
 def run_sweep(asked: Sequence[Trial], folder: Path, say: Say, quiet: bool = False) -> tuple[dict[str, Any], str]:
     """Train all that is `asked`, each into `folder`/NAME, and tabulate. Runs that are finished there are kept, and
@@ -82,6 +79,8 @@ def run_sweep(asked: Sequence[Trial], folder: Path, say: Say, quiet: bool = Fals
     """
     if Ranks.from_environment().world > 1:
         raise UserError("a sweep is one process: start it without torchrun, or train its runs one by one")
+    for trial in asked:
+        refuse_slots(trial.recipe, "sweep")
     own = [trial for trial in asked if not trial.baseline]
     say(f"{len(asked)} runs: {len({t.label for t in asked})} settings, {len({t.recipe.seed for t in asked})} seeds")
     prepared = _prepare(own)
@@ -105,7 +104,7 @@ def run_sweep(asked: Sequence[Trial], folder: Path, say: Say, quiet: bool = Fals
     for number, members in enumerate(passes.values(), start=1):
         job = members[0].job
         rows = f"{len(job.tables['train'].keys):,} train rows"
-        say(f"pass {number} of {len(passes)}: {len(members)} runs over {rows}; {describe_space(job)}")
+        say(f"pass {number} of {len(passes)}: {len(members)} runs over {rows}; {', '.join(job.describe())}")
         done |= _train(members, folder, not quiet)
         _write(folder, asked, done, prepared)
     for trial in asked:
@@ -139,7 +138,7 @@ def _look_up(trial: Trial, others: Sequence[Prepared]) -> Prepared:
     """A trial with what is found in the store; what `others` on the same space have found already is shared."""
     recipe, tail = trial.recipe, None
     job = load_job(recipe)
-    refuse_for_training(recipe, job.found.backbone)
+    refuse_for_training(recipe, job.backbones)
     if "train" not in job.tables:
         raise UserError(f"the store has no train rows of {job.spec.name}")
     for other in others:
@@ -163,7 +162,7 @@ def _train(members: Sequence[Prepared], folder: Path, progress: bool) -> dict[st
     for member in members:
         job, recipe, own = member.job, member.trial.recipe, folder / member.trial.name
         make_folder(own)
-        write_recipe(own, job, member.options(), member.batch_size)
+        write_recipe(own, job, member.options())
         run = Training(
             job.model(recipe.seed, member.tail), parts["train"], parts.get("validation"), parts.get("test"),
             member.options(), own, job.objective.scorer, job.device,
@@ -171,7 +170,7 @@ def _train(members: Sequence[Prepared], folder: Path, progress: bool) -> dict[st
                 "space": job.found.space.id,
                 "tuner": recipe.tuner,
                 "rows": job.version,
-                "chosen": own_options(job, asdict),
+                "chosen": own_options(job),
             },
         )  # fmt: skip
         if _objective(job) != _objective(members[0].job):
@@ -222,7 +221,7 @@ def _found(trial: Trial, folder: Path, member: Prepared | None, before: Mapping[
     if member is None:
         same = json.loads(file.read_text(encoding="utf-8")) == _made_with(trial)
     else:
-        wanted = resolved_recipe(member.job, member.options(), member.batch_size).to_mapping()
+        wanted = resolved_recipe(member.job, member.options()).to_mapping()
         same = read_recipe(file, record=True) == wanted
         if same and (folder / "metrics.json").is_file():
             same = load_checkpoint(folder / TUNER)[1].get("rows") == member.job.version

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,30 +15,23 @@ from pipeline.extract.tasks import is_named
 from pipeline.extract.tasks.base import TaskSpec
 from pipeline.extract.tasks.hub_images import PREFIX
 from pipeline.extract.tasks.registry import is_folder, is_table
-from pipeline.job import (
-    Job,
-    as_extracted,
-    batch_size_of,
-    grouped,
-    live_backbone,
-    load_job,
-    picture_options,
-    sources,
-    views_of,
-)
+from pipeline.extracted import views_of
+from pipeline.job import Job, agreed
+from pipeline.joint import Joint
+from pipeline.mixture import Mixture, open_job
 from pipeline.recipe import Recipe
 from pipeline.resolve import store_path
+from pipeline.sources import grouped
 from pipeline.store.errors import UserError
 from pipeline.store.places import absolute
-from pipeline.train.configs import ObjectiveConfig
 from pipeline.train.loop import FitOptions, fit
 from pipeline.train.ranks import Ranks
 from pipeline.train.runlog import write_bytes
-from pipeline.train.tuners import TunerConfig
 from pipeline.unused import refuse_for_training
 from pipeline.versions import columns_text, task_id
 
 Say = Callable[[str], None]
+AnyJob = Job | Joint | Mixture
 LARGE_TASKS = ("mnli", "qnli", "qqp", "sst2")
 
 
@@ -66,15 +59,16 @@ def fit_options(recipe: Recipe, spec: TaskSpec, paper: bool, lr: float) -> FitOp
     )
 
 
-def run_folder(job: Job) -> Path:
+def run_folder(job: AnyJob) -> Path:
     """--out, or a folder named after the run: the task by its name where everybody means the same by it, else with the
     beginning of its id."""
-    recipe, task = job.recipe, job.spec.name
+    recipe = job.recipe
     if recipe.out:
         return Path(recipe.out)
-    task = task if is_named(task) else f"{task}@{job.version[:8]}"
-    model = job.found.source["names"][0].replace("/", "_")
-    return Path("runs") / (f"{task}-{recipe.tuner}-{model}-s{recipe.seed}" + ("-live" if recipe.live else ""))
+    names = [(part.spec.name, part.version[:8]) for part in job.each]
+    task = "+".join(name if is_named(name) else f"{name}@{version}" for name, version in names)
+    model, tuner = job.model_name.replace("/", "_"), recipe.tuner.replace(",", "+")
+    return Path("runs") / (f"{task}-{tuner}-{model}-s{recipe.seed}" + ("-live" if recipe.live else ""))
 
 
 def make_folder(folder: Path) -> None:
@@ -89,34 +83,36 @@ def make_folder(folder: Path) -> None:
 
 def run_train(recipe: Recipe, say: Say, quiet: bool = False) -> dict[str, Any]:
     """Train what `recipe` says; `say` takes the lines a person reads. Returns the metrics with the run's folder."""
-    job = load_job(recipe)
-    refuse_for_training(recipe, job.found.backbone)
-    if "train" not in job.tables:
-        known = as_extracted(recipe, job.found)
-        raise NotExtracted(f"the store has no train rows of {job.spec.name}", known, split=("train",))
+    job = open_job(recipe)
+    refuse_for_training(recipe, job.backbones)
+    for part in job.each:
+        if "train" not in part.tables:
+            what = f"the store has no train rows of {part.spec.name}"
+            raise NotExtracted(what, part.as_extracted(), split=("train",))
     folder = run_folder(job)
     if (folder / "metrics.json").exists() and not recipe.overwrite:
         raise UserError(f"{folder} holds a finished run; give another --out, or --overwrite to replace it")
     model = job.model(recipe.seed)
     options = fit_options(recipe, job.spec, job.paper, model.tuner.default_lr())
-    live, checkpoint = live_backbone(job) if recipe.live else (None, None)
-    parts = sources(job, live, checkpoint)
-    size = batch_size_of(recipe, model.tuner.backbone.writes_text)
-    table = job.tables["train"]
-    more = f" of {table.header['total']:,}" if len(table.keys) < table.header.get("total", 0) else ""
+    parts = job.sources(recipe.live)
+    tables = [part.tables["train"] for part in job.each]
+    rows, total = sum(map(len, tables)), sum(table.header.get("total", len(table)) for table in tables)
+    more, name = f" of {total:,}" if rows < total else "", ", ".join(part.spec.name for part in job.each)
     say(
-        f"{recipe.tuner} on {job.spec.name}: {len(table.keys):,}{more} train rows, batch {size}, "
+        f"{recipe.tuner} on {name}: {rows:,}{more} train rows, batch {job.batch_size}, "
         f"{options.epochs} epochs, {model.trainable_parameters():,} trainable parameters, "
         + ("live backbone" if recipe.live else "from the store")
     )
-    say(f"rows {task_id(table.header)}: {columns_text(table.header)}, of {str(table.header.get('created'))[:10]}")
-    say(f"space {job.found.space.id[:12]}: {describe_space(job)}")
-    odd = job_doubts(job)
+    for table in tables:
+        say(f"rows {task_id(table.header)}: {columns_text(table.header)}, of {str(table.header.get('created'))[:10]}")
+    for line in job.describe():
+        say(line)
+    odd = [sentence for part in job.each for sentence in job_doubts(part)]
     for sentence in odd:
         say(f"warning: {sentence}")
     make_folder(folder)
     if Ranks.from_environment().rank == 0:
-        write_recipe(folder, job, options, size)
+        write_recipe(folder, job, options)
     metrics = fit(
         model,
         parts["train"],
@@ -124,94 +120,76 @@ def run_train(recipe: Recipe, say: Say, quiet: bool = False) -> dict[str, Any]:
         parts.get("test"),
         options,
         folder,
-        job.objective.scorer,
+        job.scorer,
         job.device,
         progress=not quiet,
-        info={
-            "space": job.found.space.id,
-            "tuner": recipe.tuner,
-            "rows": job.version,
-            "chosen": own_options(job, asdict),
-        },
+        info={"space": job.spaces, "tuner": recipe.tuner, "rows": job.version, "chosen": own_options(job)},
     )
     if remark := model.tuner.remark():
         say(f"{recipe.tuner}: {remark}")
-    about = {"run": str(folder), "space": job.found.space.id, "tuner": recipe.tuner, "task": job.spec.name}
+    about = {"run": str(folder), "space": job.spaces, "tuner": recipe.tuner, "task": name}
     return {**about, **metrics, "warnings": odd}
 
 
-def job_doubts(job: Job) -> list[str]:
+def job_doubts(job: Job | Joint) -> list[str]:
     """What is odd about the rows of a run, a sentence each."""
     train = job.tables.get("train")
     limit = "" if train is None else limit_doubt(job.recipe.limit, train, views_of(train))
-    return [*([limit] if limit else []), *doubts(job.tables, job.found.backbone.modality == "image")]
+    images = isinstance(job, Job) and job.found.backbone.modality == "image"
+    return [*([limit] if limit else []), *doubts(job.tables, images)]
 
 
-def describe_space(job: Job) -> str:
-    """One line about the space a run reads."""
-    identity = job.found.space.identity
-    return (
-        f"{job.found.source['names'][0]}, {len(job.states)} states, {identity['format']}, computed in "
-        f"{identity['precision']}, texts up to {identity['max_length']} tokens"
-    )
-
-
-def lasting_name(job: Job) -> str:
+def lasting_name(job: Job | Joint) -> str:
     """The task as a recipe names it for good: by its file or folder, by a name that everybody knows, or by its id."""
     task = job.recipe.task
     own = is_table(task) or is_folder(task) or is_named(task) or task.startswith(PREFIX)
     return task if own else task_id(next(iter(job.tables.values())).header)
 
 
-def stated(config: TunerConfig | ObjectiveConfig) -> dict[str, Any]:
-    """The options of a config that say something, the defaults among them: a later version may have others."""
-    return {k: v for k, v in asdict(config).items() if v not in (None, ())}
+def own_options(job: AnyJob) -> dict[str, Any]:
+    """The options of the tuner and the objective as a recipe has them; of several by slot and by task."""
+    learned = {part.spec.name: part.objective for part in job.each}
+    own = Recipe(
+        tuner_options=_only({slot: asdict(config) for slot, config in job.configs.items()}),
+        objective_options=_only({task: asdict(objective.config) for task, objective in learned.items()}),
+    ).to_mapping()
+    names = _only({task: objective.name for task, objective in learned.items()})
+    return {"objective": names, **{k: own[k] for k in ("tuner_options", "objective_options")}}
 
 
-def own_options(job: Job, of: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-    """The options of the tuner and the objective as a recipe has them, those that `of` makes of a config."""
-    own = Recipe(tuner_options=of(job.config), objective_options=of(job.objective.config)).to_mapping()
-    return {"objective": job.objective.name, **{k: own[k] for k in ("tuner_options", "objective_options")}}
+def _only(found: Mapping[str, Any]) -> Any:
+    """The value of the only key; of several the mapping."""
+    return dict(found) if len(found) > 1 else next(iter(found.values()))
 
 
-def rows_options(job: Job) -> dict[str, Any]:
-    """How the rows were split and numbers made into texts, also where the store decided it."""
-    made, values = job.tables["train"].header.get("provenance", {}), job.spec.values
-    stepped = len(values) > 1 and made.get("source") != "table"  # of a table the step follows from its range
-    grid = values[1] - values[0] if stepped else job.recipe.grid
-    return {"stratify": bool(made.get("stratified")) or job.recipe.stratify, "grid": grid}
-
-
-def resolved_recipe(job: Job, options: FitOptions, batch_size: int) -> Recipe:
+def resolved_recipe(job: AnyJob, options: FitOptions) -> Recipe:
     """The run's options with every default resolved."""
-    identity = job.found.space.identity
+    objectives = [part.objective for part in job.each]
+    alike = len({o.name for o in objectives}) == 1
     return replace(
         job.recipe,
-        task=lasting_name(job),
-        model=job.recipe.model or job.found.source["names"][0],
+        task=",".join(lasting_name(part) for part in job.each),
         store=absolute(store_path(job.recipe)),
-        space=job.found.space.id,
-        batch_size=batch_size,
+        batch_size=job.batch_size,
         group_by_length=grouped(job.recipe, job.paper),
+        objective=objectives[0].name if alike else job.recipe.objective,
         epochs=options.epochs,
         lr=options.lr,
         warmup_steps=options.warmup_steps,
         warmup_ratio=options.warmup_ratio,
-        **own_options(job, stated),
-        views=views_of(job.tables["train"]) if "image_size" in identity else None,
         imports=lasting(job.recipe.imports),
-        **rows_options(job),
+        objective_options=agreed([o.config for o in objectives], job.recipe.objective_options)
+        if alike
+        else job.recipe.objective_options,
         out=None,
         overwrite=False,
-        **{k: identity[k] for k in ("format", "projection", "precision", "attention")},
-        **{k: identity[k] for k in ("max_length", "truncation_side")},
-        **picture_options(identity),
+        **job.resolved(),
     )
 
 
-def write_recipe(folder: Path, job: Job, options: FitOptions, batch_size: int) -> None:
+def write_recipe(folder: Path, job: AnyJob, options: FitOptions) -> None:
     """recipe.yaml: the run's options with every default resolved, so that it can be run again by `--recipe`."""
-    resolved = resolved_recipe(job, options, batch_size)
+    resolved = resolved_recipe(job, options)
     title = f"{job.recipe.tuner} on {job.spec.name}, {time.strftime('%Y-%m-%d')}"
     header = f"{title}\npipeline train --recipe recipe.yaml --out OTHER"
     write_bytes(folder / "recipe.yaml", resolved.to_yaml(header).encode())

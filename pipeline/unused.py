@@ -3,14 +3,15 @@ of what they asked. (Those of tuners and objectives go to their owners, see `pip
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields, replace
 from typing import Any
 
 from pipeline.extract.backbones import Backbone
 from pipeline.extract.options import about
 from pipeline.owners import KINDS, having, options_of
 from pipeline.recipe import Recipe, option_name
+from pipeline.slots import SlotRecipe
 from pipeline.store.errors import UserError
 
 _FIELDS = {f.name: f for f in fields(Recipe)}
@@ -19,13 +20,13 @@ TEXT_OPTIONS: dict[str, tuple[Any, ...]] = {
     "max_length": (None, 128), "truncation_side": (None, "right"), "prompt": (None,),
 }  # fmt: skip
 PICTURE_OPTIONS: dict[str, tuple[Any, ...]] = {
-    "image_size": (None,), "views": (None, 1), "view_seed": (None, 0), "skip_bad": (False,),
+    "image": (None,), "image_size": (None,), "views": (None, 1), "view_seed": (None, 0), "skip_bad": (False,),
 }  # fmt: skip
 # How a file becomes a task.
 TABLE_OPTIONS = ("text", "text_pair", "label", "separator", "validation", "test", "stratify", "grid")
 STREAM_OPTIONS = (
-    "model", "task", "store", "data", "text", "text_pair", "label", "separator", "objective", "validation", "test",
-    "stratify", "limit", "space", "format", "projection", "precision", "attention", "prompt", "max_length",
+    "model", "task", "store", "data", "text", "text_pair", "image", "label", "separator", "objective", "validation",
+    "test", "stratify", "limit", "space", "format", "projection", "precision", "attention", "prompt", "max_length",
     "truncation_side", "image_size", "views", "view_seed", "batch_size", "seed", "device", "tier", "host_memory",
     "scheduler", "window", "group_by_length", "imports",
 )  # fmt: skip
@@ -36,10 +37,12 @@ def given(recipe: Recipe, option: str) -> bool:
     return getattr(recipe, option) != _FIELDS[option].default
 
 
-def refuse_for_training(recipe: Recipe, backbone: Backbone) -> None:
-    """UserError for options of training that do nothing on this backbone, or in a live run."""
-    if backbone.modality == "text":  # of pictures the space itself says what they were made with
-        refuse_for_kind(recipe, backbone)
+def refuse_for_training(recipe: Recipe, backbones: Sequence[Backbone]) -> None:
+    """UserError for options of training that do nothing on these backbones, or in a live run."""
+    if len(backbones) > 1:
+        refuse_for_slots(recipe, backbones)
+    elif backbones[0].modality == "text":  # of pictures the space itself says what they were made with
+        refuse_for_kind(recipe, backbones[0])
     refuse_host_memory(recipe)
     if recipe.live:
         for option in ("tier", "host_memory", "scheduler"):
@@ -47,9 +50,37 @@ def refuse_for_training(recipe: Recipe, backbone: Backbone) -> None:
                 raise UserError(f"{option_name(option)}: it is for states from a store, and --live reads none")
 
 
+def for_kind(recipe: Recipe, backbone: Backbone) -> Recipe:
+    """The recipe of a slot without what it says of slots of the other kind: of pictures where the backbone reads text,
+    and the other way round; of a single backbone as it is."""
+    if not isinstance(recipe, SlotRecipe):
+        return recipe
+    left = dict(PICTURE_OPTIONS if backbone.modality == "text" else TEXT_OPTIONS)
+    if backbone.modality == "image" and recipe.image is not None:
+        left |= dict.fromkeys(("text", "text_pair"), (None,))
+    if not backbone.writes_text:
+        left["prompt"] = (None,)
+    return replace(recipe, **{option: nothing[0] for option, nothing in left.items()})
+
+
+def refuse_for_slots(recipe: Recipe, backbones: Sequence[Backbone]) -> None:
+    """UserError for an option of texts or pictures that no backbone of several reads."""
+    for option in (*PICTURE_OPTIONS, *TEXT_OPTIONS):
+        refused: list[UserError] = []
+        for backbone in backbones:
+            try:
+                refuse_for_kind(Recipe(**{option: getattr(recipe, option)}), backbone)
+            except UserError as error:
+                refused.append(error)
+        if len(refused) == len(backbones):
+            raise refused[0]
+
+
 def refuse_for_kind(recipe: Recipe, backbone: Backbone) -> None:
     """UserError for options of pictures where the backbone reads text, and the other way round."""
     text = backbone.modality == "text"
+    if recipe.image is not None and recipe.text is not None:
+        raise UserError("--text and --image: one of them names the column that the backbone reads")
     others, read = (PICTURE_OPTIONS, "text") if text else (TEXT_OPTIONS, "pictures")
     for option, nothing in others.items():
         if getattr(recipe, option) not in nothing:

@@ -9,13 +9,14 @@ editions of one origin that which was extracted last; and else the user, by file
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pipeline.extract.tasks import canonical_name, split_id
 from pipeline.extract.tasks.glue import USUAL_GRID
 from pipeline.recipe import Recipe
+from pipeline.slots import slot_of
 from pipeline.store import Space, TaskTable, digest_json
 from pipeline.store.errors import StoreError
 from pipeline.store.records import Record
@@ -38,6 +39,7 @@ class Version:
 
     task: str
     id: str
+    slot: str = ""  # of a task with several slots, the one whose samples are in this feature space
     tables: list[tuple[TableInfo, dict[str, Any]]] = field(default_factory=list)
 
     @property
@@ -78,8 +80,9 @@ class Version:
     @property
     def reads(self) -> str:
         """Its columns and classes, and when it was made, for people who must choose."""
+        slot = f"slot {self.slot}: " if self.slot else ""
         drawn = ", stratified" if _object(self.header, "provenance").get("stratified") else ""
-        return f"{columns_text(self.header)}{drawn}, extracted {self.created[:16].replace('T', ' ') or '?'}"
+        return f"{slot}{columns_text(self.header)}{drawn}, extracted {self.created[:16].replace('T', ' ') or '?'}"
 
     @property
     def counts(self) -> str:
@@ -90,7 +93,7 @@ class Version:
 def versions_of(space: Space, task: str | None = None, damaged: list[TableInfo] | None = None) -> list[Version]:
     """The versions of `task`, or of every task, in `space`, the last written first. Damaged tables are added to
     `damaged`; without it, raises StoreError for one."""
-    found: dict[tuple[str, str], Version] = {}
+    found: dict[tuple[str, str, str], Version] = {}
     for info in space.tables():
         if task is None or info.task == task:
             try:
@@ -101,8 +104,8 @@ def versions_of(space: Space, task: str | None = None, damaged: list[TableInfo] 
                     raise
                 damaged.append(info)
                 continue
-            version = version_of(header)
-            found.setdefault((info.task, version), Version(info.task, version)).tables.append((info, header))
+            which = (info.task, version_of(header), str(header.get("slot") or ""))
+            found.setdefault(which, Version(*which)).tables.append((info, header))
     return sorted(found.values(), key=lambda v: v.created, reverse=True)
 
 
@@ -114,23 +117,37 @@ def stored_tables(
 
     Raises StoreError saying what differs where none is, or that tables are gone; AmbiguousTask where several are.
     """
+    return chosen_tables(space, recipe, stored_versions(space, recipe, images, version))
+
+
+def stored_versions(space: Space, recipe: Recipe, images: bool = False, version: str | None = None) -> list[Version]:
+    """The versions of the recipe's task, for its slot, that are what it says of columns and files, one at least; or
+    `version`."""
     from pipeline.athand import AtHand
 
     task, wanted = canonical_name(recipe.task), version or split_id(recipe.task)[1]
     known = versions_of(space, task)
-    if wanted:
-        fitting = [v for v in known if v.id.startswith(wanted)]
-        if not fitting and version:
-            raise StoreError(f"the store no longer has the rows of task {task!r} as they were then")
-        if not fitting:
-            there = ", ".join(v.name for v in known)
-            raise StoreError(f"there is no task {recipe.task} in this feature space, there is {there}")
-        head = fitting[0].header
-        if not version and (differs := unlike(recipe, head) or AtHand(recipe, images).differs(head)):
-            raise StoreError(f"task {recipe.task} is not as asked for: {differs}")
-    else:
-        fitting = _fitting(space, recipe, known, AtHand(recipe, images))
-    fitting = _distinct(space, fitting)
+    own = [v for v in known if v.slot == (slot := slot_of(recipe))]
+    if known and not own:
+        there = ", ".join(sorted({f"slot {v.slot}" if v.slot else "a backbone alone" for v in known}))
+        raise StoreError(f"task {task!r} is here for {there}, not for {f'slot {slot}' if slot else 'a backbone alone'}")
+    if not wanted:
+        return _fitting(space, recipe, own, {v.id for v in known}, AtHand(recipe, images))
+    fitting = [v for v in own if v.id.startswith(wanted)]
+    if not fitting and version:
+        raise StoreError(f"the store no longer has the rows of task {task!r} as they were then")
+    if not fitting:
+        there = ", ".join(v.name for v in own)
+        raise StoreError(f"there is no task {recipe.task} in this feature space, there is {there}")
+    head = fitting[0].header
+    if not version and (differs := unlike(recipe, head) or AtHand(recipe, images).differs(head)):
+        raise StoreError(f"task {recipe.task} is not as asked for: {differs}")
+    return fitting
+
+
+def chosen_tables(space: Space, recipe: Recipe, versions: Sequence[Version]) -> dict[str, TaskTable]:
+    """The tables of the one version among `versions`. AmbiguousTask where several differ in their rows."""
+    fitting = _distinct(space, versions)
     if len(fitting) > 1:
         which = "; ".join(f"{v.name}: {v.counts}, {v.reads}" for v in fitting)
         raise AmbiguousTask(
@@ -141,8 +158,11 @@ def stored_tables(
     return _whole(fitting[0], _read(space, fitting[0]))
 
 
-def _fitting(space: Space, recipe: Recipe, known: Sequence[Version], data: AtHand) -> list[Version]:
-    """The versions that are what the recipe says, without those of which a later edition is among them."""
+def _fitting(
+    space: Space, recipe: Recipe, known: Sequence[Version], there: Collection[str], data: AtHand
+) -> list[Version]:
+    """The versions that are what the recipe says, without those of which a later edition is among them. `there`: the
+    ids of all versions that have tables."""
     task, refused, found = canonical_name(recipe.task), "", []
     for version in known:
         differs = unlike(recipe, version.header) or data.differs(version.header)
@@ -151,7 +171,6 @@ def _fitting(space: Space, recipe: Recipe, known: Sequence[Version], data: AtHan
             found.append(version)
     if not found:
         raise StoreError(f"task {task!r} is in the store, but not as asked for: {refused}")
-    there = {v.id for v in known}
     lost = [r for r in space.records() if r.task == task and r.version not in there]
     if lost and not data:
         # It may be the one that is meant, and nothing that is left says so.
@@ -196,9 +215,14 @@ def _distinct(space: Space, versions: Sequence[Version]) -> list[Version]:
     found: dict[str, Version] = {}
     for version in versions:
         tables = _read(space, version)
-        rows = {split: [list(t.keys), t.labels, list(t.texts)] for split, t in tables.items()}
+        rows = {split: [list(t.keys), t.labels, list(t.texts), *_beside(t)] for split, t in tables.items()}
         found.setdefault(digest_json([rows, version.header.get("spec")]), version)
     return list(found.values())
+
+
+def _beside(table: TaskTable) -> list[Any]:
+    """The keys of a table's other slots, as JSON; nothing for a task of one."""
+    return [{slot: list(keys) for slot, keys in table.joined.items()}] if table.joined else []
 
 
 def columns_text(header: Mapping[str, Any]) -> str:
@@ -237,7 +261,7 @@ def unlike(recipe: Recipe, header: Mapping[str, Any]) -> str:
     spec, made = _object(header, "spec"), _object(header, "provenance")
     fields = [*_names(spec.get("fields")), "", ""]
     for option, asked, there in (
-        ("--text", recipe.text, fields[0]),
+        ("--image" if recipe.image else "--text", recipe.image or recipe.text, fields[0]),
         ("--text-pair", recipe.text_pair, fields[1]),
         ("--label", recipe.label, made.get("label")),
         ("--separator", recipe.separator, made.get("separator")),
@@ -268,7 +292,7 @@ def save_tables(space: Space, made: Mapping[str, TaskTable], states: Sequence[st
     first = next(iter(made.values()))
     version, rows = version_of(first.header), {split: len(table) for split, table in made.items()}
     named = Record(first.task, version, rows)
-    stored = versions_of(space, first.task)
+    stored = [v for v in versions_of(space, first.task) if v.slot == str(first.header.get("slot") or "")]
     own = [(info, header) for v in stored if v.id == version for info, header in v.tables]
     for split, table in made.items():
         table.header["extracted"] = named.id
@@ -299,6 +323,8 @@ def _equal(one: TaskTable, other: TaskTable) -> bool:
     no `rows`."""
     apart = ("created", "rows", "origin", "extracted")
     heads = [{k: v for k, v in t.header.items() if k not in apart} for t in (one, other)]
-    return digest_json(heads[0]) == digest_json(heads[1]) and (
-        (one.keys, one.labels, one.texts, one.metas) == (other.keys, other.labels, other.texts, other.metas)
+    return (
+        digest_json(heads[0]) == digest_json(heads[1])
+        and ((one.keys, one.labels, one.texts, one.metas) == (other.keys, other.labels, other.texts, other.metas))
+        and one.joined == other.joined
     )

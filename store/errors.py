@@ -1,5 +1,8 @@
 """Errors a user can act on. The command line prints each as one line and exits with a non-zero status."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class Notice(UserWarning):
     """Something the user should know, although the work goes on. The command line prints it as one line."""
@@ -39,3 +42,13 @@ class NonFinite(UserError):
     def __init__(self, message: str, row: int = 0) -> None:
         super().__init__(message)
         self.row = row
+
+
+@contextmanager
+def within(where: str) -> Iterator[None]:
+    """An error that passes through says first that it is of `where`; its type stays."""
+    try:
+        yield
+    except UserError as error:
+        error.args = (f"{where}: {error}", *error.args[1:])
+        raise

@@ -1,7 +1,8 @@
 """Task tables of format 2: one Parquet file, the header as JSON in the metadata of the file.
 
 Columns: `key` (16 bytes), `target` (of the type that the task says), `inputs` (texts or file names), `id` and `meta`
-(JSON, what extraction knows of the sample), null where there is none. No column has a dictionary, so that the sizes
+(JSON, what extraction knows of the sample), null where there is none. Of a task with several slots also `key/SLOT`
+(16 bytes) for each slot but the table's own. No column has a dictionary, so that the sizes
 that a file states bound what it unpacks to.
 """
 
@@ -19,7 +20,7 @@ import pyarrow.parquet as pq
 from pipeline.store.digest import canonical_json
 from pipeline.store.document import parse_json
 from pipeline.store.keys import Keys
-from pipeline.store.names import MAX_JSON, MAX_UNPACKED, MAX_UNPACKED_RATIO, UNPACKED_SLACK
+from pipeline.store.names import MAX_JSON, MAX_UNPACKED, MAX_UNPACKED_RATIO, UNPACKED_SLACK, is_stream
 from pipeline.store.texts import Texts
 
 _HEADER = b"activation"
@@ -34,7 +35,9 @@ TARGETS: dict[str, pa.DataType] = {
 _KEY, _TEXTS, _TEXT = pa.binary(16), pa.list_(pa.string()), pa.string()
 _LONE = re.compile("[\ud800-\udfff]")
 
-Columns = tuple[Keys, list[Any], Texts, list[str], list[dict[str, Any]]]
+_NAMES, _JOINED = ["key", "target", "inputs", "id", "meta"], "key/"
+
+Columns = tuple[Keys, list[Any], Texts, list[str], list[dict[str, Any]], dict[str, Keys]]
 
 
 def dump(
@@ -44,6 +47,7 @@ def dump(
     texts: Sequence[Sequence[str]],
     ids: Sequence[str],
     metas: Sequence[Mapping[str, Any]],
+    joined: Mapping[str, Sequence[str]],
 ) -> bytes:
     """A table as the bytes of its file. Texts with halves of surrogate pairs, which names of files may hold and UTF-8
     may not, are escaped, and the header says so. Raises ValueError for targets that are not all of one type."""
@@ -56,6 +60,7 @@ def dump(
         pa.field("key", _KEY, nullable=False),
         pa.field("target", kind),
         *(pa.field("inputs", _TEXTS), pa.field("id", _TEXT), pa.field("meta", _TEXT)),
+        *(pa.field(f"{_JOINED}{slot}", _KEY, nullable=False) for slot in joined),
     ]
     columns: list[list[Any]] = [
         [bytes.fromhex(key) for key in keys],
@@ -63,6 +68,7 @@ def dump(
         [[_escaped(text) if escaped else text for text in row] for row in texts],
         list(ids) or [None] * len(keys),
         [canonical_json(dict(meta)).decode("ascii") for meta in metas] or [None] * len(keys),
+        *([bytes.fromhex(key) for key in others] for others in joined.values()),
     ]
     try:
         arrays = [pa.array(column, field.type) for column, field in zip(columns, fields, strict=True)]
@@ -84,8 +90,9 @@ def read_header(data: bytes, where: str) -> dict[str, Any]:
 
 
 def read_rows(data: bytes, rows: int, where: str) -> tuple[dict[str, Any], Columns]:
-    """Header and columns (keys, targets, texts, ids, metas) of the table `data` of `rows` rows; without ids or metas
-    these are empty. Raises StoreError or ValueError for anything that no writer of ours makes."""
+    """Header and columns (keys, targets, texts, ids, metas, keys of other slots) of the table `data` of `rows` rows;
+    without ids, metas or other slots these are empty. Raises StoreError or ValueError for anything that no writer of
+    ours makes."""
     file = _opened(data)
     header = _header(file, where)
     _bound(file, len(data), rows)
@@ -94,17 +101,20 @@ def read_rows(data: bytes, rows: int, where: str) -> tuple[dict[str, Any], Colum
         table.validate(full=True)  # that texts are UTF-8, before one is looked at
     except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
         raise ValueError(_line(error)) from error
-    if len(table) != rows or table["key"].null_count:
+    others = [name for name in table.column_names if name.startswith(_JOINED)]
+    if len(table) != rows or any(table[name].null_count for name in ("key", *others)):
         raise ValueError("its header does not match its rows")
     target, texts = table["target"], table["inputs"]
     if not _are_targets(target) or texts.null_count or pc.list_flatten(texts).null_count:
         raise ValueError("a row is malformed")
-    keys = Keys.of_bytes(b"".join(_bytes_of(chunk) for chunk in table["key"].chunks))
+    keys = _keys_of(table["key"])
     ids = [] if table["id"].null_count == rows else [i or "" for i in table["id"].to_pylist()]
     metas: list[dict[str, Any]] = []
     if table["meta"].null_count < rows:
         metas = [{} if text is None else parse_json(text.encode(), where) for text in table["meta"].to_pylist()]
-    return header, (keys, target.to_pylist(), Texts(texts, bool(header.pop("escaped", False))), ids, metas)
+    joined = {name.removeprefix(_JOINED): _keys_of(table[name]) for name in others}
+    read = Texts(texts, bool(header.pop("escaped", False)))
+    return header, (keys, target.to_pylist(), read, ids, metas, joined)
 
 
 def _opened(data: bytes) -> pq.ParquetFile:
@@ -122,8 +132,11 @@ def _bound(file: pq.ParquetFile, size: int, rows: int) -> None:
     """ValueError for columns that are not those of a table, and for a file that would fill the memory."""
     limit = min(MAX_UNPACKED_RATIO * size + UNPACKED_SLACK, MAX_UNPACKED)
     about, schema = file.metadata, file.schema_arrow
-    target = schema.field("target").type if schema.names == ["key", "target", "inputs", "id", "meta"] else None
-    types = [_KEY, target, _TEXTS, _TEXT, _TEXT]
+    others = schema.names[len(_NAMES) :]
+    known = schema.names[: len(_NAMES)] == _NAMES and all(is_stream(name.removeprefix(_JOINED)) for name in others)
+    known = known and all(name.startswith(_JOINED) for name in others) and len(set(others)) == len(others)
+    target = schema.field("target").type if known else None
+    types = [_KEY, target, _TEXTS, _TEXT, _TEXT, *[_KEY] * len(others)]
     if target not in TARGETS.values() or not all(a.equals(b) for a, b in zip(schema.types, types, strict=True)):
         raise ValueError("its columns are not those of a task table")
     if about.num_rows != rows:
@@ -131,7 +144,7 @@ def _bound(file: pq.ParquetFile, size: int, rows: int) -> None:
     parts = [about.row_group(g).column(c) for g in range(about.num_row_groups) for c in range(about.num_columns)]
     if any(part.has_dictionary_page or "DICTIONARY" in " ".join(part.encodings) for part in parts):
         raise ValueError("a column has a dictionary")
-    if 16 * rows > limit or sum(part.total_uncompressed_size for part in parts) > limit:
+    if 16 * (1 + len(others)) * rows > limit or sum(part.total_uncompressed_size for part in parts) > limit:
         raise ValueError(f"it unpacks to more than {limit} bytes")
 
 
@@ -161,6 +174,10 @@ def _are_targets(column: pa.ChunkedArray) -> bool:
     if pa.types.is_list(column.type):
         return not pc.list_flatten(column).null_count
     return not pa.types.is_floating(column.type) or pc.all(pc.is_finite(column)).as_py() is not False
+
+
+def _keys_of(column: pa.ChunkedArray) -> Keys:
+    return Keys.of_bytes(b"".join(_bytes_of(chunk) for chunk in column.chunks))
 
 
 def _bytes_of(keys: pa.FixedSizeBinaryArray) -> bytes:

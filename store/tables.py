@@ -19,7 +19,7 @@ from pipeline.store.digest import canonical_json, digest_bytes, digest_json
 from pipeline.store.errors import MissingStates, StoreError
 from pipeline.store.files import Files, explain
 from pipeline.store.keys import Keys
-from pipeline.store.names import MAX_TABLE_BYTES, TABLE_FORMAT, are_keys, check_task, is_key
+from pipeline.store.names import MAX_TABLE_BYTES, TABLE_FORMAT, are_keys, check_task, is_key, is_stream
 
 OLD, NEW = ".jsonl.gz", ".parquet"
 _NAME = re.compile(r"(?P<split>.+)-(?P<rows>[0-9]{1,12})-(?P<digest>[0-9a-f]{16})(\.jsonl\.gz|\.parquet)")
@@ -31,7 +31,11 @@ class TaskTable:
     """`header`: JSON with at least `task` and `split` (labels, metrics, … are the caller's). `keys`: n sample keys in
     task order. `labels`: the target of each, of the type that `header["spec"]["target"]` says: a class index, a number,
     a list of indices, or None. `texts`: raw fields of each. `ids`: what the user calls each; `metas`: what extraction
-    knows of each (JSON). These may be empty."""
+    knows of each (JSON). These may be empty.
+
+    Of a task with several slots, each of a feature space of its own, every one of these spaces has a table, of the same
+    rows: keys, texts and metas are those of its own slot (`header["slot"]`), and `joined` are the keys of the others,
+    slot → n keys. {} for other tasks."""
 
     header: dict[str, Any]
     keys: Sequence[str]
@@ -39,6 +43,7 @@ class TaskTable:
     texts: Sequence[list[str]] = field(default_factory=list)
     ids: list[str] = field(default_factory=list)
     metas: list[dict[str, Any]] = field(default_factory=list)
+    joined: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -49,7 +54,9 @@ class TaskTable:
         def of(column: Sequence[Any]) -> list[Any]:
             return [column[i] for i in rows] if column else []
 
-        return TaskTable(self.header, of(self.keys), of(self.labels), of(self.texts), of(self.ids), of(self.metas))
+        joined = {slot: of(keys) for slot, keys in self.joined.items()}
+        columns = (of(self.keys), of(self.labels), of(self.texts), of(self.ids), of(self.metas))
+        return TaskTable(self.header, *columns, joined)
 
     @property
     def task(self) -> str:
@@ -97,16 +104,15 @@ def save_table(files: Files, folder: str, table: TaskTable) -> str:
     task, split, n = check_task(table.task), check_task(table.split), len(table)
     texts: Sequence[list[str]] = table.texts or [[]] * n
     sized = all(len(column) in (0, n) for column in (table.ids, table.metas))
-    if (
-        not sized
-        or not n == len(table.labels) == len(texts)
-        or not (isinstance(table.keys, Keys) or are_keys(list(table.keys)))
-    ):
+    columns = [table.keys, *table.joined.values()]
+    sized = sized and all(len(column) == n for column in columns) and all(map(is_stream, table.joined))
+    sound = all(isinstance(column, Keys) or are_keys(list(column)) for column in columns)
+    if not sized or not n == len(table.labels) == len(texts) or not sound:
         raise ValueError("a task table needs as many labels and texts as keys, and keys that are sample keys")
     if not all(math.isfinite(label) for label in table.labels if isinstance(label, float)):
         raise ValueError("a label is a class index, a finite number, a list of indices or None")
     header = {**table.header, "kind_of_file": _KIND, "format": TABLE_FORMAT, "rows": n}
-    data = parquet.dump(header, table.keys, table.labels, texts, table.ids, table.metas)
+    data = parquet.dump(header, table.keys, table.labels, texts, table.ids, table.metas, table.joined)
     name = f"{folder}/{task}/{split}-{n}-{digest_bytes(data)[:16]}{NEW}"
     if files.size(name) is None:
         try:

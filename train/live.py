@@ -13,10 +13,38 @@ from pipeline.extract.backbones.batch import Batch
 from pipeline.extract.backbones.inputs import Inputs
 from pipeline.extract.backbones.live import LiveBackbone
 from pipeline.train.order import Order
+from pipeline.train.source import Share
 from pipeline.train.targets import Targets
 
 
-class LiveSource:
+class LiveSlot:
+    """The samples of `inputs` by number, their `states` computed when they are asked for, in float32. `block`: (m,) the
+    block that each stands in where they are stored, so that a batch has them in the same order; None for one block."""
+
+    def __init__(
+        self, live: LiveBackbone, inputs: Inputs, states: Sequence[str], block: np.ndarray | None = None
+    ) -> None:
+        self.live, self.inputs, self.states = live, inputs, list(states)
+        self.block = np.zeros(len(inputs), np.int64) if block is None else block
+
+    def regroup(self, groups: np.ndarray) -> None:
+        """Nothing is read."""
+
+    def gather(self, epochs: Iterator[list[Share]], count: int) -> Iterator[Batch]:
+        """The samples of each share; `wait_seconds` of a batch is the time the backbone took."""
+        for shares in epochs:
+            for share in shares:
+                began = time.perf_counter()
+                batch = self.compute(share.numbers)
+                batch.wait_seconds = time.perf_counter() - began
+                yield batch
+
+    def compute(self, index: np.ndarray) -> Batch:
+        """The states of the samples `index`."""
+        return self.live.states(self.inputs.take(index), self.states, torch.float32)
+
+
+class LiveSource(LiveSlot):
     """The batches a `StoreSource` of the same `order` hands out, their states computed now, in float32.
 
     `targets`: of the n samples, or None. `wait_seconds` of a batch is the time the backbone took.
@@ -25,8 +53,8 @@ class LiveSource:
     def __init__(
         self, live: LiveBackbone, inputs: Inputs, targets: Targets | None, states: Sequence[str], order: Order
     ) -> None:
-        self.live, self.inputs, self.states, self.order = live, inputs, list(states), order
-        self.targets = targets
+        super().__init__(live, inputs, states, order.block)
+        self.targets, self.order = targets, order
 
     @property
     def n(self) -> int:
@@ -55,7 +83,3 @@ class LiveSource:
             self.targets.fill(batch, index, self.live.device)
         batch.wait_seconds = time.perf_counter() - began
         return batch
-
-    def compute(self, index: np.ndarray) -> Batch:
-        """The states of the samples `index`."""
-        return self.live.states(self.inputs.take(index), self.states, torch.float32)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -12,10 +13,11 @@ from pipeline.extract.backbones.base import Backbone
 from pipeline.extract.backbones.batch import Batch
 from pipeline.extract.backbones.capabilities import LateBlocks
 from pipeline.extract.backbones.tail import LiveTail, Tail
-from pipeline.store.errors import UserError
+from pipeline.store.errors import UserError, within
 from pipeline.train.features import Features
 from pipeline.train.objectives.base import Head, Objective, Outputs, Vocabulary
 from pipeline.train.tuners.base import Tuner, TunerConfig, fitting_tuner, tuner_class
+from pipeline.train.tuners.towers import Towers
 
 
 class Reader(nn.Module):
@@ -76,7 +78,14 @@ class Model(Reader):
     def __init__(self, tuner: Tuner, objective: Objective) -> None:
         super().__init__()
         self.tuner, self.objective = tuner, objective
-        refuse_features(tuner, objective)
+        if isinstance(tuner, Towers):
+            if not objective.slots:
+                raise UserError(f"objective {objective.name} reads one backbone, not several slots")
+            for slot, part in tuner.each().items():
+                with within(f"slot {slot}"):
+                    refuse_features(part, objective)
+        else:
+            refuse_features(tuner, objective)
         # A tail without a language-model head is read by no head that would ask for one: refused above.
         self.head = objective.head(tuner.features, cast(Vocabulary, tuner.tail))
 
@@ -91,9 +100,7 @@ class Model(Reader):
         seed: int | None = None,
     ) -> Model:
         """The model of tuner `name`; with `seed`, its weights are drawn from that seed alone."""
-        with torch.random.fork_rng(devices=[], enabled=seed is not None):
-            if seed is not None:
-                torch.manual_seed(seed)
+        with drawn_from(seed):
             return cls(tuner_class(name, backbone)(config, backbone, tail, objective.wants), objective)
 
     def forward(self, batch: Batch) -> Features:
@@ -125,6 +132,15 @@ class Model(Reader):
         if wrong:
             raise UserError(f"saved tuner does not fit this model: {wrong[0]} is missing, unknown or of another shape")
         self.load_state_dict(state, strict=False)
+
+
+@contextmanager
+def drawn_from(seed: int | None) -> Iterator[None]:
+    """Weights that are made within it are drawn from `seed` alone; None leaves all as it is."""
+    with torch.random.fork_rng(devices=[], enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        yield
 
 
 def refuse_features(tuner: Tuner, objective: Objective) -> None:

@@ -1,8 +1,10 @@
-"""`Source`: what the loop asks of anything that hands out batches, be it the store or the live backbone."""
+"""`Source`: what the loop asks of anything that hands out batches, be it the store or the live backbone. `Slot`: what a
+source of several backbones asks of each."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -40,4 +42,35 @@ class Source(Protocol):
 
     def sequential(self) -> Iterator[Batch]:
         """Every sample once, in an order that is always the same; `Batch.index` tells which."""
+        ...
+
+
+@dataclass(frozen=True)
+class Share:
+    """This rank's part of a batch: the samples `numbers` (k,) int64. `touched`: these, or a sample of the batch where
+    there are none: a rank whose share of a last, small batch is empty still makes the step, and needs the widths."""
+
+    numbers: np.ndarray
+    touched: np.ndarray
+
+    @classmethod
+    def of(cls, numbers: np.ndarray, batch: np.ndarray) -> Share:
+        return cls(numbers, numbers if len(numbers) else batch[:1])
+
+
+class Slot(Protocol):
+    """The distinct samples of one feature space, or of one live backbone, by number."""
+
+    @property
+    def block(self) -> np.ndarray:
+        """(m,) int64, the block of each sample."""
+        ...
+
+    def regroup(self, groups: np.ndarray) -> None:
+        """Read each of the groups `groups`, (m,) int64, as one or a few blocks from now on."""
+        ...
+
+    def gather(self, epochs: Iterator[list[Share]], count: int) -> Iterator[Batch]:
+        """The samples of each share, `count` batches in all, in a list for each epoch; closing the iterator frees
+        everything."""
         ...

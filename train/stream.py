@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from threading import Condition
 from typing import Any
@@ -34,80 +34,75 @@ from pipeline.train.assemble import Loaded, Part, assemble
 from pipeline.train.lookahead import LookAhead
 from pipeline.train.order import Order, rank_slice
 from pipeline.train.readers import make_reader
+from pipeline.train.source import Share
 from pipeline.train.targets import Targets
 from pipeline.train.tiers import choose
 
 
-class StoreSource:
-    """The samples `keys` of a feature space, with `states` and `columns`, as batches of `batch_size`.
+@dataclass(frozen=True)
+class StreamOptions:
+    """How samples become batches, and how blocks are read. Raises UserError naming an option that is wrong.
 
-    `targets`: of the samples, in the order of `keys`; None for none. `batch_size`: over all
-    ranks; this rank gets its share of each batch. `seed`, `window` (blocks mixed with each other), `block_bytes` (at
-    least a whole segment by default, since cutting one means reading the chunks at the cut twice) and
-    `group_by_length` (batches of like length, see `Order`) decide the order. `lookahead_bytes`: read beyond the present
-    batch. `host_bytes`: keep the blocks in memory if they take no more (None: half of the memory free at the first
-    epoch; 0: never). `tier`: "device", "host" or "disk" instead of what fits; `device`: where the blocks of the device
-    tier go, and then the batches are there, too. `scheduler`: address of a `distributed` scheduler, else `workers`
-    threads. `ahead`: batches made before they are asked for, in a thread (0: none, no thread). `pin`: page-locked
-    batches, for copies to a GPU. `dtype`: of the decoded states; None: as stored, but float32 where rows have scales.
-    `check`: called with each block that was read, to refuse what is no input of the backbone.
-
-    Raises MissingStates if something is not stored, UserError for wrong options or targets.
+    `batch_size`: over all ranks; this `rank` of `world` gets its share of each batch. `seed`, `window` (blocks mixed
+    with each other), `block_bytes` (at least a whole segment by default, since cutting one means reading the chunks at
+    the cut twice) and `group_by_length` (batches of like length, see `Order`) decide the order. `lookahead_bytes`: read
+    beyond the present batch. `host_bytes`: keep the blocks in memory if they take no more (None: half of the memory
+    free at the first epoch; 0: never). `tier`: "device", "host" or "disk" instead of what fits; `device`: where the
+    blocks of the device tier go, and then the batches are there, too. `scheduler`: address of a `distributed`
+    scheduler, else `workers` threads. `ahead`: batches made before they are asked for, in a thread (0: none, no
+    thread). `pin`: page-locked batches, for copies to a GPU. `dtype`: of the decoded states; None: as stored, but
+    float32 where rows have scales. `check`: called with each block that was read, to refuse what is no input of the
+    backbone.
     """
 
-    def __init__(
-        self,
-        space: Any,
-        keys: Sequence[str],
-        targets: Targets | None,
-        states: Sequence[str],
-        columns: Sequence[str] = (),
-        *,
-        batch_size: int,
-        seed: int = 0,
-        window: int = 4,
-        group_by_length: bool = False,
-        block_bytes: int = 3 * SEGMENT_BYTES // 2,
-        lookahead_bytes: int = 2 * SEGMENT_BYTES,
-        host_bytes: int | None = None,
-        tier: str = "auto",
-        device: torch.device | str = "cpu",
-        scheduler: str | None = None,
-        workers: int | None = None,
-        rank: int = 0,
-        world: int = 1,
-        ahead: int = 1,
-        pin: bool = False,
-        dtype: torch.dtype | None = torch.float32,
-        check: Callable[[Samples], None] | None = None,
-    ) -> None:
-        if not 0 <= rank < world:
-            raise UserError(f"rank must be in [0, {world}), got {rank}")
-        for name, value, least in (
-            ("lookahead_bytes", lookahead_bytes, 0),
-            ("ahead", ahead, 0),
-            ("block_bytes", block_bytes, 1),
-        ):
-            if value < least:
-                raise UserError(f"{name} must be at least {least}, got {value}")
-        if not keys:
-            raise UserError("there are no samples to stream: the split is empty, or the limit is 0")
-        if targets is not None and len(targets) != len(keys):
-            raise UserError(f"{len(targets)} targets for {len(keys)} samples: one each is needed")
-        self.targets = targets
-        self.states, self.columns = list(states), list(columns)
-        self._plan = partial(space.plan, keys, self.states, self.columns, max_block_bytes=block_bytes)
-        self.plan = self._plan()
+    batch_size: int
+    seed: int = 0
+    window: int = 4
+    group_by_length: bool = False
+    block_bytes: int = 3 * SEGMENT_BYTES // 2
+    lookahead_bytes: int = 2 * SEGMENT_BYTES
+    host_bytes: int | None = None
+    tier: str = "auto"
+    device: torch.device | str = "cpu"
+    scheduler: str | None = None
+    workers: int | None = None
+    rank: int = 0
+    world: int = 1
+    ahead: int = 1
+    pin: bool = False
+    dtype: torch.dtype | None = torch.float32
+    check: Callable[[Samples], None] | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.world:
+            raise UserError(f"rank must be in [0, {self.world}), got {self.rank}")
+        for name, least in (("lookahead_bytes", 0), ("ahead", 0), ("block_bytes", 1)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name} must be at least {least}, got {getattr(self, name)}")
+
+    def order(self, block: np.ndarray, lengths: Callable[[], np.ndarray]) -> Order:
+        """The order of samples that stand in the blocks `block` (n,) and have `lengths()` (n,) rows."""
+        rows = lengths() if self.group_by_length else None
         try:
-            rows = np.sum(list(self.plan.lengths.values()), axis=0) if group_by_length else None
-            self.order = Order(np.asarray(self.plan.block), batch_size, seed, window, rows)
+            return Order(block, self.batch_size, self.seed, self.window, rows)
         except ValueError as error:
             raise UserError(str(error)) from None
-        self._rank, self._world = rank, world
-        self._lookahead, self._host_bytes = lookahead_bytes, host_bytes
-        self._wanted_tier, self._device = tier, torch.device(device)
-        self._scheduler, self._workers = scheduler, workers
-        self._ahead, self._pin, self._dtype, self._check = ahead, pin, dtype, check
+
+
+class StoreSlot:
+    """The samples `keys` of a feature space by number, with `states` and `columns`, as batches of whatever numbers are
+    asked for. Raises MissingStates if something is not stored, UserError where there are no samples."""
+
+    def __init__(
+        self, space: Any, keys: Sequence[str], states: Sequence[str], columns: Sequence[str], options: StreamOptions
+    ) -> None:
+        if not keys:
+            raise UserError("there are no samples to stream: the split is empty, or the limit is 0")
+        self.states, self.columns, self.options = list(states), list(columns), options
+        self._plan = partial(space.plan, keys, self.states, self.columns, max_block_bytes=options.block_bytes)
+        self.plan = self._plan()
+        self.beside = 0  # bytes that other slots keep in the same memory
+        self._device = torch.device(options.device)
         self._kept: dict[int, Loaded] = {}
         self._tier: str | None = None
 
@@ -116,11 +111,14 @@ class StoreSource:
         return {**self.__dict__, "_kept": {}, "_tier": None}
 
     @property
-    def n(self) -> int:
-        return self.order.n
+    def block(self) -> np.ndarray:
+        """(n,) int64, the block of each sample."""
+        return np.asarray(self.plan.block)
 
-    def __len__(self) -> int:
-        return len(self.order)
+    @property
+    def lengths(self) -> np.ndarray:
+        """(n,) int64, the rows of each sample over all streams."""
+        return np.asarray(np.sum(list(self.plan.lengths.values()), axis=0))
 
     @property
     def nbytes(self) -> int:
@@ -131,8 +129,121 @@ class StoreSource:
     def tier(self) -> str:
         """ "device", "host" or "disk"; decided when first asked for, by the memory that is free then."""
         if self._tier is None:
-            self._tier = choose(self.nbytes, self._host_bytes, self._device, self._wanted_tier)
+            wanted = self.options.tier
+            self._tier = choose(self.nbytes + self.beside, self.options.host_bytes, self._device, wanted)
         return self._tier
+
+    def regroup(self, groups: np.ndarray) -> None:
+        """Read each of the groups `groups`, (n,) int64, as one or a few blocks from now on."""
+        self.forget()
+        self.plan = self._plan(groups=groups)
+
+    def forget(self) -> None:
+        """Give back the memory of the device or host tier."""
+        self._kept.clear()
+        return_freed_memory()
+
+    def gather(
+        self, epochs: Iterator[list[Share]], count: int, finish: Callable[[Batch, np.ndarray], None] | None = None
+    ) -> Iterator[Batch]:
+        """The samples of each share, `count` batches in all, in a list for each epoch. `finish`: called with each batch
+        and its numbers, in the thread that made it."""
+        if count <= 0:
+            return
+        options = self.options
+        keep_freed_memory()
+        begun = time.perf_counter()
+        reader = make_reader(options.scheduler, options.workers)
+        place = self._device if self.tier == "device" else None
+        keep = self.tier in ("device", "host")
+        shares: deque[np.ndarray] = deque()
+        uses = self._uses(epochs, shares)
+        ahead = options.lookahead_bytes
+        blocks = LookAhead(uses, self.plan.blocks, reader, ahead, self._kept, keep, place, options.check)
+        # Two, for a consumer that waits; one that computes for a while between two batches keeps but one of them busy.
+        maker = ThreadPoolExecutor(2, "make-batch", _one_thread) if options.ahead else None
+        make = partial(self._make_next, shares, blocks, _Turns(), finish)
+        pending: deque[Future[Batch]] = deque()
+        try:
+            for number in range(count):
+                if maker is None:
+                    batch = make(number)
+                else:
+                    while len(pending) <= options.ahead and number + len(pending) < count:
+                        pending.append(maker.submit(make, number + len(pending)))
+                    batch = pending.popleft().result()
+                batch.wait_seconds = time.perf_counter() - begun
+                yield batch
+                del batch
+                begun = time.perf_counter()
+        finally:
+            for future in pending:
+                future.cancel()
+            blocks.cancel()
+            if maker is not None:
+                maker.shutdown(wait=True, cancel_futures=True)
+            reader.close()
+
+    def _uses(self, epochs: Iterator[list[Share]], numbers: deque[np.ndarray]) -> Iterator[list[np.ndarray]]:
+        """For each epoch the blocks of each batch; the samples of its share are added to `numbers`."""
+        for shares in epochs:
+            numbers.extend(share.numbers for share in shares)
+            yield [np.unique(self.plan.block[share.touched]) for share in shares]
+
+    def _make_next(
+        self,
+        shares: deque[np.ndarray],
+        blocks: LookAhead,
+        turns: _Turns,
+        finish: Callable[[Batch, np.ndarray], None] | None,
+        number: int,
+    ) -> Batch:
+        with turns.at(number):
+            loaded = blocks.take(number)
+            share = shares.popleft()
+        batch = self._make(share, loaded)
+        if finish is not None:
+            finish(batch, share)
+        return batch
+
+    def _make(self, index: np.ndarray, blocks: dict[int, Loaded]) -> Batch:
+        """The samples `index` (B,). They stand by block, or, where another layout is followed, in runs of a block."""
+        runs = np.split(index, np.flatnonzero(np.diff(self.plan.block[index])) + 1)
+        some = next(iter(blocks.values()))  # for a share without samples
+        parts = [Part(blocks[self.plan.block[r[0]]] if len(r) else some, self.plan.slot[r]) for r in runs]
+        device = self._device if self.tier == "device" else "cpu"
+        pin = self.options.pin and device == "cpu"
+        return assemble(parts, self.states, self.columns, self.options.dtype, pin, device)
+
+
+class StoreSource(StoreSlot):
+    """The samples `keys` of a feature space, with `states` and `columns`, as the batches of an order of their own.
+
+    `targets`: of the samples, in the order of `keys`; None for none. Raises MissingStates if something is not stored,
+    UserError for wrong options or targets.
+    """
+
+    def __init__(
+        self,
+        space: Any,
+        keys: Sequence[str],
+        targets: Targets | None,
+        states: Sequence[str],
+        columns: Sequence[str],
+        options: StreamOptions,
+    ) -> None:
+        super().__init__(space, keys, states, columns, options)
+        if targets is not None and len(targets) != len(keys):
+            raise UserError(f"{len(targets)} targets for {len(keys)} samples: one each is needed")
+        self.targets = targets
+        self.order = options.order(self.block, lambda: self.lengths)
+
+    @property
+    def n(self) -> int:
+        return self.order.n
+
+    def __len__(self) -> int:
+        return len(self.order)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of `epoch` from batch `start` on; close the iterator to stop early."""
@@ -161,85 +272,23 @@ class StoreSource:
     def follow(self, block: np.ndarray) -> None:
         """Hand out the samples in the order that they have where they stand in the blocks `block`, (n,) int64, wherever
         they stand now. Each block of then is read as one or a few of now, so memory stays bounded by the window."""
-        self.forget()
-        self.plan = self._plan(groups=block)
+        self.regroup(block)
         self.order = replace(self.order, block=block)
 
     def sequential(self) -> Iterator[Batch]:
         """Every sample once, block after block."""
         return self._run(iter([self.order.sequential()]), len(self))
 
-    def forget(self) -> None:
-        """Give back the memory of the device or host tier."""
-        self._kept.clear()
-        return_freed_memory()
-
     def _run(self, epochs: Iterator[list[np.ndarray]], count: int) -> Iterator[Batch]:
-        """`count` batches in all, in a list for each epoch."""
-        if count <= 0:
-            return
-        keep_freed_memory()
-        begun = time.perf_counter()
-        reader = make_reader(self._scheduler, self._workers)
-        place = self._device if self.tier == "device" else None
-        keep = self.tier in ("device", "host")
-        shares: deque[np.ndarray] = deque()
-        uses = self._uses(epochs, shares)
-        blocks = LookAhead(uses, self.plan.blocks, reader, self._lookahead, self._kept, keep, place, self._check)
-        # Two, for a consumer that waits; one that computes for a while between two batches keeps but one of them busy.
-        maker = ThreadPoolExecutor(2, "make-batch", _one_thread) if self._ahead else None
-        turns = _Turns()
-        pending: deque[Future[Batch]] = deque()
-        try:
-            for number in range(count):
-                if maker is None:
-                    batch = self._make_next(shares, blocks, turns, number)
-                else:
-                    while len(pending) <= self._ahead and number + len(pending) < count:
-                        coming = number + len(pending)
-                        pending.append(maker.submit(self._make_next, shares, blocks, turns, coming))
-                    batch = pending.popleft().result()
-                batch.wait_seconds = time.perf_counter() - begun
-                yield batch
-                del batch
-                begun = time.perf_counter()
-        finally:
-            for future in pending:
-                future.cancel()
-            blocks.cancel()
-            if maker is not None:
-                maker.shutdown(wait=True, cancel_futures=True)
-            reader.close()
+        rank, world = self.options.rank, self.options.world
+        shares = ([Share.of(rank_slice(b, rank, world), b) for b in batches] for batches in epochs)
+        return self.gather(shares, count, self._finish)
 
-    def _uses(self, epochs: Iterator[list[np.ndarray]], shares: deque[np.ndarray]) -> Iterator[list[np.ndarray]]:
-        """For each epoch the blocks of each batch; this rank's samples of the batches are added to `shares`."""
-        for batches in epochs:
-            mine = [rank_slice(b, self._rank, self._world) for b in batches]
-            shares.extend(mine)
-            # A rank whose share of a last, small batch is empty still makes the step: it needs a block for the widths.
-            yield [
-                np.unique(self.plan.block[share if len(share) else batch[:1]])
-                for share, batch in zip(mine, batches, strict=True)
-            ]
-
-    def _make_next(self, shares: deque[np.ndarray], blocks: LookAhead, turns: _Turns, number: int) -> Batch:
-        with turns.at(number):
-            loaded = blocks.take(number)
-            share = shares.popleft()
-        return self._make(share, loaded)
-
-    def _make(self, index: np.ndarray, blocks: dict[int, Loaded]) -> Batch:
-        """The samples `index` (B,). They stand by block, or, where another layout is followed, in runs of a block."""
-        runs = np.split(index, np.flatnonzero(np.diff(self.plan.block[index])) + 1)
-        some = next(iter(blocks.values()))  # for a share without samples
-        parts = [Part(blocks[self.plan.block[r[0]]] if len(r) else some, self.plan.slot[r]) for r in runs]
-        device = self._device if self.tier == "device" else "cpu"
-        pin = self._pin and device == "cpu"
-        batch = assemble(parts, self.states, self.columns, self._dtype, pin, device)
+    def _finish(self, batch: Batch, index: np.ndarray) -> None:
         batch.index = index
         if self.targets is not None:
-            self.targets.fill(batch, index, device, pin)
-        return batch
+            device = self._device if self.tier == "device" else "cpu"
+            self.targets.fill(batch, index, device, self.options.pin and device == "cpu")
 
 
 class _Turns:

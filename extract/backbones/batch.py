@@ -92,7 +92,13 @@ class Batch:
     samples' targets, by name (`label` (B,) for one class or number a sample); None where there are none. `metas`: what
     extraction knows of each sample (word boundaries and the like). `index`:
     (B,) int64, the place of each sample in its split's task table. `wait_seconds`: how long the consumer waited for
-    this batch. `pictures`: what a live image backbone reads pixels from; None from the store.
+    this batch. `pictures`: what a live image backbone reads pixels from; None from the store. `task`: whose samples
+    these are, in a run with several.
+
+    Of a task with several slots: names are `<slot>/<stream>.<what>`, and states, columns and lengths are of the
+    distinct samples of each slot, gathered once however many samples of the batch share them. `ids`: slot → (B,) int64
+    on the host, which of them each sample has; `of` is the part of one slot, `spread` goes back to B rows. A meta is
+    then slot → what is known of that slot's sample. {} for one backbone.
     """
 
     states: dict[str, Tensor]
@@ -103,10 +109,41 @@ class Batch:
     index: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     wait_seconds: float = 0.0
     pictures: Sequence[Any] | None = None
+    ids: dict[str, np.ndarray] = field(default_factory=dict)
+    task: str = ""
     _derived: dict[str, Any] = field(default_factory=dict, repr=False)
 
+    @classmethod
+    def joined(cls, parts: Mapping[str, Batch], ids: Mapping[str, np.ndarray]) -> Batch:
+        """The batch of several slots; `parts`: slot → its distinct samples."""
+
+        def named(of: Callable[[Batch], Mapping[str, T]]) -> dict[str, T]:
+            return {f"{slot}/{name}": value for slot, part in parts.items() for name, value in of(part).items()}
+
+        return cls(named(lambda b: b.states), named(lambda b: b.columns), named(lambda b: b.lengths), ids=dict(ids))
+
+    def of(self, slot: str) -> Batch:
+        """The distinct samples of one slot, as a batch of one backbone; the batch itself for ""."""
+        return self.derive(f"part {slot}", lambda batch: batch._part(slot)) if slot else self
+
+    def _part(self, slot: str) -> Batch:
+        def cut(named: Mapping[str, T]) -> dict[str, T]:
+            return {k.removeprefix(f"{slot}/"): v for k, v in named.items() if k.startswith(f"{slot}/")}
+
+        firsts = np.unique(self.ids[slot], return_index=True)[1].tolist() if self.metas else []
+        metas = [self.metas[i].get(slot, {}) for i in firsts]
+        return Batch(cut(self.states), cut(self.columns), cut(self.lengths), metas=metas)
+
+    def spread(self, feature: str, rows: Tensor) -> Tensor:
+        """Rows of the distinct samples of the slot that the feature `<slot>/<name>` is of → (B, …), one for each sample
+        of the batch; as they are where there is one backbone."""
+        ids = self.ids.get(feature.partition("/")[0])
+        if ids is None or (len(ids) == len(rows) and bool((ids == np.arange(len(ids))).all())):
+            return rows
+        return rows.index_select(0, torch.from_numpy(ids).to(rows.device, non_blocking=True))
+
     def __len__(self) -> int:
-        return len(next(iter(self.lengths.values())))
+        return len(next(iter((self.ids or self.lengths).values())))
 
     def __repr__(self) -> str:
         shapes = [f"{n} {tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}" for n, x in self.states.items()]
@@ -143,7 +180,7 @@ class Batch:
     def max(self, name: str) -> Tensor:
         """(B, width) float32, the largest value of each channel in each sample; 0 for a sample without rows."""
         rows, sample = self.rows(name), self.layout(stream_of(name)).sample
-        out = rows.new_zeros(len(self), rows.shape[1])
+        out = rows.new_zeros(len(self.lengths[stream_of(name)]), rows.shape[1])
         return out.scatter_reduce(0, sample[:, None].expand_as(rows), rows, "amax", include_self=False)
 
     def first(self, name: str) -> Tensor:

@@ -27,7 +27,7 @@ from pipeline.extract.identity import SpaceOptions, space_identity
 from pipeline.extract.order import extraction_batches
 from pipeline.extract.run import compute
 from pipeline.extract.tasks import load_task
-from pipeline.extracting import load_backbone
+from pipeline.preparing import load_backbone
 from pipeline.recipe import Recipe
 from pipeline.resolve import wanted_states
 from pipeline.store import Store

@@ -43,7 +43,7 @@ from pipeline.train.counterparts import CounterpartModel, counterpart, input_sou
 from pipeline.train.live import LiveSource
 from pipeline.train.loop import FitOptions, fit
 from pipeline.train.model import Model, state_names
-from pipeline.train.stream import StoreSource
+from pipeline.train.stream import StoreSource, StreamOptions
 from pipeline.train.targets import Targets
 from pipeline.train.tuners import tuner_class, tuner_config
 from tests.benchmarks import results
@@ -162,8 +162,8 @@ def tuned(s: Setting, name: str, space: Any, tail: Any, folder: Path, say: Calla
     def stored(tier: str) -> StoreSource:
         columns = list(s.backbone.columns)
         return StoreSource(
-            space, keys, told, states, columns, batch_size=s.batch, tier=tier, device=s.device,
-            pin=s.device.type == "cuda", dtype=None,
+            space, keys, told, states, columns,
+            StreamOptions(s.batch, tier=tier, device=s.device, pin=s.device.type == "cuda", dtype=None),
         )  # fmt: skip
 
     order = stored("disk").order

@@ -39,7 +39,7 @@ from pipeline.extract.encoding import encode
 from pipeline.report import table_text
 from pipeline.store import Samples, Store, digest_bytes, read_block
 from pipeline.store.malloc import keep_freed_memory
-from pipeline.train.stream import StoreSource
+from pipeline.train.stream import StoreSource, StreamOptions
 from tests.benchmarks import results
 
 STATES, WIDTH = [f"encoder.{i}" for i in (1, 2, 3, 5, 6, 7, 9, 10, 11)], 768
@@ -71,7 +71,7 @@ def chunk_files(space: Any) -> list[Path]:
 
 def ours(space: Any, keys: list[str], batch: int, tier: str) -> Loader:
     def opened() -> Epoch:
-        source = StoreSource(space, keys, None, STATES, batch_size=batch, tier=tier, dtype=HANDED)
+        source = StoreSource(space, keys, None, STATES, (), StreamOptions(batch, tier=tier, dtype=HANDED))
         epochs = itertools.count()
         return lambda: (batch.states for batch in source.epoch(next(epochs)))
 

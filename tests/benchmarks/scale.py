@@ -88,10 +88,10 @@ def step_batch(space: Space) -> Callable[[], Any]:
     """The first batch of a training whose table is read and whose segments are open."""
     import torch  # noqa: F401
 
-    from pipeline.train.stream import StoreSource
+    from pipeline.train.stream import StoreSource, StreamOptions
 
     keys = asked(space)
-    return lambda: next(iter(StoreSource(space, keys, None, [STATE], batch_size=BATCH).epoch(0)))
+    return lambda: next(iter(StoreSource(space, keys, None, [STATE], (), StreamOptions(BATCH)).epoch(0)))
 
 
 STEPS = {

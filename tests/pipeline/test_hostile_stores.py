@@ -68,11 +68,11 @@ def change_tables(store: Path, change: Callable[[dict[str, Any], list[Any]], Non
     """Change header and rows ([key, label, texts] each) of every task table and name it anew."""
     for path in store.glob("spaces/*/tasks/*/*.parquet"):
         count = int(path.name.rsplit("-", 2)[1])
-        header, (keys, labels, texts, ids, metas) = parquet.read_rows(path.read_bytes(), count, str(path))
+        header, (keys, labels, texts, *others) = parquet.read_rows(path.read_bytes(), count, str(path))
         rows = [list(row) for row in zip(keys, labels, texts, strict=True)]
         change(header, rows)
         columns = ([row[i] for row in rows] for i in range(3))
-        data = parquet.dump(header, *columns, ids, metas)
+        data = parquet.dump(header, *columns, *others)
         path.unlink()
         path.with_name(f"{path.name.rsplit('-', 1)[0]}-{digest_bytes(data)[:16]}.parquet").write_bytes(data)
 
@@ -157,6 +157,8 @@ def test_as_many_class_names_as_a_configuration_likes_are_not_made(store):
         (lambda h, rows: h.update(beside=[1]), ["beside"]),
         (lambda h, rows: h.update(candidates=[[1], ["x"]]), ["candidates"]),
         (lambda h, rows: h.update(candidates=[[1]]), ["candidates"]),
+        (lambda h, rows: h.update(slots=["a"]), ["slots"]),
+        (lambda h, rows: h.update(slots={"a": ["text"]}), ["slots"]),
     ],
 )
 def test_task_tables(store, change, words):

@@ -16,13 +16,13 @@ from pipeline.advice import split_limit
 from pipeline.extract.backbones import backbone_for
 from pipeline.extract.checkpoint import Checkpoint
 from pipeline.extracting import run_extract
-from pipeline.job import parse_size
 from pipeline.objectives import class_objective
 from pipeline.operations import count, saved_bytes
 from pipeline.plan import Workload, predict, run_plan, workload
 from pipeline.rates import Rates, random_batch
 from pipeline.recipe import Recipe
 from pipeline.shapes import known_config
+from pipeline.sources import parse_size
 from pipeline.store.errors import UserError
 from pipeline.train.model import Model
 from pipeline.train.tuners import tuner_class, tuner_config

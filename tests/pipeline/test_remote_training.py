@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 
 from pipeline.store.blocks import _segment
 from pipeline.store.places import _remote
-from pipeline.train.stream import StoreSource
+from pipeline.train.stream import StoreSource, StreamOptions
 from tests.pipeline.test_errors import run
 from tests.store import servers
 
@@ -64,8 +65,8 @@ def test_the_second_epoch_reads_nothing_far_away(
 
     monkeypatch.setattr(StoreSource, "epochs", marked)
     # Many blocks and little ahead: what is in memory when an epoch begins must be a small part of it.
-    for name in ("block_bytes", "lookahead_bytes"):
-        monkeypatch.setitem(StoreSource.__init__.__kwdefaults__, name, 8_000)
+    small = partial(StreamOptions, block_bytes=8_000, lookahead_bytes=8_000)
+    monkeypatch.setattr("pipeline.sources.StreamOptions", small)
 
     def losses(place: object, out: str, cache: str) -> list[float]:
         monkeypatch.setenv("PIPELINE_CACHE_SIZE", cache)

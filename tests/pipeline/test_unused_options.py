@@ -140,11 +140,11 @@ def test_stream_hands_on_how_to_read(stored, monkeypatch):
 
     seen = []
     original = StoreSource.__init__
-    monkeypatch.setattr(StoreSource, "__init__", lambda *a, **k: (seen.append((a[0], k)), original(*a, **k))[1])
+    monkeypatch.setattr(StoreSource, "__init__", lambda *a, **k: (seen.append(a[0]), original(*a, **k))[1])
     ways = [{}, {"tier": "disk"}, {"host_memory": "0"}, {"tier": "host", "device": "cpu"}, {"group_by_length": True}]
     rows = [list(api.stream(**stored, states=["encoder.3"], batch_size=8, **how)) for how in ways]
-    assert [source.tier for source, _ in seen] == ["host", "disk", "disk", "host", "host"]
-    assert seen[-1][1]["group_by_length"] is True
+    assert [source.tier for source in seen] == ["host", "disk", "disk", "host", "host"]
+    assert seen[-1].options.group_by_length
     for found in rows[1:4]:
         for a, b in zip(rows[0], found, strict=True):
             assert torch.equal(a.states["encoder.3"], b.states["encoder.3"]) and np.array_equal(a.index, b.index)

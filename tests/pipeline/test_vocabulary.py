@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline.extract.checkpoint import resolve
-from pipeline.extracting import load_backbone
+from pipeline.preparing import load_backbone
 from pipeline.store import Store, UserError
 from tests import tiny
 from tests.pipeline.test_errors import run

@@ -172,3 +172,27 @@ def test_a_stopped_upgrade_leaves_one_table_to_readers(tmp_path: Path) -> None:
     assert len(home.tables()) == 2 and home.load_table("t", "s").labels == [1]
     assert [wrong for _, wrong in home.upgrade_tables()] == [""] and len(home.tables()) == 1
     assert Store.open(tmp_path / "store").spaces()[0].load_table("t", "s").labels == [1]
+
+
+def test_a_table_of_several_slots_knows_the_keys_of_the_others(tmp_path: Path) -> None:
+    home = space(tmp_path)
+    header = {"task": "t", "split": "s", "slot": "image", "slots": {"image": ["file"], "text": ["caption"]}}
+    table = TaskTable(header, [key(0), key(0)], [0, 1], [["a"], ["a"]], joined={"text": [key(1), key(2)]})
+    path = home.save_table(table)
+    assert home.load_table("t", "s") == table and table.take([1]).joined == {"text": [key(2)]}
+    assert pq.read_schema(path).names[-1] == "key/text"
+    for joined in ({"text": [key(1)]}, {"text": ["x", "y"]}, {"Te/xt": [key(1), key(2)]}):
+        with pytest.raises(ValueError, match="keys"):
+            home.save_table(TaskTable(header, [key(0), key(0)], [0, 1], joined=joined))
+    other = pq.read_table(path)
+    for names in (["key/text", "key/text"], ["other"]):
+        wrong = other.rename_columns([*other.column_names[:5], names[0]])
+        wrong = wrong.append_column(pa.field(names[-1], pa.binary(16), False), other["key/text"])
+        wrong = wrong.replace_schema_metadata(other.schema.metadata)
+        out = io.BytesIO()
+        pq.write_table(wrong, out, use_dictionary=False)
+        put(home, out.getvalue(), 2)
+        with pytest.raises(StoreError, match="columns"):
+            home.load_table("t", "s", path=next(t.path for t in home.tables() if not str(path).endswith(t.path)))
+        for extra in [t for t in home.tables() if not str(path).endswith(t.path)]:
+            Path(home.files.where(extra.path)).unlink()

@@ -14,7 +14,7 @@ from pipeline.train import checkpoint
 from pipeline.train.live import LiveSource
 from pipeline.train.loop import FitOptions, fit
 from pipeline.train.order import Order
-from pipeline.train.stream import StoreSource
+from pipeline.train.stream import StoreSource, StreamOptions
 from tests.train.test_loop import Killed, Stopping, course, kill, scorer
 from tests.train.toys import COLUMNS, STATES, ToyModel, check, key, samples, targets
 
@@ -35,7 +35,9 @@ def space(tmp_path: Path) -> store.Space:
 def source(space: store.Space, low: int = 0, high: int = 60, **options: object) -> StoreSource:
     ids = (np.random.default_rng(0).permutation(high - low) + low).tolist()
     settings = {"batch_size": 7, "seed": 1, "window": 2, "ahead": 0, **options}
-    return StoreSource(space, [key(i) for i in ids], targets([i % 2 for i in ids]), STATES, COLUMNS, **settings)  # type: ignore[arg-type]
+    return StoreSource(
+        space, [key(i) for i in ids], targets([i % 2 for i in ids]), STATES, COLUMNS, StreamOptions(**settings)
+    )  # type: ignore[arg-type]
 
 
 def train(space: store.Space, run: Path, stop: int | None = None, **options: object) -> dict:

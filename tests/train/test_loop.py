@@ -20,7 +20,7 @@ from pipeline.store.errors import UserError
 from pipeline.train import checkpoint
 from pipeline.train.loop import FitOptions, Interrupted, NotFinite, fit
 from pipeline.train.schedule import factor
-from pipeline.train.stream import StoreSource
+from pipeline.train.stream import StoreSource, StreamOptions
 from tests.train.toys import COLUMNS, STATES, Told, ToyModel, ToySpace, key, targets
 
 SPACE = ToySpace([9] * 12)
@@ -33,7 +33,7 @@ def toy_space(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def source(ids: Sequence[int] = range(80), batch_size: int = 16, labelled: bool = True) -> StoreSource:
     told = targets([int(sum(map(ord, key(i))) % 2) for i in ids]) if labelled else None
-    return StoreSource(SPACE, [key(i) for i in ids], told, STATES, COLUMNS, batch_size=batch_size, seed=1, ahead=0)
+    return StoreSource(SPACE, [key(i) for i in ids], told, STATES, COLUMNS, StreamOptions(batch_size, 1, ahead=0))
 
 
 def score(predictions: Sequence[Any], labels: Sequence[Any]) -> dict[str, float]:
@@ -245,7 +245,7 @@ def test_accumulation_is_a_larger_batch(tmp_path: Path) -> None:
         model = ToyModel()
         model.body[2].p = 0.0
         told = targets([i % 2 for i in ids])
-        whole = StoreSource(ToySpace([9] * 12), [key(i) for i in ids], told, STATES, batch_size=size, seed=1, window=99)
+        whole = StoreSource(ToySpace([9] * 12), [key(i) for i in ids], told, STATES, (), StreamOptions(size, 1, 99))
         train(tmp_path / name, model=model, train_source=whole, accumulate=many)
     large, small = steps(tmp_path / "large"), steps(tmp_path / "small")
     assert len(large) == len(small) == 18

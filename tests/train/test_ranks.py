@@ -16,7 +16,7 @@ import pytest
 from pipeline.store.errors import UserError
 from pipeline.train.loop import FitOptions, NotFinite, fit
 from pipeline.train.ranks import Ranks
-from pipeline.train.stream import StoreSource
+from pipeline.train.stream import StoreSource, StreamOptions
 from tests.pipeline.test_errors import run
 from tests.store.servers import free_port
 from tests.train.test_loop import SPACE, scorer, source
@@ -44,7 +44,7 @@ def test_ranks_see_together_what_one_process_sees(stored: Path, world: int, grou
     options: dict[str, Any] = {"batch_size": 10, "seed": 3, "block_bytes": 4000, "group_by_length": grouped}
 
     def epoch(rank: int, of: int, number: int) -> list[np.ndarray]:
-        source = StoreSource(space, table.keys, None, ["encoder.1"], rank=rank, world=of, **options)
+        source = StoreSource(space, table.keys, None, ["encoder.1"], (), StreamOptions(rank=rank, world=of, **options))
         return [batch.index for batch in source.epoch(number)]
 
     for number in range(2):

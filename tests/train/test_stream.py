@@ -15,7 +15,7 @@ from pipeline.store.errors import MissingStates, StoreError, UserError
 from pipeline.train.configs import PooledConfig
 from pipeline.train.objectives import Answers
 from pipeline.train.objectives.regression import Regression
-from pipeline.train.stream import StoreSource
+from pipeline.train.stream import StoreSource, StreamOptions
 from pipeline.train.targets import Targets
 from tests.train.toys import COLUMNS, STATES, WIDTH, ToySpace, check, key, samples, targets
 
@@ -29,7 +29,9 @@ def make(monkeypatch: pytest.MonkeyPatch, space: ToySpace | None = None, **optio
     ids = [i for i in np.random.default_rng(0).permutation(sum(space.sizes)).tolist() if i % 3]
     ids.append(ids[0])
     settings = {"batch_size": 6, "seed": 3, "window": 3, "lookahead_bytes": 2000, "host_bytes": 0, **options}
-    source = StoreSource(space, [key(i) for i in ids], targets([i % 2 for i in ids]), STATES, COLUMNS, **settings)  # type: ignore[arg-type]
+    source = StoreSource(
+        space, [key(i) for i in ids], targets([i % 2 for i in ids]), STATES, COLUMNS, StreamOptions(**settings)
+    )  # type: ignore[arg-type]
     return source, ids
 
 
@@ -89,8 +91,8 @@ def test_a_real_store(tmp_path: Path, fmt: str) -> None:
     runs = []
     for options in ({"host_bytes": 0}, {"host_bytes": 1 << 30}):
         source = StoreSource(
-            space, [key(i) for i in ids], None, STATES, COLUMNS, batch_size=7, window=3, block_bytes=2000, **options
-        )  # type: ignore[arg-type]
+            space, [key(i) for i in ids], None, STATES, COLUMNS, StreamOptions(7, window=3, block_bytes=2000, **options)
+        )
         assert len(source.plan.blocks) > 4 and source.tier == ("host" if options["host_bytes"] else "disk")
         runs.append([])
         for epoch in range(2):
@@ -106,7 +108,7 @@ def test_a_flipped_bit_stops_the_epoch(tmp_path: Path) -> None:
     raw = bytearray(chunk.read_bytes())
     raw[5] ^= 1
     chunk.write_bytes(raw)
-    source = StoreSource(space, [key(i) for i in range(80)], None, STATES, batch_size=8)
+    source = StoreSource(space, [key(i) for i in range(80)], None, STATES, (), StreamOptions(8))
     with pytest.raises(StoreError, match=r"encoder\.2"):
         list(source.epoch(0))
 
@@ -114,7 +116,7 @@ def test_a_flipped_bit_stops_the_epoch(tmp_path: Path) -> None:
 def test_what_is_not_stored_is_said(tmp_path: Path) -> None:
     space = real_space(tmp_path / "store", "float32")
     with pytest.raises(MissingStates) as caught:
-        StoreSource(space, [key(i) for i in range(70, 90)], None, ["encoder.0", "encoder.9"], batch_size=8)
+        StoreSource(space, [key(i) for i in range(70, 90)], None, ["encoder.0", "encoder.9"], (), StreamOptions(8))
     assert caught.value.samples == 10 and caught.value.states == ("encoder.9",)
 
 
@@ -302,11 +304,11 @@ def test_targets_are_what_the_objective_makes_of_them(monkeypatch: pytest.Monkey
         (targets([0, 1, 2]), torch.tensor([0, 1, 2])),
         (Targets(number, [0.5, 1, 4.35]), torch.tensor([0.5, 1.0, 4.35], dtype=torch.float64)),
     ):
-        source = StoreSource(space, [key(i) for i in range(3)], given, STATES, COLUMNS, batch_size=3)
+        source = StoreSource(space, [key(i) for i in range(3)], given, STATES, COLUMNS, StreamOptions(3))
         (batch,) = source.sequential()
         assert batch.targets is not None
         assert torch.equal(batch.targets["label"], found[batch.index]) and batch.targets["label"].dtype == found.dtype
-    (batch,) = StoreSource(space, [key(i) for i in range(3)], None, STATES, COLUMNS, batch_size=3).sequential()
+    (batch,) = StoreSource(space, [key(i) for i in range(3)], None, STATES, COLUMNS, StreamOptions(3)).sequential()
     assert batch.targets is None
 
 
@@ -316,11 +318,11 @@ def test_wrong_options_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
             make(monkeypatch, **options)
     space = ToySpace([3])
     with pytest.raises(UserError, match="no samples"):
-        StoreSource(space, [], None, STATES, batch_size=2)
+        StoreSource(space, [], None, STATES, (), StreamOptions(2))
     with pytest.raises(UserError, match="1 of 3 samples have no target, the first is row 1"):
         targets([0, None, 1])
     with pytest.raises(UserError, match="2 targets for 3 samples"):
-        StoreSource(space, [key(i) for i in range(3)], targets([0, 1]), STATES, batch_size=2)
+        StoreSource(space, [key(i) for i in range(3)], targets([0, 1]), STATES, (), StreamOptions(2))
     with pytest.raises(UserError, match="start"):
         make(monkeypatch)[0].epoch(0, 99)
 

@@ -123,6 +123,7 @@ class Objective(ABC):
     description: ClassVar[str]
     targets: ClassVar[tuple[str, ...]]  # types of target it learns: class, number, …
     wants: ClassVar[Want] = Want()
+    slots: ClassVar[bool] = False  # its head reads features of several slots (see `Batch.spread`)
     coupled: ClassVar[bool] = False  # a batch's samples stand in one loss: no accumulation, one rank
 
     def __init__(self, config: Any, answers: Answers) -> None:

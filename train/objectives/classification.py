@@ -51,6 +51,7 @@ class Classification(ScalarObjective):
     description = "one class a sample: a trainable linear map on pooled features"
     targets = ("class",)
     ranks = True
+    slots = True
 
     def encode(self, target: Any, meta: Mapping[str, Any]) -> dict[str, Any]:
         return {"label": np.int64(target)}

@@ -92,6 +92,7 @@ class Multilabel(Objective):
 
     description = "any number of labels a sample: a trainable linear map on pooled features"
     targets = ("classes",)
+    slots = True
 
     def encode(self, target: Sequence[int], meta: Mapping[str, Any]) -> dict[str, Any]:
         labels = np.zeros(len(self.answers.labels), np.float32)

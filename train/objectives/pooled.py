@@ -13,8 +13,8 @@ from pipeline.train.objectives.base import Head
 
 
 class PooledHead(Head):
-    """All features pooled, joined and mapped to `outputs` numbers a sample. `weights`: of each output in the loss, for
-    losses that have some. Parameters: (Σ widths + 1) · outputs."""
+    """All features, of all slots, pooled, joined and mapped to `outputs` numbers a sample. `weights`: of each output in
+    the loss, for losses that have some. Parameters: (Σ widths + 1) · outputs."""
 
     weights: Tensor | None
 
@@ -37,5 +37,5 @@ class PooledHead(Head):
             if feature.stream:
                 layout = batch.layout(feature.stream)
                 rows = layout.mean(rows) if self.pooling == "mean" else rows.index_select(0, layout.first)
-            pooled.append(rows)
+            pooled.append(batch.spread(name, rows))
         return self.linear(pooled[0] if len(pooled) == 1 else torch.cat(pooled, dim=1)).float()

@@ -36,6 +36,7 @@ class Regression(ScalarObjective):
 
     description = "one number a sample: a trainable linear map on pooled features"
     targets = ("number",)
+    slots = True
 
     def encode(self, target: Any, meta: Mapping[str, Any]) -> dict[str, Any]:
         return {"label": np.float64(target)}

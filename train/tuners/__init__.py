@@ -13,10 +13,12 @@ from pipeline.train.tuners.base import (
     tuner_config,
     tuner_names,
 )
+from pipeline.train.tuners.towers import Towers
 
 __all__ = [
     "Start",
     "StateLinear",
+    "Towers",
     "Tuner",
     "TunerConfig",
     "clip",

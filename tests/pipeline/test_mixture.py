@@ -1,0 +1,90 @@
+"""Several tasks in one run, from the command line: one tuner, a head and a score each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import pipeline
+from pipeline.store.errors import UserError
+from tests import tiny
+from tests.pipeline.test_errors import refused
+from tests.pipeline.test_errors import run as invoke
+from tests.pipeline.test_objectives import run
+from tests.pipeline.test_slots import TRAIN, losses
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Classes in 60 rows, numbers in 30, several labels in 30."""
+    folder = tmp_path_factory.mktemp("tasks")
+    texts = tiny.sentences(60)
+    lines = {
+        "animals": [f"{t},{'cat' if 'cat' in t else 'dog' if 'dog' in t else 'none'}" for t in texts],
+        "lengths": [f"{t},{len(t) / 7:.3f}" for t in texts[:30]],
+    }
+    for name, rows in lines.items():
+        (folder / f"{name}.csv").write_text("\n".join(["text,label", *rows]) + "\n")
+    return folder
+
+
+def options(tables: Path, model: Path, store: Path) -> list[Any]:
+    return ["--model", model, "--task", f"{tables / 'animals.csv'},{tables / 'lengths.csv'}", "--store", store]
+
+
+@pytest.mark.parametrize(("backbone", "tuner"), [("bert", "sherl"), ("t5", "lst"), ("t5", "probe")])
+def test_two_tasks(tables: Path, checkpoints: dict[str, Path], tmp_path: Path, backbone: str, tuner: str) -> None:
+    """Cached is live; what is scored, told and resumed is of each task. A T5 has a prompt, and so a space, for each."""
+    both = options(tables, checkpoints[backbone], tmp_path / "store")
+    done = run("extract", *both, "--for", tuner, "--format", "float32")["tasks"]
+    assert [d["task"] for d in done] == ["animals", "lengths"]
+    assert (done[0]["space"] == done[1]["space"]) == (backbone == "bert")
+    how = ["--tuner", tuner, *TRAIN]
+    cached = run("train", *both, *how, "--out", tmp_path / "cached")
+    live = run("train", *both, *how, "--live", "--out", tmp_path / "live")
+    assert losses(tmp_path / "cached") == pytest.approx(losses(tmp_path / "live"), abs=1e-4)
+    scores = {"animals.accuracy", "lengths.pearson", "lengths.spearman", "average"}
+    assert cached["test"].keys() == scores and cached["test"] == pytest.approx(live["test"], abs=1e-5)
+    assert cached["steps"] == 2 * (3 + 2)
+    found = run("evaluate", tmp_path / "cached")
+    assert {k: found[k] for k in scores} == cached["test"]
+    one = run("evaluate", tmp_path / "cached", "--task", "animals")
+    assert one["accuracy"] == found["animals.accuracy"]
+    assert found["average"] == pytest.approx(
+        (one["average"] + run("evaluate", tmp_path / "cached", "--task", "lengths")["average"]) / 2
+    )
+    if backbone == "bert":  # without a store, in another order
+        alone = run("train", *both[:-1], tmp_path / "nowhere", *how, "--live", "--out", tmp_path / "alone")
+        assert alone["steps"] == cached["steps"] and not (tmp_path / "nowhere").exists()
+    new = tmp_path / "new.csv"
+    new.write_text("text\na cat sees\nthe old dog\n")
+    told = run("predict", tmp_path / "cached", "--input", new, "--task", "animals")["predictions"]
+    assert all(t["label"] in ("cat", "dog", "none") for t in told) and len(told) == 2
+    number = run("predict", tmp_path / "cached", "--input", new, "--task", "lengths")["predictions"]
+    assert all(isinstance(t["label"], float) for t in number)
+    refused(invoke("predict", tmp_path / "cached", "--input", new), "several tasks", "animals, lengths")
+    refused(invoke("evaluate", tmp_path / "cached", "--task", "else"), "animals, lengths")
+    again = run("train", "--recipe", tmp_path / "cached" / "recipe.yaml", "--out", tmp_path / "again")
+    assert losses(tmp_path / "again") == losses(tmp_path / "cached") and again["task"] == "animals, lengths"
+
+
+def test_what_several_tasks_do_not_take(tables: Path, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    bert = checkpoints["bert"]
+    both = options(tables, bert, tmp_path / "store")
+    run("extract", *both, "--for", "probe,head2toe")
+    train = ["train", *both, "--out", tmp_path / "run"]
+    refused(invoke(*train, "--tuner", "head2toe"), "head2toe", "weights of a head")
+    refused(invoke(*train, "--tuner", "probe", "--objective", "regression"), "animals", "class")
+    refused(invoke(*train, "--tuner", "probe", "--model", f"a={bert},b={bert}"), "several tasks", "one backbone")
+    same = f"{tables / 'animals.csv'},{tables / 'animals.csv'}"
+    refused(invoke(*train, "--tuner", "probe", "--task", same), "two tasks", "animals")
+    for command in ("plan", "bench", "compare"):
+        refused(invoke(command, *both), f"{command} takes one task")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match="one task"):
+        pipeline.open_store(tmp_path / "store").stream(task=both[3], states="encoder.3")
+    one = run("train", *options(tables, bert, tmp_path / "store")[:2], "--task", tables / "animals.csv", "--tuner",
+              "probe", "--store", tmp_path / "store", *TRAIN, "--out", tmp_path / "one")  # fmt: skip
+    refused(invoke("evaluate", one["run"], "--task", "animals"), "a run of one task")

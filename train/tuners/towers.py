@@ -1,0 +1,49 @@
+"""`Towers`: a tuner a slot, where a task has several backbones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import nn
+
+from pipeline.extract.backbones.batch import Batch
+from pipeline.store.errors import UserError
+from pipeline.train.features import Features
+from pipeline.train.tuners.base import Tuner
+
+
+class Towers(Tuner):
+    """The tuners `parts`, slot → tuner, side by side. The features of each are called `<slot>/<name>`, and are rows of
+    the distinct samples of its slot in the batch (see `Batch.of`). `tail`: all their tails.
+
+    Raises UserError for a tuner that works on the weights of the head, which is of all slots.
+    """
+
+    def __init__(self, parts: Mapping[str, Tuner]) -> None:
+        nn.Module.__init__(self)  # of no single backbone
+        for slot, tuner in parts.items():
+            if reason := tuner.needs_one_head():
+                raise UserError(f"slot {slot}: {reason}")
+        # With a prefix, for a slot may be called as a method is.
+        self.parts = nn.ModuleDict({f"of_{slot}": tuner for slot, tuner in parts.items()})
+        self.features = {
+            f"{slot}/{name}": replace(feature, stream=f"{slot}/{feature.stream}" if feature.stream else "")
+            for slot, tuner in parts.items()
+            for name, feature in tuner.features.items()
+        }
+        object.__setattr__(self, "tail", nn.ModuleDict({f"of_{slot}": tuner.tail for slot, tuner in parts.items()}))
+
+    def each(self) -> dict[str, Tuner]:
+        """Slot → its tuner."""
+        return {name.removeprefix("of_"): tuner for name, tuner in self.parts.items()}  # type: ignore[misc]
+
+    def forward(self, batch: Batch) -> Features:
+        return {f"{slot}/{k}": rows for slot, tuner in self.each().items() for k, rows in tuner(batch.of(slot)).items()}
+
+    def remark(self) -> str:
+        return "; ".join(f"{slot}: {said}" for slot, tuner in self.each().items() if (said := tuner.remark()))
+
+    def default_lr(self) -> float:
+        """The smallest that a tuner asks for."""
+        return min(tuner.default_lr() for tuner in self.each().values())
