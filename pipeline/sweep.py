@@ -24,7 +24,7 @@ from pipeline.train.checkpoint import load as load_checkpoint
 from pipeline.train.finite import NotFinite
 from pipeline.train.loop import FitOptions, Training
 from pipeline.train.ranks import Ranks
-from pipeline.train.runlog import write_json
+from pipeline.train.runlog import finite, write_json
 from pipeline.train.source import Source
 from pipeline.train.stream import StoreSource
 from pipeline.train.together import fit_all
@@ -84,9 +84,10 @@ def run_sweep(asked: Sequence[Trial], folder: Path, say: Say, quiet: bool = Fals
     own = [trial for trial in asked if not trial.baseline]
     say(f"{len(asked)} runs: {len({t.label for t in asked})} settings, {len({t.recipe.seed for t in asked})} seeds")
     prepared = _prepare(own)
+    jobs = {name: member.job for name, member in prepared.items()}
     for trial in asked:
         if trial.baseline:
-            refuse_counterpart(trial.recipe, trial.baseline, PRESET)
+            jobs[trial.name] = refuse_counterpart(trial.recipe, trial.baseline, PRESET)
     make_folder(folder)
     before = table_of(folder)
     done: dict[str, dict[str, Any]] = {}
@@ -106,13 +107,13 @@ def run_sweep(asked: Sequence[Trial], folder: Path, say: Say, quiet: bool = Fals
         rows = f"{len(job.tables['train'].keys):,} train rows"
         say(f"pass {number} of {len(passes)}: {len(members)} runs over {rows}; {', '.join(job.describe())}")
         done |= _train(members, folder, not quiet)
-        _write(folder, asked, done, prepared)
+        _write(folder, asked, done, jobs)
     for trial in asked:
         if trial.name not in done:
             say(f"{trial.name}, the backbone live")
             done[trial.name] = _baseline(trial, folder / trial.name)
-            _write(folder, asked, done, prepared)
-    result = _write(folder, asked, done, prepared)
+            _write(folder, asked, done, jobs)
+    result = _write(folder, asked, done, jobs)
     return result, summary_text(result)
 
 
@@ -251,23 +252,21 @@ def _baseline(trial: Trial, folder: Path) -> dict[str, Any]:
 
 
 def _write(
-    folder: Path, asked: Sequence[Trial], done: Mapping[str, Mapping[str, Any]], jobs: Mapping[str, Prepared]
+    folder: Path, asked: Sequence[Trial], done: Mapping[str, Mapping[str, Any]], jobs: Mapping[str, Job]
 ) -> dict[str, Any]:
     """The table of what is done, in `folder` too, as JSON and CSV."""
-    rows = [_row(trial, folder, done.get(trial.name, {"status": "unfinished"}), jobs) for trial in asked]
+    rows = [_row(trial, folder, done.get(trial.name, {"status": "unfinished"}), jobs[trial.name]) for trial in asked]
     result = {"out": str(folder), "task": asked[0].recipe.task, "model": asked[0].recipe.model, **summary(rows)}
     write_json(folder / SWEEP, result)
     write_csv(folder / SWEEP.replace(".json", ".csv"), rows)
     return result
 
 
-def _row(trial: Trial, folder: Path, end: Mapping[str, Any], jobs: Mapping[str, Prepared]) -> dict[str, Any]:
-    """A run's row of the table; `dev` and `test` are the figure that chooses the best epoch."""
-    recipe, scores = trial.recipe, {}
-    for split, name in (("validation", "dev"), ("test", "test")):
-        figures = end.get(split)
-        scorer = jobs[trial.name].job.objective.scorer() if figures and trial.name in jobs else None
-        scores[name] = None if not figures else figures["average"] if scorer is None else scorer.value(figures)
+def _row(trial: Trial, folder: Path, end: Mapping[str, Any], job: Job) -> dict[str, Any]:
+    """A run's row of the table; `dev` and `score` are the figure `figure` that chooses the best epoch, None where it is
+    undefined or not measured."""
+    recipe, figure = trial.recipe, job.scorer().first
+    dev, score = (finite((end.get(split) or {}).get(figure)) for split in ("validation", "test"))
     told = ("validation", "test", "best_epoch", "epochs", "steps", "stopped", "trainable_parameters", "seconds")
     again = replace(recipe, out=f"{folder / trial.name}-alone")
     return {
@@ -278,8 +277,9 @@ def _row(trial: Trial, folder: Path, end: Mapping[str, Any], jobs: Mapping[str, 
         "order_seed": recipe.ordering,
         "run": str(folder / trial.name),
         "status": end["status"],
-        "dev": scores["dev"],
-        "score": scores["test"],
+        "figure": figure,
+        "dev": dev,
+        "score": score,
         **{name: end.get(name) for name in (*told, "seconds_per_epoch", "memory_bytes", "why")},
         "command": _command(trial, again),
     }

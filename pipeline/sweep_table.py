@@ -13,6 +13,7 @@ from typing import Any
 
 from pipeline.report import table_text
 from pipeline.store.errors import UserError
+from pipeline.train.metrics import ERRORS
 from pipeline.train.runlog import write_bytes
 
 SWEEP = "sweep.json"
@@ -20,21 +21,34 @@ SWEEP = "sweep.json"
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """`runs`: the rows as they are. `settings`: one a label, with means and standard deviations over the seeds that
-    have ended well. `best`: the setting with the largest mean on dev, over all of its seeds. `differences`: of each
-    other setting from the best one, paired by seed."""
+    have ended well. `best`: the setting with the best mean on dev, over all of its seeds: the largest, of an error the
+    smallest. `differences`: of each other setting from the best one, paired by seed."""
     labels = list(dict.fromkeys(row["label"] for row in rows))
     settings = [_setting(label, [row for row in rows if row["label"] == label]) for label in labels]
-    whole = [s for s in settings if s["dev"] is not None and s["ended"] == s["seeds"]]
-    best = max(whole, key=lambda s: s["dev"]) if whole else None
-    result: dict[str, Any] = {"runs": list(rows), "settings": settings, "best": best, "differences": []}
+    figure = rows[0]["figure"]
+    lacking = {row["label"] for row in rows if row["dev"] is None}  # of a seed that diverged, too
+    whole = [s for s in settings if s["label"] not in lacking]
+    best = max(whole, key=lambda s: _value(s, figure)) if whole else None
+    result: dict[str, Any] = {
+        "figure": figure,
+        "runs": list(rows),
+        "settings": settings,
+        "best": best,
+        "differences": [],
+    }
     if best is not None:
         chosen = [row for row in rows if row["label"] == best["label"]]
-        result["best"] = {**best, "run": max(chosen, key=lambda row: row["dev"])["run"]}
+        result["best"] = {**best, "run": max(chosen, key=lambda row: _value(row, figure))["run"]}
         for label in labels:
             others = [row for row in rows if row["label"] == label]
             if label != best["label"]:
                 result["differences"].append({"label": label, **difference(chosen, others)})
     return result
+
+
+def _value(row: Mapping[str, Any], figure: str) -> float:
+    """What is larger of the better row: its dev, of an error with the sign turned; without one the least."""
+    return -math.inf if row["dev"] is None else -row["dev"] if figure in ERRORS else row["dev"]
 
 
 def _setting(label: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -61,26 +75,30 @@ def difference(best: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, A
     return out
 
 
-def _percent(value: float | None, signed: bool = False) -> str:
-    return "" if value is None else f"{100 * value:{'+' if signed else ''}.1f}"
+def _shown(figure: str, value: float | None, signed: bool = False) -> str:
+    """A share in percent, an error as it is."""
+    sign = "+" if signed else ""
+    return "" if value is None else f"{value:{sign}.4g}" if figure in ERRORS else f"{100 * value:{sign}.1f}"
 
 
 def summary_text(result: Mapping[str, Any]) -> str:
     """The settings as a table, the best one, and the command that repeats each run alone."""
+    figure = result["figure"]
     differences = {d["label"]: d for d in result["differences"]}
     head = ("setting", "trainable", "dev", "±", "test", "±", "seeds", "test − best", "s.e.")
     cells = []
-    for s in sorted(result["settings"], key=lambda s: -math.inf if s["dev"] is None else s["dev"], reverse=True):
+    for s in sorted(result["settings"], key=lambda s: _value(s, figure), reverse=True):
         apart = differences.get(s["label"], {}).get("score", {"mean": None, "error": None})
         lost = "" if s["ended"] == s["seeds"] else f" of {s['seeds']}"
+        told = (s["dev"], s["dev_spread"], s["score"], s["score_spread"])
         cells.append(
             (
-                s["label"], f"{s['trainable_parameters']:,}" if s["trainable_parameters"] else "", _percent(s["dev"]),
-                _percent(s["dev_spread"]), _percent(s["score"]), _percent(s["score_spread"]), f"{s['ended']}{lost}",
-                _percent(apart["mean"], True), _percent(apart["error"]),
+                s["label"], f"{s['trainable_parameters']:,}" if s["trainable_parameters"] else "",
+                *(_shown(figure, value) for value in told), f"{s['ended']}{lost}",
+                _shown(figure, apart["mean"], True), _shown(figure, apart["error"]),
             )
         )  # fmt: skip
-    lines = [table_text(head, cells)]
+    lines = [f"dev and test: {figure}" + (", smaller is better" if figure in ERRORS else ""), table_text(head, cells)]
     for row in result["runs"]:
         if row["status"] == "diverged":
             lines.append(f"{row['name']}: {row['why']}")

@@ -163,6 +163,9 @@ def test_another_run_in_the_folder_is_not_replaced(bert, tmp_path):
         (["--tuner", "lst", "--grid", "seed=1,2"], "--seeds"),
         (["--tuner", "lst", "--grid", "store=a,b"], "does not vary store"),
         (["--tuner", "lst", "--grid", "lr=fast"], "lr"),
+        (["--tuner", "lst", "--grid", "metric=mcc,f1"], "does not vary metric"),
+        (["--tuner", "lst", "--task", "rte,cola"], "sweep takes one task a run"),
+        (["--tuner", "lst", "--model", "a=x,b=y"], "sweep takes one backbone a run"),
         (["--tuner", "lst", "--grid", "reduction=7"], "lst-reduction7-s0: reduction"),
         (["--tuner", "lst", "--seeds", "1,x"], "--seeds"),
     ],
@@ -199,8 +202,15 @@ def test_points_that_come_to_the_same_run_once_and_names_never_collide():
 
 
 def test_differences_are_paired_by_seed():
-    def rows(label: str, scores: list[float]) -> list[dict[str, Any]]:
-        known = {"status": "done", "setting": {}, "trainable_parameters": 1, "seconds_per_epoch": 1.0, "run": label}
+    def rows(label: str, scores: list[float], figure: str = "average") -> list[dict[str, Any]]:
+        known = {
+            "status": "done",
+            "figure": figure,
+            "setting": {},
+            "trainable_parameters": 1,
+            "seconds_per_epoch": 1.0,
+            "run": label,
+        }
         return [{"label": label, "seed": i, "dev": x, "score": x, **known} for i, x in enumerate(scores)]
 
     a, b = rows("a", [0.9, 0.8, 0.7]), rows("b", [0.8, 0.8, 0.4])
@@ -211,6 +221,8 @@ def test_differences_are_paired_by_seed():
     table = summary([*a, *b, *rows("c", [0.99])])
     assert table["best"]["label"] == "c" and [d["label"] for d in table["differences"]] == ["a", "b"]
     assert table["differences"][0]["score"] == {"mean": pytest.approx(-0.09), "error": None, "seeds": 1}
+    table = summary([*rows("a", [0.5, 0.9], "mse"), *rows("b", [0.6, 0.7], "mse")])  # of an error the smallest is best
+    assert table["best"]["label"] == "b" and table["differences"][0]["score"]["mean"] == pytest.approx(0.05)
 
 
 def test_the_order_has_a_seed_of_its_own(bert, tmp_path):
