@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.report_facts import Classes, Setting, Shown
+from pipeline.report_facts import Classes, Setting, Shown, selecting
 from pipeline.store.errors import UserError
 from pipeline.train.learned import Learned
 
@@ -80,7 +80,7 @@ def curves(settings: Sequence[Setting]) -> str:
                 name = plain(setting.label) if place == 0 else None
                 epochs, losses = _loss(run)
                 left.plot(epochs, losses, color=colour, linewidth=1.2, alpha=0.85, label=name)
-                known = [(e["epoch"], (e["validation"] or {}).get("average")) for e in run.scores]
+                known = [(e["epoch"], e["validation"].get(selecting(e["validation"]))) for e in run.scores]
                 known = [(x, y) for x, y in known if y is not None]
                 if known:
                     right.plot(*zip(*known, strict=True), color=colour, linewidth=1.2, alpha=0.85, marker="o",

@@ -31,11 +31,19 @@ from pipeline.store.errors import UserError
 from pipeline.sweep_table import SWEEP
 from pipeline.train.evaluate import closing, predict
 from pipeline.train.learned import Learned
+from pipeline.train.metrics import ERRORS
 
 MISTAKES = 12  # shown of each run
 THUMBNAIL = 128  # pixels of a picture's longer side
 LOOKED_AT = 16  # batches that what was learned is averaged over
 _SEEDS = ("seed", "order_seed", "out", "overwrite")  # options that repeat a run rather than make another
+
+
+def selecting(figures: Iterable[str]) -> str:
+    """Of the figures of a split the one that selects the best epoch: their average where there is one, else the first
+    that was asked for; "" where there are none."""
+    names = list(figures)
+    return "average" if "average" in names else next(iter(names), "")
 
 
 @dataclass
@@ -58,8 +66,11 @@ class Shown:
 
     @property
     def dev(self) -> float:
-        """What chooses among settings; NaN where there is no validation split."""
-        return float((self.metrics.get("validation") or {}).get("average", math.nan))
+        """What chooses among settings, larger is better; NaN where there is no validation split."""
+        figures = self.metrics.get("validation") or {}
+        name = selecting(figures)
+        value = figures.get(name)
+        return math.nan if value is None else -value if name in ERRORS else value
 
 
 @dataclass

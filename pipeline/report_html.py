@@ -19,10 +19,12 @@ from pipeline.report_facts import (
     read_table,
     recipe_lines,
     run_folders,
+    selecting,
     settings_of,
     sweep_rows,
 )
 from pipeline.store.errors import UserError
+from pipeline.train.metrics import ERRORS
 from pipeline.train.runlog import write_bytes
 
 Say = Callable[[str], None]
@@ -124,13 +126,17 @@ def _number(name: str, value: float | None, spread: float | None = None) -> str:
 def _judged(settings: Sequence[Setting]) -> str:
     """The figure that settings are compared by: of the test split, else of validation, or a table's own."""
     figures = list(dict.fromkeys(name for s in settings for name in s.means))
-    return next((f for f in ("test average", "validation average", "metric") if f in figures), "")
+    for split in ("test", "validation"):
+        if name := selecting([f.partition(" ")[2] for f in figures if f.startswith(f"{split} ")]):
+            return f"{split} {name}"
+    return "metric" if "metric" in figures else ""
 
 
 def _ranked(settings: Sequence[Setting]) -> list[Setting]:
     """The best first."""
     judged = _judged(settings)
-    return sorted(settings, key=lambda s: s.means.get(judged, -math.inf), reverse=True)
+    sign = -1 if judged.partition(" ")[2] in ERRORS else 1
+    return sorted(settings, key=lambda s: sign * s.means[judged] if judged in s.means else -math.inf, reverse=True)
 
 
 def _table(settings: Sequence[Setting], title: str, charts: Any) -> dict[str, Any]:
@@ -152,8 +158,10 @@ def _table(settings: Sequence[Setting], title: str, charts: Any) -> dict[str, An
     several = any(s.seeds > 1 for s in settings)
     note = "± is half of the 95 % interval of the mean over seeds (Student's t)." if several else "One seed each."
     judged = _judged(settings)
-    alone = [f for f in shown if f.split()[0] == judged.split()[0]]
-    chart = charts.costs(settings, judged, alone[0] if len(alone) == 1 else judged) if len(settings) > 1 else ""
+    alone = [f for f in shown if f.split()[:1] == judged.split()[:1]]
+    chart = (
+        charts.costs(settings, judged, alone[0] if len(alone) == 1 else judged) if len(settings) > 1 and judged else ""
+    )
     return {"title": title, "head": head, "rows": rows, "note": note, "chart": chart}
 
 

@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 
+from pipeline.report_facts import Shown, settings_of
+from pipeline.report_html import _judged, _ranked
 from pipeline.runs import load_run
 from tests.pipeline.test_errors import refused, run
 
@@ -187,3 +189,16 @@ def test_a_browser_asks_for_nothing_and_complains_of_nothing(swept, tmp_path):
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     (tmp_path / "asks.html").write_text(text.replace("</body>", '<img src="https://localhost/x.png"></body>'))
     assert "Content Security Policy" in shown(tmp_path / "asks.html").stderr
+
+
+def test_runs_are_judged_by_the_figure_that_chose_their_epoch(tmp_path):
+    def shown(name: str, value: float) -> Shown:
+        figures = {name: value, "pearson": 0.1}
+        metrics = {"validation": figures, "test": figures, "seconds_per_epoch": 1.0, "trainable_parameters": 1}
+        return Shown(f"{name} {value}", 0, tmp_path, {}, metrics)
+
+    assert [shown("mse", 0.5).dev, shown("matthews", 0.5).dev] == [-0.5, 0.5]
+    for name, best in (("mse", 0.2), ("average", 0.9), ("matthews", 0.9)):
+        ranked = _ranked(settings_of([shown(name, 0.2), shown(name, 0.9)]))
+        assert _judged(ranked) == f"test {name}" and ranked[0].label == f"{name} {best}"
+    assert _judged([]) == ""
