@@ -5,7 +5,9 @@ The classes say the same of themselves; a test compares the two.
 
 from __future__ import annotations
 
+import difflib
 import sys
+from collections.abc import Iterable
 
 # name → description, in the order of `train.tuners.tuner_names`
 TUNERS = {
@@ -53,6 +55,23 @@ FAMILIES = {
     "swin": ("Swin transformers (timm): stages, attention and MLP branches, patch mergings", ()),
     "t5": ("T5 encoder-decoders: v1.0, v1.1, flan", ("t5",)),
 }
+
+# name → description of what trains inside the live backbone; `train.counterparts` says the same
+BASELINES = {
+    "full": "full fine-tuning",
+    "lora": "LoRA of rank 8 on the attention's queries and values (peft)",
+    "adapter": "a bottleneck adapter of width D / 8 after each block",
+    "prompt": "prompt tuning: 20 virtual tokens before the text",
+    "bitfit": "BitFit: the biases",
+    "norm-tuning": "weights and biases of the norms",
+    "partial-1": "the last block",
+}
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """ "; did you mean …?" of the one of `known` that is spelled most like `name`, or nothing."""
+    found = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {found[0]}?" if found else ""
 
 
 def tuners() -> dict[str, str]:

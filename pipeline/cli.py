@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from pipeline.command import command, imports, printable, say
-from pipeline.options import build_recipe, takes, tuners_among
+from pipeline.command import command, imports, printable, voice
+from pipeline.options import build_recipe, split_names, takes, tuners_among
 from pipeline.store_commands import store
+from pipeline.sweep_command import sweep
 
 EPILOG = """\b
 Start here (no network needed after installation):
@@ -45,10 +45,6 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
-def _voice(as_json: bool) -> Callable[[str], None]:
-    return (lambda text: None) if as_json else say
-
-
 @click.group(epilog=EPILOG, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="activation-pipeline", prog_name="pipeline")
 @click.pass_context
@@ -70,7 +66,7 @@ def extract(as_json: bool, recipe_file: str | None, **options: Any) -> tuple[Any
     with imports():
         from pipeline.extracting import run_extract
 
-    return run_extract(build_recipe("extract", options, recipe_file), _voice(as_json), quiet=as_json), ""
+    return run_extract(build_recipe("extract", options, recipe_file), voice(as_json), quiet=as_json), ""
 
 
 @main.command(short_help="Train a tuner from the store.", cls=takes("train"))
@@ -81,7 +77,7 @@ def train(as_json: bool, recipe_file: str | None, **options: Any) -> tuple[Any, 
         from pipeline.report import metrics_text
         from pipeline.training import run_train
 
-    result = run_train(build_recipe("train", options, recipe_file), _voice(as_json), quiet=as_json)
+    result = run_train(build_recipe("train", options, recipe_file), voice(as_json), quiet=as_json)
     return result, metrics_text(result)
 
 
@@ -109,7 +105,7 @@ def bench(as_json: bool, recipe_file: str | None, **options: Any) -> tuple[Any, 
     with imports():
         from pipeline.bench import run_bench
 
-    return run_bench(build_recipe("train", options, recipe_file), _voice(as_json))
+    return run_bench(build_recipe("train", options, recipe_file), voice(as_json))
 
 
 @main.command(
@@ -145,12 +141,13 @@ def compare(
 ) -> tuple[Any, str]:
     """Train several methods on one task and print trainable parameters, memory, seconds an epoch and the metric."""
     with imports():
-        from pipeline.compare import default_folder, parse_seeds, run_compare
+        from pipeline.compare import default_folder, run_compare
+        from pipeline.values import parse_seeds
 
     recipe = build_recipe("train", options, recipe_file, tuners_among(methods))
-    names = list(dict.fromkeys(m.strip() for m in methods.split(",") if m.strip()))
+    names = split_names(methods)
     numbers = [recipe.seed] if seeds is None else parse_seeds(seeds)
-    return run_compare(recipe, names, numbers, default_folder(recipe), csv_file, _voice(as_json), preset)
+    return run_compare(recipe, names, numbers, default_folder(recipe), csv_file, voice(as_json), preset)
 
 
 @main.command()
@@ -180,6 +177,22 @@ def evaluate(
     if generate:
         result["generated"] = loaded.generate(split)
     return finite(result), scores_text(result)
+
+
+@main.command(short_help="One HTML file about runs, sweeps and tables.")
+@click.argument("given", metavar="RUN…", nargs=-1, required=True)
+@click.option("-o", "--output", default="report.html", show_default=True, help="The file.", metavar="FILE")
+@click.option("--store", default=None, help="The store, where it is not the runs' own.", metavar="FOLDER")
+@click.option("--device", default=None, type=click.Choice(["auto", "cpu", "cuda"]), help="Where to compute.")
+@IMPORT
+@command
+def report(as_json: bool, given: tuple[str, ...], output: str, **elsewhere: Any) -> tuple[Any, str]:
+    """Write one self-contained HTML file about run folders, sweeps, folders of runs and tables of compare: curves,
+    scores over seeds, confusion, mistakes, what the tuners learned, what it cost. Predictions come from the store."""
+    with imports():
+        from pipeline.report_html import run_report
+
+    return run_report(given, Path(output), voice(as_json), **elsewhere)
 
 
 @main.command(short_help="Predict on new inputs, the backbone live.")
@@ -235,7 +248,7 @@ def predict(
     ids, rows = read_rows(given, loaded.job, text, text_pair)
     if loaded.objective.files and out_dir is None:
         raise UserError(f"--out-dir is missing: objective {loaded.objective.name} tells more than text")
-    told = loaded.predict(rows, root, _voice(as_json), out_dir)
+    told = loaded.predict(rows, root, voice(as_json), out_dir)
     found = [{"id": name, **entry} for name, entry in zip(ids, told, strict=True)]
     if output:
         write_entries(Path(output), found)
@@ -306,6 +319,17 @@ def generate(
     return {"run": run, "rows": len(told), **one, "generated": told}, "\n" if shown else entries_text(told)
 
 
+@main.command(short_help="This machine, the installation, the store.")
+@click.option("--store", default="", help="The store. Default: $PIPELINE_STORE, else ./activations.", metavar="FOLDER")
+@command
+def doctor(as_json: bool, store: str) -> tuple[Any, str]:
+    """Versions, devices, memory, measured rates, the store's health, and what to install for what. Changes nothing; a
+    file of 256 MB is written and removed to time the disk."""
+    from pipeline.doctor import run_doctor
+
+    return run_doctor(store)
+
+
 @main.command(short_help="The whole way on a generated task, in minutes.")
 @click.option(
     "--out", default="demo", show_default=True, help="Folder for the demo's store and runs.", metavar="FOLDER"
@@ -317,7 +341,7 @@ def demo(as_json: bool, out: str, seed: int) -> tuple[Any, str]:
     with imports():
         from pipeline.demo import run_demo
 
-    return run_demo(Path(out), seed, _voice(as_json), quiet=as_json)
+    return run_demo(Path(out), seed, voice(as_json), quiet=as_json)
 
 
 @main.command()
@@ -359,3 +383,4 @@ def tuners(as_json: bool) -> tuple[Any, str]:
 
 
 main.add_command(store)
+main.add_command(sweep)

@@ -23,6 +23,11 @@ def say(text: str) -> None:
     click.echo(printable(text), err=True)
 
 
+def voice(as_json: bool) -> Callable[[str], None]:
+    """What a command says its lines with: nothing where one JSON object is all that is to be seen."""
+    return (lambda text: None) if as_json else say
+
+
 def printable(text: str) -> str:
     """`text` with every character that would act on a terminal rather than be seen on it as its `\\uXXXX`: names and
     provenance in a store were written by others. Within JSON it says the same."""

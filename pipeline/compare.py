@@ -8,7 +8,7 @@ import math
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from pipeline.train.counterparts import COUNTERPARTS, CounterpartModel, counterp
 from pipeline.train.loop import FitOptions, fit
 from pipeline.train.metrics import ERRORS
 from pipeline.train.runlog import finite
+from pipeline.train.source import Source
 from pipeline.train.tuners import tuner_names
 from pipeline.training import fit_options, job_doubts, make_folder, run_train
 from pipeline.unused import refuse_for_training
@@ -115,17 +116,6 @@ def run_compare(
     return finite(result), _text(rows, preset)
 
 
-def parse_seeds(text: str) -> list[int]:
-    """ "0,1,2" → [0, 1, 2], each once: a run repeated would narrow the spread. UserError for anything else."""
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    for part in parts:
-        if not part.isdecimal():
-            raise UserError(f"--seeds: whole numbers from 0 with commas between, not {part!r}")
-    if not parts:
-        raise UserError("--seeds: name at least one")
-    return list(dict.fromkeys(int(part) for part in parts))
-
-
 def _refuse(recipe: Recipe, method: str, preset: str) -> Job:
     """The job of `method`. Raises before hours are spent what it would end in: a tuner without a form for the backbone
     or with states that are not stored, a counterpart that the backbone has no place for or whose package is missing."""
@@ -136,8 +126,13 @@ def _refuse(recipe: Recipe, method: str, preset: str) -> Job:
         if not recipe.live:
             sources(job, None)
         return job
+    return refuse_counterpart(recipe, method, preset)
+
+
+def refuse_counterpart(recipe: Recipe, name: str, preset: str) -> Job:
+    """The job of a counterpart. UserError where the backbone has no place for it, or its package is missing."""
     job = _probe(recipe)
-    counterpart(method, preset).prepare(job.found.backbone, copy.deepcopy(_shape(job.found.backbone)))
+    counterpart(name, preset).prepare(job.found.backbone, copy.deepcopy(_shape(job.found.backbone)))
     return job
 
 
@@ -196,7 +191,18 @@ def _tuner(recipe: Recipe) -> dict[str, Any]:
     return _summary(job, model, batch, metrics, [model.tuner.tail]) | {"settings": made}
 
 
-def _counterpart(recipe: Recipe, name: str, preset: str) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Fitted:
+    """A counterpart that was trained, and what it was trained with."""
+
+    job: Job
+    model: CounterpartModel
+    train: Source
+    options: FitOptions
+    metrics: dict[str, Any]
+
+
+def fit_counterpart(recipe: Recipe, name: str, preset: str) -> Fitted:
     """Train a counterpart with the splits, the order and the options of a probe's run on the same store."""
     method = counterpart(name, preset)
     job = _probe(recipe)
@@ -226,8 +232,15 @@ def _counterpart(recipe: Recipe, name: str, preset: str) -> dict[str, Any]:
         resume=False,
         info={"counterpart": name, "preset": preset, "space": job.found.space.id},
     )
-    made = settings(method.description + _weighing(job), options, size)
-    return _summary(job, model, next(iter(parts["train"].epochs(0, 1))), metrics, []) | {"settings": made}
+    return Fitted(job, model, parts["train"], options, metrics)
+
+
+def _counterpart(recipe: Recipe, name: str, preset: str) -> dict[str, Any]:
+    made = fit_counterpart(recipe, name, preset)
+    batch = next(iter(made.train.epochs(0, 1)))
+    described = counterpart(name, preset).description + _weighing(made.job)
+    told = settings(described, made.options, made.job.batch_size)
+    return _summary(made.job, made.model, batch, made.metrics, []) | {"settings": told}
 
 
 def _weighing(job: Job) -> str:

@@ -114,9 +114,11 @@ class Job:
         attention = self.found.space.identity["attention"]
         return tail_for(self.recipe.tuner, self.config, self.found.backbone, attention, self.found.tail, self.late)
 
-    def model(self, seed: int | None = None) -> Model:
-        """The tuner on the space's tail, weights drawn from `seed`."""
-        model = Model.build(self.recipe.tuner, self.config, self.found.backbone, self.tail(), self.objective, seed)
+    def model(self, seed: int | None = None, tail: Tail | None = None) -> Model:
+        """The tuner on the space's tail, weights drawn from `seed`. `tail`: that of another model on the same space
+        with the same late layers, for they can share it."""
+        tail = tail or self.tail()
+        model = Model.build(self.recipe.tuner, self.config, self.found.backbone, tail, self.objective, seed)
         if seed is not None and self.first is not None:
             model.tuner.begin(self.first())
         return model

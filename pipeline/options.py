@@ -4,7 +4,7 @@ their configs; and how a recipe file and the command line are merged."""
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any, get_args, get_type_hints
 
@@ -84,6 +84,7 @@ class OwnerCommand(click.Command):
     takes = "train"
     without: tuple[str, ...] = ()
     methods = ""
+    looks_at: tuple[str, ...] = ()  # further parameters that `tuners` reads
 
     def __init__(self, *args: Any, **more: Any) -> None:
         super().__init__(*args, **more)
@@ -108,8 +109,9 @@ class OwnerCommand(click.Command):
 
     def _chosen(self, args: Sequence[str]) -> tuple[list[str], str | None]:
         """The tuners and the objective that the line or its recipe file names; modules to import are imported."""
-        names = {self.methods or ("tuners" if self.takes == "extract" else "tuner"), "objective", "imports", "model"}
-        looked_at = [p for p in self.params if p.name in {*names, "recipe_file"}]
+        own = self.methods or ("tuners" if self.takes == "extract" else "tuner")
+        names = {own, "objective", "imports", "model"}
+        looked_at = [p for p in self.params if p.name in {*names, "recipe_file", *self.looks_at}]
         ways: dict[str, Any] = {"ignore_unknown_options": True, "allow_extra_args": True}
         first = click.Command("first", params=looked_at, add_help_option=False, context_settings=ways)
         given = {k: v for k, v in first.make_context("first", list(args)).params.items() if v is not None}
@@ -120,9 +122,13 @@ class OwnerCommand(click.Command):
         recipe = recipe_of("train", (f"recipe {given.get('recipe_file')}", values), ("command line", {
             k: v for k, v in given.items() if k in names and k != self.methods
         }))  # fmt: skip
+        return self.tuners(given, recipe), recipe.objective
+
+    def tuners(self, given: Mapping[str, Any], recipe: Recipe) -> list[str]:
+        """The tuners chosen by what is `given` on the line, and by the `recipe` of line and file."""
         if self.methods:
-            return tuners_among(given[self.methods]), recipe.objective
-        return tuners_in(recipe, self.takes == "extract"), recipe.objective
+            return tuners_among(given[self.methods])
+        return tuners_in(recipe, self.takes == "extract")
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         own = [option for options in ctx.meta.get(_OWNED, {}).values() for option in options]
@@ -160,7 +166,12 @@ def _click_option(of: Owned) -> click.Option:
 def tuners_among(methods: str) -> list[str]:
     """The tuners among the methods of `compare`, written with commas; others are looked at there."""
     known = names_of("tuner")
-    return [m.strip() for m in methods.split(",") if m.strip() in known]
+    return [m for m in split_names(methods) if m in known]
+
+
+def split_names(text: str) -> list[str]:
+    """Names with commas between, each once."""
+    return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
 
 
 def takes(command: str, *left_out: str, names_tuners: str = "") -> type[OwnerCommand]:
@@ -169,9 +180,13 @@ def takes(command: str, *left_out: str, names_tuners: str = "") -> type[OwnerCom
 
 
 def build_recipe(
-    command: str, given: dict[str, Any], recipe_file: str | None, tuners: Sequence[str] | None = None
+    command: str,
+    given: dict[str, Any],
+    recipe_file: str | None,
+    tuners: Sequence[str] | None = None,
+    *between: tuple[str, Mapping[Any, Any]],
 ) -> Recipe:
-    """The recipe file's options overlaid with those given on the command line."""
+    """The recipe file's options overlaid with those of `between`, and then with those given on the command line."""
     line: dict[str, Any] = {}
     for name, value in given.items():
         kind, mark, option = name.partition("__")
@@ -180,4 +195,4 @@ def build_recipe(
         elif value is not None:
             line[name] = value
     file = [(f"recipe {recipe_file}", read_recipe(recipe_file))] if recipe_file else []
-    return recipe_of(command, *file, ("command line", line), tuners=tuners)
+    return recipe_of(command, *file, *between, ("command line", line), tuners=tuners)

@@ -166,7 +166,7 @@ class _Chooser:
         """One option; `only`: the kind of its owner, "" where that is not said."""
         owners = {kind: having(kind, option) for kind in KINDS if only in ("", kind)}
         if not any(owners.values()):
-            raise UserError(f"{where}: unknown option {option!r}{_nearest(option)}")
+            raise UserError(f"{where}: unknown option {option!r}{nearest(option)}")
         fields = [options_of(kind, n)[option][0] for kind, names in owners.items() for n in names]
         usual = any(value == f.default for f in fields)
         # Recipes of earlier versions write out options of every tuner and objective.
@@ -186,7 +186,8 @@ class _Chooser:
             self.others.append(option)
 
 
-def _nearest(option: str) -> str:
+def nearest(option: str) -> str:
+    """ "; did you mean …?" of the option called most like it, or nothing."""
     known = [*field_names(), *(o for kind in KINDS for n in names_of(kind) for o in options_of(kind, n))]
     near = difflib.get_close_matches(option, known, n=1)
     return f"; did you mean {near[0]}?" if near else ""

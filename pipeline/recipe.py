@@ -52,7 +52,8 @@ class Recipe:
         "",
         "Task: a GLUE name (see `pipeline tasks`), your own .csv, .tsv, .jsonl or .conll file, a folder of pictures, "
         "with masks beside them too, or hub:DATASET, pictures or texts from Hugging Face; of what is stored also its "
-        "name, or NAME@ID (see `pipeline store status`). Several, with commas between: one tuner, a head and a score each.",
+        "name, or NAME@ID (see `pipeline store status`). Several, with commas between: one tuner, a head and a score "
+        "each.",
         "extract train",
         metavar="NAME",
     )
@@ -247,6 +248,9 @@ class Recipe:
     seed: int = _option(
         0, "Seed of weights, order and dropout (extraction: of the visiting order only).", "extract train"
     )
+    order_seed: int | None = _option(
+        None, "Seed of the order of samples alone. Default: --seed.", "train", metavar="SEED"
+    )
     device: str = _option("auto", "Where to compute.", "extract train", choices=DEVICES)
     live: bool = _option(
         False, "Run the backbone in the loop instead of reading the store: the reference and the baseline.", "train"
@@ -299,15 +303,20 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise UserError(f"{option_name(name)}: above 0, not {value}")
-        for name in ("weight_decay", "clip", "seed", "warmup_steps", "view_seed"):
+        for name in ("weight_decay", "clip", "seed", "order_seed", "warmup_steps", "view_seed"):
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise UserError(f"{option_name(name)}: not below 0, was {value}")
-        for name in ("seed", "view_seed"):
+        for name in ("seed", "order_seed", "view_seed"):
             if (getattr(self, name) or 0) >= 1 << 63:
                 raise UserError(f"{option_name(name)}: below 2^63, was {getattr(self, name)}")
         if self.warmup_ratio is not None and not 0 <= self.warmup_ratio <= 1:
             raise UserError(f"--warmup-ratio: between 0 and 1, not {self.warmup_ratio}")
+
+    @property
+    def ordering(self) -> int:
+        """The seed that the order of samples follows from."""
+        return self.seed if self.order_seed is None else self.order_seed
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain values, ready for YAML or JSON."""

@@ -68,7 +68,7 @@ def stream_options(job: Job, split: str, batch_size: int, group: bool) -> Stream
     recipe, ranks = job.recipe, Ranks.from_environment()
     return StreamOptions(
         batch_size,
-        seed=recipe.seed,
+        seed=recipe.ordering,
         window=recipe.window,
         group_by_length=group,
         scheduler=recipe.scheduler,

@@ -162,11 +162,11 @@ def _only(found: Mapping[str, Any]) -> Any:
     return dict(found) if len(found) > 1 else next(iter(found.values()))
 
 
-def write_recipe(folder: Path, job: AnyJob, options: FitOptions) -> None:
-    """recipe.yaml: the run's options with every default resolved, so that it can be run again by `--recipe`."""
+def resolved_recipe(job: AnyJob, options: FitOptions) -> Recipe:
+    """The run's options with every default resolved."""
     objectives = [part.objective for part in job.each]
     alike = len({o.name for o in objectives}) == 1
-    resolved = replace(
+    return replace(
         job.recipe,
         task=",".join(lasting_name(part) for part in job.each),
         store=absolute(store_path(job.recipe)),
@@ -185,6 +185,11 @@ def write_recipe(folder: Path, job: AnyJob, options: FitOptions) -> None:
         overwrite=False,
         **job.resolved(),
     )
+
+
+def write_recipe(folder: Path, job: AnyJob, options: FitOptions) -> None:
+    """recipe.yaml: the run's options with every default resolved, so that it can be run again by `--recipe`."""
+    resolved = resolved_recipe(job, options)
     title = f"{job.recipe.tuner} on {job.spec.name}, {time.strftime('%Y-%m-%d')}"
     header = f"{title}\npipeline train --recipe recipe.yaml --out OTHER"
     write_bytes(folder / "recipe.yaml", resolved.to_yaml(header).encode())

@@ -13,6 +13,17 @@ def short(value: Any) -> str:
     return reprlib.repr(value)[:200]
 
 
+def parse_seeds(text: str) -> list[int]:
+    """ "0,1,2" → [0, 1, 2], each once: a run repeated would narrow the spread. UserError for anything else."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    for part in parts:
+        if not part.isdecimal():
+            raise UserError(f"--seeds: whole numbers from 0 with commas between, not {part!r}")
+    if not parts:
+        raise UserError("--seeds: name at least one")
+    return list(dict.fromkeys(int(part) for part in parts))
+
+
 def checked_value(name: str, hint: Any, value: Any, where: str) -> Any:
     """`value` as the type `hint` says: bool, int, float, str, a tuple of one of them (also written with commas), or
     None where the hint allows it. Raises UserError naming `where` and `name`."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from pipeline.extract.backbones.batch import Batch
 from pipeline.store.errors import UserError
+from pipeline.train.finite import NotFinite
 from pipeline.train.objectives.base import Outputs, Report, Scorer
 from pipeline.train.options import PRECISIONS
 from pipeline.train.source import Source
@@ -80,12 +82,11 @@ def predict(
     entries: list[dict[str, Any]] = []
 
     def take(batch: Batch) -> None:
-        check()
         told = model.objective.entries(model.predict(batch))
         entries.extend(keep(place, entry) for place, entry in zip(batch.index.tolist(), told, strict=True))
         indices.append(batch.index)
 
-    _visit(model, source, device, precision, take)
+    _visit([Visit(model, precision, take)], source, device, check)
     return [entries[i] for i in np.argsort(np.concatenate(indices), kind="stable")]
 
 
@@ -100,29 +101,71 @@ def evaluate(
 ) -> dict[str, float]:
     """The figures of `scorer` over `source`, of whose batches `report` is told too. Raises UserError where the split
     has no targets."""
+    (figures,) = evaluate_all([Scoring(model, scorer, precision, report=report)], source, device, check)
+    if isinstance(figures, NotFinite):
+        raise figures
+    return figures
 
-    def take(batch: Batch) -> None:
-        check()
+
+@dataclass
+class Scoring:
+    """A model, and the scorer and report that are told of its predictions. `view`: the batch as it is to see it."""
+
+    model: Any
+    scorer: Scorer
+    precision: str = "float32"
+    view: Callable[[Batch], Batch] = lambda batch: batch
+    report: Report | None = None
+    failed: NotFinite | None = None
+
+    def take(self, batch: Batch) -> None:
+        if self.failed is not None:
+            return
+        batch = self.view(batch)
         if batch.targets is None:
             raise UserError("this split has no labels to score against: use predict, or choose another split")
-        out = model.measure(batch)
-        scorer.update(out, batch)
-        if report is not None:
-            report.update(out, batch)
+        try:
+            out = self.model.measure(batch)
+        except NotFinite as error:
+            self.failed = error
+            return
+        self.scorer.update(out, batch)
+        if self.report is not None:
+            self.report.update(out, batch)
 
-    _visit(model, source, device, precision, take)
-    return scorer.compute()
+
+def evaluate_all(
+    scorings: Sequence[Scoring],
+    source: Source,
+    device: torch.device | str = "cpu",
+    check: Callable[[], None] = lambda: None,
+) -> list[dict[str, float] | NotFinite]:
+    """The figures of each scoring over `source`, which is read once; NotFinite for a model whose output is not."""
+    _visit([Visit(s.model, s.precision, s.take) for s in scorings], source, device, check)
+    return [s.scorer.compute() if s.failed is None else s.failed for s in scorings]
 
 
-def _visit(
-    model: nn.Module, source: Source, device: torch.device | str, precision: str, take: Callable[[Batch], None]
-) -> None:
-    """`take` every batch of the split once, on `device`, the model in eval mode, in inference mode under autocast."""
-    device, was_training = torch.device(device), model.training
-    model.eval()
+class Visit(NamedTuple):
+    """`take` is called with every batch, `model` in eval mode, under autocast to `precision`."""
+
+    model: nn.Module
+    precision: str
+    take: Callable[[Batch], None]
+
+
+def _visit(visits: Sequence[Visit], source: Source, device: torch.device | str, check: Callable[[], None]) -> None:
+    """Every batch of the split once, on `device`, in inference mode. `check` is called before each and may raise."""
+    device, were_training = torch.device(device), [visit.model.training for visit in visits]
+    for visit in visits:
+        visit.model.eval()
     try:
-        with torch.inference_mode(), autocast(device, precision), closing(source.sequential()) as batches:
+        with torch.inference_mode(), closing(source.sequential()) as batches:
             for batch in batches:
-                take(batch.to(device))
+                check()
+                on_device = batch.to(device)
+                for visit in visits:
+                    with autocast(device, visit.precision):
+                        visit.take(on_device)
     finally:
-        model.train(was_training)
+        for visit, was_training in zip(visits, were_training, strict=True):
+            visit.model.train(was_training)

@@ -10,25 +10,21 @@ for bit on the same machine. Price of a checkpoint: four times the trainable par
 from __future__ import annotations
 
 import math
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from pipeline.extract.backbones.batch import Batch
 from pipeline.store.errors import UserError
-from pipeline.store.malloc import keep_freed_memory, return_freed_memory
 from pipeline.train import checkpoint
-from pipeline.train.evaluate import Trainable, autocast, closing, evaluate
+from pipeline.train.evaluate import Trainable, autocast, evaluate
 from pipeline.train.finite import NotFinite
 from pipeline.train.interrupt import Interrupt, Interrupted
 from pipeline.train.objectives.base import Scorer
@@ -39,8 +35,10 @@ from pipeline.train.runlog import RunLog, finite, write_json
 from pipeline.train.schedule import scheduler
 from pipeline.train.source import Source
 from pipeline.train.state import State, refuse_other_run
+from pipeline.train.targets import Targets
+from pipeline.train.together import fit_all
 
-__all__ = ["FitOptions", "Interrupted", "NotFinite", "Trainable", "evaluate", "fit"]
+__all__ = ["FitOptions", "Interrupted", "NotFinite", "Trainable", "Training", "evaluate", "fit"]
 
 
 def fit(
@@ -64,27 +62,25 @@ def fit(
     `tuner.safetensors`. Raises NotFinite, Interrupted (the run can be resumed), UserError for options or files that
     do not fit.
     """
-    keep_freed_memory()
-    splits = (train_source, validation_source, test_source)
-    run = _Run(model, *splits, options, Path(run_dir), scorer, torch.device(device))
-    run.info = dict(info or {})
-    run.ranks.begin(run.device)
-    forked = [run.device] if run.device.type == "cuda" else []
-    try:
-        with torch.random.fork_rng(devices=forked), Interrupt() as run.interrupt:
-            return run.all(progress and run.ranks.rank == 0, resume)
-    finally:
-        run.ranks.end()
-        return_freed_memory()
+    training = Training(
+        model, train_source, validation_source, test_source, options, Path(run_dir), scorer, torch.device(device), info
+    )
+    (result,) = fit_all([training], progress, resume)
+    if isinstance(result, NotFinite):
+        raise result
+    return result
 
 
-class _Run:
-    """One call of `fit`."""
+class Training:
+    """One run: a model, what it is trained on and how, and where it stands. It is handed batches, see `fit_all`.
+
+    `targets`: by split, what the model learns of the samples where the batches it is handed hold something else, or
+    nothing.
+    """
 
     log: RunLog
-    bar: Any
     interrupt: Interrupt
-    info: dict[str, Any]
+    targets: Mapping[str, Targets] | None = None
 
     def __init__(
         self,
@@ -96,6 +92,7 @@ class _Run:
         run_dir: Path,
         scorer: Callable[[], Scorer],
         device: torch.device,
+        info: Mapping[str, Any] | None = None,
     ) -> None:
         self.ranks = Ranks.from_environment()
         self.saved = run_dir / checkpoint.RESUME
@@ -106,6 +103,7 @@ class _Run:
         self.model: Any = model.to(device)
         self.train, self.validation, self.test = train, validation, test
         self.options, self.run_dir, self.scorer, self.device = options, run_dir, scorer, device
+        self.info = dict(info or {})
         if not len(train):
             raise UserError("the training split has no samples: give another split or a larger limit")
         self.optimizer, self.names = adamw(model, options)
@@ -114,8 +112,13 @@ class _Run:
         self.total = options.steps(len(train))
         self.state = State()
         self.best: dict[str, Tensor] = {}
+        self.loss = math.nan  # of the latest step
+        self._group: list[Batch] = []  # of the optimizer step to come
+        self._spent = self._waited = 0.0  # seconds on the batches of this group
 
-    def all(self, progress: bool, resume: bool) -> dict[str, Any]:
+    def begin(self, resume: bool, interrupt: Interrupt) -> None:
+        """Make the folder ready, or take up what stands in it."""
+        self.interrupt = interrupt
         self.run_dir.mkdir(parents=True, exist_ok=True)
         found = resume and self.saved.exists() and self.restore(self.saved)
         self.ranks.wait()  # Before rank 0 changes what the others read.
@@ -127,60 +130,57 @@ class _Run:
             self.optimizer, options.schedule, options.warmup(self.total), self.total, step=state.step
         )
         self.log = RunLog(self.run_dir, state, options.tensorboard)
-        self.bar = tqdm(
-            total=self.total,
-            initial=state.step,
-            disable=not progress,
-            unit="step",
-            file=sys.stderr,
-            mininterval=0.5 if sys.stderr.isatty() else 30.0,
-        )
         if resume and not found:
             self.save(begun=False)  # the layout of the start, should the store be compacted before the next checkpoint
-        epochs = -(-self.total // -(-len(self.train) // options.accumulate))
-        try:
-            with closing(self.train.epochs(state.epoch, epochs, state.batch)) as stream:
-                while state.stopped is None:
-                    self.epoch(stream)
-                    self.close_epoch()
-            return self.finish()
-        except NotFinite:
-            # Resuming would end here again, and only stand in the way of a run with other options.
-            (self.run_dir / checkpoint.RESUME).unlink(missing_ok=True)
-            raise
-        finally:
-            self.bar.close()
-            self.log.close()
-
-    def epoch(self, stream: Iterator[Batch]) -> None:
-        """The steps left of the current epoch."""
-        state, options, batches = self.state, self.options, len(self.train)
         self.model.train()
-        group: list[Batch] = []
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Epoch and batch, from 0, that it is to be handed next."""
+        return self.state.epoch, self.state.batch + len(self._group)
+
+    @property
+    def epoch_over(self) -> bool:
+        """Whether the epoch it stands in has no step left."""
+        return self.state.step == self.total or self.state.batch == len(self.train)
+
+    @property
+    def epochs(self) -> int:
+        """Epochs that it goes through unless it stops early; the last may be cut short."""
+        return -(-self.total // -(-len(self.train) // self.options.accumulate))
+
+    def take(self, batch: Batch, seconds: float = 0.0, sharing: int = 1) -> None:
+        """The batch at `place`; with the last one of a group, an optimizer step. `seconds`: what it took to get it.
+        `sharing`: how many runs are handed it, each of which bears its share of that time."""
         begun = time.perf_counter()
-        if state.step == self.total:
-            return
-        for place, batch in enumerate(islice(stream, batches - state.batch), start=state.batch + 1):
-            group.append(batch)
-            if len(group) < options.accumulate and place < batches:
-                continue
-            entry = self.step(group)
+        state, options = self.state, self.options
+        self._group.append(batch)
+        self._waited += batch.wait_seconds / sharing
+        place = state.batch + len(self._group)
+        if len(self._group) == options.accumulate or place == len(self.train):
+            entry = self.step(self._group)
+            self._group = []
             state.step, state.batch = state.step + 1, place
-            group = []
-            now = time.perf_counter()
-            entry["seconds"] = now - begun
-            begun = now
-            state.seconds += entry["seconds"]
-            state.wait_seconds += entry["wait_seconds"]
+            self._spent += time.perf_counter() - begun + seconds / sharing
+            entry |= {"seconds": self._spent, "wait_seconds": self._waited}
+            state.seconds += self._spent
+            state.wait_seconds += self._waited
+            self._spent = self._waited = 0.0
             self.log.step(entry)
-            self.bar.set_postfix(epoch=state.epoch + 1, loss=f"{entry['loss']:.4f}", refresh=False)
-            self.bar.update()
-            if state.step % options.checkpoint_every == 0 and place < batches:
+            self.loss = entry["loss"]
+            if state.step % options.checkpoint_every == 0 and not self.epoch_over:
                 self.save()
-                begun = time.perf_counter()
-            self.check()
-            if state.step == self.total:
-                return
+        else:
+            self._spent += time.perf_counter() - begun + seconds / sharing
+
+    def view(self, batch: Batch, split: str) -> Batch:
+        """`batch` of `split` with the targets that this run learns, where it holds others."""
+        targets = None if self.targets is None else self.targets.get(split)
+        if targets is None:
+            return batch
+        own = replace(batch, targets=None)
+        targets.fill(own, own.index, own.device)
+        return own
 
     def step(self, group: list[Batch]) -> dict[str, Any]:
         """One optimizer step on the mean loss over all of `group`."""
@@ -222,8 +222,6 @@ class _Run:
             "loss": mean,
             "lr": lr,
             "grad_norm": norm,
-            "seconds": 0.0,
-            "wait_seconds": sum(b.wait_seconds for b in group),
         }
 
     def advice(self, what: str, number: int, lr: float) -> str:
@@ -235,25 +233,26 @@ class _Run:
             f"try a smaller lr than {options.lr:g}, a longer warm-up{clip}{precise}"
         )
 
-    def close_epoch(self) -> None:
-        """Evaluate where due, remember the best, move on to the next epoch or stop."""
-        state, options = self.state, self.options
-        last = state.epoch + 1 == options.epochs or state.step == self.total
-        if self.validation is not None and (last or (state.epoch + 1) % options.eval_every == 0):
-            begun = time.perf_counter()
-            metrics = evaluate(self.model, self.validation, self.scorer(), self.device, options.precision, self.check)
+    @property
+    def due(self) -> bool:
+        """Whether the end of this epoch is to be scored on the validation split."""
+        options = self.options
+        every = (self.state.epoch + 1) % options.eval_every == 0
+        return self.validation is not None and (self.last_epoch or every)
+
+    @property
+    def last_epoch(self) -> bool:
+        return self.state.epoch + 1 == self.options.epochs or self.state.step == self.total
+
+    def close_epoch(self, metrics: dict[str, float] | None, seconds: float) -> None:
+        """Remember the best, move on to the next epoch or stop. `metrics`: of the validation split where `due`, which
+        took `seconds`."""
+        state, options, last = self.state, self.options, self.last_epoch
+        if metrics is not None:
             state.evaluations += 1
             self.log.evaluation(
-                {
-                    "step": state.step,
-                    "epoch": state.epoch + 1,
-                    "validation": metrics,
-                    "seconds": time.perf_counter() - begun,
-                }
+                {"step": state.step, "epoch": state.epoch + 1, "validation": metrics, "seconds": seconds}
             )
-            shown = "  ".join(f"{k} {v:.4f}" for k, v in metrics.items() if k != "average" or len(metrics) != 2)
-            if not self.bar.disable:
-                self.bar.write(f"epoch {state.epoch + 1}/{options.epochs}  {shown}", file=sys.stderr)
             state.since_best += 1
             if state.best_epoch is None or self.better(metrics):
                 self.keep(metrics)
@@ -292,15 +291,16 @@ class _Run:
         }
         checkpoint.save_tuner(self.run_dir / checkpoint.TUNER, self.best, about)
 
-    def finish(self) -> dict[str, Any]:
-        """Restore the best epoch, score the test split, write metrics.json."""
-        state = self.state
+    def restore_best(self) -> None:
+        """Back to the best epoch."""
         self.model.load_trainable(self.best)
         # Of a resumed run the file is from before: gone or damaged since, perhaps. What is scored is what is kept.
         self.write_best()
-        test = None
-        if self.test is not None:
-            test = evaluate(self.model, self.test, self.scorer(), self.device, self.options.precision, self.check)
+
+    def finish(self, test: dict[str, float] | None) -> dict[str, Any]:
+        """Write metrics.json; `test`: the scores of the test split, by the weights of the best epoch."""
+        state = self.state
+        if test is not None:
             self.log.evaluation({"step": state.step, "epoch": state.best_epoch, "test": test})
         batches = len(self.train)
         steps_an_epoch = -(-batches // self.options.accumulate)
@@ -321,14 +321,9 @@ class _Run:
         (self.run_dir / checkpoint.RESUME).unlink(missing_ok=True)
         return finite(result)
 
-    def check(self) -> None:
-        """Between two steps or evaluation batches: stop here if asked to."""
-        if self.interrupt.asked:
-            self.save()
-            raise Interrupted(
-                f"interrupted at step {self.state.step} of {self.total}; {self.run_dir} can be resumed: "
-                "give the same command again"
-            )
+    def abandon(self) -> None:
+        """Of a run that is not finite: resuming would end here again, and only stand in the way of other options."""
+        (self.run_dir / checkpoint.RESUME).unlink(missing_ok=True)
 
     def save(self, begun: bool = True) -> None:
         """Write the checkpoint; `begun`: whether it may be one of a step, which is not given up for other options."""

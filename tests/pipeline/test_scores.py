@@ -86,13 +86,16 @@ def test_weights_and_metrics_are_part_of_the_run(three: list[Any], tmp_path: Pat
 
 
 def test_a_resumed_run_keeps_its_options(three: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipeline.train import loop
+    from pipeline.train.loop import Interrupted, Training
 
-    def stop(self: Any) -> None:
+    take = Training.take
+
+    def stop(self: Any, *given: Any) -> None:
+        take(self, *given)
         self.save()
-        raise loop.Interrupted("stopped")
+        raise Interrupted("stopped")
 
-    monkeypatch.setattr(loop._Run, "check", stop)
+    monkeypatch.setattr(Training, "take", stop)
     assert invoke("train", *three, *TRAIN, "--class-weights", "yes=2", "--out", tmp_path / "run").exit_code != 0
     monkeypatch.undo()
     options = [*three, *TRAIN, "--out", tmp_path / "run"]

@@ -28,7 +28,10 @@ for words in lines:
     assert done.exit_code == 0 and not loaded, f"{words} imports {loaded}: {done.output}"
 """
 LINES = [[], ["--version"], ["tuners"], ["models"], ["tasks"], ["tasks", "--json"], ["store", "--help"]]
-LINES += [[name, "--help"] for name in ("extract", "train", "plan", "bench", "compare", "evaluate", "predict", "demo")]
+LINES += [
+    [name, "--help"]
+    for name in ("extract", "train", "sweep", "plan", "bench", "compare", "evaluate", "predict", "demo")
+]
 
 
 def test_help_and_lists_import_nothing_heavy() -> None:

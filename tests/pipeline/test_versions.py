@@ -94,13 +94,12 @@ def test_a_run_keeps_to_the_tables_it_was_trained_on(options, tmp_path):
 
 
 def test_a_run_does_not_go_on_with_other_labels(options, tmp_path, monkeypatch):
-    from pipeline.train.loop import _Run
+    from pipeline.train.loop import Training
 
     extract(options, write(tmp_path / "my.csv", 60))
     given = {**options, "task": str(tmp_path / "my.csv"), "out": str(tmp_path / "run"), "epochs": 3, "batch_size": 16}
     with monkeypatch.context() as patched:
-        patched.setattr(_Run, "close_epoch", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
-        patched.setattr(_Run, "epoch", lambda self, stream: self.save())
+        patched.setattr(Training, "step", lambda self, group: (self.save(), (_ for _ in ()).throw(KeyboardInterrupt)))
         with pytest.raises(KeyboardInterrupt):
             api.train(**given)
     extract(options, write(tmp_path / "my.csv", 60, flipped=True))

@@ -9,7 +9,7 @@ cached batch from a live one. Adding a tuner means adding one file with a config
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, ClassVar
 
@@ -25,6 +25,7 @@ from pipeline.extract.plugins import load_installed
 from pipeline.store.errors import UserError
 from pipeline.train.configs import SideConfig, TunerConfig
 from pipeline.train.features import Feature, Features, Kind, Want
+from pipeline.train.learned import Learned
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,11 @@ class Tuner(nn.Module):
     def remark(self) -> str:
         """What a person should know of the trained tuner; nothing by default."""
         return ""
+
+    def insights(self, batches: Iterable[Batch]) -> list[Learned]:
+        """What the trained tuner does, in numbers for a report; `batches`: samples to look at, where it depends on
+        them. Called in eval mode, without gradients."""
+        return []
 
     def train(self, mode: bool = True) -> Tuner:
         # Dropout inside the live layer is on while training, as in the official code (methods §6.1).

@@ -8,6 +8,7 @@ The paper fits the head anew after selection, and averages maps to several cells
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from pipeline.extract.backbones.tail import Tail
 from pipeline.store.errors import UserError
 from pipeline.train.configs import Head2ToeConfig
 from pipeline.train.features import Features, Want
+from pipeline.train.learned import Learned
 from pipeline.train.objectives.pooled import PooledHead
 from pipeline.train.tuners.base import Tuner, register, rows_of
 
@@ -75,6 +77,12 @@ class Head2Toe(Tuner):
             self.seen += 1
             if not self._selecting():
                 self._select(_columns(head).detach())
+
+    def insights(self, batches: Iterable[Batch]) -> list[Learned]:
+        widths = [f.width for f in self.features.values()]
+        kept = torch.stack([mask.mean() for mask in self.mask.split(widths)])
+        about = "The share of each layer's channels that the selection has kept."
+        return [Learned("Chosen features", about, list(self.features), kept.cpu())]
 
     def remark(self) -> str:
         used = int(self.mask.sum())

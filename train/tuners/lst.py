@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
 import torch
@@ -14,6 +14,7 @@ from pipeline.extract.backbones.bylength import by_length
 from pipeline.extract.backbones.tail import Tail
 from pipeline.train.configs import PRUNES, LstConfig
 from pipeline.train.features import Features, Want
+from pipeline.train.learned import Learned
 from pipeline.train.sideblocks import prunable, pruned, side_stack
 from pipeline.train.tuners.base import Start, Tuner, checked_reduction, linear, register, rows_of
 
@@ -127,6 +128,15 @@ class Lst(Tuner):
             rows = by_length(batch, stream, rungs, ladder) if rows is None else ladder(rungs, batch, rows)
         assert rows is not None
         return {self.stream: rows if self.up is None else self.up(rows)}
+
+    def insights(self, batches: Iterable[Batch]) -> list[Learned]:
+        found = []
+        for stream, ladder in self._ladders():
+            entering = 1 - torch.sigmoid(ladder.gates.detach() / ladder.temperature)[ladder.layers]
+            about = "1 − μ: how much of each layer's state enters the ladder, beside what came up it; 0.5 at the start."
+            names = [f"{stream}.{i}" for i in ladder.layers]
+            found.append(Learned(f"Gates of the {stream}'s ladder", about, names, entering.cpu()))
+        return found
 
     def _ladders(self) -> Iterator[tuple[str, Ladder]]:
         return ((s, cast(Ladder, ladder)) for s, ladder in self.ladders.items())

@@ -90,18 +90,22 @@ def mix(
         return layers.mean(1) + guide
     if how == "mhsa":
         return own(layers, layers, layers, need_weights=False)[0].mean(1) + guide
-    if score is None:
-        weights = (torch.bmm(layers, guide.unsqueeze(-1)).squeeze(-1) / layers.shape[-1] ** 0.5).softmax(-1)
-    else:
-        # The learned score w·(E ∘ e) + c is one product of E with w ∘ e.
-        query = guide * score.weight[0]
-        scores = torch.bmm(layers, query.unsqueeze(-1)).squeeze(-1) + score.bias
-        if how == "redundancy":
-            redundant = redundancy(layers, epsilon)
-        else:
-            redundant = own if how == "linear-learned" else torch.ones_like(scores)
-        weights = layer_weights(scores, redundant, epsilon)
+    weights = attention(layers, guide, score, how, own, epsilon)
     return torch.bmm(weights.unsqueeze(1), layers).squeeze(1) + guide
+
+
+def attention(layers: Tensor, guide: Tensor, score: nn.Linear | None, how: str, own: Any, epsilon: float) -> Tensor:
+    """(rows, layers), the weight of each layer in a blend that weighs them; arguments as of `mix`."""
+    if score is None:
+        return (torch.bmm(layers, guide.unsqueeze(-1)).squeeze(-1) / layers.shape[-1] ** 0.5).softmax(-1)
+    # The learned score w·(E ∘ e) + c is one product of E with w ∘ e.
+    query = guide * score.weight[0]
+    scores = torch.bmm(layers, query.unsqueeze(-1)).squeeze(-1) + score.bias
+    if how == "redundancy":
+        redundant = redundancy(layers, epsilon)
+    else:
+        redundant = own if how == "linear-learned" else torch.ones_like(scores)
+    return layer_weights(scores, redundant, epsilon)
 
 
 class MTSA(nn.Module):
@@ -152,11 +156,25 @@ class MTSA(nn.Module):
 
     def _blend(self, last: Tensor, *features: Tensor) -> Tensor:
         with full_precision(last.device):
-            # Rectified in place after stacking: one copy of the narrow features is kept for the backward pass, not two.
-            low = torch.stack([d(h) for d, h in zip(self.down, features, strict=True)]).relu_()
-            mixed, gated = torch.baddbmm(self.mix_bias, low, self.mix_weight).chunk(2, dim=-1)
-            refined = (mixed + low) * torch.sigmoid(gated)
-            layers, guide = refined[:-1].transpose(0, 1), refined[-1]
+            layers, guide = self._refined(features)
             blended = mix(layers, guide, self.score, self.blend, own=self.learned)
             # As a vector the ratio widens a `last` in half precision, which a scalar would not.
             return self.up(F.relu(blended)) + self.ratio().view(1) * last
+
+    def _refined(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """The features at side width: (rows, n − 1, d), and the guide (rows, d)."""
+        # Rectified in place after stacking: one copy of the narrow features is kept for the backward pass, not two.
+        low = torch.stack([d(h) for d, h in zip(self.down, features, strict=True)]).relu_()
+        mixed, gated = torch.baddbmm(self.mix_bias, low, self.mix_weight).chunk(2, dim=-1)
+        refined = (mixed + low) * torch.sigmoid(gated)
+        return refined[:-1].transpose(0, 1), refined[-1]
+
+    def shown(self, features: Sequence[Tensor]) -> tuple[Tensor | None, Tensor]:
+        """The weight of each layer (rows, n − 1), None for a blend that has none; and the rectified cosine of each with
+        each (rows, n − 1, n − 1), which sums to the redundancy (SHERL eq. 2)."""
+        with full_precision(features[0].device):
+            layers, guide = self._refined(features)
+            weighs = self.blend in (*SCORED, "attention")
+            weights = attention(layers, guide, self.score, self.blend, self.learned, EPSILON) if weighs else None
+            unit = layers / layers.square().sum(-1, keepdim=True).clamp(min=SMALLEST).sqrt()
+            return weights, torch.bmm(unit, unit.transpose(1, 2)).relu()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from pipeline.extract.backbones.dropout import Dropout
 from pipeline.extract.backbones.tail import LiveTail
 from pipeline.train.configs import SherlConfig
 from pipeline.train.features import Features, Want
+from pipeline.train.learned import Learned, Mean
 from pipeline.train.tuners.base import Tuner, checked_reduction, register, rows_of
 from pipeline.train.tuners.livelayers import LiveLayers, saved_size
 from pipeline.train.tuners.mtsa import MTSA
@@ -96,6 +98,31 @@ class Sherl(Tuner):
                 rows = self.mtsa[f"{stream}_{i}"](features, rows)
             rows = self.live(i, {**hidden, stream: rows}, batch)
         return {self.stream: self._finish(rows, self.stream)}
+
+    def insights(self, batches: Iterable[Batch]) -> list[Learned]:
+        mean, order = Mean(), {s: [f"{s}: embedding", *names[:-1]] for s, names in self.names.items()}
+
+        def note(stream: str, mtsa: Any, given: tuple[Any, ...]) -> None:
+            weights, alike = mtsa.shown(given[0])
+            mean.add(f"alike {stream}", alike)
+            if weights is not None:
+                mean.add(f"weights {stream}", weights)
+
+        seen = [self.mtsa[s].register_forward_pre_hook(partial(note, s)) for s in order]
+        try:
+            for batch in batches:
+                self(batch)
+        finally:
+            for handle in seen:
+                handle.remove()
+        found = []
+        for stream, names in order.items():
+            if f"weights {stream}" in mean.total:
+                about = "The weight of each layer in the blend (SHERL eq. 3), mean over positions."
+                found.append(Learned(f"Layer attention, {stream}", about, names, mean.of(f"weights {stream}")))
+            about = "Rectified cosine of the layers' refined features, mean over positions; rows sum to the redundancy."
+            found.append(Learned(f"Redundancy, {stream}", about, names, mean.of(f"alike {stream}")))
+        return found
 
     def _finish(self, rows: Tensor, stream: str) -> Tensor:
         norm = self.norm[stream]

@@ -10,7 +10,7 @@ ours, not theirs, and to be named as such beside published numbers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from pipeline.extract.backbones.batch import Batch, Layout
 from pipeline.extract.backbones.tail import Tail
 from pipeline.train.configs import UniptConfig
 from pipeline.train.features import Features, Want
+from pipeline.train.learned import Learned, Mean
 from pipeline.train.tuners.base import (
     StateLinear,
     Tuner,
@@ -61,14 +62,17 @@ class Aggregate(nn.Module):
         with full_precision(anchor.device):
             anchor = anchor.float()
             targets = [t.float() for t in targets]
-            summary = layout.mean(anchor)
-            scores = torch.cat([self.confidence(summary * layout.mean(t)) for t in targets], dim=1)
-            share = scores.softmax(1)
+            share = self.shares(anchor, targets, layout)
             grid = layout.pad(anchor)
             mixed = anchor.new_zeros(grid.shape)
             for i, target in enumerate(targets):
                 mixed = mixed + share[:, i, None, None] * attend(grid, layout.pad(target))
             return anchor + self.project(layout.unpad(mixed))
+
+    def shares(self, anchor: Tensor, targets: Sequence[Tensor], layout: Layout) -> Tensor:
+        """(B, targets), the confidence in each target."""
+        summary = layout.mean(anchor)
+        return torch.cat([self.confidence(summary * layout.mean(t)) for t in targets], dim=1).softmax(1)
 
 
 class Down(nn.Sequential):
@@ -101,9 +105,22 @@ class Unipt(Tuner):
         stream = backbone.streams[0]
         return [*backbone.embedding(stream), *(f"{stream}.{i}" for i in _layers(config, backbone))]
 
-    def forward(self, batch: Batch) -> Features:
+    def insights(self, batches: Iterable[Batch]) -> list[Learned]:
+        mean = Mean()
+        for batch in batches:
+            low = [rows.float() for rows in self._low(batch)]
+            mean.add("share", self.aggregate.shares(low[-1], low[:-1], batch.layout(self.stream)))
+        about = "The softmax over layers that weighs what each adds to the last one, mean over samples."
+        names = [f"{self.stream}: embedding", *self.names[:-1]]
+        return [Learned("Confidence in each layer", about, names, mean.of("share"))]
+
+    def _low(self, batch: Batch) -> list[Tensor]:
+        """Embedding and states at side width, (rows, d) each."""
         sources = [self.tail.embed(batch, self.stream), *(batch.states[n] for n in self.names)]
-        low = [down(h) for down, h in zip(self.down, sources, strict=True)]
+        return [down(h) for down, h in zip(self.down, sources, strict=True)]
+
+    def forward(self, batch: Batch) -> Features:
+        low = self._low(batch)
         rows = self.aggregate(low[-1], low[:-1], batch.layout(self.stream))
         return {self.stream: self.up(F.relu(rows))}
 
