@@ -130,13 +130,15 @@ def test_a_resumed_run_of_slots_keeps_its_options(
         self.save()
         raise loop.Interrupted("stopped")
 
-    options = [*glue["options"], "--tuner", "a=sherl,b=unipt", *TRAIN, "--out", tmp_path / "run"]
+    shutil.copytree(glue["folder"] / "store", tmp_path / "store")
+    own = [*glue["options"], "--store", tmp_path / "store"]
+    options = [*own, "--tuner", "a=sherl,b=unipt", *TRAIN, "--out", tmp_path / "run"]
     monkeypatch.setattr(loop._Run, "check", stop)
     assert invoke("train", *options, "--gate", 0.2).exit_code != 0
     monkeypatch.undo()
     refused(invoke("train", *options), "unfinished run", "gate")
     alone = ["--model", glue["options"][1].removeprefix("a=").split(",")[0], "--tuner", "unipt"]
-    run("extract", *glue["options"], *alone[:2], "--for", "unipt", "--format", "float32")
+    run("extract", *own, *alone[:2], "--for", "unipt", "--format", "float32")
     refused(invoke("train", *options, *alone), "unfinished run", "space")
     assert run("train", *options, "--gate", 0.2)["stopped"] == "done"
 
