@@ -10,6 +10,9 @@ from PIL import Image
 from pipeline.extract.backbones import TextOptions, backbone_for
 from pipeline.extract.backbones.grids import sizes
 from pipeline.extract.checkpoint import Checkpoint
+from pipeline.store.errors import UserError
+from pipeline.testing import BACKBONE_CHECKS, Case
+from pipeline.train.tuners import fitting_tuner, tuner_config
 
 LEVELS = {"mobilenet": (2, 3, 5, 7), "convnext": (1, 2, 3, 4), "resnet": (1, 2, 3, 4), "swin": (1, 2, 3, 4)}
 
@@ -66,6 +69,26 @@ def test_each_picture_is_padded_alone_to_the_coarsest_stride(checkpoints, unequa
             shape = sizes(one.batch(), backbone.streams, stream)[0]
             assert tuple(shape) == tuple(n // backbone.stride(stream) for n in one.pictures[0].extent)
     assert [backbone.stride(s) for s in backbone.levels] == [4, 8, 16, 32]
+
+
+@pytest.fixture(scope="module")
+def cases(checkpoints, pictures):
+    return {name: Case(Checkpoint(checkpoints[name], name), "probe", pictures) for name in ("mobilenet", "convnext")}
+
+
+@pytest.mark.parametrize("check", BACKBONE_CHECKS, ids=lambda c: c.__name__)
+@pytest.mark.parametrize("name", ["mobilenet", "convnext"])
+def test_they_keep_the_contract_of_backbones(cases, name, check):
+    with torch.no_grad():
+        check(cases[name])
+
+
+def test_a_stage_of_one_block_is_refused_at_the_door(checkpoints):
+    one, more = (Checkpoint(checkpoints[name], name).backbone for name in ("mobilenet", "resnet"))
+    config = tuner_config("sherl", {})
+    with pytest.raises(UserError, match="of one width; stage8 of efficientnet backbones has a single one"):
+        fitting_tuner("sherl", config, one)
+    assert fitting_tuner("sherl", config, more)
 
 
 def test_overlapping_stems_and_odd_sides_have_the_grid_they_give(checkpoints, unequal):

@@ -109,6 +109,7 @@ REFUSED = {
     "--head fcn --auxiliary-weight 0.4": "auxiliary_weight: upernet has an auxiliary head, fcn has none",
     "--head linear --head-width 8": "head_width: a linear head is a single linear map",
     "--objective classification": "learns targets of type class, these are mask",
+    "--metric accuracy": "objective segmentation is scored by miou, pixel_accuracy",
     "--ignore-index 300": "ignore_index: at least 0 and at most 255",
     "--head unet": "Invalid value for '--head'",
 }

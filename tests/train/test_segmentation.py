@@ -149,6 +149,15 @@ def test_classes_neither_there_nor_told_do_not_count():
     assert MaskScorer(3).compute() == {"miou": 0.0, "pixel_accuracy": 0.0}
 
 
+def test_the_figures_asked_for_are_told_and_the_first_selects():
+    objective = Segmentation(SegmentationConfig(metric=("pixel_accuracy",)), ANSWERS)
+    scorer = objective.scorer()
+    scorer.update({"confusion": torch.tensor([[6, 2, 0], [0, 2, 0], [0, 0, 0]])}, None)
+    assert scorer.compute() == {"pixel_accuracy": 0.8} and scorer.value(scorer.compute()) == 0.8
+    usual = Segmentation(SegmentationConfig(), ANSWERS).scorer()
+    assert usual.first == "miou" and usual.value({"miou": 0.25, "pixel_accuracy": 0.5}) == 0.25
+
+
 @pytest.mark.parametrize(("width", "count"), [(128, 33_315_990), (192, 36_953_238)])
 def test_upernet_has_its_published_parameters(width, count):
     config = SegmentationConfig()
