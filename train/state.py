@@ -39,18 +39,31 @@ class State:
 
 
 def refuse_other_run(saved: Mapping[str, Any], now: Mapping[str, Any], run_dir: Path) -> None:
-    """Raises UserError naming what differs between the unfinished run in `run_dir` and the one asked for `now`."""
+    """Raises UserError naming what differs between the unfinished run in `run_dir` and the one asked for `now`. Under
+    `chosen` stand the options of tuners and objectives."""
     for name, value in now.items():
-        if isinstance(value, Mapping):  # what an earlier version did not write down is taken as it is now
-            refuse_other_run({**value, **saved.get(name, {})}, value, run_dir)
-            continue
-        if name in _FREE or saved.get(name) == value:
-            continue
-        if name in _CONTENT:
+        before = saved.get(name)
+        if name == "chosen":
+            _refuse_other_options(before or {}, value, run_dir)
+        elif name in _CONTENT and before != value:
             raise UserError(
                 f"{run_dir} holds an unfinished run over {_CONTENT[name]} changed since; choose another --out"
             )
-        raise UserError(
-            f"{run_dir} holds an unfinished run with {name} {saved.get(name)!r}, now {value!r}: "
-            "give the same to resume it, or choose another --out"
-        )
+        elif name not in _FREE and before != value:
+            raise _other(name, before, value, run_dir)
+
+
+def _refuse_other_options(saved: Mapping[str, Any], now: Mapping[str, Any], run_dir: Path) -> None:
+    for name, value in now.items():
+        before = saved.get(name, value)  # what an earlier version did not write down is taken as it is now
+        if isinstance(value, Mapping) and isinstance(before, Mapping):
+            _refuse_other_options(before, value, run_dir)
+        elif before != value:
+            raise _other(name, before, value, run_dir)
+
+
+def _other(name: str, before: Any, now: Any, run_dir: Path) -> UserError:
+    return UserError(
+        f"{run_dir} holds an unfinished run with {name} {before!r}, now {now!r}: "
+        "give the same to resume it, or choose another --out"
+    )

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 import pipeline
 from pipeline.store.errors import UserError
@@ -68,6 +69,35 @@ def test_two_tasks(tables: Path, checkpoints: dict[str, Path], tmp_path: Path, b
     refused(invoke("evaluate", tmp_path / "cached", "--task", "else"), "animals, lengths")
     again = run("train", "--recipe", tmp_path / "cached" / "recipe.yaml", "--out", tmp_path / "again")
     assert losses(tmp_path / "again") == losses(tmp_path / "cached") and again["task"] == "animals, lengths"
+
+
+def test_weights_metrics_and_reports_of_each_task(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """Weights are counted on each task's own rows; the recipe asks for them again, for one value is true of neither."""
+    texts = tiny.sentences(60)
+    for name, word in (("cats", "cat"), ("birds", "bird")):
+        rows = [f"{text},{'yes' if word in text else 'no'}" for text in texts]
+        (tmp_path / f"{name}.csv").write_text("\n".join(["text,label", *rows]) + "\n")
+    both = ["--model", checkpoints["bert"], "--task", f"{tmp_path / 'cats.csv'},{tmp_path / 'birds.csv'}"]
+    run("extract", *both, "--store", tmp_path / "store", "--for", "probe", "--stratify", "--format", "float32")
+    how = [*both, "--store", tmp_path / "store", "--tuner", "probe", *TRAIN]
+    own = ["--class-weights", "balanced", "--metric", "f1_macro"]
+    done = run("train", *how, *own, "--out", tmp_path / "run")
+    assert done["test"].keys() == {"cats.f1_macro", "birds.f1_macro", "average"}
+    loaded = pipeline.load_run(tmp_path / "run")
+    for job in loaded.job.each:
+        labels = job.tables["train"].labels
+        expected = [f"{name}={len(labels) / 2 / labels.count(i)!r}" for i, name in enumerate(("no", "yes"))]
+        assert list(job.objective.config.class_weights) == expected
+    assert loaded.job.jobs["cats"].objective.config != loaded.job.jobs["birds"].objective.config
+    kept = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
+    assert kept["objective_options"]["class_weights"] == ["balanced"] and kept["stratify"] is True
+    run("train", "--recipe", tmp_path / "run" / "recipe.yaml", "--out", tmp_path / "again")
+    assert losses(tmp_path / "again") == losses(tmp_path / "run")
+    run("train", *how, "--metric", "f1_macro", "--out", tmp_path / "plain")
+    assert losses(tmp_path / "plain") != losses(tmp_path / "run")
+    refused(invoke("evaluate", tmp_path / "run", "--report"), "several tasks", "cats, birds")
+    found = run("evaluate", tmp_path / "run", "--task", "cats", "--report")
+    assert found["f1_macro"] == pytest.approx(done["test"]["cats.f1_macro"]) and found["report"]
 
 
 def test_what_several_tasks_do_not_take(tables: Path, checkpoints: dict[str, Path], tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import yaml
 import pipeline
 from pipeline.store import Store
 from pipeline.store.errors import UserError
+from pipeline.train import loop
 from pipeline.versions import versions_of
 from tests import tiny
 from tests.pipeline.test_errors import refused
@@ -103,6 +104,41 @@ def test_a_recipe_and_python_say_the_same(glue: dict[str, Any], tmp_path: Path) 
         found.predict({"a": rows})
     with pytest.raises(UserError, match="numbers of rows"):
         found.predict({"a": rows, "b": rows[:1]})
+
+
+def test_weights_metrics_and_reports(glue: dict[str, Any], tmp_path: Path) -> None:
+    """As with one backbone: counted on the training rows, part of the run, and its report."""
+    how = [*glue["options"], "--tuner", "probe", *TRAIN, "--metric", "f1_macro"]
+    done = run("train", *how, "--class-weights", "balanced", "--out", tmp_path / "run")
+    labels = pipeline.load_run(tmp_path / "run").job.tables["train"].labels
+    names = ("entailment", "not_entailment")
+    expected = [f"{name}={len(labels) / 2 / labels.count(i)!r}" for i, name in enumerate(names)]
+    kept = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
+    assert kept["objective_options"]["class_weights"] == expected and labels.count(0) != labels.count(1)
+    run("train", *how, "--out", tmp_path / "plain")
+    assert losses(tmp_path / "plain") != losses(tmp_path / "run")
+    found = run("evaluate", tmp_path / "run", "--report")
+    assert found["f1_macro"] == pytest.approx(done["test"]["f1_macro"]) and done["test"].keys() == {"f1_macro"}
+    rows = {row["name"]: row["support"] for row in found["report"]["rows"]}
+    assert rows["entailment"] + rows["not_entailment"] == 12
+
+
+def test_a_resumed_run_of_slots_keeps_its_options(
+    glue: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(self: Any) -> None:
+        self.save()
+        raise loop.Interrupted("stopped")
+
+    options = [*glue["options"], "--tuner", "a=sherl,b=unipt", *TRAIN, "--out", tmp_path / "run"]
+    monkeypatch.setattr(loop._Run, "check", stop)
+    assert invoke("train", *options, "--gate", 0.2).exit_code != 0
+    monkeypatch.undo()
+    refused(invoke("train", *options), "unfinished run", "gate")
+    alone = ["--model", glue["options"][1].removeprefix("a=").split(",")[0], "--tuner", "unipt"]
+    run("extract", *glue["options"], *alone[:2], "--for", "unipt", "--format", "float32")
+    refused(invoke("train", *options, *alone), "unfinished run", "space")
+    assert run("train", *options, "--gate", 0.2)["stopped"] == "done"
 
 
 def test_a_column_a_slot(checkpoints: dict[str, Path], tmp_path: Path) -> None:
