@@ -131,13 +131,14 @@ def test_our_tuners_train_on_their_backbone_or_say_at_the_door_why_not(distil: P
     common = ["--import", OTHERS, "--model", distil, "--task", "word-parity", "--store", tmp_path / "store"]
     lst = [*common, "--tuner", "lst", "--reduction", 4, "--epochs", 1, "--batch-size", 8]
     probe = [*common, "--tuner", "probe", "--epochs", 1, "--batch-size", 8]
-    _, *runs = results(
+    _, *runs, _ = results(
         ["extract", *common, "--format", "float32", "--for", "lst,probe", "--reduction", 4],
         *(
             ["train", *line, *live, "--out", tmp_path / f"{line[9]}{len(live)}"]
             for line in (lst, probe)
             for live in ([], ["--live"])
         ),
+        ["store", "verify", "--deep", "--store", tmp_path / "store"],  # a backbone without a tail's weights too
         cwd=tmp_path,
     )
     for cached, live in zip(runs[::2], runs[1::2], strict=True):
