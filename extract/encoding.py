@@ -1,7 +1,7 @@
 """Number formats on tensors: encoding on the device that computed a state, decoding on the one that reads it.
 
-The formats are those of `store.formats`; the store itself holds NumPy arrays. Between the two nothing is copied: a
-tensor and an array share their memory.
+The formats are those of `store.format.formats`; the store itself holds NumPy arrays. Between the two nothing is copied:
+a tensor and an array share their memory.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ml_dtypes import bfloat16, float8_e4m3fn, float8_e5m2
 from torch import Tensor
 
 from pipeline.store.errors import NonFinite
-from pipeline.store.formats import HALF_MAX, SCALE_MAX, SCALE_MIN, Encoded, check_format
+from pipeline.store.format.formats import HALF_MAX, SCALE_MAX, SCALE_MIN, Encoded, check_format
 
 _DTYPES = {
     "float32": torch.float32,
@@ -62,7 +62,7 @@ def arrays_of(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
 
 @dataclass(frozen=True)
 class EncodedTensor:
-    """Rows of one state as stored, as tensors; see `store.formats.Encoded`."""
+    """Rows of one state as stored, as tensors; see `store.format.formats.Encoded`."""
 
     values: Tensor
     scale: Tensor | None = None

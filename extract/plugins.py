@@ -15,8 +15,8 @@ from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from pipeline.store.digest import digest_bytes
 from pipeline.store.errors import Notice, UserError
+from pipeline.store.format.digest import digest_bytes
 
 GROUP = "pipeline.plugins"
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from pipeline.extract.encoding import tensors_of
-from pipeline.store.digest import digest_bytes
 from pipeline.store.errors import NonFinite, StoreError, UserError
+from pipeline.store.format.digest import digest_bytes
 
 KINDS = ("pca", "orthogonal")
 

@@ -32,27 +32,27 @@ if TYPE_CHECKING:
     from pipeline.api import load_run as load_run
     from pipeline.api import open_store as open_store
     from pipeline.extract.backbones.base import Backbone as Backbone
-    from pipeline.extract.backbones.batch import Batch as Batch
+    from pipeline.extract.batch import Batch as Batch
     from pipeline.recipe import Recipe as Recipe
     from pipeline.runs import Run as Run
     from pipeline.store.errors import UserError as UserError
     from pipeline.store.space import Space as Space
     from pipeline.store.store import Store as Store
-    from pipeline.train.iterable import Stream as Stream
+    from pipeline.train.data.iterable import Stream as Stream
     from pipeline.train.tuners.base import Tuner as Tuner
     from pipeline.train.tuners.base import TunerConfig as TunerConfig
     from pipeline.train.tuners.base import register as register
 
 # Imported when first used: the command line starts at once, torch is loaded when something needs it.
 _HOMES = {
-    "Batch": "pipeline.extract.backbones.batch",
+    "Batch": "pipeline.extract.batch",
     "Backbone": "pipeline.extract.backbones.base",
     "FeatureStore": "pipeline.api",
     "Recipe": "pipeline.recipe",
     "Run": "pipeline.runs",
     "Space": "pipeline.store.space",
     "Store": "pipeline.store.store",
-    "Stream": "pipeline.train.iterable",
+    "Stream": "pipeline.train.data.iterable",
     "Tuner": "pipeline.train.tuners.base",
     "TunerConfig": "pipeline.train.tuners.base",
     "UserError": "pipeline.store.errors",

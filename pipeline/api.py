@@ -8,25 +8,25 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.doubts import limit_doubt
+from pipeline.checks.doubtful_rows import limit_doubt
+from pipeline.checks.unused_options import TABLE_OPTIONS, refuse_for_command, refuse_for_stream, refuse_host_memory
+from pipeline.commands.extract import run_extract
+from pipeline.commands.train import run_train
 from pipeline.extract.tasks.base import Task, TaskSpec
-from pipeline.extracted import first_views, limited, views_of
-from pipeline.extracting import run_extract
-from pipeline.job import found_tables
-from pipeline.objectives import plain_objective
+from pipeline.jobs.extracted import first_views, limited, views_of
+from pipeline.jobs.job import found_tables
+from pipeline.jobs.slots import refuse_slots
+from pipeline.jobs.sources import parse_size
+from pipeline.lookup.objective import plain_objective
+from pipeline.lookup.recipe import device_of, find_space, store_path
 from pipeline.owners import recipe_of
 from pipeline.recipe import Recipe, named
-from pipeline.resolve import device_of, find_space, store_path
 from pipeline.runs import Run, load_run
-from pipeline.slots import refuse_slots
-from pipeline.sources import parse_size
 from pipeline.store import Space, Store
 from pipeline.store.errors import Notice, UserError
-from pipeline.train.iterable import Stream
-from pipeline.train.stream import StoreSource, StreamOptions
-from pipeline.train.targets import Targets
-from pipeline.training import run_train
-from pipeline.unused import TABLE_OPTIONS, refuse_for_command, refuse_for_stream, refuse_host_memory
+from pipeline.train.data.iterable import Stream
+from pipeline.train.data.store_source import StoreSource, StreamOptions
+from pipeline.train.data.targets import Targets
 
 Say = Callable[[str], None]
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
-from pipeline.store.digest import digest_bytes
 from pipeline.store.errors import Notice, UserError
+from pipeline.store.format.digest import digest_bytes
 
 _SEAL = "xxh3 of the options: "
 

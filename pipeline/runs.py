@@ -9,36 +9,36 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from pipeline.command_line import quoted
+from pipeline.checks.rows import checked_rows
+from pipeline.cli.command_lines import quoted
+from pipeline.commands.extract import Say
+from pipeline.commands.prepare import of_slot
 from pipeline.extract.backbones.live import LiveBackbone
-from pipeline.extract.checkpoint import Checkpoint
+from pipeline.extract.pretrained import Checkpoint
 from pipeline.extract.tasks.base import TaskSpec
 from pipeline.extract.tasks.glue import GLUE
 from pipeline.extract.tasks.images import SUFFIXES as PICTURES
 from pipeline.extract.tasks.images import pictures
 from pipeline.extract.tasks.sheet import read_sheet
 from pipeline.extract.tasks.table import cell_text
-from pipeline.extracting import Say
-from pipeline.job import Job
-from pipeline.joint import Joint
-from pipeline.mixture import Mixture, open_job
+from pipeline.jobs.job import Job
+from pipeline.jobs.joint import Joint
+from pipeline.jobs.mixture import Mixture, open_job
+from pipeline.jobs.slots import parts_of, slots_of
+from pipeline.jobs.sources import fresh_source, live_backbone, relive
 from pipeline.owners import recipe_of
-from pipeline.preparing import of_slot
 from pipeline.recipe import read_recipe
-from pipeline.rows import checked_rows
-from pipeline.slots import parts_of, slots_of
-from pipeline.sources import fresh_source, live_backbone, relive
 from pipeline.store.errors import StoreError, UserError
-from pipeline.train.checkpoint import TUNER, check
-from pipeline.train.checkpoint import load as load_checkpoint
+from pipeline.train.data.mixture import MixedModel
+from pipeline.train.data.source import Source
 from pipeline.train.evaluate import evaluate, predict
+from pipeline.train.fit.run_files import TUNER, check
+from pipeline.train.fit.run_files import load as load_checkpoint
 from pipeline.train.generate import generate
 from pipeline.train.metrics import score
-from pipeline.train.mixture import MixedModel
 from pipeline.train.model import Model
 from pipeline.train.objectives.base import Objective, Report
 from pipeline.train.objectives.label_text import LabelText
-from pipeline.train.source import Source
 from pipeline.train.tuners import tuner_class
 
 # Options of a run's recipe that say where things are and not what they are.

@@ -25,10 +25,10 @@ import torch
 
 from pipeline.extract.backbones import Batch, Inputs, TextOptions, stream_of
 from pipeline.extract.backbones.capabilities import LiveLast
-from pipeline.extract.checkpoint import Checkpoint, resolve
 from pipeline.extract.encoding import decode, encode
+from pipeline.extract.pretrained import Checkpoint, resolve
 from pipeline.extract.tasks import load_task
-from pipeline.objectives import class_objective
+from pipeline.lookup.objective import class_objective
 from pipeline.store import UserError
 from pipeline.train.model import Model, late_weights, state_names, tail_for
 from pipeline.train.objectives import Objective

@@ -7,51 +7,51 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipeline.store.blocks import Block, BlockPlan, Part, read_block
-    from pipeline.store.digest import canonical_json, digest_bytes, digest_json
     from pipeline.store.errors import MissingStates, NonFinite, SpaceMismatch, StoreError, UserError
-    from pipeline.store.formats import FORMATS, Encoded, bytes_per_value, check_format, decode
-    from pipeline.store.index import Lookup
-    from pipeline.store.names import CHUNK_BYTES, FORMAT, SEGMENT_BYTES, SEGMENT_SECONDS, stream_of
-    from pipeline.store.samples import Samples
-    from pipeline.store.segment import Problem, Segment
+    from pipeline.store.format.digest import canonical_json, digest_bytes, digest_json
+    from pipeline.store.format.formats import FORMATS, Encoded, bytes_per_value, check_format, decode
+    from pipeline.store.format.names import CHUNK_BYTES, FORMAT, SEGMENT_BYTES, SEGMENT_SECONDS, stream_of
+    from pipeline.store.format.samples import Samples
+    from pipeline.store.segments.blocks import Block, BlockPlan, Part, read_block
+    from pipeline.store.segments.index import Lookup
+    from pipeline.store.segments.segment import Problem, Segment
+    from pipeline.store.segments.writer import SegmentWriter
     from pipeline.store.space import Space
     from pipeline.store.store import Store
-    from pipeline.store.tables import TableInfo, TaskTable
-    from pipeline.store.writer import SegmentWriter
+    from pipeline.store.tables.table import TableInfo, TaskTable
 
 _HOMES = {
-    "Block": "pipeline.store.blocks",
-    "BlockPlan": "pipeline.store.blocks",
-    "CHUNK_BYTES": "pipeline.store.names",
-    "Encoded": "pipeline.store.formats",
-    "FORMAT": "pipeline.store.names",
-    "FORMATS": "pipeline.store.formats",
-    "Lookup": "pipeline.store.index",
+    "Block": "pipeline.store.segments.blocks",
+    "BlockPlan": "pipeline.store.segments.blocks",
+    "CHUNK_BYTES": "pipeline.store.format.names",
+    "Encoded": "pipeline.store.format.formats",
+    "FORMAT": "pipeline.store.format.names",
+    "FORMATS": "pipeline.store.format.formats",
+    "Lookup": "pipeline.store.segments.index",
     "MissingStates": "pipeline.store.errors",
     "NonFinite": "pipeline.store.errors",
-    "Part": "pipeline.store.blocks",
-    "Problem": "pipeline.store.segment",
-    "SEGMENT_BYTES": "pipeline.store.names",
-    "SEGMENT_SECONDS": "pipeline.store.names",
-    "Samples": "pipeline.store.samples",
-    "Segment": "pipeline.store.segment",
-    "SegmentWriter": "pipeline.store.writer",
+    "Part": "pipeline.store.segments.blocks",
+    "Problem": "pipeline.store.segments.segment",
+    "SEGMENT_BYTES": "pipeline.store.format.names",
+    "SEGMENT_SECONDS": "pipeline.store.format.names",
+    "Samples": "pipeline.store.format.samples",
+    "Segment": "pipeline.store.segments.segment",
+    "SegmentWriter": "pipeline.store.segments.writer",
     "Space": "pipeline.store.space",
     "SpaceMismatch": "pipeline.store.errors",
     "Store": "pipeline.store.store",
     "StoreError": "pipeline.store.errors",
-    "TableInfo": "pipeline.store.tables",
-    "TaskTable": "pipeline.store.tables",
+    "TableInfo": "pipeline.store.tables.table",
+    "TaskTable": "pipeline.store.tables.table",
     "UserError": "pipeline.store.errors",
-    "bytes_per_value": "pipeline.store.formats",
-    "canonical_json": "pipeline.store.digest",
-    "check_format": "pipeline.store.formats",
-    "decode": "pipeline.store.formats",
-    "digest_bytes": "pipeline.store.digest",
-    "digest_json": "pipeline.store.digest",
-    "read_block": "pipeline.store.blocks",
-    "stream_of": "pipeline.store.names",
+    "bytes_per_value": "pipeline.store.format.formats",
+    "canonical_json": "pipeline.store.format.digest",
+    "check_format": "pipeline.store.format.formats",
+    "decode": "pipeline.store.format.formats",
+    "digest_bytes": "pipeline.store.format.digest",
+    "digest_json": "pipeline.store.format.digest",
+    "read_block": "pipeline.store.segments.blocks",
+    "stream_of": "pipeline.store.format.names",
 }
 
 __all__ = [

@@ -11,14 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.store.analysis import BLOCK_BYTES, rows_of_state
-from pipeline.store.blocks import BlockPlan, plan_blocks
-from pipeline.store.digest import digest_json
-from pipeline.store.document import load_document
 from pipeline.store.errors import StoreError
-from pipeline.store.files import Files
-from pipeline.store.index import Index, Lookup
-from pipeline.store.names import (
+from pipeline.store.files.local import Files
+from pipeline.store.files.places import open_files
+from pipeline.store.format.digest import digest_json
+from pipeline.store.format.document import load_document
+from pipeline.store.format.names import (
     FORMAT,
     MAX_JSON,
     MAX_SMALL_JSON,
@@ -29,12 +27,14 @@ from pipeline.store.names import (
     segment_path,
     space_path,
 )
-from pipeline.store.places import open_files
-from pipeline.store.records import Record, list_records, read_record, save_record
-from pipeline.store.references import missing_tables, read_named, unfound
-from pipeline.store.segment import NotSealed, Problem, Segment
-from pipeline.store.sweep import lost_manifest, sweep
-from pipeline.store.tables import (
+from pipeline.store.segments.analysis import BLOCK_BYTES, rows_of_state
+from pipeline.store.segments.blocks import BlockPlan, plan_blocks
+from pipeline.store.segments.index import Index, Lookup
+from pipeline.store.segments.segment import NotSealed, Problem, Segment
+from pipeline.store.segments.unsealed import lost_manifest, sweep
+from pipeline.store.segments.writer import SegmentWriter
+from pipeline.store.tables.records import Record, list_records, read_record, save_record
+from pipeline.store.tables.table import (
     TableInfo,
     TaskTable,
     list_tables,
@@ -44,7 +44,7 @@ from pipeline.store.tables import (
     save_table,
     upgrade_tables,
 )
-from pipeline.store.writer import SegmentWriter
+from pipeline.store.upkeep.references import missing_tables, read_named, unfound
 
 KIND = "activation-space"
 REMOVING = "removing.json"  # a note of who is removing the space; from then on it is not there
@@ -263,7 +263,7 @@ class Space:
         return Path(self.files.where(save_table(self.files, self._tasks, table)))
 
     def upgrade_tables(self, change: bool = True) -> list[tuple[TableInfo, str]]:
-        """Rewrite tables of format 1 as format 2, see `store.tables.upgrade_tables`."""
+        """Rewrite tables of format 1 as format 2, see `store.tables.table.upgrade_tables`."""
         return upgrade_tables(self.files, self._tasks, change)
 
     def tables(self) -> list[TableInfo]:

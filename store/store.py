@@ -9,17 +9,17 @@ from typing import Any
 import numpy as np
 
 from pipeline.store import weights
-from pipeline.store.digest import canonical_json, digest_json
-from pipeline.store.document import dump_document, load_document, parse_json
 from pipeline.store.errors import StoreError
-from pipeline.store.files import Files, explain
-from pipeline.store.names import FORMAT, MAX_SMALL_JSON, is_key, space_path
-from pipeline.store.places import is_remote, open_files
-from pipeline.store.resolve import resolve
-from pipeline.store.segment import Problem
+from pipeline.store.files.local import Files, explain
+from pipeline.store.files.places import is_remote, open_files
+from pipeline.store.format.digest import canonical_json, digest_json
+from pipeline.store.format.document import dump_document, load_document, parse_json
+from pipeline.store.format.names import FORMAT, MAX_SMALL_JSON, is_key, space_path
+from pipeline.store.segments.segment import Problem
+from pipeline.store.segments.unsealed import abandoned
+from pipeline.store.select import resolve
 from pipeline.store.space import KIND as SPACE_KIND
 from pipeline.store.space import REMOVING, Space, has_space, lost_identity
-from pipeline.store.sweep import abandoned
 
 KIND = "activation-store"
 

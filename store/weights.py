@@ -19,12 +19,12 @@ import numpy as np
 from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save
 
-from pipeline.store.digest import digest_bytes
-from pipeline.store.document import dump_document, load_document, parse_json
 from pipeline.store.errors import MissingStates, StoreError
-from pipeline.store.files import Files, explain
-from pipeline.store.names import FORMAT, MAX_SMALL_JSON, MAX_WEIGHTS_BYTES, is_file, is_key
-from pipeline.store.sweep import abandoned, sign
+from pipeline.store.files.local import Files, explain
+from pipeline.store.format.digest import digest_bytes
+from pipeline.store.format.document import dump_document, load_document, parse_json
+from pipeline.store.format.names import FORMAT, MAX_SMALL_JSON, MAX_WEIGHTS_BYTES, is_file, is_key
+from pipeline.store.segments.unsealed import abandoned, sign
 
 _KIND = "activation-weights"
 _NOTE = re.compile(r"writer-[0-9a-f]{8}\.json")

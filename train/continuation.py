@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.extract.backbones.batch import Batch
 from pipeline.extract.backbones.live import LiveBackbone
 from pipeline.extract.backbones.past import Past
+from pipeline.extract.batch import Batch
 from pipeline.store.errors import UserError
-from pipeline.train.finite import refuse_nan
+from pipeline.train.fit.finite import refuse_nan
 from pipeline.train.model import Model
 from pipeline.train.model import state_names as names_of
 

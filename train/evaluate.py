@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.extract.backbones.batch import Batch
+from pipeline.extract.batch import Batch
 from pipeline.store.errors import UserError
-from pipeline.train.finite import NotFinite
+from pipeline.train.data.source import Source
+from pipeline.train.fit.finite import NotFinite
+from pipeline.train.fit.options import PRECISIONS
 from pipeline.train.objectives.base import Outputs, Report, Scorer
-from pipeline.train.options import PRECISIONS
-from pipeline.train.source import Source
 
 
 class Trainable(Protocol):

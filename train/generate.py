@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from pipeline.extract.backbones.capabilities import WritesText
-from pipeline.extract.backbones.inputs import Inputs
 from pipeline.extract.backbones.live import LiveBackbone
 from pipeline.extract.backbones.tail import TextTail
-from pipeline.train.finite import refuse_nan
+from pipeline.extract.inputs import Inputs
+from pipeline.train.fit.finite import refuse_nan
 from pipeline.train.model import Model
 from pipeline.train.model import state_names as names_of
 

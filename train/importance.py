@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.extract.backbones.base import Backbone
-from pipeline.extract.backbones.batch import Batch
-from pipeline.train.counterparts import CounterpartModel, counterpart
+from pipeline.extract.batch import Batch
+from pipeline.train.baselines.methods import CounterpartModel, counterpart
 from pipeline.train.objectives.base import Objective
 
 FISHER_SAMPLES = 1024

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.extract.backbones.base import Backbone
-from pipeline.extract.backbones.batch import Batch
 from pipeline.extract.backbones.capabilities import LateBlocks
 from pipeline.extract.backbones.tail import LiveTail, Tail
+from pipeline.extract.batch import Batch
 from pipeline.store.errors import UserError, within
 from pipeline.train.features import Features
 from pipeline.train.objectives.base import Head, Objective, Outputs, Vocabulary

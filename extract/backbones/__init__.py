@@ -2,10 +2,10 @@
 
 from pipeline.extract.backbones import bert, clip_text, convnext, decoder, efficientnet, resnet, swin, t5, vit
 from pipeline.extract.backbones.base import Backbone, TextOptions
-from pipeline.extract.backbones.batch import Batch, Layout, stream_of
-from pipeline.extract.backbones.inputs import Inputs
 from pipeline.extract.backbones.registry import backbone_classes, backbone_for, register
 from pipeline.extract.backbones.tail import Tail
+from pipeline.extract.batch import Batch, Layout, stream_of
+from pipeline.extract.inputs import Inputs
 
 __all__ = [
     "Backbone",

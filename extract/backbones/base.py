@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.extract.backbones.batch import Batch, stream_of
 from pipeline.extract.backbones.capabilities import ContinuesText, WritesText
-from pipeline.extract.backbones.inputs import Inputs
 from pipeline.extract.backbones.tail import Tail
+from pipeline.extract.batch import Batch, stream_of
 from pipeline.extract.completion import Form
+from pipeline.extract.inputs import Inputs
 from pipeline.extract.projection import Projection
 
 

@@ -18,16 +18,16 @@ from transformers.models.roberta.modeling_roberta import RobertaEmbeddings, Robe
 from transformers.models.xlm_roberta.modeling_xlm_roberta import XLMRobertaModel
 
 from pipeline.extract.backbones.base import Backbone, TextOptions
-from pipeline.extract.backbones.batch import Batch
 from pipeline.extract.backbones.capabilities import LateBlocks
-from pipeline.extract.backbones.dropout import SIDE, use_fast_dropout
 from pipeline.extract.backbones.fill import filled
-from pipeline.extract.backbones.inputs import Inputs
 from pipeline.extract.backbones.loading import collect, freeze, load_frozen
 from pipeline.extract.backbones.masks import key_mask
 from pipeline.extract.backbones.registry import register
 from pipeline.extract.backbones.tail import LiveTail
 from pipeline.extract.backbones.text import encoder_inputs
+from pipeline.extract.batch import Batch
+from pipeline.extract.inputs import Inputs
+from pipeline.extract.kernels.dropout import SIDE, use_fast_dropout
 
 _MODELS: dict[str, Any] = {
     "bert": BertModel,

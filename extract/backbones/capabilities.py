@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor, nn
 
 from pipeline.extract.backbones.fill import check_fit
-from pipeline.extract.backbones.inputs import Inputs
 from pipeline.extract.backbones.loading import freeze
 from pipeline.extract.backbones.tail import LiveTail, TextTail
+from pipeline.extract.inputs import Inputs
 
 if TYPE_CHECKING:
     from pipeline.extract.backbones.base import TextOptions

@@ -15,15 +15,15 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel
 
 from pipeline.extract.backbones.base import Backbone, TextOptions
-from pipeline.extract.backbones.batch import Batch, Layout
 from pipeline.extract.backbones.capabilities import LateBlocks
-from pipeline.extract.backbones.inputs import Inputs
 from pipeline.extract.backbones.loading import collect, freeze, load_frozen
 from pipeline.extract.backbones.masks import attention_mask, earlier
 from pipeline.extract.backbones.registry import register
 from pipeline.extract.backbones.tail import LiveTail
 from pipeline.extract.backbones.text import encoder_inputs
 from pipeline.extract.backbones.vision import fill, keep
+from pipeline.extract.batch import Batch, Layout
+from pipeline.extract.inputs import Inputs
 
 
 def causal_mask(layout: Layout, attention: str, dtype: torch.dtype) -> Tensor:

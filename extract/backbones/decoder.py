@@ -17,16 +17,16 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from pipeline.extract.backbones.base import Backbone, TextOptions
-from pipeline.extract.backbones.batch import Batch
 from pipeline.extract.backbones.capabilities import Blocks, ContinuesText
 from pipeline.extract.backbones.fill import filled
-from pipeline.extract.backbones.inputs import Inputs, ragged
 from pipeline.extract.backbones.loading import collect, freeze, load_frozen
 from pipeline.extract.backbones.registry import register
 from pipeline.extract.backbones.shell import Shell, cut, is_tied, layers_of, norm_of, places
 from pipeline.extract.backbones.tail import TextTail
 from pipeline.extract.backbones.text import tokenize, word_metas
+from pipeline.extract.batch import Batch
 from pipeline.extract.completion import encode_rows
+from pipeline.extract.inputs import Inputs, ragged
 from pipeline.store.errors import UserError
 
 LONGEST = 1024  # tokens of a text where nothing is said, or what the model takes

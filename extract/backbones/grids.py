@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.extract.backbones.batch import Batch
+from pipeline.extract.batch import Batch
 
 COLUMN = "grid.sizes"
 SIZES = "sizes of maps"  # what a batch derives from the column, (B, streams, 2)

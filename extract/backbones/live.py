@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from pipeline.extract.backbones.base import Backbone
-from pipeline.extract.backbones.batch import Batch
-from pipeline.extract.backbones.inputs import Inputs
+from pipeline.extract.batch import Batch
+from pipeline.extract.inputs import Inputs
 from pipeline.extract.projection import Projection
 
 

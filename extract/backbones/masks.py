@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pipeline.extract.backbones.batch import Batch, Layout
+from pipeline.extract.batch import Batch, Layout
 
 
 def attention_mask(allowed: Tensor, attention: str, dtype: torch.dtype) -> Tensor:

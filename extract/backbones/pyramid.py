@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.extract.backbones.batch import Batch
 from pipeline.extract.backbones.capabilities import Blocks, Levels, LiveLast
 from pipeline.extract.backbones.grids import per_size
 from pipeline.extract.backbones.loading import collect, freeze
 from pipeline.extract.backbones.tail import LiveTail
 from pipeline.extract.backbones.vision import Vision, fill, in_order, keep, map_sizes, pixel_groups
+from pipeline.extract.batch import Batch
 
 _SIDE = 1 << 12  # a multiple of every stride
 

@@ -12,11 +12,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pipeline.extract.backbones.batch import Batch
 from pipeline.extract.backbones.capabilities import Branches
 from pipeline.extract.backbones.pyramid import Pyramid, PyramidTail
 from pipeline.extract.backbones.registry import register
 from pipeline.extract.backbones.vision import map_sizes
+from pipeline.extract.batch import Batch
 from pipeline.store.errors import UserError
 
 

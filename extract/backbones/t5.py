@@ -23,17 +23,17 @@ from torch.nn import functional as F
 from transformers.models.t5.modeling_t5 import T5Attention, T5Block, T5ForConditionalGeneration, T5LayerNorm
 
 from pipeline.extract.backbones.base import Backbone, TextOptions
-from pipeline.extract.backbones.batch import Batch
 from pipeline.extract.backbones.capabilities import LateBlocks, WritesText
-from pipeline.extract.backbones.dropout import Dropout, use_fast_dropout
 from pipeline.extract.backbones.fill import filled
-from pipeline.extract.backbones.inputs import Inputs, ragged
 from pipeline.extract.backbones.loading import collect, freeze, load_frozen
 from pipeline.extract.backbones.masks import attention_mask, key_mask, tree
 from pipeline.extract.backbones.registry import register
-from pipeline.extract.backbones.t5_attention import cross_attend, is_cheaper
 from pipeline.extract.backbones.tail import TextTail
 from pipeline.extract.backbones.text import decision_trie, field_start, gold_chain, tokenize, word_metas
+from pipeline.extract.batch import Batch
+from pipeline.extract.inputs import Inputs, ragged
+from pipeline.extract.kernels.dropout import Dropout, use_fast_dropout
+from pipeline.extract.kernels.t5_attention import cross_attend, is_cheaper
 from pipeline.store.errors import UserError
 
 

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor, nn
 
-from pipeline.extract.backbones.batch import Batch
+from pipeline.extract.batch import Batch
 
 
 class Tail(nn.Module):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.extract.backbones.inputs import Inputs, ragged
+from pipeline.extract.inputs import Inputs, ragged
 from pipeline.extract.words import word_meta
 from pipeline.store.errors import UserError
 

@@ -20,13 +20,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pipeline.extract.backbones.base import Backbone, TextOptions
-from pipeline.extract.backbones.batch import Batch
 from pipeline.extract.backbones.fill import check_fit
 from pipeline.extract.backbones.grids import COLUMN, EXTENT, SIZES, sizes
 from pipeline.extract.backbones.images import Blank, Preprocess, load_pixels, look_all
-from pipeline.extract.backbones.inputs import Inputs
 from pipeline.extract.backbones.loading import load_frozen
+from pipeline.extract.batch import Batch
 from pipeline.extract.geometry import META
+from pipeline.extract.inputs import Inputs
 from pipeline.store.errors import UserError
 
 _HEADS = ("head.", "head_dist.", "fc.", "classifier.", "fc_norm.", "norm_head.", "linear.", "pooler.")

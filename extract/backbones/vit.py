@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionModel, ViTModel
 
-from pipeline.extract.backbones.batch import Batch
 from pipeline.extract.backbones.capabilities import ClassToken, LateBlocks
 from pipeline.extract.backbones.loading import collect, freeze
 from pipeline.extract.backbones.masks import key_mask
 from pipeline.extract.backbones.registry import register
 from pipeline.extract.backbones.tail import LiveTail
 from pipeline.extract.backbones.vision import Vision, fill, in_order, keep, pixel_groups
+from pipeline.extract.batch import Batch
 from pipeline.store.errors import UserError
 
 EMBED = "encoder.embed"

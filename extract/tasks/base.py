@@ -12,8 +12,8 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from pipeline.store.digest import digest_json
 from pipeline.store.errors import UserError
+from pipeline.store.format.digest import digest_json
 
 SPLITS = ("train", "validation", "test")
 # What data sets call them.

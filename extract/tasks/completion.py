@@ -19,7 +19,7 @@ from pipeline.extract.tasks.hub_images import hub_name
 from pipeline.extract.tasks.names import table_name
 from pipeline.extract.tasks.sheet import Sheet
 from pipeline.extract.tasks.splits import hold_out, part
-from pipeline.store.digest import digest_json
+from pipeline.store.format.digest import digest_json
 
 CHAT, ANSWERED = ("messages",), ("prompt", "completion")
 

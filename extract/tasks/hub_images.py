@@ -17,7 +17,7 @@ from pipeline.extract.tasks.base import Task, TaskError
 from pipeline.extract.tasks.hub import fetch
 from pipeline.extract.tasks.images import load_folder
 from pipeline.extract.tasks.names import table_name
-from pipeline.store.places import cache_folder
+from pipeline.store.files.places import cache_folder
 
 PREFIX = "hub:"
 MARK = ".source.json"

@@ -20,7 +20,7 @@ from pipeline.extract.tasks.masks import load_masks, mask_pairs
 from pipeline.extract.tasks.names import table_name
 from pipeline.extract.tasks.sheet import SUFFIXES
 from pipeline.extract.tasks.table import load_table
-from pipeline.store.digest import digest_json
+from pipeline.store.format.digest import digest_json
 
 Loader = Callable[[Path | None, float], Task]
 

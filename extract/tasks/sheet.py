@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.extract.tasks.base import TaskError
-from pipeline.store.digest import digest_bytes
+from pipeline.store.format.digest import digest_bytes
 
 WORDS = (".conll", ".iob", ".bio")
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", *WORDS)

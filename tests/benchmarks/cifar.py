@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.extracting import run_extract
+from pipeline.commands.extract import run_extract
+from pipeline.commands.train import run_train
 from pipeline.recipe import Recipe
-from pipeline.training import run_train
 from tests import vision
 from tests.benchmarks.results import markdown, write
 

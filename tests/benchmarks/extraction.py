@@ -22,16 +22,16 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from pipeline.extract.checkpoint import resolve
-from pipeline.extract.identity import SpaceOptions, space_identity
-from pipeline.extract.order import extraction_batches
-from pipeline.extract.run import compute
+from pipeline.commands.prepare import load_backbone
+from pipeline.extract.batching import extraction_batches
+from pipeline.extract.extraction import compute
+from pipeline.extract.feature_space import SpaceOptions, space_identity
+from pipeline.extract.kernels.memory import keep_freed_memory
+from pipeline.extract.pretrained import resolve
 from pipeline.extract.tasks import load_task
-from pipeline.preparing import load_backbone
+from pipeline.lookup.recipe import wanted_states
 from pipeline.recipe import Recipe
-from pipeline.resolve import wanted_states
 from pipeline.store import Store
-from pipeline.store.malloc import keep_freed_memory
 from tests.benchmarks import results
 
 TOKENS = 4096  # the default of `extract` on a CPU

@@ -28,23 +28,23 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from pipeline.cli.tables import table_text
+from pipeline.cost.flops import count
+from pipeline.cost.known_shapes import known_config
 from pipeline.extract.backbones.base import Backbone
-from pipeline.extract.backbones.inputs import Inputs
 from pipeline.extract.backbones.live import LiveBackbone
 from pipeline.extract.backbones.registry import backbone_for
-from pipeline.extract.order import extraction_batches
-from pipeline.extract.run import compute
-from pipeline.objectives import class_objective
-from pipeline.operations import count
-from pipeline.report import table_text
-from pipeline.shapes import known_config
+from pipeline.extract.batching import extraction_batches
+from pipeline.extract.extraction import compute
+from pipeline.extract.inputs import Inputs
+from pipeline.lookup.objective import class_objective
 from pipeline.store import Store
-from pipeline.train.counterparts import CounterpartModel, counterpart, input_source
-from pipeline.train.live import LiveSource
-from pipeline.train.loop import FitOptions, fit
+from pipeline.train.baselines.methods import CounterpartModel, counterpart, input_source
+from pipeline.train.data.live_source import LiveSource
+from pipeline.train.data.store_source import StoreSource, StreamOptions
+from pipeline.train.data.targets import Targets
+from pipeline.train.fit.loop import FitOptions, fit
 from pipeline.train.model import Model, state_names
-from pipeline.train.stream import StoreSource, StreamOptions
-from pipeline.train.targets import Targets
 from pipeline.train.tuners import tuner_class, tuner_config
 from tests.benchmarks import results
 
@@ -209,7 +209,7 @@ class StoreOrder:
     """The order of batches without a store."""
 
     def __init__(self, s: Setting) -> None:
-        from pipeline.train.order import Order
+        from pipeline.train.data.order import Order
 
         self.order = Order(np.zeros(len(s.labels), np.int64), s.batch)
 

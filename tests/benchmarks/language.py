@@ -18,10 +18,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from pipeline.cli.tables import size_text
 from pipeline.extract.tasks import fixed_order
-from pipeline.job import load_job, store_source
+from pipeline.jobs.job import load_job, store_source
 from pipeline.recipe import Recipe
-from pipeline.report import size_text
 from pipeline.train.evaluate import evaluate
 from tests.benchmarks.results import markdown, write
 

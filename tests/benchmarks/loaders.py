@@ -35,11 +35,11 @@ from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from pipeline.cli.tables import table_text
 from pipeline.extract.encoding import encode
-from pipeline.report import table_text
+from pipeline.extract.kernels.memory import keep_freed_memory
 from pipeline.store import Samples, Store, digest_bytes, read_block
-from pipeline.store.malloc import keep_freed_memory
-from pipeline.train.stream import StoreSource, StreamOptions
+from pipeline.train.data.store_source import StoreSource, StreamOptions
 from tests.benchmarks import results
 
 STATES, WIDTH = [f"encoder.{i}" for i in (1, 2, 3, 5, 6, 7, 9, 10, 11)], 768

@@ -29,13 +29,13 @@ from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from pipeline.cli.tables import table_text
+from pipeline.cost.flops import NoValues, backbone_model, meta_batch, surrogate_loss, tuner_model
+from pipeline.cost.known_shapes import known_config
 from pipeline.extract.backbones.base import Backbone
 from pipeline.extract.backbones.registry import backbone_for
-from pipeline.objectives import class_objective
-from pipeline.operations import NoValues, backbone_model, meta_batch, surrogate_loss, tuner_model
-from pipeline.report import table_text
-from pipeline.shapes import known_config
-from pipeline.train.counterparts import CounterpartModel, counterpart
+from pipeline.lookup.objective import class_objective
+from pipeline.train.baselines.methods import CounterpartModel, counterpart
 from pipeline.train.tuners import tuner_class, tuner_config
 from tests.benchmarks import results, setting
 

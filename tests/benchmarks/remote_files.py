@@ -21,8 +21,8 @@ from pathlib import Path
 import fsspec
 import numpy as np
 
-from pipeline.store.cache import Cache
-from pipeline.store.remote import S3Files
+from pipeline.store.files.cache import Cache
+from pipeline.store.files.remote import S3Files
 from tests.store import servers
 
 SHAPES = {"24 chunks of 8 MB": (24, 8 << 20), "200 files of 20 kB": (200, 20 << 10)}

@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 
 from pipeline.store import Encoded, Samples, Space, Store, TaskTable
-from pipeline.store.index import Index
-from pipeline.store.keys import Keys
+from pipeline.store.format.keys import Keys
+from pipeline.store.segments.index import Index
 
 WIDTH, BATCH = 8, 64
 STATE = "encoder.0"
@@ -65,7 +65,7 @@ def step_index(space: Space) -> Callable[[], Any]:
 
 
 def step_status(space: Space) -> Callable[[], Any]:
-    from pipeline.store_report import status_text, status_what
+    from pipeline.cli.store_report import status_text, status_what
 
     store = Store(space.files)
     return lambda: status_text(status_what(store))
@@ -88,7 +88,7 @@ def step_batch(space: Space) -> Callable[[], Any]:
     """The first batch of a training whose table is read and whose segments are open."""
     import torch  # noqa: F401
 
-    from pipeline.train.stream import StoreSource, StreamOptions
+    from pipeline.train.data.store_source import StoreSource, StreamOptions
 
     keys = asked(space)
     return lambda: next(iter(StoreSource(space, keys, None, [STATE], (), StreamOptions(BATCH)).epoch(0)))

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline.extracting import run_extract
+from pipeline.commands.extract import run_extract
+from pipeline.commands.train import run_train
 from pipeline.recipe import Recipe
-from pipeline.training import run_train
 from tests.benchmarks.results import markdown, write
 
 NOTE = """Frozen MobileNetV2 × 0.35 with ImageNet features, UPerNet of width 64 with its auxiliary head (514,166

@@ -16,12 +16,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModel, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
 
+from pipeline.commands.extract import run_extract
+from pipeline.cost.known_shapes import known_config
 from pipeline.extract.backbones import Backbone, Inputs, backbone_for
 from pipeline.extract.tasks import load_task
-from pipeline.extracting import run_extract
+from pipeline.lookup.recipe import open_task, space_options
 from pipeline.recipe import Recipe
-from pipeline.resolve import open_task, space_options
-from pipeline.shapes import known_config
 
 GLUE = Path(__file__).resolve().parents[3] / "shared" / "data" / "glue"
 SHAPES = {

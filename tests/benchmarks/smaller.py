@@ -25,15 +25,15 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from pipeline.cli.tables import table_text
+from pipeline.commands.extract import run_extract
+from pipeline.commands.train import run_train
 from pipeline.extract.encoding import decode, encode
 from pipeline.extract.projection import Moments
-from pipeline.extracting import run_extract
-from pipeline.job import Job, load_job
+from pipeline.jobs.job import Job, load_job
+from pipeline.jobs.sources import store_source
 from pipeline.recipe import Recipe
-from pipeline.report import table_text
 from pipeline.runs import load_run
-from pipeline.sources import store_source
-from pipeline.training import run_train
 from tests.benchmarks import results
 
 TUNERS = ("sherl", "lst")

@@ -23,10 +23,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from pipeline.job import load_job, sources
+from pipeline.jobs.job import load_job, sources
 from pipeline.recipe import Recipe
-from pipeline.train.loop import FitOptions, Training
-from pipeline.train.together import fit_all
+from pipeline.train.fit.loop import FitOptions, Training
+from pipeline.train.fit.together import fit_all
 from tests.benchmarks import results
 from tests.benchmarks.setting import SHAPES, extracted
 

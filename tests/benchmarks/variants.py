@@ -17,9 +17,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from pipeline.extracting import run_extract
+from pipeline.commands.extract import run_extract
+from pipeline.commands.train import run_train
 from pipeline.recipe import Recipe
-from pipeline.training import run_train
 from tests.benchmarks.results import markdown, write
 
 EPOCHS = 4

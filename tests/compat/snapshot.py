@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.extract.backbones.inputs import Inputs
-from pipeline.extract.checkpoint import Checkpoint
-from pipeline.extract.identity import SpaceOptions, space_identity
-from pipeline.operations import tuner_model
+from pipeline.cost.flops import tuner_model
+from pipeline.extract.feature_space import SpaceOptions, space_identity
+from pipeline.extract.inputs import Inputs
+from pipeline.extract.pretrained import Checkpoint
+from pipeline.lookup.task_versions import version_of
 from pipeline.store import digest_json
 from pipeline.train.tuners import tuner_config
-from pipeline.versions import version_of
 from tests import tiny, vision
 from tests.pairs import SUITE, pairs
 from tests.train.conformance import small_options

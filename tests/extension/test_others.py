@@ -37,7 +37,7 @@ def distil(tmp_path_factory: pytest.TempPathFactory) -> Path:
 RUN = """
 import json, sys
 from click.testing import CliRunner
-from pipeline.cli import main
+from pipeline.cli.main import main
 for line in json.loads(sys.argv[1]):
     found = CliRunner().invoke(main, line)
     print(json.dumps([found.exit_code, found.stdout, found.stderr]))

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 
 from pipeline.extract.backbones.base import TextOptions
-from pipeline.extract.backbones.inputs import Inputs
 from pipeline.extract.backbones.live import LiveBackbone
-from pipeline.extract.checkpoint import Checkpoint
-from pipeline.extract.identity import SpaceOptions, space_identity
-from pipeline.extract.run import compute
+from pipeline.extract.extraction import compute
+from pipeline.extract.feature_space import SpaceOptions, space_identity
+from pipeline.extract.inputs import Inputs
+from pipeline.extract.pretrained import Checkpoint
 from pipeline.store import Store
 from tests import tiny
 

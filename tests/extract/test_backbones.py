@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from pipeline.extract.backbones import TextOptions
-from pipeline.extract.backbones.t5_attention import is_cheaper
 from pipeline.extract.backbones.text import decision_trie, gold_chain
-from pipeline.extract.checkpoint import Checkpoint
+from pipeline.extract.kernels.t5_attention import is_cheaper
+from pipeline.extract.pretrained import Checkpoint
 from tests import tiny
 
 PROMPTS = {"t5": "task first: {0} second: {1}", "bert": "", "roberta": "", "clip_text": "", "decoder": ""}

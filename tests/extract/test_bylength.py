@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.extract.backbones import bylength
-from pipeline.extract.backbones.batch import Batch
-from pipeline.extract.backbones.bylength import Parts, by_length, groups
+from pipeline.extract.batch import Batch
+from pipeline.extract.kernels import bylength
+from pipeline.extract.kernels.bylength import Parts, by_length, groups
 
 
 def batch_of(lengths: list[int], width: int = 3) -> tuple[Batch, torch.Tensor]:

@@ -8,9 +8,9 @@ import torch
 from transformers import AutoConfig, BambaConfig
 
 from pipeline.extract.backbones import Layout, backbone_for
-from pipeline.extract.backbones.batch import Batch
 from pipeline.extract.backbones.decoder import Decoder
 from pipeline.extract.backbones.past import Past
+from pipeline.extract.batch import Batch
 from pipeline.store.errors import UserError
 from pipeline.train.sideblocks import side_stack
 from tests import decoders

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipeline.extract.backbones.dropout import Dropout, drop
+from pipeline.extract.kernels.dropout import Dropout, drop
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.93])

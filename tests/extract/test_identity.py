@@ -21,11 +21,11 @@ from safetensors.torch import load_file, save_file
 from pipeline.extract.backbones.base import TextOptions
 from pipeline.extract.backbones.images import Preprocess
 from pipeline.extract.backbones.live import LiveBackbone
-from pipeline.extract.checkpoint import Checkpoint
-from pipeline.extract.identity import PRECISIONS, SpaceOptions, space_identity
-from pipeline.extract.run import compute
+from pipeline.extract.extraction import compute
+from pipeline.extract.feature_space import PRECISIONS, SpaceOptions, space_identity
+from pipeline.extract.pretrained import Checkpoint
 from pipeline.store import SpaceMismatch, Store
-from pipeline.store.resolve import resolve
+from pipeline.store.select import resolve
 from tests import tiny
 
 TEXTS = [(t,) for t in tiny.sentences(12)]

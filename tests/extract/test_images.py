@@ -12,8 +12,8 @@ from PIL import Image
 from pipeline.extract.backbones import Inputs, TextOptions
 from pipeline.extract.backbones.grids import cells, max_cells, mean_cells
 from pipeline.extract.backbones.images import Preprocess
-from pipeline.extract.checkpoint import Checkpoint
-from pipeline.extract.identity import SpaceOptions, space_identity
+from pipeline.extract.feature_space import SpaceOptions, space_identity
+from pipeline.extract.pretrained import Checkpoint
 from pipeline.extract.tasks import TaskError, canonical_name, load_task
 from pipeline.store import UserError
 from tests import vision

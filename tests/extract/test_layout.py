@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.extract.backbones.batch import Layout
+from pipeline.extract.batch import Layout
 
 
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=6), st.integers(1, 3), st.floats(-2, 2))

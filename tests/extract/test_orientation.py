@@ -14,8 +14,8 @@ from PIL import Image
 
 from pipeline.extract.backbones import TextOptions
 from pipeline.extract.backbones.images import MOST_PIXELS, Preprocess, look, open_image
-from pipeline.extract.checkpoint import Checkpoint
-from pipeline.extract.identity import SpaceOptions, space_identity
+from pipeline.extract.feature_space import SpaceOptions, space_identity
+from pipeline.extract.pretrained import Checkpoint
 from pipeline.store import UserError
 
 # What an EXIF orientation means for the pixels of a file, in numpy's terms (EXIF 2.3, tag 0x0112).

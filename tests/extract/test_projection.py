@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline.commands.extract import run_extract
+from pipeline.commands.recheck import recheck
+from pipeline.commands.train import run_train
 from pipeline.extract.projection import Moments, Projection, fit, orthogonal, parse_projection
-from pipeline.extracting import run_extract
-from pipeline.recheck import recheck
 from pipeline.recipe import Recipe
 from pipeline.runs import load_run
 from pipeline.store import Store, UserError
-from pipeline.store.repair import repair
+from pipeline.store.upkeep.repair import repair
 from pipeline.train.tuners import tuner_class
-from pipeline.training import run_train
 from tests.pipeline.test_parity import losses, silent
 
 

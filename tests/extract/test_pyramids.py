@@ -9,7 +9,7 @@ from PIL import Image
 
 from pipeline.extract.backbones import TextOptions, backbone_for
 from pipeline.extract.backbones.grids import sizes
-from pipeline.extract.checkpoint import Checkpoint
+from pipeline.extract.pretrained import Checkpoint
 from pipeline.store.errors import UserError
 from pipeline.testing import BACKBONE_CHECKS, Case
 from pipeline.train.tuners import fitting_tuner, tuner_config

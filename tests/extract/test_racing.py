@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.extract.run import compute
+from pipeline.extract.extraction import compute
 from pipeline.store import Store, StoreError
-from pipeline.store.rewrite import compact
-from pipeline.store.upkeep import collect, litter
+from pipeline.store.upkeep.rewrite import compact
+from pipeline.store.upkeep.usage import collect, litter
 from tests.extract.kills import STATES, Killing, content
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here: not raced")

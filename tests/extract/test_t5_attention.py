@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.extract.backbones.batch import Layout
-from pipeline.extract.backbones.t5_attention import _Attend
+from pipeline.extract.batch import Layout
+from pipeline.extract.kernels.t5_attention import _Attend
 
 LENGTHS = [3, 1, 7, 4]
 

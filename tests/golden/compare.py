@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.extract.backbones import dropout, t5_attention
+from pipeline.extract.kernels import dropout, t5_attention
 from tests.golden import Case
 
 OUTPUT, GRADIENT, ROUNDING = 1e-5, 1e-4, 1e-6

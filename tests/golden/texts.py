@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pipeline.extract.backbones import Backbone, Batch
-from pipeline.extract.backbones.batch import Layout
-from pipeline.extract.checkpoint import Checkpoint
+from pipeline.extract.batch import Layout
+from pipeline.extract.pretrained import Checkpoint
 from pipeline.train.features import Features, Want
 from pipeline.train.model import Model
 from pipeline.train.objectives import Answers, ObjectiveConfig

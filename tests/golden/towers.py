@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.extract.backbones.batch import Layout
+from pipeline.extract.batch import Layout
 from pipeline.train.tuners.clip import SherlTower, Tower, UniptTower
 from tests.golden import Case
 from tests.golden.compare import NoSystem, Place, Setup

@@ -24,13 +24,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.cli import main as command_line
+from pipeline.cli.main import main as command_line
 from pipeline.store import Store
-from pipeline.store.blocks import _segment
-from pipeline.store.files import Files
-from pipeline.store.index import families
-from pipeline.store.rewrite import read_family
-from pipeline.store.sweep import sign
+from pipeline.store.files.local import Files
+from pipeline.store.segments.blocks import _segment
+from pipeline.store.segments.index import families
+from pipeline.store.segments.unsealed import sign
+from pipeline.store.upkeep.rewrite import read_family
 from tests import tiny
 
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod")

@@ -10,12 +10,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from pipeline.cli import main
+from pipeline.cli.main import main
 from pipeline.extract.backbones.bert import Bert
-from pipeline.extract.checkpoint import Checkpoint
-from pipeline.objectives import class_objective
+from pipeline.extract.pretrained import Checkpoint
+from pipeline.lookup.objective import class_objective
 from pipeline.store import UserError
-from pipeline.train.counterparts import COUNTERPARTS, CounterpartModel, counterpart
+from pipeline.train.baselines.methods import COUNTERPARTS, CounterpartModel, counterpart
 from pipeline.train.tuners import tuner_class
 from tests.train.conformance import Case
 

@@ -10,8 +10,8 @@ import torch
 from transformers import T5Config, TimmWrapperConfig
 
 from pipeline.extract.backbones import backbone_for
-from pipeline.extract.names import SHORT_NAMES
-from pipeline.objectives import class_objective
+from pipeline.extract.short_names import SHORT_NAMES
+from pipeline.lookup.objective import class_objective
 from pipeline.owners import config_of, recipe_of
 from pipeline.recipe import read_recipe
 from pipeline.train.features import Want

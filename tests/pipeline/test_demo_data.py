@@ -9,8 +9,8 @@ import pytest
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 
-from pipeline import demo_data
-from pipeline.demo_data import GRAMMAR, demo_task
+from pipeline.commands import demo_data
+from pipeline.commands.demo_data import GRAMMAR, demo_task
 from pipeline.extract.tasks import SPLITS
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline import doctor
+from pipeline.commands import doctor
 from pipeline.store import Store
 from tests.pipeline.test_errors import run
 

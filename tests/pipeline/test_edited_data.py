@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.job import load_job
+from pipeline.jobs.job import load_job
 from pipeline.recipe import Recipe
 from pipeline.store import StoreError
 from tests import vision

@@ -56,8 +56,8 @@ def test_evaluate_gives_the_metrics_of_training(trained):
 
 
 def test_predict_on_the_test_rows_gives_the_labels_of_evaluate(trained, tmp_path):
+    from pipeline.jobs.sources import store_source
     from pipeline.runs import load_run
-    from pipeline.sources import store_source
     from pipeline.train.evaluate import predict
 
     _, folder, kept, _ = trained

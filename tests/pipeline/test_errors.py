@@ -11,7 +11,7 @@ import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
-from pipeline.cli import main
+from pipeline.cli.main import main
 
 
 def run(*args: object) -> Result:
@@ -199,7 +199,7 @@ def test_missing_weights_are_not_run_at_random(common, checkpoints, tmp_path):
 def test_a_full_disk_keeps_the_store_whole(common, tmp_path, monkeypatch):
     import errno
 
-    from pipeline.store.files import Files
+    from pipeline.store.files.local import Files
 
     real = Files.write
 

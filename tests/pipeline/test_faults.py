@@ -19,13 +19,13 @@ import pytest
 from pyarrow import parquet
 from safetensors.torch import load_file
 
+from pipeline.commands.train import run_train
 from pipeline.recipe import Recipe
 from pipeline.runs import load_run
 from pipeline.store import Store
-from pipeline.store.blocks import _segment
 from pipeline.store.errors import UserError
+from pipeline.store.segments.blocks import _segment
 from pipeline.train.tuners.sherl import Sherl
-from pipeline.training import run_train
 from tests.pipeline.test_errors import run
 from tests.pipeline.test_interrupt import after
 from tests.store.test_faults import damage

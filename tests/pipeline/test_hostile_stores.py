@@ -13,14 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline.command import printable
+from pipeline.cli.command import printable
+from pipeline.commands.train import run_train
 from pipeline.owners import recipe_of
 from pipeline.recipe import Recipe
-from pipeline.store import Store, parquet
-from pipeline.store.digest import canonical_json, digest_bytes
-from pipeline.store.document import dump_document
+from pipeline.store import Store
 from pipeline.store.errors import UserError
-from pipeline.training import run_train
+from pipeline.store.format.digest import canonical_json, digest_bytes
+from pipeline.store.format.document import dump_document
+from pipeline.store.tables import parquet
 from tests.pipeline.test_errors import refused, run
 from tests.store.test_damage import rewrite_manifest
 

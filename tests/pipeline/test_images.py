@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from PIL import Image
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from pipeline.cli import main
+from pipeline.cli.main import main
 from pipeline.store import Store
 from tests import vision
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from pipeline.cli import main
-from pipeline.extracting import run_extract
+from pipeline.cli.main import main
+from pipeline.commands.extract import run_extract
+from pipeline.commands.train import run_train
 from pipeline.recipe import Recipe
 from pipeline.store import Store
-from pipeline.training import run_train
 from tests import decoders, tiny
 from tests.extract.test_completion import CHAT, PLAIN
 from tests.pipeline.test_parity import losses, silent, worst_of

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.job import load_job
+from pipeline.jobs.job import load_job
 from pipeline.recipe import Recipe
 from pipeline.store import Store, StoreError, TaskTable
-from pipeline.store.transfer import transfer
+from pipeline.store.upkeep.transfer import transfer
 from tests.pipeline.test_versions import extract, labels, write
 from tests.store.helpers import key, sealed, space
 

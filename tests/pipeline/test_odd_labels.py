@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from pipeline.doubts import doubts
+from pipeline.checks.doubtful_rows import doubts
+from pipeline.cli.tables import scores_text
 from pipeline.extract.tasks import load_task
 from pipeline.extract.tasks.base import TaskSpec
 from pipeline.owners import recipe_of
-from pipeline.report import scores_text
 from pipeline.runs import read_inputs
 from pipeline.store import TaskTable
 from pipeline.store.errors import UserError

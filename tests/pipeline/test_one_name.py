@@ -99,7 +99,7 @@ def test_a_worker_of_a_cluster_there(mixed: Path) -> None:
 
 def test_nothing_imports_the_folders_by_their_own_names() -> None:
     code = "import sys; sys.path.insert(0, sys.argv[1])\n"
-    code += "import pipeline.cli, pipeline.api, pipeline.compare, pipeline.plan\n"
+    code += "import pipeline.cli.main, pipeline.api, pipeline.commands.compare, pipeline.cost.plan\n"
     code += "print([m for m in sys.modules if m.split('.')[0] in ('train', 'store', 'extract')])"
     assert ran(ROOT, sys.executable, "-c", code, str(ROOT)) == "[]\n"
 

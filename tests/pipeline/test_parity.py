@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.extracting import run_extract
+from pipeline.commands.extract import run_extract
+from pipeline.commands.train import run_train
 from pipeline.recipe import Recipe
 from pipeline.train.tuners import base, tuner_names
-from pipeline.training import run_train
 from tests.pairs import IMAGES, SUITE, TEXT, pairs
 
 STEPS = 20

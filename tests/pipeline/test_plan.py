@@ -11,22 +11,22 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import plan as planning
-from pipeline.advice import split_limit
+from pipeline.commands.extract import run_extract
+from pipeline.cost import plan as planning
+from pipeline.cost.advice import split_limit
+from pipeline.cost.flops import count, saved_bytes
+from pipeline.cost.known_shapes import known_config
+from pipeline.cost.plan import predict, run_plan
+from pipeline.cost.rates import Rates, random_batch
+from pipeline.cost.workload import Workload, workload
 from pipeline.extract.backbones import backbone_for
-from pipeline.extract.checkpoint import Checkpoint
-from pipeline.extracting import run_extract
-from pipeline.objectives import class_objective
-from pipeline.operations import count, saved_bytes
-from pipeline.plan import predict, run_plan
-from pipeline.rates import Rates, random_batch
+from pipeline.extract.pretrained import Checkpoint
+from pipeline.jobs.sources import parse_size
+from pipeline.lookup.objective import class_objective
 from pipeline.recipe import Recipe
-from pipeline.shapes import known_config
-from pipeline.sources import parse_size
 from pipeline.store.errors import UserError
 from pipeline.train.model import Model
 from pipeline.train.tuners import tuner_class, tuner_config
-from pipeline.workload import Workload, workload
 from tests.pairs import TEXT, pairs
 from tests.train.conformance import small_options
 

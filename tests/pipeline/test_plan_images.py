@@ -11,13 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline import rates
-from pipeline.extract.checkpoint import Checkpoint
-from pipeline.operations import count, saved_bytes
-from pipeline.rates import random_batch
+from pipeline.cost import rates
+from pipeline.cost.flops import count, saved_bytes
+from pipeline.cost.rates import random_batch
+from pipeline.cost.workload import workload
+from pipeline.extract.pretrained import Checkpoint
 from pipeline.recipe import Recipe
 from pipeline.train.tuners import tuner_config
-from pipeline.workload import workload
 from tests import vision
 from tests.pairs import IMAGES, SUITE, pairs
 from tests.pipeline.test_errors import refused, run

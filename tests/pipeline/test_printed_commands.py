@@ -9,11 +9,11 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from pipeline import plan as planning
-from pipeline.cli import main
-from pipeline.command_line import command_line, extraction, quoted
+from pipeline.cli.command_lines import command_line, extraction, quoted
+from pipeline.cli.main import main
+from pipeline.cli.options import build_recipe
+from pipeline.cost import plan as planning
 from pipeline.extract.options import about
-from pipeline.options import build_recipe
 from pipeline.owners import owned
 from pipeline.recipe import Recipe
 from pipeline.train.tuners import tuner_names
@@ -159,7 +159,7 @@ def test_plan_prints_what_it_planned(options, more, no_measuring):
 
 
 def planning_size(text: str) -> float:
-    from pipeline.sources import parse_size
+    from pipeline.jobs.sources import parse_size
 
     return float(parse_size(text))
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.demo_data import demo_task
-from pipeline.extract.checkpoint import local
-from pipeline.extracting import run_extract
+from pipeline.commands.demo_data import demo_task
+from pipeline.commands.extract import run_extract
+from pipeline.extract.pretrained import local
 from pipeline.recipe import Recipe
 
 README = Path(__file__).resolve().parents[2] / "README.md"
@@ -34,7 +34,7 @@ def test_the_python_examples_run(tmp_path, monkeypatch, capsys):
 
 
 def test_every_command_of_the_readme_exists():
-    from pipeline.cli import main
+    from pipeline.cli.main import main
 
     for line in "\n".join(blocks("bash")).splitlines():
         for words in re.findall(r"pipeline ((?:store )?[a-z]+)", line.split("#")[0]):

@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.extract.checkpoint import local
-from pipeline.store.places import _remote
+from pipeline.extract.pretrained import local
+from pipeline.store.files.places import _remote
 from tests import tiny
 from tests.pipeline.test_errors import run
 from tests.pipeline.test_readme import README

@@ -54,7 +54,7 @@ def test_stsb_on_t5_scores_the_whole_grid(checkpoints, shared_data, tmp_path):
 
 def test_real_glue_folders_run_on_a_real_encoder(shared_data, tmp_path):
     """RTE is a smoke test: with this encoder nothing beats chance."""
-    from pipeline.extract.checkpoint import local
+    from pipeline.extract.pretrained import local
 
     if local("minilm") is None:
         pytest.skip("the extra `demo` is not installed: no real encoder to test with")

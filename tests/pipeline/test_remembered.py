@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline import rates
-from pipeline.plan import run_plan
+from pipeline.cost import rates
+from pipeline.cost.plan import run_plan
+from pipeline.cost.remembered import KIND, Remembered
 from pipeline.recipe import Recipe
-from pipeline.remembered import KIND, Remembered
-from pipeline.store.document import dump_document
 from pipeline.store.errors import Notice
-from pipeline.store.places import cache_folder
+from pipeline.store.files.places import cache_folder
+from pipeline.store.format.document import dump_document
 
 CPU = torch.device("cpu")
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.store.blocks import _segment
-from pipeline.store.places import _remote
-from pipeline.train.stream import StoreSource, StreamOptions
+from pipeline.store.files.places import _remote
+from pipeline.store.segments.blocks import _segment
+from pipeline.train.data.store_source import StoreSource, StreamOptions
 from tests.pipeline.test_errors import run
 from tests.store import servers
 
@@ -66,7 +66,7 @@ def test_the_second_epoch_reads_nothing_far_away(
     monkeypatch.setattr(StoreSource, "epochs", marked)
     # Many blocks and little ahead: what is in memory when an epoch begins must be a small part of it.
     small = partial(StreamOptions, block_bytes=8_000, lookahead_bytes=8_000)
-    monkeypatch.setattr("pipeline.sources.StreamOptions", small)
+    monkeypatch.setattr("pipeline.jobs.sources.StreamOptions", small)
 
     def losses(place: object, out: str, cache: str) -> list[float]:
         monkeypatch.setenv("PIPELINE_CACHE_SIZE", cache)

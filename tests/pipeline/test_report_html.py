@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.report_facts import Shown, settings_of
-from pipeline.report_html import _judged, _ranked
+from pipeline.report.facts import Shown, settings_of
+from pipeline.report.html import _judged, _ranked
 from pipeline.runs import load_run
 from tests.pipeline.test_errors import refused, run
 
@@ -86,7 +86,7 @@ def test_a_sweep_becomes_one_page_that_asks_for_nothing(swept, tmp_path):
 
 
 def test_confusion_and_mistakes_are_those_of_the_scores(swept):
-    from pipeline.report_facts import details, read_runs
+    from pipeline.report.facts import details, read_runs
 
     folder = swept / "sweep" / "lst-s0"
     (shown,) = read_runs([folder], {})
@@ -103,7 +103,7 @@ def test_confusion_and_mistakes_are_those_of_the_scores(swept):
 
 
 def test_what_is_learned_is_what_the_tuner_does(swept):
-    from pipeline.report_facts import details, read_runs
+    from pipeline.report.facts import details, read_runs
 
     def learned(name: str) -> list[Any]:
         return details(*read_runs([swept / "sweep" / name], {})).learned
@@ -166,8 +166,8 @@ def test_wrong_input_is_one_line_and_writes_nothing(swept, tmp_path, monkeypatch
     (tmp_path / "open" / "metrics.json").unlink()
     refused(run("report", tmp_path / "open", "-o", tmp_path / "a.html"), "not finished")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, "pipeline.report_charts", raising=False)
-    monkeypatch.delattr("pipeline.report_charts", raising=False)
+    monkeypatch.delitem(sys.modules, "pipeline.report.charts", raising=False)
+    monkeypatch.delattr("pipeline.report.charts", raising=False)
     refused(run("report", one, "-o", tmp_path / "a.html"), "activation-pipeline[report]")
     assert not (tmp_path / "a.html").exists()
 

@@ -15,9 +15,9 @@ import pipeline
 from pipeline.recipe import Recipe, read_recipe
 from pipeline.store import UserError
 from pipeline.store.errors import Notice
-from pipeline.train import checkpoint
 from pipeline.train.features import Feature
-from pipeline.train.finite import NotFinite
+from pipeline.train.fit import run_files as checkpoint
+from pipeline.train.fit.finite import NotFinite
 from pipeline.train.model import Model
 from pipeline.train.objectives.classification import ClassHead
 from pipeline.train.objectives.regression import NumberHead
@@ -109,7 +109,7 @@ def test_predictions_are_never_made_of_nan(trained, monkeypatch):
 
 @pytest.mark.parametrize("kind", [ClassHead, NumberHead])
 def test_one_nan_among_many_is_refused(kind):
-    from pipeline.extract.backbones.batch import Batch
+    from pipeline.extract.batch import Batch
 
     head = kind({"a": Feature(4)}, 3 if kind is ClassHead else 1, "mean")
     rows = torch.randn(5, 4)
@@ -121,7 +121,7 @@ def test_one_nan_among_many_is_refused(kind):
 
 
 def test_a_text_to_text_head_refuses_nan_too(checkpoints, pictures):
-    from pipeline.extract.checkpoint import Checkpoint
+    from pipeline.extract.pretrained import Checkpoint
     from tests.train.conformance import Case
 
     case = Case(Checkpoint(checkpoints["t5"], "t5"), "sherl", pictures)

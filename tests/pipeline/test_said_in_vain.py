@@ -9,9 +9,9 @@ import pytest
 
 import pipeline
 from pipeline import api
-from pipeline.compare import run_compare
+from pipeline.commands.compare import run_compare
 from pipeline.extract.tasks import TaskError, load_task
-from pipeline.job import load_job
+from pipeline.jobs.job import load_job
 from pipeline.recipe import Recipe
 from pipeline.runs import read_inputs
 from pipeline.store.errors import UserError

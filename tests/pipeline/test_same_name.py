@@ -9,7 +9,7 @@ import pytest
 
 import pipeline
 from pipeline import api
-from pipeline.job import load_job
+from pipeline.jobs.job import load_job
 from pipeline.recipe import Recipe
 from pipeline.store import Store, StoreError
 from tests.pipeline.test_errors import refused, run

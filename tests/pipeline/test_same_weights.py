@@ -11,7 +11,7 @@ import pytest
 
 from pipeline import api
 from pipeline.store import Store, StoreError
-from pipeline.store.transfer import transfer
+from pipeline.store.upkeep.transfer import transfer
 
 COLUMNS = {"text": "first", "text_pair": "second", "label": "label"}
 

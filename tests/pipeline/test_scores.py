@@ -14,7 +14,7 @@ from pipeline import api
 from pipeline.extract.tasks import load_task
 from pipeline.runs import load_run
 from pipeline.store.errors import UserError
-from pipeline.train.state import refuse_other_run
+from pipeline.train.fit.state import refuse_other_run
 from tests import tiny
 from tests.pipeline.test_errors import refused
 from tests.pipeline.test_errors import run as invoke
@@ -86,7 +86,7 @@ def test_weights_and_metrics_are_part_of_the_run(three: list[Any], tmp_path: Pat
 
 
 def test_a_resumed_run_keeps_its_options(three: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipeline.train.loop import Interrupted, Training
+    from pipeline.train.fit.loop import Interrupted, Training
 
     take = Training.take
 

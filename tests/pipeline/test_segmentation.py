@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from pipeline.cli import main
+from pipeline.cli.main import main
 from pipeline.extract.geometry import Geometry
 from pipeline.extract.tasks import load_task
 from pipeline.extract.tasks.masks import read_mask

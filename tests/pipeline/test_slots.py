@@ -12,10 +12,10 @@ import pytest
 import yaml
 
 import pipeline
+from pipeline.lookup.task_versions import versions_of
 from pipeline.store import Store
 from pipeline.store.errors import UserError
-from pipeline.train import loop
-from pipeline.versions import versions_of
+from pipeline.train.fit import loop
 from tests import tiny
 from tests.pipeline.test_errors import refused
 from tests.pipeline.test_errors import run as invoke

@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from pipeline import catalog
-from pipeline.catalog import FAMILIES, TUNERS
+from pipeline.cli import catalog
+from pipeline.cli.catalog import FAMILIES, TUNERS
 from pipeline.extract.backbones import backbone_classes
 from pipeline.train import configs, objective_configs
 from pipeline.train.objectives import objective_class
@@ -20,7 +20,7 @@ HEAVY = ("torch", "transformers", "tokenizers", "datasets", "timm", "scipy", "sk
 CODE = """
 import json, sys
 from click.testing import CliRunner
-from pipeline.cli import main
+from pipeline.cli.main import main
 heavy, *lines = map(json.loads, sys.argv[1:])
 for words in lines:
     done = CliRunner().invoke(main, words)

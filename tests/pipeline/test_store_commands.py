@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pipeline.store import Store
-from pipeline.store.blocks import _segment
+from pipeline.store.segments.blocks import _segment
 from tests.pipeline.test_errors import refused, run
 from tests.store import servers
 
@@ -42,8 +42,8 @@ def ok(*args: object) -> Any:
 
 def content(store: Path) -> dict[str, dict[str, bytes]]:
     """Sample key → state → bytes, wherever it stands."""
-    from pipeline.store.index import families
-    from pipeline.store.rewrite import read_family
+    from pipeline.store.segments.index import families
+    from pipeline.store.upkeep.rewrite import read_family
 
     out: dict[str, dict[str, bytes]] = {}
     (space,) = Store.open(store).spaces()

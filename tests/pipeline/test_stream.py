@@ -263,7 +263,7 @@ def test_rows_without_labels_give_batches_without_targets(checkpoints, tmp_path,
 
 
 def test_status_lists_the_states(features):
-    from pipeline.store_report import names_text, status_text, status_what
+    from pipeline.cli.store_report import names_text, status_text, status_what
 
     assert "states: encoder.3" in status_text(status_what(features.store))
     many = [f"encoder.{i}" for i in range(13)] + ["decoder.1", "decoder.2", "stage1.norm", "encoder.15"]
@@ -280,7 +280,7 @@ def test_a_gpu_stream_is_not_for_workers(features):
 def test_every_worker_leaves_room_for_the_others(monkeypatch):
     from types import SimpleNamespace
 
-    from pipeline.train import tiers
+    from pipeline.train.data import tiers
 
     monkeypatch.setattr(tiers, "available_memory", lambda: 1000)
     assert tiers.choose(500, None) == "host"

@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 
-from pipeline.catalog import BASELINES
-from pipeline.grid import Sweep, parse_grid, read_sweep, trials
+from pipeline.cli.catalog import BASELINES
+from pipeline.commands.grid import Sweep, parse_grid, read_sweep, trials
+from pipeline.commands.sweep_table import difference, summary
 from pipeline.recipe import Recipe
 from pipeline.store import UserError
-from pipeline.sweep_table import difference, summary
-from pipeline.train.counterparts import COUNTERPARTS
-from pipeline.train.loop import Training
-from pipeline.train.stream import StoreSource
+from pipeline.train.baselines.methods import COUNTERPARTS
+from pipeline.train.data.store_source import StoreSource
+from pipeline.train.fit.loop import Training
 from tests.pipeline.test_errors import run
 
 WORDS = ["--text", "first", "--text-pair", "second", "--label", "label"]

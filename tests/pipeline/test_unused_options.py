@@ -9,10 +9,10 @@ import torch
 import yaml
 
 from pipeline import api
+from pipeline.checks.unused_options import STREAM_OPTIONS
 from pipeline.recipe import field_names
 from pipeline.runs import load_run
 from pipeline.store import UserError
-from pipeline.unused import STREAM_OPTIONS
 from tests.pipeline.test_errors import refused, run
 
 
@@ -136,7 +136,7 @@ def test_stream_refuses_at_the_call(stored):
 
 
 def test_stream_hands_on_how_to_read(stored, monkeypatch):
-    from pipeline.train.stream import StoreSource
+    from pipeline.train.data.store_source import StoreSource
 
     seen = []
     original = StoreSource.__init__

@@ -9,7 +9,7 @@ import pytest
 
 import pipeline
 from pipeline import api
-from pipeline.job import load_job
+from pipeline.jobs.job import load_job
 from pipeline.recipe import Recipe
 from pipeline.store import Store, StoreError
 from tests.pipeline.test_errors import refused, run
@@ -94,7 +94,7 @@ def test_a_run_keeps_to_the_tables_it_was_trained_on(options, tmp_path):
 
 
 def test_a_run_does_not_go_on_with_other_labels(options, tmp_path, monkeypatch):
-    from pipeline.train.loop import Training
+    from pipeline.train.fit.loop import Training
 
     extract(options, write(tmp_path / "my.csv", 60))
     given = {**options, "task": str(tmp_path / "my.csv"), "out": str(tmp_path / "run"), "epochs": 3, "batch_size": 16}

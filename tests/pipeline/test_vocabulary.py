@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline.extract.checkpoint import resolve
-from pipeline.preparing import load_backbone
+from pipeline.commands.prepare import load_backbone
+from pipeline.extract.pretrained import resolve
 from pipeline.store import Store, UserError
 from tests import tiny
 from tests.pipeline.test_errors import run

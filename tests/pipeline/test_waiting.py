@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
+from pipeline.commands.train import make_folder
 from pipeline.store import Store, StoreError, UserError
-from pipeline.store.places import _remote
-from pipeline.training import make_folder
+from pipeline.store.files.places import _remote
 from tests.pipeline.test_errors import refused, run
 from tests.store import servers
 from tests.store.helpers import sealed, space
@@ -56,10 +56,10 @@ def test_a_server_that_does_not_answer(
     client: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, kind: str
 ) -> None:
     """It takes the connection and is silent: a line says who is waited for, and the wait ends."""
-    monkeypatch.setattr("pipeline.store.remote.ANSWER_SECONDS", 1.0)
-    monkeypatch.setattr("pipeline.store.mirror.ANSWER_SECONDS", 1.0)
-    monkeypatch.setattr("pipeline.store.remote.STRANGER_SECONDS", 1.5)
-    monkeypatch.setattr("pipeline.store.remote.QUIET_SECONDS", 0.3)
+    monkeypatch.setattr("pipeline.store.files.remote.ANSWER_SECONDS", 1.0)
+    monkeypatch.setattr("pipeline.store.files.mirror.ANSWER_SECONDS", 1.0)
+    monkeypatch.setattr("pipeline.store.files.remote.STRANGER_SECONDS", 1.5)
+    monkeypatch.setattr("pipeline.store.files.remote.QUIET_SECONDS", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         here = f"127.0.0.1:{listener.getsockname()[1]}"
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{here}")

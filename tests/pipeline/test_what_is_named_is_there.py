@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from pipeline import api
-from pipeline.job import load_job
+from pipeline.jobs.job import load_job
 from pipeline.recipe import Recipe
 from pipeline.store import Store, StoreError
-from pipeline.store.rewrite import compact
-from pipeline.store.transfer import transfer
-from pipeline.store.upkeep import collect, litter
+from pipeline.store.upkeep.rewrite import compact
+from pipeline.store.upkeep.transfer import transfer
+from pipeline.store.upkeep.usage import collect, litter
 from tests.pipeline.test_errors import refused, run
 from tests.pipeline.test_versions import extract, labels, write
 

@@ -13,8 +13,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from pipeline.extract.checkpoint import Checkpoint
-from pipeline.extract.identity import differences_of, options_of, space_identity
+from pipeline.extract.feature_space import differences_of, options_of, space_identity
+from pipeline.extract.pretrained import Checkpoint
 from pipeline.runs import load_run
 from pipeline.store import Store, UserError
 from tests.pipeline.test_errors import refused, run

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pipeline import api
-from pipeline.extract.checkpoint import Checkpoint
+from pipeline.extract.pretrained import Checkpoint
 from pipeline.runs import load_run
 from pipeline.store import UserError
 from tests import tiny
@@ -107,7 +107,7 @@ def test_states_of_file_names_read_as_text_are_not_trained_on(checkpoints, pictu
     # As a store of an earlier version may hold them.
     common = ["--model", checkpoints["bert"], "--task", pictures, "--store", tmp_path / "store"]
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.preparing.refuse_other_kind", lambda *given: None)
+        patch.setattr("pipeline.commands.prepare.refuse_other_kind", lambda *given: None)
         assert run("extract", *common, "--for", "probe", "--limit", 20).exit_code == 0
     refused(run("train", *common, "--tuner", "probe", "--out", tmp_path / "run"), "pictures", ".png")
     assert not (tmp_path / "run").exists()

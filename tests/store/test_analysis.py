@@ -67,7 +67,7 @@ def test_sums_are_those_of_a_plain_loop(home):
 
 
 def test_slices_are_those_of_numpy_and_read_only_their_blocks(home, monkeypatch):
-    from pipeline.store import analysis
+    from pipeline.store.segments import analysis
 
     read = []
     original = analysis.read_block

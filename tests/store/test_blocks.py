@@ -47,7 +47,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Space:
     """Three segments of 40 samples, the last overlapping the second, and a supplement of the first."""
     home = space(tmp_path_factory.mktemp("blocks"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.store.arrays.CHUNK_BYTES", 200)
+        patch.setattr("pipeline.store.format.arrays.CHUNK_BYTES", 200)
         first = sealed(home, list(range(40)), large=True)
         sealed(home, list(range(40, 80)))
         sealed(home, list(range(70, 110))[::-1])

@@ -17,10 +17,10 @@ import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
 
 from pipeline.store import Samples, Segment, Space, Store, StoreError, TaskTable, read_block
-from pipeline.store.blocks import _segment
-from pipeline.store.digest import digest_bytes
-from pipeline.store.document import dump_document, load_document
-from pipeline.store.files import Files
+from pipeline.store.files.local import Files
+from pipeline.store.format.digest import digest_bytes
+from pipeline.store.format.document import dump_document, load_document
+from pipeline.store.segments.blocks import _segment
 from tests.store.helpers import assert_equal, key, samples, sealed, space
 
 # Zarr warns of the files that are not its own, and that consolidated metadata is not yet in the specification.
@@ -89,7 +89,7 @@ def _assert_found(home: Space, expected: Samples, what: str) -> None:
 
 @pytest.mark.parametrize("damage", ["flip", "missing", "truncated", "swapped", "zeros"])
 def test_a_damaged_chunk_raises_and_is_named(tmp_path: Path, damage: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.store.arrays.CHUNK_BYTES", 64)
+    monkeypatch.setattr("pipeline.store.format.arrays.CHUNK_BYTES", 64)
     home = space(tmp_path)
     expected = samples(list(range(12)))
     segment = sealed(home, list(range(12)))

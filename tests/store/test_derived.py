@@ -11,11 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.store import Space, Store, TaskTable, derived, manifest
-from pipeline.store.document import dump_document, parse_json
+from pipeline.store import Space, Store, TaskTable
 from pipeline.store.errors import StoreError
-from pipeline.store.manifest import load_manifest
-from pipeline.store.places import cache_folder
+from pipeline.store.files import derived
+from pipeline.store.files.places import cache_folder
+from pipeline.store.format import manifest
+from pipeline.store.format.document import dump_document, parse_json
+from pipeline.store.format.manifest import load_manifest
 from tests.store.helpers import key, sealed, space
 
 MANY = 2000  # samples: a manifest large enough to be kept

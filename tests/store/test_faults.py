@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from pipeline.store import Samples, Store, StoreError, read_block
-from pipeline.store.blocks import _segment
-from pipeline.store.places import _remote
-from pipeline.store.repair import repair
-from pipeline.store.transfer import transfer
+from pipeline.store.files.places import _remote
+from pipeline.store.segments.blocks import _segment
+from pipeline.store.upkeep.repair import repair
+from pipeline.store.upkeep.transfer import transfer
 from tests.store import servers
 from tests.store.helpers import IDENTITY, assert_equal, key, samples, sealed
 from tests.store.test_places import content, fill, use_cache
@@ -73,7 +73,7 @@ def test_random_faults(tmp_path: Path) -> None:
 
 def test_repair_of_random_damage_keeps_what_is_sound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With small chunks most samples survive, each bit for bit."""
-    monkeypatch.setattr("pipeline.store.arrays.CHUNK_BYTES", 64)
+    monkeypatch.setattr("pipeline.store.format.arrays.CHUNK_BYTES", 64)
     fill(tmp_path)
     store = tmp_path / "store"
     pick = random.Random(1)
@@ -141,7 +141,7 @@ def test_interrupted_push_pull_and_merge(tmp_path: Path, monkeypatch: pytest.Mon
             except Stop:
                 stops += 1
                 # The process that was killed is dead to the next one.
-                monkeypatch.setattr("pipeline.store.sweep.is_dead", lambda writer: True)
+                monkeypatch.setattr("pipeline.store.segments.unsealed.is_dead", lambda writer: True)
                 for name in ("write", "publish", "move", "read", "remove"):
                     end.files.__dict__.pop(name, None)
         raise AssertionError("never done")

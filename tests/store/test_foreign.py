@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from pipeline.cli import main
+from pipeline.cli.main import main
 from pipeline.store import FORMATS, Store, decode
-from pipeline.store.rewrite import compact
+from pipeline.store.upkeep.rewrite import compact
 from tests.store import foreign
 from tests.store.helpers import key, samples, sealed, space
 

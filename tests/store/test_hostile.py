@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from pipeline.store import Segment, Store, StoreError
-from pipeline.store.digest import digest_bytes
-from pipeline.store.document import dump_document
-from pipeline.store.foreign import zstd_size
+from pipeline.store.format.digest import digest_bytes
+from pipeline.store.format.document import dump_document
+from pipeline.store.format.foreign import zstd_size
 from tests.store.helpers import sealed, space
 from tests.store.test_damage import reopened, rewrite_manifest, rewrite_metadata
 

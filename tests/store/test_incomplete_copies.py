@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from pipeline.store import Store, StoreError, TaskTable
-from pipeline.store.digest import digest_bytes
-from pipeline.store.document import dump_document, load_document
-from pipeline.store.files import Files
-from pipeline.store.places import _remote
-from pipeline.store.transfer import transfer
+from pipeline.store.files.local import Files
+from pipeline.store.files.places import _remote
+from pipeline.store.format.digest import digest_bytes
+from pipeline.store.format.document import dump_document, load_document
+from pipeline.store.upkeep.transfer import transfer
 from tests.pipeline.test_errors import refused, run
 from tests.store.helpers import key, sealed, space
 from tests.store.test_places import NUMBERS, fill
@@ -135,8 +135,8 @@ def mirror(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 def test_a_listing_that_breaks_off_is_not_a_shorter_one(
     tmp_path: Path, mirror: str, monkeypatch: pytest.MonkeyPatch, folder: str
 ) -> None:
-    monkeypatch.setattr("pipeline.store.remote.STRANGER_SECONDS", 0.0)
-    monkeypatch.setattr("pipeline.store.remote._TRIES", 2)
+    monkeypatch.setattr("pipeline.store.files.remote.STRANGER_SECONDS", 0.0)
+    monkeypatch.setattr("pipeline.store.files.remote._TRIES", 2)
     monkeypatch.setattr(Cut, "cut", folder)
     refused(run("store", "pull", mirror, "--store", tmp_path / "b"), "broke off", folder)
     monkeypatch.setattr(Cut, "cut", "")

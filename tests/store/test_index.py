@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.store.index import Index, KeyIndex
-from pipeline.store.keys import Keys
+from pipeline.store.format.keys import Keys
+from pipeline.store.segments.index import Index, KeyIndex
 from tests.store.helpers import key, sealed, space
 
 # Few first bytes and trailing zeros, so that heads collide and equal keys stand in several lists.

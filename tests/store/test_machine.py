@@ -20,13 +20,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from pipeline.store import Samples, SegmentWriter, Space, Store, StoreError, read_block, stream_of
-from pipeline.store.alive import describe_writer
-from pipeline.store.blocks import _segment
-from pipeline.store.index import families
-from pipeline.store.repair import repair
-from pipeline.store.rewrite import compact
-from pipeline.store.transfer import transfer
-from pipeline.store.upkeep import collect, litter
+from pipeline.store.segments.alive import describe_writer
+from pipeline.store.segments.blocks import _segment
+from pipeline.store.segments.index import families
+from pipeline.store.upkeep.repair import repair
+from pipeline.store.upkeep.rewrite import compact
+from pipeline.store.upkeep.transfer import transfer
+from pipeline.store.upkeep.usage import collect, litter
 from tests.store.helpers import IDENTITY, assert_equal, key, samples
 
 STATES = ("encoder.1", "encoder.3", "decoder.1")
@@ -80,7 +80,7 @@ class Machine(RuleBasedStateMachine):
     def begin(self, mine: list[int], theirs: list[int]) -> None:
         self.folder = Path(tempfile.mkdtemp())
         self.patch = pytest.MonkeyPatch()
-        self.patch.setattr("pipeline.store.arrays.CHUNK_BYTES", 64)
+        self.patch.setattr("pipeline.store.format.arrays.CHUNK_BYTES", 64)
         self.patch.setattr("os.fsync", lambda descriptor: None)  # Processes are killed here, no machine is.
         self.model: dict[str, Model] = {place: {} for place in PLACES}
         self.pending: list[Pending] = []
@@ -163,7 +163,7 @@ class Machine(RuleBasedStateMachine):
             for name in ("make", "write", "publish", "sync", "remove"):
                 patch.setattr(files, name, step(getattr(files, name)))
             patch.setattr(SegmentWriter, "_undo", lambda self, folder: None)
-            patch.setattr("pipeline.store.sweep.describe_writer", dead)
+            patch.setattr("pipeline.store.segments.unsealed.describe_writer", dead)
             with suppress(Killed):
                 pending.writer.seal()
         if self.manifests(pending.place) != before:
@@ -196,7 +196,7 @@ class Machine(RuleBasedStateMachine):
                 return type(target.files).write(target.files, *args)
 
             patch.setattr(target.files, "write", write)
-            patch.setattr("pipeline.store.sweep.describe_writer", dead)
+            patch.setattr("pipeline.store.segments.unsealed.describe_writer", dead)
             with suppress(Killed):
                 transfer(self.store(place), target)
         name = PLACES[1 - PLACES.index(place)]

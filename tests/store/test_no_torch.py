@@ -21,7 +21,7 @@ HEAVY += ("huggingface_hub", "sentencepiece", "psutil", "threadpoolctl")
 COMMANDS = """
 import json, sys
 from click.testing import CliRunner
-from pipeline.cli import main
+from pipeline.cli.main import main
 heavy, *lines = map(json.loads, sys.argv[1:])
 
 class Missing:

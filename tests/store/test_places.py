@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from pipeline.store import MissingStates, Store, StoreError, TaskTable, UserError, read_block
-from pipeline.store.blocks import _segment
-from pipeline.store.cache import Cache
-from pipeline.store.places import _remote, cache_bytes, open_files
-from pipeline.store.remote import redact
-from pipeline.store.transfer import transfer
+from pipeline.store.files.cache import Cache
+from pipeline.store.files.places import _remote, cache_bytes, open_files
+from pipeline.store.files.remote import redact
+from pipeline.store.segments.blocks import _segment
+from pipeline.store.upkeep.transfer import transfer
 from tests.store import servers
 from tests.store.helpers import assert_equal, key, samples, sealed, snapshot, space
 

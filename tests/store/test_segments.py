@@ -20,11 +20,11 @@ from hypothesis import strategies as st
 
 from pipeline.extract.encoding import encode
 from pipeline.store import FORMATS, Encoded, Samples, StoreError
-from pipeline.store import names as store_names
-from pipeline.store.alive import _started, describe_writer, is_dead
-from pipeline.store.document import dump_document, load_document
-from pipeline.store.files import Files
-from pipeline.store.writer import SegmentWriter
+from pipeline.store.files.local import Files
+from pipeline.store.format import names as store_names
+from pipeline.store.format.document import dump_document, load_document
+from pipeline.store.segments.alive import _started, describe_writer, is_dead
+from pipeline.store.segments.writer import SegmentWriter
 from tests.store.helpers import assert_equal, key, samples, sealed, snapshot, space
 
 
@@ -72,7 +72,7 @@ def test_any_runs_of_any_samples(
     home = space(tmp_path_factory.mktemp("s"), format=fmt)
     writer = home.writer({})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.store.arrays.CHUNK_BYTES", chunk)
+        patch.setattr("pipeline.store.format.arrays.CHUNK_BYTES", chunk)
         for part in np.array_split(np.arange(len(lengths)), batches):
             if len(part):
                 writer.add(_cut(whole, int(part[0]), int(part[-1]) + 1))
@@ -275,7 +275,7 @@ def test_sigkill_of_a_real_writer(tmp_path: Path) -> None:
     before = sealed(home, [1, 2])
     code = (
         "import os, signal, sys; from pathlib import Path; from tests.store.helpers import *\n"
-        "from pipeline.store.files import Files\n"
+        "from pipeline.store.files.local import Files\n"
         "original = Files.sync\n"
         "def sync(self, names):\n"
         "    names = list(names)\n"
@@ -327,7 +327,7 @@ def test_an_oversized_manifest_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     home = space(tmp_path)
     writer = home.writer({})
     writer.add(samples(list(range(50))))
-    monkeypatch.setattr("pipeline.store.writer.MAX_JSON", 1000)
+    monkeypatch.setattr("pipeline.store.segments.writer.MAX_JSON", 1000)
     with pytest.raises(StoreError, match="seal earlier"):
         writer.seal()
     assert home.segments() == [] and store_names.MAX_JSON > 1 << 20

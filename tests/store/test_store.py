@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.store import MissingStates, SpaceMismatch, Store, StoreError, TaskTable
-from pipeline.store.digest import digest_bytes
-from pipeline.store.document import dump_document
-from pipeline.store.resolve import resolve
+from pipeline.store.format.digest import digest_bytes
+from pipeline.store.format.document import dump_document
+from pipeline.store.select import resolve
 from tests.store.helpers import IDENTITY, key, sealed, snapshot, space
 
 

@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.store import Space, Store, StoreError, TaskTable
-from pipeline.store.digest import digest_bytes, digest_json
-from pipeline.store.tables import version_of
+from pipeline.store.format.digest import digest_bytes, digest_json
+from pipeline.store.tables.table import version_of
 from tests.store.helpers import key, space
 
 OLD_SPEC = {

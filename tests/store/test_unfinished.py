@@ -14,14 +14,14 @@ import pytest
 import torch
 
 from pipeline.store import Space, Store, StoreError, weights
-from pipeline.store.alive import describe_writer
-from pipeline.store.document import dump_document
-from pipeline.store.files import Files
-from pipeline.store.names import temporary_name
-from pipeline.store.repair import repair
-from pipeline.store.rewrite import compact
-from pipeline.store.transfer import transfer
-from pipeline.store.upkeep import collect, finish_removals, litter, remove_space
+from pipeline.store.files.local import Files
+from pipeline.store.format.document import dump_document
+from pipeline.store.format.names import temporary_name
+from pipeline.store.segments.alive import describe_writer
+from pipeline.store.upkeep.repair import repair
+from pipeline.store.upkeep.rewrite import compact
+from pipeline.store.upkeep.transfer import transfer
+from pipeline.store.upkeep.usage import collect, finish_removals, litter, remove_space
 from tests.store.helpers import IDENTITY, assert_equal, samples, sealed, snapshot, space
 from tests.store.test_places import fill
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipeline.extract.checkpoint import Checkpoint
+from pipeline.extract.pretrained import Checkpoint
 from pipeline.store import UserError
 from pipeline.train.tuners import tuner_config
 from pipeline.train.tuners.mtsa import MTSA, learned, mix

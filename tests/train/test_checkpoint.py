@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from pipeline.store.errors import UserError
-from pipeline.train import checkpoint
+from pipeline.train.fit import run_files as checkpoint
 
 
 def net() -> nn.Sequential:

@@ -14,7 +14,7 @@ from pipeline.extract.backbones.live import LiveBackbone
 from pipeline.extract.backbones.past import Past
 from pipeline.store.errors import UserError
 from pipeline.train.continuation import Choice, continued
-from pipeline.train.finite import NotFinite
+from pipeline.train.fit.finite import NotFinite
 from pipeline.train.model import Model, state_names, tail_for
 from pipeline.train.objectives import Answers, objective_class
 from pipeline.train.objectives import linear_entropy as entropy

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipeline.extract.checkpoint import Checkpoint
+from pipeline.extract.pretrained import Checkpoint
 from pipeline.store import UserError
 from pipeline.testing import BACKBONE_CHECKS
 from pipeline.train.tuners import base, tuner_class, tuner_names

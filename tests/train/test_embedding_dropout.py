@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipeline.extract.checkpoint import resolve
-from pipeline.objectives import class_objective
+from pipeline.extract.pretrained import resolve
+from pipeline.lookup.objective import class_objective
 from pipeline.train.model import Model, state_names, tail_for
 from pipeline.train.tuners import tuner_class, tuner_config
 from tests.extract.test_backbones import inputs_of

@@ -19,7 +19,7 @@ import torch
 from transformers import T5Config
 
 from pipeline.extract.backbones import backbone_for
-from pipeline.objectives import class_objective
+from pipeline.lookup.objective import class_objective
 from pipeline.train.model import Model
 from pipeline.train.tuners import tuner_class, tuner_config
 from tests.train.test_tuners import CHAINS, T5

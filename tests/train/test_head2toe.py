@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from pipeline.extract.checkpoint import Checkpoint
+from pipeline.extract.pretrained import Checkpoint
 from pipeline.store import UserError
 from pipeline.train.tuners import tuner_class, tuner_config
 from tests.train.conformance import Case

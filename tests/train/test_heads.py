@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from pipeline.extract.backbones.inputs import Inputs
 from pipeline.extract.backbones.text import decision_trie, gold_chain
+from pipeline.extract.inputs import Inputs
 from pipeline.train.features import Feature
 from pipeline.train.objectives.label_text import TextHead
 from pipeline.train.objectives.pooled import PooledHead

@@ -9,12 +9,12 @@ import torch
 
 from pipeline import store
 from pipeline.store.errors import UserError
-from pipeline.store.rewrite import compact
-from pipeline.train import checkpoint
-from pipeline.train.live import LiveSource
-from pipeline.train.loop import FitOptions, fit
-from pipeline.train.order import Order
-from pipeline.train.stream import StoreSource, StreamOptions
+from pipeline.store.upkeep.rewrite import compact
+from pipeline.train.data.live_source import LiveSource
+from pipeline.train.data.order import Order
+from pipeline.train.data.store_source import StoreSource, StreamOptions
+from pipeline.train.fit import run_files as checkpoint
+from pipeline.train.fit.loop import FitOptions, fit
 from tests.train.test_loop import Killed, Stopping, course, kill, scorer
 from tests.train.toys import COLUMNS, STATES, ToyModel, check, key, samples, targets
 

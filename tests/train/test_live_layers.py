@@ -7,8 +7,8 @@ import torch
 from transformers import T5Config
 
 from pipeline.extract.backbones import backbone_for
-from pipeline.extract.checkpoint import Checkpoint
-from pipeline.objectives import class_objective
+from pipeline.extract.pretrained import Checkpoint
+from pipeline.lookup.objective import class_objective
 from pipeline.store import UserError
 from pipeline.train.model import Model, tail_for
 from pipeline.train.tuners import fitting_tuner, tuner_class, tuner_config

@@ -15,12 +15,12 @@ import pytest
 import torch
 
 from pipeline import store
-from pipeline.extract.backbones.batch import Batch
+from pipeline.extract.batch import Batch
 from pipeline.store.errors import UserError
-from pipeline.train import checkpoint
-from pipeline.train.loop import FitOptions, Interrupted, NotFinite, fit
-from pipeline.train.schedule import factor
-from pipeline.train.stream import StoreSource, StreamOptions
+from pipeline.train.data.store_source import StoreSource, StreamOptions
+from pipeline.train.fit import run_files as checkpoint
+from pipeline.train.fit.loop import FitOptions, Interrupted, NotFinite, fit
+from pipeline.train.fit.schedule import factor
 from tests.train.toys import COLUMNS, STATES, Told, ToyModel, ToySpace, key, targets
 
 SPACE = ToySpace([9] * 12)

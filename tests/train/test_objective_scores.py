@@ -12,7 +12,7 @@ from sklearn import metrics as sk
 from sklearn.utils.class_weight import compute_class_weight
 from torch.nn import functional as F
 
-from pipeline.extract.backbones.inputs import Inputs
+from pipeline.extract.inputs import Inputs
 from pipeline.store.errors import Notice, UserError
 from pipeline.train.configs import ObjectiveConfig, PooledConfig
 from pipeline.train.features import Feature

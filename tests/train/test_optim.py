@@ -7,9 +7,9 @@ import math
 import torch
 from torch import nn
 
-from pipeline.train.checkpoint import load_optimizer_state, optimizer_state
-from pipeline.train.optim import adamw
-from pipeline.train.options import FitOptions
+from pipeline.train.fit.optimizer import adamw
+from pipeline.train.fit.options import FitOptions
+from pipeline.train.fit.run_files import load_optimizer_state, optimizer_state
 
 OPTIONS = FitOptions(lr=0.1, eps=1e-2, betas=(0.9, 0.99))
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.train.order import Order, epoch_order, rank_slice
+from pipeline.train.data.order import Order, epoch_order, rank_slice
 
 
 @st.composite

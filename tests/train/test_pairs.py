@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from pipeline import store
-from pipeline.extract.backbones.batch import Batch
+from pipeline.extract.batch import Batch
 from pipeline.extract.encoding import decode
 from pipeline.store.errors import UserError
-from pipeline.store.rewrite import compact
-from pipeline.train.loop import FitOptions, fit
-from pipeline.train.pairs import PairSource, distinct
-from pipeline.train.stream import StoreSlot, StreamOptions
+from pipeline.store.upkeep.rewrite import compact
+from pipeline.train.data.pairs import PairSource, distinct
+from pipeline.train.data.store_source import StoreSlot, StreamOptions
+from pipeline.train.fit.loop import FitOptions, fit
 from tests.train.test_loop import Killed, Stopping, course, kill, scorer
 from tests.train.toys import COLUMNS, STATES, ToyModel, key, samples, targets
 

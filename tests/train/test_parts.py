@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipeline.extract.backbones import bylength, dropout
-from pipeline.extract.checkpoint import Checkpoint
+from pipeline.extract.kernels import bylength, dropout
+from pipeline.extract.pretrained import Checkpoint
 from tests.train.conformance import Case
 
 

@@ -8,13 +8,13 @@ import json
 import pytest
 import torch
 
+from pipeline.cost.flops import backbone_model
+from pipeline.cost.known_shapes import known_config
 from pipeline.extract.backbones import backbone_for
-from pipeline.extract.checkpoint import Checkpoint
-from pipeline.objectives import class_objective
-from pipeline.operations import backbone_model
-from pipeline.shapes import known_config
+from pipeline.extract.pretrained import Checkpoint
+from pipeline.lookup.objective import class_objective
 from pipeline.store.errors import UserError
-from pipeline.train.counterparts import PAPER, CounterpartModel, counterpart
+from pipeline.train.baselines.methods import PAPER, CounterpartModel, counterpart
 from pipeline.train.tuners import tuner_class
 from tests.pipeline.test_compare import trains_only_its_own
 from tests.pipeline.test_errors import refused, run

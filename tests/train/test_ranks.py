@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from pipeline.store.errors import UserError
-from pipeline.train.loop import FitOptions, NotFinite, fit
-from pipeline.train.ranks import Ranks
-from pipeline.train.stream import StoreSource, StreamOptions
+from pipeline.train.data.store_source import StoreSource, StreamOptions
+from pipeline.train.fit.loop import FitOptions, NotFinite, fit
+from pipeline.train.fit.ranks import Ranks
 from tests.pipeline.test_errors import run
 from tests.store.servers import free_port
 from tests.train.test_loop import SPACE, scorer, source

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from pipeline.store.errors import Notice, UserError
-from pipeline.train import checkpoint
+from pipeline.train.fit import run_files as checkpoint
 from tests.train.test_loop import Killed, Stopping, course, kill, source, toy_space, train  # noqa: F401 (a fixture)
 
 CONTENT = {"a": torch.arange(6.0).view(2, 3), "b.c": torch.ones(3, dtype=torch.bfloat16), "n": torch.tensor(7)}

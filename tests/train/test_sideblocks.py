@@ -8,7 +8,7 @@ import torch
 
 from pipeline.extract.backbones import Backbone, Batch
 from pipeline.extract.backbones.bert import Bert
-from pipeline.extract.checkpoint import Checkpoint
+from pipeline.extract.pretrained import Checkpoint
 from pipeline.store import UserError
 from pipeline.train.sideblocks import SideStack, TransformerStack, prunable, pruned, side_stack
 from pipeline.train.sideblocks.bert import BertSideStack

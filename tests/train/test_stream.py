@@ -13,10 +13,10 @@ import torch
 from pipeline import store
 from pipeline.store.errors import MissingStates, StoreError, UserError
 from pipeline.train.configs import PooledConfig
+from pipeline.train.data.store_source import StoreSource, StreamOptions
+from pipeline.train.data.targets import Targets
 from pipeline.train.objectives import Answers
 from pipeline.train.objectives.regression import Regression
-from pipeline.train.stream import StoreSource, StreamOptions
-from pipeline.train.targets import Targets
 from tests.train.toys import COLUMNS, STATES, WIDTH, ToySpace, check, key, samples, targets
 
 SIZES = [7, 3, 12, 1, 9, 5, 8, 11, 4, 6]
@@ -53,7 +53,7 @@ def indices(batches: Iterator) -> list[list[int]]:
 @pytest.mark.parametrize("host_bytes", [0, 1 << 30])
 @pytest.mark.parametrize("long", [0, 1 << 30])  # all samples are copied one by one, or all gathered by row
 def test_batches_hold_the_right_rows(monkeypatch: pytest.MonkeyPatch, fmt: str, host_bytes: int, long: int) -> None:
-    monkeypatch.setattr("pipeline.train.assemble.LONG", long)
+    monkeypatch.setattr("pipeline.train.data.assemble.LONG", long)
     source, ids = make(monkeypatch, ToySpace(SIZES, fmt), host_bytes=host_bytes)
     for epoch in range(2):
         seen = []
@@ -70,7 +70,7 @@ def test_batches_hold_the_right_rows(monkeypatch: pytest.MonkeyPatch, fmt: str, 
 @pytest.mark.parametrize("long", [0, 1 << 30])
 def test_states_as_stored(monkeypatch: pytest.MonkeyPatch, fmt: str, long: int) -> None:
     """The numbers of the store where rows have no scales, float32 where they do, and the same values."""
-    monkeypatch.setattr("pipeline.train.assemble.LONG", long)
+    monkeypatch.setattr("pipeline.train.data.assemble.LONG", long)
     source, ids = make(monkeypatch, ToySpace(SIZES, fmt), dtype=None)
     kinds = set()
     for batch in source.epoch(0):
@@ -211,7 +211,7 @@ def test_a_block_that_is_being_read_is_not_read_a_second_time(monkeypatch: pytes
 
 
 def test_each_block_is_read_once_an_epoch_and_few_are_open(monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipeline.train import stream
+    from pipeline.train.data import store_source as stream
 
     made = []
 
@@ -336,7 +336,7 @@ def test_a_forced_tier_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("long", [0, 1 << 30])
 def test_all_of_a_batch_is_where_its_blocks_are(monkeypatch: pytest.MonkeyPatch, long: int) -> None:
-    monkeypatch.setattr("pipeline.train.assemble.LONG", long)
+    monkeypatch.setattr("pipeline.train.data.assemble.LONG", long)
     source, _ = make(monkeypatch, ToySpace(SIZES), device="meta", dtype=None)
     monkeypatch.setattr(source, "_tier", "device")
     batch = next(source.epoch(0))

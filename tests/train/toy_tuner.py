@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from pipeline.extract.backbones.base import Backbone
-from pipeline.extract.backbones.batch import Batch
 from pipeline.extract.backbones.tail import Tail
+from pipeline.extract.batch import Batch
 from pipeline.train.features import Features, Want
 from pipeline.train.tuners import Tuner, TunerConfig, register
 from pipeline.train.tuners.base import rows_of

@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.extract.backbones.batch import Batch
+from pipeline.extract.batch import Batch
 from pipeline.extract.encoding import decode, encode
-from pipeline.store.samples import Samples
+from pipeline.store.format.samples import Samples
 from pipeline.train.configs import PooledConfig
+from pipeline.train.data.targets import Targets
 from pipeline.train.objectives.base import Answers, Scorer
 from pipeline.train.objectives.classification import Classification
 from pipeline.train.objectives.scores import ScalarScorer
-from pipeline.train.targets import Targets
 
 STATES = ("encoder.0", "encoder.2", "decoder.1")
 COLUMNS = ("encoder.ids", "decoder.ids")

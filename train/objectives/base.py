@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.extract.backbones.batch import Batch
+from pipeline.extract.batch import Batch
 from pipeline.extract.plugins import load_installed
 from pipeline.store.errors import UserError
 from pipeline.train.configs import ObjectiveConfig

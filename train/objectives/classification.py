@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.extract.backbones.batch import Batch
+from pipeline.extract.batch import Batch
 from pipeline.train.features import Feature, Features
-from pipeline.train.finite import refuse_nan
+from pipeline.train.fit.finite import refuse_nan
 from pipeline.train.objective_configs import ClassificationConfig, named_weights
 from pipeline.train.objectives.base import Outputs, Vocabulary, register
 from pipeline.train.objectives.pooled import PooledHead

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.extract.backbones.batch import Batch
+from pipeline.extract.batch import Batch
 from pipeline.extract.completion import learned
 from pipeline.store.errors import UserError
 from pipeline.train.configs import ObjectiveConfig
 from pipeline.train.features import Feature, Features, Want
-from pipeline.train.finite import refuse_nan
+from pipeline.train.fit.finite import refuse_nan
 from pipeline.train.objectives.base import Head, Objective, Outputs, Scorer, Vocabulary, register
 from pipeline.train.objectives.linear_entropy import entropy_and_hits, summed_entropy
 

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.extract.backbones.batch import Batch
+from pipeline.extract.batch import Batch
 from pipeline.extract.tasks.base import nearest
 from pipeline.store.errors import UserError
 from pipeline.train.configs import ObjectiveConfig
 from pipeline.train.features import Feature, Features, Want
-from pipeline.train.finite import refuse_nan
+from pipeline.train.fit.finite import refuse_nan
 from pipeline.train.objectives.base import Answers, Head, Outputs, Vocabulary, register
 from pipeline.train.objectives.scores import ScalarObjective
 

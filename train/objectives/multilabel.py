@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.extract.backbones.batch import Batch
+from pipeline.extract.batch import Batch
 from pipeline.train.features import Feature, Features
-from pipeline.train.finite import refuse_nan
+from pipeline.train.fit.finite import refuse_nan
 from pipeline.train.metrics import LABELS
 from pipeline.train.objective_configs import MultilabelConfig, named_weights
 from pipeline.train.objectives.base import Objective, Outputs, Report, Scorer, Vocabulary, register

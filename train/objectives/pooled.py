@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from pipeline.extract.backbones.batch import Batch
+from pipeline.extract.batch import Batch
 from pipeline.train.features import Feature, Features
 from pipeline.train.objectives.base import Head
 

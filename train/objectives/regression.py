@@ -9,10 +9,10 @@ import numpy as np
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.extract.backbones.batch import Batch
+from pipeline.extract.batch import Batch
 from pipeline.train.configs import PooledConfig
 from pipeline.train.features import Feature, Features
-from pipeline.train.finite import refuse_nan
+from pipeline.train.fit.finite import refuse_nan
 from pipeline.train.objectives.base import Outputs, Vocabulary, register
 from pipeline.train.objectives.pooled import PooledHead
 from pipeline.train.objectives.scores import ScalarObjective

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.extract.backbones.batch import Batch
+from pipeline.extract.batch import Batch
 from pipeline.train.objectives.base import Outputs, Report
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)

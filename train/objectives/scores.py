@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from pipeline.extract.backbones.batch import Batch
+from pipeline.extract.batch import Batch
 from pipeline.train.metrics import CLASSES, NUMBERS, OF_TWO, RANKED, score
 from pipeline.train.objectives.base import Objective, Outputs, Report, Scorer
 from pipeline.train.objectives.reports import ConfusionReport, ResidualReport

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.extract.backbones.batch import Batch
+from pipeline.extract.batch import Batch
 from pipeline.extract.geometry import Geometry
 from pipeline.extract.tasks.masks import VOID, read_mask
 from pipeline.store.errors import UserError
 from pipeline.train.features import Feature, Features, Want
-from pipeline.train.finite import refuse_nan
+from pipeline.train.fit.finite import refuse_nan
 from pipeline.train.maps import Group, groups, maps
 from pipeline.train.objective_configs import SegmentationConfig
 from pipeline.train.objectives.base import Answers, Head, Objective, Outputs, Scorer, Vocabulary, register

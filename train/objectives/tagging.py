@@ -9,10 +9,10 @@ import numpy as np
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.extract.backbones.batch import Batch
+from pipeline.extract.batch import Batch
 from pipeline.train.configs import ObjectiveConfig
 from pipeline.train.features import Feature, Features, Want
-from pipeline.train.finite import refuse_nan
+from pipeline.train.fit.finite import refuse_nan
 from pipeline.train.objectives.base import Head, Objective, Outputs, Report, Scorer, Vocabulary, register
 from pipeline.train.objectives.reports import shares
 from pipeline.train.objectives.spans import OUTSIDE, SpanCounts

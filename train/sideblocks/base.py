@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.extract.backbones.base import Backbone
-from pipeline.extract.backbones.batch import Batch
 from pipeline.extract.backbones.masks import earlier, tree
+from pipeline.extract.batch import Batch
 from pipeline.store.errors import UserError
 
 

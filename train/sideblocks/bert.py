@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from transformers.models.bert.modeling_bert import BertLayer
 from transformers.models.roberta.modeling_roberta import RobertaLayer
 
-from pipeline.extract.backbones.batch import Batch
 from pipeline.extract.backbones.bert import Bert
-from pipeline.extract.backbones.dropout import SIDE, use_fast_dropout
 from pipeline.extract.backbones.masks import key_mask
+from pipeline.extract.batch import Batch
+from pipeline.extract.kernels.dropout import SIDE, use_fast_dropout
 from pipeline.train.sideblocks.base import SideStack, pruned, side_stack
 from pipeline.train.sideblocks.pruning import prune_bert
 

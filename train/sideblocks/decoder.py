@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.extract.backbones.batch import Batch
 from pipeline.extract.backbones.decoder import Decoder, attentions_of, cache_of
 from pipeline.extract.backbones.loading import freeze
 from pipeline.extract.backbones.shell import Given, Shell, narrow
+from pipeline.extract.batch import Batch
 from pipeline.train.sideblocks.base import SideStack, side_stack
 
 

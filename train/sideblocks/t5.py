@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers.models.t5.modeling_t5 import T5Stack
 
-from pipeline.extract.backbones.batch import Batch
-from pipeline.extract.backbones.dropout import SIDE, Dropout, use_fast_dropout
 from pipeline.extract.backbones.masks import key_mask
 from pipeline.extract.backbones.t5 import T5, decoder_config, decoder_context, run_decoder_block
+from pipeline.extract.batch import Batch
+from pipeline.extract.kernels.dropout import SIDE, Dropout, use_fast_dropout
 from pipeline.train.sideblocks.base import SideStack, pruned, side_stack
 from pipeline.train.sideblocks.pruning import prune_t5
 

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.extract.backbones.base import Backbone
-from pipeline.extract.backbones.batch import Batch
 from pipeline.extract.backbones.capabilities import Capability
 from pipeline.extract.backbones.tail import Tail
+from pipeline.extract.batch import Batch
 from pipeline.extract.plugins import load_installed
 from pipeline.store.errors import UserError
 from pipeline.train.configs import SideConfig, TunerConfig

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.extract.backbones.base import Backbone
-from pipeline.extract.backbones.batch import Batch, Layout
 from pipeline.extract.backbones.capabilities import ClassToken
 from pipeline.extract.backbones.tail import Tail
+from pipeline.extract.batch import Batch, Layout
 from pipeline.train.configs import ClipConfig
 from pipeline.train.features import Feature, Features, Want
 from pipeline.train.tuners.base import StateLinear, Tuner, checked_reduction, full_precision, register

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.extract.backbones.base import Backbone
-from pipeline.extract.backbones.batch import Batch
 from pipeline.extract.backbones.capabilities import LiveLast
 from pipeline.extract.backbones.grids import cell_counts, cells, max_cells, mean_cells, sizes, sum_cells
 from pipeline.extract.backbones.tail import LiveTail, Tail
+from pipeline.extract.batch import Batch
 from pipeline.store.errors import UserError
 from pipeline.train.features import Features, Want
 from pipeline.train.tuners.base import Tuner, TunerConfig, checked_reduction, form, full_precision, rows_of

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.extract.backbones.base import Backbone
-from pipeline.extract.backbones.batch import Batch
 from pipeline.extract.backbones.capabilities import Branches
 from pipeline.extract.backbones.swin import SwinTail
 from pipeline.extract.backbones.tail import Tail
+from pipeline.extract.batch import Batch
 from pipeline.store.errors import UserError
 from pipeline.train.configs import E3vaConfig
 from pipeline.train.features import Features, Want

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pipeline.extract.backbones.base import Backbone
-from pipeline.extract.backbones.batch import Batch
 from pipeline.extract.backbones.capabilities import Levels
 from pipeline.extract.backbones.tail import Tail
+from pipeline.extract.batch import Batch
 from pipeline.train.configs import FixedConfig
 from pipeline.train.features import Features, Want
 from pipeline.train.tuners.base import Tuner, register, rows_of

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.extract.backbones.base import Backbone
-from pipeline.extract.backbones.batch import Batch, stream_of
 from pipeline.extract.backbones.tail import Tail
+from pipeline.extract.batch import Batch, stream_of
 from pipeline.store.errors import UserError
 from pipeline.train.configs import Head2ToeConfig
 from pipeline.train.features import Features, Want

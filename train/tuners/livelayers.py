@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 from pipeline.extract.backbones.base import Backbone
-from pipeline.extract.backbones.batch import Batch, Layout
-from pipeline.extract.backbones.bylength import by_length
 from pipeline.extract.backbones.tail import LiveTail
+from pipeline.extract.batch import Batch, Layout
+from pipeline.extract.kernels.bylength import by_length
 from pipeline.store.errors import UserError
-from pipeline.train.adapters import Bottleneck, add_biases, add_lora, free_biases
+from pipeline.train.baselines.adapters import Bottleneck, add_biases, add_lora, free_biases
 
 REDUCTION = 16  # LoRA's rank and the adapter's width are the backbone's width over this
 PROMPT = 30  # virtual rows

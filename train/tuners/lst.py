@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.extract.backbones.base import Backbone
-from pipeline.extract.backbones.batch import Batch
-from pipeline.extract.backbones.bylength import by_length
 from pipeline.extract.backbones.tail import Tail
+from pipeline.extract.batch import Batch
+from pipeline.extract.kernels.bylength import by_length
 from pipeline.train.configs import PRUNES, LstConfig
 from pipeline.train.features import Features, Want
 from pipeline.train.learned import Learned

@@ -9,9 +9,9 @@ from __future__ import annotations
 from torch import nn
 
 from pipeline.extract.backbones.base import Backbone
-from pipeline.extract.backbones.batch import Batch
 from pipeline.extract.backbones.tail import Tail
-from pipeline.train.adapters import Bottleneck
+from pipeline.extract.batch import Batch
+from pipeline.train.baselines.adapters import Bottleneck
 from pipeline.train.configs import ProbeConfig
 from pipeline.train.features import Features, Want
 from pipeline.train.tuners.base import Tuner, register, rows_of

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from pipeline.extract.backbones.base import Backbone
-from pipeline.extract.backbones.batch import Batch
-from pipeline.extract.backbones.bylength import by_length
 from pipeline.extract.backbones.capabilities import ContinuesText
 from pipeline.extract.backbones.tail import Tail
+from pipeline.extract.batch import Batch
+from pipeline.extract.kernels.bylength import by_length
 from pipeline.train.configs import QstConfig
 from pipeline.train.features import Features, Want
 from pipeline.train.tuners.base import StateLinear, Tuner, linear, register, rows_of

@@ -9,10 +9,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from pipeline.extract.backbones.base import Backbone
-from pipeline.extract.backbones.batch import Batch
 from pipeline.extract.backbones.capabilities import LateBlocks, LiveLast
-from pipeline.extract.backbones.dropout import Dropout
 from pipeline.extract.backbones.tail import LiveTail
+from pipeline.extract.batch import Batch
+from pipeline.extract.kernels.dropout import Dropout
 from pipeline.train.configs import SherlConfig
 from pipeline.train.features import Features, Want
 from pipeline.train.learned import Learned, Mean

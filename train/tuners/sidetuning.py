@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from pipeline.extract.backbones.base import Backbone
-from pipeline.extract.backbones.batch import Batch
 from pipeline.extract.backbones.tail import Tail
+from pipeline.extract.batch import Batch
 from pipeline.train.configs import SideTuningConfig
 from pipeline.train.features import Features, Want
 from pipeline.train.tuners.base import Tuner, checked_reduction, register, rows_of

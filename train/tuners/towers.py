@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from pipeline.extract.backbones.batch import Batch
+from pipeline.extract.batch import Batch
 from pipeline.store.errors import UserError
 from pipeline.train.features import Features
 from pipeline.train.tuners.base import Tuner

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.extract.backbones.base import Backbone
-from pipeline.extract.backbones.batch import Batch, Layout
 from pipeline.extract.backbones.tail import Tail
+from pipeline.extract.batch import Batch, Layout
 from pipeline.train.configs import UniptConfig
 from pipeline.train.features import Features, Want
 from pipeline.train.learned import Learned, Mean

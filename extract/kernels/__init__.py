@@ -1,0 +1,1 @@
+"""Code that only makes a CPU faster, and could be deleted."""

@@ -1,0 +1,88 @@
+"""`pipeline sweep` on the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pipeline.cli.command import command, voice
+from pipeline.cli.options import build_recipe, split_names, takes
+from pipeline.commands.grid import Sweep, parse_grid, read_sweep, trials
+from pipeline.owners import names_of
+from pipeline.recipe import Recipe
+from pipeline.values import parse_seeds
+
+
+def asked_for(
+    methods: str | None, words: Sequence[str], sweep_file: str | None, seeds: str | None
+) -> tuple[Sweep, dict[str, Any]]:
+    """The sweep of a command line and of its file, whose values the line's replace; and the options that the file gives
+    to all runs."""
+    sweep, common = read_sweep(sweep_file) if sweep_file else (Sweep({}), {})
+    grid = {**sweep.grid, **parse_grid(words)}
+    tuners = split_names(methods) if methods else sweep.tuners
+    if methods:
+        grid.pop("tuner", None)
+    return replace(sweep, grid=grid, tuners=tuners, seeds=parse_seeds(seeds) if seeds else sweep.seeds), common
+
+
+class SweepCommand(takes("train", "tuner", "seed", "grid", "out", "overwrite", "tensorboard")):  # type: ignore[misc]
+    """Its tuners are those of --tuner, of the grid and of the sweep file."""
+
+    looks_at = ("methods", "words", "sweep_file")
+
+    def tuners(self, given: Mapping[str, Any], recipe: Recipe) -> list[str]:
+        sweep, _ = asked_for(given.get("methods"), given.get("words") or (), given.get("sweep_file"), None)
+        return [name for name in sweep.methods() if name in names_of("tuner")]
+
+
+@click.command(short_help="Many runs in one pass over the store.", cls=SweepCommand)
+@click.option("--tuner", "methods", default=None, help="Tuners and baselines, with commas between.", metavar="NAMES")
+@click.option(
+    "--grid",
+    "words",
+    multiple=True,
+    help="Values of an option, all combinations of which are trained: lr=1e-3,3e-3. Again for each option. A value "
+    "that is a list has + between its parts: layers=0+2+4,1+3+5.",
+    metavar="OPTION=VALUES",
+)
+@click.option("--seeds", default=None, help="Seeds of each point, with commas between. Default: 0.", metavar="NUMBERS")
+@click.option(
+    "--sweep",
+    "sweep_file",
+    default=None,
+    help="A YAML file with grid, runs, seeds and common options, such as configs/ablations/*.yaml; the line wins.",
+    metavar="FILE",
+)
+@click.option(
+    "--out", default=None, help="Folder of the runs and their table. Default: sweeps/TASK-TUNERS.", metavar="FOLDER"
+)
+@command
+def sweep(
+    as_json: bool,
+    recipe_file: str | None,
+    methods: str | None,
+    words: tuple[str, ...],
+    seeds: str | None,
+    sweep_file: str | None,
+    out: str | None,
+    **options: Any,
+) -> tuple[Any, str]:
+    """Train every combination of a grid with every seed. Each batch is read, decoded and moved once for all runs; each
+    run equals its single run, whose command is printed. All share one order of samples: --order-seed, else the first
+    seed's. The same command goes on with a sweep that was stopped; with more values it trains what is new.
+    """
+    asked, common = asked_for(methods, words, sweep_file, seeds)
+    named = asked.methods()
+    known = [name for name in named if name in names_of("tuner")]
+    file = [(f"sweep {sweep_file}", common)] if common else []
+    base = build_recipe("train", options, recipe_file, known, *file)
+    runs = trials(asked, base)
+    from pipeline.commands.sweep import run_sweep  # loads torch
+
+    folder = Path(out or f"sweeps/{Path(base.task).stem}-{'-'.join(named)}")
+    return run_sweep(runs, folder, voice(as_json), quiet=as_json)

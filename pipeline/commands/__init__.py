@@ -1,0 +1,1 @@
+"""What the commands do: a module each, used by the command line and by Python."""

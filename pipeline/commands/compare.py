@@ -1,0 +1,308 @@
+"""`pipeline compare`: tuners from the store and live counterparts side by side, one table."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline.checks.unused_options import refuse_for_training
+from pipeline.cli.command_lines import NotExtracted
+from pipeline.cli.tables import layout_text, size_text, table_text
+from pipeline.commands.extract import Say
+from pipeline.commands.prepare import load_backbone
+from pipeline.commands.train import fit_options, job_doubts, make_folder, run_train
+from pipeline.cost.flops import backbone_model, kept_bytes
+from pipeline.extract.backbones import Backbone, Batch
+from pipeline.jobs.job import Job, load_job, stated
+from pipeline.jobs.slots import refuse_slots
+from pipeline.jobs.sources import live_backbone, live_source, sources
+from pipeline.lookup.objective import make_objective
+from pipeline.owners import for_tuner
+from pipeline.recipe import Recipe
+from pipeline.store.errors import UserError
+from pipeline.train.baselines.methods import COUNTERPARTS, CounterpartModel, counterpart, input_source
+from pipeline.train.data.source import Source
+from pipeline.train.fit.log import finite
+from pipeline.train.fit.loop import FitOptions, fit
+from pipeline.train.metrics import ERRORS
+from pipeline.train.tuners import tuner_names
+
+HEAD = ("method", "trainable", "share", "memory", "s/epoch", "metric", "spread", "seeds")
+
+
+def run_compare(
+    recipe: Recipe,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    folder: Path,
+    csv_file: str | None,
+    say: Say,
+    preset: str = "ours",
+) -> tuple[dict[str, Any], str]:
+    """Train each of `methods` once for each of `seeds` and tabulate. Runs go to `folder`/METHOD-sSEED.
+
+    `preset`: whose settings the counterparts have, see `train.baselines.methods`; the table says which.
+
+    The metric is what selects the best epoch, of the test split, else of validation; the spread is the standard
+    deviation over seeds; seconds an epoch are the fastest seed's, which other work on the machine disturbed least.
+    Memory of one training step: on a GPU the measured peak; on a CPU the tensors counted, that is weights, gradients,
+    Adam's two moments, the batch, and what the backward pass keeps. The layout says which blocks the order of samples
+    followed: a seed gives the same run on the same layout only.
+    """
+    refuse_slots(recipe, "compare")
+    unknown = [m for m in methods if m not in COUNTERPARTS and m not in tuner_names()]
+    if not methods or unknown:
+        known = ", ".join([*tuner_names(), *COUNTERPARTS])
+        raise UserError(
+            f"--tuners: {'name at least one' if not unknown else f'unknown {unknown[0]!r}'}; there are: {known}"
+        )
+    if preset != "ours" and not set(methods) & COUNTERPARTS.keys():
+        raise UserError(f"--preset {preset}: it is for {', '.join(COUNTERPARTS)}, and --tuners names none of them")
+    if csv_file and not Path(csv_file).parent.is_dir():
+        raise UserError(f"--csv {csv_file}: no such folder: {Path(csv_file).parent}")
+    try:
+        jobs = [_refuse(recipe, method, preset) for method in methods]
+    except NotExtracted as error:
+        names = dict.fromkeys("probe" if method in COUNTERPARTS else method for method in methods)
+        raise error.for_all(tuple(names), recipe.tuner_options) from None
+    for sentence in job_doubts(jobs[0]):
+        say(f"warning: {sentence}")
+    make_folder(folder)
+    rows, total = [], None
+    for method in methods:
+        runs = []
+        for seed in seeds:
+            own = recipe if method in COUNTERPARTS else for_tuner(recipe, method)
+            one = replace(own, seed=seed, out=str(folder / f"{method}-s{seed}"), overwrite=True)
+            runs.append(_counterpart(one, method, preset) if method in COUNTERPARTS else _tuner(one))
+            say(f"{method}, seed {seed}: {runs[-1]['metric']:.4f}, {runs[-1]['seconds_per_epoch']:.2f} s an epoch")
+        total = total or runs[0]["backbone"]
+        metrics = [r["metric"] for r in runs]
+        rows.append(
+            {
+                "method": method,
+                "trainable": runs[0]["trainable"],
+                "share": runs[0]["trainable"] / total,
+                "memory_bytes": max(r["memory"] for r in runs),
+                "seconds_per_epoch": min(r["seconds_per_epoch"] for r in runs),
+                "metric": statistics.mean(metrics),
+                "figure": runs[0]["figure"],
+                "spread": statistics.stdev(metrics) if len(metrics) > 1 else None,
+                "seeds": len(metrics),
+                "live": method in COUNTERPARTS or recipe.live,
+                "layout": " ".join(dict.fromkeys(layout_text(r["layout"]) for r in runs)),
+                "settings": runs[0]["settings"],
+            }
+        )
+    if csv_file:
+        try:
+            with Path(csv_file).open("w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, rows[0])
+                writer.writeheader()
+                writer.writerows(rows)
+        except OSError as error:  # what was measured is not lost
+            say(f"warning: --csv {csv_file}: cannot be written: {error.strerror or error}")
+    result = {"task": recipe.task, "preset": preset, "backbone_parameters": total, "rows": rows}
+    return finite(result), _text(rows, preset)
+
+
+def _refuse(recipe: Recipe, method: str, preset: str) -> Job:
+    """The job of `method`. Raises before hours are spent what it would end in: a tuner without a form for the backbone
+    or with states that are not stored, a counterpart that the backbone has no place for or whose package is missing."""
+    if method not in COUNTERPARTS:
+        job = load_job(for_tuner(recipe, method))
+        refuse_for_training(job.recipe, job.backbones)
+        job.model(recipe.seed)
+        if not recipe.live:
+            sources(job, None)
+        return job
+    return refuse_counterpart(recipe, method, preset)
+
+
+def refuse_counterpart(recipe: Recipe, name: str, preset: str) -> Job:
+    """The job of a counterpart. UserError where the backbone has no place for it, or its package is missing."""
+    job = _probe(recipe)
+    counterpart(name, preset).prepare(job.found.backbone, copy.deepcopy(_shape(job.found.backbone)))
+    return job
+
+
+def _text(rows: Sequence[dict[str, Any]], preset: str) -> str:
+    cells = [
+        (
+            r["method"] + (" (live)" if r["live"] else ""),
+            f"{r['trainable']:,}",
+            f"{100 * r['share']:.2f} %",
+            size_text(r["memory_bytes"]),
+            f"{r['seconds_per_epoch']:.2f}",
+            _figure(r["metric"], r["figure"]),
+            "" if r["spread"] is None else f"± {_figure(r['spread'], r['figure'])}",
+            str(r["seeds"]),
+        )
+        for r in rows
+    ]
+    figures = list(dict.fromkeys(r["figure"] for r in rows))
+    layouts = {r["method"]: r["layout"] for r in rows}
+    same = set(layouts.values())
+    laid = same.pop() if len(same) == 1 else "; ".join(f"{method} {layout}" for method, layout in layouts.items())
+    made = [f"  {r['method']}: {r['settings']}" for r in rows]
+    shown = [f"{name}, smaller is better" if name in ERRORS else name for name in figures if name != "average"]
+    lines = [table_text(HEAD, cells), *(f"metric: {name}" for name in shown), f"layout of the samples: {laid}", ""]
+    return "\n".join([*lines, f"settings, counterparts by --preset {preset}:", *made])
+
+
+def _figure(value: float | None, name: str) -> str:
+    """In percent, but for errors, which are in the target's unit, or nats."""
+    if value is None or math.isnan(value):
+        return "undefined"
+    return f"{value:.4g}" if name in ERRORS else f"{100 * value:.1f}"
+
+
+def settings(what: str, options: FitOptions, batch_size: int) -> str:
+    """What a row of the table was made with, in words: the method's own settings and those of training."""
+    warm = f"{options.warmup_steps} steps" if options.warmup_ratio is None else f"{options.warmup_ratio:g} of all steps"
+    long = f"{options.epochs} epochs" if options.max_steps is None else f"{options.max_steps} steps"
+    size = f"{batch_size}" + (f" × {options.accumulate}" if options.accumulate > 1 else "")
+    return (
+        f"{what}; lr {options.lr:g}, {options.schedule} after a warm-up of {warm}, batch {size}, {long}, "
+        f"clip {options.clip:g}, weight decay {options.weight_decay:g}, {options.precision}"
+    )
+
+
+def _tuner(recipe: Recipe) -> dict[str, Any]:
+    metrics = run_train(recipe, lambda text: None, quiet=True)
+    job = load_job(recipe)
+    model = job.model(recipe.seed).to(job.device)
+    live, checkpoint = live_backbone(job) if recipe.live else (None, None)
+    batch = next(iter(sources(job, live, checkpoint)["train"].epochs(0, 1)))
+    what = ", ".join(f"{k} {v}" for k, v in stated(job.config).items()) or "no options"
+    what += _weighing(job)
+    options = fit_options(recipe, job.spec, job.paper, model.tuner.default_lr())
+    made = settings(what, options, job.batch_size)
+    return _summary(job, model, batch, metrics, [model.tuner.tail]) | {"settings": made}
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A counterpart that was trained, and what it was trained with."""
+
+    job: Job
+    model: CounterpartModel
+    train: Source
+    options: FitOptions
+    metrics: dict[str, Any]
+
+
+def fit_counterpart(recipe: Recipe, name: str, preset: str) -> Fitted:
+    """Train a counterpart with the splits, the order and the options of a probe's run on the same store."""
+    method = counterpart(name, preset)
+    job = _probe(recipe)
+    live, checkpoint = live_backbone(job)
+    identity = job.found.space.identity
+    module = load_backbone(checkpoint, identity["precision"], identity["attention"], job.device).model
+    model = CounterpartModel(method, job.found.backbone, module, job.objective, recipe.seed).to(job.device)
+    size = job.batch_size
+    parts = {
+        split: input_source(live_source(job, split, live, checkpoint, size), live)
+        for split in job.tables
+        if split == "train" or job.targets(split) is not None
+    }
+    rate = method.lr_text if job.objective.wants.text_head else method.lr
+    options = fit_options(recipe, job.spec, job.paper, rate)
+    folder = Path(recipe.out or f"runs/{name}")
+    metrics = fit(
+        model,
+        parts["train"],
+        parts.get("validation"),
+        parts.get("test"),
+        options,
+        folder,
+        job.objective.scorer,
+        job.device,
+        progress=False,
+        resume=False,
+        info={"counterpart": name, "preset": preset, "space": job.found.space.id},
+    )
+    return Fitted(job, model, parts["train"], options, metrics)
+
+
+def _counterpart(recipe: Recipe, name: str, preset: str) -> dict[str, Any]:
+    made = fit_counterpart(recipe, name, preset)
+    batch = next(iter(made.train.epochs(0, 1)))
+    described = counterpart(name, preset).description + _weighing(made.job)
+    told = settings(described, made.options, made.job.batch_size)
+    return _summary(made.job, made.model, batch, made.metrics, []) | {"settings": told}
+
+
+def _weighing(job: Job) -> str:
+    """What the objective was set to beside its defaults, as it ends a list; what is scored stands in the table."""
+    config = job.objective.config
+    set_to = {k: v for k, v in stated(config).items() if k != "metric" and v != getattr(type(config)(), k)}
+    return "".join(f", {k} {' '.join(v) if isinstance(v, tuple) else v}" for k, v in set_to.items())
+
+
+def _probe(recipe: Recipe) -> Job:
+    """What a counterpart shares with a probe's live run: the splits and the order. What it learns is the backbone's own
+    way: a text-to-text one writes the label."""
+    job = load_job(replace(recipe, tuner="probe", tuner_options={}, live=True))
+    header = next(iter(job.tables.values())).header
+    job.objective = make_objective(
+        recipe, job.spec, header.get("candidates", ()), job.found.backbone, None, job.training
+    )
+    return job
+
+
+def _summary(job: Job, model: Any, batch: Batch, metrics: dict[str, Any], more: list[nn.Module]) -> dict[str, Any]:
+    scores = metrics["test"] or metrics["validation"]
+    if scores is None:
+        raise UserError(f"task {job.spec.name} has neither test nor validation labels: there is nothing to compare")
+    first = job.objective.scorer().first
+    return {
+        "metric": math.nan if scores[first] is None else scores[first],
+        "figure": first,
+        "seconds_per_epoch": metrics["seconds_per_epoch"],
+        "trainable": metrics["trainable_parameters"],
+        "layout": metrics["layout"],
+        "memory": step_memory(model, batch.to(job.device), more),
+        "backbone": backbone_parameters(job.found.backbone),
+    }
+
+
+def backbone_parameters(backbone: Backbone) -> int:
+    """Parameters of the whole backbone without a task head, counted without loading it."""
+    return sum(p.numel() for n, p in _shape(backbone).named_parameters() if "pooler" not in n)
+
+
+def _shape(backbone: Backbone) -> nn.Module:
+    """The backbone without its values; shared, so not to be changed."""
+    model: nn.Module = getattr(backbone, "skeleton", None) or backbone_model(backbone)
+    return model
+
+
+def step_memory(model: Any, batch: Batch, more: Sequence[nn.Module] = ()) -> float:
+    """Bytes of one training step on `batch` with Adam; see `run_compare`. `more`: modules that are not among the
+    model's own (a tail). The model must not be trained afterwards: it has gradients."""
+    model.train()
+    if batch.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(batch.device)
+        model.loss(batch).backward()
+        torch.cuda.synchronize(batch.device)
+        return float(torch.cuda.max_memory_allocated(batch.device)) + 8.0 * model.trainable_parameters()
+    given = [p for m in (model, *more) for p in (*m.parameters(), *m.buffers())]
+    given += [*batch.states.values(), *batch.columns.values()]
+    kept = kept_bytes(given, lambda: model.loss(batch))
+    return float(sum(t.nbytes for t in given) + 12 * model.trainable_parameters() + kept)
+
+
+def default_folder(recipe: Recipe) -> Path:
+    """Where runs go when no folder is given."""
+    return Path(recipe.out or f"runs/compare-{time.strftime('%Y%m%d-%H%M%S')}")

@@ -1,0 +1,258 @@
+"""`pipeline extract`: a task's rows through the frozen backbone once, into the store."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pipeline.checks.doubtful_rows import doubts
+from pipeline.checks.rows import token_doubts
+from pipeline.checks.stored import kept_name, made_with, own_kept
+from pipeline.commands.kept_files import keep
+from pipeline.commands.prepare import Making, Split, joint_tables, of_slot, prepare, tables_of
+from pipeline.commands.projection import project, widths_text
+from pipeline.extract.backbones import Backbone, Inputs, stream_of
+from pipeline.extract.backbones.live import LiveBackbone
+from pipeline.extract.encoding import arrays_of
+from pipeline.extract.extraction import Report, compute, provenance_of
+from pipeline.extract.plugins import lasting
+from pipeline.extract.pretrained import CONFIG_NOISE, Checkpoint
+from pipeline.extract.tasks.base import Task, TaskSpec
+from pipeline.extract.tasks.completion import form_of
+from pipeline.jobs.slots import tasks_of
+from pipeline.lookup.recipe import need, store_path
+from pipeline.lookup.task_versions import save_tables, task_id
+from pipeline.recipe import Recipe
+from pipeline.store import Space, Store, bytes_per_value
+
+Say = Callable[[str], None]
+
+
+def run_extract(recipe: Recipe, say: Say, quiet: bool = False, task: Task | None = None) -> dict[str, Any]:
+    """Extract what `recipe` asks for; `say` takes the lines a person reads. `task`: rows at hand, instead of those the
+    recipe names. Returns what was done, for `--json`."""
+    need(recipe, "model", "task")
+    if task is None and len(names := tasks_of(recipe)) > 1:
+        return {"tasks": [run_extract(replace(recipe, task=name), say, quiet) for name in names]}
+    started = time.perf_counter()
+    made = prepare(recipe, task)
+    where = store_path(recipe)
+    if "://" not in where and not Path(where).exists():
+        for making in made.values():
+            _ = making.live.model  # a checkpoint that cannot run leaves no trace
+    store, tables = Store.open(where, create=True), tables_of(made)
+    first, *others = made.values()
+    odd = doubts(joint_tables(tables), first.backbone.modality == "image" and not others)
+    warnings = [d for m in made.values() for d in token_doubts(m.checkpoint.tokenizer, m.backbone, m.splits)] + odd
+    for sentence in warnings:
+        say(f"warning: {sentence}")
+    done: dict[str, Done] = {}
+    for slot, making in made.items():
+        with of_slot(slot):
+            done[slot] = _extract(store, making, _of_slot(say, slot), quiet)
+    for slot, (space, _) in done.items():
+        save_tables(space, tables[slot], made[slot].states)
+    report = _finish(say, store, made, done, time.perf_counter() - started)
+    some = next(iter(next(iter(tables.values())).values()))
+    return {**report, "task id": task_id(some.header), "warnings": warnings}
+
+
+Done = tuple[Space, Report]
+
+
+def _of_slot(say: Say, slot: str) -> Say:
+    return (lambda line: say(f"{slot}: {line}")) if slot else say
+
+
+def _extract(store: Store, making: Making, say: Say, quiet: bool) -> Done:
+    """Compute what one feature space lacks. Its tables come last, when all slots are there."""
+    recipe, checkpoint, splits = making.recipe, making.checkpoint, making.splits
+    states, options = making.states, making.options
+    identity, live, inputs, keys = making.identity, making.live, making.inputs, making.keys
+    device, spec, digest = live.device, making.task.spec, identity["weights"]
+    kept = _kept_mark(store, identity, checkpoint)
+    if not store.has_weights(digest, *(kept_name(name, kept) for name in KEEPSAKES)):
+        parts = _keepsakes(checkpoint, live, identity)
+        store.save_weights(digest, {kept_name(name, kept): content for name, content in parts.items()})
+    tokens = recipe.batch_tokens or (32768 if device.type == "cuda" else 4096)
+    fit_on = next((s.inputs for s in splits if s.name == "train"), inputs)
+    identity, live = project(store, identity, live, fit_on, recipe.seed, tokens, spec.name, say)
+    backbone = live.backbone
+    space = store.create_space(identity)
+    _announce(say, space, splits, inputs, keys, states, backbone, options.format, spec, options.text.max_length)
+    keep(recipe, spec, store, identity, kept, live, splits, making.candidates, say)
+    how: dict[str, Any] = {
+        "tokens": tokens,
+        "batch_size": recipe.batch_size,
+        "seed": recipe.seed,
+        "provenance": provenance_of(checkpoint.name, checkpoint.revision, identity, device, making.task.provenance),
+        "quiet": quiet,
+    }
+    if recipe.scheduler:
+        from pipeline.extract.cluster import compute_on
+
+        each = estimated_bytes(inputs, states, backbone, options.format) / len(keys)
+        model = os.path.abspath(recipe.model) if Path(recipe.model).is_dir() else recipe.model  # noqa: PTH100
+        how["imports"] = lasting(recipe.imports)
+        report = compute_on(recipe.scheduler, space, inputs, keys, states, model, recipe.device, each, **how)
+    else:
+        report = compute(space, inputs, keys, states, live, describe=_describer(splits), **how)
+    return space, report
+
+
+def estimated_bytes(inputs: Inputs, states: Sequence[str], backbone: Backbone, fmt: str) -> float:
+    """Bytes of `states` of `inputs` (methods §6.2): positions × width × bytes a value, summed over states."""
+    values = sum(float(inputs.lengths[stream_of(n)].sum()) * backbone.state_width(n) for n in states)
+    return values * bytes_per_value(fmt)
+
+
+def _announce(
+    say: Say,
+    space: Space,
+    splits: Sequence[Split],
+    inputs: Inputs,
+    keys: Sequence[str],
+    states: Sequence[str],
+    backbone: Backbone,
+    fmt: str,
+    spec: TaskSpec,
+    longest: int,
+) -> None:
+    rows = ", ".join(
+        f"{s.name} {len(s.rows):,}" + (f" of {s.total:,}" if len(s.rows) < s.total else "") for s in splits
+    )
+    stored = space.lookup(list(dict.fromkeys(keys)), states)
+    todo = int((~stored.present).sum())
+    size = estimated_bytes(inputs, states, backbone, fmt)
+    say(f"rows: {rows}; {_labels_text(spec)}")
+    if many := _too_many_classes(spec, splits):
+        say(f"warning: {many}")
+    say(
+        f"space {space.id[:12]}: {widths_text(list(states), backbone.width, backbone.projection)} as {fmt}, "
+        f"{size / len(keys) / 1e3:,.1f} kB a sample, {size / 1e9:.3f} GB in all"
+    )
+    say(
+        f"to compute: {todo:,} of {len(set(keys)):,} distinct samples"
+        + ("" if todo else ", everything is in the store already")
+    )
+    for split in splits:
+        if bad := split.inputs.skipped:
+            say(f"warning: {split.name}: {len(bad):,} pictures left out, first: {next(iter(bad.values()))}")
+    if cut := int(inputs.truncated.sum()):
+        limit = int(inputs.lengths[backbone.streams[0]][inputs.truncated].max())
+        whose = "--max-length" if limit >= longest else "all that the model takes"
+        say(f"warning: {cut:,} of {len(keys):,} texts are longer than {limit:,} tokens ({whose}) and were cut")
+
+
+def _labels_text(spec: TaskSpec) -> str:
+    """What the label is taken for: a column of numbers with one word among them would be hundreds of classes."""
+    if spec.target == "mask":
+        return f"label: masks of {len(spec.labels):,} classes ({_few(spec.labels)}); other values are no class"
+    if spec.target == "none":
+        return "no label: rows are for `stream` alone, not for training (--label COLUMN)"
+    if spec.target == "number":
+        return "label: a number"
+    if spec.target == "tokens":
+        learned = {"text": "all of", "completion": "of the completions of", "messages": "the assistant's in"}
+        return f"targets: tokens, {learned[form_of(spec)]} the texts"
+    what = {"class": "classes", "classes": "classes, any number of them a row", "tags": "tags, one a word"}[spec.target]
+    return f"label: {len(spec.labels):,} {what} ({_few(spec.labels)})"
+
+
+def _few(labels: Sequence[str]) -> str:
+    return ", ".join(labels[:4]) + (", …" if len(labels) > 4 else "")
+
+
+def _too_many_classes(spec: TaskSpec, splits: Sequence[Split]) -> str:
+    """A warning where classes have hardly any rows, "" otherwise."""
+    rows = max(s.total for s in splits)
+    if spec.target != "class" or len(spec.labels) * 2 <= rows or len(spec.labels) < 20:
+        return ""
+    return (
+        f"{len(spec.labels):,} classes for {rows:,} rows: is it the right column? --objective regression is for numbers"
+    )
+
+
+def _describer(splits: Sequence[Split]) -> Callable[[str], str]:
+    def describe(key: str) -> str:
+        for split in splits:
+            if key in split.keys:
+                row = split.keys.index(key)
+                text = " | ".join(split.rows.texts[row])
+                return f"{split.name} row {row} ({text[:60]!r}{'…' if len(text) > 60 else ''})"
+        return f"sample {key}"
+
+    return describe
+
+
+KEEPSAKES = ("tail.safetensors", "config.json", "source.json")
+
+
+def _keepsakes(checkpoint: Checkpoint, live: LiveBackbone, identity: dict[str, Any]) -> dict[str, Any]:
+    """What training needs of a checkpoint: tail weights and configuration, and the names it goes by."""
+    source = {"names": sorted({checkpoint.name}), "revision": checkpoint.revision, "family": checkpoint.backbone.name}
+    return {
+        "tail.safetensors": arrays_of(live.backbone.tail_weights(live.model)),
+        "config.json": _config(checkpoint),
+        "source.json": {**source, "made_with": made_with(identity)},
+    }
+
+
+def _config(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {**checkpoint.config.to_dict(), "model_type": checkpoint.config.model_type}
+
+
+def _kept_mark(store: Store, identity: dict[str, Any], checkpoint: Checkpoint) -> str:
+    """The mark that this extraction keeps its files under: none, unless the files without one are another space's. Of
+    those of an earlier version, which do not say whose they are, the configuration is compared."""
+    digest = identity["weights"]
+    if not store.has_weights(digest, *KEEPSAKES):
+        return ""
+    there = store.load_json(digest, "source.json").get("made_with")
+    if isinstance(there, dict):
+        return "" if there == made_with(identity) else own_kept(identity)
+    old, new = store.load_json(digest, "config.json"), json.loads(json.dumps(_config(checkpoint)))
+    same = all(old[name] == new[name] for name in old.keys() & new.keys() - CONFIG_NOISE)
+    return "" if same else own_kept(identity)
+
+
+def _finish(
+    say: Say,
+    store: Store,
+    made: Mapping[str, Making],
+    done: Mapping[str, Done],
+    seconds: float,
+) -> dict[str, Any]:
+    reports = [report for _, report in done.values()]
+    computed, size = sum(r.computed for r in reports), sum(r.bytes for r in reports)
+    segments, rate = sum(r.segments for r in reports), computed / seconds if seconds else 0.0
+    where = os.path.relpath(store.path) if store.files.local else store.where
+    say(
+        f"done: {computed:,} samples computed, {size / 1e9:.3f} GB in {segments} segments, "
+        f"{seconds:.1f} s ({rate:,.0f} samples/s); store {where}"
+    )
+    first = next(iter(made.values()))
+    return {
+        "store": store.where,
+        "space": _of_slots({slot: space.id for slot, (space, _) in done.items()}),
+        "task": first.task.spec.name,
+        "rows": {s.name: len(s.rows) for s in first.splits},
+        "states": _of_slots({slot: making.states for slot, making in made.items()}),
+        "samples": sum(r.samples for r in reports),
+        "computed": computed,
+        "bytes": size,
+        "segments": segments,
+        "truncated": sum(r.truncated for r in reports),
+        "skipped": sum(len(s.inputs.skipped) for making in made.values() for s in making.splits),
+        "seconds": round(seconds, 3),
+    }
+
+
+def _of_slots(found: Mapping[str, Any]) -> Any:
+    """By slot; the thing itself where there is a single backbone."""
+    return found[""] if "" in found else dict(found)

@@ -1,0 +1,295 @@
+"""`pipeline sweep`: many runs on one task, those on the same samples in one pass over the store."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from pipeline.checks.unused_options import refuse_for_training
+from pipeline.cli.command_lines import command_line, option
+from pipeline.commands.compare import fit_counterpart, refuse_counterpart, step_memory
+from pipeline.commands.grid import Trial
+from pipeline.commands.sweep_table import SWEEP, summary, summary_text, table_of, write_csv
+from pipeline.commands.train import (
+    fit_options,
+    job_doubts,
+    make_folder,
+    own_options,
+    resolved_recipe,
+    write_recipe,
+)
+from pipeline.extract.backbones.tail import Tail
+from pipeline.jobs.job import Job, load_job
+from pipeline.jobs.slots import refuse_slots
+from pipeline.jobs.sources import live_backbone, sources
+from pipeline.recipe import Recipe, read_recipe
+from pipeline.store.errors import UserError
+from pipeline.store.format.digest import digest_json
+from pipeline.train.data.source import Source
+from pipeline.train.data.store_source import StoreSource
+from pipeline.train.fit.finite import NotFinite
+from pipeline.train.fit.log import finite, write_json
+from pipeline.train.fit.loop import FitOptions, Training
+from pipeline.train.fit.ranks import Ranks
+from pipeline.train.fit.run_files import TUNER
+from pipeline.train.fit.run_files import load as load_checkpoint
+from pipeline.train.fit.together import fit_all
+from pipeline.train.tuners import tuner_class
+
+Say = Callable[[str], None]
+PRESET = "ours"  # whose settings baselines have
+BASELINE = "baseline.json"  # beside a baseline's metrics: what it was made with
+# Options that change what a run does with its batches, not which job it is.
+_OF_TRAINING = (
+    "epochs", "max_steps", "lr", "weight_decay", "schedule", "warmup_steps", "warmup_ratio", "clip", "accumulate",
+    "train_precision", "patience", "seed", "out", "overwrite", "tensorboard",
+)  # fmt: skip
+
+
+@dataclass
+class Prepared:
+    """A trial with everything looked up. `parts`: its own source for each split. `tail`: the live end, which runs on
+    one space share. `lr`: the tuner's own learning rate."""
+
+    trial: Trial
+    job: Job
+    parts: dict[str, Source]
+    tail: Tail
+    lr: float
+
+    def meets(self) -> str:
+        """Equal for runs that see the same samples in the same batches of the same space."""
+        orders = {split: source.order.digest() for split, source in self.parts.items()}
+        return str(digest_json([self.job.found.space.id, orders]))
+
+    def options(self) -> FitOptions:
+        """How it is trained."""
+        return fit_options(self.trial.recipe, self.job.spec, self.job.paper, self.lr)
+
+
+def run_sweep(asked: Sequence[Trial], folder: Path, say: Say, quiet: bool = False) -> tuple[dict[str, Any], str]:
+    """Train all that is `asked`, each into `folder`/NAME, and tabulate. Runs that are finished there are kept, and
+    those that a kill left unfinished go on.
+
+    UserError, before anything is trained, for what one of them would be refused for, and where `folder` holds another
+    run under the name of one.
+    """
+    if Ranks.from_environment().world > 1:
+        raise UserError("a sweep is one process: start it without torchrun, or train its runs one by one")
+    for trial in asked:
+        refuse_slots(trial.recipe, "sweep")
+    own = [trial for trial in asked if not trial.baseline]
+    say(f"{len(asked)} runs: {len({t.label for t in asked})} settings, {len({t.recipe.seed for t in asked})} seeds")
+    prepared = _prepare(own)
+    jobs = {name: member.job for name, member in prepared.items()}
+    for trial in asked:
+        if trial.baseline:
+            jobs[trial.name] = refuse_counterpart(trial.recipe, trial.baseline, PRESET)
+    make_folder(folder)
+    before = table_of(folder)
+    done: dict[str, dict[str, Any]] = {}
+    for trial in asked:
+        found = _found(trial, folder / trial.name, prepared.get(trial.name), before.get(trial.name, {}))
+        done |= {} if found is None else {trial.name: found}
+    if done:
+        say(f"{len(done)} of them are finished already")
+    for sentence in job_doubts(prepared[own[0].name].job) if own else []:
+        say(f"warning: {sentence}")
+    passes: dict[str, list[Prepared]] = {}
+    for trial in own:
+        if trial.name not in done:
+            passes.setdefault(prepared[trial.name].meets(), []).append(prepared[trial.name])
+    for number, members in enumerate(passes.values(), start=1):
+        job = members[0].job
+        rows = f"{len(job.tables['train'].keys):,} train rows"
+        say(f"pass {number} of {len(passes)}: {len(members)} runs over {rows}; {', '.join(job.describe())}")
+        done |= _train(members, folder, not quiet)
+        _write(folder, asked, done, jobs)
+    for trial in asked:
+        if trial.name not in done:
+            say(f"{trial.name}, the backbone live")
+            done[trial.name] = _baseline(trial, folder / trial.name)
+            _write(folder, asked, done, jobs)
+    result = _write(folder, asked, done, jobs)
+    return result, summary_text(result)
+
+
+def _prepare(asked: Sequence[Trial]) -> dict[str, Prepared]:
+    """Name → what it takes. Runs that differ in training alone share a job and its sources, all that they can share."""
+    usual: dict[str, Any] = {f.name: f.default for f in fields(Recipe) if f.name in _OF_TRAINING}
+    known: dict[str, Prepared] = {}
+    out: dict[str, Prepared] = {}
+    for trial in asked:
+        recipe = replace(trial.recipe, order_seed=trial.recipe.ordering)
+        key = digest_json(replace(recipe, **usual).to_mapping())
+        if key not in known:
+            try:
+                known[key] = _look_up(trial, list(known.values()))
+            except UserError as error:
+                raise type(error)(f"{trial.name}: {error}") from None
+        job = replace(known[key].job, recipe=trial.recipe)
+        out[trial.name] = replace(known[key], trial=trial, job=job)
+    return out
+
+
+def _look_up(trial: Trial, others: Sequence[Prepared]) -> Prepared:
+    """A trial with what is found in the store; what `others` on the same space have found already is shared."""
+    recipe, tail = trial.recipe, None
+    job = load_job(recipe)
+    refuse_for_training(recipe, job.backbones)
+    if "train" not in job.tables:
+        raise UserError(f"the store has no train rows of {job.spec.name}")
+    for other in others:
+        if other.job.found.space.id == job.found.space.id:
+            job = replace(job, found=other.job.found, live=other.job.live)
+            tail = other.tail if _late(other.job) == _late(job) else tail
+    if recipe.live:
+        job.live = live_backbone(job)
+    tuner = job.model(recipe.seed, tail).tuner
+    return Prepared(trial, job, sources(job, *(job.live or (None, None))), tuner.tail, tuner.default_lr())
+
+
+def _late(job: Job) -> list[int]:
+    return tuner_class(job.recipe.tuner, job.found.backbone).late_layers(job.config, job.found.backbone)
+
+
+def _train(members: Sequence[Prepared], folder: Path, progress: bool) -> dict[str, dict[str, Any]]:
+    """Train runs that see the same samples in the same batches: name → what it ended with."""
+    parts = _shared(members)
+    runs: list[Training] = []
+    for member in members:
+        job, recipe, own = member.job, member.trial.recipe, folder / member.trial.name
+        make_folder(own)
+        write_recipe(own, job, member.options())
+        run = Training(
+            job.model(recipe.seed, member.tail), parts["train"], parts.get("validation"), parts.get("test"),
+            member.options(), own, job.objective.scorer, job.device,
+            {
+                "space": job.found.space.id,
+                "tuner": recipe.tuner,
+                "rows": job.version,
+                "chosen": own_options(job),
+            },
+        )  # fmt: skip
+        if _objective(job) != _objective(members[0].job):
+            run.targets = {split: told for split in parts if (told := job.targets(split)) is not None}
+        runs.append(run)
+    ended = [_ended(end) for end in fit_all(runs, progress)]
+    batch = next(iter(parts["train"].epochs(0, 1))).to(members[0].job.device)
+    taken: dict[str, float] = {}
+    for member, run, end in zip(members, runs, ended, strict=True):
+        label = member.trial.label
+        if label not in taken:
+            taken[label] = step_memory(run.model, run.view(batch, "train"), [member.tail])
+        end["memory_bytes"] = taken[label]
+    return {member.trial.name: end for member, end in zip(members, ended, strict=True)}
+
+
+def _shared(members: Sequence[Prepared]) -> dict[str, Source]:
+    """Sources of all states that `members` read, in the order that each has alone."""
+    job = members[0].job
+    wanted = {state for member in members for state in member.job.states}
+    if wanted == set(job.states):
+        return members[0].parts
+    together = replace(job, states=[s for s in job.found.backbone.states() if s in wanted])
+    out = sources(together, *(job.live or (None, None)))
+    for split, source in out.items():
+        order = members[0].parts[split].order
+        if source.order.digest() != order.digest():
+            assert isinstance(source, StoreSource)  # what is computed live has one order, whatever is read
+            source.follow(order.block)
+            source.order = order
+    return out
+
+
+def _objective(job: Job) -> tuple[str, Any]:
+    return job.objective.name, job.objective.config
+
+
+def _ended(end: dict[str, Any] | NotFinite) -> dict[str, Any]:
+    return {"status": "diverged", "why": str(end)} if isinstance(end, NotFinite) else {"status": "done", **end}
+
+
+def _found(trial: Trial, folder: Path, member: Prepared | None, before: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What the run in `folder` ended with; None where it has not. `before`: its row in the table of a sweep before this
+    one. UserError where it is another run."""
+    file = folder / (BASELINE if member is None else "recipe.yaml")
+    if not file.is_file():
+        return None
+    if member is None:
+        same = json.loads(file.read_text(encoding="utf-8")) == _made_with(trial)
+    else:
+        wanted = resolved_recipe(member.job, member.options()).to_mapping()
+        same = read_recipe(file, record=True) == wanted
+        if same and (folder / "metrics.json").is_file():
+            same = load_checkpoint(folder / TUNER)[1].get("rows") == member.job.version
+    if not same:
+        raise UserError(f"{folder} holds a run with other options or other rows: give another --out")
+    memory = before.get("memory_bytes")
+    if (folder / "metrics.json").is_file():
+        ended = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        return {"status": "done", **ended, "memory_bytes": memory}
+    diverged = before.get("status") == "diverged"
+    return {"status": "diverged", "why": before["why"], "memory_bytes": memory} if diverged else None
+
+
+def _made_with(trial: Trial) -> dict[str, Any]:
+    return {"baseline": trial.baseline, "preset": PRESET, "recipe": trial.recipe.to_mapping()}
+
+
+def _baseline(trial: Trial, folder: Path) -> dict[str, Any]:
+    """Train a baseline in the live backbone; its folder has metrics and a log, and is no run that predicts."""
+    make_folder(folder)
+    write_json(folder / BASELINE, _made_with(trial))
+    try:
+        made = fit_counterpart(replace(trial.recipe, out=str(folder)), trial.baseline, PRESET)
+    except NotFinite as error:
+        return _ended(error)
+    return _ended(made.metrics)
+
+
+def _write(
+    folder: Path, asked: Sequence[Trial], done: Mapping[str, Mapping[str, Any]], jobs: Mapping[str, Job]
+) -> dict[str, Any]:
+    """The table of what is done, in `folder` too, as JSON and CSV."""
+    rows = [_row(trial, folder, done.get(trial.name, {"status": "unfinished"}), jobs[trial.name]) for trial in asked]
+    result = {"out": str(folder), "task": asked[0].recipe.task, "model": asked[0].recipe.model, **summary(rows)}
+    write_json(folder / SWEEP, result)
+    write_csv(folder / SWEEP.replace(".json", ".csv"), rows)
+    return result
+
+
+def _row(trial: Trial, folder: Path, end: Mapping[str, Any], job: Job) -> dict[str, Any]:
+    """A run's row of the table; `dev` and `score` are the figure `figure` that chooses the best epoch, None where it is
+    undefined or not measured."""
+    recipe, figure = trial.recipe, job.scorer().first
+    dev, score = (finite((end.get(split) or {}).get(figure)) for split in ("validation", "test"))
+    told = ("validation", "test", "best_epoch", "epochs", "steps", "stopped", "trainable_parameters", "seconds")
+    again = replace(recipe, out=f"{folder / trial.name}-alone")
+    return {
+        "name": trial.name,
+        "label": trial.label,
+        "setting": dict(trial.setting),
+        "seed": recipe.seed,
+        "order_seed": recipe.ordering,
+        "run": str(folder / trial.name),
+        "status": end["status"],
+        "figure": figure,
+        "dev": dev,
+        "score": score,
+        **{name: end.get(name) for name in (*told, "seconds_per_epoch", "memory_bytes", "why")},
+        "command": _command(trial, again),
+    }
+
+
+def _command(trial: Trial, recipe: Recipe) -> str:
+    """What trains it alone."""
+    if not trial.baseline:
+        return command_line("train", recipe)
+    plain = replace(recipe, tuner=Recipe().tuner, seed=0)
+    return " ".join(
+        [command_line("compare", plain), *option("--tuners", trial.baseline), *option("--seeds", str(recipe.seed))]
+    )

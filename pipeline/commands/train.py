@@ -1,0 +1,195 @@
+"""`pipeline train`: a tuner trained from the store, or with the backbone live."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from pipeline.checks.doubtful_rows import doubts, limit_doubt
+from pipeline.checks.unused_options import refuse_for_training
+from pipeline.cli.command_lines import NotExtracted
+from pipeline.extract.plugins import lasting
+from pipeline.extract.tasks import is_named
+from pipeline.extract.tasks.base import TaskSpec
+from pipeline.extract.tasks.hub_images import PREFIX
+from pipeline.extract.tasks.registry import is_folder, is_table
+from pipeline.jobs.extracted import views_of
+from pipeline.jobs.job import Job, agreed
+from pipeline.jobs.joint import Joint
+from pipeline.jobs.mixture import Mixture, open_job
+from pipeline.jobs.sources import grouped
+from pipeline.lookup.recipe import store_path
+from pipeline.lookup.task_versions import columns_text, task_id
+from pipeline.recipe import Recipe
+from pipeline.store.errors import UserError
+from pipeline.store.files.places import absolute
+from pipeline.train.fit.log import write_bytes
+from pipeline.train.fit.loop import FitOptions, fit
+from pipeline.train.fit.ranks import Ranks
+
+Say = Callable[[str], None]
+AnyJob = Job | Joint | Mixture
+LARGE_TASKS = ("mnli", "qnli", "qqp", "sst2")
+
+
+def fit_options(recipe: Recipe, spec: TaskSpec, paper: bool, lr: float) -> FitOptions:
+    """Training options with the defaults of the papers' protocol on T5 (methods §5), where `paper`, and else of ours.
+    `lr`: the method's own learning rate."""
+    epochs = recipe.epochs or (10 if spec.name in LARGE_TASKS else 20)
+    steps, ratio = recipe.warmup_steps, recipe.warmup_ratio
+    if steps is None and ratio is None:
+        steps, ratio = (500, None) if paper else (None, 0.1)
+    return FitOptions(
+        epochs=epochs,
+        max_steps=recipe.max_steps,
+        lr=recipe.lr or lr,
+        weight_decay=recipe.weight_decay,
+        schedule=recipe.schedule,
+        warmup_steps=steps,
+        warmup_ratio=ratio,
+        clip=recipe.clip,
+        accumulate=recipe.accumulate,
+        precision=recipe.train_precision,
+        seed=recipe.seed,
+        patience=recipe.patience,
+        tensorboard=recipe.tensorboard,
+    )
+
+
+def run_folder(job: AnyJob) -> Path:
+    """--out, or a folder named after the run: the task by its name where everybody means the same by it, else with the
+    beginning of its id."""
+    recipe = job.recipe
+    if recipe.out:
+        return Path(recipe.out)
+    names = [(part.spec.name, part.version[:8]) for part in job.each]
+    task = "+".join(name if is_named(name) else f"{name}@{version}" for name, version in names)
+    model, tuner = job.model_name.replace("/", "_"), recipe.tuner.replace(",", "+")
+    return Path("runs") / (f"{task}-{tuner}-{model}-s{recipe.seed}" + ("-live" if recipe.live else ""))
+
+
+def make_folder(folder: Path) -> None:
+    """Make the folder of `--out`. Raises UserError where a file stands in its place, or it cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        file = next((p for p in (folder, *folder.parents) if p.is_file()), None)
+        why = f"{file} is a file" if file else error.strerror or str(error)
+        raise UserError(f"--out {folder}: the folder cannot be made ({why}); choose another") from None
+
+
+def run_train(recipe: Recipe, say: Say, quiet: bool = False) -> dict[str, Any]:
+    """Train what `recipe` says; `say` takes the lines a person reads. Returns the metrics with the run's folder."""
+    job = open_job(recipe)
+    refuse_for_training(recipe, job.backbones)
+    for part in job.each:
+        if "train" not in part.tables:
+            what = f"the store has no train rows of {part.spec.name}"
+            raise NotExtracted(what, part.as_extracted(), split=("train",))
+    folder = run_folder(job)
+    if (folder / "metrics.json").exists() and not recipe.overwrite:
+        raise UserError(f"{folder} holds a finished run; give another --out, or --overwrite to replace it")
+    model = job.model(recipe.seed)
+    options = fit_options(recipe, job.spec, job.paper, model.tuner.default_lr())
+    parts = job.sources(recipe.live)
+    tables = [part.tables["train"] for part in job.each]
+    rows, total = sum(map(len, tables)), sum(table.header.get("total", len(table)) for table in tables)
+    more, name = f" of {total:,}" if rows < total else "", ", ".join(part.spec.name for part in job.each)
+    say(
+        f"{recipe.tuner} on {name}: {rows:,}{more} train rows, batch {job.batch_size}, "
+        f"{options.epochs} epochs, {model.trainable_parameters():,} trainable parameters, "
+        + ("live backbone" if recipe.live else "from the store")
+    )
+    for table in tables:
+        say(f"rows {task_id(table.header)}: {columns_text(table.header)}, of {str(table.header.get('created'))[:10]}")
+    for line in job.describe():
+        say(line)
+    odd = [sentence for part in job.each for sentence in job_doubts(part)]
+    for sentence in odd:
+        say(f"warning: {sentence}")
+    make_folder(folder)
+    if Ranks.from_environment().rank == 0:
+        write_recipe(folder, job, options)
+    metrics = fit(
+        model,
+        parts["train"],
+        parts.get("validation"),
+        parts.get("test"),
+        options,
+        folder,
+        job.scorer,
+        job.device,
+        progress=not quiet,
+        info={"space": job.spaces, "tuner": recipe.tuner, "rows": job.version, "chosen": own_options(job)},
+    )
+    if remark := model.tuner.remark():
+        say(f"{recipe.tuner}: {remark}")
+    about = {"run": str(folder), "space": job.spaces, "tuner": recipe.tuner, "task": name}
+    return {**about, **metrics, "warnings": odd}
+
+
+def job_doubts(job: Job | Joint) -> list[str]:
+    """What is odd about the rows of a run, a sentence each."""
+    train = job.tables.get("train")
+    limit = "" if train is None else limit_doubt(job.recipe.limit, train, views_of(train))
+    images = isinstance(job, Job) and job.found.backbone.modality == "image"
+    return [*([limit] if limit else []), *doubts(job.tables, images)]
+
+
+def lasting_name(job: Job | Joint) -> str:
+    """The task as a recipe names it for good: by its file or folder, by a name that everybody knows, or by its id."""
+    task = job.recipe.task
+    own = is_table(task) or is_folder(task) or is_named(task) or task.startswith(PREFIX)
+    return task if own else task_id(next(iter(job.tables.values())).header)
+
+
+def own_options(job: AnyJob) -> dict[str, Any]:
+    """The options of the tuner and the objective as a recipe has them; of several by slot and by task."""
+    learned = {part.spec.name: part.objective for part in job.each}
+    own = Recipe(
+        tuner_options=_only({slot: asdict(config) for slot, config in job.configs.items()}),
+        objective_options=_only({task: asdict(objective.config) for task, objective in learned.items()}),
+    ).to_mapping()
+    names = _only({task: objective.name for task, objective in learned.items()})
+    return {"objective": names, **{k: own[k] for k in ("tuner_options", "objective_options")}}
+
+
+def _only(found: Mapping[str, Any]) -> Any:
+    """The value of the only key; of several the mapping."""
+    return dict(found) if len(found) > 1 else next(iter(found.values()))
+
+
+def resolved_recipe(job: AnyJob, options: FitOptions) -> Recipe:
+    """The run's options with every default resolved."""
+    objectives = [part.objective for part in job.each]
+    alike = len({o.name for o in objectives}) == 1
+    return replace(
+        job.recipe,
+        task=",".join(lasting_name(part) for part in job.each),
+        store=absolute(store_path(job.recipe)),
+        batch_size=job.batch_size,
+        group_by_length=grouped(job.recipe, job.paper),
+        objective=objectives[0].name if alike else job.recipe.objective,
+        epochs=options.epochs,
+        lr=options.lr,
+        warmup_steps=options.warmup_steps,
+        warmup_ratio=options.warmup_ratio,
+        imports=lasting(job.recipe.imports),
+        objective_options=agreed([o.config for o in objectives], job.recipe.objective_options)
+        if alike
+        else job.recipe.objective_options,
+        out=None,
+        overwrite=False,
+        **job.resolved(),
+    )
+
+
+def write_recipe(folder: Path, job: AnyJob, options: FitOptions) -> None:
+    """recipe.yaml: the run's options with every default resolved, so that it can be run again by `--recipe`."""
+    resolved = resolved_recipe(job, options)
+    title = f"{job.recipe.tuner} on {job.spec.name}, {time.strftime('%Y-%m-%d')}"
+    header = f"{title}\npipeline train --recipe recipe.yaml --out OTHER"
+    write_bytes(folder / "recipe.yaml", resolved.to_yaml(header).encode())

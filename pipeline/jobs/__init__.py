@@ -1,0 +1,1 @@
+"""A recipe with everything it names looked up: space, tables, tuner, sources."""

@@ -1,0 +1,73 @@
+"""What an extraction made, from what the store says of it: its recipe, and the views that its tables have."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from pipeline.extract.feature_space import options_of
+from pipeline.extract.pretrained import local
+from pipeline.extract.tasks import canonical_name
+from pipeline.lookup.recipe import SPACE_FIELDS, Found
+from pipeline.recipe import Recipe
+from pipeline.store import Space, TaskTable
+from pipeline.store.errors import UserError
+
+
+def limited(table: TaskTable, limit: int | None) -> TaskTable:
+    """The first `limit` rows, of pictures all views of the first `limit`, as an extraction with it stores."""
+    count = len(table) if limit is None else limit * views_of(table)
+    if count >= len(table):
+        return table
+    return table.take(range(count))
+
+
+def views_of(table: TaskTable) -> int:
+    """How many views of each picture a table has; 1 of a table of texts."""
+    # A pair of texts, or fields of several slots, not a picture and the number of its view.
+    if len(table.header["spec"]["fields"]) > 1 or "slots" in table.header:
+        return 1
+    return 1 + max((int(t[1]) for t in table.texts if len(t) > 1), default=0)
+
+
+def first_views(table: TaskTable, views: int | None) -> TaskTable:
+    """The first `views` views of each picture, all where None. UserError where fewer are stored."""
+    if views is None or views == (there := views_of(table)):
+        return table
+    if views > there:
+        raise UserError(f"--views {views}: the store has {there} views of each training picture; extract with --views")
+    return table.take([i for i, t in enumerate(table.texts) if int(t[1]) < views])
+
+
+def as_extracted(recipe: Recipe, found: Found) -> Recipe:
+    """The recipe of the extraction that made the space of `found`: what the space says wins over what was left out."""
+    identity = found.space.identity
+    named = {k: identity[k] for k in SPACE_FIELDS if k in identity and k != "prompt"} | picture_options(identity)
+    known = {k: v for k, v in named.items() if getattr(recipe, k) is None}
+    task, space = canonical_name(recipe.task), found.space
+    tables = [t for t in space.tables() if t.task == task] if isinstance(space, Space) else []
+    if "view_seed" in known and recipe.views is None and isinstance(space, Space):
+        # Views of 2 or more share a space, however many there are.
+        known["views"] = max((views_of(space.read_table(t)) for t in tables if t.split == "train"), default=2)
+    usual: dict[str, Any] = {"format": "float16", "projection": "none", "precision": "float32", "attention": "sdpa"}
+    usual |= {"max_length": 128, "truncation_side": "right", "augment": "random", "view_seed": 0}
+    name = recipe.model or found.source["names"][0]
+    checkpoint = local(name) if "image_size" in known else None
+    if checkpoint is not None and checkpoint.tokenizer.extent_text == known["image_size"]:
+        usual["image_size"] = known["image_size"]
+    stated = {k: v for k, v in known.items() if v != usual.get(k)}
+    if recipe.prompt is None and identity["prompt"] and isinstance(space, Space):
+        usual_prompts = {space.read_header(t)["spec"]["prompt"] for t in tables}
+        stated |= {"prompt": identity["prompt"]} if identity["prompt"] not in usual_prompts else {}
+    return replace(recipe, model=name, **stated)
+
+
+def picture_options(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe's options that say how the pictures of a space were made, nothing for texts. How many views there are
+    is of the task's table."""
+    if "image_size" not in identity:
+        return {}
+    text = options_of(identity).text
+    views = {"augment": text.augment, "view_seed": text.view_seed} if text.views > 1 else {}
+    return {"image_size": text.image_size, **views}

@@ -1,0 +1,237 @@
+"""From a recipe to the things it names: store, task, checkpoint, feature-space options, tuner configs, device."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.checks.stored import backbone_from, kept_name, kept_of, source_of
+from pipeline.cli.command_lines import NotExtracted
+from pipeline.extract.backbones import Backbone, TextOptions
+from pipeline.extract.backbones.images import Preprocess
+from pipeline.extract.encoding import tensors_of
+from pipeline.extract.feature_space import SpaceOptions, space_identity, views_text
+from pipeline.extract.pretrained import Checkpoint, local
+from pipeline.extract.tasks import Task, canonical_name, load_task
+from pipeline.extract.tasks.base import DENSE, TaskSpec
+from pipeline.extract.tasks.glue import USUAL_GRID
+from pipeline.extract.tasks.hub_images import PREFIX, hub_folder
+from pipeline.jobs.slots import slot_of
+from pipeline.lookup.objective import refuse_targets, target_types
+from pipeline.lookup.store_folder import store_place
+from pipeline.lookup.task_versions import versions_of
+from pipeline.owners import config_of
+from pipeline.recipe import Recipe, option_name
+from pipeline.store import Space, Store
+from pipeline.store.errors import StoreError, UserError
+from pipeline.store.select import resolve as resolve_space
+from pipeline.train.model import union_states
+from pipeline.train.tuners import tuner_class, tuner_names
+
+# Options of a recipe that are fields of a feature space.
+SPACE_FIELDS = ("format", "projection", "precision", "attention", "prompt", "max_length", "truncation_side")
+PICTURES = ("image_size", "views", "augment", "view_seed")  # and those that say how pictures are made
+
+
+def store_path(recipe: Recipe) -> str:
+    """--store, else $PIPELINE_STORE, else ./activations."""
+    return store_place(recipe.store)
+
+
+def need(recipe: Recipe, *names: str) -> None:
+    """Raises UserError for the first of `names` that is not given."""
+    for name in names:
+        if not getattr(recipe, name):
+            raise UserError(f"{option_name(name)} is missing; `pipeline {name}s` lists what there is")
+
+
+def device_of(recipe: Recipe) -> torch.device:
+    """The device to compute on. UserError when a GPU is asked for and there is none."""
+    if recipe.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU here; use --device cpu or auto")
+    use_gpu = recipe.device != "cpu" and torch.cuda.is_available()
+    if use_gpu and "LOCAL_RANK" in os.environ:  # a process of torchrun's, each with a GPU of its own
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    return torch.device("cuda" if use_gpu else "cpu")
+
+
+def open_task(recipe: Recipe, backbone: Backbone | None = None) -> Task:
+    """The task with its rows, from a folder, a table or the hub, for a backbone of `backbone`, which decides what texts
+    without labels are. UserError where the objective asked for learns other targets."""
+    need(recipe, "task")
+    task = load_task(
+        recipe.task,
+        Path(recipe.data) if recipe.data else None,
+        text=recipe.image or recipe.text,
+        text_pair=recipe.text_pair,
+        label=recipe.label,
+        separator=recipe.separator,
+        targets=target_types(recipe),
+        validation=Path(recipe.validation) if recipe.validation else None,
+        test=Path(recipe.test) if recipe.test else None,
+        stratify=bool(recipe.stratify),
+        grid=USUAL_GRID if recipe.grid is None else recipe.grid,
+        continues=backbone is not None and backbone.continues_text,
+        void=recipe.objective_options.get("ignore_index"),
+    )
+    refuse_targets(recipe, task.spec)
+    return task
+
+
+def space_options(recipe: Recipe, spec: TaskSpec, backbone: Backbone) -> SpaceOptions:
+    """The feature space a recipe asks for, the defaults of `backbone` filled in."""
+    text = TextOptions(
+        prompt=spec.prompt if recipe.prompt is None else recipe.prompt,
+        max_length=recipe.max_length or backbone.usual_length,
+        truncation_side="left" if recipe.truncation_side == "left" else "right",
+        root=picture_root(recipe),
+        skip_bad=recipe.skip_bad,
+        image_size=size_text(recipe.image_size),
+        views=recipe.views or 1,
+        augment=recipe.augment or "random",
+        view_seed=recipe.view_seed or 0,
+        dense=spec.target in DENSE,
+    )
+    return SpaceOptions(
+        format=recipe.format or "float16",
+        projection=recipe.projection or "none",
+        precision=recipe.precision or backbone.usual_precision,
+        attention=recipe.attention or backbone.attentions[0],
+        text=text,
+    )
+
+
+def picture_root(recipe: Recipe) -> str:
+    """The folder that the file names of a task with pictures are relative to."""
+    if recipe.task.startswith(PREFIX):
+        return str(hub_folder(recipe.task, recipe.data))
+    if recipe.data:
+        return recipe.data
+    path = Path(recipe.task)
+    return str(path if path.is_dir() else path.parent)
+
+
+def size_text(size: str | None) -> str:
+    """--image-size as the feature space has it: 224 is 224x224."""
+    return f"{size}x{size}" if size and size.isdigit() else size or ""
+
+
+def wanted_states(recipe: Recipe, backbone: Backbone) -> list[str]:
+    """The states that the tuners of `--for` read between them."""
+    if not recipe.tuners:
+        raise UserError("--for: name at least one tuner; `pipeline tuners` lists them")
+    names = recipe.tuners
+    if names == Recipe().tuners:  # nobody asked for these by name: those of them that there are
+        names = tuple(n for n in names if n in tuner_names(type(backbone)))
+    return union_states([(name, config_of(recipe, name, len(recipe.tuners) > 1)) for name in names], backbone)
+
+
+def refuse_full_readers(recipe: Recipe, names: Sequence[str], backbone: Backbone) -> None:
+    """UserError for a tuner of `names` that cannot work in the projected space `recipe` asks for."""
+    if (recipe.projection or "none") == "none" or backbone.shape != "sequence":
+        return
+    small = set(backbone.states()) - set(backbone.full_states())
+    for name in names:
+        tuner = tuner_class(name, backbone)
+        if not tuner.projects and small & set(tuner.states(config_of(recipe, name, len(names) > 1), backbone)):
+            raise UserError(f"tuner {name} reads full states, not {recipe.projection}: extract without it")
+
+
+@dataclass
+class Unstored:
+    """A feature space that is in no store: what a live run without one computes in."""
+
+    id: str
+    identity: dict[str, Any]
+
+
+@dataclass
+class Found:
+    """A feature space and the backbone that made it, rebuilt from what the store keeps (or, unstored, from the
+    checkpoint)."""
+
+    space: Space | Unstored
+    backbone: Backbone
+    tail: dict[str, torch.Tensor]
+    source: dict[str, Any]
+
+
+def wanted_fields(recipe: Recipe) -> dict[str, Any]:
+    """The fields of an identity that the recipe asks for in so many words."""
+    wanted: dict[str, Any] = {k: v for k in SPACE_FIELDS if (v := getattr(recipe, k)) is not None}
+    if recipe.image_size is not None:
+        wanted["image_size"] = Preprocess().sized(size_text(recipe.image_size)).extent_text
+    if recipe.views is not None or recipe.view_seed is not None or recipe.augment is not None:
+        # A seed alone asks for views: without any, nothing is drawn.
+        wanted["views"] = views_text(recipe.views or 2, recipe.view_seed or 0, recipe.augment or "random")
+    return wanted
+
+
+def find_space(recipe: Recipe, exactly: str | None = None) -> Found:
+    """The one feature space of the store that fits the recipe's model, task and explicit options; or the one whose id
+    is `exactly`, of which nothing else is asked.
+
+    When the checkpoint is at hand its digests must match, so that a changed checkpoint is noticed; when it is not, the
+    name it was extracted under decides. Raises StoreError saying which command to run, or SpaceMismatch naming the
+    fields in which what is there differs from what was asked.
+    """
+    need(recipe, "task")
+    store = Store.open(store_path(recipe))
+    task, slot = canonical_name(recipe.task), slot_of(recipe)
+    spaces = [s for s in store.spaces() if any(t.task == task for t in s.tables())]
+    if slot or len(spaces) > 1:  # a task of several slots has tables of the same name
+        own = [s for s in spaces if any(v.slot == slot for v in versions_of(s, task, damaged=[]))]
+        spaces = own if slot or own else spaces
+    if not spaces:
+        what = f"task {task!r} for slot {slot}" if slot else f"task {task!r}"
+        raise NotExtracted(f"the store {store.where} holds no states of {what}", recipe)
+    if exactly is not None:
+        if space := next((s for s in spaces if s.id == exactly), None):
+            return _found(store, space)
+        others = ", ".join(s.id[:12] for s in spaces)
+        raise StoreError(f"feature space {exactly} is not in {store.where}, which has of task {task!r}: {others}")
+    if recipe.space:
+        spaces = [s for s in spaces if s.id.startswith(recipe.space)]
+        if len(spaces) != 1:
+            raise StoreError(f"--space {recipe.space}: fits {len(spaces)} spaces with task {task!r}, must fit one")
+    wanted = wanted_fields(recipe)
+    if recipe.model:
+        checkpoint = local(recipe.model)
+        if checkpoint is not None:
+            wanted.update(
+                weights=checkpoint.weights_digest,
+                config=checkpoint.config_digest,
+                tokenizer=checkpoint.tokenizer_digest,
+            )
+        else:
+            name = Path(recipe.model).name if "/" in recipe.model else recipe.model
+            named = [s for s in spaces if name in names_of(store, s)]
+            if not named:
+                there = ", ".join(sorted({n for s in spaces for n in names_of(store, s)}))
+                raise NotExtracted(
+                    f"no states of task {task!r} by model {name!r} in {store.where}; there are some by: {there}", recipe
+                )
+            spaces = named
+    return _found(store, resolve_space(spaces, wanted))
+
+
+def _found(store: Store, space: Space) -> Found:
+    digest = space.identity["weights"]
+    backbone = backbone_from(store, space)
+    tail = tensors_of(store.load_tensors(digest, kept_name("tail.safetensors", kept_of(store, space.identity))))
+    return Found(space, backbone, tail, source_of(store, space))
+
+
+def names_of(store: Store, space: Space) -> list[str]:
+    """The names a space's model goes by."""
+    return list(source_of(store, space)["names"])
+
+
+def expected_identity(checkpoint: Checkpoint, recipe: Recipe, spec: TaskSpec) -> dict[str, Any]:
+    """The identity of the space `recipe` asks for."""
+    return space_identity(checkpoint, space_options(recipe, spec, checkpoint.backbone))

@@ -1,0 +1,1 @@
+"""`pipeline report`: runs, sweeps and tables as one HTML file."""

@@ -1,0 +1,1 @@
+"""What a store's files look like: names, digests, number formats, arrays, manifests."""

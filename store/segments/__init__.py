@@ -1,0 +1,1 @@
+"""Sealed segments: writing, opening, finding and reading them."""

@@ -1,0 +1,180 @@
+"""Which segment holds which sample: bases with their supplements, and the key index over them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from pipeline.store.errors import StoreError
+from pipeline.store.format.keys import Keys
+from pipeline.store.format.samples import offsets_of
+from pipeline.store.segments.segment import Segment
+
+
+@dataclass
+class Family:
+    """A base segment and its supplements: the same samples in the same order. `holder`: state or column → segment."""
+
+    base: Segment
+    holder: dict[str, Segment] = field(default_factory=dict)
+    supplements: list[Segment] = field(default_factory=list)
+
+    def missing(self, names: Iterable[str]) -> tuple[str, ...]:
+        return tuple(name for name in names if name not in self.holder)
+
+    def lengths(self, stream: str) -> np.ndarray:
+        """(n,) int64; a stream may be stored in a supplement only."""
+        for segment in (self.base, *self.supplements):
+            if stream in segment.lengths:
+                return segment.lengths[stream]
+        raise KeyError(stream)
+
+
+def families(segments: Sequence[Segment]) -> list[Family]:
+    """Families in the order of their base's id. A supplement whose base is not there yet is left out.
+
+    Raises StoreError for a supplement whose samples are not its base's.
+    """
+    found = {s.id: Family(s, dict.fromkeys((*s.states, *s.columns), s)) for s in segments if s.base is None}
+    for segment in segments:
+        family = found.get(segment.base or "")
+        if family is None:
+            continue
+        base = family.base
+        same = segment.keys == base.keys
+        for stream in set(segment.lengths) & set(base.lengths):
+            same = same and np.array_equal(segment.lengths[stream], base.lengths[stream])
+        if not same:
+            raise StoreError(
+                f"segment {segment.id} does not hold the samples of its base {base.id}: delete {segment.folder}"
+            )
+        family.supplements.append(segment)
+        for name in (*segment.states, *segment.columns):
+            family.holder.setdefault(name, segment)
+    return [found[name] for name in sorted(found)]
+
+
+@dataclass
+class Lookup:
+    """What is stored of n samples and some states.
+
+    `present`: (n,) bool, every state is stored. `absent`: (n,) bool, the sample is not stored at all. The rest have
+    some of the states: `base`: (n,) int64, an index into `bases` for those, else -1. `missing`: base segment id → the
+    states and columns to supplement there, in the order asked for.
+    """
+
+    present: np.ndarray
+    absent: np.ndarray
+    base: np.ndarray
+    bases: list[Segment]
+    missing: dict[str, tuple[str, ...]]
+
+
+class KeyIndex:
+    """Where keys stand in several lists of them that follow one another: places 0 … n - 1 over all lists.
+
+    The places are sorted by the first four bytes of their keys and searched there; what is found is compared whole.
+    That is 8 bytes a key beside the 16 of the keys themselves. Raises ValueError beyond 2³² - 1 keys.
+    """
+
+    def __init__(self, lists: Iterable[Keys]) -> None:
+        parts = list(lists)
+        self.keys = Keys.joined(parts)
+        self.starts = offsets_of(np.array([len(part) for part in parts], np.int64))
+        if len(self.keys) >= 1 << 32:
+            raise ValueError(f"{len(self.keys):,} samples in one feature space are more than an index can hold")
+        head = _heads(self.keys)
+        # Stable: among equal keys the one of the earliest list comes first.
+        self._order = np.argsort(head, kind="stable").astype(np.uint32)
+        self._heads = head[self._order]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in (self.keys.high, self.keys.low, self._order, self._heads))
+
+    def first(self, keys: Sequence[str], preferred: np.ndarray | None = None) -> np.ndarray:
+        """The first place of each of `keys` (n,) int64, -1 where there is none. `preferred`: (lists,) bool; a place in
+        such a list goes before one in another."""
+        wanted = Keys.of(keys)
+        heads = _heads(wanted)
+        found = np.full(len(wanted), -1, np.int64)
+        # In ascending order each search begins where the last one ended, in memory that is at hand.
+        left = np.argsort(heads, kind="stable")
+        at = np.searchsorted(self._heads, heads[left])
+        while len(left):
+            inside = at < len(self._heads)
+            inside[inside] = self._heads[at[inside]] == heads[left[inside]]
+            left, at = left[inside], at[inside]
+            place = self._order[at].astype(np.int64)
+            same = (self.keys.high[place] == wanted.high[left]) & (self.keys.low[place] == wanted.low[left])
+            last = same if preferred is None else same & preferred[self.lists(place)]
+            taken = last | (same & (found[left] < 0))
+            found[left[taken]] = place[taken]
+            left, at = left[~last], at[~last] + 1
+        return found
+
+    def lists(self, places: np.ndarray) -> np.ndarray:
+        """The list that each of `places` (n,) int64 is in."""
+        return np.searchsorted(self.starts, places, "right") - 1
+
+
+def _heads(keys: Keys) -> np.ndarray:
+    """The first four bytes of each key, (n,) uint32."""
+    return (keys.high >> np.uint64(32)).astype(np.uint32)
+
+
+class Index:
+    """Sample key → the families and positions that hold it. Built once for a set of segments, from their manifests; it
+    is no part of the store. 24 bytes a sample, the keys of the segments included."""
+
+    def __init__(self, segments: Sequence[Segment]) -> None:
+        self.families = families(segments)
+        self._keys = KeyIndex(family.base.keys for family in self.families)
+        starts = self._keys.starts
+        for family, start, stop in zip(self.families, starts[:-1].tolist(), starts[1:].tolist(), strict=True):
+            # The same keys: the segments give up their own, so that each stands in memory once.
+            for segment in (family.base, *family.supplements):
+                segment.keys = self._keys.keys[start:stop]
+
+    def __len__(self) -> int:
+        return self._keys.keys.distinct()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory, the keys of the segments included."""
+        return self._keys.nbytes
+
+    def states(self) -> dict[str, frozenset[str]]:
+        """Sample key → states and columns stored of it, in the fullest family that holds it."""
+        out: dict[str, frozenset[str]] = {}
+        for family in sorted(self.families, key=lambda family: len(family.holder)):
+            out |= dict.fromkeys(family.base.keys, frozenset(family.holder))
+        return out
+
+    def locate(self, keys: Sequence[str], names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Family and position of each key, (n,) int64 each: the first family by id that holds all of `names`; where
+        none does, the first that holds the sample; -1 where it is not stored."""
+        complete = np.array([not family.missing(names) for family in self.families], bool)
+        place = self._keys.first(keys, complete)
+        family = np.where(place < 0, -1, self._keys.lists(place))
+        return family, np.where(place < 0, -1, place - self._keys.starts[family])
+
+    def lookup(self, keys: Sequence[str], names: Sequence[str]) -> Lookup:
+        """What is stored of `keys` and `names` (states and columns)."""
+        family, _ = self.locate(keys, names)
+        lacking = {int(f): m for f in np.unique(family[family >= 0]) if (m := self.families[f].missing(names))}
+        order = {f: i for i, f in enumerate(lacking)}
+        table = np.array([order.get(f, -1) for f in range(len(self.families))] + [-1], np.int64)
+        base = table[family]
+        return Lookup(
+            (family >= 0) & (base < 0),
+            family < 0,
+            base,
+            [self.families[f].base for f in lacking],
+            {self.families[f].base.id: m for f, m in lacking.items()},
+        )

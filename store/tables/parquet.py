@@ -1,0 +1,200 @@
+"""Task tables of format 2: one Parquet file, the header as JSON in the metadata of the file.
+
+Columns: `key` (16 bytes), `target` (of the type that the task says), `inputs` (texts or file names), `id` and `meta`
+(JSON, what extraction knows of the sample), null where there is none. Of a task with several slots also `key/SLOT`
+(16 bytes) for each slot but the table's own. No column has a dictionary, so that the sizes
+that a file states bound what it unpacks to.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.store.format.digest import canonical_json
+from pipeline.store.format.document import parse_json
+from pipeline.store.format.keys import Keys
+from pipeline.store.format.names import MAX_JSON, MAX_UNPACKED, MAX_UNPACKED_RATIO, UNPACKED_SLACK, is_stream
+from pipeline.store.tables.texts import Texts
+
+_HEADER = b"activation"
+# Type of a task's targets → type of the column: an index or a number a sample, a list of indices, the bytes of a PNG
+# file, or nothing.
+TARGETS: dict[str, pa.DataType] = {
+    "class": pa.int32(),
+    "number": pa.float64(),
+    "classes": pa.list_(pa.int32()),
+    "tags": pa.list_(pa.int32()),
+    "mask": pa.binary(),
+    "none": pa.null(),
+}
+_KEY, _TEXTS, _TEXT = pa.binary(16), pa.list_(pa.string()), pa.string()
+_LONE = re.compile("[\ud800-\udfff]")
+
+_NAMES, _JOINED = ["key", "target", "inputs", "id", "meta"], "key/"
+
+Columns = tuple[Keys, list[Any], Texts, list[str], list[dict[str, Any]], dict[str, Keys]]
+
+
+def dump(
+    header: Mapping[str, Any],
+    keys: Sequence[str],
+    targets: Sequence[Any],
+    texts: Sequence[Sequence[str]],
+    ids: Sequence[str],
+    metas: Sequence[Mapping[str, Any]],
+    joined: Mapping[str, Sequence[str]],
+) -> bytes:
+    """A table as the bytes of its file. Texts with halves of surrogate pairs, which names of files may hold and UTF-8
+    may not, are escaped, and the header says so. Raises ValueError for targets that are not all of one type."""
+    kind = _type_of(header.get("spec"), targets)
+    if odd := next((repr(target)[:80] for target in targets if not _fits(target, kind)), None):
+        raise ValueError(f"the target {odd} is not of the others' type, {kind}")
+    escaped = any(_LONE.search(text) for row in texts for text in row)
+    header = {**header, "escaped": True} if escaped else header
+    fields = [
+        pa.field("key", _KEY, nullable=False),
+        pa.field("target", kind),
+        *(pa.field("inputs", _TEXTS), pa.field("id", _TEXT), pa.field("meta", _TEXT)),
+        *(pa.field(f"{_JOINED}{slot}", _KEY, nullable=False) for slot in joined),
+    ]
+    columns: list[list[Any]] = [
+        [bytes.fromhex(key) for key in keys],
+        list(targets),
+        [[_escaped(text) if escaped else text for text in row] for row in texts],
+        list(ids) or [None] * len(keys),
+        [canonical_json(dict(meta)).decode("ascii") for meta in metas] or [None] * len(keys),
+        *([bytes.fromhex(key) for key in others] for others in joined.values()),
+    ]
+    try:
+        arrays = [pa.array(column, field.type) for column, field in zip(columns, fields, strict=True)]
+    except (pa.ArrowException, OverflowError) as error:
+        raise ValueError(f"a target does not fit its type: {_line(error)}") from error
+    schema, out = pa.schema(fields), io.BytesIO()
+    plain: dict[str, Any] = {"compression": "zstd", "use_dictionary": False, "write_statistics": False}
+    with pq.ParquetWriter(out, schema, store_schema=False, **plain) as writer:
+        writer.write_table(pa.table(arrays, schema))
+        writer.add_key_value_metadata({_HEADER: canonical_json(dict(header))})
+    return out.getvalue()
+
+
+def read_header(data: bytes, where: str) -> dict[str, Any]:
+    """The header of the table `data`. Raises StoreError or ValueError for one that cannot be read."""
+    header = _header(_opened(data), where)
+    header.pop("escaped", None)
+    return header
+
+
+def read_rows(data: bytes, rows: int, where: str) -> tuple[dict[str, Any], Columns]:
+    """Header and columns (keys, targets, texts, ids, metas, keys of other slots) of the table `data` of `rows` rows;
+    without ids, metas or other slots these are empty. Raises StoreError or ValueError for anything that no writer of
+    ours makes."""
+    file = _opened(data)
+    header = _header(file, where)
+    _bound(file, len(data), rows)
+    try:
+        table = file.read()
+        table.validate(full=True)  # that texts are UTF-8, before one is looked at
+    except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
+        raise ValueError(_line(error)) from error
+    others = [name for name in table.column_names if name.startswith(_JOINED)]
+    if len(table) != rows or any(table[name].null_count for name in ("key", *others)):
+        raise ValueError("its header does not match its rows")
+    target, texts = table["target"], table["inputs"]
+    if not _are_targets(target) or texts.null_count or pc.list_flatten(texts).null_count:
+        raise ValueError("a row is malformed")
+    keys = _keys_of(table["key"])
+    ids = [] if table["id"].null_count == rows else [i or "" for i in table["id"].to_pylist()]
+    metas: list[dict[str, Any]] = []
+    if table["meta"].null_count < rows:
+        metas = [{} if text is None else parse_json(text.encode(), where) for text in table["meta"].to_pylist()]
+    joined = {name.removeprefix(_JOINED): _keys_of(table[name]) for name in others}
+    read = Texts(texts, bool(header.pop("escaped", False)))
+    return header, (keys, target.to_pylist(), read, ids, metas, joined)
+
+
+def _opened(data: bytes) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(pa.BufferReader(data), thrift_string_size_limit=MAX_JSON)
+    except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
+        raise ValueError(_line(error)) from error
+
+
+def _header(file: pq.ParquetFile, where: str) -> dict[str, Any]:
+    return parse_json((file.metadata.metadata or {}).get(_HEADER, b""), where)
+
+
+def _bound(file: pq.ParquetFile, size: int, rows: int) -> None:
+    """ValueError for columns that are not those of a table, and for a file that would fill the memory."""
+    limit = min(MAX_UNPACKED_RATIO * size + UNPACKED_SLACK, MAX_UNPACKED)
+    about, schema = file.metadata, file.schema_arrow
+    others = schema.names[len(_NAMES) :]
+    known = schema.names[: len(_NAMES)] == _NAMES and all(is_stream(name.removeprefix(_JOINED)) for name in others)
+    known = known and all(name.startswith(_JOINED) for name in others) and len(set(others)) == len(others)
+    target = schema.field("target").type if known else None
+    types = [_KEY, target, _TEXTS, _TEXT, _TEXT, *[_KEY] * len(others)]
+    if target not in TARGETS.values() or not all(a.equals(b) for a, b in zip(schema.types, types, strict=True)):
+        raise ValueError("its columns are not those of a task table")
+    if about.num_rows != rows:
+        raise ValueError("its header does not match its rows")
+    parts = [about.row_group(g).column(c) for g in range(about.num_row_groups) for c in range(about.num_columns)]
+    if any(part.has_dictionary_page or "DICTIONARY" in " ".join(part.encodings) for part in parts):
+        raise ValueError("a column has a dictionary")
+    if 16 * (1 + len(others)) * rows > limit or sum(part.total_uncompressed_size for part in parts) > limit:
+        raise ValueError(f"it unpacks to more than {limit} bytes")
+
+
+def _type_of(spec: Any, targets: Sequence[Any]) -> pa.DataType:
+    """The column's type: what the task says, else what the targets are."""
+    if isinstance(spec, dict) and spec.get("target") in TARGETS:
+        return TARGETS[spec["target"]]
+    some = [target for target in targets if target is not None]
+    if not some:
+        return TARGETS["none"]
+    if any(isinstance(target, bytes) for target in some):
+        return TARGETS["mask"]
+    if any(isinstance(target, list) for target in some):
+        return TARGETS["classes"]
+    return TARGETS["class" if all(type(target) is int for target in some) else "number"]
+
+
+def _fits(target: Any, kind: pa.DataType) -> bool:
+    """Whether `target` is a value of the column; Arrow itself would cut a fraction off."""
+    if target is None or pa.types.is_list(kind):
+        return target is None or (isinstance(target, list) and all(type(i) is int for i in target))
+    if pa.types.is_binary(kind):
+        return isinstance(target, bytes)
+    if pa.types.is_floating(kind):
+        return type(target) in (int, float)
+    return pa.types.is_integer(kind) and type(target) is int
+
+
+def _are_targets(column: pa.ChunkedArray) -> bool:
+    """Whether all numbers are finite and no list holds a null."""
+    if pa.types.is_list(column.type):
+        return not pc.list_flatten(column).null_count
+    return not pa.types.is_floating(column.type) or pc.all(pc.is_finite(column)).as_py() is not False
+
+
+def _keys_of(column: pa.ChunkedArray) -> Keys:
+    return Keys.of_bytes(b"".join(_bytes_of(chunk) for chunk in column.chunks))
+
+
+def _bytes_of(keys: pa.FixedSizeBinaryArray) -> bytes:
+    """What lies in the array; it has no nulls."""
+    size = keys.type.byte_width
+    return bytes(memoryview(keys.buffers()[1])[keys.offset * size : (keys.offset + len(keys)) * size])
+
+
+def _escaped(text: str) -> str:
+    return _LONE.sub(lambda m: f"\\u{ord(m[0]):04x}", text.replace("\\", "\\\\"))
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or "it does not fit in memory"

@@ -1,0 +1,1 @@
+"""Looking after a store: damage, room, copies, access of others."""

@@ -1,0 +1,1 @@
+"""Live baselines: methods that train inside the backbone, beside the tuners in tables."""

@@ -1,0 +1,276 @@
+"""Live counterparts: methods that train inside the backbone, for tables beside the tuners. Nothing of them is cached.
+
+Each is one function that makes some of a loaded backbone trainable. An objective's head reads the last state; a
+text-to-text backbone is read by its own head and scored among the targets, as tuners are.
+
+There are two presets: ours, for any backbone, and `paper`, what LST and SHERL set beside themselves on T5. The paper's
+counts at T5-base with a vocabulary of 32,100 are reproduced: `tests/train/test_published_settings.py`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers.models.t5.modeling_t5 import T5LayerNorm
+
+from pipeline.extract.backbones.base import Backbone
+from pipeline.extract.backbones.capabilities import Blocks, LanguageHead
+from pipeline.extract.backbones.live import LiveBackbone
+from pipeline.extract.batch import Batch, stream_of
+from pipeline.extract.kernels.dropout import use_fast_dropout
+from pipeline.store.errors import UserError
+from pipeline.train.baselines.adapters import VirtualTokens, add_adapter, add_biases, add_lora, free_biases
+from pipeline.train.data.live_source import LiveSource
+from pipeline.train.features import Features
+from pipeline.train.model import Reader
+from pipeline.train.objectives.base import Objective
+from pipeline.train.tuners.base import rows_of
+
+_NORMS = (nn.LayerNorm, nn.BatchNorm2d, nn.GroupNorm, T5LayerNorm)
+PROMPT, PAPER_PROMPT = 20, 100  # virtual tokens of prompt tuning
+
+
+@dataclass(frozen=True)
+class Counterpart:
+    """`prepare(backbone, model)` makes parts of the model trainable or adds to it. `lr`: the rate used by default,
+    `lr_text` under a frozen text head. `virtual`: tokens put before every text."""
+
+    name: str
+    description: str
+    lr: float
+    prepare: Callable[[Backbone, nn.Module], None]
+    lr_text: float = 1e-3
+    virtual: int = 0
+
+
+def _full(backbone: Backbone, model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("pooler" not in name)
+
+
+def _bitfit(backbone: Backbone, model: nn.Module) -> None:
+    free_biases(model, f"a {backbone.name} backbone")
+
+
+def _norms(backbone: Backbone, model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, _NORMS) or type(module).__name__.endswith("RMSNorm"):  # a class of its own a model type
+            module.requires_grad_(True)
+
+
+def _partial(backbone: Backbone, model: nn.Module) -> None:
+    _blocks("partial-1", backbone, model, backbone.streams[-1])[-1].requires_grad_(True)
+
+
+def _lora(backbone: Backbone, model: nn.Module) -> None:
+    add_lora(model, f"a {backbone.name} backbone")
+
+
+def _adapter(backbone: Backbone, model: nn.Module) -> None:
+    if backbone.shape != "sequence":
+        raise UserError(f"adapter: {backbone.name} backbones have no token blocks to put it on")
+    for stream in backbone.streams:
+        for block in _blocks("adapter", backbone, model, stream):
+            add_adapter(block, backbone.width, max(1, backbone.width // 8))
+
+
+def _prompt(backbone: Backbone, model: Any) -> None:
+    if backbone.modality != "text":
+        raise UserError(f"prompt: {backbone.name} backbones read no tokens that virtual ones could stand before")
+    model.set_input_embeddings(VirtualTokens(model.get_input_embeddings(), PROMPT))
+
+
+def _paper_full(backbone: Backbone, model: nn.Module) -> None:
+    _on_t5(backbone)
+    _full(backbone, model)
+
+
+def _paper_bitfit(backbone: Backbone, model: nn.Module) -> None:
+    _on_t5(backbone)
+    add_biases(model, _NORMS)
+    free_biases(model, f"a {backbone.name} backbone")
+
+
+def _paper_lora(backbone: Backbone, model: nn.Module) -> None:
+    _on_t5(backbone)
+    add_biases(model, _NORMS)
+    add_lora(model, f"a {backbone.name} backbone", rank=32, alpha=32)
+    free_biases(model, f"a {backbone.name} backbone")
+
+
+def _paper_adapter(backbone: Backbone, model: nn.Module) -> None:
+    _on_t5(backbone)
+    inner = max(1, backbone.width // 16)
+    for stream in backbone.streams:
+        for block in _blocks("adapter", backbone, model, stream):
+            layers: Any = block.layer  # self-attention first, the feed-forward layer last; cross-attention has none
+            add_adapter(layers[0].SelfAttention, backbone.width, inner, published=True)
+            add_adapter(layers[-1].DenseReluDense, backbone.width, inner, published=True)
+    _norms(backbone, model)
+
+
+def _paper_prompt(backbone: Backbone, model: Any) -> None:
+    _on_t5(backbone)
+    model.set_input_embeddings(VirtualTokens(model.get_input_embeddings(), PAPER_PROMPT))
+
+
+def _blocks(what: str, backbone: Backbone, model: nn.Module, stream: str) -> Sequence[nn.Module]:
+    if not isinstance(backbone, Blocks):
+        raise UserError(f"{what}: it needs {Blocks.what}, which {backbone.name} backbones do not have")
+    return backbone.stack(model, stream)
+
+
+def _on_t5(backbone: Backbone) -> None:
+    if backbone.name != "t5":
+        raise UserError(
+            f"--preset paper: the papers' settings are for T5, not for a {backbone.name} backbone; leave it out"
+        )
+
+
+COUNTERPARTS = {
+    c.name: c
+    for c in (
+        Counterpart("full", "full fine-tuning", 5e-5, _full, 3e-4),
+        Counterpart("lora", "LoRA of rank 8 on the attention's queries and values (peft)", 1e-3, _lora),
+        Counterpart("adapter", "a bottleneck adapter of width D / 8 after each block", 1e-3, _adapter),
+        Counterpart("prompt", f"prompt tuning: {PROMPT} virtual tokens before the text", 1e-2, _prompt, 0.3, PROMPT),
+        Counterpart("bitfit", "BitFit: the biases", 1e-3, _bitfit),
+        Counterpart("norm-tuning", "weights and biases of the norms", 1e-3, _norms),
+        Counterpart("partial-1", "the last block", 2e-4, _partial),
+    )
+}
+
+# As LST's released configurations have them; the counts are those of the papers' tables.
+PAPER = {
+    c.name: c
+    for c in (
+        Counterpart("full", "full fine-tuning", 3e-4, _paper_full, 3e-4),
+        Counterpart(
+            "lora", "LoRA of rank 32, alpha 32 on queries and values, biases added and trained", 3e-4, _paper_lora, 3e-4
+        ),
+        Counterpart(
+            "adapter",
+            "two adapters of width D / 16 a block, after attention and feed-forward, norms trained",
+            3e-4,
+            _paper_adapter,
+            3e-4,
+        ),
+        Counterpart("prompt", f"{PAPER_PROMPT} virtual tokens before the text", 0.3, _paper_prompt, 0.3, PAPER_PROMPT),
+        Counterpart("bitfit", "biases added to Linears, norms and the head", 3e-4, _paper_bitfit, 3e-4),
+    )
+}
+PRESETS = {"ours": COUNTERPARTS, "paper": PAPER}
+
+
+def counterpart(name: str, preset: str = "ours") -> Counterpart:
+    """The counterpart called `name` in the settings of `preset`; UserError offering the nearest otherwise."""
+    if name in PRESETS[preset]:
+        return PRESETS[preset][name]
+    if name in COUNTERPARTS:
+        raise UserError(f"--preset {preset}: the papers have no {name}; they have: {', '.join(PRESETS[preset])}")
+    near = difflib.get_close_matches(name, COUNTERPARTS, n=2, cutoff=0.4) or list(COUNTERPARTS)
+    raise UserError(f"unknown counterpart {name!r}; did you mean {' or '.join(near)}?")
+
+
+class CounterpartModel(Reader):
+    """A backbone with something trainable in it and an objective's head on its last state."""
+
+    def __init__(
+        self, method: Counterpart, backbone: Backbone, model: nn.Module, objective: Objective, seed: int = 0
+    ) -> None:
+        super().__init__()
+        self.architecture, self.backbone, self.objective, self.virtual = backbone, model, objective, method.virtual
+        model.requires_grad_(False)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            method.prepare(backbone, model)
+            use_fast_dropout(model)
+            self.stream = backbone.streams[-1]
+            self.head = objective.head({self.stream: rows_of(backbone, self.stream, backbone.width)}, self)
+
+    def train(self, mode: bool = True) -> CounterpartModel:
+        super().train(mode)
+        for module in self.backbone.modules():
+            if isinstance(module, nn.BatchNorm2d):  # small batches would spoil the statistics
+                module.train(False)
+        return self
+
+    def forward(self, batch: Batch) -> Features:
+        """The last state, behind the backbone's final norm."""
+        state, first = f"{self.stream}.{self.architecture.depth(self.stream) - 1}", self.architecture.streams[0]
+        seen = self._prompted(batch, first) if self.virtual else batch
+        rows = self.architecture.run(self.backbone, seen, [state])[state]
+        if self.virtual and self.stream == first:
+            rows = rows[text_rows(batch.lengths[first], self.virtual)]
+        if isinstance(self.architecture, Blocks):
+            rows = self.architecture.finish(self.backbone, rows)
+        return {self.stream: rows}
+
+    def _prompted(self, batch: Batch, stream: str) -> Batch:
+        longest = int(batch.lengths[stream].max()) + self.virtual
+        most = getattr(self.architecture.config, "max_position_embeddings", None) or longest
+        if longest > most:
+            raise UserError(
+                f"prompt: a text and {self.virtual} virtual tokens need {longest} positions, the backbone has {most}; "
+                "extract with a smaller --max-length"
+            )
+        table: Any = self.backbone.get_input_embeddings()  # type: ignore[operator]
+        return with_virtual(batch, stream, self.virtual, table.size)
+
+    def logits(self, rows: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """(rows, width) → (rows, vocabulary), or only the columns `tokens`."""
+        assert isinstance(self.architecture, LanguageHead)
+        return self.architecture.logits(self.backbone, rows, tokens)
+
+    def trainable_state(self) -> dict[str, Tensor]:
+        """Name → tensor of everything that is trained, on the host."""
+        return {k: p.detach().cpu().contiguous() for k, p in self.named_parameters() if p.requires_grad}
+
+    def load_trainable(self, state: dict[str, Tensor]) -> None:
+        """Put a saved state back. Raises UserError where it does not fit."""
+        own = {k: p for k, p in self.named_parameters() if p.requires_grad}
+        if own.keys() != state.keys():
+            raise UserError(f"saved weights do not fit this model: {min(own.keys() ^ state.keys())}")
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(state[name])
+
+
+def text_rows(lengths: np.ndarray, virtual: int) -> Tensor:
+    """The rows that are not virtual, where each sample of `lengths` (B,) has `virtual` rows before its own."""
+    real = np.repeat(
+        np.tile([False, True], len(lengths)), np.stack([np.full_like(lengths, virtual), lengths], 1).ravel()
+    )
+    return torch.from_numpy(real.nonzero()[0])
+
+
+def with_virtual(batch: Batch, stream: str, virtual: int, size: int) -> Batch:
+    """`batch` with ids size, size + 1, … before each text of `stream`; its other columns are 0 there."""
+    lengths = batch.lengths[stream] + virtual
+    at = text_rows(batch.lengths[stream], virtual).to(batch.device)
+    columns = dict(batch.columns)
+    for name, column in batch.columns.items():
+        if stream_of(name) == stream:
+            columns[name] = column.new_zeros(int(lengths.sum())).index_copy(0, at, column)
+    ids = columns[f"{stream}.ids"]
+    fake = torch.ones_like(ids, dtype=torch.bool).index_fill(0, at, False)
+    ids[fake] = size + torch.arange(virtual, device=ids.device).repeat(len(lengths))
+    return replace(batch, columns=columns, lengths={**batch.lengths, stream: lengths}, _derived={})
+
+
+class InputSource(LiveSource):
+    """The batches of a `LiveSource` without any states: the model computes its own."""
+
+    def compute(self, index: np.ndarray) -> Batch:
+        return self.inputs.take(index).batch(self.live.device)
+
+
+def input_source(source: LiveSource, live: LiveBackbone) -> InputSource:
+    """`source` without states."""
+    return InputSource(live, source.inputs, source.targets, [], source.order)

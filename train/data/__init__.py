@@ -1,0 +1,1 @@
+"""Batches: their order, where they come from, and how they are made."""

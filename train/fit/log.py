@@ -1,0 +1,126 @@
+"""`log.jsonl`: one JSON object an optimizer step and one an evaluation, readable while the run goes on."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from pipeline.store.errors import UserError
+from pipeline.store.format.digest import Digest, digest_bytes
+from pipeline.train.fit.run_files import replace
+from pipeline.train.fit.state import State
+
+
+def finite(value: Any) -> Any:
+    """`value` with NaN and infinities as None, since JSON has none."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    return value
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write `value` to `path`, atomically."""
+    write_bytes(path, (json.dumps(finite(value), indent=2) + "\n").encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write `data` to `path`, atomically."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    partial.write_bytes(data)
+    replace(partial, path)
+
+
+class RunLog:
+    """Appends to `run_dir/log.jsonl`, and to TensorBoard's events where asked for.
+
+    A resumed run first drops what was logged after its checkpoint `state`, so every step stands there once. Raises
+    UserError where the file no longer begins with what the checkpoint says.
+    """
+
+    def __init__(self, run_dir: Path, state: State, tensorboard: bool = False) -> None:
+        path = run_dir / "log.jsonl"
+        kept = _kept(path, state) if state.step and path.exists() else b""
+        write_bytes(path, kept)
+        self._bytes, self._digest = len(kept), Digest(kept)
+        self._file = path.open("a", encoding="utf-8")
+        self._board = _board(run_dir) if tensorboard else None
+
+    def written(self) -> dict[str, Any]:
+        """What stands in the file: how many `bytes`, and their `xxh3`."""
+        return {"bytes": self._bytes, "xxh3": self._digest.hexdigest()}
+
+    def step(self, entry: dict[str, Any]) -> None:
+        self._write(entry)
+        if self._board is not None:
+            for name in ("loss", "lr", "grad_norm", "seconds", "wait_seconds"):
+                self._board.add_scalar(f"train/{name}", entry[name], entry["step"])
+
+    def evaluation(self, entry: dict[str, Any]) -> None:
+        self._write(entry)
+        if self._board is not None:
+            for split in ("validation", "test"):
+                for name, value in entry.get(split, {}).items():
+                    self._board.add_scalar(f"{split}/{name}", value, entry["step"])
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        line = json.dumps(finite(entry)) + "\n"
+        self._file.write(line)
+        self._file.flush()
+        self._bytes += len(line.encode())
+        self._digest.update(line.encode())
+
+
+def _kept(path: Path, state: State) -> bytes:
+    """What was logged up to the checkpoint `state`."""
+    raw = path.read_bytes()
+    if not state.log:
+        return _counted(raw, state.step, state.evaluations)
+    raw = raw[: state.log["bytes"]]
+    if digest_bytes(raw) != state.log["xxh3"]:
+        raise UserError(
+            f"{path} is not what this run has written, it is damaged or was changed: restore it, or delete it to go on "
+            "without the record of the steps before"
+        )
+    return raw
+
+
+def _counted(raw: bytes, steps: int, evaluations: int) -> bytes:
+    """The lines of the first `steps` steps and `evaluations` evaluations, for a checkpoint of an older version, which
+    does not say where the log ended; a torn last line is dropped."""
+    lines = []
+    for line in raw.splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if "loss" in entry:
+            steps -= 1
+            keep = steps >= 0
+        else:
+            evaluations -= 1
+            keep = evaluations >= 0
+        if keep:
+            lines.append(line + b"\n")
+    return b"".join(lines)
+
+
+def _board(run_dir: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError(
+            "tensorboard is not installed: pip install 'activation-pipeline[tensorboard]', or leave --tensorboard out"
+        ) from None
+    return SummaryWriter(str(run_dir / "tensorboard"))

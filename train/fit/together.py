@@ -1,0 +1,191 @@
+"""`fit_all`: several runs trained in one pass over their samples. A batch is read, decoded and moved once, and every
+run that stands at it makes its step on it, in turn.
+
+Each run is what it would be alone: weights, optimizer, schedule and checkpoints are its own, and randomness is reseeded
+from its own (seed, step) before each of its steps. A run whose loss is not finite leaves; the others go on.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm import tqdm
+
+from pipeline.extract.batch import Batch
+from pipeline.extract.kernels.memory import keep_freed_memory, return_freed_memory
+from pipeline.train.evaluate import Scoring, closing, evaluate_all
+from pipeline.train.fit.finite import NotFinite
+from pipeline.train.fit.signals import Interrupt, Interrupted
+
+if TYPE_CHECKING:
+    from pipeline.train.fit.loop import Training
+
+
+def fit_all(runs: Sequence[Training], progress: bool = True, resume: bool = True) -> list[dict[str, Any] | NotFinite]:
+    """Train all of `runs`, which share their sources and their device; see `fit`. Returns what each ended with, in
+    order: its metrics, or why it could not go on.
+
+    With `resume`, each goes on where its checkpoint stands; the pass begins with the batch that the first of them is to
+    have. Raises Interrupted when all have been saved, UserError for options or files that do not fit.
+    """
+    ranks, device = runs[0].ranks, runs[0].device
+    keep_freed_memory()
+    ranks.begin(device)
+    forked = [device] if device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=forked), Interrupt() as interrupt, ExitStack() as open_logs:
+            for run in runs:
+                run.begin(resume, interrupt)
+                open_logs.callback(run.log.close)
+            together = _Together(runs, interrupt, progress and ranks.rank == 0)
+            open_logs.callback(together.bar.close)
+            return together.train()
+    finally:
+        ranks.end()
+        return_freed_memory()
+
+
+class _Together:
+    """Runs that have begun. `active`: those that have not ended; `ended`: what the others ended with."""
+
+    def __init__(self, runs: Sequence[Training], interrupt: Interrupt, progress: bool) -> None:
+        self.runs, self.interrupt = runs, interrupt
+        self.active, self.ended = list(runs), dict[Any, dict[str, Any] | NotFinite]()
+        self.bar = tqdm(
+            total=sum(run.total for run in runs),
+            initial=sum(run.state.step for run in runs),
+            disable=not progress,
+            unit="step",
+            file=sys.stderr,
+            mininterval=0.5 if sys.stderr.isatty() else 30.0,
+        )
+
+    def train(self) -> list[dict[str, Any] | NotFinite]:
+        if self.settle():
+            first, start = min(run.place for run in self.active)
+            end = max(run.epochs for run in self.active)
+            with closing(self.runs[0].train.epochs(first, end, start)) as stream:
+                self.follow(stream, first, start)
+        return [self.ended[run] for run in self.runs]
+
+    def follow(self, stream: Iterator[Batch], epoch: int, start: int) -> None:
+        """Hand out the batches of `stream`, which begins with batch `start` of `epoch`, until every run has ended."""
+        batches = len(self.runs[0].train)
+        at, seconds = epoch * batches + start, 0.0
+        while self.settle():
+            first, start = min(run.place for run in self.active)
+            begun = time.perf_counter()
+            for batch in stream:  # noqa: B007 (the last one is what is looked for)
+                at += 1
+                if at > first * batches + start:
+                    break
+            batch = batch.to(self.runs[0].device)
+            seconds = time.perf_counter() - begun
+            here = [run for run in self.active if run.place == (first, start)]
+            views = _Views(batch)
+            for run in here:
+                made = run.state.step
+                try:
+                    run.take(views.of(run, "train"), seconds, len(here))
+                except NotFinite as error:
+                    self.drop(run, error)
+                self.bar.update(run.state.step - made)
+            self.bar.set_postfix(self.shown(here), refresh=False)
+            self.check()
+
+    def shown(self, here: Sequence[Training]) -> dict[str, Any]:
+        known = {"epoch": here[0].place[0] + 1, "loss": f"{min(run.loss for run in here):.4f}"}
+        return known if len(self.runs) == 1 else {**known, "runs": len(self.active)}
+
+    def settle(self) -> bool:
+        """Close the epochs that are over and finish the runs that have stopped. Whether any goes on."""
+        over = [run for run in self.active if run.state.stopped is None and run.epoch_over]
+        begun = time.perf_counter()
+        scores = self.scores([run for run in over if run.due], "validation")
+        seconds = (time.perf_counter() - begun) / max(1, len(scores))
+        for run in over:
+            if run in self.active:
+                run.close_epoch(scores.get(run), seconds)
+        if scores and not self.bar.disable:
+            self.bar.write(_told(scores), file=sys.stderr)
+        stopped = [run for run in self.active if run.state.stopped is not None]
+        for run in stopped:
+            run.restore_best()
+        tested = self.scores(stopped, "test")
+        for run in stopped:
+            if run in self.active:
+                self.ended[run] = run.finish(tested.get(run))
+                self.active.remove(run)
+        return bool(self.active)
+
+    def scores(self, runs: Sequence[Training], split: str) -> dict[Training, dict[str, float]]:
+        """The figures of `runs` on a split, in one pass over it; none where there is no such split."""
+        source = getattr(self.runs[0], split)
+        if source is None or not runs:
+            return {}
+        views = _Views()
+        ways = [
+            Scoring(run.model, run.scorer(), run.options.precision, partial(views.view, run, split)) for run in runs
+        ]
+        found: dict[Training, dict[str, float]] = {}
+        for run, figures in zip(runs, evaluate_all(ways, source, self.runs[0].device, self.check), strict=True):
+            if isinstance(figures, NotFinite):
+                self.drop(run, figures)
+            else:
+                found[run] = figures
+        return found
+
+    def drop(self, run: Training, error: NotFinite) -> None:
+        """`run` cannot go on."""
+        run.abandon()
+        self.ended[run] = error
+        self.active.remove(run)
+        self.bar.total = (self.bar.total or 0) - (run.total - run.state.step)
+
+    def check(self) -> None:
+        """Between two batches: stop here if asked to."""
+        if not self.interrupt.asked or not self.active:
+            return
+        for run in self.active:
+            run.save()
+        run = self.active[0]
+        what = run.run_dir if len(self.runs) == 1 else f"{len(self.active)} of {len(self.runs)} runs"
+        raise Interrupted(
+            f"interrupted at step {run.state.step} of {run.total}; {what} can be resumed: give the same command again"
+        )
+
+
+class _Views:
+    """The batch as each run is to see it: the same states, the targets that its own objective learns."""
+
+    def __init__(self, batch: Batch | None = None) -> None:
+        self.batch, self._made = batch, dict[int | None, Batch]()
+
+    def view(self, run: Training, split: str, batch: Batch) -> Batch:
+        """`batch`, which may be another than before, as `run` is to see it."""
+        if batch is not self.batch:
+            self.batch = batch
+            self._made.clear()
+        return self.of(run, split)
+
+    def of(self, run: Training, split: str) -> Batch:
+        assert self.batch is not None
+        key = None if run.targets is None else id(run.targets.get(split))
+        if key not in self._made:
+            self._made[key] = run.view(self.batch, split)
+        return self._made[key]
+
+
+def _told(scores: dict[Training, dict[str, float]]) -> str:
+    """One line of the best of these."""
+    run = max(scores, key=lambda run: run.scorer().value(scores[run]))
+    metrics = scores[run]
+    shown = "  ".join(f"{k} {v:.4f}" for k, v in metrics.items() if k != "average" or len(metrics) != 2)
+    best = "" if len(scores) == 1 else f"best of {len(scores)} runs, {run.run_dir.name}: "
+    return f"epoch {run.state.epoch}/{run.options.epochs}  {best}{shown}"
