@@ -78,7 +78,7 @@ def compute_on(
     UserError where no scheduler or worker answers, and what a worker raised; what was sealed until then stays.
     """
     if inputs.pictures is not None:
-        raise UserError("--scheduler: only text is extracted on a cluster as yet; leave it out for pictures")
+        raise UserError("--scheduler: only text is extracted on a cluster as yet; leave it out for images")
     client = connect(address)
     space.sweep()
     report = Report(samples=len(set(keys)), truncated=int(inputs.truncated.sum()))

@@ -131,7 +131,7 @@ def plan_work(space: Space, inputs: Inputs, keys: Sequence[str], states: Sequenc
     again: set[str] = set()
     for segment in stored.bases:
         if inputs.pictures is not None:
-            # Pixels are not in the store. A base whose pictures are all at hand is supplemented, else its samples that
+            # Pixels are not in the store. A base whose images are all at hand is supplemented, else its samples that
             # are asked for are stored anew with all states.
             place = {k: i for i, k in reversed(list(enumerate(keys)))}
             if set(segment.keys) <= place.keys():

@@ -81,7 +81,7 @@ def space_identity(checkpoint: Checkpoint, options: SpaceOptions) -> dict[str, A
 
 
 def views_text(views: int, seed: int, augment: str = "random") -> str:
-    """How `views` views of a training picture are made; how many there are is of the task's table."""
+    """How `views` views of a training image are made; how many there are is of the task's table."""
     if views < 2:
         return "none"
     return f"{POLICIES[augment]};seed {seed}" if augment == "random" else POLICIES[augment]
@@ -127,7 +127,7 @@ def refuse_other(checkpoint: Checkpoint, identity: Mapping[str, Any]) -> None:
 
 
 def _image_fields(checkpoint: Checkpoint, options: SpaceOptions) -> dict[str, Any]:
-    """What pictures are made of, in words beside the preprocessing's digest; nothing for text."""
+    """What images are made of, in words beside the preprocessing's digest; nothing for text."""
     if checkpoint.backbone.modality == "text":
         return {}
     made = checkpoint.tokenizer.sized(options.text.image_size, options.text.dense)
@@ -137,7 +137,7 @@ def _image_fields(checkpoint: Checkpoint, options: SpaceOptions) -> dict[str, An
         "resize": f"{made.interpolation}, crop {made.crop:g}",
         "mean": mean,
         "std": std,
-        # Spaces of before have no such field: their pictures were taken as they lie in the file.
+        # Spaces of before have no such field: their images were taken as they lie in the file.
         **({"orientation": "exif"} if options.text.upright else {}),
         **({"padding": f"zeros to {checkpoint.backbone.coarsest}"} if options.text.dense else {}),
     }

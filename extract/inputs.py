@@ -25,7 +25,7 @@ def ragged(sequences: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
 class Inputs:
     """Integer inputs of n samples. `lengths`: stream → (n,) int64; `columns`: name → (rows,) int32, back to back.
 
-    `truncated`: (n,) bool, samples whose text was cut at the length limit. `pictures`: (n,) `Picture` objects of an
+    `truncated`: (n,) bool, samples whose text was cut at the length limit. `images`: (n,) `Image` objects of an
     image backbone, which are its input; its columns hold the sizes of feature maps only. `skipped`: why samples that
     were asked for are not here, by their place in what was asked for. `metas`: what is known of each sample beside its
     inputs (which words they are), () where nothing is.
@@ -66,7 +66,7 @@ class Inputs:
         )
 
     def keys(self) -> list[str]:
-        """The sample keys: xxh3-128 over every column's name, length and values; of a picture, what it is known by.
+        """The sample keys: xxh3-128 over every column's name, length and values; of an image, what it is known by.
         Row number and label play no part."""
         if self.pictures is not None:
             return [p.key for p in self.pictures]
@@ -84,7 +84,7 @@ class Inputs:
         return keys
 
     def tokens(self) -> np.ndarray:
-        """(n,) int64: positions over all streams, the measure of a sample's cost; of a picture, those of its coarsest
+        """(n,) int64: positions over all streams, the measure of a sample's cost; of an image, those of its coarsest
         map."""
         if self.pictures is not None:
             return np.min([n for s, n in self.lengths.items() if s != "grid"], axis=0)

@@ -65,7 +65,7 @@ class Checkpoint:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The tokenizer, or the preprocessing of pictures. UserError where there is none or it knows no words."""
+        """The tokenizer, or the preprocessing of images. UserError where there is none or it knows no words."""
         from transformers import AutoTokenizer
 
         if (processor := self.backbone.processor(self.folder)) is not None:

@@ -32,16 +32,19 @@ if TYPE_CHECKING:
     from pipeline.api import load_run as load_run
     from pipeline.api import open_store as open_store
     from pipeline.extract.backbones.base import Backbone as Backbone
+    from pipeline.extract.backbones.registry import register_backbone as register_backbone
     from pipeline.extract.batch import Batch as Batch
+    from pipeline.extract.tasks.registry import register_task as register_task
     from pipeline.recipe import Recipe as Recipe
     from pipeline.runs import Run as Run
     from pipeline.store.errors import UserError as UserError
     from pipeline.store.space import Space as Space
     from pipeline.store.store import Store as Store
     from pipeline.train.data.iterable import Stream as Stream
+    from pipeline.train.objectives.base import register_objective as register_objective
     from pipeline.train.tuners.base import Tuner as Tuner
     from pipeline.train.tuners.base import TunerConfig as TunerConfig
-    from pipeline.train.tuners.base import register as register
+    from pipeline.train.tuners.base import register_tuner as register_tuner
 
 # Imported when first used: the command line starts at once, torch is loaded when something needs it.
 _HOMES = {
@@ -58,7 +61,10 @@ _HOMES = {
     "UserError": "pipeline.store.errors",
     "load_run": "pipeline.api",
     "open_store": "pipeline.api",
-    "register": "pipeline.train.tuners.base",
+    "register_backbone": "pipeline.extract.backbones.registry",
+    "register_objective": "pipeline.train.objectives.base",
+    "register_task": "pipeline.extract.tasks.registry",
+    "register_tuner": "pipeline.train.tuners.base",
 }
 
 __all__ = sorted([*_HOMES, "__version__"])

@@ -50,8 +50,8 @@ class Recipe:
     )
     task: str = _option(
         "",
-        "Task: a GLUE name (see `pipeline tasks`), your own .csv, .tsv, .jsonl or .conll file, a folder of pictures, "
-        "with masks beside them too, or hub:DATASET, pictures or texts from Hugging Face; of what is stored also its "
+        "Task: a GLUE name (see `pipeline tasks`), your own .csv, .tsv, .jsonl or .conll file, a folder of images, "
+        "with masks beside them too, or hub:DATASET, images or texts from Hugging Face; of what is stored also its "
         "name, or NAME@ID (see `pipeline store status`). Several, with commas between: one tuner, a head and a score "
         "each.",
         "extract train",
@@ -167,27 +167,27 @@ class Recipe:
     )
     image_size: str | None = _option(
         None,
-        "Pictures: side (or HEIGHTxWIDTH) of what the backbone sees; own keeps each picture's. Default: the model's.",
+        "Images: side (or HEIGHTxWIDTH) of what the backbone sees; own keeps each image's. Default: the model's.",
         "extract train",
         metavar="SIZE",
     )
     views: int | None = _option(
         None,
-        "Pictures: fixed views of each training picture, the plain one and augmented ones (crop, flip, colour). "
+        "Images: fixed views of each training image, the plain one and augmented ones (crop, flip, colour). "
         "Default: 1; train takes what the store has, or the first so many.",
         "extract train",
     )
     augment: str | None = _option(
         None,
-        "Pictures: how views are made: random, or flip, the mirror image (--views 2). Default: random.",
+        "Images: how views are made: random, or flip, the mirror image (--views 2). Default: random.",
         "extract train",
         choices=("random", "flip"),
     )
     view_seed: int | None = _option(
-        None, "Pictures: seed that draws the augmented views. Default: 0.", "extract train", metavar="SEED"
+        None, "Images: seed that draws the augmented views. Default: 0.", "extract train", metavar="SEED"
     )
     skip_bad: bool = _option(
-        False, "Pictures: leave out files that are damaged or not RGB, and count them.", "extract train"
+        False, "Images: leave out files that are damaged or not RGB, and count them.", "extract train"
     )
     # extraction
     tuners: tuple[str, ...] = _option(

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pipeline.checks.rows import checked_rows
-from pipeline.cli.command_lines import quoted
+from pipeline.command_lines import quoted
 from pipeline.commands.extract import Say
 from pipeline.commands.prepare import of_slot
 from pipeline.extract.backbones.live import LiveBackbone
@@ -136,9 +136,9 @@ class Run:
         out_dir: str | Path | None = None,
     ) -> list[dict[str, Any]]:
         """What is told of each row, the backbone run live: `label` (a class's name, or a number) and its `probability`
-        where there is one. A row: the text of each of the task's fields, or the name of a picture; where that is one,
+        where there is one. A row: the text of each of the task's fields, or the name of an image; where that is one,
         also without a sequence around it. Of a run with several backbones: slot → its rows, or rows that every
-        slot reads. `root`: the folder that names of pictures are relative to. `out_dir`: where what is no line of text
+        slot reads. `root`: the folder that names of images are relative to. `out_dir`: where what is no line of text
         is written, as it is made (masks, overlays); an entry then names the files. Raises UserError for rows of another
         shape or kind."""
         if out_dir is not None and not self.objective.files:
@@ -223,14 +223,14 @@ def read_inputs(
     path: Path, spec: TaskSpec, text: str | None = None, text_pair: str | None = None
 ) -> tuple[list[Any], list[tuple[str, ...]]]:
     """Ids and fields of a file's rows. An id is what stands in a column `id`; where nothing does, the row's number from
-    1, or the name of a picture. Fields: columns named by `text` and `text_pair`, or by the task's own field names.
+    1, or the name of an image. Fields: columns named by `text` and `text_pair`, or by the task's own field names.
 
-    GLUE's files are understood in their own layout; a folder gives the pictures below it, a picture itself. Raises
-    UserError for a missing column or text, a bad file or a folder without pictures.
+    GLUE's files are understood in their own layout; a folder gives the images below it, an image itself. Raises
+    UserError for a missing column or text, a bad file or a folder without images.
     """
     if path.is_dir():
         if not (found := pictures(path)):
-            raise UserError(f"{path}: there are no pictures in this folder")
+            raise UserError(f"{path}: there are no images in this folder")
         names = [p.relative_to(path).as_posix() for p in found]
         return names, [(name,) for name in names]
     if path.suffix.lower() in PICTURES and path.is_file():

@@ -40,7 +40,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of 60 pictures in two classes."""
+    """A folder of 60 images in two classes."""
     return vision.write_folder(tmp_path_factory.mktemp("pictures") / "halves")
 
 

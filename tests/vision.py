@@ -114,7 +114,7 @@ CHECKPOINTS = {
 
 
 def write_folder(folder: Path, n: int = 60, side: int = 40, seed: int = 0) -> Path:
-    """`n` pictures in two class folders: noise with a bright left or a bright upper half."""
+    """`n` images in two class folders: noise with a bright left or a bright upper half."""
     rng = np.random.default_rng(seed)
     for i in range(n):
         name = ("left", "upper")[i % 2]
@@ -127,7 +127,7 @@ def write_folder(folder: Path, n: int = 60, side: int = 40, seed: int = 0) -> Pa
 
 
 def unpack_cifar(data: Path, folder: Path, classes: dict[int, str], start: int, stop: int) -> Path:
-    """Pictures `start` to `stop` of the sheets whose label is in `classes`, as a folder a class."""
+    """Images `start` to `stop` of the sheets whose label is in `classes`, as a folder a class."""
     labels = json.loads((data / "labels.json").read_text())
     for batch in range(start // 1000, -(-stop // 1000)):
         sheet = np.asarray(Image.open(data / f"cifar10_batch_{batch}.png").convert("RGB"))

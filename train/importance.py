@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pipeline.extract.backbones.base import Backbone
 from pipeline.extract.batch import Batch
-from pipeline.train.baselines.methods import CounterpartModel, counterpart
+from pipeline.train.baselines.methods import BaselineModel, baseline
 from pipeline.train.objectives.base import Objective
 
 FISHER_SAMPLES = 1024
@@ -26,7 +26,7 @@ def fisher(backbone: Backbone, model: nn.Module, objective: Objective, batches: 
 
     `model` is left as it was: frozen, without gradients. Parameters that got none count 0.
     """
-    whole = CounterpartModel(counterpart("full"), backbone, model, objective).to(next(model.parameters()).device).eval()
+    whole = BaselineModel(baseline("full"), backbone, model, objective).to(next(model.parameters()).device).eval()
     total = {n: torch.zeros(p.shape, device=p.device) for n, p in model.named_parameters()}
     for batch in batches:
         with torch.enable_grad():

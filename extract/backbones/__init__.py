@@ -2,7 +2,7 @@
 
 from pipeline.extract.backbones import bert, clip_text, convnext, decoder, efficientnet, resnet, swin, t5, vit
 from pipeline.extract.backbones.base import Backbone, TextOptions
-from pipeline.extract.backbones.registry import backbone_classes, backbone_for, register
+from pipeline.extract.backbones.registry import backbone_classes, backbone_for, register_backbone
 from pipeline.extract.backbones.tail import Tail
 from pipeline.extract.batch import Batch, Layout, stream_of
 from pipeline.extract.inputs import Inputs
@@ -21,7 +21,7 @@ __all__ = [
     "convnext",
     "decoder",
     "efficientnet",
-    "register",
+    "register_backbone",
     "resnet",
     "stream_of",
     "swin",

@@ -3,7 +3,7 @@
 A `Backbone` says which hidden states there are and how wide they are, turns samples into `Inputs`, and runs the frozen
 model and collects states. That is enough for tuners that read states (a probe, LST, UniPT, Head2Toe). What else it can
 do (a live last block, writing text, …) is a capability beside it: `extract.backbones.capabilities`. It knows nothing of
-tuners, and no training default. Adding a backbone means adding one file with one subclass under `@register`.
+tuners, and no training default. Adding a backbone means adding one file with one subclass under `@register_backbone`.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ class TextOptions:
     which word each position belongs to, which changes nothing else. `form`: what the rows of a completion task are, see
     `extract.completion`; "plain" for those of any other.
 
-    Of image families: `root`, the folder that file names are relative to; `skip_bad`, leave out pictures that cannot be
+    Of image families: `root`, the folder that file names are relative to; `skip_bad`, leave out images that cannot be
     read; `image_size`, "HEIGHTxWIDTH" of what the backbone sees, "own" for each
-    picture's own, "" for the checkpoint's; `views`, how many fixed
-    augmented views of a training picture there are (1: the plain one alone), `augment`, how they are made ("random",
+    image's own, "" for the checkpoint's; `views`, how many fixed
+    augmented views of a training image there are (1: the plain one alone), `augment`, how they are made ("random",
     "flip"), and `view_seed`, which draws random ones;
-    `upright`, turn pictures as their EXIF orientation says (False: of spaces made before that was done); `dense`, show
-    the whole of each picture, padded at the bottom and the right to the backbone's coarsest stride, and keep as meta
+    `upright`, turn images as their EXIF orientation says (False: of spaces made before that was done); `dense`, show
+    the whole of each image, padded at the bottom and the right to the backbone's coarsest stride, and keep as meta
     where it shows what.
     """
 
@@ -207,7 +207,7 @@ class Backbone(ABC):
     def run(self, model: Any, batch: Batch, states: Sequence[str]) -> dict[str, Tensor]:
         """Collect `states` of `batch` (columns filled in), each (rows, width) in the backbone's own precision.
 
-        Gradients flow where a parameter asks for them: live counterparts (LoRA and the like) train through this."""
+        Gradients flow where a parameter asks for them: live baselines (LoRA and the like) train through this."""
 
     # -- what of it stays beside a tuner; see `capabilities.LiveLast` for a live block ----------------------------
     def tail_weights(self, model: Any) -> dict[str, Tensor]:

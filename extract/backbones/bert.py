@@ -22,7 +22,7 @@ from pipeline.extract.backbones.capabilities import LateBlocks
 from pipeline.extract.backbones.fill import filled
 from pipeline.extract.backbones.loading import collect, freeze, load_frozen
 from pipeline.extract.backbones.masks import key_mask
-from pipeline.extract.backbones.registry import register
+from pipeline.extract.backbones.registry import register_backbone
 from pipeline.extract.backbones.tail import LiveTail
 from pipeline.extract.backbones.text import encoder_inputs
 from pipeline.extract.batch import Batch
@@ -78,7 +78,7 @@ def _padded(config: Any, batch: Batch) -> dict[str, Tensor]:
     return inputs
 
 
-@register
+@register_backbone
 class Bert(LateBlocks, Backbone):
     """See the module's docstring."""
 

@@ -1,4 +1,4 @@
-"""The small ResNets of He et al. 2016 §4.2 for 32 × 32 pictures: depth 6 n + 2, three stages of 16, 32 and 64 channels.
+"""The small ResNets of He et al. 2016 §4.2 for 32 × 32 images: depth 6 n + 2, three stages of 16, 32 and 64 channels.
 
 Shortcuts across stages are option A: every second position, new channels filled with zeros; no parameters.
 Module names are those of transformers' ResNet (`embedder`, `encoder.stages.S.layers.B`).

@@ -18,7 +18,7 @@ from pipeline.extract.backbones.base import Backbone, TextOptions
 from pipeline.extract.backbones.capabilities import LateBlocks
 from pipeline.extract.backbones.loading import collect, freeze, load_frozen
 from pipeline.extract.backbones.masks import attention_mask, earlier
-from pipeline.extract.backbones.registry import register
+from pipeline.extract.backbones.registry import register_backbone
 from pipeline.extract.backbones.tail import LiveTail
 from pipeline.extract.backbones.text import encoder_inputs
 from pipeline.extract.backbones.vision import fill, keep
@@ -56,7 +56,7 @@ class ClipTextTail(LiveTail):
         return self.norm(rows)
 
 
-@register
+@register_backbone
 class ClipText(LateBlocks, Backbone):
     """See the module's docstring."""
 

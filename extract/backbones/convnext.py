@@ -7,11 +7,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from pipeline.extract.backbones.pyramid import Pyramid
-from pipeline.extract.backbones.registry import register
+from pipeline.extract.backbones.registry import register_backbone
 from pipeline.store.errors import UserError
 
 
-@register
+@register_backbone
 class ConvNeXt(Pyramid):
     """See the module's docstring. The live layer is the last block of the last stage."""
 

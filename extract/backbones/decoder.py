@@ -20,7 +20,7 @@ from pipeline.extract.backbones.base import Backbone, TextOptions
 from pipeline.extract.backbones.capabilities import Blocks, ContinuesText
 from pipeline.extract.backbones.fill import filled
 from pipeline.extract.backbones.loading import collect, freeze, load_frozen
-from pipeline.extract.backbones.registry import register
+from pipeline.extract.backbones.registry import register_backbone
 from pipeline.extract.backbones.shell import Shell, cut, is_tied, layers_of, norm_of, places
 from pipeline.extract.backbones.tail import TextTail
 from pipeline.extract.backbones.text import tokenize, word_metas
@@ -91,7 +91,7 @@ def attentions_of(config: Any) -> tuple[str, ...]:
     return ("sdpa", "eager") if model._supports_sdpa else ("eager",)
 
 
-@register
+@register_backbone
 class Decoder(ContinuesText, Blocks, Backbone):
     """See the module's docstring. Raises UserError for layers that carry a state from position to position in place of
     attention, and for scores scaled by a layer's number."""

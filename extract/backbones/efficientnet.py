@@ -11,14 +11,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from pipeline.extract.backbones.pyramid import Pyramid
-from pipeline.extract.backbones.registry import register
+from pipeline.extract.backbones.registry import register_backbone
 
 
 def _convolutions(block: nn.Module) -> list[nn.Conv2d]:
     return [m for m in block.modules() if isinstance(m, nn.Conv2d)]
 
 
-@register
+@register_backbone
 class EfficientNet(Pyramid):
     """See the module's docstring."""
 

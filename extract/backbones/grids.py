@@ -1,4 +1,4 @@
-"""Feature maps as packed rows: where the rows of a small picture's coarse map lie under those of a fine one.
+"""Feature maps as packed rows: where the rows of a small image's coarse map lie under those of a fine one.
 
 Each stream of a backbone with feature maps holds its maps row by row, sample after sample. Their heights and widths are
 kept beside them as the column `grid.sizes` of a stream `grid`: for each sample two numbers a stream, in the family's

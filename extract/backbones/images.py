@@ -1,8 +1,8 @@
-"""Pictures: from a file to the pixels a backbone is fed, the same ones every time.
+"""Images: from a file to the pixels a backbone is fed, the same ones every time.
 
-`Preprocess` is the backbone's own (size, crop, interpolation, normalisation). A `Picture` is one file under one
-preprocessing and one *view*: view 0 is the plain picture, the others are fixed random crops, flips and colour changes
-drawn from (seed, view, file). Its key is the xxh3-128 of the file's bytes, the preprocessing and the view. A picture is
+`Preprocess` is the backbone's own (size, crop, interpolation, normalisation). A `Image` is one file under one
+preprocessing and one *view*: view 0 is the plain image, the others are fixed random crops, flips and colour changes
+drawn from (seed, view, file). Its key is the xxh3-128 of the file's bytes, the preprocessing and the view. An image is
 turned as its EXIF orientation says before anything else is done to it.
 """
 
@@ -49,8 +49,8 @@ TURNS = {
 
 @dataclass(frozen=True)
 class Preprocess:
-    """`size`: (height, width) of what the backbone sees, or () to keep each picture's own. The short side is resized
-    to size / `crop` and the middle cut out; with `crop` 0 the picture is stretched to `size`. `mean`, `std`: of the
+    """`size`: (height, width) of what the backbone sees, or () to keep each image's own. The short side is resized
+    to size / `crop` and the middle cut out; with `crop` 0 the image is stretched to `size`. `mean`, `std`: of the
     three channels, in 0..1."""
 
     size: tuple[int, ...] = (224, 224)
@@ -101,7 +101,7 @@ class Preprocess:
         return "x".join(map(str, self.size)) or "own"
 
     def sized(self, text: str, whole: bool = False) -> Preprocess:
-        """The same at another size as `extent_text` writes it; "" changes nothing. `whole`: the whole picture stretched
+        """The same at another size as `extent_text` writes it; "" changes nothing. `whole`: the whole image stretched
         to it. Raises UserError otherwise."""
         if whole:
             return replace(self, crop=0.0).sized(text)
@@ -122,11 +122,11 @@ class Preprocess:
         return xxhash.xxh3_128_hexdigest(json.dumps(self.to_dict(), sort_keys=True).encode())
 
     def extent(self, width: int, height: int) -> tuple[int, int]:
-        """(height, width) that a picture of this size has after preprocessing."""
+        """(height, width) that an image of this size has after preprocessing."""
         return (self.size[0], self.size[1]) if self.size else (height, width)
 
     def frame(self, image: Image.Image) -> Image.Image:
-        """The picture at its final extent."""
+        """The image at its final extent."""
         if not self.size:
             return image
         height, width = self.size
@@ -220,11 +220,11 @@ def header_extent(path: Path, upright: bool = True) -> tuple[int, int]:
             turned = upright and image.getexif().get(ORIENTATION, 1) >= 5
             return (height, width) if turned else (width, height)
     except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: no picture that can be read ({_short(error)})") from None
+        raise UserError(f"{path}: no image that can be read ({_short(error)})") from None
 
 
 def open_image(path: Path, upright: bool = True) -> Image.Image:
-    """An RGB picture, decoded whole; `upright`: turned as its EXIF orientation says. Raises UserError naming the file
+    """An RGB image, decoded whole; `upright`: turned as its EXIF orientation says. Raises UserError naming the file
     that is absent, damaged, not RGB, or of more than `MOST_PIXELS`, which is not decoded."""
     if path.exists() and not path.is_file():  # a pipe would be waited for
         raise UserError(f"{path}: not a regular file; replace it, or leave it out: --skip-bad")
@@ -234,14 +234,14 @@ def open_image(path: Path, upright: bool = True) -> Image.Image:
                 raise Image.DecompressionBombError
             image.load()
             if image.mode != "RGB":
-                raise UserError(f"{path}: not an RGB picture but {image.mode}; convert it, or leave it out: --skip-bad")
+                raise UserError(f"{path}: not an RGB image but {image.mode}; convert it, or leave it out: --skip-bad")
             turn = TURNS.get(image.getexif().get(ORIENTATION, 1)) if upright else None
             return image.copy() if turn is None else image.transpose(turn)
     except Image.DecompressionBombError:
         most = f"more than {MOST_PIXELS:,} pixels"
         raise UserError(f"{path}: {most}; make it smaller, or leave it out: --skip-bad") from None
     except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
-        why = "no such file" if isinstance(error, FileNotFoundError) else f"damaged picture ({_short(error)})"
+        why = "no such file" if isinstance(error, FileNotFoundError) else f"damaged image ({_short(error)})"
         raise UserError(f"{path}: {why}; repair it, or leave it out: --skip-bad") from None
 
 
@@ -259,7 +259,7 @@ def look(
     stride: int = 1,
     augment: str = "random",
 ) -> Picture | UserError:
-    """The picture at `path`, decoded once to be sure that it can be; or what is wrong with it."""
+    """The image at `path`, decoded once to be sure that it can be; or what is wrong with it."""
     try:
         image = open_image(path, upright)
     except UserError as error:
@@ -284,7 +284,7 @@ def look_all(
 ) -> list[Any]:
     """`look` at many, on a few threads, in order."""
     with warnings.catch_warnings(), ThreadPoolExecutor(4) as pool:
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # such pictures are refused by name
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # such images are refused by name
         return list(
             pool.map(
                 lambda p: look(p[0], preprocess, p[1], seed, upright, stride, augment), zip(paths, views, strict=True)

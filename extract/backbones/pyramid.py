@@ -1,6 +1,6 @@
 """Backbones in stages: a stream a stage (`stage1`, `stage2`, …), a state a block (`stage3.1`).
 
-Rows of a picture in a stream are the positions of its map, row by row. The tail is the last block of the last stage and
+Rows of an image in a stream are the positions of its map, row by row. The tail is the last block of the last stage and
 the norm after it, if there is one.
 """
 

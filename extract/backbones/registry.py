@@ -12,7 +12,7 @@ B = TypeVar("B", bound=type[Backbone])
 _BACKBONES: dict[str, type[Backbone]] = {}
 
 
-def register(cls: B) -> B:
+def register_backbone(cls: B) -> B:
     """Class decorator: make a backbone known by its model types. Raises ValueError when one is taken."""
     for kind in cls.model_types:
         if kind in _BACKBONES:

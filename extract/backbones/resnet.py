@@ -12,10 +12,10 @@ from transformers import ResNetModel
 
 from pipeline.extract.backbones.cifar import CifarResNetModel
 from pipeline.extract.backbones.pyramid import Pyramid
-from pipeline.extract.backbones.registry import register
+from pipeline.extract.backbones.registry import register_backbone
 
 
-@register
+@register_backbone
 class ResNet(Pyramid):
     """See the module's docstring."""
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pipeline.extract.backbones.capabilities import Branches
 from pipeline.extract.backbones.pyramid import Pyramid, PyramidTail
-from pipeline.extract.backbones.registry import register
+from pipeline.extract.backbones.registry import register_backbone
 from pipeline.extract.backbones.vision import map_sizes
 from pipeline.extract.batch import Batch
 from pipeline.store.errors import UserError
@@ -33,7 +33,7 @@ class SwinTail(PyramidTail):
         return self.apply_to(self.merges[stage], rows, map_sizes(self.backbone, batch, self.backbone.streams[stage]))
 
 
-@register
+@register_backbone
 class Swin(Branches, Pyramid):
     """See the module's docstring."""
 
@@ -62,7 +62,7 @@ class Swin(Branches, Pyramid):
     def grid(self, stream: str, height: int, width: int) -> tuple[int, int]:
         patch = self.skeleton.patch_embed.patch_size
         if height % patch[0] or width % patch[1]:
-            raise UserError(f"pictures of {height}x{width} have no whole {patch[0]}x{patch[1]} patches: --image-size")
+            raise UserError(f"images of {height}x{width} have no whole {patch[0]}x{patch[1]} patches: --image-size")
         height, width = height // patch[0], width // patch[1]
         for _ in range(self.streams.index(stream)):
             height, width = -(-height // 2), -(-width // 2)  # an odd side is padded before merging

@@ -27,7 +27,7 @@ from pipeline.extract.backbones.capabilities import LateBlocks, WritesText
 from pipeline.extract.backbones.fill import filled
 from pipeline.extract.backbones.loading import collect, freeze, load_frozen
 from pipeline.extract.backbones.masks import attention_mask, key_mask, tree
-from pipeline.extract.backbones.registry import register
+from pipeline.extract.backbones.registry import register_backbone
 from pipeline.extract.backbones.tail import TextTail
 from pipeline.extract.backbones.text import decision_trie, field_start, gold_chain, tokenize, word_metas
 from pipeline.extract.batch import Batch
@@ -108,7 +108,7 @@ class T5Tail(TextTail):
         return (rows * self.scale) @ (table if tokens is None else table[tokens]).t()
 
 
-@register
+@register_backbone
 class T5(WritesText, LateBlocks, Backbone):
     """See the module's docstring."""
 

@@ -1,4 +1,4 @@
-"""Views: the mirror image, or fixed random crops, flips and changes of colour, each drawn once for a picture."""
+"""Views: the mirror image, or fixed random crops, flips and changes of colour, each drawn once for an image."""
 
 from __future__ import annotations
 

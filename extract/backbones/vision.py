@@ -1,4 +1,4 @@
-"""What image backbones have in common: pictures as inputs, modules from timm or transformers, tails cut out of them.
+"""What image backbones have in common: images as inputs, modules from timm or transformers, tails cut out of them.
 
 A tail is built without knowing an architecture's arguments: the whole backbone is made on the meta device, which costs
 no memory, the live part is taken out of it and filled with the weights kept in the store.
@@ -33,7 +33,7 @@ _HEADS = ("head.", "head_dist.", "fc.", "classifier.", "fc_norm.", "norm_head.",
 
 
 class Vision(Backbone):
-    """A family whose samples are pictures. Subclasses say how large each stream's map is and how to run."""
+    """A family whose samples are images. Subclasses say how large each stream's map is and how to run."""
 
     modality: ClassVar[Literal["text", "image"]] = "image"
     hf_classes: ClassVar[dict[str, Any]] = {}  # model type → class of transformers
@@ -59,7 +59,7 @@ class Vision(Backbone):
 
     @abstractmethod
     def grid(self, stream: str, height: int, width: int) -> tuple[int, int]:
-        """Height and width of the map of `stream` for a picture of this extent."""
+        """Height and width of the map of `stream` for an image of this extent."""
 
     # -- input ---------------------------------------------------------------------------------------------------
     def processor(self, folder: Path) -> Preprocess:
@@ -69,7 +69,7 @@ class Vision(Backbone):
     def prepare(self, tokenizer: Any, texts: Sequence[Sequence[str]], options: TextOptions) -> Inputs:
         """File names, each with a view's number if there are views, → inputs. `tokenizer`: a `Preprocess`.
 
-        Every picture is decoded once here. Raises UserError naming the first that cannot be read; with
+        Every image is decoded once here. Raises UserError naming the first that cannot be read; with
         `options.skip_bad` those are left out and listed in `skipped`.
         """
         preprocess, stride = tokenizer.sized(options.image_size, options.dense), self.padding(options)
@@ -81,7 +81,7 @@ class Vision(Backbone):
             raise UserError(f"{next(iter(bad.values()))}{more}")
         good = [p for p in found if not isinstance(p, UserError)]
         if bad and not good:
-            raise UserError(f"none of the {len(bad):,} pictures can be used, the first: {next(iter(bad.values()))}")
+            raise UserError(f"none of the {len(bad):,} images can be used, the first: {next(iter(bad.values()))}")
         pictures = np.empty(len(good), object)
         pictures[:] = good
         extents = np.array([p.extent for p in good], np.int64).reshape(len(good), 2)
@@ -91,7 +91,7 @@ class Vision(Backbone):
         return Inputs(lengths, columns, np.zeros(len(good), bool), pictures, bad, metas)
 
     def padding(self, options: TextOptions) -> int:
-        """What extents of pictures are filled up to multiples of."""
+        """What extents of images are filled up to multiples of."""
         return self.coarsest if options.dense else 1
 
     def measure(self, extents: np.ndarray) -> dict[str, np.ndarray]:
@@ -198,7 +198,7 @@ def fill(parts: dict[str, nn.Module], weights: dict[str, Tensor] | None) -> None
 
 
 def pixel_groups(batch: Batch) -> list[tuple[list[int], Tensor]]:
-    """Pictures of equal extent together: (places in the batch, (b, 3, H, W) float32 on the batch's device)."""
+    """Images of equal extent together: (places in the batch, (b, 3, H, W) float32 on the batch's device)."""
     if batch.pictures is None:
         raise ValueError("a batch from the store has no pixels")
     pixels = load_pixels(batch.pictures)

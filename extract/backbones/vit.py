@@ -1,6 +1,6 @@
 """Plain vision transformers: ViT and DeiT of timm, ViT and the CLIP vision tower of transformers. One stream `encoder`.
 
-Rows of a picture: class (and distillation) tokens first, then patches row by row. Blocks are pre-norm: a state is the
+Rows of an image: class (and distillation) tokens first, then patches row by row. Blocks are pre-norm: a state is the
 block's output before the final norm. The embedding output (patches with positions) is a state of its own,
 `encoder.embed`: pixels are not kept. The tail is the last block and the final norm.
 """
@@ -17,7 +17,7 @@ from transformers import CLIPVisionModel, ViTModel
 from pipeline.extract.backbones.capabilities import ClassToken, LateBlocks
 from pipeline.extract.backbones.loading import collect, freeze
 from pipeline.extract.backbones.masks import key_mask
-from pipeline.extract.backbones.registry import register
+from pipeline.extract.backbones.registry import register_backbone
 from pipeline.extract.backbones.tail import LiveTail
 from pipeline.extract.backbones.vision import Vision, fill, in_order, keep, pixel_groups
 from pipeline.extract.batch import Batch
@@ -41,7 +41,7 @@ class VitTail(LiveTail):
     def through(self, block: nn.Module, hidden: dict[str, Tensor], batch: Batch) -> Tensor:
         layout, rows = batch.layout("encoder"), hidden["encoder"]
         lengths = batch.lengths["encoder"]
-        # Pictures of one extent need no mask, and get the very computation the backbone did.
+        # Images of one extent need no mask, and get the very computation the backbone did.
         mask = None if (lengths == lengths[0]).all() else key_mask(layout, self.attention, rows.dtype)
         grid = layout.pad(rows)
         out = block(grid, attn_mask=mask) if self.timm else block(grid, mask)
@@ -51,7 +51,7 @@ class VitTail(LiveTail):
         return self.norm(rows)
 
 
-@register
+@register_backbone
 class Vit(LateBlocks, ClassToken, Vision):
     """See the module's docstring."""
 
@@ -85,7 +85,7 @@ class Vit(LateBlocks, ClassToken, Vision):
     def grid(self, stream: str, height: int, width: int) -> tuple[int, int]:
         patch = self.skeleton.patch_embed.patch_size if self.is_timm else (self.config.patch_size,) * 2
         if height % patch[0] or width % patch[1]:
-            raise UserError(f"pictures of {height}x{width} have no whole {patch[0]}x{patch[1]} patches: --image-size")
+            raise UserError(f"images of {height}x{width} have no whole {patch[0]}x{patch[1]} patches: --image-size")
         return height // patch[0], width // patch[1]
 
     def stride(self, stream: str) -> int:

@@ -6,7 +6,7 @@ task.rows("train").head(1000)
 """
 
 from pipeline.extract.tasks.base import SPLIT_SEED, SPLITS, Rows, Task, TaskError, TaskSpec, fixed_order
-from pipeline.extract.tasks.registry import canonical_name, is_named, load_task, register, split_id, task_names
+from pipeline.extract.tasks.registry import canonical_name, is_named, load_task, register_task, split_id, task_names
 
 __all__ = [
     "SPLITS",
@@ -19,7 +19,7 @@ __all__ = [
     "fixed_order",
     "is_named",
     "load_task",
-    "register",
+    "register_task",
     "split_id",
     "task_names",
 ]

@@ -1,4 +1,4 @@
-"""A Hugging Face dataset of labelled pictures as a task: written out once as a folder of pictures, a subfolder a class.
+"""A Hugging Face dataset of labelled images as a task: written out once as a folder of images, a subfolder a class.
 
 The bytes are the dataset's own. A folder is complete when it holds `.source.json`, which says what it was written from;
 it is used again without the hub. Splits called train, validation (val, valid, dev) and test are taken; where there is
@@ -29,20 +29,20 @@ def hub_name(task: str) -> str:
 
 
 def hub_folder(task: str, data: str | Path | None) -> Path:
-    """Where the pictures of `task` are written: `data`, else a folder of the user's cache."""
+    """Where the images of `task` are written: `data`, else a folder of the user's cache."""
     return Path(data) if data else cache_folder() / "pictures" / hub_name(task)
 
 
 def load_hub_images(task: str, data: Path | None) -> Task:
     """The task of `hub:DATASET`, a name on the hub or the path of a dataset's files.
 
-    Raises `TaskError` where it cannot be fetched, has no picture or no class labels, or where `data` holds something
+    Raises `TaskError` where it cannot be fetched, has no image or no class labels, or where `data` holds something
     else.
     """
     folder, source = hub_folder(task, data), {"dataset": task.removeprefix(PREFIX)}
     if folder.exists() and any(folder.iterdir()):
         if not (folder / MARK).is_file() or json.loads((folder / MARK).read_text(encoding="utf-8")) != source:
-            raise TaskError(f"{folder} holds something else than the pictures of {task}; give another --data FOLDER")
+            raise TaskError(f"{folder} holds something else than the images of {task}; give another --data FOLDER")
     else:
         _write(source["dataset"], folder)
         (folder / MARK).write_text(json.dumps(source), encoding="utf-8")
@@ -60,7 +60,7 @@ def _write(dataset: str, folder: Path) -> None:
         image = next((n for n, f in features.items() if isinstance(f, datasets.Image)), None)
         label = next((n for n, f in features.items() if isinstance(f, datasets.ClassLabel)), None)
         if image is None or label is None:
-            raise TaskError(f"{dataset}: a column of pictures and one of class labels are needed, not {list(features)}")
+            raise TaskError(f"{dataset}: a column of images and one of class labels are needed, not {list(features)}")
         names = [name.replace("/", "_").strip(". ") or str(i) for i, name in enumerate(features[label].names)]
         if len(set(names)) < len(names):
             raise TaskError(f"{dataset}: class names are not distinct as names of folders")
@@ -84,5 +84,5 @@ def _suffix(raw: bytes, where: str) -> str:
     try:
         kind = (Image.open(io.BytesIO(raw)).format or "").lower()
     except UnidentifiedImageError:
-        raise TaskError(f"{where} is not a picture") from None
+        raise TaskError(f"{where} is not an image") from None
     return "jpg" if kind == "jpeg" else kind

@@ -1,4 +1,4 @@
-"""A folder of pictures as a task: one subfolder a class.
+"""A folder of images as a task: one subfolder a class.
 
     FOLDER/CLASS/*.png                                     a tenth of the rows each is held out, as of a table
     FOLDER/train/CLASS/*.png, FOLDER/validation/…, …/test  splits as they are; val, valid and dev mean validation
@@ -20,11 +20,11 @@ from pipeline.extract.tasks.names import table_name
 from pipeline.extract.tasks.splits import HELD_OUT
 from pipeline.store.format.digest import digest_json
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm")  # of pictures
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm")  # of images
 
 
 def pictures(folder: Path) -> list[Path]:
-    """Every picture below `folder` by its suffix, sorted; hidden ones are left out."""
+    """Every image below `folder` by its suffix, sorted; hidden ones are left out."""
     found = (p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
     return sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts))
 
@@ -51,10 +51,10 @@ def _digest(path: Path, size: int, changed: int, inode: int) -> str:
 
 
 def load_folder(folder: Path, name: str | None = None) -> Task:
-    """The pictures of `folder` as a classification task named after it. Rows hold names relative to the folder.
+    """The images of `folder` as a classification task named after it. Rows hold names relative to the folder.
 
     Raises `TaskError` where there are no class folders, one class only, a test class that training does not have, or
-    too few pictures to hold any out.
+    too few images to hold any out.
     """
     subfolders = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
     by_split = {SPLIT_NAMES[p.name]: p for p in subfolders if p.name in SPLIT_NAMES}
@@ -68,7 +68,7 @@ def load_folder(folder: Path, name: str | None = None) -> Task:
         everything = _rows(folder, folder, classes)
         held = max(1, int(len(everything) * HELD_OUT))
         if len(everything) < 3:
-            raise TaskError(f"{folder} has {len(everything)} pictures, too few to hold any out; add some")
+            raise TaskError(f"{folder} has {len(everything)} images, too few to hold any out; add some")
         order, rule, absent = fixed_order(len(everything)), "held-out", {}
         parts = (("train", order[2 * held :]), ("validation", order[:held]), ("test", order[held : 2 * held]))
         splits = {s: everything.take(places) for s, places in parts}
@@ -95,7 +95,7 @@ def load_folder(folder: Path, name: str | None = None) -> Task:
 def _classes(folder: Path) -> tuple[str, ...]:
     names = [p.name for p in sorted(folder.iterdir()) if p.is_dir() and not p.name.startswith(".") and pictures(p)]
     if len(names) < 2:
-        raise TaskError(f"{folder}: expected a folder of pictures for each of at least two classes, found {len(names)}")
+        raise TaskError(f"{folder}: expected a folder of images for each of at least two classes, found {len(names)}")
     return tuple(names)
 
 
@@ -104,7 +104,7 @@ def _rows(root: Path, folder: Path, classes: tuple[str, ...]) -> Rows:
     for path in pictures(folder):
         name = path.relative_to(folder).parts[0]
         if name not in classes:
-            raise TaskError(f"{path}: no class folder of the training pictures is called {name!r}")
+            raise TaskError(f"{path}: no class folder of the training images is called {name!r}")
         rows.texts.append((path.relative_to(root).as_posix(),))
         rows.labels.append(classes.index(name))
     return rows

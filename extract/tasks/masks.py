@@ -85,7 +85,7 @@ def _paired(images: Path, masks: Path) -> list[tuple[Path, Path]]:
     if without := sorted(here.keys() - there.keys()):
         raise TaskError(f"{here[without[0]]}: there is no mask of this name in {masks}")
     if without := sorted(there.keys() - here.keys()):
-        raise TaskError(f"{there[without[0]]}: there is no picture of this name in {images}")
+        raise TaskError(f"{there[without[0]]}: there is no image of this name in {images}")
     return [(here[stem], there[stem]) for stem in sorted(here)]
 
 
@@ -97,7 +97,7 @@ def _voc(folder: Path, images: Path, masks: Path) -> dict[str, list[tuple[Path, 
             continue
         names = file.read_text(encoding="utf-8").split()
         if lost := next((n for n in names if n not in here or n not in there), None):
-            raise TaskError(f"{file}: {lost} has no picture in {images.name} or no mask in {masks.name}")
+            raise TaskError(f"{file}: {lost} has no image in {images.name} or no mask in {masks.name}")
         found[_SPLITS[file.stem]] = [(here[n], there[n]) for n in names]
     return found
 
@@ -116,7 +116,7 @@ def load_masks(folder: Path, name: str | None = None, void: int | None = None) -
         )
     read = {split: _read(files) for split, files in pairs.splits.items()}
     if not any(read.values()):
-        raise TaskError(f"{folder}: there are no pictures in it")
+        raise TaskError(f"{folder}: there are no images in it")
     classes, none = _classes(folder, pairs, read, void)
     splits = {split: _rows(folder, pairs.splits[split], masks, classes, none) for split, masks in read.items()}
     absent: dict[str, str] = {}
@@ -124,13 +124,13 @@ def load_masks(folder: Path, name: str | None = None, void: int | None = None) -
         everything, rule = splits.pop(""), "held-out"
         held = max(1, int(len(everything) * HELD_OUT))
         if len(everything) < 3:
-            raise TaskError(f"{folder} has {len(everything)} pictures, too few to hold any out; add some")
+            raise TaskError(f"{folder} has {len(everything)} images, too few to hold any out; add some")
         order = fixed_order(len(everything))
         parts = (("train", order[2 * held :]), ("validation", order[:held]), ("test", order[held : 2 * held]))
         splits = {split: everything.take(places) for split, places in parts}
     else:
         rule = "folders"
-        absent = {s: f"no folder of {s} pictures in {folder}" for s in SPLITS if s not in splits}
+        absent = {s: f"no folder of {s} images in {folder}" for s in SPLITS if s not in splits}
         splits = {s: rows.take(fixed_order(len(rows))) for s, rows in splits.items()}
     task = table_name(name or folder.resolve().name)
     provenance = {
@@ -168,7 +168,7 @@ def _read_pair(pair: tuple[Path, Path]) -> _Mask:
         data = _png(values)
     if (seen := _size(image)) is not None and seen != values.shape:
         tall, wide = values.shape
-        raise TaskError(f"{path}: a mask of {tall}x{wide} pixels, its picture {image.name} has {seen[0]}x{seen[1]}")
+        raise TaskError(f"{path}: a mask of {tall}x{wide} pixels, its image {image.name} has {seen[0]}x{seen[1]}")
     numbers = np.flatnonzero(np.bincount(values.reshape(-1), minlength=256))
     return _Mask(data, tuple(numbers.tolist()))
 

@@ -1,4 +1,4 @@
-"""Finds a task by name: a GLUE task, or the file of a table. A new task family is one `register` call."""
+"""Finds a task by name: a GLUE task, or the file of a table. A new task family is one `register_task` call."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _ID = re.compile(r"(.+)@([0-9a-f]{6,32})")
 _TASKS: dict[str, tuple[str, Loader]] = {}
 
 
-def register(name: str, about: str, load: Loader) -> None:
+def register_task(name: str, about: str, load: Loader) -> None:
     """Adds a named task. `load(data, grid)`: `data` is the folder given with --data, or None for the public source."""
     if name in _TASKS or Path(name).suffix in SUFFIXES:
         raise ValueError(f"task name {name!r} is taken or looks like a file")
@@ -36,7 +36,7 @@ def register(name: str, about: str, load: Loader) -> None:
 
 
 for _task in GLUE.values():
-    register(_task.name, _task.about, partial(load_glue, _task.name))
+    register_task(_task.name, _task.about, partial(load_glue, _task.name))
 
 
 def task_names() -> list[tuple[str, str]]:
@@ -62,7 +62,7 @@ def load_task(
     continues: bool = False,
     void: int | None = None,
 ) -> Task:
-    """The task called `name`, the table at the path `name` (.csv, .tsv, .jsonl, .json, .conll), the pictures in that
+    """The task called `name`, the table at the path `name` (.csv, .tsv, .jsonl, .json, .conll), the images in that
     folder, with masks beside them or in folders of classes, or those of a Hugging Face dataset (hub:DATASET).
 
     `data`: folder of the task's files, instead of the Hugging Face hub. `grid`: spacing of the STS-B targets, 0.1 as in
@@ -77,7 +77,7 @@ def load_task(
     pictures = not texts and (name.startswith(PREFIX) or is_folder(name))
     given = [f"--{option}" for option, value in options.items() if value and not (pictures and option == "task-name")]
     if given and (pictures or is_named(name)):
-        what = "pictures in folders" if pictures else "a public task"
+        what = "images in folders" if pictures else "a public task"
         raise TaskError(f"task {name} is {what}; {', '.join(given)} is for a table of your own (--task my.csv)")
     if grid != USUAL_GRID and (pictures or is_table(name)):
         raise TaskError(f"task {name}: --grid is the step of STS-B's targets, those of a table follow its range")
@@ -133,7 +133,7 @@ def split_id(name: str) -> tuple[str, str]:
 
 
 def is_folder(name: str) -> bool:
-    """Whether `name` is a folder (of pictures) and no named task."""
+    """Whether `name` is a folder (of images) and no named task."""
     return not _known(name) and Path(name).is_dir()
 
 

@@ -16,7 +16,7 @@ from pipeline.store.errors import UserError
 if TYPE_CHECKING:
     from pipeline.commands.prepare import Split
 
-LOOKED_AT = 100  # rows that show whether they name pictures
+LOOKED_AT = 100  # rows that show whether they name images
 UNKNOWN = 0.05  # share of unknown tokens above which the tokenizer is in doubt
 DISTINCT = 0.9  # of distinct texts, the share of distinct samples below which it is
 
@@ -52,8 +52,8 @@ def _text(value: Any, name: str, number: int) -> str:
 
 
 def refuse_other_kind(backbone: Backbone, texts: Sequence[Sequence[str]], root: str, where: str) -> None:
-    """UserError for names of pictures given to a backbone that reads text, and for texts given to one that reads
-    pictures. `root`: the folder that names are relative to; `where`: what the rows are, for the message."""
+    """UserError for names of images given to a backbone that reads text, and for texts given to one that reads
+    images. `root`: the folder that names are relative to; `where`: what the rows are, for the message."""
     if not len(texts):
         return
     first = texts[0][0]
@@ -61,13 +61,13 @@ def refuse_other_kind(backbone: Backbone, texts: Sequence[Sequence[str]], root: 
     if backbone.modality == "text":
         if all(t[0].lower().endswith(SUFFIXES) for t in texts):
             raise UserError(
-                f"{where} are names of pictures (the first is {shown}), and {backbone.name} backbones read text: "
+                f"{where} are names of images (the first is {shown}), and {backbone.name} backbones read text: "
                 "give an image model, see `pipeline models`"
             )
-    # A name without a suffix may be a picture too; what is wrong with a single file is said when it is read.
+    # A name without a suffix may be an image too; what is wrong with a single file is said when it is read.
     elif not any(t[0].lower().endswith(SUFFIXES) or _is_file(root, t[0]) for t in texts[:LOOKED_AT]):
         raise UserError(
-            f"{where} name no pictures (the first is {shown}), and {backbone.name} backbones read pictures: give a "
+            f"{where} name no images (the first is {shown}), and {backbone.name} backbones read images: give a "
             "text model, see `pipeline models`, or the folder that the names are relative to: --data FOLDER"
         )
 

@@ -218,7 +218,7 @@ def _wrong_target(label: Any, spec: TaskSpec, meta: Mapping[str, Any]) -> str:
         return ""
     if spec.target == "mask":
         size = png_size(label) if isinstance(label, bytes) else None
-        return "" if size == tuple(meta[META]["size"]) else "its mask is no PNG image of its picture's size"
+        return "" if size == tuple(meta[META]["size"]) else "its mask is no PNG image of its image's size"
     if spec.target in ("classes", "tags"):
         sound = isinstance(label, list) and all(type(i) is int and 0 <= i < len(spec.labels) for i in label)
     elif spec.target == "class":
@@ -252,9 +252,9 @@ def _wrong_geometry(meta: Mapping[str, Any]) -> str:
         inside = all(a <= b for a, b in zip(found.seen, found.extent, strict=True))
         two = all(len(pair) == 2 for pair in (*pairs, found.scale, found.offset))
     except (KeyError, TypeError, ValueError):
-        return "it does not say where its picture shows what"
+        return "it does not say where its image shows what"
     within = whole and max(h * w for h, w in pairs) <= MOST_PIXELS if two and whole else False
-    return "" if within and real and inside else "where its picture shows what makes no sense"
+    return "" if within and real and inside else "where its image shows what makes no sense"
 
 
 def _spec(raw: Any, where: str) -> TaskSpec:

@@ -15,7 +15,7 @@ from pipeline.recipe import Recipe, option_name
 from pipeline.store.errors import UserError
 
 _FIELDS = {f.name: f for f in fields(Recipe)}
-# What a recipe says of texts and of pictures without changing anything: also what recipes of runs write out.
+# What a recipe says of texts and of images without changing anything: also what recipes of runs write out.
 TEXT_OPTIONS: dict[str, tuple[Any, ...]] = {
     "max_length": (None, 128), "truncation_side": (None, "right"), "prompt": (None,),
 }  # fmt: skip
@@ -42,7 +42,7 @@ def refuse_for_training(recipe: Recipe, backbones: Sequence[Backbone]) -> None:
     """UserError for options of training that do nothing on these backbones, or in a live run."""
     if len(backbones) > 1:
         refuse_for_slots(recipe, backbones)
-    elif backbones[0].modality == "text":  # of pictures the space itself says what they were made with
+    elif backbones[0].modality == "text":  # of images the space itself says what they were made with
         refuse_for_kind(recipe, backbones[0])
     refuse_host_memory(recipe)
     if recipe.live:
@@ -52,7 +52,7 @@ def refuse_for_training(recipe: Recipe, backbones: Sequence[Backbone]) -> None:
 
 
 def for_kind(recipe: Recipe, backbone: Backbone) -> Recipe:
-    """The recipe of a slot without what it says of slots of the other kind: of pictures where the backbone reads text,
+    """The recipe of a slot without what it says of slots of the other kind: of images where the backbone reads text,
     and the other way round; of a single backbone as it is."""
     if not isinstance(recipe, SlotRecipe):
         return recipe
@@ -65,7 +65,7 @@ def for_kind(recipe: Recipe, backbone: Backbone) -> Recipe:
 
 
 def refuse_for_slots(recipe: Recipe, backbones: Sequence[Backbone]) -> None:
-    """UserError for an option of texts or pictures that no backbone of several reads."""
+    """UserError for an option of texts or images that no backbone of several reads."""
     for option in (*PICTURE_OPTIONS, *TEXT_OPTIONS):
         refused: list[UserError] = []
         for backbone in backbones:
@@ -78,7 +78,7 @@ def refuse_for_slots(recipe: Recipe, backbones: Sequence[Backbone]) -> None:
 
 
 def refuse_for_kind(recipe: Recipe, backbone: Backbone) -> None:
-    """UserError for options of pictures where the backbone reads text, and the other way round."""
+    """UserError for options of images where the backbone reads text, and the other way round."""
     text = backbone.modality == "text"
     if recipe.image is not None and recipe.text is not None:
         raise UserError("--text and --image: one of them names the column that the backbone reads")
@@ -95,7 +95,7 @@ def refuse_for_kind(recipe: Recipe, backbone: Backbone) -> None:
         raise UserError("--view-seed: it draws the views of --views; give --views 2 or more with it")
     if recipe.augment == "flip" and (recipe.views != 2 or recipe.view_seed):
         raise UserError(
-            "--augment flip: there are two views, the picture and its mirror image: give --views 2 and no seed"
+            "--augment flip: there are two views, the image and its mirror image: give --views 2 and no seed"
         )
 
 

@@ -74,8 +74,8 @@ def extract(as_json: bool, recipe_file: str | None, **options: Any) -> tuple[Any
 def train(as_json: bool, recipe_file: str | None, **options: Any) -> tuple[Any, str]:
     """Train a tuner from the store; the backbone is not loaded."""
     with imports():
-        from pipeline.cli.tables import metrics_text
         from pipeline.commands.train import run_train
+        from pipeline.terminal import metrics_text
 
     result = run_train(build_recipe("train", options, recipe_file), voice(as_json), quiet=as_json)
     return result, metrics_text(result)
@@ -109,7 +109,7 @@ def bench(as_json: bool, recipe_file: str | None, **options: Any) -> tuple[Any, 
 
 
 @main.command(
-    short_help="Tuners and live counterparts in one table.",
+    short_help="Tuners and live baselines in one table.",
     cls=takes("train", "tuner", "seed", names_tuners="methods"),  # --tuners and --seeds say it; ignored, they'd mislead
 )
 @click.option(
@@ -117,7 +117,7 @@ def bench(as_json: bool, recipe_file: str | None, **options: Any) -> tuple[Any, 
     "methods",
     default="probe,sherl,lst,unipt,lora,full",
     show_default=True,
-    help="Tuners, and live counterparts: full, lora, adapter, prompt, bitfit, norm-tuning, partial-1.",
+    help="Tuners, and live baselines: full, lora, adapter, prompt, bitfit, norm-tuning, partial-1.",
     metavar="NAMES",
 )
 @click.option("--seeds", default=None, help="Seeds of each, with commas between. Default: 0.", metavar="NUMBERS")
@@ -126,7 +126,7 @@ def bench(as_json: bool, recipe_file: str | None, **options: Any) -> tuple[Any, 
     default="ours",
     show_default=True,
     type=click.Choice(["ours", "paper"]),
-    help="Settings of the live counterparts; paper: what LST and SHERL set beside themselves on T5.",
+    help="Settings of the live baselines; paper: what LST and SHERL set beside themselves on T5.",
 )
 @click.option("--csv", "csv_file", default=None, help="Also write the table here.", metavar="FILE")
 @command
@@ -166,8 +166,8 @@ def evaluate(
 ) -> tuple[Any, str]:
     """Score a finished run from the store."""
     with imports():
-        from pipeline.cli.tables import scores_text
         from pipeline.runs import load_run
+        from pipeline.terminal import scores_text
         from pipeline.train.fit.log import finite
 
     loaded = load_run(run, **overrides)
@@ -201,7 +201,7 @@ def report(as_json: bool, given: tuple[str, ...], output: str, **elsewhere: Any)
     "--input",
     "input_file",
     required=True,
-    help="File with new rows (.csv, .tsv, .jsonl), a picture, or a folder of pictures.",
+    help="File with new rows (.csv, .tsv, .jsonl), an image, or a folder of images.",
     metavar="FILE",
 )
 @TASK
@@ -237,9 +237,9 @@ def predict(
 ) -> tuple[Any, str]:
     """Predict on inputs never seen: the backbone runs live, the tuner cannot tell."""
     with imports():
-        from pipeline.cli.tables import entries_text, write_entries
         from pipeline.runs import load_run, read_rows
         from pipeline.store.errors import UserError
+        from pipeline.terminal import entries_text, write_entries
 
     loaded = load_run(run, **over)
     loaded = loaded.of(task) if task else loaded
@@ -301,9 +301,9 @@ def generate(
     """Go on with texts: the backbone runs live, the tuner beside it. Of a single prompt the text appears as it is
     written."""
     with imports():
-        from pipeline.cli.tables import entries_text, write_entries
         from pipeline.commands.generate import Writing, read_prompts, write
         from pipeline.runs import load_run
+        from pipeline.terminal import entries_text, write_entries
         from pipeline.train.continuation import Choice
 
     how = Writing(max_new_tokens, stops, Choice(temperature, top_k, top_p, seed), batch_size)
@@ -348,8 +348,8 @@ def demo(as_json: bool, out: str, seed: int) -> tuple[Any, str]:
 @command
 def models(as_json: bool) -> tuple[Any, str]:
     """Backbones: families and short names."""
-    from pipeline.cli.tables import models_text, models_what
     from pipeline.extract.plugins import load_installed
+    from pipeline.terminal import models_text, models_what
 
     load_installed()
     return models_what(), models_text()
@@ -359,9 +359,9 @@ def models(as_json: bool) -> tuple[Any, str]:
 @command
 def tasks(as_json: bool) -> tuple[Any, str]:
     """Named tasks; a table of your own is a task too."""
-    from pipeline.cli.tables import pairs_text
     from pipeline.extract.plugins import load_installed
     from pipeline.extract.tasks import task_names
+    from pipeline.terminal import pairs_text
 
     load_installed()
     listed = task_names()
@@ -373,9 +373,9 @@ def tasks(as_json: bool) -> tuple[Any, str]:
 @command
 def tuners(as_json: bool) -> tuple[Any, str]:
     """Tuners; `pipeline train --tuner NAME --help` shows the options of one."""
-    from pipeline.cli import catalog
-    from pipeline.cli.tables import pairs_text
+    from pipeline import catalog
     from pipeline.extract.plugins import load_installed
+    from pipeline.terminal import pairs_text
 
     load_installed()
     listed = catalog.tuners()

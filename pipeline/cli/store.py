@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pipeline.cli.command import command, say
-from pipeline.cli.command_lines import store_command
+from pipeline.command_lines import store_command
 from pipeline.lookup.store_folder import store_place as place
 from pipeline.store.errors import StoreError, UserError
 
@@ -137,9 +137,9 @@ def upgrade(as_json: bool, where: str, dry_run: bool) -> tuple[Any, str]:
 def _transfer(source: str, target: str, space: str, quiet: bool) -> tuple[Any, str]:
     from tqdm import tqdm
 
-    from pipeline.cli.tables import size_text
     from pipeline.store import Store
     from pipeline.store.upkeep.transfer import transfer
+    from pipeline.terminal import size_text
 
     begin = Store.open(source)
     spaces = [begin.space(space).id] if space else None
@@ -196,19 +196,19 @@ def merge(as_json: bool, other: str, where: str) -> tuple[Any, str]:
 @command
 def gc(as_json: bool, where: str, older_than: str, delete: bool) -> tuple[Any, str]:
     """Find what no reader needs: unfinished, superseded, in quarantine. Removes nothing without --delete."""
-    from pipeline.cli.store_report import litter_text
-    from pipeline.store.upkeep.usage import collect, litter
+    from pipeline.cli.store_report import garbage_text
+    from pipeline.store.upkeep.usage import collect, garbage
 
     opened = _open(where)
-    found = litter(opened, seconds(older_than))
+    found = garbage(opened, seconds(older_than))
     if delete:
         collect(opened, found)
-    text = litter_text(found.litter, delete)
+    text = garbage_text(found.garbage, delete)
     if found.kept:
         for line in (text, *found.kept):
             say(line)
         raise Problems(f"{len(found.kept)} segments were kept: `pipeline store repair` brings them back to readers")
-    return {"deleted": delete, "found": [asdict(f) for f in found.litter]}, text
+    return {"deleted": delete, "found": [asdict(f) for f in found.garbage]}, text
 
 
 @store.command()
@@ -235,8 +235,8 @@ def compact(as_json: bool, where: str, space: str) -> tuple[Any, str]:
 @command
 def rm(as_json: bool, space: str, where: str, yes: bool) -> tuple[Any, str]:
     """Remove a feature space with all its states."""
-    from pipeline.cli.tables import size_text
     from pipeline.store.upkeep.usage import finish_removals, remove_space
+    from pipeline.terminal import size_text
 
     opened = _open(where)
     finished = finish_removals(opened, space) if space else []

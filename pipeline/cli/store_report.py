@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipeline.checks.stored import source_of
-from pipeline.cli.tables import pairs_text, size_text, table_text
 from pipeline.lookup.task_versions import versions_of
 from pipeline.store import Segment, Space, Store
 from pipeline.store.format.keys import Keys
 from pipeline.store.format.names import is_segment, segment_path, space_path
 from pipeline.store.segments.unsealed import lost_manifest
 from pipeline.store.tables.table import TableInfo
+from pipeline.terminal import pairs_text, size_text, table_text
 
 
 def status_what(store: Store) -> dict[str, Any]:
@@ -165,7 +165,7 @@ def usage_text(what: dict[str, Any]) -> str:
     return table_text(("what", "bytes"), rows) if rows else "nothing"
 
 
-def litter_text(found: Sequence[Any], deleted: bool) -> str:
+def garbage_text(found: Sequence[Any], deleted: bool) -> str:
     """What `gc` found."""
     if not found:
         return "nothing to remove"

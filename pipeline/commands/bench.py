@@ -16,7 +16,6 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from pipeline.cli.tables import size_text, table_text
 from pipeline.commands.extract import run_extract
 from pipeline.cost.flops import fresh_backbone
 from pipeline.cost.plan import Plan, predict
@@ -25,9 +24,11 @@ from pipeline.extract.pretrained import Checkpoint, resolve
 from pipeline.jobs.job import load_job
 from pipeline.jobs.slots import refuse_slots
 from pipeline.jobs.sources import live_backbone, sources
-from pipeline.lookup.recipe import device_of, open_task, store_path
+from pipeline.lookup.recipe import device_of, store_path
+from pipeline.lookup.task import open_task
 from pipeline.recipe import Recipe
 from pipeline.store.errors import UserError
+from pipeline.terminal import size_text, table_text
 from pipeline.train.fit.loop import FitOptions, fit
 
 ROWS = 128

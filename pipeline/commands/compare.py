@@ -1,4 +1,4 @@
-"""`pipeline compare`: tuners from the store and live counterparts side by side, one table."""
+"""`pipeline compare`: tuners from the store and live baselines side by side, one table."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ import torch
 from torch import nn
 
 from pipeline.checks.unused_options import refuse_for_training
-from pipeline.cli.command_lines import NotExtracted
-from pipeline.cli.tables import layout_text, size_text, table_text
+from pipeline.command_lines import NotExtracted
 from pipeline.commands.extract import Say
 from pipeline.commands.prepare import load_backbone
 from pipeline.commands.train import fit_options, job_doubts, make_folder, run_train
@@ -30,7 +29,8 @@ from pipeline.lookup.objective import make_objective
 from pipeline.owners import for_tuner
 from pipeline.recipe import Recipe
 from pipeline.store.errors import UserError
-from pipeline.train.baselines.methods import COUNTERPARTS, CounterpartModel, counterpart, input_source
+from pipeline.terminal import layout_text, size_text, table_text
+from pipeline.train.baselines.methods import BASELINES, BaselineModel, baseline, input_source
 from pipeline.train.data.source import Source
 from pipeline.train.fit.log import finite
 from pipeline.train.fit.loop import FitOptions, fit
@@ -51,7 +51,7 @@ def run_compare(
 ) -> tuple[dict[str, Any], str]:
     """Train each of `methods` once for each of `seeds` and tabulate. Runs go to `folder`/METHOD-sSEED.
 
-    `preset`: whose settings the counterparts have, see `train.baselines.methods`; the table says which.
+    `preset`: whose settings the baselines have, see `train.baselines.methods`; the table says which.
 
     The metric is what selects the best epoch, of the test split, else of validation; the spread is the standard
     deviation over seeds; seconds an epoch are the fastest seed's, which other work on the machine disturbed least.
@@ -60,20 +60,20 @@ def run_compare(
     followed: a seed gives the same run on the same layout only.
     """
     refuse_slots(recipe, "compare")
-    unknown = [m for m in methods if m not in COUNTERPARTS and m not in tuner_names()]
+    unknown = [m for m in methods if m not in BASELINES and m not in tuner_names()]
     if not methods or unknown:
-        known = ", ".join([*tuner_names(), *COUNTERPARTS])
+        known = ", ".join([*tuner_names(), *BASELINES])
         raise UserError(
             f"--tuners: {'name at least one' if not unknown else f'unknown {unknown[0]!r}'}; there are: {known}"
         )
-    if preset != "ours" and not set(methods) & COUNTERPARTS.keys():
-        raise UserError(f"--preset {preset}: it is for {', '.join(COUNTERPARTS)}, and --tuners names none of them")
+    if preset != "ours" and not set(methods) & BASELINES.keys():
+        raise UserError(f"--preset {preset}: it is for {', '.join(BASELINES)}, and --tuners names none of them")
     if csv_file and not Path(csv_file).parent.is_dir():
         raise UserError(f"--csv {csv_file}: no such folder: {Path(csv_file).parent}")
     try:
         jobs = [_refuse(recipe, method, preset) for method in methods]
     except NotExtracted as error:
-        names = dict.fromkeys("probe" if method in COUNTERPARTS else method for method in methods)
+        names = dict.fromkeys("probe" if method in BASELINES else method for method in methods)
         raise error.for_all(tuple(names), recipe.tuner_options) from None
     for sentence in job_doubts(jobs[0]):
         say(f"warning: {sentence}")
@@ -82,9 +82,9 @@ def run_compare(
     for method in methods:
         runs = []
         for seed in seeds:
-            own = recipe if method in COUNTERPARTS else for_tuner(recipe, method)
+            own = recipe if method in BASELINES else for_tuner(recipe, method)
             one = replace(own, seed=seed, out=str(folder / f"{method}-s{seed}"), overwrite=True)
-            runs.append(_counterpart(one, method, preset) if method in COUNTERPARTS else _tuner(one))
+            runs.append(_baseline(one, method, preset) if method in BASELINES else _tuner(one))
             say(f"{method}, seed {seed}: {runs[-1]['metric']:.4f}, {runs[-1]['seconds_per_epoch']:.2f} s an epoch")
         total = total or runs[0]["backbone"]
         metrics = [r["metric"] for r in runs]
@@ -99,7 +99,7 @@ def run_compare(
                 "figure": runs[0]["figure"],
                 "spread": statistics.stdev(metrics) if len(metrics) > 1 else None,
                 "seeds": len(metrics),
-                "live": method in COUNTERPARTS or recipe.live,
+                "live": method in BASELINES or recipe.live,
                 "layout": " ".join(dict.fromkeys(layout_text(r["layout"]) for r in runs)),
                 "settings": runs[0]["settings"],
             }
@@ -118,21 +118,21 @@ def run_compare(
 
 def _refuse(recipe: Recipe, method: str, preset: str) -> Job:
     """The job of `method`. Raises before hours are spent what it would end in: a tuner without a form for the backbone
-    or with states that are not stored, a counterpart that the backbone has no place for or whose package is missing."""
-    if method not in COUNTERPARTS:
+    or with states that are not stored, a baseline that the backbone has no place for or whose package is missing."""
+    if method not in BASELINES:
         job = load_job(for_tuner(recipe, method))
         refuse_for_training(job.recipe, job.backbones)
         job.model(recipe.seed)
         if not recipe.live:
             sources(job, None)
         return job
-    return refuse_counterpart(recipe, method, preset)
+    return refuse_baseline(recipe, method, preset)
 
 
-def refuse_counterpart(recipe: Recipe, name: str, preset: str) -> Job:
-    """The job of a counterpart. UserError where the backbone has no place for it, or its package is missing."""
+def refuse_baseline(recipe: Recipe, name: str, preset: str) -> Job:
+    """The job of a baseline. UserError where the backbone has no place for it, or its package is missing."""
     job = _probe(recipe)
-    counterpart(name, preset).prepare(job.found.backbone, copy.deepcopy(_shape(job.found.backbone)))
+    baseline(name, preset).prepare(job.found.backbone, copy.deepcopy(_shape(job.found.backbone)))
     return job
 
 
@@ -157,7 +157,7 @@ def _text(rows: Sequence[dict[str, Any]], preset: str) -> str:
     made = [f"  {r['method']}: {r['settings']}" for r in rows]
     shown = [f"{name}, smaller is better" if name in ERRORS else name for name in figures if name != "average"]
     lines = [table_text(HEAD, cells), *(f"metric: {name}" for name in shown), f"layout of the samples: {laid}", ""]
-    return "\n".join([*lines, f"settings, counterparts by --preset {preset}:", *made])
+    return "\n".join([*lines, f"settings, baselines by --preset {preset}:", *made])
 
 
 def _figure(value: float | None, name: str) -> str:
@@ -193,23 +193,23 @@ def _tuner(recipe: Recipe) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Fitted:
-    """A counterpart that was trained, and what it was trained with."""
+    """A baseline that was trained, and what it was trained with."""
 
     job: Job
-    model: CounterpartModel
+    model: BaselineModel
     train: Source
     options: FitOptions
     metrics: dict[str, Any]
 
 
-def fit_counterpart(recipe: Recipe, name: str, preset: str) -> Fitted:
-    """Train a counterpart with the splits, the order and the options of a probe's run on the same store."""
-    method = counterpart(name, preset)
+def fit_baseline(recipe: Recipe, name: str, preset: str) -> Fitted:
+    """Train a baseline with the splits, the order and the options of a probe's run on the same store."""
+    method = baseline(name, preset)
     job = _probe(recipe)
     live, checkpoint = live_backbone(job)
     identity = job.found.space.identity
     module = load_backbone(checkpoint, identity["precision"], identity["attention"], job.device).model
-    model = CounterpartModel(method, job.found.backbone, module, job.objective, recipe.seed).to(job.device)
+    model = BaselineModel(method, job.found.backbone, module, job.objective, recipe.seed).to(job.device)
     size = job.batch_size
     parts = {
         split: input_source(live_source(job, split, live, checkpoint, size), live)
@@ -230,15 +230,15 @@ def fit_counterpart(recipe: Recipe, name: str, preset: str) -> Fitted:
         job.device,
         progress=False,
         resume=False,
-        info={"counterpart": name, "preset": preset, "space": job.found.space.id},
+        info={"baseline": name, "preset": preset, "space": job.found.space.id},
     )
     return Fitted(job, model, parts["train"], options, metrics)
 
 
-def _counterpart(recipe: Recipe, name: str, preset: str) -> dict[str, Any]:
-    made = fit_counterpart(recipe, name, preset)
+def _baseline(recipe: Recipe, name: str, preset: str) -> dict[str, Any]:
+    made = fit_baseline(recipe, name, preset)
     batch = next(iter(made.train.epochs(0, 1)))
-    described = counterpart(name, preset).description + _weighing(made.job)
+    described = baseline(name, preset).description + _weighing(made.job)
     told = settings(described, made.options, made.job.batch_size)
     return _summary(made.job, made.model, batch, made.metrics, []) | {"settings": told}
 
@@ -251,7 +251,7 @@ def _weighing(job: Job) -> str:
 
 
 def _probe(recipe: Recipe) -> Job:
-    """What a counterpart shares with a probe's live run: the splits and the order. What it learns is the backbone's own
+    """What a baseline shares with a probe's live run: the splits and the order. What it learns is the backbone's own
     way: a text-to-text one writes the label."""
     job = load_job(replace(recipe, tuner="probe", tuner_options={}, live=True))
     header = next(iter(job.tables.values())).header

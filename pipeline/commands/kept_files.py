@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from pipeline.cli.command_lines import NotExtracted
+from pipeline.command_lines import NotExtracted
 from pipeline.extract.backbones import Backbone, Batch
 from pipeline.extract.backbones.live import LiveBackbone
 from pipeline.extract.encoding import arrays_of, tensors_of

@@ -25,7 +25,8 @@ from pipeline.extract.tasks.base import SPLITS, Rows, Task, TaskSpec
 from pipeline.extract.tasks.completion import form_of
 from pipeline.extract.tasks.images import contents
 from pipeline.jobs.slots import SlotRecipe, parts_of, slots_of
-from pipeline.lookup.recipe import device_of, open_task, refuse_full_readers, space_options, wanted_states
+from pipeline.lookup.recipe import device_of, refuse_full_readers, space_options, wanted_states
+from pipeline.lookup.task import open_task
 from pipeline.owners import config_of
 from pipeline.recipe import Recipe
 from pipeline.store import TaskTable, digest_json
@@ -96,7 +97,7 @@ def prepared(
 
 
 def with_views(rows: Rows, views: int) -> Rows:
-    """Each picture `views` times, with the number of the view as a second field: 0 is the plain picture."""
+    """Each image `views` times, with the number of the view as a second field: 0 is the plain image."""
     several = rows.take([i for i in range(len(rows)) for _ in range(views)])
     several.texts = [(name, str(i % views)) for i, (name, *_) in enumerate(several.texts)]
     return several
@@ -152,7 +153,7 @@ class Making:
 
 def prepare(recipe: Recipe, task: Task | None = None, upright: bool = True) -> dict[str, Making]:
     """Slot → what is extracted there, the rows being the same in all. `task`: rows at hand, instead of those the recipe
-    names; `upright`: pictures are turned as their EXIF orientation says."""
+    names; `upright`: images are turned as their EXIF orientation says."""
     parts = parts_of(recipe)
     checkpoints = {slot: resolve(part.model) for slot, part in parts.items()}
     if slots_of(recipe):
@@ -285,7 +286,7 @@ def tables_of(made: Mapping[str, Making]) -> dict[str, dict[str, TaskTable]]:
 
 
 def with_contents(task: Task, backbone: Backbone, options: TextOptions) -> Task:
-    """A task with pictures, what their files hold being part of its provenance: they may change under their names."""
+    """A task with images, what their files hold being part of its provenance: they may change under their names."""
     if backbone.modality != "image":
         return task
     held = contents(Path(options.root), (t[0] for rows in task.splits.values() for t in rows.texts))

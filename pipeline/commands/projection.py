@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from pipeline.cli.command_lines import store_command
+from pipeline.command_lines import store_command
 from pipeline.extract.backbones import Inputs
 from pipeline.extract.backbones.live import LiveBackbone
 from pipeline.extract.batching import consecutive_batches

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.checks.unused_options import refuse_for_training
-from pipeline.cli.command_lines import command_line, option
-from pipeline.commands.compare import fit_counterpart, refuse_counterpart, step_memory
+from pipeline.command_lines import command_line, option
+from pipeline.commands.compare import fit_baseline, refuse_baseline, step_memory
 from pipeline.commands.grid import Trial
 from pipeline.commands.sweep_table import SWEEP, summary, summary_text, table_of, write_csv
 from pipeline.commands.train import (
@@ -87,7 +87,7 @@ def run_sweep(asked: Sequence[Trial], folder: Path, say: Say, quiet: bool = Fals
     jobs = {name: member.job for name, member in prepared.items()}
     for trial in asked:
         if trial.baseline:
-            jobs[trial.name] = refuse_counterpart(trial.recipe, trial.baseline, PRESET)
+            jobs[trial.name] = refuse_baseline(trial.recipe, trial.baseline, PRESET)
     make_folder(folder)
     before = table_of(folder)
     done: dict[str, dict[str, Any]] = {}
@@ -245,7 +245,7 @@ def _baseline(trial: Trial, folder: Path) -> dict[str, Any]:
     make_folder(folder)
     write_json(folder / BASELINE, _made_with(trial))
     try:
-        made = fit_counterpart(replace(trial.recipe, out=str(folder)), trial.baseline, PRESET)
+        made = fit_baseline(replace(trial.recipe, out=str(folder)), trial.baseline, PRESET)
     except NotFinite as error:
         return _ended(error)
     return _ended(made.metrics)

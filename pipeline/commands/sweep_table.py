@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.cli.tables import table_text
 from pipeline.store.errors import UserError
+from pipeline.terminal import table_text
 from pipeline.train.fit.log import write_bytes
 from pipeline.train.metrics import ERRORS
 

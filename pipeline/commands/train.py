@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.checks.doubtful_rows import doubts, limit_doubt
 from pipeline.checks.unused_options import refuse_for_training
-from pipeline.cli.command_lines import NotExtracted
+from pipeline.command_lines import NotExtracted
 from pipeline.extract.plugins import lasting
 from pipeline.extract.tasks import is_named
 from pipeline.extract.tasks.base import TaskSpec

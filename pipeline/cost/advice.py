@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from pipeline.cli.command_lines import command_line, extract_command
-from pipeline.cli.tables import size_text, table_text
+from pipeline.command_lines import command_line, extract_command
 from pipeline.commands.projection import widths_text
 from pipeline.recipe import Recipe
+from pipeline.terminal import size_text, table_text
 
 if TYPE_CHECKING:
     from pipeline.cost.plan import Plan
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def split_limit(rows: dict[str, int], fits: int, views: int = 1) -> int:
     """The largest --limit, which holds for each split, whose rows are at most `fits` in all; 0 where there is none.
-    `views`: how many training rows a picture gives."""
+    `views`: how many training rows an image gives."""
     times = {split: views if split == "train" else 1 for split in rows}
     limit, left, shares = 0, fits, sum(times.values())
     for split, n in sorted(rows.items(), key=lambda entry: entry[1] // times[entry[0]]):

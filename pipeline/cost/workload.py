@@ -25,7 +25,8 @@ from pipeline.extract.projection import orthogonal, parse_projection
 from pipeline.extract.tasks import Task
 from pipeline.extract.tasks.completion import form_of
 from pipeline.jobs.sources import batch_size_of, grouped
-from pipeline.lookup.recipe import need, open_task, refuse_full_readers, space_options
+from pipeline.lookup.recipe import refuse_full_readers, space_options
+from pipeline.lookup.task import need, open_task
 from pipeline.owners import config_of
 from pipeline.recipe import Recipe
 from pipeline.store import bytes_per_value
@@ -42,7 +43,7 @@ LARGE_TASKS = ("mnli", "qnli", "qqp", "sst2")
 @dataclass
 class Workload:
     """What is to be run. `lengths`: split → stream → (n,) positions of sampled rows, of images as `Vision.measure`
-    gives them; `rows`: split → rows in all. `pictures`: a few of the images, to time reading them."""
+    gives them; `rows`: split → rows in all. `images`: a few of the images, to time reading them."""
 
     backbone: Backbone
     tuner: str

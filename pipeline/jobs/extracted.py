@@ -16,7 +16,7 @@ from pipeline.store.errors import UserError
 
 
 def limited(table: TaskTable, limit: int | None) -> TaskTable:
-    """The first `limit` rows, of pictures all views of the first `limit`, as an extraction with it stores."""
+    """The first `limit` rows, of images all views of the first `limit`, as an extraction with it stores."""
     count = len(table) if limit is None else limit * views_of(table)
     if count >= len(table):
         return table
@@ -24,19 +24,19 @@ def limited(table: TaskTable, limit: int | None) -> TaskTable:
 
 
 def views_of(table: TaskTable) -> int:
-    """How many views of each picture a table has; 1 of a table of texts."""
-    # A pair of texts, or fields of several slots, not a picture and the number of its view.
+    """How many views of each image a table has; 1 of a table of texts."""
+    # A pair of texts, or fields of several slots, not an image and the number of its view.
     if len(table.header["spec"]["fields"]) > 1 or "slots" in table.header:
         return 1
     return 1 + max((int(t[1]) for t in table.texts if len(t) > 1), default=0)
 
 
 def first_views(table: TaskTable, views: int | None) -> TaskTable:
-    """The first `views` views of each picture, all where None. UserError where fewer are stored."""
+    """The first `views` views of each image, all where None. UserError where fewer are stored."""
     if views is None or views == (there := views_of(table)):
         return table
     if views > there:
-        raise UserError(f"--views {views}: the store has {there} views of each training picture; extract with --views")
+        raise UserError(f"--views {views}: the store has {there} views of each training image; extract with --views")
     return table.take([i for i, t in enumerate(table.texts) if int(t[1]) < views])
 
 
@@ -64,7 +64,7 @@ def as_extracted(recipe: Recipe, found: Found) -> Recipe:
 
 
 def picture_options(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe's options that say how the pictures of a space were made, nothing for texts. How many views there are
+    """The recipe's options that say how the images of a space were made, nothing for texts. How many views there are
     is of the task's table."""
     if "image_size" not in identity:
         return {}

@@ -11,7 +11,7 @@ import torch
 
 from pipeline.checks.rows import refuse_other_kind
 from pipeline.checks.stored import kept_of
-from pipeline.cli.command_lines import NotExtracted
+from pipeline.command_lines import NotExtracted
 from pipeline.commands.kept_files import make_start, start_file, stored_late, stored_start
 from pipeline.commands.prepare import Making, prepare, tables_of
 from pipeline.extract.backbones import Backbone
@@ -20,7 +20,8 @@ from pipeline.extract.tasks.base import TaskSpec
 from pipeline.jobs.extracted import as_extracted, first_views, limited, picture_options, views_of
 from pipeline.jobs.sources import Live, batch_size_of, live_backbone, relive, sources, store_source
 from pipeline.lookup.objective import make_objective
-from pipeline.lookup.recipe import Found, Unstored, device_of, find_space, need, store_path
+from pipeline.lookup.recipe import Found, Unstored, device_of, find_space, store_path
+from pipeline.lookup.task import need
 from pipeline.lookup.task_versions import AmbiguousTask, stored_tables
 from pipeline.owners import config_of
 from pipeline.recipe import Recipe
@@ -244,7 +245,7 @@ def make_job(
     if "train" in tables:
         tables = {**tables, "train": limited(first_views(tables["train"], recipe.views), recipe.limit)}
     spec = TaskSpec.from_dict(next(iter(tables.values())).header["spec"])
-    if found.backbone.modality == "text":  # a store of earlier versions may hold names of pictures read as text
+    if found.backbone.modality == "text":  # a store of earlier versions may hold names of images read as text
         for split, table in tables.items():
             refuse_other_kind(found.backbone, table.texts, "", f"the stored {split} rows of {spec.name}")
     config = config_of(recipe, recipe.tuner)
@@ -270,7 +271,7 @@ def unstored_jobs(recipe: Recipe, spaces: Mapping[str, str]) -> dict[str, Job] |
     asked = replace(recipe, tuners=tuple(recipe.tuner.split(",")), split=())
     if (recipe.projection or "none") != "none":
         raise UserError("--projection: what extract fitted is kept in a store, and there is none here; extract first")
-    for upright in (True, False):  # a run of an earlier version did not turn pictures
+    for upright in (True, False):  # a run of an earlier version did not turn images
         made = prepare(asked, upright=upright)
         if all(digest_json(m.identity).startswith(spaces.get(slot, "")) for slot, m in made.items()):
             break

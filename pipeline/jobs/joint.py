@@ -15,7 +15,7 @@ import torch
 
 from pipeline.checks.doubtful_rows import shown
 from pipeline.checks.unused_options import for_kind
-from pipeline.cli.command_lines import NotExtracted
+from pipeline.command_lines import NotExtracted
 from pipeline.commands.prepare import Split, joint_tables, of_slot
 from pipeline.extract.backbones import Backbone
 from pipeline.extract.tasks.base import TaskSpec
@@ -33,7 +33,8 @@ from pipeline.jobs.sources import (
     stream_options,
 )
 from pipeline.lookup.objective import joint_objective
-from pipeline.lookup.recipe import Found, Unstored, find_space, need
+from pipeline.lookup.recipe import Found, Unstored, find_space
+from pipeline.lookup.task import need
 from pipeline.lookup.task_versions import AmbiguousTask, chosen_tables, stored_versions
 from pipeline.recipe import Recipe
 from pipeline.store import Space, TaskTable

@@ -12,7 +12,7 @@ from dask.utils import parse_bytes
 
 from pipeline.checks.rows import checked_rows, token_doubts
 from pipeline.checks.stored import check_columns, check_states
-from pipeline.cli.command_lines import NotExtracted
+from pipeline.command_lines import NotExtracted
 from pipeline.commands.prepare import Split, load_backbone, prepare_split
 from pipeline.extract.backbones import TextOptions
 from pipeline.extract.backbones.live import LiveBackbone
@@ -20,7 +20,8 @@ from pipeline.extract.feature_space import options_of, refuse_other
 from pipeline.extract.pretrained import Checkpoint, resolve
 from pipeline.extract.tasks.base import DENSE, Rows
 from pipeline.jobs.extracted import as_extracted
-from pipeline.lookup.recipe import Found, Unstored, picture_root
+from pipeline.lookup.recipe import Found, Unstored
+from pipeline.lookup.task import picture_root
 from pipeline.recipe import Recipe
 from pipeline.store import Space
 from pipeline.store.errors import MissingStates, StoreError, UserError

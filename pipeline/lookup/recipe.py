@@ -11,22 +11,20 @@ from typing import Any
 import torch
 
 from pipeline.checks.stored import backbone_from, kept_name, kept_of, source_of
-from pipeline.cli.command_lines import NotExtracted
+from pipeline.command_lines import NotExtracted
 from pipeline.extract.backbones import Backbone, TextOptions
 from pipeline.extract.backbones.images import Preprocess
 from pipeline.extract.encoding import tensors_of
 from pipeline.extract.feature_space import SpaceOptions, space_identity, views_text
 from pipeline.extract.pretrained import Checkpoint, local
-from pipeline.extract.tasks import Task, canonical_name, load_task
+from pipeline.extract.tasks import canonical_name
 from pipeline.extract.tasks.base import DENSE, TaskSpec
-from pipeline.extract.tasks.glue import USUAL_GRID
-from pipeline.extract.tasks.hub_images import PREFIX, hub_folder
 from pipeline.jobs.slots import slot_of
-from pipeline.lookup.objective import refuse_targets, target_types
 from pipeline.lookup.store_folder import store_place
+from pipeline.lookup.task import need, picture_root
 from pipeline.lookup.task_versions import versions_of
 from pipeline.owners import config_of
-from pipeline.recipe import Recipe, option_name
+from pipeline.recipe import Recipe
 from pipeline.store import Space, Store
 from pipeline.store.errors import StoreError, UserError
 from pipeline.store.select import resolve as resolve_space
@@ -35,19 +33,12 @@ from pipeline.train.tuners import tuner_class, tuner_names
 
 # Options of a recipe that are fields of a feature space.
 SPACE_FIELDS = ("format", "projection", "precision", "attention", "prompt", "max_length", "truncation_side")
-PICTURES = ("image_size", "views", "augment", "view_seed")  # and those that say how pictures are made
+PICTURES = ("image_size", "views", "augment", "view_seed")  # and those that say how images are made
 
 
 def store_path(recipe: Recipe) -> str:
     """--store, else $PIPELINE_STORE, else ./activations."""
     return store_place(recipe.store)
-
-
-def need(recipe: Recipe, *names: str) -> None:
-    """Raises UserError for the first of `names` that is not given."""
-    for name in names:
-        if not getattr(recipe, name):
-            raise UserError(f"{option_name(name)} is missing; `pipeline {name}s` lists what there is")
 
 
 def device_of(recipe: Recipe) -> torch.device:
@@ -58,29 +49,6 @@ def device_of(recipe: Recipe) -> torch.device:
     if use_gpu and "LOCAL_RANK" in os.environ:  # a process of torchrun's, each with a GPU of its own
         return torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     return torch.device("cuda" if use_gpu else "cpu")
-
-
-def open_task(recipe: Recipe, backbone: Backbone | None = None) -> Task:
-    """The task with its rows, from a folder, a table or the hub, for a backbone of `backbone`, which decides what texts
-    without labels are. UserError where the objective asked for learns other targets."""
-    need(recipe, "task")
-    task = load_task(
-        recipe.task,
-        Path(recipe.data) if recipe.data else None,
-        text=recipe.image or recipe.text,
-        text_pair=recipe.text_pair,
-        label=recipe.label,
-        separator=recipe.separator,
-        targets=target_types(recipe),
-        validation=Path(recipe.validation) if recipe.validation else None,
-        test=Path(recipe.test) if recipe.test else None,
-        stratify=bool(recipe.stratify),
-        grid=USUAL_GRID if recipe.grid is None else recipe.grid,
-        continues=backbone is not None and backbone.continues_text,
-        void=recipe.objective_options.get("ignore_index"),
-    )
-    refuse_targets(recipe, task.spec)
-    return task
 
 
 def space_options(recipe: Recipe, spec: TaskSpec, backbone: Backbone) -> SpaceOptions:
@@ -104,16 +72,6 @@ def space_options(recipe: Recipe, spec: TaskSpec, backbone: Backbone) -> SpaceOp
         attention=recipe.attention or backbone.attentions[0],
         text=text,
     )
-
-
-def picture_root(recipe: Recipe) -> str:
-    """The folder that the file names of a task with pictures are relative to."""
-    if recipe.task.startswith(PREFIX):
-        return str(hub_folder(recipe.task, recipe.data))
-    if recipe.data:
-        return recipe.data
-    path = Path(recipe.task)
-    return str(path if path.is_dir() else path.parent)
 
 
 def size_text(size: str | None) -> str:

@@ -1,7 +1,7 @@
 """The data that a recipe names, where it is on this machine: stored rows must have been made of it.
 
-What a teammate does not have is not compared. Whoever names a file or folder has it read, and pictures byte for byte:
-training on a folder of pictures costs one reading of it, naming the stored task instead costs none.
+What a teammate does not have is not compared. Whoever names a file or folder has it read, and images byte for byte:
+training on a folder of images costs one reading of it, naming the stored task instead costs none.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from pipeline.extract.tasks.hub_images import PREFIX
 from pipeline.extract.tasks.images import contents
 from pipeline.extract.tasks.registry import is_folder, is_table, table_path
 from pipeline.extract.tasks.sheet import read_sheet, sheet_digest
-from pipeline.lookup.recipe import open_task, picture_root
+from pipeline.lookup.task import open_task, picture_root
 from pipeline.recipe import Recipe
 
 
 class AtHand:
-    """What is here of the files of `recipe`. `images`: the texts of its rows are names of pictures."""
+    """What is here of the files of `recipe`. `images`: the texts of its rows are names of images."""
 
     def __init__(self, recipe: Recipe, images: bool) -> None:
         self.recipe, self.images = recipe, images
@@ -48,7 +48,7 @@ class AtHand:
 
     @cached_property
     def task(self) -> Task | None:
-        """A named task below --data, or a folder of pictures, with its rows. Raises TaskError for damaged files."""
+        """A named task below --data, or a folder of images, with its rows. Raises TaskError for damaged files."""
         recipe = self.recipe
         if is_folder(recipe.task):
             try:
@@ -79,11 +79,11 @@ class AtHand:
             return f"{where} does not hold what was {when}, or has changed"
         held = made.get("contents")
         if self.images and held is not None and held != self._held(header, held):
-            return f"pictures of {self.recipe.task} are not those that were {when}, or have changed"
+            return f"images of {self.recipe.task} are not those that were {when}, or have changed"
         return ""
 
     def _held(self, header: Mapping[str, Any], unknown: str) -> str:
-        """What the pictures at hand hold; `unknown` where there are none."""
+        """What the images at hand hold; `unknown` where there are none."""
         if self.task is not None:
             names = tuple(t[0] for rows in self.task.splits.values() for t in rows.texts)
         elif self.files and set(self.files) == set(header["provenance"].get("files") or ()):

@@ -114,7 +114,7 @@ def stored_tables(
     space: Space, recipe: Recipe, images: bool = False, version: str | None = None
 ) -> dict[str, TaskTable]:
     """The tables of the recipe's task by split: of `version`, else of the one that is what the recipe says of columns
-    and files. `images`: its rows are pictures.
+    and files. `images`: its rows are images.
 
     Raises StoreError saying what differs where none is, or that tables are gone; AmbiguousTask where several are.
     """

@@ -20,21 +20,21 @@ from PIL import Image
 from scipy import stats
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
-from pipeline.cli.tables import size_text
 from pipeline.commands.sweep_table import SWEEP
 from pipeline.extract.batch import Batch
 from pipeline.jobs.job import Job
-from pipeline.lookup.recipe import picture_root
+from pipeline.lookup.task import picture_root
 from pipeline.recipe import Recipe, option_name, read_recipe
 from pipeline.runs import load_run
 from pipeline.store import Space
 from pipeline.store.errors import UserError
+from pipeline.terminal import size_text
 from pipeline.train.evaluate import closing, predict
 from pipeline.train.learned import Learned
 from pipeline.train.metrics import ERRORS
 
 MISTAKES = 12  # shown of each run
-THUMBNAIL = 128  # pixels of a picture's longer side
+THUMBNAIL = 128  # pixels of an image's longer side
 LOOKED_AT = 16  # batches that what was learned is averaged over
 _SEEDS = ("seed", "order_seed", "out", "overwrite")  # options that repeat a run rather than make another
 
@@ -292,7 +292,7 @@ def _compare(out: Details, job: Job, entries: Sequence[Mapping[str, Any]]) -> No
 
 
 def _mistake(job: Job, texts: Sequence[str], truth: str, guess: str, how: float) -> dict[str, Any]:
-    """A sample's fields (a picture as a small image where its file is at hand), truth and prediction."""
+    """A sample's fields (an image as a small image where its file is at hand), truth and prediction."""
     shown = {"texts": dict(zip(job.spec.fields, texts, strict=False)), "truth": truth, "guess": guess, "how": how}
     if job.found.backbone.modality == "image":
         try:

@@ -35,7 +35,7 @@ def sweep(files: Files, space: str, segments: Iterable[str], older_than: float |
     for segment in segments:
         folder = segment_path(space, segment)
         # The writer is judged before the seal is looked for: a dead one can no longer seal in between.
-        if _is_litter(files, folder, older_than) and files.size(f"{folder}/manifest.json") is None:
+        if _is_garbage(files, folder, older_than) and files.size(f"{folder}/manifest.json") is None:
             files.remove_tree(folder, last="writer.json")
             removed += 1
     return removed
@@ -64,7 +64,7 @@ def disown(files: Files, folder: str) -> None:
     files.remove(f"{folder}/manifest.json")
 
 
-def _is_litter(files: Files, folder: str, older_than: float | None) -> bool:
+def _is_garbage(files: Files, folder: str, older_than: float | None) -> bool:
     names = files.names(folder)
     if "manifest.json" in names:
         return False

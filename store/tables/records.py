@@ -23,8 +23,8 @@ _PREFIX, _SUFFIX = "extracted-", ".json"
 
 @dataclass(frozen=True)
 class Record:
-    """`rows`: split → rows of the tables of `task` that are of `version` (see `tables.table.version_of`). `states`: stored
-    of every sample of these tables; () in the record that the tables name."""
+    """`rows`: split → rows of the tables of `task` that are of `version` (see `tables.table.version_of`). `states`:
+    stored of every sample of these tables; () in the record that the tables name."""
 
     task: str
     version: str

@@ -1,4 +1,4 @@
-"""What may be thrown away (`litter`, for `gc`), what takes how much room (`usage`, for `du`), and removing a space."""
+"""What may be thrown away (`garbage`, for `gc`), what takes how much room (`usage`, for `du`), and removing a space."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ WRITTEN_ANEW, REMOVED = "written anew", "of a feature space that was removed"
 
 
 @dataclass(frozen=True)
-class Litter:
+class Garbage:
     """One thing that `gc` removes: its `path` in the store, `bytes`, and `why`."""
 
     path: str
@@ -45,27 +45,27 @@ class Litter:
 
 @dataclass
 class Found:
-    """What `gc` found: `litter` to be removed, and in `kept`, one line each, what it must not remove."""
+    """What `gc` found: `garbage` to be removed, and in `kept`, one line each, what it must not remove."""
 
-    litter: list[Litter] = field(default_factory=list)
+    garbage: list[Garbage] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
 
 
-def litter(store: Store, older_than: float = DAY) -> Found:
+def garbage(store: Store, older_than: float = DAY) -> Found:
     """What no reader needs. Only what is surely dead, or older than `older_than` seconds. Removes nothing.
 
-    A segment that was written anew is litter only if every sample and state of it is read back, sound, from others.
+    A segment that was written anew is garbage only if every sample and state of it is read back, sound, from others.
     """
     files, found = store.files, Found()
-    found.litter += [Litter(name, size_of(files, name), "unfinished file") for name in _strays(files, "", older_than)]
+    found.garbage += [Garbage(name, size_of(files, name), "unfinished file") for name in _strays(files, "", older_than)]
     spaces = store.spaces()
     for space in spaces:
-        found.litter += _of_space(space, older_than, found.kept)
+        found.garbage += _of_space(space, older_than, found.kept)
     used = {str(space.identity.get("weights")) for space in spaces}
 
     def check(path: str, why: str, old: bool | None = None) -> None:
         if _old(files, path, older_than) if old is None else old:
-            found.litter.append(Litter(path, size_of(files, path), why))
+            found.garbage.append(Garbage(path, size_of(files, path), why))
 
     for name in files.names("spaces"):
         note = f"{space_path(name)}/{REMOVING}"
@@ -86,15 +86,15 @@ def litter(store: Store, older_than: float = DAY) -> Found:
 
 
 def collect(store: Store, found: Found) -> None:
-    """Remove what `litter` found. Raises StoreError where the store cannot be written."""
+    """Remove what `garbage` found. Raises StoreError where the store cannot be written."""
     try:
-        for item in found.litter:
+        for item in found.garbage:
             _remove(store.files, item)
     except OSError as error:
         raise explain(error, "removing from", store.where) from error
 
 
-def _remove(files: Files, item: Litter) -> None:
+def _remove(files: Files, item: Garbage) -> None:
     path = item.path
     if _is_file(files, path):
         files.remove(path)
@@ -143,7 +143,7 @@ class _Sound:
         return self._known[segment.id]
 
 
-def _of_space(space: Space, older_than: float, kept: list[str]) -> Iterator[Litter]:
+def _of_space(space: Space, older_than: float, kept: list[str]) -> Iterator[Garbage]:
     files, home = space.files, space_path(space.id)
     segments = space.segments()
     live = {s.id for s in segments}
@@ -170,20 +170,20 @@ def _of_space(space: Space, older_than: float, kept: list[str]) -> Iterator[Litt
                 why = "supplement of a segment that is gone"
         if why:
             size = size_of(files, folder)
-            yield Litter(folder, size, why)
+            yield Garbage(folder, size, why)
     for name in superseded - set(files.names(f"{home}/segments")):
-        yield Litter(f"{home}/superseded/{name}", 0, "note on a segment that is gone")
+        yield Garbage(f"{home}/superseded/{name}", 0, "note on a segment that is gone")
     for path in _older_tables(space):
         if _old(files, path, older_than):
-            yield Litter(path, size_of(files, path), "an older table of the same rows")
+            yield Garbage(path, size_of(files, path), "an older table of the same rows")
     for name in files.names(f"{home}/{WORK}"):
         if _old(files, f"{home}/{WORK}/{name}", older_than):
-            yield Litter(f"{home}/{WORK}/{name}", size_of(files, f"{home}/{WORK}/{name}"), "left by a cluster's work")
+            yield Garbage(f"{home}/{WORK}/{name}", size_of(files, f"{home}/{WORK}/{name}"), "left by a cluster's work")
     tasks = [f"{home}/tasks/{task}" for task in files.names(f"{home}/tasks")]
     sealed = [segment_path(space.id, name) for name in live | superseded] if files.local else []
     for folder in (home, f"{home}/superseded", *tasks, *sealed):
         for name in _strays(files, folder, older_than):
-            yield Litter(name, size_of(files, name), "unfinished file")
+            yield Garbage(name, size_of(files, name), "unfinished file")
 
 
 def _older_tables(space: Space) -> Iterator[str]:

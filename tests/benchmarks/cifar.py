@@ -1,6 +1,6 @@
-"""Transfer on real pictures: published CIFAR-10 networks, the ten classes re-mapped to five pairs of unlike ones.
+"""Transfer on real images: published CIFAR-10 networks, the ten classes re-mapped to five pairs of unlike ones.
 
-3,000 pictures train, 1,000 test, no validation split: the last epoch counts. The networks saw these pictures under
+3,000 images train, 1,000 test, no validation split: the last epoch counts. The networks saw these images under
 their own ten labels when they were trained, so accuracies say that the tuners train, not how they generalise.
 
     python -m tests.benchmarks.cifar --data ../shared/data --out /tmp/cifar --depth 20 --seeds 2
@@ -19,8 +19,8 @@ from pipeline.recipe import Recipe
 from tests import vision
 from tests.benchmarks.results import markdown, write
 
-NOTE = """Published CIFAR-10 networks, the ten classes re-mapped to five pairs of unlike ones; 3,000 pictures train,
-1,000 test (the largest class has 22 %), 10 epochs, float16 store, seeds 0 and 1. The networks saw these pictures under
+NOTE = """Published CIFAR-10 networks, the ten classes re-mapped to five pairs of unlike ones; 3,000 images train,
+1,000 test (the largest class has 22 %), 10 epochs, float16 store, seeds 0 and 1. The networks saw these images under
 their own ten labels, so this says that the tuners train from the store, not how they generalise. The machine was
 shared with other work: seconds are upper bounds."""
 PAIRS = {label: f"pair{label % 5}" for label in range(10)}  # airplane and dog, car and frog, …
@@ -46,7 +46,7 @@ def main() -> None:
             vision.cifar(model, depth, args.data / "weights" / WEIGHTS[depth])
         common = {"model": str(model), "task": str(task), "store": str(args.out / "store")}
         done = run_extract(Recipe(**common, tuners=("probe", "sherl", "unipt")), print, quiet=True)
-        print(f"extracted {done['computed']} pictures, {done['bytes'] / 1e6:.0f} MB, {done['seconds']:.1f} s")
+        print(f"extracted {done['computed']} images, {done['bytes'] / 1e6:.0f} MB, {done['seconds']:.1f} s")
         for tuner in ("probe", "sherl", "unipt"):
             runs = []
             for seed in range(args.seeds):

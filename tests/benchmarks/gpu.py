@@ -5,7 +5,7 @@
 Random weights of the real shape are made on the device and nothing is downloaded. One call takes one shape (a few
 minutes) and adds its section to RESULTS-gpu.md: peak allocated memory, seconds an epoch, samples a second, the share of
 time spent waiting for data, and the floors: operations at the rate of the bare forward pass, bytes at the rate of the
-tier. Cached runs read from device memory, host memory and disk; counterparts run while they fit. Without a GPU the
+tier. Cached runs read from device memory, host memory and disk; baselines run while they fit. Without a GPU the
 script runs with `--device cpu` on small shapes, which checks the script and nothing else.
 """
 
@@ -28,7 +28,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from pipeline.cli.tables import table_text
 from pipeline.cost.flops import count
 from pipeline.cost.known_shapes import known_config
 from pipeline.extract.backbones.base import Backbone
@@ -39,7 +38,8 @@ from pipeline.extract.extraction import compute
 from pipeline.extract.inputs import Inputs
 from pipeline.lookup.objective import class_objective
 from pipeline.store import Store
-from pipeline.train.baselines.methods import CounterpartModel, counterpart, input_source
+from pipeline.terminal import table_text
+from pipeline.train.baselines.methods import BaselineModel, baseline, input_source
 from pipeline.train.data.live_source import LiveSource
 from pipeline.train.data.store_source import StoreSource, StreamOptions
 from pipeline.train.data.targets import Targets
@@ -197,7 +197,7 @@ def inside(s: Setting, name: str, folder: Path) -> list[str]:
     """A row of a method that trains inside the backbone, or that it does not fit; its second epoch, as of live ones."""
     objective = class_objective(s.backbone, tuner_class("sherl" if s.backbone.writes_text else "probe"), CHAINS)
     try:
-        model = CounterpartModel(counterpart(name), s.backbone, s.live.load(), objective)
+        model = BaselineModel(baseline(name), s.backbone, s.live.load(), objective)
         source = LiveSource(s.live, s.inputs, Targets(objective, s.labels), [], StoreOrder(s).order)
         found = train(s, model.to(s.device), input_source(source, s.live), 2, folder / "run")
     except torch.OutOfMemoryError:
@@ -221,7 +221,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=1000)
     parser.add_argument("--batch-size", type=int, default=100)
     parser.add_argument("--tuners", default="sherl,lst")
-    parser.add_argument("--counterparts", default="lora,full")
+    parser.add_argument("--baselines", default="lora,full")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--folder", default=None, help="where the store is made: the disk that is measured")
     parser.add_argument("--dry", action="store_true", help="do not write RESULTS-gpu.md")
@@ -254,7 +254,7 @@ def main() -> None:
                 say(*found)
             for name in tuners:
                 rows += tuned(s, name, space, tail, folder, say)
-            for name in filter(None, args.counterparts.split(",")):
+            for name in filter(None, args.baselines.split(",")):
                 rows.append(inside(s, name, folder))
                 say(*rows[-1])
         finally:

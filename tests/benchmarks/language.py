@@ -18,16 +18,16 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from pipeline.cli.tables import size_text
 from pipeline.extract.tasks import fixed_order
 from pipeline.jobs.job import load_job, store_source
 from pipeline.recipe import Recipe
+from pipeline.terminal import size_text
 from pipeline.train.evaluate import evaluate
 from tests.benchmarks.results import markdown, write
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 MODEL, SENTENCES, ROWS, LENGTH = SHARED / "weights" / "stories260k", SHARED / "glue" / "SST-2", 8000, 96
-# name → tuner or counterpart, its options; learning rates were chosen on the first seed.
+# name → tuner or baseline, its options; learning rates were chosen on the first seed.
 METHODS: dict[str, tuple[str, list[str]]] = {
     "linear probe": ("probe", ["--lr", "3e-3"]),
     "MLP probe, width 128": ("probe", ["--mlp", "128", "--lr", "3e-3"]),
@@ -39,7 +39,7 @@ METHODS: dict[str, tuple[str, list[str]]] = {
     "LoRA, rank 8": ("lora", ["--lr", "3e-3"]),
     "full fine-tuning": ("full", ["--lr", "1e-3"]),
 }
-COUNTERPARTS = ("partial-1", "lora", "full")
+BASELINES = ("partial-1", "lora", "full")
 
 
 def pipeline(*args: object) -> dict[str, Any]:
@@ -91,10 +91,10 @@ def main() -> None:
             how = ["--tuners", method, *options, "--epochs", 3, "--batch-size", 32]
             (row,) = pipeline("compare", *common, *how, "--seeds", args.seeds, "--out", folder / name)["rows"]
             live = row
-            if method not in COUNTERPARTS:
+            if method not in BASELINES:
                 first = ["--seeds", args.seeds.split(",")[0], "--live", "--out", folder / f"{name} live"]
                 (live,) = pipeline("compare", *common, *how, *first)["rows"]
-            cached = method not in COUNTERPARTS
+            cached = method not in BASELINES
             table.append(
                 (
                     name,

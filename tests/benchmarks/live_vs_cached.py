@@ -31,12 +31,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from pipeline.cli.tables import table_text
 from pipeline.cost.flops import Operations, backbone_model, backbone_operations, step_operations, tuner_model
 from pipeline.extract.backbones import Backbone
 from pipeline.jobs.job import Job, load_job
 from pipeline.jobs.sources import live_backbone, sources
 from pipeline.store import bytes_per_value
+from pipeline.terminal import table_text
 from pipeline.train.data.order import Order
 from pipeline.train.fit.loop import FitOptions, fit
 from pipeline.train.tuners import TunerConfig, tuner_class, tuner_config

@@ -35,10 +35,10 @@ from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from pipeline.cli.tables import table_text
 from pipeline.extract.encoding import encode
 from pipeline.extract.kernels.memory import keep_freed_memory
 from pipeline.store import Samples, Store, digest_bytes, read_block
+from pipeline.terminal import table_text
 from pipeline.train.data.store_source import StoreSource, StreamOptions
 from tests.benchmarks import results
 

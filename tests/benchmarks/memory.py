@@ -29,13 +29,13 @@ from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from pipeline.cli.tables import table_text
 from pipeline.cost.flops import NoValues, backbone_model, meta_batch, surrogate_loss, tuner_model
 from pipeline.cost.known_shapes import known_config
 from pipeline.extract.backbones.base import Backbone
 from pipeline.extract.backbones.registry import backbone_for
 from pipeline.lookup.objective import class_objective
-from pipeline.train.baselines.methods import CounterpartModel, counterpart
+from pipeline.terminal import table_text
+from pipeline.train.baselines.methods import BaselineModel, baseline
 from pipeline.train.tuners import tuner_class, tuner_config
 from tests.benchmarks import results, setting
 
@@ -134,7 +134,7 @@ def inside(backbone: Backbone, name: str, lengths: dict[str, np.ndarray]) -> tup
     """A method that trains inside the backbone."""
     objective = class_objective(backbone, tuner_class("sherl"), ((0, 1), (1, 1)))
     with torch.device("meta"):
-        model = CounterpartModel(counterpart(name), backbone, backbone_model(backbone, "sdpa"), objective).train()
+        model = BaselineModel(baseline(name), backbone, backbone_model(backbone, "sdpa"), objective).train()
     batch = meta_batch(backbone, lengths, [])
 
     def loss() -> torch.Tensor:

@@ -16,9 +16,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from pipeline.cli.tables import table_text
 from pipeline.commands.bench import run_bench, shown
 from pipeline.recipe import Recipe
+from pipeline.terminal import table_text
 from tests.benchmarks import results, setting
 
 # model or shape, task, tuner, rows: as many as keep a pair within two minutes on two cores

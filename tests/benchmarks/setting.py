@@ -20,7 +20,8 @@ from pipeline.commands.extract import run_extract
 from pipeline.cost.known_shapes import known_config
 from pipeline.extract.backbones import Backbone, Inputs, backbone_for
 from pipeline.extract.tasks import load_task
-from pipeline.lookup.recipe import open_task, space_options
+from pipeline.lookup.recipe import space_options
+from pipeline.lookup.task import open_task
 from pipeline.recipe import Recipe
 
 GLUE = Path(__file__).resolve().parents[3] / "shared" / "data" / "glue"

@@ -1,4 +1,4 @@
-"""Tuners and live counterparts on MiniLM: `python tests/benchmarks/side_by_side.py --data GLUE --out FOLDER`.
+"""Tuners and live baselines on MiniLM: `python tests/benchmarks/side_by_side.py --data GLUE --out FOLDER`.
 
 Writes the section "Side by side" of RESULTS.md from the tables that `pipeline compare --csv` makes in FOLDER; a table
 that is there already is not made again.

@@ -25,7 +25,6 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from pipeline.cli.tables import table_text
 from pipeline.commands.extract import run_extract
 from pipeline.commands.train import run_train
 from pipeline.extract.encoding import decode, encode
@@ -34,6 +33,7 @@ from pipeline.jobs.job import Job, load_job
 from pipeline.jobs.sources import store_source
 from pipeline.recipe import Recipe
 from pipeline.runs import load_run
+from pipeline.terminal import table_text
 from tests.benchmarks import results
 
 TUNERS = ("sherl", "lst")

@@ -100,7 +100,7 @@ class Killing:
         self.fork_and_wait(folder / "whole", folder / "whole.log")
         whole = time.perf_counter() - began
         expected = content(folder / "whole")
-        done = {"kills": 0, "stores": 0, "after_a_seal": 0, "litter": 0, "computed": 0}
+        done = {"kills": 0, "stores": 0, "after_a_seal": 0, "garbage": 0, "computed": 0}
         while done["kills"] < kills:
             store, log = folder / f"killed{done['stores']}", folder / f"killed{done['stores']}.log"
             finished = False
@@ -122,15 +122,15 @@ class Killing:
                 done["after_a_seal"] += bool(after)
                 done["computed"] += len(computed)
                 segments = store.glob("spaces/*/segments/*")
-                done["litter"] += any(not (s / "manifest.json").exists() for s in segments)
+                done["garbage"] += any(not (s / "manifest.json").exists() for s in segments)
             found = content(store)
             assert found.keys() == expected.keys() and len(found) == len(set(self.keys))
             for key, value in expected.items():
                 assert found[key] == value, f"sample {key} differs from the uninterrupted run"
             assert Store.open(store).verify(deep=True) == []
             # A writer killed before it said who it is leaves an empty folder, which is swept when it is an hour old.
-            litter = [s for s in store.glob("spaces/*/segments/*") if not (s / "manifest.json").exists()]
-            assert not [f.name for s in litter for f in s.iterdir() if f.name[0] != "."], "litter stayed"
+            garbage = [s for s in store.glob("spaces/*/segments/*") if not (s / "manifest.json").exists()]
+            assert not [f.name for s in garbage for f in s.iterdir() if f.name[0] != "."], "garbage stayed"
             done["stores"] += 1
         return done
 

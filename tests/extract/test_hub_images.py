@@ -1,4 +1,4 @@
-"""Hugging Face datasets of pictures, from files at hand: the hub's own loader, no network."""
+"""Hugging Face datasets of images, from files at hand: the hub's own loader, no network."""
 
 from __future__ import annotations
 

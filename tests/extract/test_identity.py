@@ -225,7 +225,7 @@ IMAGE: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("field", [*IMAGE, "crop"])
 def test_fields_of_pictures(field: str) -> None:
-    """How pictures are made is in the identity in words, and as a digest of the whole preprocessing."""
+    """How images are made is in the identity in words, and as a digest of the whole preprocessing."""
     made = Preprocess()
     backbone = SimpleNamespace(name="vit", modality="image", writes_text=False, attentions=("sdpa",))
     common = {"backbone": backbone, "weights_digest": "w", "config_digest": "c"}
@@ -236,5 +236,5 @@ def test_fields_of_pictures(field: str) -> None:
 
     before, after = identity(made), identity(replace(made, **IMAGE.get(field, {"crop": 0.8})))
     others = {"orientation"}  # in test_orientation.py
-    assert set(before) == set(TEXT) | set(IMAGE) | others, "a field of pictures without a case here"
+    assert set(before) == set(TEXT) | set(IMAGE) | others, "a field of images without a case here"
     assert {k for k in after if after[k] != before[k]} == {"tokenizer", "resize" if field == "crop" else field}

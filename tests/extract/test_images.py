@@ -1,4 +1,4 @@
-"""Pictures as inputs: keys, preprocessing, views, bad files, sizes; and the states of image backbones."""
+"""Images as inputs: keys, preprocessing, views, bad files, sizes; and the states of image backbones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures are turned as their EXIF orientation says, and those of too many pixels are refused before they are
+"""Images are turned as their EXIF orientation says, and those of too many pixels are refused before they are
 decoded."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Feature pyramids of convolutional networks: states are the network's own, each picture is padded alone."""
+"""Feature pyramids of convolutional networks: states are the network's own, each image is padded alone."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LEVELS = {"mobilenet": (2, 3, 5, 7), "convnext": (1, 2, 3, 4), "resnet": (1, 2, 
 
 @pytest.fixture(scope="module")
 def unequal(tmp_path_factory):
-    """Pictures whose sides are no multiples of any stride."""
+    """Images whose sides are no multiples of any stride."""
     folder, rng = tmp_path_factory.mktemp("unequal"), np.random.default_rng(0)
     for i, size in enumerate(((64, 64), (50, 75), (33, 97), (50, 75))):
         Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)).save(folder / f"{i}.png")

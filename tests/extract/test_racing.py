@@ -13,7 +13,7 @@ import pytest
 from pipeline.extract.extraction import compute
 from pipeline.store import Store, StoreError
 from pipeline.store.upkeep.rewrite import compact
-from pipeline.store.upkeep.usage import collect, litter
+from pipeline.store.upkeep.usage import collect, garbage
 from tests.extract.kills import STATES, Killing, content
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here: not raced")
@@ -44,7 +44,7 @@ def test_eight_writers_of_overlapping_samples(tmp_path: Path) -> None:
     assert sum(len(s) for s in space.segments()) > len(killing.keys)
     assert not [p for p in store.rglob("*") if "lock" in p.name]
     assert compact(space)["samples"] == len(killing.keys)
-    collect(opened, litter(opened, older_than=0))
+    collect(opened, garbage(opened, older_than=0))
     killing.extract(tmp_path / "alone")
     assert content(store) == content(tmp_path / "alone")  # `content` refuses a sample that stands there twice.
     assert len(list(store.glob("spaces/*/segments/*"))) == 1 and opened.verify(deep=True) == []

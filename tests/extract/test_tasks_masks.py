@@ -64,7 +64,7 @@ def test_voc_has_its_splits_in_files_and_palettes(tmp_path):
     task = load_task(str(tmp_path))
     assert task.rows("train").texts == [("JPEGImages/0.jpg",)] and len(task.rows("validation")) == 1
     (listed / "val.txt").write_text("2\n")
-    with pytest.raises(TaskError, match="2 has no picture in JPEGImages or no mask"):
+    with pytest.raises(TaskError, match="2 has no image in JPEGImages or no mask"):
         load_task(str(tmp_path))
 
 
@@ -93,7 +93,7 @@ BAD = {
     "a colour mask": (lambda f: _image(f / "masks/1.png"), "1.png: a mask has one channel"),
     "a damaged mask": (lambda f: (f / "masks/1.png").write_bytes(b"no"), "1.png: no mask that can be read"),
     "no mask": (lambda f: (f / "masks/1.png").unlink(), "1.jpg: there is no mask of this name"),
-    "no image": (lambda f: (f / "images/1.jpg").unlink(), "1.png: there is no picture of this name"),
+    "no image": (lambda f: (f / "images/1.jpg").unlink(), "1.png: there is no image of this name"),
     "a lossy mask": (lambda f: (f / "masks/1.png").rename(f / "masks/1.jpg"), "1.jpg: a mask in a format"),
     "a class named twice": (lambda f: (f / "classes.txt").write_text("a\na"), "classes.txt: at most 255 names"),
 }  # fmt: skip

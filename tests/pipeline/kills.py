@@ -179,7 +179,7 @@ class Stage:
         self.make("doubled", ["store", "merge", str(self.stores / "other")], "laddered")
         self.make("compacted", ["store", "compact"], "doubled")
         self.make("two", self._extract("first", "probe", "--max-length", "16"), "doubled")
-        self._litter(Store.open(self.stores / "compacted"))
+        self._garbage(Store.open(self.stores / "compacted"))
         self.make("again", self._extract("first", "lst"))
         self.make("rotten", ["store", "merge", str(self.stores / "again")], "laddered")
         self._damage(Store.open(self.stores / "rotten"))
@@ -203,7 +203,7 @@ class Stage:
         place = str(self.stores / name)
         command_line([*arguments, "--store", place, "--json"], standalone_mode=False)
 
-    def _litter(self, store: Store) -> None:
+    def _garbage(self, store: Store) -> None:
         """Something of each kind that `gc` removes."""
         store.save_weights("cd" * 16, {"tail.safetensors": {"w": torch.ones(3)}})
         (space,) = store.spaces()

@@ -1,4 +1,4 @@
-"""Live counterparts, and the table that sets them beside tuners."""
+"""Live baselines, and the table that sets them beside tuners."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipeline.extract.backbones.bert import Bert
 from pipeline.extract.pretrained import Checkpoint
 from pipeline.lookup.objective import class_objective
 from pipeline.store import UserError
-from pipeline.train.baselines.methods import COUNTERPARTS, CounterpartModel, counterpart
+from pipeline.train.baselines.methods import BASELINES, BaselineModel, baseline
 from pipeline.train.tuners import tuner_class
 from tests.train.conformance import Case
 
@@ -25,12 +25,12 @@ THREE = class_objective(Bert, tuner_class("probe"), [()] * 3)
 def made(checkpoints, pictures, backbone: str, name: str):
     case = Case(Checkpoint(checkpoints[backbone], backbone), "probe", pictures)
     module = case.backbone.load(case.checkpoint.folder, torch.float32, "sdpa", "cpu")
-    return case, CounterpartModel(counterpart(name), case.backbone, module, THREE, 0)
+    return case, BaselineModel(baseline(name), case.backbone, module, THREE, 0)
 
 
-@pytest.mark.parametrize("name", COUNTERPARTS)
+@pytest.mark.parametrize("name", BASELINES)
 @pytest.mark.parametrize("backbone", ["bert", "vit", "clip", "cifar", "swin"])
-def test_a_counterpart_trains_what_it_says_and_starts_at_the_backbone(checkpoints, pictures, backbone, name):
+def test_a_baseline_trains_what_it_says_and_starts_at_the_backbone(checkpoints, pictures, backbone, name):
     refused = {"cifar": ("lora", "adapter"), "swin": ("adapter",)}.get(backbone, ())
     if name in refused or (name == "prompt" and backbone != "bert"):
         with pytest.raises(UserError, match=name):
@@ -48,7 +48,7 @@ def test_a_counterpart_trains_what_it_says_and_starts_at_the_backbone(checkpoint
         assert model.trainable_parameters() < sum(p.numel() for p in model.parameters())
 
 
-def trains_only_its_own(model: CounterpartModel, batch) -> None:
+def trains_only_its_own(model: BaselineModel, batch) -> None:
     frozen = {k: p.detach().clone() for k, p in model.backbone.named_parameters() if not p.requires_grad}
     before = {k: v.clone() for k, v in model.trainable_state().items()}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
@@ -64,16 +64,16 @@ def trains_only_its_own(model: CounterpartModel, batch) -> None:
     assert all(torch.equal(v, model.trainable_state()[k]) for k, v in before.items())
 
 
-@pytest.mark.parametrize("name", COUNTERPARTS)
+@pytest.mark.parametrize("name", BASELINES)
 def test_on_a_t5_they_start_at_its_own_loss(checkpoints, pictures, name):
     case = Case(Checkpoint(checkpoints["t5"], "t5"), "sherl", pictures)
     backbone = case.backbone
     module = backbone.load(case.checkpoint.folder, torch.float32, "sdpa", "cpu")
     if name == "bitfit":
         with pytest.raises(UserError, match="no biases"):
-            CounterpartModel(counterpart(name), backbone, module, case.objective)
+            BaselineModel(baseline(name), backbone, module, case.objective)
         return
-    model = CounterpartModel(counterpart(name), backbone, module, case.objective, 0)
+    model = BaselineModel(baseline(name), backbone, module, case.objective, 0)
     batch = case.inputs.batch()
     batch.targets = {"label": torch.arange(len(batch)) % 3}
     chosen = model.eval().predict(batch)["label"]
@@ -111,9 +111,9 @@ def test_prompt_tuning_is_tokens_before_the_text(checkpoints, pictures):
         at += n
 
 
-def test_an_unknown_counterpart_offers_the_nearest():
+def test_an_unknown_baseline_offers_the_nearest():
     with pytest.raises(UserError, match="did you mean lora"):
-        counterpart("lorra")
+        baseline("lorra")
 
 
 def test_compare_prints_one_table(checkpoints, table, tmp_path):
@@ -152,7 +152,7 @@ def test_what_cannot_be_compared_is_said_before_anything_is_trained(probed, tmp_
     for words, what in (
         (["--tuners", "probe,lst", "--reduction", "4"], "--for probe,lst"),
         (["--tuners", "probe,e3va"], "no form"),
-        (["--tuners", "probe,lora"], "counterparts"),
+        (["--tuners", "probe,lora"], "baselines"),
         (["--tuners", "probe", "--csv", str(tmp_path / "no" / "table.csv")], "no such folder"),
         (["--tuners", "probe", "--seeds", "0,x"], "'x'"),
         (["--tuners", "probe", "--seeds", "0,-1"], "'-1'"),
@@ -180,7 +180,7 @@ def test_a_table_that_cannot_be_written_does_not_cost_the_result(probed, tmp_pat
     assert result.exit_code == 0 and "warning: --csv" in result.stderr and "probe" in result.stdout
 
 
-def test_compare_sets_counterparts_beside_tuners_on_a_t5_too(checkpoints, table, tmp_path):
+def test_compare_sets_baselines_beside_tuners_on_a_t5_too(checkpoints, table, tmp_path):
     common = ["--model", str(checkpoints["t5"]), "--task", str(table), "--text", "first", "--text-pair", "second",
               "--label", "label", "--store", str(tmp_path / "store")]  # fmt: skip
     invoke = CliRunner().invoke

@@ -54,7 +54,7 @@ def test_recipe_of_e3va(size: str) -> None:
     recipe = recipe_of("train", ("recipe", {**read_recipe(path), "task": "pictures"}))
     assert recipe.tuner == "e3va" and recipe.tuners == ("e3va",) and recipe.model == f"swin-{size}"
     for command in ("extract", "train"):
-        assert re.search(rf"^#   pipeline {command} +--recipe configs/{path.name} --task pictures", text, re.M)
+        assert re.search(rf"^#   pipeline {command} +--recipe configs/{path.name} --task images", text, re.M)
     architecture = SHORT_NAMES[recipe.model].removeprefix("timm/").rpartition(".")[0]
     backbone = backbone_for(TimmWrapperConfig(architecture=architecture))
     for alpha in (8, 16, 32):

@@ -50,7 +50,7 @@ def test_what_is_missing_is_named_with_its_command(tmp_path, monkeypatch):
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "peft" else real(name, *more))
     told = run("doctor")
-    assert told.exit_code == 0 and "pip install 'activation-pipeline[counterparts]'" in told.stdout
+    assert told.exit_code == 0 and "pip install 'activation-pipeline[baselines]'" in told.stdout
     assert "none at activations" in told.stdout and "no problem found" in told.stdout
     assert not list(tmp_path.iterdir())
 

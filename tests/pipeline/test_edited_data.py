@@ -1,4 +1,4 @@
-"""Data at hand that is not what was extracted is noticed: GLUE's layout, folders of pictures, tables of file names."""
+"""Data at hand that is not what was extracted is noticed: GLUE's layout, folders of images, tables of file names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures from the command line: real shapes, views, bad files, supplements, and networks with real weights."""
+"""Images from the command line: real shapes, views, bad files, supplements, and networks with real weights."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_views_are_stored_under_keys_of_their_own(tmp_path, checkpoints, picture
 
 def test_bad_files_stop_extraction_or_are_counted(tmp_path, checkpoints):
     folder = vision.write_folder(tmp_path / "pics", 20)
-    (folder / "left" / "zzz.png").write_bytes(b"no picture")
+    (folder / "left" / "zzz.png").write_bytes(b"no image")
     Image.new("L", (8, 8)).save(folder / "upper" / "gray.png")
     common = ["--model", checkpoints["cifar"], "--task", folder, "--store", tmp_path / "store", "--for", "probe"]
     said = run("extract", *common, ok=False)
@@ -102,7 +102,7 @@ def test_a_second_tuner_adds_only_what_is_missing(tmp_path, checkpoints, picture
     run("extract", *common, "--for", "probe")
     added = run("extract", *common, "--for", "probe,sherl")
     assert added["computed"] == 60
-    more = vision.write_folder(tmp_path / "fewer", 10)  # some pictures of a segment are not at hand: stored anew
+    more = vision.write_folder(tmp_path / "fewer", 10)  # some images of a segment are not at hand: stored anew
     run(
         "extract",
         "--model",

@@ -133,7 +133,7 @@ def test_live_is_cached_over_20_steps(tmp_path, texts, kind, tuner):
     assert worst_of(cached, live) <= 1e-5
 
 
-def test_live_counterparts_stand_beside_tuners(llama, texts, tmp_path):
+def test_live_baselines_stand_beside_tuners(llama, texts, tmp_path):
     folder, store = llama
     told = run("compare", "--model", folder, "--task", texts, "--store", store, "--epochs", 1,
                "--tuners", "probe,lora,full,norm-tuning", "--out", tmp_path / "both")  # fmt: skip

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 from pipeline.checks.doubtful_rows import doubts
-from pipeline.cli.tables import scores_text
 from pipeline.extract.tasks import load_task
 from pipeline.extract.tasks.base import TaskSpec
 from pipeline.owners import recipe_of
 from pipeline.runs import read_inputs
 from pipeline.store import TaskTable
 from pipeline.store.errors import UserError
+from pipeline.terminal import scores_text
 
 
 def lines(path: Path, rows: list[Any]) -> str:

@@ -94,7 +94,7 @@ def test_images_of_their_own_size_are_measured_by_their_headers(checkpoints, tmp
 def test_bad_files_are_one_line(checkpoints, tmp_path):
     folder = vision.write_folder(tmp_path / "p", 12)
     for path in folder.rglob("*.png"):
-        path.write_bytes(b"no picture")
+        path.write_bytes(b"no image")
     for size in ([], ["--image-size", "own"]):
         refused(run("plan", *words(checkpoints, folder, tmp_path, "cifar"), *size), ".png")
 

@@ -9,9 +9,9 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from pipeline.cli.command_lines import command_line, extraction, quoted
 from pipeline.cli.main import main
 from pipeline.cli.options import build_recipe
+from pipeline.command_lines import command_line, extraction, quoted
 from pipeline.cost import plan as planning
 from pipeline.extract.options import about
 from pipeline.owners import owned

@@ -137,10 +137,10 @@ def test_what_does_not_fit_is_refused_in_a_line(scenes, store, checkpoints, tmp_
 
 def test_an_unreadable_image_stops_extraction_by_name(scenes, checkpoints, tmp_path):
     folder = write_scenes(tmp_path / "scenes", {"train": 3, "val": 1})
-    (folder / "train" / "001.png").write_bytes(b"no picture")
+    (folder / "train" / "001.png").write_bytes(b"no image")
     words = ["extract", "--model", checkpoints["mobilenet"], "--task", folder, "--store", tmp_path / "store", "--for",
              "fixed"]  # fmt: skip
-    assert "001.png: damaged picture" in run(*words, ok=False) and not (tmp_path / "store").exists()
+    assert "001.png: damaged image" in run(*words, ok=False) and not (tmp_path / "store").exists()
     done = run(*words, "--skip-bad")
     assert done["rows"] == {"train": 2, "validation": 1} and done["skipped"] == 1
 

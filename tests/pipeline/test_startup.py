@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from pipeline.cli import catalog
-from pipeline.cli.catalog import FAMILIES, TUNERS
+from pipeline import catalog
+from pipeline.catalog import FAMILIES, TUNERS
 from pipeline.extract.backbones import backbone_classes
 from pipeline.train import configs, objective_configs
 from pipeline.train.objectives import objective_class

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from pipeline.cli.catalog import BASELINES
+from pipeline import catalog
 from pipeline.commands.grid import Sweep, parse_grid, read_sweep, trials
 from pipeline.commands.sweep_table import difference, summary
 from pipeline.recipe import Recipe
 from pipeline.store import UserError
-from pipeline.train.baselines.methods import COUNTERPARTS
+from pipeline.train.baselines.methods import BASELINES
 from pipeline.train.data.store_source import StoreSource
 from pipeline.train.fit.loop import Training
 from tests.pipeline.test_errors import run
@@ -238,4 +238,4 @@ def test_the_order_has_a_seed_of_its_own(bert, tmp_path):
 
 
 def test_baselines_are_named_as_they_are_defined():
-    assert {name: c.description for name, c in COUNTERPARTS.items()} == BASELINES
+    assert {name: c.description for name, c in BASELINES.items()} == catalog.BASELINES

@@ -14,7 +14,7 @@ from pipeline.recipe import Recipe
 from pipeline.store import Store, StoreError
 from pipeline.store.upkeep.rewrite import compact
 from pipeline.store.upkeep.transfer import transfer
-from pipeline.store.upkeep.usage import collect, litter
+from pipeline.store.upkeep.usage import collect, garbage
 from tests.pipeline.test_errors import refused, run
 from tests.pipeline.test_versions import extract, labels, write
 
@@ -155,7 +155,7 @@ def test_sound_stores_stay_sound(copied, tmp_path):
     """Compacted, collected, copied: nothing is missed that nobody needs."""
     opened = Store.open(copied["store"])
     compact(opened.spaces()[0])
-    collect(opened, litter(opened, older_than=0))
+    collect(opened, garbage(opened, older_than=0))
     target = Store.create(tmp_path / "copy")
     assert not transfer(Store.open(copied["store"]), target).problems
     for place in (copied["store"], tmp_path / "copy"):

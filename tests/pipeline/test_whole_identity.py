@@ -1,4 +1,4 @@
-"""What a store's numbers depend on is checked whole: at training as at extraction, of pictures as of texts, and of the
+"""What a store's numbers depend on is checked whole: at training as at extraction, of images as of texts, and of the
 checkpoint that computes live; what differs is named."""
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tests.pipeline.test_errors import refused, run
 
 @pytest.fixture(scope="module")
 def made(checkpoints, table, pictures, tmp_path_factory) -> dict[str, list[object]]:
-    """Options of a store with states of texts, and of one with pictures of 64 pixels in 3 views of seed 9."""
+    """Options of a store with states of texts, and of one with images of 64 pixels in 3 views of seed 9."""
     base = tmp_path_factory.mktemp("whole")
     text = ["--model", checkpoints["bert"], "--task", table, "--text", "first", "--label", "label", "--store",
             base / "texts"]  # fmt: skip
@@ -200,7 +200,7 @@ def test_the_options_of_an_identity_give_it_again(made):
 
 
 def turned(path: Path, orientation: int, seed: int = 0) -> np.ndarray:
-    """A picture wider than tall, its EXIF orientation set; the pixels as they are in the file (H, W, 3)."""
+    """An image wider than tall, its EXIF orientation set; the pixels as they are in the file (H, W, 3)."""
     values = np.random.default_rng(seed).integers(0, 255, (24, 40, 3)).astype(np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
     exif = Image.Exif()

@@ -1,4 +1,4 @@
-"""Inputs that a backbone cannot mean are refused at the door: words it has no tokenizer for, pictures given to a text
+"""Inputs that a backbone cannot mean are refused at the door: words it has no tokenizer for, images given to a text
 model and texts to an image model, rows of another shape than the task's."""
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tests.pipeline.test_errors import refused, run
 
 @pytest.fixture(scope="module")
 def runs(checkpoints, table, pictures, tmp_path_factory) -> dict[str, Path]:
-    """A finished run on pairs of texts, one on single texts, one on pictures."""
+    """A finished run on pairs of texts, one on single texts, one on images."""
     base = tmp_path_factory.mktemp("runs")
     columns = {"pair": ["--text-pair", "second"], "single": []}
     for name, more in columns.items():
@@ -117,18 +117,18 @@ def test_texts_for_an_image_model_are_refused(checkpoints, table, tmp_path):
     common = ["--model", checkpoints["cifar"], "--task", table, "--text", "first", "--label", "label", "--store",
               tmp_path / "store"]  # fmt: skip
     for more in ([], ["--skip-bad"]):
-        line = refused(run("extract", *common, "--for", "probe", *more), "name no pictures", "resnet")
+        line = refused(run("extract", *common, "--for", "probe", *more), "name no images", "resnet")
         assert "--skip-bad" not in line
-    refused(run("train", *common, "--tuner", "probe", "--live", "--out", tmp_path / "run"), "name no pictures")
+    refused(run("train", *common, "--tuner", "probe", "--live", "--out", tmp_path / "run"), "name no images")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_nothing_but_bad_pictures_is_refused_however_asked(checkpoints, pictures, tmp_path):
     for name in ("a/1.png", "a/2.png", "b/1.png", "b/2.png"):
         (tmp_path / "bad" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "bad" / name).write_bytes(b"no picture")
+        (tmp_path / "bad" / name).write_bytes(b"no image")
     common = ["--model", checkpoints["cifar"], "--task", tmp_path / "bad", "--store", tmp_path / "store"]
-    refused(run("extract", *common, "--for", "probe", "--skip-bad"), "none of the 2 pictures")
+    refused(run("extract", *common, "--for", "probe", "--skip-bad"), "none of the 2 images")
     assert not (tmp_path / "store").exists()
 
 
@@ -137,7 +137,7 @@ def test_predict_refuses_inputs_of_the_other_kind(runs, pictures, table, tmp_pat
     refused(run("predict", runs["single"], "--input", next(pictures.rglob("*.png"))), "pictures", ".png")
     refused(run("predict", runs["pictures"], "--input", table, "--text", "first"), "pictures", "resnet")
     (tmp_path / "none").mkdir()
-    refused(run("predict", runs["pictures"], "--input", tmp_path / "none"), "no pictures")
+    refused(run("predict", runs["pictures"], "--input", tmp_path / "none"), "no images")
     one = run("predict", runs["pictures"], "--input", next(pictures.rglob("*.png")))
     assert one.exit_code == 0 and one.stdout.split()[-2] in ("left", "upper")
 

@@ -159,7 +159,7 @@ def test_interrupted_push_pull_and_merge(tmp_path: Path, monkeypatch: pytest.Mon
             insist(source, target)
         bucket = content(tmp_path / "s3" / "team" / "x")
     assert stops > 2
-    # What a killed pull has gathered is litter for `gc`, not part of the store.
+    # What a killed pull has gathered is garbage for `gc`, not part of the store.
     copy = {name: data for name, data in content(tmp_path / "copy").items() if "/." not in name and name[0] != "."}
     merged = {n: d for n, d in content(tmp_path / "first" / "store").items() if "/." not in n and n[0] != "."}
     assert bucket == copy == merged

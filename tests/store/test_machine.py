@@ -26,7 +26,7 @@ from pipeline.store.segments.index import families
 from pipeline.store.upkeep.repair import repair
 from pipeline.store.upkeep.rewrite import compact
 from pipeline.store.upkeep.transfer import transfer
-from pipeline.store.upkeep.usage import collect, litter
+from pipeline.store.upkeep.usage import collect, garbage
 from tests.store.helpers import IDENTITY, assert_equal, key, samples
 
 STATES = ("encoder.1", "encoder.3", "decoder.1")
@@ -182,7 +182,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(place=places, after=st.integers(0, 30))
     def push_killed(self, place: str, after: int) -> None:
-        """What has arrived is there, what has not is litter."""
+        """What has arrived is there, what has not is garbage."""
         target = self.store(PLACES[1 - PLACES.index(place)])
         before = self.manifests(PLACES[1 - PLACES.index(place)])
         left = after
@@ -210,8 +210,8 @@ class Machine(RuleBasedStateMachine):
         """A day later in truth: by then no supplement is being written for a base that was compacted before."""
         self.pending = [p for p in self.pending if p.place != place or p.writer._base is None]
         store = self.store(place)
-        collect(store, litter(store, older_than=0))
-        assert litter(self.store(place), older_than=0).litter == []
+        collect(store, garbage(store, older_than=0))
+        assert garbage(self.store(place), older_than=0).garbage == []
 
     @rule(place=places)
     def sweep(self, place: str) -> None:

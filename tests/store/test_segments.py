@@ -238,7 +238,7 @@ def test_a_kill_at_any_moment_is_invisible_and_swept(tmp_path: Path) -> None:
     visible = {segment.id for segment in segments}
     # The first operation makes the folder; from the third kill on, writer.json is there.
     assert stop_at > 10 and first.id in visible and len(folders) == stop_at and len(visible) <= 5
-    assert home.sweep() == 0, "a living writer's segments are not litter"
+    assert home.sweep() == 0, "a living writer's segments are not garbage"
     hidden = [folder for folder in folders if folder.name not in visible]
     signed = [folder for folder in hidden if (folder / "writer.json").exists()]
     for folder in signed:

@@ -21,7 +21,7 @@ from pipeline.store.segments.alive import describe_writer
 from pipeline.store.upkeep.repair import repair
 from pipeline.store.upkeep.rewrite import compact
 from pipeline.store.upkeep.transfer import transfer
-from pipeline.store.upkeep.usage import collect, finish_removals, litter, remove_space
+from pipeline.store.upkeep.usage import collect, finish_removals, garbage, remove_space
 from tests.store.helpers import IDENTITY, assert_equal, samples, sealed, snapshot, space
 from tests.store.test_places import fill
 
@@ -71,7 +71,7 @@ def test_weights_that_are_being_written_are_not_damaged(tmp_path: Path, monkeypa
     assert store.verify(deep=True) == []
     done = repair(store.where)
     assert not done.problems and not done.moved and snapshot(store.path) == before
-    assert litter(store).litter == []
+    assert garbage(store).garbage == []
 
 
 def test_a_writer_of_weights_that_was_killed_leaves_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,11 +80,11 @@ def test_a_writer_of_weights_that_was_killed_leaves_no_damage(tmp_path: Path, mo
     half_written(store, monkeypatch)
     bury(store.path)
     assert store.verify(deep=True) == []
-    found = litter(store)
-    assert {Path(item.path).name for item in found.litter} > {"tail.safetensors", "config.json"}
+    found = garbage(store)
+    assert {Path(item.path).name for item in found.garbage} > {"tail.safetensors", "config.json"}
     # The next writer takes its place, note and all.
     store.save_weights(DIGEST, TAIL)
-    assert store.verify(deep=True) == [] and litter(store, older_than=0).litter == []
+    assert store.verify(deep=True) == [] and garbage(store, older_than=0).garbage == []
     assert {p.name for p in (store.path / "weights" / DIGEST).iterdir()} == {*TAIL, "manifest.json"}
 
 
@@ -136,7 +136,7 @@ def test_a_segment_that_goes_while_it_is_verified_is_not_damaged(
     assert home.verify(deep=True) == []
 
 
-def test_unfinished_files_are_litter_wherever_they_are(tmp_path: Path) -> None:
+def test_unfinished_files_are_garbage_wherever_they_are(tmp_path: Path) -> None:
     store = fill(tmp_path)
     (home,) = store.spaces()
     segment = home.segments()[0]
@@ -148,8 +148,8 @@ def test_unfinished_files_are_litter_wherever_they_are(tmp_path: Path) -> None:
     for name in left:
         (store.path / name).write_bytes(b"half")
     assert store.verify(deep=True) == [] and not repair(store.where).problems
-    found = litter(store, older_than=0)
-    assert {item.path for item in found.litter} == left
+    found = garbage(store, older_than=0)
+    assert {item.path for item in found.garbage} == left
     collect(store, found)
     assert not [name for name in left if (store.path / name).exists()] and store.verify(deep=True) == []
 
@@ -215,8 +215,8 @@ def test_gc_keeps_the_last_sound_copy(tmp_path: Path, damage: str) -> None:
         chunk.write_bytes(bytes([data[0] ^ 1]) + data[1:])
     else:
         chunk.unlink()
-    found = litter(store, older_than=0)
-    assert found.litter == [] and len(found.kept) == 2 and all(i in " ".join(found.kept) for i in old)
+    found = garbage(store, older_than=0)
+    assert found.garbage == [] and len(found.kept) == 2 and all(i in " ".join(found.kept) for i in old)
     collect(store, found)
     repair(store.where)
     home = Store.open(store.where).space(home.id)
@@ -231,13 +231,13 @@ def test_gc_removes_what_stands_elsewhere_even_after_two_compactions(tmp_path: P
     sealed(home, [5])
     compact(home)
     shutil.rmtree(home.path / "segments" / new[0])  # the first successor went, the second holds all
-    found = litter(store, older_than=0)
+    found = garbage(store, older_than=0)
     assert not found.kept
     collect(store, found)
     assert len(list((home.path / "segments").iterdir())) == 1 and sorted(home.stored()) == sorted(
         k for n in ([1, 2], [3, 4], [5]) for k in samples(n).keys
     )
-    assert store.verify(deep=True) == [] and litter(store, older_than=0).litter == [] and old
+    assert store.verify(deep=True) == [] and garbage(store, older_than=0).garbage == [] and old
 
 
 def test_a_space_whose_removal_was_killed_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,7 +260,7 @@ def test_a_space_whose_removal_was_killed_is_gone(tmp_path: Path, monkeypatch: p
         if way == "rm":
             assert finish_removals(again, home.id[:8]) == [home.id]
         elif way == "gc":
-            collect(again, litter(again))
+            collect(again, garbage(again))
         else:
             assert again.create_space(home.identity).segments() == []
         left = [p for p in (copy / "spaces").rglob("*") if p.is_file()]
@@ -280,8 +280,8 @@ def test_a_read_only_store_is_one_line(tmp_path: Path, monkeypatch: pytest.Monke
     store = fill(tmp_path)
     (home,) = store.spaces()
     (store.path / temporary_name("store.json")).write_bytes(b"half")
-    found = litter(store, older_than=0)
-    assert found.litter
+    found = garbage(store, older_than=0)
+    assert found.garbage
 
     def refuse(*args: Any, **options: Any) -> Any:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
@@ -308,7 +308,7 @@ def test_a_full_disk_keeps_nobody_from_removing_a_space(tmp_path: Path, monkeypa
 def test_gc_killed_among_weights_leaves_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store.create(tmp_path / "store")
     store.save_weights(DIGEST, TAIL)
-    found = litter(store, older_than=0)
+    found = garbage(store, older_than=0)
     with monkeypatch.context() as patch:
         stop_before(patch, "remove", lambda name: name.endswith("tail.safetensors"))
         with pytest.raises(Stopped):
@@ -316,5 +316,5 @@ def test_gc_killed_among_weights_leaves_no_damage(tmp_path: Path, monkeypatch: p
     bury(store.path)
     assert (store.path / "weights" / DIGEST / "tail.safetensors").exists()
     assert store.verify(deep=True) == []
-    collect(store, litter(store, older_than=0))
+    collect(store, garbage(store, older_than=0))
     assert not (store.path / "weights" / DIGEST).exists()

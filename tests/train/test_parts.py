@@ -30,4 +30,4 @@ def test_parts_change_no_gradient(checkpoints, pictures, monkeypatch, tuner: str
     assert whole.keys() == parts.keys() and whole
     for name, gradient in whole.items():
         torch.testing.assert_close(parts[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
-    assert any(p is not None for p in cut) == (backbone != "vit")  # pictures are of one size
+    assert any(p is not None for p in cut) == (backbone != "vit")  # images are of one size

@@ -1,4 +1,4 @@
-"""The counterparts as LST and SHERL set them beside themselves: their counts at T5-base, and that they train."""
+"""The baselines as LST and SHERL set them beside themselves: their counts at T5-base, and that they train."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipeline.extract.backbones import backbone_for
 from pipeline.extract.pretrained import Checkpoint
 from pipeline.lookup.objective import class_objective
 from pipeline.store.errors import UserError
-from pipeline.train.baselines.methods import PAPER, CounterpartModel, counterpart
+from pipeline.train.baselines.methods import PAPER, BaselineModel, baseline
 from pipeline.train.tuners import tuner_class
 from tests.pipeline.test_compare import trains_only_its_own
 from tests.pipeline.test_errors import refused, run
@@ -32,12 +32,12 @@ def test_counts_at_t5_base_are_the_published_ones(name):
     backbone = backbone_for(config)
     model = backbone_model(backbone)
     assert sum(p.numel() for p in model.parameters()) == TOTAL
-    made = CounterpartModel(
-        counterpart(name, "paper"), backbone, model, class_objective(backbone, tuner_class("sherl"), ((3, 1), (4, 1)))
+    made = BaselineModel(
+        baseline(name, "paper"), backbone, model, class_objective(backbone, tuner_class("sherl"), ((3, 1), (4, 1)))
     )
     assert made.trainable_parameters() == COUNTS[name]
     assert round(100 * COUNTS[name] / TOTAL, 2) == SHARES[name]
-    assert counterpart(name, "paper").lr_text == (0.3 if name == "prompt" else 3e-4)
+    assert baseline(name, "paper").lr_text == (0.3 if name == "prompt" else 3e-4)
 
 
 @pytest.mark.parametrize("name", PAPER)
@@ -49,9 +49,9 @@ def test_they_train_what_they_say_from_the_backbone(checkpoints, pictures, name)
         case.inputs, [[case.backbone.start_id, *chains[2][:-1]]] * len(case.inputs)
     ).batch()
     batch.targets = {"label": torch.full((len(batch),), 2)}
-    plain = CounterpartModel(counterpart("full"), case.backbone, module, case.objective, 0).eval().loss(batch)
+    plain = BaselineModel(baseline("full"), case.backbone, module, case.objective, 0).eval().loss(batch)
     plain = float(plain.detach())
-    model = CounterpartModel(counterpart(name, "paper"), case.backbone, module, case.objective, 0)
+    model = BaselineModel(baseline(name, "paper"), case.backbone, module, case.objective, 0)
     if name != "prompt":  # adapters start near the identity, the others at it
         assert float(model.eval().loss(batch).detach()) == pytest.approx(plain, rel=1e-2 if name == "adapter" else 1e-6)
     model.loss(batch).backward()
@@ -66,7 +66,7 @@ def test_biases_of_bitfit_are_where_they_should_be(checkpoints, pictures):
     """Adding b to a bias adds it to the module's output: on Linears, on norms, and on the columns of the head."""
     case = Case(Checkpoint(checkpoints["t5"], "t5"), "sherl", pictures)
     module = case.backbone.load(case.checkpoint.folder, torch.float32, "sdpa", "cpu")
-    model = CounterpartModel(counterpart("bitfit", "paper"), case.backbone, module, case.objective).eval()
+    model = BaselineModel(baseline("bitfit", "paper"), case.backbone, module, case.objective).eval()
     x = torch.randn(3, 32)
     shift = torch.randn(32)
     for part in (module.decoder.final_layer_norm, module.encoder.block[1].layer[0].SelfAttention.q):
@@ -83,12 +83,12 @@ def test_biases_of_bitfit_are_where_they_should_be(checkpoints, pictures):
 
 def test_what_the_papers_do_not_have_is_refused(checkpoints, pictures):
     with pytest.raises(UserError, match="norm-tuning"):
-        counterpart("norm-tuning", "paper")
+        baseline("norm-tuning", "paper")
     case = Case(Checkpoint(checkpoints["bert"], "bert"), "probe", pictures)
     module = case.backbone.load(case.checkpoint.folder, torch.float32, "sdpa", "cpu")
     for name in PAPER:
         with pytest.raises(UserError, match="for T5"):
-            CounterpartModel(counterpart(name, "paper"), case.backbone, module, case.objective)
+            BaselineModel(baseline(name, "paper"), case.backbone, module, case.objective)
 
 
 def test_a_table_says_with_which_settings_it_was_made(checkpoints, table, tmp_path):

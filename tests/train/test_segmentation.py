@@ -169,5 +169,5 @@ def test_upernet_has_its_published_parameters(width, count):
 def test_images_and_masks_that_do_not_belong_together_are_refused():
     objective = Segmentation(SegmentationConfig(), ANSWERS)
     meta = {META: Geometry((4, 4), (32, 32), (4, 4)).to_meta()}
-    with pytest.raises(UserError, match="a mask of the task table has 5x4 pixels, its picture 4x4"):
+    with pytest.raises(UserError, match="a mask of the task table has 5x4 pixels, its image 4x4"):
         objective.encode(png(np.zeros((5, 4), np.uint8)), meta)

@@ -13,7 +13,7 @@ from pipeline.store import UserError
 from pipeline.train.configs import BLENDS
 from pipeline.train.features import Want
 from pipeline.train.model import Model
-from pipeline.train.tuners import Tuner, TunerConfig, register, tuner_class, tuner_config, tuner_names
+from pipeline.train.tuners import Tuner, TunerConfig, register_tuner, tuner_class, tuner_config, tuner_names
 from pipeline.train.tuners.base import StateLinear
 from pipeline.train.tuners.clip import SherlTower, UniptTower
 from pipeline.train.tuners.mtsa import MTSA, layer_weights, redundancy
@@ -271,11 +271,11 @@ def test_mtsa_stays_in_float32_under_autocast():
 
 def test_registering_checks_name_and_shape():
     with pytest.raises(ValueError, match="already"):
-        register("sherl", TunerConfig)(tuner_class("sherl"))
+        register_tuner("sherl", TunerConfig)(tuner_class("sherl"))
     with pytest.raises(ValueError, match="subclass"):
-        register("odd", TunerConfig)(torch.nn.Linear)  # type: ignore[type-var]
+        register_tuner("odd", TunerConfig)(torch.nn.Linear)  # type: ignore[type-var]
     with pytest.raises(ValueError, match="description"):
-        register("odd", TunerConfig)(type("Odd", (Tuner,), {"states": None}))
+        register_tuner("odd", TunerConfig)(type("Odd", (Tuner,), {"states": None}))
     assert "odd" not in tuner_names()
 
 

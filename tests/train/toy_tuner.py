@@ -11,7 +11,7 @@ from pipeline.extract.backbones.base import Backbone
 from pipeline.extract.backbones.tail import Tail
 from pipeline.extract.batch import Batch
 from pipeline.train.features import Features, Want
-from pipeline.train.tuners import Tuner, TunerConfig, register
+from pipeline.train.tuners import Tuner, TunerConfig, register_tuner
 from pipeline.train.tuners.base import rows_of
 
 
@@ -20,7 +20,7 @@ class ToyConfig(TunerConfig):
     """No options of its own."""
 
 
-@register("toy", ToyConfig)
+@register_tuner("toy", ToyConfig)
 class Toy(Tuner):
     description = "the last state, scaled"
 

@@ -1,6 +1,6 @@
 """Small trainable things put into a frozen backbone or block: LoRA, bottleneck adapters, biases, virtual tokens.
 
-Counterparts put them into the whole live backbone, SHERL into its live tail (Fig. 5).
+Baselines put them into the whole live backbone, SHERL into its live tail (Fig. 5).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def add_lora(module: nn.Module, what: str, rank: int = 8, alpha: int = 16, dropo
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
-        raise UserError("lora needs the peft package: pip install 'activation-pipeline[counterparts]'") from None
+        raise UserError("lora needs the peft package: pip install 'activation-pipeline[baselines]'") from None
     names = {n.rpartition(".")[2] for n, m in module.named_modules() if isinstance(m, nn.Linear)}
     targets = [n for n in ATTENTION if n in names]
     if not targets:

@@ -1,4 +1,4 @@
-"""Live counterparts: methods that train inside the backbone, for tables beside the tuners. Nothing of them is cached.
+"""Live baselines: methods that train inside the backbone, for tables beside the tuners. Nothing of them is cached.
 
 Each is one function that makes some of a loaded backbone trainable. An objective's head reads the last state; a
 text-to-text backbone is read by its own head and scored among the targets, as tuners are.
@@ -37,7 +37,7 @@ PROMPT, PAPER_PROMPT = 20, 100  # virtual tokens of prompt tuning
 
 
 @dataclass(frozen=True)
-class Counterpart:
+class Baseline:
     """`prepare(backbone, model)` makes parts of the model trainable or adds to it. `lr`: the rate used by default,
     `lr_text` under a frozen text head. `virtual`: tokens put before every text."""
 
@@ -133,16 +133,16 @@ def _on_t5(backbone: Backbone) -> None:
         )
 
 
-COUNTERPARTS = {
+BASELINES = {
     c.name: c
     for c in (
-        Counterpart("full", "full fine-tuning", 5e-5, _full, 3e-4),
-        Counterpart("lora", "LoRA of rank 8 on the attention's queries and values (peft)", 1e-3, _lora),
-        Counterpart("adapter", "a bottleneck adapter of width D / 8 after each block", 1e-3, _adapter),
-        Counterpart("prompt", f"prompt tuning: {PROMPT} virtual tokens before the text", 1e-2, _prompt, 0.3, PROMPT),
-        Counterpart("bitfit", "BitFit: the biases", 1e-3, _bitfit),
-        Counterpart("norm-tuning", "weights and biases of the norms", 1e-3, _norms),
-        Counterpart("partial-1", "the last block", 2e-4, _partial),
+        Baseline("full", "full fine-tuning", 5e-5, _full, 3e-4),
+        Baseline("lora", "LoRA of rank 8 on the attention's queries and values (peft)", 1e-3, _lora),
+        Baseline("adapter", "a bottleneck adapter of width D / 8 after each block", 1e-3, _adapter),
+        Baseline("prompt", f"prompt tuning: {PROMPT} virtual tokens before the text", 1e-2, _prompt, 0.3, PROMPT),
+        Baseline("bitfit", "BitFit: the biases", 1e-3, _bitfit),
+        Baseline("norm-tuning", "weights and biases of the norms", 1e-3, _norms),
+        Baseline("partial-1", "the last block", 2e-4, _partial),
     )
 }
 
@@ -150,39 +150,39 @@ COUNTERPARTS = {
 PAPER = {
     c.name: c
     for c in (
-        Counterpart("full", "full fine-tuning", 3e-4, _paper_full, 3e-4),
-        Counterpart(
+        Baseline("full", "full fine-tuning", 3e-4, _paper_full, 3e-4),
+        Baseline(
             "lora", "LoRA of rank 32, alpha 32 on queries and values, biases added and trained", 3e-4, _paper_lora, 3e-4
         ),
-        Counterpart(
+        Baseline(
             "adapter",
             "two adapters of width D / 16 a block, after attention and feed-forward, norms trained",
             3e-4,
             _paper_adapter,
             3e-4,
         ),
-        Counterpart("prompt", f"{PAPER_PROMPT} virtual tokens before the text", 0.3, _paper_prompt, 0.3, PAPER_PROMPT),
-        Counterpart("bitfit", "biases added to Linears, norms and the head", 3e-4, _paper_bitfit, 3e-4),
+        Baseline("prompt", f"{PAPER_PROMPT} virtual tokens before the text", 0.3, _paper_prompt, 0.3, PAPER_PROMPT),
+        Baseline("bitfit", "biases added to Linears, norms and the head", 3e-4, _paper_bitfit, 3e-4),
     )
 }
-PRESETS = {"ours": COUNTERPARTS, "paper": PAPER}
+PRESETS = {"ours": BASELINES, "paper": PAPER}
 
 
-def counterpart(name: str, preset: str = "ours") -> Counterpart:
-    """The counterpart called `name` in the settings of `preset`; UserError offering the nearest otherwise."""
+def baseline(name: str, preset: str = "ours") -> Baseline:
+    """The baseline called `name` in the settings of `preset`; UserError offering the nearest otherwise."""
     if name in PRESETS[preset]:
         return PRESETS[preset][name]
-    if name in COUNTERPARTS:
+    if name in BASELINES:
         raise UserError(f"--preset {preset}: the papers have no {name}; they have: {', '.join(PRESETS[preset])}")
-    near = difflib.get_close_matches(name, COUNTERPARTS, n=2, cutoff=0.4) or list(COUNTERPARTS)
-    raise UserError(f"unknown counterpart {name!r}; did you mean {' or '.join(near)}?")
+    near = difflib.get_close_matches(name, BASELINES, n=2, cutoff=0.4) or list(BASELINES)
+    raise UserError(f"unknown baseline {name!r}; did you mean {' or '.join(near)}?")
 
 
-class CounterpartModel(Reader):
+class BaselineModel(Reader):
     """A backbone with something trainable in it and an objective's head on its last state."""
 
     def __init__(
-        self, method: Counterpart, backbone: Backbone, model: nn.Module, objective: Objective, seed: int = 0
+        self, method: Baseline, backbone: Backbone, model: nn.Module, objective: Objective, seed: int = 0
     ) -> None:
         super().__init__()
         self.architecture, self.backbone, self.objective, self.virtual = backbone, model, objective, method.virtual
@@ -194,7 +194,7 @@ class CounterpartModel(Reader):
             self.stream = backbone.streams[-1]
             self.head = objective.head({self.stream: rows_of(backbone, self.stream, backbone.width)}, self)
 
-    def train(self, mode: bool = True) -> CounterpartModel:
+    def train(self, mode: bool = True) -> BaselineModel:
         super().train(mode)
         for module in self.backbone.modules():
             if isinstance(module, nn.BatchNorm2d):  # small batches would spoil the statistics

@@ -19,7 +19,7 @@ from pipeline.train.objectives.base import (
     objective_class,
     objective_config,
     objective_names,
-    register,
+    register_objective,
 )
 
 __all__ = [
@@ -36,7 +36,7 @@ __all__ = [
     "objective_class",
     "objective_config",
     "objective_names",
-    "register",
+    "register_objective",
     "regression",
     "segmentation",
     "tagging",

@@ -2,7 +2,7 @@
 
 An objective is the one place that knows what a target is: how it becomes numbers, which head learns it with which
 loss, how predictions are scored and how they are told to people. Adding one means adding a file with a config, a
-subclass of `Objective` with its `Head`, and `@register("name", ConfigClass)`.
+subclass of `Objective` with its `Head`, and `@register_objective("name", ConfigClass)`.
 """
 
 from __future__ import annotations
@@ -193,7 +193,7 @@ class Objective(ABC):
 _OBJECTIVES: dict[str, type[Objective]] = {}
 
 
-def register(name: str, config_class: type[ObjectiveConfig]) -> Callable[[type[Objective]], type[Objective]]:
+def register_objective(name: str, config_class: type[ObjectiveConfig]) -> Callable[[type[Objective]], type[Objective]]:
     """Class decorator: make an objective known by `name`. Raises ValueError for a taken name."""
 
     def inner(cls: type[Objective]) -> type[Objective]:

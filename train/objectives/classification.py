@@ -14,7 +14,7 @@ from pipeline.extract.batch import Batch
 from pipeline.train.features import Feature, Features
 from pipeline.train.fit.finite import refuse_nan
 from pipeline.train.objective_configs import ClassificationConfig, named_weights
-from pipeline.train.objectives.base import Outputs, Vocabulary, register
+from pipeline.train.objectives.base import Outputs, Vocabulary, register_objective
 from pipeline.train.objectives.pooled import PooledHead
 from pipeline.train.objectives.scores import ScalarObjective
 
@@ -44,7 +44,7 @@ class ClassHead(PooledHead):
         return {"label": chances.max(-1).indices, "chances": chances}
 
 
-@register("classification", ClassificationConfig)
+@register_objective("classification", ClassificationConfig)
 class Classification(ScalarObjective):
     """Targets are class indices."""
 

@@ -20,7 +20,7 @@ from pipeline.store.errors import UserError
 from pipeline.train.configs import ObjectiveConfig
 from pipeline.train.features import Feature, Features, Want
 from pipeline.train.fit.finite import refuse_nan
-from pipeline.train.objectives.base import Head, Objective, Outputs, Scorer, Vocabulary, register
+from pipeline.train.objectives.base import Head, Objective, Outputs, Scorer, Vocabulary, register_objective
 from pipeline.train.objectives.linear_entropy import entropy_and_hits, summed_entropy
 
 USUAL = ("loss", "perplexity", "token_accuracy")
@@ -112,7 +112,7 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-@register("completion", ObjectiveConfig)
+@register_objective("completion", ObjectiveConfig)
 class Completion(Objective):
     """Targets are tokens of the text itself. Metas say how many `tokens` a sample has and which spans of positions are
     to `learn`."""

@@ -21,7 +21,7 @@ from pipeline.store.errors import UserError
 from pipeline.train.configs import ObjectiveConfig
 from pipeline.train.features import Feature, Features, Want
 from pipeline.train.fit.finite import refuse_nan
-from pipeline.train.objectives.base import Answers, Head, Outputs, Vocabulary, register
+from pipeline.train.objectives.base import Answers, Head, Outputs, Vocabulary, register_objective
 from pipeline.train.objectives.scores import ScalarObjective
 
 IGNORE = -100
@@ -118,7 +118,7 @@ class TextHead(Head):
         return {"label": self.values[chosen] if len(self.values) else chosen, "probability": chance}
 
 
-@register("label-text", ObjectiveConfig)
+@register_objective("label-text", ObjectiveConfig)
 class LabelText(ScalarObjective):
     """Targets are classes or numbers, each answered by the text the task gives it (T5's way)."""
 

@@ -15,7 +15,7 @@ from pipeline.train.features import Feature, Features
 from pipeline.train.fit.finite import refuse_nan
 from pipeline.train.metrics import LABELS
 from pipeline.train.objective_configs import MultilabelConfig, named_weights
-from pipeline.train.objectives.base import Objective, Outputs, Report, Scorer, Vocabulary, register
+from pipeline.train.objectives.base import Objective, Outputs, Report, Scorer, Vocabulary, register_objective
 from pipeline.train.objectives.pooled import PooledHead
 from pipeline.train.objectives.reports import shares
 
@@ -86,7 +86,7 @@ def labels_of(out: Outputs, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
     return out["chances"].float().numpy(), batch.targets["labels"].cpu().numpy() > 0.5
 
 
-@register("multilabel", MultilabelConfig)
+@register_objective("multilabel", MultilabelConfig)
 class Multilabel(Objective):
     """Targets are lists of class indices, empty ones too."""
 

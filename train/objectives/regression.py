@@ -13,7 +13,7 @@ from pipeline.extract.batch import Batch
 from pipeline.train.configs import PooledConfig
 from pipeline.train.features import Feature, Features
 from pipeline.train.fit.finite import refuse_nan
-from pipeline.train.objectives.base import Outputs, Vocabulary, register
+from pipeline.train.objectives.base import Outputs, Vocabulary, register_objective
 from pipeline.train.objectives.pooled import PooledHead
 from pipeline.train.objectives.scores import ScalarObjective
 
@@ -30,7 +30,7 @@ class NumberHead(PooledHead):
         return {"label": refuse_nan(self.outputs(features, batch)).squeeze(-1)}
 
 
-@register("regression", PooledConfig)
+@register_objective("regression", PooledConfig)
 class Regression(ScalarObjective):
     """Targets are numbers."""
 

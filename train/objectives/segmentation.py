@@ -24,7 +24,7 @@ from pipeline.train.features import Feature, Features, Want
 from pipeline.train.fit.finite import refuse_nan
 from pipeline.train.maps import Group, groups, maps
 from pipeline.train.objective_configs import SegmentationConfig
-from pipeline.train.objectives.base import Answers, Head, Objective, Outputs, Scorer, Vocabulary, register
+from pipeline.train.objectives.base import Answers, Head, Objective, Outputs, Scorer, Vocabulary, register_objective
 from pipeline.train.objectives.maskheads import auxiliary_head, map_head
 
 USUAL = ("miou", "pixel_accuracy")
@@ -141,7 +141,7 @@ class MaskScorer(Scorer):
         return {name: figures[name] for name in self.names}
 
 
-@register("segmentation", SegmentationConfig)
+@register_objective("segmentation", SegmentationConfig)
 class Segmentation(Objective):
     """Targets are masks, PNG files whose numbers are indices into the task's labels; numbers beyond them are no class.
     Metas say where the view shows what."""
@@ -167,7 +167,7 @@ class Segmentation(Objective):
         values = read_mask(target, "a mask of the task table")
         if values.shape != geometry.size:
             mask, image = ("x".join(map(str, size)) for size in (values.shape, geometry.size))
-            raise UserError(f"a mask of the task table has {mask} pixels, its picture {image}: extract again")
+            raise UserError(f"a mask of the task table has {mask} pixels, its image {image}: extract again")
         own = self.index[values]
         view = geometry.mask(own, VOID)
         return {"mask": view.reshape(-1), "own": (own if geometry.whole else view).reshape(-1)}

@@ -13,7 +13,7 @@ from pipeline.extract.batch import Batch
 from pipeline.train.configs import ObjectiveConfig
 from pipeline.train.features import Feature, Features, Want
 from pipeline.train.fit.finite import refuse_nan
-from pipeline.train.objectives.base import Head, Objective, Outputs, Report, Scorer, Vocabulary, register
+from pipeline.train.objectives.base import Head, Objective, Outputs, Report, Scorer, Vocabulary, register_objective
 from pipeline.train.objectives.reports import shares
 from pipeline.train.objectives.spans import OUTSIDE, SpanCounts
 
@@ -113,7 +113,7 @@ def sequences(tags: Sequence[str], out: Outputs, batch: Batch) -> Iterator[tuple
         yield [OUTSIDE if t is None else tags[t] for t in told], [tags[t] for t in truth[end - len(told) : end]]
 
 
-@register("tagging", ObjectiveConfig)
+@register_objective("tagging", ObjectiveConfig)
 class Tagging(Objective):
     """Targets are lists of tag indices, one a word. Metas say which word a position belongs to (`word`, -1 for none)
     and how many words there are (`words`)."""

@@ -169,7 +169,7 @@ _FIRST = (
 def prune_vit(
     parameters: Tensors, importance: Tensors, blocks: str, final: str, heads: int, reduction: int, aligned: bool
 ) -> dict[str, Tensor]:
-    """Pre-norm encoders of pictures and of CLIP's texts, to torch's own transformer blocks. `blocks`, `final`: names of
+    """Pre-norm encoders of images and of CLIP's texts, to torch's own transformer blocks. `blocks`, `final`: names of
     the list of blocks and of the norm after them; the first set comes from the patch (or token) embedding."""
     parameters, importance = _unfused(parameters), _unfused(importance)
     depth = 1 + max(int(n.removeprefix(f"{blocks}.").split(".")[0]) for n in parameters if n.startswith(f"{blocks}."))

@@ -3,7 +3,7 @@
 A tuner is a typed config that validates itself and a module that turns a `Batch` of named states into features: named
 rows that an objective's head reads. It says which states it reads and whether it needs the live tail; it cannot tell a
 cached batch from a live one. Adding a tuner means adding one file with a config, a module and
-`@register("name", ConfigClass)`.
+`@register_tuner("name", ConfigClass)`.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ _TUNERS: dict[str, type[Tuner]] = {}
 _FORMS: dict[tuple[str, str], type[Tuner]] = {}
 
 
-def register(name: str, config_class: type[TunerConfig]) -> Callable[[type[Tuner]], type[Tuner]]:
+def register_tuner(name: str, config_class: type[TunerConfig]) -> Callable[[type[Tuner]], type[Tuner]]:
     """Class decorator: make a tuner known by `name`. Raises ValueError for a taken name or a malformed class."""
 
     def inner(cls: type[Tuner]) -> type[Tuner]:

@@ -23,7 +23,7 @@ from pipeline.extract.backbones.tail import Tail
 from pipeline.extract.batch import Batch, Layout
 from pipeline.train.configs import ClipConfig
 from pipeline.train.features import Feature, Features, Want
-from pipeline.train.tuners.base import StateLinear, Tuner, checked_reduction, full_precision, register
+from pipeline.train.tuners.base import StateLinear, Tuner, checked_reduction, full_precision, register_tuner
 from pipeline.train.tuners.mtsa import EPSILON, mix
 
 
@@ -119,7 +119,7 @@ def _read(config: ClipConfig, backbone: Backbone) -> list[str]:
     return names if last in names else [*names, last]
 
 
-@register("sherl-clip", ClipConfig)
+@register_tuner("sherl-clip", ClipConfig)
 class SherlClip(ClipTuner):
     description = "SHERL as on CLIP4Clip: a correction of the class token, no live layer"
     tower = SherlTower
@@ -129,7 +129,7 @@ class SherlClip(ClipTuner):
         return _read(config, backbone)
 
 
-@register("unipt-clip", ClipConfig)
+@register_tuner("unipt-clip", ClipConfig)
 class UniptClip(ClipTuner):
     description = "UniPT as on CLIP4Clip: a correction of the class token"
     tower = UniptTower

@@ -1,7 +1,7 @@
 """SHERL and UniPT on staged backbones (CNNs, Swin): maps of all stages brought to the last one's grid, then position
 by position.
 
-A 1 × 1 convolution with batch norm on maps is a linear map with batch norm on packed rows, so pictures of any size go
+A 1 × 1 convolution with batch norm on maps is a linear map with batch norm on packed rows, so images of any size go
 together without padding. "Cells" are the fine positions under one position of the last grid; where sizes divide,
 pooling over cells is pooling with kernel = stride.
 """

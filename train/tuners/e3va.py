@@ -31,7 +31,7 @@ from pipeline.extract.batch import Batch
 from pipeline.store.errors import UserError
 from pipeline.train.configs import E3vaConfig
 from pipeline.train.features import Features, Want
-from pipeline.train.tuners.base import Tuner, register, rows_of, state_linear
+from pipeline.train.tuners.base import Tuner, register_tuner, rows_of, state_linear
 
 
 class LowRank(nn.Module):
@@ -67,7 +67,7 @@ class LowRankAdapter(nn.Module):
         return x.float() + self.up(F.gelu(self.down(x)))
 
 
-@register("e3va", E3vaConfig)
+@register_tuner("e3va", E3vaConfig)
 class E3va(Tuner):
     """Parameters: 12 α Σ C + 3 Σ C over blocks of width C, and 2 C for each stage's norm."""
 

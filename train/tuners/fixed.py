@@ -8,10 +8,10 @@ from pipeline.extract.backbones.tail import Tail
 from pipeline.extract.batch import Batch
 from pipeline.train.configs import FixedConfig
 from pipeline.train.features import Features, Want
-from pipeline.train.tuners.base import Tuner, register, rows_of
+from pipeline.train.tuners.base import Tuner, register_tuner, rows_of
 
 
-@register("fixed", FixedConfig)
+@register_tuner("fixed", FixedConfig)
 class Fixed(Tuner):
     """No parameters. One map a level, the output of the last block of each (`Levels.levels`)."""
 

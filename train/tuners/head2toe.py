@@ -22,10 +22,10 @@ from pipeline.train.configs import Head2ToeConfig
 from pipeline.train.features import Features, Want
 from pipeline.train.learned import Learned
 from pipeline.train.objectives.pooled import PooledHead
-from pipeline.train.tuners.base import Tuner, register, rows_of
+from pipeline.train.tuners.base import Tuner, register_tuner, rows_of
 
 
-@register("head2toe", Head2ToeConfig)
+@register_tuner("head2toe", Head2ToeConfig)
 class Head2Toe(Tuner):
     """No parameters but the head's: (channels + 1) · classes. Reads a T5's encoder. Selection is over the columns of
     the head's linear map, so it takes one on pooled features."""

@@ -16,7 +16,7 @@ from pipeline.train.configs import PRUNES, LstConfig
 from pipeline.train.features import Features, Want
 from pipeline.train.learned import Learned
 from pipeline.train.sideblocks import prunable, pruned, side_stack
-from pipeline.train.tuners.base import Start, Tuner, checked_reduction, linear, register, rows_of
+from pipeline.train.tuners.base import Start, Tuner, checked_reduction, linear, register_tuner, rows_of
 
 
 class Ladder(nn.Module):
@@ -63,7 +63,7 @@ class Ladder(nn.Module):
         return self.side.final(rows)
 
 
-@register("lst", LstConfig)
+@register_tuner("lst", LstConfig)
 class Lst(Tuner):
     """A ladder a stream. Under a frozen text head a last map goes up to D; a trainable head reads the side width
     (methods §2.1)."""

@@ -14,10 +14,10 @@ from pipeline.extract.batch import Batch
 from pipeline.train.baselines.adapters import Bottleneck
 from pipeline.train.configs import ProbeConfig
 from pipeline.train.features import Features, Want
-from pipeline.train.tuners.base import Tuner, register, rows_of
+from pipeline.train.tuners.base import Tuner, register_tuner, rows_of
 
 
-@register("probe", ProbeConfig)
+@register_tuner("probe", ProbeConfig)
 class Probe(Tuner):
     """No parameters of its own unless the head is frozen; then D². An MLP of width h has 2 D h + D + h. Reads a T5's
     encoder, the last stage of a staged backbone."""

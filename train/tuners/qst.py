@@ -17,11 +17,11 @@ from pipeline.extract.batch import Batch
 from pipeline.extract.kernels.bylength import by_length
 from pipeline.train.configs import QstConfig
 from pipeline.train.features import Features, Want
-from pipeline.train.tuners.base import StateLinear, Tuner, linear, register, rows_of
+from pipeline.train.tuners.base import StateLinear, Tuner, linear, register_tuner, rows_of
 from pipeline.train.tuners.lst import Ladder
 
 
-@register("qst", QstConfig)
+@register_tuner("qst", QstConfig)
 class Qst(Tuner):
     """A ladder on the one stream, a map up, a blend. Rows have the backbone's width, whatever reads them."""
 

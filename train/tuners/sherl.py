@@ -16,12 +16,12 @@ from pipeline.extract.kernels.dropout import Dropout
 from pipeline.train.configs import SherlConfig
 from pipeline.train.features import Features, Want
 from pipeline.train.learned import Learned, Mean
-from pipeline.train.tuners.base import Tuner, checked_reduction, register, rows_of
+from pipeline.train.tuners.base import Tuner, checked_reduction, register_tuner, rows_of
 from pipeline.train.tuners.livelayers import LiveLayers, saved_size
 from pipeline.train.tuners.mtsa import MTSA
 
 
-@register("sherl", SherlConfig)
+@register_tuner("sherl", SherlConfig)
 class Sherl(Tuner):
     """One MTSA a stream over the embedding and the kept layers; the last stream's blend replaces the input of the live
     layer, earlier streams' blends are what it attends to (methods §1.3, §1.4).

@@ -15,10 +15,10 @@ from pipeline.extract.backbones.tail import Tail
 from pipeline.extract.batch import Batch
 from pipeline.train.configs import SideTuningConfig
 from pipeline.train.features import Features, Want
-from pipeline.train.tuners.base import Tuner, checked_reduction, register, rows_of
+from pipeline.train.tuners.base import Tuner, checked_reduction, register_tuner, rows_of
 
 
-@register("side-tuning", SideTuningConfig)
+@register_tuner("side-tuning", SideTuningConfig)
 class SideTuning(Tuner):
     """Parameters: 2 D d + d + D + 1. Reads the first stream (a T5's encoder)."""
 

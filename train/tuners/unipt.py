@@ -27,7 +27,7 @@ from pipeline.train.tuners.base import (
     Tuner,
     checked_reduction,
     full_precision,
-    register,
+    register_tuner,
     rows_of,
 )
 
@@ -82,7 +82,7 @@ class Down(nn.Sequential):
         super().__init__(StateLinear(width, inner), nn.LayerNorm(inner))
 
 
-@register("unipt", UniptConfig)
+@register_tuner("unipt", UniptConfig)
 class Unipt(Tuner):
     """Parameters with n states of width D, embedding and anchor counted: n (Dd + 3d) + (d + 1) + (d² + 3d) + dD + D."""
 

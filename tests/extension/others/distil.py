@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from transformers import DistilBertModel
 
-from pipeline.extract.backbones import Backbone, Batch, Inputs, TextOptions, register
+from pipeline.extract.backbones import Backbone, Batch, Inputs, TextOptions, register_backbone
 from pipeline.extract.backbones.loading import collect, load_frozen
 from pipeline.extract.backbones.text import encoder_inputs
 
 
-@register
+@register_backbone
 class DistilBert(Backbone):
     name = "distilbert"
     model_types = ("distilbert",)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from pipeline.extract.options import option
 from pipeline.train.configs import PooledConfig
-from pipeline.train.objectives import register
+from pipeline.train.objectives import register_objective
 from pipeline.train.objectives.classification import ClassHead, Classification
 
 
@@ -26,7 +26,7 @@ class MarginHead(ClassHead):
         return {"margin": F.multi_margin_loss(outputs, batch.targets["label"], margin=self.margin)}
 
 
-@register("margin", MarginConfig)
+@register_objective("margin", MarginConfig)
 class Margin(Classification):
     description = "one class a sample: multi-class hinge loss on pooled features"
 

@@ -6,7 +6,7 @@ import random
 from pathlib import Path
 
 from pipeline.extract.tasks.base import Rows, Task, TaskSpec
-from pipeline.extract.tasks.registry import register
+from pipeline.extract.tasks.registry import register_task
 
 WORDS = ("the", "old", "cat", "sees", "a", "red", "house")
 
@@ -23,4 +23,4 @@ def load(data: Path | None, grid: float) -> Task:
     return Task(spec, splits, {"source": "made up"})
 
 
-register("word-parity", "even or odd numbers of words", load)
+register_task("word-parity", "even or odd numbers of words", load)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from pipeline.extract.options import option
-from pipeline.train.tuners import Tuner, TunerConfig, register
+from pipeline.train.tuners import Tuner, TunerConfig, register_tuner
 from pipeline.train.tuners.base import rows_of
 
 
@@ -19,7 +19,7 @@ class PowerConfig(TunerConfig):
     seed: float = option(1.0, "Where the scales start.", above=0)  # a name that all runs have too
 
 
-@register("power", PowerConfig)
+@register_tuner("power", PowerConfig)
 class Power(Tuner):
     description = "the last state to a power, scaled"
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.cli.catalog import families
+from pipeline.catalog import families
 from pipeline.extract.short_names import SHORT_NAMES
 from pipeline.store.errors import UserError
 
