@@ -29,13 +29,13 @@ from pipeline.jobs.sources import fresh_source, live_backbone, relive
 from pipeline.owners import recipe_of
 from pipeline.recipe import read_recipe
 from pipeline.store.errors import StoreError, UserError
-from pipeline.train.data.mixture import MixedModel
 from pipeline.train.data.source import Source
 from pipeline.train.evaluate import evaluate, predict
 from pipeline.train.fit.run_files import TUNER, check
 from pipeline.train.fit.run_files import load as load_checkpoint
 from pipeline.train.generate import generate
 from pipeline.train.metrics import score
+from pipeline.train.mixture import MixedModel
 from pipeline.train.model import Model
 from pipeline.train.objectives.base import Objective, Report
 from pipeline.train.objectives.label_text import LabelText

@@ -36,6 +36,9 @@ IMPORT = click.option(
 )
 
 
+STORE = click.option("--store", default=None, help="The store, where it is not the run's own.", metavar="FOLDER")
+MODEL = click.option("--model", default=None, help="The checkpoint, where it has moved.", metavar="NAME")
+DEVICE = click.option("--device", default=None, type=click.Choice(["auto", "cpu", "cuda"]), help="Where to compute.")
 TASK = click.option("--task", default=None, help="Of a run with several tasks: which one.", metavar="NAME")
 
 
@@ -156,9 +159,9 @@ def compare(
 @click.option("--report", is_flag=True, help="Also each class by itself and the confusion matrix, or the residuals.")
 @TASK
 @click.option("--generate", is_flag=True, help="Also generate freely with the frozen decoder live; exact match (T5).")
-@click.option("--store", default=None, help="The store, where it is not the run's own.", metavar="FOLDER")
+@STORE
 @click.option("--model", default=None, help="Checkpoint for --generate, where it has moved.", metavar="NAME")
-@click.option("--device", default=None, type=click.Choice(["auto", "cpu", "cuda"]), help="Where to compute.")
+@DEVICE
 @IMPORT
 @command
 def evaluate(
@@ -183,7 +186,7 @@ def evaluate(
 @click.argument("given", metavar="RUN…", nargs=-1, required=True)
 @click.option("-o", "--output", default="report.html", show_default=True, help="The file.", metavar="FILE")
 @click.option("--store", default=None, help="The store, where it is not the runs' own.", metavar="FOLDER")
-@click.option("--device", default=None, type=click.Choice(["auto", "cpu", "cuda"]), help="Where to compute.")
+@DEVICE
 @IMPORT
 @command
 def report(as_json: bool, given: tuple[str, ...], output: str, **elsewhere: Any) -> tuple[Any, str]:
@@ -219,9 +222,9 @@ def report(as_json: bool, given: tuple[str, ...], output: str, **elsewhere: Any)
     help="Of masks: write them here as PNG, and overlays to look at.",
     metavar="FOLDER",
 )
-@click.option("--store", default=None, help="The store, where it is not the run's own.", metavar="FOLDER")
-@click.option("--model", default=None, help="The checkpoint, where it has moved.", metavar="NAME")
-@click.option("--device", default=None, type=click.Choice(["auto", "cpu", "cuda"]), help="Where to compute.")
+@STORE
+@MODEL
+@DEVICE
 @IMPORT
 @command
 def predict(
@@ -277,9 +280,9 @@ def predict(
 @click.option("--stop", "stops", multiple=True, help="Text to stop before; may be given again.", metavar="TEXT")
 @click.option("--batch-size", default=16, show_default=True, help="Texts written at once.", metavar="N")
 @click.option("--output", default=None, help="Write what --input gives here: .jsonl or .csv.", metavar="FILE")
-@click.option("--store", default=None, help="The store, where it is not the run's own.", metavar="FOLDER")
-@click.option("--model", default=None, help="The checkpoint, where it has moved.", metavar="NAME")
-@click.option("--device", default=None, type=click.Choice(["auto", "cpu", "cuda"]), help="Where to compute.")
+@STORE
+@MODEL
+@DEVICE
 @IMPORT
 @command
 def generate(

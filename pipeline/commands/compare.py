@@ -220,18 +220,10 @@ def fit_baseline(recipe: Recipe, name: str, preset: str) -> Fitted:
     options = fit_options(recipe, job.spec, job.paper, rate)
     folder = Path(recipe.out or f"runs/{name}")
     metrics = fit(
-        model,
-        parts["train"],
-        parts.get("validation"),
-        parts.get("test"),
-        options,
-        folder,
-        job.objective.scorer,
-        job.device,
-        progress=False,
-        resume=False,
+        model, parts["train"], parts.get("validation"), parts.get("test"), options, folder, job.objective.scorer,
+        job.device, progress=False, resume=False,
         info={"baseline": name, "preset": preset, "space": job.found.space.id},
-    )
+    )  # fmt: skip
     return Fitted(job, model, parts["train"], options, metrics)
 
 

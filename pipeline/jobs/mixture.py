@@ -19,10 +19,10 @@ from pipeline.jobs.sources import live_backbone, sources
 from pipeline.recipe import Recipe
 from pipeline.store import TaskTable
 from pipeline.store.errors import UserError, within
-from pipeline.train.data.mixture import MixedModel, MixedScorer, MixedSource
 from pipeline.train.data.source import Source
 from pipeline.train.data.store_source import StoreSource
 from pipeline.train.features import Want
+from pipeline.train.mixture import MixedModel, MixedScorer, MixedSource
 from pipeline.train.model import drawn_from
 from pipeline.train.tuners import TunerConfig, tuner_class
 

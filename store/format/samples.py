@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -68,3 +68,13 @@ def rows_of(offsets: np.ndarray, samples: np.ndarray) -> np.ndarray:
     lengths = offsets[samples + 1] - start
     shift = start - (np.cumsum(lengths) - lengths)
     return np.arange(int(lengths.sum()), dtype=np.int64) + np.repeat(shift, lengths)
+
+
+def side_by_side(parts: Iterable[Samples]) -> Samples:
+    """The same samples with the states and columns of all `parts`, one at least; the first part's lengths hold."""
+    out, *others = parts
+    for part in others:
+        out.lengths = {**part.lengths, **out.lengths}
+        out.states |= part.states
+        out.columns |= part.columns
+    return out

@@ -18,7 +18,7 @@ from pipeline.store.errors import MissingStates
 from pipeline.store.files.local import Files
 from pipeline.store.files.places import open_files
 from pipeline.store.format.names import SEGMENT_BYTES, stream_of
-from pipeline.store.format.samples import Samples
+from pipeline.store.format.samples import Samples, side_by_side
 from pipeline.store.segments.index import Family, Index
 from pipeline.store.segments.segment import Segment
 
@@ -111,18 +111,12 @@ def plan_blocks(
 
 def read_block(block: Block) -> Samples:
     """The samples of `block`, in segment order, as stored. Raises StoreError naming segment and state for damage."""
-    out: Samples | None = None
-    for part in block.parts:
+
+    def read(part: Part) -> Samples:
         segment = _segment(block.store, block.space, part.segment, os.getpid())
-        read = segment.read(part.states, part.columns, block.runs)
-        if out is None:
-            out = read
-        else:
-            out.lengths = {**read.lengths, **out.lengths}
-            out.states |= read.states
-            out.columns |= read.columns
-    assert out is not None
-    return out
+        return segment.read(part.states, part.columns, block.runs)
+
+    return side_by_side(read(part) for part in block.parts)
 
 
 @lru_cache(maxsize=4096)

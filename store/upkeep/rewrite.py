@@ -15,7 +15,7 @@ from pipeline.store.format.arrays import ArraySpec, check_file
 from pipeline.store.format.document import dump_document
 from pipeline.store.format.keys import Keys
 from pipeline.store.format.names import SEGMENT_BYTES, space_path, stream_of
-from pipeline.store.format.samples import Samples
+from pipeline.store.format.samples import Samples, side_by_side
 from pipeline.store.segments.blocks import runs_of
 from pipeline.store.segments.index import Family, families
 from pipeline.store.segments.segment import Segment
@@ -27,17 +27,12 @@ KIND = "activation-superseded"
 def read_family(family: Family, names: Sequence[str], positions: np.ndarray) -> Samples:
     """The samples at `positions` (ascending) with the states and columns `names`."""
     runs = runs_of(positions) if len(positions) else ()
-    out: Samples | None = None
-    for segment in dict.fromkeys([family.base, *(family.holder[n] for n in names)]):
+
+    def read(segment: Segment) -> Samples:
         mine = [n for n in names if family.holder[n] is segment]
-        read = segment.read([n for n in mine if n in segment.states], [n for n in mine if n in segment.columns], runs)
-        if out is None:
-            out = read
-        else:
-            out.lengths = {**read.lengths, **out.lengths}
-            out.states |= read.states
-            out.columns |= read.columns
-    assert out is not None
+        return segment.read([n for n in mine if n in segment.states], [n for n in mine if n in segment.columns], runs)
+
+    out = side_by_side(read(s) for s in dict.fromkeys([family.base, *(family.holder[n] for n in names)]))
     streams = {stream_of(name) for name in names}
     out.lengths = {stream: v for stream, v in out.lengths.items() if stream in streams}
     return out

@@ -10,10 +10,10 @@ import pytest
 
 from pipeline import store
 from pipeline.store.upkeep.rewrite import compact
-from pipeline.train.data.mixture import MixedOrder, MixedScorer, MixedSource
 from pipeline.train.data.order import Order
 from pipeline.train.data.store_source import StoreSource, StreamOptions
 from pipeline.train.fit.loop import FitOptions, fit
+from pipeline.train.mixture import MixedOrder, MixedScorer, MixedSource
 from tests.train.test_layout import space as space  # the fixture
 from tests.train.test_loop import Killed, Stopping, course, kill, scorer
 from tests.train.toys import COLUMNS, STATES, ToyModel, check, key, targets

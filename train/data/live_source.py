@@ -13,7 +13,7 @@ from pipeline.extract.backbones.live import LiveBackbone
 from pipeline.extract.batch import Batch
 from pipeline.extract.inputs import Inputs
 from pipeline.train.data.order import Order
-from pipeline.train.data.source import Share
+from pipeline.train.data.source import Ordered, Share
 from pipeline.train.data.targets import Targets
 
 
@@ -44,7 +44,7 @@ class LiveSlot:
         return self.live.states(self.inputs.take(index), self.states, torch.float32)
 
 
-class LiveSource(LiveSlot):
+class LiveSource(Ordered, LiveSlot):
     """The batches a `StoreSource` of the same `order` hands out, their states computed now, in float32.
 
     `targets`: of the n samples, or None. `wait_seconds` of a batch is the time the backbone took.
@@ -55,13 +55,6 @@ class LiveSource(LiveSlot):
     ) -> None:
         super().__init__(live, inputs, states, order.block)
         self.targets, self.order = targets, order
-
-    @property
-    def n(self) -> int:
-        return self.order.n
-
-    def __len__(self) -> int:
-        return len(self.order)
 
     def follow(self, block: np.ndarray) -> None:
         self.order = replace(self.order, block=block)

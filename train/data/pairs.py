@@ -20,7 +20,7 @@ import torch
 from pipeline.extract.batch import Batch
 from pipeline.store.errors import UserError
 from pipeline.train.data.order import Order, rank_slice
-from pipeline.train.data.source import Share, Slot
+from pipeline.train.data.source import Ordered, Share, Slot
 from pipeline.train.data.store_source import StoreSlot, StreamOptions
 from pipeline.train.data.targets import Targets
 
@@ -33,7 +33,7 @@ def distinct(keys: Sequence[str]) -> tuple[list[str], np.ndarray]:
     return list(number), np.fromiter((number[key] for key in keys), np.int64, len(keys))
 
 
-class PairSource:
+class PairSource(Ordered):
     """Batches of n pairs. `slots`: the distinct samples of each; `places`: slot → (n,) int64, the number that each
     pair's sample has there. `leading`: the slot whose blocks the order follows. `targets`: of the pairs, None for none;
     metas are slot → meta. This `rank` of `world` gets its share of each batch."""
@@ -75,13 +75,6 @@ class PairSource:
 
         order = options.order(slots[leading].block[places[leading]], rows)
         return cls(slots, places, leading, targets, order, options.rank, options.world)
-
-    @property
-    def n(self) -> int:
-        return self.order.n
-
-    def __len__(self) -> int:
-        return len(self.order)
 
     def follow(self, block: np.ndarray) -> None:
         """Hand out the pairs in the order that they have where the leading slot's samples of the pairs stand in the

@@ -13,6 +13,20 @@ from pipeline.extract.batch import Batch
 from pipeline.train.data.order import Order
 
 
+class Ordered:
+    """What is handed out in an `order`: how many samples, how many batches of an epoch."""
+
+    order: Order
+
+    @property
+    def n(self) -> int:
+        """Samples of the split."""
+        return self.order.n
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+
 class Source(Protocol):
     """Samples of one split. Two sources with equal `Order`s hand out the same samples in the same batches."""
 

@@ -34,7 +34,7 @@ from pipeline.train.data.assemble import Loaded, Part, assemble
 from pipeline.train.data.lookahead import LookAhead
 from pipeline.train.data.order import Order, rank_slice
 from pipeline.train.data.readers import make_reader
-from pipeline.train.data.source import Share
+from pipeline.train.data.source import Ordered, Share
 from pipeline.train.data.targets import Targets
 from pipeline.train.data.tiers import choose
 
@@ -216,7 +216,7 @@ class StoreSlot:
         return assemble(parts, self.states, self.columns, self.options.dtype, pin, device)
 
 
-class StoreSource(StoreSlot):
+class StoreSource(Ordered, StoreSlot):
     """The samples `keys` of a feature space, with `states` and `columns`, as the batches of an order of their own.
 
     `targets`: of the samples, in the order of `keys`; None for none. Raises MissingStates if something is not stored,
@@ -237,13 +237,6 @@ class StoreSource(StoreSlot):
             raise UserError(f"{len(targets)} targets for {len(keys)} samples: one each is needed")
         self.targets = targets
         self.order = options.order(self.block, lambda: self.lengths)
-
-    @property
-    def n(self) -> int:
-        return self.order.n
-
-    def __len__(self) -> int:
-        return len(self.order)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of `epoch` from batch `start` on; close the iterator to stop early."""

@@ -124,6 +124,7 @@ class Objective(ABC):
     description: ClassVar[str]
     targets: ClassVar[tuple[str, ...]]  # types of target it learns: class, number, …
     wants: ClassVar[Want] = Want()
+    figures: ClassVar[tuple[str, ...]] = ()  # its own, where the task does not name them
     continues_text: ClassVar[bool] = False  # targets are tokens of the text itself: rows need none of their own
     slots: ClassVar[bool] = False  # its head reads features of several slots (see `Batch.spread`)
     coupled: ClassVar[bool] = False  # a batch's samples stand in one loss: no accumulation, one rank
@@ -137,13 +138,13 @@ class Objective(ABC):
 
     @property
     def metric_names(self) -> tuple[str, ...]:
-        """What `--metric` takes for such answers; () where an objective has its own figures only."""
-        return ()
+        """What `--metric` takes for such answers: the objective's own figures, or more."""
+        return self.figures
 
     @property
     def usual(self) -> tuple[str, ...]:
-        """The figures where none are asked for: the task's own."""
-        return self.answers.metrics
+        """The figures where none are asked for: the objective's own, else the task's."""
+        return self.figures or self.answers.metrics
 
     @property
     def metrics(self) -> tuple[str, ...]:

@@ -118,6 +118,7 @@ class Completion(Objective):
     to `learn`."""
 
     description = "the next token of a text, by a language model's frozen head"
+    figures = USUAL
     targets = ("tokens",)
     wants = Want(kinds=("sequence",), text_head=True)
     continues_text = True
@@ -128,14 +129,6 @@ class Completion(Objective):
     def head(self, features: Mapping[str, Feature], vocabulary: Vocabulary) -> CompletionHead:
         ((name, feature),) = features.items()
         return CompletionHead(name, feature, vocabulary)
-
-    @property
-    def metric_names(self) -> tuple[str, ...]:
-        return USUAL
-
-    @property
-    def usual(self) -> tuple[str, ...]:
-        return USUAL
 
     def scorer(self) -> CompletionScorer:
         return CompletionScorer(self.metrics)

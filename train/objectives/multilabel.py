@@ -91,6 +91,7 @@ class Multilabel(Objective):
     """Targets are lists of class indices, empty ones too."""
 
     description = "any number of labels a sample: a trainable linear map on pooled features"
+    figures = USUAL
     targets = ("classes",)
     slots = True
 
@@ -111,10 +112,6 @@ class Multilabel(Objective):
     @property
     def metric_names(self) -> tuple[str, ...]:
         return tuple(LABELS)
-
-    @property
-    def usual(self) -> tuple[str, ...]:
-        return USUAL
 
     def scorer(self) -> MultilabelScorer:
         return MultilabelScorer(self.metrics, self.config.threshold)

@@ -147,6 +147,7 @@ class Segmentation(Objective):
     Metas say where the view shows what."""
 
     description = "a class for each pixel: UPerNet or FCN on feature maps"
+    figures = USUAL
     targets = ("mask",)
     wants = Want(kinds=("map",))
     files = True
@@ -183,14 +184,6 @@ class Segmentation(Objective):
 
     def head(self, features: Mapping[str, Feature], vocabulary: Vocabulary) -> MaskHead:
         return MaskHead(features, len(self.numbers), self.config)
-
-    @property
-    def metric_names(self) -> tuple[str, ...]:
-        return USUAL
-
-    @property
-    def usual(self) -> tuple[str, ...]:
-        return USUAL
 
     def scorer(self) -> MaskScorer:
         return MaskScorer(len(self.numbers), self.metrics)

@@ -119,6 +119,7 @@ class Tagging(Objective):
     and how many words there are (`words`)."""
 
     description = "a tag for each word: a trainable linear map at the first sub-token of every word"
+    figures = USUAL
     targets = ("tags",)
     wants = Want(kinds=("sequence",))
 
@@ -132,14 +133,6 @@ class Tagging(Objective):
     def head(self, features: Mapping[str, Feature], vocabulary: Vocabulary) -> TagHead:
         ((name, feature),) = features.items()
         return TagHead(name, feature, len(self.answers.labels))
-
-    @property
-    def metric_names(self) -> tuple[str, ...]:
-        return USUAL
-
-    @property
-    def usual(self) -> tuple[str, ...]:
-        return USUAL
 
     def scorer(self) -> TagScorer:
         return TagScorer(self.answers.labels, self.metrics)

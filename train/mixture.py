@@ -18,7 +18,7 @@ from pipeline.extract.batch import Batch
 from pipeline.store.errors import UserError, within
 from pipeline.store.format.digest import digest_bytes
 from pipeline.train.data.order import Order
-from pipeline.train.data.source import Source
+from pipeline.train.data.source import Ordered, Source
 from pipeline.train.evaluate import closing
 from pipeline.train.features import Features
 from pipeline.train.model import Model, Reader, refuse_features
@@ -72,19 +72,14 @@ class MixedOrder(Order):
         return [batch + first for first, part in parts for batch in part.sequential()]
 
 
-class MixedSource:
+class MixedSource(Ordered):
     """The batches of several tasks' sources; `Batch.task` says whose each is, `Batch.index` is its place there."""
+
+    order: MixedOrder
 
     def __init__(self, parts: Mapping[str, Source]) -> None:
         self.parts = dict(parts)
         self.order = MixedOrder.of([part.order for part in self.parts.values()])
-
-    @property
-    def n(self) -> int:
-        return self.order.n
-
-    def __len__(self) -> int:
-        return len(self.order)
 
     def follow(self, block: np.ndarray) -> None:
         self.order = replace(self.order, block=block)
