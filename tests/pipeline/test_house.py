@@ -86,7 +86,8 @@ def said(file: Path) -> list[tuple[int, str]]:
         if plain or (isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Call)):
             skip |= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
         elif isinstance(node, ast.FunctionDef):
-            skip |= set(range(node.lineno, node.body[0].lineno))
+            first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
+            skip |= set(range(first, node.body[0].lineno))
     lines = ((i, line.strip()) for i, line in enumerate(text.splitlines(), 1))
     return [(i, line) for i, line in lines if line and i not in skip and not line.startswith("#")]
 
