@@ -181,7 +181,8 @@ def _prepare(recipe: Recipe, checkpoint: Checkpoint, task: Task | None, upright:
     single = not isinstance(recipe, SlotRecipe)
     task = task or open_task(recipe, backbone if single else None)
     options = space_options(recipe, task.spec, backbone)
-    options = replace(options, text=replace(options.text, upright=upright))
+    if not upright:  # of a space made before images were turned
+        options = replace(options, text=replace(options.text, upright=False))
     task = with_contents(task, backbone, options.text)
     candidates = candidates_of(backbone, checkpoint.tokenizer, task.spec) if single else []
     names = _splits(task, recipe)

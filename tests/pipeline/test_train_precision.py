@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.extract.batch import Batch
 from pipeline.train.features import Feature
 from pipeline.train.objectives.regression import NumberHead
 from tests import tiny
@@ -32,7 +33,7 @@ def test_values_are_not_rounded_to_the_precision_of_the_products():
     """4.01 is no bfloat16: a loss in half precision would learn towards 4.0."""
     head = NumberHead({"a": Feature(8)}, 1, "mean")
     torch.nn.init.zeros_(head.linear.weight)
-    batch = type("Batch", (), {"targets": {"label": torch.full((2,), 4.01)}})()
+    batch = Batch({}, {}, {"encoder": np.ones(2, np.int64)}, targets={"label": torch.full((2,), 4.01)})
     with torch.autocast("cpu", torch.bfloat16):
         loss = head.losses({"a": torch.randn(2, 8)}, batch)["number"]
     assert float(loss.detach()) == pytest.approx(4.01**2, rel=1e-6)
