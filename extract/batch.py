@@ -93,7 +93,7 @@ class Batch:
     samples' targets, by name (`label` (B,) for one class or number a sample); None where there are none. `metas`: what
     extraction knows of each sample (word boundaries and the like). `index`:
     (B,) int64, the place of each sample in its split's task table. `wait_seconds`: how long the consumer waited for
-    this batch. `images`: what a live image backbone reads pixels from; None from the store. `past`: what was run of
+    this batch. `pictures`: what a live image backbone reads pixels from; None from the store. `past`: what was run of
     the samples before these positions, while text is written; then all samples have equally many. `task`: whose samples
     these are, in a run with several.
 

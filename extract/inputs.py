@@ -25,7 +25,7 @@ def ragged(sequences: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
 class Inputs:
     """Integer inputs of n samples. `lengths`: stream → (n,) int64; `columns`: name → (rows,) int32, back to back.
 
-    `truncated`: (n,) bool, samples whose text was cut at the length limit. `images`: (n,) `Image` objects of an
+    `truncated`: (n,) bool, samples whose text was cut at the length limit. `pictures`: (n,) `Picture` objects of an
     image backbone, which are its input; its columns hold the sizes of feature maps only. `skipped`: why samples that
     were asked for are not here, by their place in what was asked for. `metas`: what is known of each sample beside its
     inputs (which words they are), () where nothing is.

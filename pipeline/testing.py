@@ -52,7 +52,7 @@ def small_options(tuner: str) -> dict[str, Any]:
 
 @dataclass
 class Case:
-    """A tuner on a backbone. `images`: a folder of images as a task, for backbones that see; `options`: of the tuner,
+    """A tuner on a backbone. `pictures`: a folder of images as a task, for backbones that see; `options`: of the tuner,
     those of `small_options` if not given."""
 
     checkpoint: Checkpoint
@@ -329,7 +329,7 @@ BACKBONE_CHECKS: list[Callable[[Case], None]] = [
 
 def conform(tuner: str, model: str, pictures: str | Path = "", **options: Any) -> None:
     """Put the registered `tuner` with `options` through all checks on `model`: a name, or the folder of a checkpoint,
-    the smaller the faster. `images`: a folder of images as a task, for backbones that see. Raises AssertionError
+    the smaller the faster. `pictures`: a folder of images as a task, for backbones that see. Raises AssertionError
     naming the check."""
     _put_through(Case(resolve(model), tuner, Path(pictures), options), CHECKS, f"{tuner} on {model}")
 

@@ -1,6 +1,6 @@
 """Images: from a file to the pixels a backbone is fed, the same ones every time.
 
-`Preprocess` is the backbone's own (size, crop, interpolation, normalisation). A `Image` is one file under one
+`Preprocess` is the backbone's own (size, crop, interpolation, normalisation). A `Picture` is one file under one
 preprocessing and one *view*: view 0 is the plain image, the others are fixed random crops, flips and colour changes
 drawn from (seed, view, file). Its key is the xxh3-128 of the file's bytes, the preprocessing and the view. An image is
 turned as its EXIF orientation says before anything else is done to it.

@@ -258,7 +258,7 @@ def step_seconds(
 
 
 def image_seconds(pictures: Sequence[Picture]) -> float:
-    """Seconds to read one of `images` and make it into pixels, several at once as a batch is."""
+    """Seconds to read one of `pictures` and make it into pixels, several at once as a batch is."""
     begun = time.perf_counter()
     load_pixels(pictures)
     return (time.perf_counter() - begun) / len(pictures)

@@ -43,7 +43,7 @@ LARGE_TASKS = ("mnli", "qnli", "qqp", "sst2")
 @dataclass
 class Workload:
     """What is to be run. `lengths`: split → stream → (n,) positions of sampled rows, of images as `Vision.measure`
-    gives them; `rows`: split → rows in all. `images`: a few of the images, to time reading them."""
+    gives them; `rows`: split → rows in all. `pictures`: a few of the images, to time reading them."""
 
     backbone: Backbone
     tuner: str
