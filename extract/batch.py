@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.extract.backbones.past import Past
+from pipeline.extract.past import Past
 from pipeline.store.errors import UserError
 from pipeline.store.format.names import stream_of as stream_of
 from pipeline.store.format.samples import offsets_of

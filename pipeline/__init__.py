@@ -15,16 +15,8 @@ Options are the fields of `Recipe`, with the names of the command line.
 
 from __future__ import annotations
 
-import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
-
-# Threads that wait for each other spin for milliseconds by default. Where another program (or our own thread that makes
-# the next batch) holds the processor, a step of small products then takes several times as long. Read by OpenMP when
-# torch is imported.
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-
 
 if TYPE_CHECKING:
     __version__: str

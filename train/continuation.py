@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from pipeline.extract.backbones.live import LiveBackbone
-from pipeline.extract.backbones.past import Past
 from pipeline.extract.batch import Batch
+from pipeline.extract.past import Past
 from pipeline.store.errors import UserError
 from pipeline.train.fit.finite import refuse_nan
 from pipeline.train.model import Model

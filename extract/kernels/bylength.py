@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pipeline.extract.batch import Batch, stream_of
+from pipeline.extract.kernels import enabled
 from pipeline.store.format.samples import offsets_of, rows_of
 
 PARTS = 4  # more would cut little more padding, and each costs the same kernel calls again
@@ -66,7 +67,7 @@ def groups(lengths: np.ndarray) -> list[np.ndarray]:
 def by_length(batch: Batch, stream: str, rows: Tensor, run: Callable[[Tensor, Batch], Tensor]) -> Tensor:
     """`run(rows, batch)`, which reads nothing of the batch but `stream`, on its parts in turn. Both `rows` (rows, …)
     and the result stand in the order of the whole batch."""
-    parts = batch.derive(f"parts by {stream}", lambda whole: Parts.of(whole, stream))
+    parts = batch.derive(f"parts by {stream}", lambda whole: Parts.of(whole, stream)) if enabled() else None
     if parts is None:
         return run(rows, batch)
     cut = _Reorder.apply(rows, parts.order, parts.back).split(parts.sizes)

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
+from pipeline.extract.kernels import enabled
+
 _LEVELS = 1 << 16
 SIDE = "side"  # the name of `side_attention` in a transformers configuration
 
@@ -50,7 +52,8 @@ class _Drop(torch.autograd.Function):
 
 def drop(x: Tensor, p: float, training: bool) -> Tensor:
     """`x` with each value zero with probability `p` and the others scaled by 1 / (1 − p), while training."""
-    if not training or x.device.type not in ("cpu", "meta") or not 0 < round(p * _LEVELS) < _LEVELS:
+    torchs = not enabled() or x.device.type not in ("cpu", "meta")
+    if not training or torchs or not 0 < round(p * _LEVELS) < _LEVELS:
         return F.dropout(x, p, training)
     return _Drop.apply(x, p)
 

@@ -7,8 +7,9 @@ what is then done with it: gathering rows into fresh memory ran at 1.6 GB/s agai
 from __future__ import annotations
 
 import ctypes
-import os
 from functools import cache
+
+from pipeline.extract.kernels import enabled
 
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8  # <malloc.h>
 KEEP_BYTES = (1 << 31) - 1  # at the end of the heap; the largest that mallopt takes
@@ -19,9 +20,9 @@ def keep_freed_memory() -> bool:
     """Let this process keep the memory it frees for its next buffers; returns whether it does.
 
     Asked for by extraction and training, once: it is a setting of the whole process. `return_freed_memory` gives back
-    what is free. glibc only: elsewhere, and with PIPELINE_MALLOC=system, nothing changes.
+    what is free. glibc only: elsewhere, and where kernels are switched off, nothing changes.
     """
-    if os.environ.get("PIPELINE_MALLOC") == "system":
+    if not enabled():
         return False
     # One arena, so that what the reading thread freed serves the computing one; arenas of threads are small, too.
     settings = ((_ARENA_MAX, 1), (_TRIM_THRESHOLD, KEEP_BYTES), (_MMAP_MAX, 0))
@@ -30,7 +31,7 @@ def keep_freed_memory() -> bool:
 
 def return_freed_memory() -> None:
     """Give what is free back to the system: when a tier is emptied, or a long run has ended."""
-    if keep_freed_memory():
+    if keep_freed_memory.cache_info().currsize and keep_freed_memory():  # not where nobody asked for it
         _libc("malloc_trim", 0)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.extract.batch import Layout
+from pipeline.extract.kernels import enabled
 from pipeline.extract.kernels.dropout import kept, masked
 
 
@@ -24,7 +25,7 @@ def is_cheaper(layer: Any, queries: int) -> bool:
     something was put on the maps (LoRA, biases): their weights are read here."""
     attention = layer.EncDecAttention
     plain = all(type(map_) is nn.Linear and map_.bias is None for map_ in (attention.k, attention.v))
-    return plain and 2 * queries * attention.n_heads <= attention.d_model
+    return enabled() and plain and 2 * queries * attention.n_heads <= attention.d_model
 
 
 def cross_attend(layer: Any, grid: Tensor, memory: Tensor, layout: Layout, lengths: np.ndarray) -> Tensor:

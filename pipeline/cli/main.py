@@ -12,6 +12,7 @@ from pipeline.cli.command import command, imports, printable, voice
 from pipeline.cli.options import build_recipe, split_names, takes, tuners_among
 from pipeline.cli.store import store
 from pipeline.cli.sweep import sweep
+from pipeline.extract.kernels import spin_briefly
 
 EPILOG = """\b
 Start here (no network needed after installation):
@@ -58,6 +59,7 @@ def main(context: click.Context) -> None:
     LST) from the store, as often as you like, on any machine.
     """
     _quiet_libraries()
+    spin_briefly()
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
 

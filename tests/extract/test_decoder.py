@@ -9,8 +9,8 @@ from transformers import AutoConfig, BambaConfig
 
 from pipeline.extract.backbones import Layout, backbone_for
 from pipeline.extract.backbones.decoder import Decoder
-from pipeline.extract.backbones.past import Past
 from pipeline.extract.batch import Batch
+from pipeline.extract.past import Past
 from pipeline.store.errors import UserError
 from pipeline.train.sideblocks import side_stack
 from tests import decoders

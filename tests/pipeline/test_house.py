@@ -49,7 +49,21 @@ def imported(tree: ast.AST) -> set[str]:
     return found & MODULES.keys()
 
 
-GRAPH = {module: imported(ast.parse(file.read_text())) - {module} for module, file in MODULES.items()}
+def packages(module: str) -> set[str]:
+    """The packages that a module lies in."""
+    parts = module.split(".")
+    return {".".join(parts[:n]) for n in range(1, len(parts))}
+
+
+def needed(module: str, file: Path) -> set[str]:
+    """What `module` imports, with the packages that each of these lies in and the module itself does not."""
+    found = imported(ast.parse(file.read_text()))
+    for target in list(found):
+        found |= packages(target) & MODULES.keys() - packages(module)
+    return found - {module}
+
+
+GRAPH = {module: needed(module, file) for module, file in MODULES.items()}
 
 
 def floor_of(module: str) -> int:

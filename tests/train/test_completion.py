@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from pipeline.extract.backbones import Batch, backbone_for
 from pipeline.extract.backbones.live import LiveBackbone
-from pipeline.extract.backbones.past import Past
+from pipeline.extract.past import Past
 from pipeline.store.errors import UserError
 from pipeline.train.continuation import Choice, continued
 from pipeline.train.fit.finite import NotFinite

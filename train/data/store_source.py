@@ -26,7 +26,7 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from pipeline.extract.batch import Batch
-from pipeline.extract.kernels.memory import keep_freed_memory, return_freed_memory
+from pipeline.extract.kernels.memory import return_freed_memory
 from pipeline.store import SEGMENT_BYTES
 from pipeline.store.errors import UserError
 from pipeline.store.format.samples import Samples
@@ -151,7 +151,6 @@ class StoreSlot:
         if count <= 0:
             return
         options = self.options
-        keep_freed_memory()
         begun = time.perf_counter()
         reader = make_reader(options.scheduler, options.workers)
         place = self._device if self.tier == "device" else None
