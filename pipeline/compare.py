@@ -34,7 +34,7 @@ from pipeline.train.metrics import ERRORS
 from pipeline.train.runlog import finite
 from pipeline.train.source import Source
 from pipeline.train.tuners import tuner_names
-from pipeline.training import fit_options, job_doubts, make_folder, run_train
+from pipeline.training import fit_options, job_doubts, make_folder, refuse_parts, run_train
 from pipeline.unused import refuse_for_training
 
 HEAD = ("method", "trainable", "share", "memory", "s/epoch", "metric", "spread", "seeds")
@@ -122,6 +122,7 @@ def _refuse(recipe: Recipe, method: str, preset: str) -> Job:
     if method not in COUNTERPARTS:
         job = load_job(for_tuner(recipe, method))
         refuse_for_training(job.recipe, job.backbones)
+        refuse_parts(job)
         job.model(recipe.seed)
         if not recipe.live:
             sources(job, None)
@@ -132,6 +133,7 @@ def _refuse(recipe: Recipe, method: str, preset: str) -> Job:
 def refuse_counterpart(recipe: Recipe, name: str, preset: str) -> Job:
     """The job of a counterpart. UserError where the backbone has no place for it, or its package is missing."""
     job = _probe(recipe)
+    refuse_parts(job)
     counterpart(name, preset).prepare(job.found.backbone, copy.deepcopy(_shape(job.found.backbone)))
     return job
 

@@ -34,6 +34,7 @@ from pipeline.training import (
     job_doubts,
     make_folder,
     own_options,
+    refuse_parts,
     resolved_recipe,
     write_recipe,
 )
@@ -140,6 +141,7 @@ def _look_up(trial: Trial, others: Sequence[Prepared]) -> Prepared:
     recipe, tail = trial.recipe, None
     job = load_job(recipe)
     refuse_for_training(recipe, job.backbones)
+    refuse_parts(job)
     if "train" not in job.tables:
         raise UserError(f"the store has no train rows of {job.spec.name}")
     for other in others:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from pipeline.store.errors import UserError
 from pipeline.train.loop import FitOptions, NotFinite, fit
@@ -103,6 +104,47 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_both(tmp_path: Path, monkey
     assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [7, 7]
     assert "another rank's loss is not finite at step 3" in (tmp_path / "0").read_text()
     assert "the loss is nan at step 3" in (tmp_path / "1").read_text()
+
+
+class Stated(ToyModel):
+    """With running statistics behind the dropout, which ranks draw apart, and a parameter that no batch reaches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.idle = torch.nn.Parameter(torch.ones(3))
+        self.body.insert(3, torch.nn.BatchNorm1d(16))
+
+    def trainable_state(self) -> dict[str, Any]:
+        return {name: value.clone() for name, value in self.state_dict().items() if name != "frozen"}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here: two ranks in one test not tested")
+def test_ranks_end_with_the_same_statistics_and_leave_alone_what_one_process_would(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("pipeline.store.read_block", SPACE.read_block)
+    children = []
+    for rank in (0, 1):
+        child = os.fork()
+        if not child:
+            os.environ["RANK"] = str(rank)
+            signal.alarm(100)
+            code = 1
+            try:
+                options, model = FitOptions(epochs=1, lr=0.01, weight_decay=0.1), Stated()
+                fit(model, source(), None, None, options, tmp_path / "run", scorer, progress=False)
+                torch.save(model.state_dict(), tmp_path / f"{rank}.pt")
+                code = 0
+            finally:
+                os._exit(code)
+        children.append(child)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0]
+    one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert one["body.3.running_mean"].abs().max() > 0 and torch.equal(one["idle"], torch.ones(3))
 
 
 def test_a_wrong_environment_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

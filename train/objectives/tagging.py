@@ -121,6 +121,7 @@ class Tagging(Objective):
     description = "a tag for each word: a trainable linear map at the first sub-token of every word"
     targets = ("tags",)
     wants = Want(kinds=("sequence",))
+    counts = "words"
 
     def encode(self, target: Sequence[int], meta: Mapping[str, Any]) -> dict[str, Any]:
         tags = np.full(len(meta["word"]), IGNORE, np.int64)
