@@ -187,6 +187,9 @@ def _train(members: Sequence[Prepared], folder: Path, progress: bool) -> dict[st
         if label not in taken:
             taken[label] = step_memory(run.model, run.view(batch, "train"), [member.tail])
         end["memory_bytes"] = taken[label]
+    for source in parts.values():
+        if isinstance(source, StoreSource):
+            source.forget()  # no other pass reads it, and those to come keep blocks of their own
     return {member.trial.name: end for member, end in zip(members, ended, strict=True)}
 
 

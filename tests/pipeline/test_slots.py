@@ -14,7 +14,8 @@ import yaml
 import pipeline
 from pipeline.store import Store
 from pipeline.store.errors import UserError
-from pipeline.train import loop
+from pipeline.train import together
+from pipeline.train.loop import Interrupted
 from pipeline.versions import versions_of
 from tests import tiny
 from tests.pipeline.test_errors import refused
@@ -127,13 +128,14 @@ def test_a_resumed_run_of_slots_keeps_its_options(
     glue: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(self: Any) -> None:
-        self.save()
-        raise loop.Interrupted("stopped")
+        for one in self.runs:
+            one.save()
+        raise Interrupted("stopped")
 
     shutil.copytree(glue["folder"] / "store", tmp_path / "store")
     own = [*glue["options"], "--store", tmp_path / "store"]
     options = [*own, "--tuner", "a=sherl,b=unipt", *TRAIN, "--out", tmp_path / "run"]
-    monkeypatch.setattr(loop._Run, "check", stop)
+    monkeypatch.setattr(together._Together, "check", stop)
     assert invoke("train", *options, "--gate", 0.2).exit_code != 0
     monkeypatch.undo()
     refused(invoke("train", *options), "unfinished run", "gate")
