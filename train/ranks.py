@@ -2,7 +2,7 @@
 
 The environment says which process this is (RANK, WORLD_SIZE, LOCAL_RANK). Every gradient is weighted by what it comes
 from, so the step is the one that a single process would make, up to rounding. Only rank 0 writes to the run's
-folder; all ranks evaluate alike, so that they agree on the best epoch without a word.
+folder; all ranks evaluate alike, and go by the figures of rank 0.
 """
 
 from __future__ import annotations
@@ -10,12 +10,15 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
 from pipeline.store.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,13 @@ class Ranks:
             parameter.grad = grad
             at += grad.numel()
         return summed / total, bool(stopped)
+
+    def agree(self, value: T) -> T:
+        """Rank 0's `value`, on all ranks: what they decide by must be equal to the last bit."""
+        box = [value]
+        if self.world > 1:
+            dist.broadcast_object_list(box, 0)
+        return box[0]
 
     def share(self, buffers: Sequence[Tensor]) -> None:
         """Give all ranks the `buffers` of rank 0: running statistics, which each has of its own share of the batches,

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from pipeline.train.stream import StoreSource, StreamOptions
 from tests.pipeline.test_errors import run
 from tests.store.servers import free_port
 from tests.train.test_loop import SPACE, scorer, source
-from tests.train.toys import ToyModel
+from tests.train.toys import Told, ToyModel
 
 
 @pytest.fixture(scope="module")
@@ -119,9 +120,7 @@ class Stated(ToyModel):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here: two ranks in one test not tested")
-def test_ranks_end_with_the_same_statistics_and_leave_alone_what_one_process_would(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ranks_agree_and_leave_alone_what_one_process_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -134,8 +133,11 @@ def test_ranks_end_with_the_same_statistics_and_leave_alone_what_one_process_wou
             signal.alarm(100)
             code = 1
             try:
-                options, model = FitOptions(epochs=1, lr=0.01, weight_decay=0.1), Stated()
-                fit(model, source(), None, None, options, tmp_path / "run", scorer, progress=False)
+                options, model = FitOptions(epochs=3, lr=0.01, weight_decay=0.1, patience=1), Stated()
+                figures = iter([0.1, 0.2, 0.3] if rank == 0 else [0.3, 0.2, 0.1])  # alone, rank 1 would stop early
+                held, told = source(range(80, 95)), partial(Told, lambda p, y: {"average": next(figures)})
+                done = fit(model, source(), held, None, options, tmp_path / "run", told, progress=False)
+                assert done["best_epoch"] == 3
                 torch.save(model.state_dict(), tmp_path / f"{rank}.pt")
                 code = 0
             finally:
