@@ -135,7 +135,7 @@ def test_ranks_agree_and_leave_alone_what_one_process_would(tmp_path: Path, monk
             try:
                 options, model = FitOptions(epochs=3, lr=0.01, weight_decay=0.1, patience=1), Stated()
                 figures = iter([0.1, 0.2, 0.3] if rank == 0 else [0.3, 0.2, 0.1])  # alone, rank 1 would stop early
-                held, told = source(range(80, 95)), partial(Told, lambda p, y: {"average": next(figures)})
+                held, told = source(range(80, 95)), partial(Told, lambda p, y, given=figures: {"average": next(given)})
                 done = fit(model, source(), held, None, options, tmp_path / "run", told, progress=False)
                 assert done["best_epoch"] == 3
                 torch.save(model.state_dict(), tmp_path / f"{rank}.pt")
