@@ -19,7 +19,7 @@ from pipeline.checks.unused_options import refuse_for_training
 from pipeline.command_lines import NotExtracted
 from pipeline.commands.extract import Say
 from pipeline.commands.prepare import load_backbone
-from pipeline.commands.train import fit_options, job_doubts, make_folder, run_train
+from pipeline.commands.train import fit_options, job_doubts, make_folder, refuse_parts, run_train
 from pipeline.cost.flops import backbone_model, kept_bytes
 from pipeline.extract.backbones import Backbone, Batch
 from pipeline.jobs.job import Job, load_job, stated
@@ -122,6 +122,7 @@ def _refuse(recipe: Recipe, method: str, preset: str) -> Job:
     if method not in BASELINES:
         job = load_job(for_tuner(recipe, method))
         refuse_for_training(job.recipe, job.backbones)
+        refuse_parts(job)
         job.model(recipe.seed)
         if not recipe.live:
             sources(job, None)
@@ -132,6 +133,7 @@ def _refuse(recipe: Recipe, method: str, preset: str) -> Job:
 def refuse_baseline(recipe: Recipe, name: str, preset: str) -> Job:
     """The job of a baseline. UserError where the backbone has no place for it, or its package is missing."""
     job = _probe(recipe)
+    refuse_parts(job)
     baseline(name, preset).prepare(job.found.backbone, copy.deepcopy(_shape(job.found.backbone)))
     return job
 

@@ -92,7 +92,7 @@ def _store(where: str, problems: list[str]) -> dict[str, Any]:
         store = Store.open(place)
         wrong = store.verify()
     except UserError as error:
-        if where or os.environ.get("PIPELINE_STORE"):
+        if where or os.environ.get("PIPELINE_STORE") or Path(place).exists():
             problems.append(str(error))
         return {"place": place, "there": False}
     spaces = store.spaces()

@@ -18,6 +18,7 @@ from pipeline.commands.train import (
     job_doubts,
     make_folder,
     own_options,
+    refuse_parts,
     resolved_recipe,
     write_recipe,
 )
@@ -140,6 +141,7 @@ def _look_up(trial: Trial, others: Sequence[Prepared]) -> Prepared:
     recipe, tail = trial.recipe, None
     job = load_job(recipe)
     refuse_for_training(recipe, job.backbones)
+    refuse_parts(job)
     if "train" not in job.tables:
         raise UserError(f"the store has no train rows of {job.spec.name}")
     for other in others:
@@ -185,6 +187,9 @@ def _train(members: Sequence[Prepared], folder: Path, progress: bool) -> dict[st
         if label not in taken:
             taken[label] = step_memory(run.model, run.view(batch, "train"), [member.tail])
         end["memory_bytes"] = taken[label]
+    for source in parts.values():
+        if isinstance(source, StoreSource):
+            source.forget()  # no other pass reads it, and those to come keep blocks of their own
     return {member.trial.name: end for member, end in zip(members, ended, strict=True)}
 
 

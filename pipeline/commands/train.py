@@ -81,10 +81,27 @@ def make_folder(folder: Path) -> None:
         raise UserError(f"--out {folder}: the folder cannot be made ({why}); choose another") from None
 
 
+def refuse_parts(job: AnyJob) -> None:
+    """UserError where a step over several batches or processes would not be the step of one large batch."""
+    ranks, several = Ranks.from_environment().world, job.recipe.accumulate > 1
+    for part in job.each:
+        if part.objective.coupled and (several or ranks > 1):
+            what = "--accumulate" if several else f"{ranks} processes"
+            raise UserError(
+                f"{what}: objective {part.objective.name} compares the samples of a batch with each other, so a batch "
+                "cannot be made of parts; give a larger --batch-size to one process"
+            )
+    counted = {part.spec.name: part.objective.counts for part in job.each}
+    if several and len(set(counted.values())) > 1:
+        said = ", ".join(f"{what} of {task}" for task, what in counted.items())
+        raise UserError(f"--accumulate: a step would weigh the tasks by {said}; leave it out, or train them apart")
+
+
 def run_train(recipe: Recipe, say: Say, quiet: bool = False) -> dict[str, Any]:
     """Train what `recipe` says; `say` takes the lines a person reads. Returns the metrics with the run's folder."""
     job = open_job(recipe)
     refuse_for_training(recipe, job.backbones)
+    refuse_parts(job)
     for part in job.each:
         if "train" not in part.tables:
             what = f"the store has no train rows of {part.spec.name}"
@@ -170,7 +187,7 @@ def resolved_recipe(job: AnyJob, options: FitOptions) -> Recipe:
         job.recipe,
         task=",".join(lasting_name(part) for part in job.each),
         store=absolute(store_path(job.recipe)),
-        batch_size=job.batch_size,
+        batch_size=job.batch_size if len({part.batch_size for part in job.each}) == 1 else None,
         group_by_length=grouped(job.recipe, job.paper),
         objective=objectives[0].name if alike else job.recipe.objective,
         epochs=options.epochs,

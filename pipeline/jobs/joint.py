@@ -198,13 +198,12 @@ class Joint:
     def _live_pairs(
         self, parts: Mapping[str, Split], stored: PairSource | None, order: Order, targets: Targets | None
     ) -> PairSource:
-        """Pairs computed from prepared rows. `stored`: those of the store, whose samples stand by block."""
+        """Pairs computed from prepared rows. `stored`: those of the store, where there are any."""
         slots, places = {}, {}
         for slot, part in parts.items():
             _, places[slot] = distinct(part.keys)
             inputs = part.inputs.take(np.unique(places[slot], return_index=True)[1])
-            block = None if stored is None else stored.slots[slot].block
-            slots[slot] = LiveSlot(self.live()[slot][0], inputs, self.jobs[slot].states, block)
+            slots[slot] = LiveSlot(self.live()[slot][0], inputs, self.jobs[slot].states)
         leading = next(iter(slots)) if stored is None else stored.leading
         return PairSource(slots, places, leading, targets, order)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -29,7 +30,6 @@ from pipeline.train.metrics import ERRORS
 
 Say = Callable[[str], None]
 LOOKED_INTO = 4  # runs that a report shows predictions of
-PERCENT = ("loss", "rmse", "mae", "perplexity")  # figures that are no shares
 
 
 def run_report(given: Sequence[str], output: Path, say: Say, **elsewhere: Any) -> tuple[dict[str, Any], str]:
@@ -117,7 +117,7 @@ def _facts(runs: Sequence[Shown]) -> list[tuple[str, str]]:
 def _number(name: str, value: float | None, spread: float | None = None) -> str:
     if value is None:
         return ""
-    share = not any(word in name for word in PERCENT)
+    share = re.split(r"[ .]", name)[-1] not in ERRORS  # of "test mse" or, of one of several tasks, "test lengths.mse"
     shown = f"{100 * value:.1f}" if share else f"{value:.4g}"
     more = "" if spread is None else f" ± {100 * spread:.1f}" if share else f" ± {spread:.2g}"
     return shown + more

@@ -64,6 +64,16 @@ def trains_only_its_own(model: BaselineModel, batch) -> None:
     assert all(torch.equal(v, model.trainable_state()[k]) for k, v in before.items())
 
 
+def test_the_statistics_of_a_head_are_kept(checkpoints, pictures):
+    _, model = made(checkpoints, pictures, "vit", "partial-1")
+    model.head.norm = torch.nn.BatchNorm1d(3)
+    model.head.norm.running_mean.fill_(1)
+    kept = {name: value.clone() for name, value in model.trainable_state().items()}
+    model.head.norm.running_mean.zero_()
+    model.load_trainable(kept)
+    assert (model.head.norm.running_mean == 1).all()
+
+
 @pytest.mark.parametrize("name", BASELINES)
 def test_on_a_t5_they_start_at_its_own_loss(checkpoints, pictures, name):
     case = Case(Checkpoint(checkpoints["t5"], "t5"), "sherl", pictures)

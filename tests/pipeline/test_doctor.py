@@ -45,6 +45,15 @@ def test_a_store_is_counted_and_its_damage_named(checkpoints, table, tmp_path, m
     assert text.exit_code == 0 and "problems:" in text.stdout and "1 problems" in text.stdout
 
 
+def test_a_usual_place_that_is_no_store_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PIPELINE_STORE", raising=False)
+    (tmp_path / "activations").mkdir()
+    (tmp_path / "activations" / "store.json").write_text("{")
+    (problem,) = found()["problems"]
+    assert "activations" in problem
+
+
 def test_what_is_missing_is_named_with_its_command(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     real = importlib.util.find_spec

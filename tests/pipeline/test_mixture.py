@@ -10,6 +10,7 @@ import yaml
 
 import pipeline
 from pipeline.store.errors import UserError
+from pipeline.train.objectives.regression import Regression
 from tests import tiny
 from tests.pipeline.test_errors import refused
 from tests.pipeline.test_errors import run as invoke
@@ -108,6 +109,12 @@ def test_what_several_tasks_do_not_take(tables: Path, checkpoints: dict[str, Pat
     refused(invoke(*train, "--tuner", "head2toe"), "head2toe", "weights of a head")
     refused(invoke(*train, "--tuner", "probe", "--objective", "regression"), "animals", "class")
     refused(invoke(*train, "--tuner", "probe", "--model", f"a={bert},b={bert}"), "several tasks", "one backbone")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Regression, "counts", "words")
+        refused(invoke(*train, "--tuner", "probe", "--accumulate", 2), "--accumulate", "words of lengths")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Regression, "coupled", True)
+        refused(invoke(*train, "--tuner", "probe", "--accumulate", 2), "--accumulate", "objective regression")
     same = f"{tables / 'animals.csv'},{tables / 'animals.csv'}"
     refused(invoke(*train, "--tuner", "probe", "--task", same), "two tasks", "animals")
     for command in ("plan", "bench", "compare"):

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from pipeline.report.facts import Shown, settings_of
-from pipeline.report.html import _judged, _ranked
+from pipeline.report.html import _judged, _number, _ranked
 from pipeline.runs import load_run
 from tests.pipeline.test_errors import refused, run
 
@@ -140,6 +140,11 @@ def test_runs_a_folder_of_runs_and_a_table_of_compare(swept, checkpoints, tmp_pa
 def test_without_its_store_a_report_says_so(swept, tmp_path):
     page, _ = report(tmp_path / "a.html", swept / "sweep" / "lst-s0", "--store", tmp_path / "none")
     assert "Nothing to look into" in page.text and "Training" in page.text
+
+
+def test_errors_are_not_shown_in_percent():
+    assert _number("test mse", 1.234, 0.1) == "1.234 ± 0.1" and _number("test lengths.mae", 2.0) == "2"
+    assert _number("test cats.f1_macro", 0.5, 0.01) == "50.0 ± 1.0" and _number("validation accuracy", 0.125) == "12.5"
 
 
 def test_numbers_have_pairs_and_errors(checkpoints, tmp_path):

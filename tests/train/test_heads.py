@@ -47,6 +47,23 @@ def test_loss_is_cross_entropy_on_the_own_target():
     torch.testing.assert_close(head.losses({"decoder": rows}, batch)["token"], expected)
 
 
+def test_losses_of_parts_add_up_by_their_weights():
+    """Targets of 2 to 4 tokens: what one batch gives, two that make it up give too."""
+    head, labels = TextHead("decoder", ToyTail(), TARGETS), torch.tensor([2, 1, 0, 4])
+    torch.manual_seed(0)
+    rows = torch.randn(sum(len(TARGETS[i]) for i in labels), VOCABULARY)
+
+    def part(first, end):
+        batch = batch_of([gold_chain(TARGETS[i], 0) for i in labels[first:end]], labels[first:end])
+        at = sum(len(TARGETS[i]) for i in labels[:first])
+        own = rows[at : at + int(batch.lengths["decoder"].sum())]
+        return head.losses({"decoder": own}, batch)["token"], head.weight(batch)
+
+    (whole, all_of_it), (one, a), (two, b) = part(0, 4), part(0, 1), part(1, 4)
+    assert (a, b, all_of_it) == (4, 8, 12)
+    torch.testing.assert_close((a * one + b * two) / (a + b), whole)
+
+
 def greedy(logits_of, targets):
     """Plain greedy decoding restricted to `targets`: the index it ends in."""
     alive, prefix = list(range(len(targets))), ()

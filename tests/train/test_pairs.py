@@ -106,10 +106,11 @@ def test_the_dear_slot_is_read_in_blocks(spaces: dict[str, store.Space]) -> None
 
 
 class Joined(ToyModel):
-    """The toy, on the images of the pairs."""
+    """The toy, on both parts of the pairs."""
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        return batch.spread("image/x", super().forward(batch.of("image")))
+        found = [batch.spread(f"{slot}/x", super(Joined, self).forward(batch.of(slot))) for slot in SLOTS]
+        return found[0] + found[1]
 
 
 def train(spaces: dict[str, store.Space], run: Path, stop: int | None = None, **options: Any) -> dict[str, Any]:

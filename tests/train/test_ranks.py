@@ -7,11 +7,13 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from pipeline.store.errors import UserError
 from pipeline.train.data.store_source import StoreSource, StreamOptions
@@ -20,7 +22,7 @@ from pipeline.train.fit.ranks import Ranks
 from tests.pipeline.test_errors import run
 from tests.store.servers import free_port
 from tests.train.test_loop import SPACE, scorer, source
-from tests.train.toys import ToyModel
+from tests.train.toys import Told, ToyModel
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +105,48 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_both(tmp_path: Path, monkey
     assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [7, 7]
     assert "another rank's loss is not finite at step 3" in (tmp_path / "0").read_text()
     assert "the loss is nan at step 3" in (tmp_path / "1").read_text()
+
+
+class Stated(ToyModel):
+    """With running statistics behind the dropout, which ranks draw apart, and a parameter that no batch reaches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.idle = torch.nn.Parameter(torch.ones(3))
+        self.body.insert(3, torch.nn.BatchNorm1d(16))
+
+    def trainable_state(self) -> dict[str, Any]:
+        return {name: value.clone() for name, value in self.state_dict().items() if name != "frozen"}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here: two ranks in one test not tested")
+def test_ranks_agree_and_leave_alone_what_one_process_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("pipeline.store.read_block", SPACE.read_block)
+    children = []
+    for rank in (0, 1):
+        child = os.fork()
+        if not child:
+            os.environ["RANK"] = str(rank)
+            signal.alarm(100)
+            code = 1
+            try:
+                options, model = FitOptions(epochs=3, lr=0.01, weight_decay=0.1, patience=1), Stated()
+                figures = iter([0.1, 0.2, 0.3] if rank == 0 else [0.3, 0.2, 0.1])  # alone, rank 1 would stop early
+                held, told = source(range(80, 95)), partial(Told, lambda p, y, given=figures: {"average": next(given)})
+                done = fit(model, source(), held, None, options, tmp_path / "run", told, progress=False)
+                assert done["best_epoch"] == 3
+                torch.save(model.state_dict(), tmp_path / f"{rank}.pt")
+                code = 0
+            finally:
+                os._exit(code)
+        children.append(child)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0]
+    one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert one["body.3.running_mean"].abs().max() > 0 and torch.equal(one["idle"], torch.ones(3))
 
 
 def test_a_wrong_environment_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

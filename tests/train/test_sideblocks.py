@@ -8,6 +8,7 @@ import torch
 
 from pipeline.extract.backbones import Backbone, Batch
 from pipeline.extract.backbones.bert import Bert
+from pipeline.extract.past import Past
 from pipeline.extract.pretrained import Checkpoint
 from pipeline.store import UserError
 from pipeline.train.sideblocks import SideStack, TransformerStack, prunable, pruned, side_stack
@@ -55,6 +56,13 @@ def test_a_position_sees_what_it_sees_in_the_backbone(how):
         together = [j for j in range(6) if sample[j] == sample[i]]
         expected = {"whole": together, "causal": [j for j in together if j <= i], "tree": path[i]}[how]
         assert found[i].nonzero()[0].tolist() == expected
+
+
+def test_general_blocks_refuse_positions_without_those_before_them():
+    batch = batch_of()
+    batch.past = Past()
+    with pytest.raises(UserError, match="token at a time"):
+        TransformerStack(16, 4, 2, causal=True).context(batch, "decoder", None)
 
 
 class Kin(Bert):

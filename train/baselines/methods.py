@@ -229,17 +229,22 @@ class BaselineModel(Reader):
         return self.architecture.logits(self.backbone, rows, tokens)
 
     def trainable_state(self) -> dict[str, Tensor]:
-        """Name → tensor of everything that is trained, on the host."""
-        return {k: p.detach().cpu().contiguous() for k, p in self.named_parameters() if p.requires_grad}
+        """Name → tensor of everything that training changes, on the host."""
+        return {k: v.detach().cpu().contiguous() for k, v in self._trained().items()}
+
+    def _trained(self) -> dict[str, Tensor]:
+        """The parameters that are trained, and all of the head: running statistics too."""
+        own = {k: p for k, p in self.named_parameters() if p.requires_grad}
+        return own | {f"head.{k}": v for k, v in self.head.state_dict().items()}
 
     def load_trainable(self, state: dict[str, Tensor]) -> None:
         """Put a saved state back. Raises UserError where it does not fit."""
-        own = {k: p for k, p in self.named_parameters() if p.requires_grad}
+        own = self._trained()
         if own.keys() != state.keys():
             raise UserError(f"saved weights do not fit this model: {min(own.keys() ^ state.keys())}")
         with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(state[name])
+            for name, tensor in own.items():
+                tensor.copy_(state[name])
 
 
 def text_rows(lengths: np.ndarray, virtual: int) -> Tensor:

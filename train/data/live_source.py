@@ -18,14 +18,10 @@ from pipeline.train.data.targets import Targets
 
 
 class LiveSlot:
-    """The samples of `inputs` by number, their `states` computed when they are asked for, in float32. `block`: (m,) the
-    block that each stands in where they are stored, so that a batch has them in the same order; None for one block."""
+    """The samples of `inputs` by number, their `states` computed when they are asked for, in float32."""
 
-    def __init__(
-        self, live: LiveBackbone, inputs: Inputs, states: Sequence[str], block: np.ndarray | None = None
-    ) -> None:
+    def __init__(self, live: LiveBackbone, inputs: Inputs, states: Sequence[str]) -> None:
         self.live, self.inputs, self.states = live, inputs, list(states)
-        self.block = np.zeros(len(inputs), np.int64) if block is None else block
 
     def regroup(self, groups: np.ndarray) -> None:
         """Nothing is read."""
@@ -53,7 +49,7 @@ class LiveSource(Ordered, LiveSlot):
     def __init__(
         self, live: LiveBackbone, inputs: Inputs, targets: Targets | None, states: Sequence[str], order: Order
     ) -> None:
-        super().__init__(live, inputs, states, order.block)
+        super().__init__(live, inputs, states)
         self.targets, self.order = targets, order
 
     def follow(self, block: np.ndarray) -> None:

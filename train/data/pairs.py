@@ -51,7 +51,8 @@ class PairSource(Ordered):
         if targets is not None and len(targets) != order.n:
             raise UserError(f"{len(targets)} targets for {order.n} pairs: one each is needed")
         self.slots, self.places, self.leading = dict(slots), dict(places), leading
-        self.targets, self.order, self._rank, self._world = targets, order, rank, world
+        self.targets, self._rank, self._world = targets, rank, world
+        self._follow(order)
 
     @classmethod
     def of_store(
@@ -79,12 +80,22 @@ class PairSource(Ordered):
     def follow(self, block: np.ndarray) -> None:
         """Hand out the pairs in the order that they have where the leading slot's samples of the pairs stand in the
         blocks `block`, (n,) int64."""
-        place = self.places[self.leading]
-        groups = np.zeros(len(self.slots[self.leading].block), np.int64)
-        groups[place] = block
-        if np.array_equal(groups[place], block):  # else another slot led then: the order holds, reading is less even
-            self.slots[self.leading].regroup(groups)
-        self.order = replace(self.order, block=block)
+        self._follow(replace(self.order, block=block))
+        # Where another slot led then the order holds, and reading is less even.
+        if self.leading in self._groups:
+            self.slots[self.leading].regroup(self._groups[self.leading])
+
+    def _follow(self, order: Order) -> None:
+        """`_groups`: slot → (m,) int64, by what its samples stand in a batch before their numbers. It follows from the
+        order alone and never from where samples lie now, for what drops out of a batch depends on their places."""
+        self.order, self._groups = order, dict[str, np.ndarray]()
+        for name in (self.leading, *(name for name in self.slots if name != self.leading)):
+            place = self.places[name]
+            groups = np.zeros(int(place.max(initial=-1)) + 1, np.int64)
+            groups[place] = order.block
+            if np.array_equal(groups[place], order.block):  # the slot whose blocks these are
+                self._groups[name] = groups
+                return
 
     def epochs(self, first: int, end: int, start: int = 0) -> Iterator[Batch]:
         """The shuffled batches, see `Source.epochs`."""
@@ -120,10 +131,13 @@ class PairSource(Ordered):
             ]
 
     def _numbers(self, slot: str, pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The distinct samples (k,) that `pairs` (B,) name, by block, and which of them each pair has, (B,)."""
+        """The distinct samples (k,) that `pairs` (B,) name, by `_groups` and number, and which of them each pair has,
+        (B,)."""
         found, which = np.unique(self.places[slot][pairs], return_inverse=True)
-        by_block = np.argsort(self.slots[slot].block[found], kind="stable")
-        return found[by_block], np.argsort(by_block, kind="stable")[which]
+        if slot not in self._groups:
+            return found, which
+        by_group = np.argsort(self._groups[slot][found], kind="stable")
+        return found[by_group], np.argsort(by_group, kind="stable")[which]
 
     def _pairs(self, pairs: np.ndarray, parts: Mapping[str, Batch]) -> Batch:
         # Where only some slots fit on the device, the others' parts follow them.

@@ -75,11 +75,6 @@ class Share:
 class Slot(Protocol):
     """The distinct samples of one feature space, or of one live backbone, by number."""
 
-    @property
-    def block(self) -> np.ndarray:
-        """(m,) int64, the block of each sample."""
-        ...
-
     def regroup(self, groups: np.ndarray) -> None:
         """Read each of the groups `groups`, (m,) int64, as one or a few blocks from now on."""
         ...

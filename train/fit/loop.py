@@ -108,6 +108,8 @@ class Training:
             raise UserError("the training split has no samples: give another split or a larger limit")
         self.optimizer, self.names = adamw(model, options)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        trained = model.trainable_state() if self.ranks.world > 1 else {}  # type: ignore[operator]
+        self.buffers = [buffer for name, buffer in model.named_buffers() if name in trained]
         self.scaler = torch.amp.GradScaler(device.type, enabled=options.precision == "float16")
         self.total = options.steps(len(train))
         self.state = State()
@@ -189,15 +191,15 @@ class Training:
         reseed(options.seed + 1_000_003 * self.ranks.rank, state.step, self.device)
         self.optimizer.zero_grad(set_to_none=True)
         self.model.begin_step(state.step, self.total)
-        group = [batch for batch in group if len(batch)]  # This rank's share of a last batch may be empty.
+        # This rank's share of a last batch may be empty.
+        group = [batch.to(self.device) for batch in group if len(batch)]
         weights = [self.model.weight(batch) for batch in group]
         total = sum(weights)
         mean, trouble = 0.0, ""
         for batch, weight in zip(group, weights, strict=True):
-            on_device = batch.to(self.device)
             share = weight / total if total else 0.0
             with autocast(self.device, options.precision):
-                loss = self.model.loss(on_device)
+                loss = self.model.loss(batch)
             value = float(loss.detach())
             if not math.isfinite(value):
                 trouble = f"the loss is {value}"
@@ -214,6 +216,7 @@ class Training:
             raise NotFinite(self.advice(f"the gradient's norm is {norm}", number, lr))
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.ranks.share(self.buffers)
         self.model.stepped()
         self.schedule.step()
         return {

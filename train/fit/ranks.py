@@ -2,7 +2,7 @@
 
 The environment says which process this is (RANK, WORLD_SIZE, LOCAL_RANK). Every gradient is weighted by what it comes
 from, so the step is the one that a single process would make, up to rounding. Only rank 0 writes to the run's
-folder; all ranks evaluate alike, so that they agree on the best epoch without a word.
+folder; all ranks evaluate alike, and go by the figures of rank 0.
 """
 
 from __future__ import annotations
@@ -10,12 +10,15 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
 from pipeline.store.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,8 @@ class Ranks:
         return bool(flag)
 
     def average(self, parameters: Sequence[Tensor], weight: float, loss: float, stop: bool) -> tuple[float, bool]:
-        """Replace each gradient by its mean over all ranks.
+        """Replace each gradient by its mean over all ranks; a parameter that has none on any rank gets none, so that
+        the optimizer leaves it alone, as in a single process.
 
         `weight`, `loss`: what this rank's batches count for (their samples, say), and their mean loss. Returns the mean
         loss over all, and whether any rank was asked to `stop`.
@@ -71,15 +75,31 @@ class Ranks:
         if self.world == 1:
             return loss, stop
         device = parameters[0].device
-        facts = torch.tensor([loss * weight if weight else 0.0, weight, stop], dtype=torch.float64, device=device)
+        own = [float(p.grad is not None) for p in parameters]
+        facts = torch.tensor([loss * weight if weight else 0.0, weight, stop, *own], dtype=torch.float64, device=device)
         dist.all_reduce(facts)
-        total = float(facts[1])
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        flat = torch.cat([g.reshape(-1).float() for g in grads]) * (weight / total)
+        summed, counted, stopped, *known = facts.tolist()
+        total = counted or 1.0  # all batches may count for nothing: then so does the step
+        moved = [p for p, ranks in zip(parameters, known, strict=True) if ranks]
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in moved]
+        flat = torch.cat([g.reshape(-1).float() for g in grads] or [facts.new_zeros(0)]) * (weight / total)
         dist.all_reduce(flat)
         at = 0
-        for parameter, grad in zip(parameters, grads, strict=True):
+        for parameter, grad in zip(moved, grads, strict=True):
             grad.copy_(flat[at : at + grad.numel()].view_as(grad))
             parameter.grad = grad
             at += grad.numel()
-        return float(facts[0]) / total, bool(facts[2])
+        return summed / total, bool(stopped)
+
+    def agree(self, value: T) -> T:
+        """Rank 0's `value`, on all ranks: what they decide by must be equal to the last bit."""
+        box = [value]
+        if self.world > 1:
+            dist.broadcast_object_list(box, 0)
+        return box[0]
+
+    def share(self, buffers: Sequence[Tensor]) -> None:
+        """Give all ranks the `buffers` of rank 0: running statistics, which each has of its own share of the batches,
+        and by which all must evaluate alike."""
+        for buffer in buffers if self.world > 1 else ():
+            dist.broadcast(buffer, 0)

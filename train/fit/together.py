@@ -134,7 +134,8 @@ class _Together:
             Scoring(run.model, run.scorer(), run.options.precision, partial(views.view, run, split)) for run in runs
         ]
         found: dict[Training, dict[str, float]] = {}
-        for run, figures in zip(runs, evaluate_all(ways, source, self.runs[0].device, self.check), strict=True):
+        ended = self.runs[0].ranks.agree(evaluate_all(ways, source, self.runs[0].device, self.check))
+        for run, figures in zip(runs, ended, strict=True):
             if isinstance(figures, NotFinite):
                 self.drop(run, figures)
             else:

@@ -127,6 +127,7 @@ class Objective(ABC):
     figures: ClassVar[tuple[str, ...]] = ()  # its own, where the task does not name them
     continues_text: ClassVar[bool] = False  # targets are tokens of the text itself: rows need none of their own
     slots: ClassVar[bool] = False  # its head reads features of several slots (see `Batch.spread`)
+    counts: ClassVar[str] = "samples"  # what its head's loss is a mean over, see `Head.weight`
     coupled: ClassVar[bool] = False  # a batch's samples stand in one loss: no accumulation, one rank
     files: ClassVar[bool] = False  # entries hold more than JSON does, and `save` writes it
 

@@ -79,6 +79,10 @@ class TextHead(Head):
             rows, tokens = rows[at], tokens[at]
         return {"token": F.cross_entropy(self.vocabulary.logits(rows).float(), tokens)}
 
+    def weight(self, batch: Batch) -> float:
+        """Tokens of the targets, not samples."""
+        return float((self.gold_tokens(batch) != IGNORE).sum())
+
     def choose(self, rows: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """(B,) index of the target that greedy decoding among the targets ends in, and its probability: the product
         over the positions where targets part, each among the tokens that go on. Raises NotFinite for NaN."""
@@ -125,6 +129,7 @@ class LabelText(ScalarObjective):
     description = "the label's text, by the frozen head of a text-to-text backbone"
     targets = ("class", "number")
     wants = Want(kinds=("sequence",), text_head=True)
+    counts = "tokens"
 
     def __init__(self, config: ObjectiveConfig, answers: Answers) -> None:
         super().__init__(config, answers)

@@ -151,6 +151,7 @@ class Segmentation(Objective):
     targets = ("mask",)
     wants = Want(kinds=("map",))
     files = True
+    counts = "pixels"
 
     def __init__(self, config: SegmentationConfig, answers: Answers) -> None:
         super().__init__(config, answers)

@@ -122,6 +122,7 @@ class Tagging(Objective):
     figures = USUAL
     targets = ("tags",)
     wants = Want(kinds=("sequence",))
+    counts = "words"
 
     def encode(self, target: Sequence[int], meta: Mapping[str, Any]) -> dict[str, Any]:
         tags = np.full(len(meta["word"]), IGNORE, np.int64)

@@ -71,6 +71,8 @@ class TransformerStack(SideStack):
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
     def context(self, batch: Batch, stream: str, memory: Tensor | None) -> dict[str, Tensor]:
+        if batch.past is not None:  # they keep no keys and values of what came before
+            raise UserError("side blocks of the general kind cannot write text a token at a time; choose another tuner")
         if f"{stream}.parent" in batch.columns:
             return {"src_mask": ~tree(batch, stream)[0].repeat_interleave(self.heads, 0)}
         layout = batch.layout(stream)
