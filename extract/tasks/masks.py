@@ -147,7 +147,7 @@ def load_masks(folder: Path, name: str | None = None, void: int | None = None) -
     task = table_name(name or folder.resolve().name)
     provenance = {
         "dataset": folder.resolve().name,
-        "revision": _revision(splits),
+        "revision": _revision(splits, classes if (folder / CLASSES).is_file() else ()),
         "licence": "not stated",
         "source": "mask folder",
         "splits": rule,
@@ -294,8 +294,9 @@ def _rows(
     return rows
 
 
-def _revision(splits: dict[str, Rows]) -> str:
-    named: list[Any] = []
+def _revision(splits: dict[str, Rows], classes: Sequence[str]) -> str:
+    """Of images' names, masks, and `classes` that a file names."""
+    named: list[Any] = [("", "classes", *classes)] if classes else []
     for split, rows in splits.items():
         for texts, data in zip(rows.texts, rows.labels, strict=True):
             assert isinstance(data, bytes)
