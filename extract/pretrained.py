@@ -33,7 +33,7 @@ CONFIG_NOISE = {
 }  # fmt: skip
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
-    "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model",
+    "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model", "chat_template.jinja",
 )  # fmt: skip
 
 
@@ -169,7 +169,7 @@ def _download(model: str, hub_id: str, offline: bool = False) -> Checkpoint:
     try:
         found = snapshot_download(
             hub_id,
-            allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"],
+            allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "chat_template.jinja"],
             local_files_only=offline,
         )
     except RepositoryNotFoundError:

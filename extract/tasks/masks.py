@@ -39,6 +39,7 @@ CAMVID = (
 _SPLITS = {**SPLIT_NAMES, "training": "train"}
 _MASKS = ("masks", "annotations", "labels")
 _LOSSY = (".jpg", ".jpeg", ".webp", ".gif")
+_LOSSY_FORMATS = ("JPEG", "MPO", "WEBP", "GIF")
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
@@ -77,7 +78,15 @@ def _first(folders: dict[str, Path]) -> str | None:
 
 
 def _stems(folder: Path) -> dict[str, Path]:
-    return {p.relative_to(folder).with_suffix("").as_posix(): p for p in pictures(folder)} if folder.is_dir() else {}
+    found: dict[str, Path] = {}
+    for path in pictures(folder) if folder.is_dir() else ():
+        stem = path.relative_to(folder).with_suffix("").as_posix()
+        if stem in found:
+            raise TaskError(
+                f"{found[stem]} and {path.name}: two files of one name, which one is meant? Keep one of them"
+            )
+        found[stem] = path
+    return found
 
 
 def _paired(images: Path, masks: Path) -> list[tuple[Path, Path]]:
@@ -117,6 +126,9 @@ def load_masks(folder: Path, name: str | None = None, void: int | None = None) -
     read = {split: _read(files) for split, files in pairs.splits.items()}
     if not any(read.values()):
         raise TaskError(f"{folder}: there are no images in it")
+    _refuse_other_palettes(
+        [f for files in pairs.splits.values() for f in files], [m for ms in read.values() for m in ms]
+    )
     classes, none = _classes(folder, pairs, read, void)
     splits = {split: _rows(folder, pairs.splits[split], masks, classes, none) for split, masks in read.items()}
     absent: dict[str, str] = {}
@@ -135,7 +147,7 @@ def load_masks(folder: Path, name: str | None = None, void: int | None = None) -
     task = table_name(name or folder.resolve().name)
     provenance = {
         "dataset": folder.resolve().name,
-        "revision": _revision(splits),
+        "revision": _revision(splits, classes if (folder / CLASSES).is_file() else ()),
         "licence": "not stated",
         "source": "mask folder",
         "splits": rule,
@@ -147,15 +159,30 @@ def load_masks(folder: Path, name: str | None = None, void: int | None = None) -
 
 @dataclass(frozen=True)
 class _Mask:
-    """`data`: as the bytes of a PNG file. `numbers`: which occur, ascending."""
+    """`data`: as the bytes of a PNG file. `numbers`: which occur, ascending; `colours` of them, where it has a
+    palette."""
 
     data: bytes
     numbers: tuple[int, ...]
+    colours: tuple[tuple[int, ...], ...] = ()
 
 
 def _read(files: Sequence[tuple[Path, Path]]) -> list[_Mask]:
     with ThreadPoolExecutor(4) as pool:
         return list(pool.map(_read_pair, files))
+
+
+def _refuse_other_palettes(files: Sequence[tuple[Path, Path]], masks: Sequence[_Mask]) -> None:
+    """`TaskError` where a number has another colour in one mask than in another: it may not be the same class."""
+    known: dict[int, tuple[tuple[int, ...], Path]] = {}
+    for (_, path), mask in zip(files, masks, strict=True):
+        for number, colour in zip(mask.numbers, mask.colours, strict=False):
+            first, where = known.setdefault(number, (colour, path))
+            if first != colour:
+                raise TaskError(
+                    f"{path}: {number} is of colour {colour}, in {where} of colour {first}: do numbers mean the same "
+                    "class in all masks? Save them with one palette, or without palettes if they do"
+                )
 
 
 def _read_pair(pair: tuple[Path, Path]) -> _Mask:
@@ -169,8 +196,8 @@ def _read_pair(pair: tuple[Path, Path]) -> _Mask:
     if (seen := _size(image)) is not None and seen != values.shape:
         tall, wide = values.shape
         raise TaskError(f"{path}: a mask of {tall}x{wide} pixels, its image {image.name} has {seen[0]}x{seen[1]}")
-    numbers = np.flatnonzero(np.bincount(values.reshape(-1), minlength=256))
-    return _Mask(data, tuple(numbers.tolist()))
+    numbers = np.flatnonzero(np.bincount(values.reshape(-1), minlength=256)).tolist()
+    return _Mask(data, tuple(numbers), _colours(data, numbers))
 
 
 def _size(image: Path) -> tuple[int, int] | None:
@@ -183,6 +210,15 @@ def _size(image: Path) -> tuple[int, int] | None:
     except UserError:
         return None
     return height, width
+
+
+def _colours(data: bytes, numbers: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """Red, green and blue of each of `numbers`; () of an image without a palette."""
+    from PIL import Image
+
+    with Image.open(io.BytesIO(data)) as image:
+        palette = image.getpalette("RGB") or []
+    return tuple(tuple(palette[3 * number : 3 * number + 3]) for number in numbers) if palette else ()
 
 
 def _png(values: np.ndarray) -> bytes:
@@ -201,6 +237,12 @@ def png_size(data: bytes) -> tuple[int, int] | None:
     return height, width
 
 
+def _grey_step(data: bytes) -> int:
+    """How far apart two neighbouring numbers of a grey PNG image stand once it is read as 8 bits."""
+    depth = data[24] if png_size(data) is not None else 8
+    return 255 // ((1 << depth) - 1) if depth in (2, 4) else 1
+
+
 def read_mask(data: bytes, where: str) -> np.ndarray:
     """(height, width) uint8, the numbers of a mask's pixels. Raises `TaskError` naming `where` for what is none."""
     from PIL import Image, UnidentifiedImageError
@@ -209,9 +251,12 @@ def read_mask(data: bytes, where: str) -> np.ndarray:
         with Image.open(io.BytesIO(data)) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise TaskError(f"{where}: more than {MOST_PIXELS:,} pixels")
+            if image.format in _LOSSY_FORMATS:  # whatever the file is called
+                raise TaskError(f"{where}: {image.format} does not keep the numbers of a mask; save it as PNG")
             if image.mode not in ("L", "P", "1"):
                 raise TaskError(f"{where}: a mask has one channel of 8 bits, the numbers of classes; not {image.mode}")
-            return np.asarray(image).astype(np.uint8)
+            # Grey of 2 or 4 bits is read as brightness, 0 to 255.
+            return np.asarray(image).astype(np.uint8) // (_grey_step(data) if image.mode == "L" else 1)
     except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise TaskError(f"{where}: no mask that can be read ({str(error).splitlines()[0][:80]})") from None
 
@@ -249,8 +294,9 @@ def _rows(
     return rows
 
 
-def _revision(splits: dict[str, Rows]) -> str:
-    named: list[Any] = []
+def _revision(splits: dict[str, Rows], classes: Sequence[str]) -> str:
+    """Of images' names, masks, and `classes` that a file names."""
+    named: list[Any] = [("", "classes", *classes)] if classes else []
     for split, rows in splits.items():
         for texts, data in zip(rows.texts, rows.labels, strict=True):
             assert isinstance(data, bytes)

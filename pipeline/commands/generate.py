@@ -40,7 +40,8 @@ def read_prompts(path: Path, run: Run) -> list[Prompt]:
     or the run's own first column. UserError for a missing column or text."""
     if path.suffix.lower() == ".txt":
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            # At newlines only: str.splitlines would also cut at U+0085 and U+2028 inside a prompt.
+            lines = path.read_text(encoding="utf-8-sig").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--input {path}: cannot be read: {error}") from None
         return [line for line in lines if line]

@@ -93,7 +93,8 @@ def run_sweep(asked: Sequence[Trial], folder: Path, say: Say, quiet: bool = Fals
     before = table_of(folder)
     done: dict[str, dict[str, Any]] = {}
     for trial in asked:
-        found = _found(trial, folder / trial.name, prepared.get(trial.name), before.get(trial.name, {}))
+        known, member = before.get(trial.name, {}), prepared.get(trial.name)
+        found = _found(trial, jobs[trial.name], folder / trial.name, member, known)
         done |= {} if found is None else {trial.name: found}
     if done:
         say(f"{len(done)} of them are finished already")
@@ -112,7 +113,7 @@ def run_sweep(asked: Sequence[Trial], folder: Path, say: Say, quiet: bool = Fals
     for trial in asked:
         if trial.name not in done:
             say(f"{trial.name}, the backbone live")
-            done[trial.name] = _baseline(trial, folder / trial.name)
+            done[trial.name] = _baseline(trial, jobs[trial.name], folder / trial.name)
             _write(folder, asked, done, jobs)
     result = _write(folder, asked, done, jobs)
     return result, summary_text(result)
@@ -218,14 +219,16 @@ def _ended(end: dict[str, Any] | NotFinite) -> dict[str, Any]:
     return {"status": "diverged", "why": str(end)} if isinstance(end, NotFinite) else {"status": "done", **end}
 
 
-def _found(trial: Trial, folder: Path, member: Prepared | None, before: Mapping[str, Any]) -> dict[str, Any] | None:
+def _found(
+    trial: Trial, job: Job, folder: Path, member: Prepared | None, before: Mapping[str, Any]
+) -> dict[str, Any] | None:
     """What the run in `folder` ended with; None where it has not. `before`: its row in the table of a sweep before this
     one. UserError where it is another run."""
     file = folder / (BASELINE if member is None else "recipe.yaml")
     if not file.is_file():
         return None
     if member is None:
-        same = json.loads(file.read_text(encoding="utf-8")) == _made_with(trial)
+        same = json.loads(file.read_text(encoding="utf-8")) == _made_with(trial, job)
     else:
         wanted = resolved_recipe(member.job, member.options()).to_mapping()
         same = read_recipe(file, record=True) == wanted
@@ -241,14 +244,16 @@ def _found(trial: Trial, folder: Path, member: Prepared | None, before: Mapping[
     return {"status": "diverged", "why": before["why"], "memory_bytes": memory} if diverged else None
 
 
-def _made_with(trial: Trial) -> dict[str, Any]:
-    return {"baseline": trial.baseline, "preset": PRESET, "recipe": trial.recipe.to_mapping()}
+def _made_with(trial: Trial, job: Job) -> dict[str, Any]:
+    """What a baseline's run is known by: its options, its rows, and the backbone with the inputs that it gets."""
+    about = {"rows": job.version, "space": job.found.space.id}
+    return {"baseline": trial.baseline, "preset": PRESET, "recipe": trial.recipe.to_mapping(), **about}
 
 
-def _baseline(trial: Trial, folder: Path) -> dict[str, Any]:
+def _baseline(trial: Trial, job: Job, folder: Path) -> dict[str, Any]:
     """Train a baseline in the live backbone; its folder has metrics and a log, and is no run that predicts."""
     make_folder(folder)
-    write_json(folder / BASELINE, _made_with(trial))
+    write_json(folder / BASELINE, _made_with(trial, job))
     try:
         made = fit_baseline(replace(trial.recipe, out=str(folder)), trial.baseline, PRESET)
     except NotFinite as error:

@@ -140,7 +140,13 @@ def run_train(recipe: Recipe, say: Say, quiet: bool = False) -> dict[str, Any]:
         job.scorer,
         job.device,
         progress=not quiet,
-        info={"space": job.spaces, "tuner": recipe.tuner, "rows": job.version, "chosen": own_options(job)},
+        info={
+            "space": job.spaces,
+            "tuner": recipe.tuner,
+            "rows": job.version,
+            "chosen": own_options(job),
+            **({"tasks": name} if len(job.each) > 1 else {}),  # their order is that of a mixture's draws
+        },
     )
     if remark := model.tuner.remark():
         say(f"{recipe.tuner}: {remark}")

@@ -14,7 +14,7 @@ from typing import Any
 from pipeline.extract.tasks import TaskError, is_named
 from pipeline.extract.tasks.base import Task
 from pipeline.extract.tasks.hub_images import PREFIX
-from pipeline.extract.tasks.images import contents
+from pipeline.extract.tasks.images import contents, pictures
 from pipeline.extract.tasks.registry import is_folder, is_table, table_path
 from pipeline.extract.tasks.sheet import read_sheet, sheet_digest
 from pipeline.lookup.task import open_task, picture_root
@@ -48,13 +48,16 @@ class AtHand:
 
     @cached_property
     def task(self) -> Task | None:
-        """A named task below --data, or a folder of images, with its rows. Raises TaskError for damaged files."""
+        """A named task below --data, or a folder of images, with its rows. Raises TaskError for damaged files, and
+        for options that are for a table."""
         recipe = self.recipe
         if is_folder(recipe.task):
             try:
                 return open_task(recipe)
-            except TaskError:  # a folder that happens to be called as a stored task is
-                return None
+            except TaskError:
+                if pictures(Path(recipe.task)):
+                    raise
+                return None  # a folder that happens to be called as a stored task is
         if recipe.task.startswith(PREFIX):
             return open_task(recipe) if Path(picture_root(recipe)).is_dir() else None
         return open_task(recipe) if is_named(recipe.task) and recipe.data and Path(recipe.data).is_dir() else None

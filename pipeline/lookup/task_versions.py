@@ -277,6 +277,8 @@ def unlike(recipe: Recipe, header: Mapping[str, Any]) -> str:
     ):
         if asked is not None and there is not None and asked != there:
             return f"{option} was {there!r}, now {asked!r}"
+    if recipe.separator is not None and made.get("source") == "table" and "separator" not in made:
+        return f"--separator was none, now {recipe.separator!r}"
     if recipe.stratify is not None and recipe.stratify != bool(made.get("stratified")):
         was, now = ("without", "with") if recipe.stratify else ("with", "without")
         return f"rows were held out {was} --stratify, now {now} it"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -110,3 +113,42 @@ def test_bad_masks_are_refused_by_name(tmp_path, what):
     with pytest.raises(TaskError) as error:
         load_task(str(tmp_path))
     assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def _grey_png(values: np.ndarray, depth: int) -> bytes:
+    """A grey PNG file of `depth` bits, which Pillow reads but does not write."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    bits = np.unpackbits(values[..., None], axis=2)[..., 8 - depth :].reshape(len(values), -1)
+    lines = b"".join(b"\0" + row.tobytes() for row in np.packbits(bits, axis=1))
+    head = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], depth, 0, 0, 0, 0)
+    parts = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + parts
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 8])
+def test_numbers_of_few_bits_are_not_read_as_brightness(depth):
+    values = (np.arange(35, dtype=np.uint8) % min(16, 1 << depth)).reshape(5, 7)
+    assert np.array_equal(read_mask(_grey_png(values, depth), ""), values)
+
+
+def test_masks_whose_numbers_may_mean_anything_are_refused(tmp_path):
+    for i in range(3):
+        _image(tmp_path / "images" / f"{i}.png"), _mask(tmp_path / "masks" / f"{i}.png", 0, 1)
+    load_task(str(tmp_path), targets=("mask",))
+    for i, colour in enumerate(([9, 0, 0], [9, 0, 0], [0, 9, 0])):
+        shown = Image.fromarray(np.eye(8, 10, dtype=np.uint8), "L").convert("P")
+        shown.putpalette([0, 0, 0, *colour, 5, 5, i])  # the last is used nowhere
+        shown.save(tmp_path / "masks" / f"{i}.png")
+    with pytest.raises(TaskError, match=r"2\.png: 1 is of colour \(0, 9, 0\), in .*0\.png of colour \(9, 0, 0\)"):
+        load_task(str(tmp_path), targets=("mask",))
+    _mask(tmp_path / "masks" / "2.png", 0, 1)
+    load_task(str(tmp_path), targets=("mask",))  # grey has no colours to differ
+    Image.fromarray(np.eye(8, 10, dtype=np.uint8)).save(tmp_path / "masks" / "2.png", "JPEG")
+    with pytest.raises(TaskError, match=r"2\.png: JPEG does not keep the numbers"):
+        load_task(str(tmp_path), targets=("mask",))
+    _mask(tmp_path / "masks" / "2.png", 0, 1), _mask(tmp_path / "masks" / "2.bmp", 1)
+    with pytest.raises(TaskError, match=r"2\.bmp and 2\.png: two files of one name"):
+        load_task(str(tmp_path), targets=("mask",))

@@ -92,3 +92,12 @@ def test_without_the_files_nothing_is_compared(checkpoints, tmp_path, folder):
     extract(options, folder)
     shutil.rmtree(folder)
     assert load_job(Recipe(task="halves", **options)).tables
+
+
+def test_a_class_folder_that_is_gone(checkpoints, tmp_path, folder):
+    """What is left is no task any more, which is no reason to train on what was there."""
+    options = options_of(checkpoints["cifar"], tmp_path)
+    extract(options, folder)
+    shutil.move(next(p for p in folder.iterdir() if p.is_dir()), tmp_path / "elsewhere")
+    words = ["--task", folder, "--model", options["model"], "--store", options["store"], "--tuner", "probe"]
+    refused(run("train", *words, "--out", tmp_path / "run"), str(folder), "at least two classes, found 1")

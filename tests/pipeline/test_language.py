@@ -94,6 +94,9 @@ def test_writing_stops_where_it_is_told_and_reads_files(llama, texts, tmp_path):
         for file in (prompts, tmp_path / "prompts.txt")
     )
     assert one == two and [entry["prompt"] for entry in one["generated"]] == ["the cat", "a bird"]
+    (tmp_path / "odd.txt").write_text("\ufeffthe\u2028cat\r\na\x85bird\n", encoding="utf-8", newline="")
+    odd = run("generate", tmp_path / "R", "--input", tmp_path / "odd.txt", "--max-new-tokens", 1)["generated"]
+    assert [entry["prompt"] for entry in odd] == ["the\u2028cat", "a\x85bird"]
     drawn = ("generate", tmp_path / "R", "--prompt", "the cat", "--max-new-tokens", 9, "--temperature", 2, "--seed")
     assert run(*drawn, 1) == run(*drawn, 1) != run(*drawn, 2)
     chat = write(tmp_path / "chat.jsonl", [{"messages": CHAT[:2]}])
@@ -117,6 +120,10 @@ def test_conversations_train_on_the_assistants_tokens(tmp_path):
                   "--out", tmp_path / "R")  # fmt: skip
     assert metrics["validation"]["loss"] > 0
     assert run("generate", tmp_path / "R", "--prompt", "a bird?", "--max-new-tokens", 3)["rows"] == 1
+    file = folder / "chat_template.jinja"  # other prompts than the run has learned from
+    file.write_text(file.read_text().replace("]: ", "] says: "))
+    assert "tokenizer is" in refused("generate", tmp_path / "R", "--prompt", "a bird?")
+    assert "tokenizer is" in refused("train", "--model", folder, "--task", chats, "--store", store, "--tuner", "probe")
 
 
 @pytest.mark.parametrize(("kind", "tuner"), PAIRS)

@@ -10,6 +10,7 @@ import yaml
 
 import pipeline
 from pipeline.store.errors import UserError
+from pipeline.train.fit.loop import Training
 from pipeline.train.objectives.regression import Regression
 from tests import tiny
 from tests.pipeline.test_errors import refused
@@ -125,3 +126,27 @@ def test_what_several_tasks_do_not_take(tables: Path, checkpoints: dict[str, Pat
     one = run("train", *options(tables, bert, tmp_path / "store")[:2], "--task", tables / "animals.csv", "--tuner",
               "probe", "--store", tmp_path / "store", *TRAIN, "--out", tmp_path / "one")  # fmt: skip
     refused(invoke("evaluate", one["run"], "--task", "animals"), "a run of one task")
+
+
+def test_the_order_of_the_tasks_is_part_of_an_unfinished_run(
+    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which task a step is of follows from it, also where both have the same texts."""
+    files = [tmp_path / f"{name}.csv" for name in ("one", "two")]
+    for k, file in enumerate(files, 1):
+        file.write_text("text,label\n" + "".join(f"{text},{i / k}\n" for i, text in enumerate(tiny.sentences(30))))
+    where = ["--model", checkpoints["bert"], "--store", tmp_path / "store"]
+    one, other = (",".join(map(str, tasks)) for tasks in (files, files[::-1]))
+    run("extract", *where, "--task", one, "--for", "probe")
+    train = ["train", *where, "--tuner", "probe", "--epochs", 2, "--out", tmp_path / "run", "--task"]
+
+    def killed(training: Training, *given: Any) -> None:
+        real(training, *given)
+        raise KeyboardInterrupt
+
+    real = Training.close_epoch
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "close_epoch", killed)
+        assert invoke(*train, one).exit_code
+    refused(invoke(*train, other), "tasks 'one, two', now 'two, one'")
+    assert run(*train, one)["epochs"] == 2

@@ -172,3 +172,24 @@ def test_seeded_views_carry_their_masks(scenes, checkpoints, tmp_path):
     (table,) = [space.read_table(t) for t in space.tables() if t.split == "train"]
     assert len(table) == 8 * views and len({bytes(label) for label in table.labels}) == 8
     assert sum(Geometry.of(meta).plain for meta in table.metas) == 8
+
+
+def test_a_folder_that_has_changed_is_no_longer_what_was_extracted(checkpoints, tmp_path):
+    """Also where it is none that could be extracted any more."""
+    folder = write_scenes(tmp_path / "scenes", {"train": 4, "val": 1, "test": 1})
+    words = ["--model", checkpoints["mobilenet"], "--task", folder, "--store", tmp_path / "store"]
+    run("extract", *words, "--for", "fixed")
+    train = ["train", *words, "--tuner", "fixed", "--head", "linear", "--epochs", 1, "--out", tmp_path / "run"]
+    names = folder / "classes.txt"
+    names.write_text("ground\nred\ngreen\nblue\n")
+    assert "has changed" in run(*train, ok=False)
+    names.unlink()
+    mask = folder / "trainannot" / "000.png"
+    kept = mask.read_bytes()
+    mask.write_bytes(b"no mask")
+    assert "000.png: no mask that can be read" in run(*train, ok=False)
+    mask.unlink()
+    assert "there is no mask of this name" in run(*train, ok=False)
+    mask.write_bytes(kept)
+    assert "--separator is for a table" in run(*train, "--separator", ";", ok=False)
+    assert run(*train)["steps"] == 2

@@ -151,6 +151,18 @@ def test_another_run_in_the_folder_is_not_replaced(bert, tmp_path):
     assert refused.exit_code != 0 and "other options" in refused.stderr and "--out" in refused.stderr
 
 
+def test_a_baseline_of_other_rows_is_not_taken_for_this_one(checkpoints, tmp_path):
+    task, labels = tmp_path / "rows.csv", ["a", "b"]
+    words = ["--model", checkpoints["bert"], "--task", task, "--store", tmp_path / "store"]
+    sweep = [*words, "--tuner", "norm-tuning", "--max-steps", 1, "--out", tmp_path / "sweep"]
+    for _ in range(2):
+        task.write_text("text,label\n" + "".join(f"the cat {i},{labels[i % 2]}\n" for i in range(20)))
+        assert run("extract", *words, "--for", "probe").exit_code == 0
+        found = run("sweep", *sweep)
+        labels.reverse()
+    assert found.exit_code != 0 and "other options or other rows" in found.stderr
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -80,6 +80,11 @@ def test_options_without_a_use_in_this_run(stored, checkpoints, table, tmp_path)
     assert not (tmp_path / "run").exists()
 
 
+def test_a_separator_of_rows_that_were_read_without_one(stored, tmp_path):
+    command = ["train", *words(stored), "--tuner", "probe", "--out", tmp_path / "run"]
+    refused(run(*command, "--separator", ";"), "--separator was none, now ';'")
+
+
 def test_compare_refuses_before_its_first_method_trains(stored, tmp_path):
     options = ["compare", *words(stored), "--live", "--tier", "disk", "--epochs", 1, "--out", tmp_path / "runs"]
     refused(run(*options, "--tuners", "partial-1,probe"), "--tier", "--live")

@@ -159,6 +159,15 @@ def test_an_undefined_metric_is_never_best(tmp_path: Path) -> None:
     assert entries(tmp_path)[5]["validation"] == {"average": None}
 
 
+def test_where_no_epoch_has_a_figure_the_last_stands(tmp_path: Path) -> None:
+    model = ToyModel()
+    result = fit(
+        model, source(), source(range(80, 95)), None, FitOptions(epochs=3, patience=1), tmp_path,
+        lambda: Told(lambda p, y: {"average": math.nan}), progress=False,
+    )  # fmt: skip
+    assert result["best_epoch"] == result["epochs"] == 3
+
+
 @pytest.mark.parametrize("after", [0, 1, 4, 5, 7, 13])
 @pytest.mark.parametrize("options", [{}, {"accumulate": 2, "schedule": "cosine", "weight_decay": 0.1}])
 def test_a_killed_run_goes_on_exactly(tmp_path: Path, after: int, options: dict[str, Any]) -> None:

@@ -269,10 +269,11 @@ class Training:
         self.save()
 
     def better(self, metrics: dict[str, float]) -> bool:
-        """A NaN is never better, and anything is better than a NaN (which JSON gave back as None)."""
+        """A NaN is never better than a figure. Where no epoch has one (JSON gave NaN back as None) the last stands, as
+        where nothing is measured."""
         scorer = self.scorer()
-        new, best = scorer.value(metrics), scorer.value(self.state.best) if self.state.best else None
-        return not math.isnan(new) and (best is None or math.isnan(best) or new > best)
+        new, best = scorer.value(metrics), scorer.value(self.state.best)
+        return math.isnan(best) or new > best
 
     def keep(self, metrics: dict[str, float]) -> None:
         """The present weights are the best so far."""

@@ -7,6 +7,8 @@ is padded to its neighbour's size: a prediction never depends on what it is batc
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from torch.nn import functional as F
 from pipeline.extract.batch import Batch
 from pipeline.extract.geometry import Geometry
 from pipeline.extract.tasks.masks import VOID, read_mask
-from pipeline.store.errors import UserError
+from pipeline.store.errors import Notice, UserError
 from pipeline.train.features import Feature, Features, Want
 from pipeline.train.fit.finite import refuse_nan
 from pipeline.train.maps import Group, groups, maps
@@ -117,7 +119,8 @@ def own_pixels(logits: Tensor, group: Group, geometry: Geometry) -> Tensor:
 class MaskScorer(Scorer):
     """Mean over classes of intersection over union, as torchmetrics' JaccardIndex has it: over the pixels of the data
     set, without those that have no class, without classes that are neither there nor told; and the share of pixels that
-    are right: those of `names`, the first of which selects the best epoch. Keeps one matrix."""
+    are right: those of `names`, the first of which selects the best epoch. NaN where no pixel has a class. Keeps one
+    matrix."""
 
     def __init__(self, classes: int, names: Sequence[str] = USUAL) -> None:
         self.counts, self.names = np.zeros((classes, classes), np.int64), tuple(names)
@@ -136,8 +139,11 @@ class MaskScorer(Scorer):
         right = np.diag(self.counts)
         union = self.counts.sum(0) + self.counts.sum(1) - right
         there = union > 0
-        mean = float((right[there] / union[there]).mean()) if there.any() else 0.0
-        figures = {"miou": mean, "pixel_accuracy": float(right.sum() / max(1, self.counts.sum()))}
+        if not there.any():
+            warnings.warn("the figures of masks are undefined: no pixel of these has a class", Notice, stacklevel=2)
+            return dict.fromkeys(self.names, math.nan)
+        mean = float((right[there] / union[there]).mean())
+        figures = {"miou": mean, "pixel_accuracy": float(right.sum() / self.counts.sum())}
         return {name: figures[name] for name in self.names}
 
 
