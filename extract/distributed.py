@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load, save
-from tqdm import tqdm
 
 from pipeline.extract.backbones.inputs import Inputs
 from pipeline.extract.backbones.live import LiveBackbone
@@ -27,7 +26,7 @@ from pipeline.extract.identity import PRECISIONS, differences_of
 from pipeline.extract.order import extraction_batches
 from pipeline.extract.plugins import import_modules
 from pipeline.extract.projection import load_projection
-from pipeline.extract.run import Interrupted, Report, compute, plan_work
+from pipeline.extract.run import Interrupted, Report, compute, plan_work, progress_bar
 from pipeline.store import SEGMENT_BYTES, Space, Store, stream_of
 from pipeline.store.errors import StoreError, UserError
 from pipeline.store.names import space_path
@@ -131,7 +130,7 @@ def _run(client: Any, pieces: list[Piece], report: Report, quiet: bool) -> None:
 
     futures = client.map(run_piece, pieces, pure=False)
     total = sum(piece.stop - piece.start for piece in pieces)
-    bar = tqdm(total=total, unit=" samples", disable=quiet or not total, desc="extract", dynamic_ncols=True)
+    bar = progress_bar(total, quiet)
     sizes = {future.key: piece.stop - piece.start for future, piece in zip(futures, pieces, strict=True)}
     try:
         for future in as_completed(futures, loop=client.loop):

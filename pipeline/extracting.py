@@ -23,6 +23,7 @@ from pipeline.keepsakes import keep
 from pipeline.preparing import Making, Split, joint_tables, of_slot, prepare, tables_of
 from pipeline.projecting import project, widths_text
 from pipeline.recipe import Recipe
+from pipeline.report import counted
 from pipeline.resolve import need, store_path
 from pipeline.rows import token_doubts
 from pipeline.slots import tasks_of
@@ -133,7 +134,7 @@ def _announce(
     if many := _too_many_classes(spec, splits):
         say(f"warning: {many}")
     say(
-        f"space {space.id[:12]}: {widths_text(list(states), backbone.width, backbone.projection)} as {fmt}, "
+        f"space {space.id[:12]}: {widths_text(list(states), backbone)} as {fmt}, "
         f"{size / len(keys) / 1e3:,.1f} kB a sample, {size / 1e9:.3f} GB in all"
     )
     say(
@@ -233,7 +234,7 @@ def _finish(
     segments, rate = sum(r.segments for r in reports), computed / seconds if seconds else 0.0
     where = os.path.relpath(store.path) if store.files.local else store.where
     say(
-        f"done: {computed:,} samples computed, {size / 1e9:.3f} GB in {segments} segments, "
+        f"done: {computed:,} samples computed, {size / 1e9:.3f} GB in {counted(segments, 'segment')}, "
         f"{seconds:.1f} s ({rate:,.0f} samples/s); store {where}"
     )
     first = next(iter(made.values()))

@@ -19,6 +19,7 @@ from pipeline.objectives import make_objective
 from pipeline.owners import config_of
 from pipeline.preparing import Making, prepare, tables_of
 from pipeline.recipe import Recipe
+from pipeline.report import counted
 from pipeline.resolve import Found, Unstored, device_of, find_space, need, store_path
 from pipeline.rows import refuse_other_kind
 from pipeline.sources import Live, batch_size_of, live_backbone, relive, sources, store_source
@@ -139,8 +140,8 @@ class Job:
         """A line about the space it reads."""
         identity = self.found.space.identity
         return [
-            f"space {self.found.space.id[:12]}: {self.model_name}, {len(self.states)} states, {identity['format']}, "
-            f"computed in {identity['precision']}, texts up to {identity['max_length']} tokens"
+            f"space {self.found.space.id[:12]}: {self.model_name}, {counted(len(self.states), 'state')}, "
+            f"{identity['format']}, computed in {identity['precision']}, texts up to {identity['max_length']} tokens"
         ]
 
     def resolved(self) -> dict[str, Any]:

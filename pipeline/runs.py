@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -162,6 +163,18 @@ class Run:
         return lambda place, entry: self.objective.save(entry, root / names[place], folder, files[place])
 
 
+def _no_run(folder: Path) -> str:
+    """Why there is no run in `folder`, and which run beside it is called most like it."""
+    beside = (
+        sorted(f.name for f in folder.parent.iterdir() if (f / "recipe.yaml").is_file())
+        if folder.parent.is_dir()
+        else []
+    )
+    near = difflib.get_close_matches(folder.name, beside, n=1, cutoff=0.5)
+    offer = f"; did you mean {folder.parent / near[0]}?" if near else ""
+    return ("not a run folder, it has no recipe.yaml" if folder.exists() else "no such run folder") + offer
+
+
 def load_run(folder: str | Path, **overrides: Any) -> Run:
     """The run in `folder`. `overrides`: options of the recipe that are different here, those of `ELSEWHERE`.
 
@@ -172,7 +185,7 @@ def load_run(folder: str | Path, **overrides: Any) -> Run:
         raise UserError(f"{other[0]}: a run is read as it was trained; what may differ here: {', '.join(ELSEWHERE)}")
     folder = Path(folder)
     if not (folder / "recipe.yaml").is_file():
-        raise UserError(f"{folder}: not a run folder, it has no recipe.yaml")
+        raise UserError(f"{folder}: {_no_run(folder)}")
     if not (folder / TUNER).is_file():
         again = f"pipeline train --recipe {quoted(str(folder / 'recipe.yaml'))} --out {quoted(str(folder))}"
         raise UserError(f"{folder}: the run has no trained tuner yet; run: {again}")

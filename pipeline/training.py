@@ -20,6 +20,7 @@ from pipeline.job import Job, agreed
 from pipeline.joint import Joint
 from pipeline.mixture import Mixture, open_job
 from pipeline.recipe import Recipe
+from pipeline.report import counted
 from pipeline.resolve import store_path
 from pipeline.sources import grouped
 from pipeline.store.errors import UserError
@@ -100,7 +101,7 @@ def run_train(recipe: Recipe, say: Say, quiet: bool = False) -> dict[str, Any]:
     more, name = f" of {total:,}" if rows < total else "", ", ".join(part.spec.name for part in job.each)
     say(
         f"{recipe.tuner} on {name}: {rows:,}{more} train rows, batch {job.batch_size}, "
-        f"{options.epochs} epochs, {model.trainable_parameters():,} trainable parameters, "
+        f"{counted(options.epochs, 'epoch')}, {model.trainable_parameters():,} trainable parameters, "
         + ("live backbone" if recipe.live else "from the store")
     )
     for table in tables:
