@@ -85,7 +85,7 @@ def _states(live: LiveBackbone, inputs: Inputs, states: list[str], tokens: int) 
 
 
 def widths_text(states: Sequence[str], backbone: Backbone) -> str:
-    """ "6 states of width 384", of a pyramid "4 states of width 8 to 112", or how many are kept in how many channels."""
+    """ "6 states of width 384", of a pyramid "4 states of width 8 to 112", or how many have how many channels."""
     projection = backbone.projection
     full = [name for name in states if projection is None or name not in projection.basis]
     widths = sorted({backbone.state_width(name) for name in full}) or [backbone.width]
