@@ -19,11 +19,10 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load, save
-from tqdm import tqdm
 
 from pipeline.extract.backbones.live import LiveBackbone
 from pipeline.extract.batching import extraction_batches
-from pipeline.extract.extraction import Interrupted, Report, compute, plan_work
+from pipeline.extract.extraction import Interrupted, Report, compute, plan_work, progress_bar
 from pipeline.extract.feature_space import PRECISIONS, differences_of
 from pipeline.extract.inputs import Inputs
 from pipeline.extract.plugins import import_modules
@@ -131,7 +130,7 @@ def _run(client: Any, pieces: list[Piece], report: Report, quiet: bool) -> None:
 
     futures = client.map(run_piece, pieces, pure=False)
     total = sum(piece.stop - piece.start for piece in pieces)
-    bar = tqdm(total=total, unit=" samples", disable=quiet or not total, desc="extract", dynamic_ncols=True)
+    bar = progress_bar(total, quiet)
     sizes = {future.key: piece.stop - piece.start for future, piece in zip(futures, pieces, strict=True)}
     try:
         for future in as_completed(futures, loop=client.loop):

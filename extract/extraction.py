@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -49,6 +50,18 @@ class Report:
     details: dict[str, Any] = field(default_factory=dict)
 
 
+def progress_bar(total: int, quiet: bool) -> tqdm[Any]:
+    """Counts samples; where nobody watches, in a file say, with a line in half a minute."""
+    return tqdm(
+        total=total,
+        unit=" samples",
+        disable=quiet or not total,
+        desc="extract",
+        dynamic_ncols=True,
+        mininterval=0.1 if sys.stderr.isatty() else 30.0,
+    )
+
+
 def compute(
     space: Space,
     inputs: Inputs,
@@ -77,7 +90,7 @@ def compute(
     total = sum(len(w.inputs) for w in work)
     policy = {"tokens": tokens, "size": batch_size, "seed": seed}
     sealer = Sealer(space, {**(provenance or {}), "batch": policy}, segment_bytes, segment_seconds)
-    bar = tqdm(total=total, unit=" samples", disable=quiet or not total, desc="extract", dynamic_ncols=True)
+    bar = progress_bar(total, quiet)
     try:
         for item in work:
             lengths = item.inputs.tokens()

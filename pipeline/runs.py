@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -162,6 +163,14 @@ class Run:
         return lambda place, entry: self.objective.save(entry, root / names[place], folder, files[place])
 
 
+def _alike(folder: Path) -> str:
+    """ "; did you mean runs/…?" of the run beside `folder` that is called most like it, or nothing."""
+    beside = folder.parent.iterdir() if folder.parent.is_dir() else ()
+    runs = sorted(f.name for f in beside if (f / "recipe.yaml").is_file())
+    near = difflib.get_close_matches(folder.name, runs, n=1)
+    return f"; did you mean {folder.parent / near[0]}?" if near else ""
+
+
 def load_run(folder: str | Path, **overrides: Any) -> Run:
     """The run in `folder`. `overrides`: options of the recipe that are different here, those of `ELSEWHERE`.
 
@@ -172,7 +181,7 @@ def load_run(folder: str | Path, **overrides: Any) -> Run:
         raise UserError(f"{other[0]}: a run is read as it was trained; what may differ here: {', '.join(ELSEWHERE)}")
     folder = Path(folder)
     if not (folder / "recipe.yaml").is_file():
-        raise UserError(f"{folder}: not a run folder, it has no recipe.yaml")
+        raise UserError(f"{folder}: not a run folder, it has no recipe.yaml{_alike(folder)}")
     if not (folder / TUNER).is_file():
         again = f"pipeline train --recipe {quoted(str(folder / 'recipe.yaml'))} --out {quoted(str(folder))}"
         raise UserError(f"{folder}: the run has no trained tuner yet; run: {again}")

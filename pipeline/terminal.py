@@ -41,6 +41,11 @@ def size_text(n: float) -> str:
     raise AssertionError
 
 
+def counted(n: int, what: str) -> str:
+    """ "1 block", "2,000 blocks"."""
+    return f"{n:,} {what}{'s' * (n != 1)}"
+
+
 def _metrics(metrics: dict[str, Any] | None) -> str:
     if not metrics:
         return "none"
@@ -50,8 +55,7 @@ def _metrics(metrics: dict[str, Any] | None) -> str:
 
 def layout_text(layout: dict[str, Any]) -> str:
     """The blocks that an order of samples followed, named by their digest."""
-    many = layout["blocks"] > 1
-    return f"{layout['xxh3'][:12]} ({layout['blocks']:,} block{'s' if many else ''})"
+    return f"{layout['xxh3'][:12]} ({counted(layout['blocks'], 'block')})"
 
 
 def metrics_text(result: dict[str, Any]) -> str:
@@ -121,6 +125,8 @@ def models_text() -> str:
 def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4f}"
+    if isinstance(value, Mapping):  # of classes, say, the share of each
+        return ", ".join(f"{name} {_cell(of)}" for name, of in value.items())
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 

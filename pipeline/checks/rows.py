@@ -12,6 +12,7 @@ from pipeline.extract.backbones import Backbone, Inputs
 from pipeline.extract.tasks.base import TaskSpec
 from pipeline.extract.tasks.images import SUFFIXES
 from pipeline.store.errors import UserError
+from pipeline.terminal import counted
 
 if TYPE_CHECKING:
     from pipeline.commands.prepare import Split
@@ -35,8 +36,9 @@ def checked_rows(rows: Any, spec: TaskSpec) -> list[tuple[str, ...]]:
         if not isinstance(fields, Sequence | np.ndarray) or isinstance(fields, bytes):
             raise UserError(f"predict: row {number} is {type(row).__name__}, not the text of {named}")
         if len(fields) != len(spec.fields):
-            count = f"{len(fields)} field" + ("s" if len(fields) != 1 else "")
-            raise UserError(f"predict: row {number} has {count}; the task has {len(spec.fields)}: {named}")
+            raise UserError(
+                f"predict: row {number} has {counted(len(fields), 'field')}; the task has {len(spec.fields)}: {named}"
+            )
         out.append(tuple(_text(value, name, number) for name, value in zip(spec.fields, fields, strict=True)))
     return out
 

@@ -252,7 +252,7 @@ def predict(
     root = given if given.is_dir() else given.parent
     ids, rows = read_rows(given, loaded.job, text, text_pair)
     if loaded.objective.files and out_dir is None:
-        raise UserError(f"--out-dir is missing: objective {loaded.objective.name} tells more than text")
+        raise UserError(f"--out-dir is missing: objective {loaded.objective.name} writes files, name a folder for them")
     told = loaded.predict(rows, root, voice(as_json), out_dir)
     found = [{"id": name, **entry} for name, entry in zip(ids, told, strict=True)]
     if output:

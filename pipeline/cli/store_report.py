@@ -13,7 +13,7 @@ from pipeline.store.format.keys import Keys
 from pipeline.store.format.names import is_segment, segment_path, space_path
 from pipeline.store.segments.unsealed import lost_manifest
 from pipeline.store.tables.table import TableInfo
-from pipeline.terminal import pairs_text, size_text, table_text
+from pipeline.terminal import counted, pairs_text, size_text, table_text
 
 
 def status_what(store: Store) -> dict[str, Any]:
@@ -124,7 +124,7 @@ def names_text(names: Sequence[str]) -> str:
 
 def status_text(what: dict[str, Any]) -> str:
     """The same as text."""
-    lines = [f"store {what['store']}: {len(what['spaces'])} feature space{'s' * (len(what['spaces']) != 1)}"]
+    lines = [f"store {what['store']}: {counted(len(what['spaces']), 'feature space')}"]
     for s in what["spaces"]:
         i, w = s["identity"], s["written"]
         more = [f"{s[k]} {k}" for k in ("unsealed", "without a manifest", "superseded") if s[k]]
@@ -132,7 +132,8 @@ def status_text(what: dict[str, Any]) -> str:
         lines += [
             "",
             f"space {s['space'][:12]}  {s['model']}  {i.get('format')}, computed in {i.get('precision')}{length}",
-            f"  {s['samples']:,} samples, {len(s['states'])} states, {size_text(s['bytes'])}, {s['segments']} segments"
+            f"  {counted(s['samples'], 'sample')}, {counted(len(s['states']), 'state')}, {size_text(s['bytes'])}, "
+            + counted(s["segments"], "segment")
             + "".join(f", {m}" for m in more),
             *([f"  states: {names_text(s['states'])}"] if s["states"] else []),
             *(

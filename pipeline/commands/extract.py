@@ -30,6 +30,7 @@ from pipeline.lookup.task import need
 from pipeline.lookup.task_versions import save_tables, task_id
 from pipeline.recipe import Recipe
 from pipeline.store import Space, Store, bytes_per_value
+from pipeline.terminal import counted
 
 Say = Callable[[str], None]
 
@@ -134,7 +135,7 @@ def _announce(
     if many := _too_many_classes(spec, splits):
         say(f"warning: {many}")
     say(
-        f"space {space.id[:12]}: {widths_text(list(states), backbone.width, backbone.projection)} as {fmt}, "
+        f"space {space.id[:12]}: {widths_text(list(states), backbone)} as {fmt}, "
         f"{size / len(keys) / 1e3:,.1f} kB a sample, {size / 1e9:.3f} GB in all"
     )
     say(
@@ -234,7 +235,7 @@ def _finish(
     segments, rate = sum(r.segments for r in reports), computed / seconds if seconds else 0.0
     where = os.path.relpath(store.path) if store.files.local else store.where
     say(
-        f"done: {computed:,} samples computed, {size / 1e9:.3f} GB in {segments} segments, "
+        f"done: {computed:,} samples computed, {size / 1e9:.3f} GB in {counted(segments, 'segment')}, "
         f"{seconds:.1f} s ({rate:,.0f} samples/s); store {where}"
     )
     first = next(iter(made.values()))

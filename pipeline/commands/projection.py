@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from pipeline.command_lines import store_command
-from pipeline.extract.backbones import Inputs
+from pipeline.extract.backbones import Backbone, Inputs
 from pipeline.extract.backbones.live import LiveBackbone
 from pipeline.extract.batching import consecutive_batches
 from pipeline.extract.encoding import arrays_of
 from pipeline.extract.projection import (
-    Projection,
     about_name,
     file_name,
     fit,
@@ -24,6 +23,7 @@ from pipeline.extract.projection import (
 )
 from pipeline.store import Store
 from pipeline.store.errors import StoreError
+from pipeline.terminal import counted
 
 FIT_SAMPLES = 1024
 
@@ -84,10 +84,13 @@ def _states(live: LiveBackbone, inputs: Inputs, states: list[str], tokens: int) 
         yield live.states(inputs.take(batch), states).states
 
 
-def widths_text(states: list[str], width: int, projection: Projection | None) -> str:
-    """ "6 states of width 384", or how many are kept in how many channels."""
-    small = 0 if projection is None else sum(name in projection.basis for name in states)
-    if not small:
-        return f"{len(states)} states of width {width}"
-    assert projection is not None
-    return f"{len(states) - small} states of width {width} and {small} of {projection.width}"
+def widths_text(states: Sequence[str], backbone: Backbone) -> str:
+    """ "6 states of width 384", of a pyramid "4 states of width 8 to 112", or how many have how many channels."""
+    projection = backbone.projection
+    full = [name for name in states if projection is None or name not in projection.basis]
+    widths = sorted({backbone.state_width(name) for name in full}) or [backbone.width]
+    width = " to ".join(f"{w:,}" for w in sorted({widths[0], widths[-1]}))
+    text = f"{counted(len(full), 'state')} of width {width}"
+    if projection is None or len(full) == len(states):
+        return text
+    return f"{text} and {len(states) - len(full)} of {projection.width}"

@@ -26,6 +26,7 @@ from pipeline.lookup.task_versions import columns_text, task_id
 from pipeline.recipe import Recipe
 from pipeline.store.errors import UserError
 from pipeline.store.files.places import absolute
+from pipeline.terminal import counted
 from pipeline.train.fit.log import write_bytes
 from pipeline.train.fit.loop import FitOptions, fit
 from pipeline.train.fit.ranks import Ranks
@@ -117,7 +118,7 @@ def run_train(recipe: Recipe, say: Say, quiet: bool = False) -> dict[str, Any]:
     more, name = f" of {total:,}" if rows < total else "", ", ".join(part.spec.name for part in job.each)
     say(
         f"{recipe.tuner} on {name}: {rows:,}{more} train rows, batch {job.batch_size}, "
-        f"{options.epochs} epochs, {model.trainable_parameters():,} trainable parameters, "
+        f"{counted(options.epochs, 'epoch')}, {model.trainable_parameters():,} trainable parameters, "
         + ("live backbone" if recipe.live else "from the store")
     )
     for table in tables:

@@ -124,7 +124,7 @@ def plan_text(plan: Plan, work: Workload) -> str:
     return "\n".join(
         [
             f"{plan.samples:,} samples ({rows}); mean positions of a training sample: {lengths}{how}",
-            f"{work.tuner} reads {widths_text(plan.states, work.backbone.width, work.backbone.projection)}",
+            f"{work.tuner} reads {widths_text(plan.states, work.backbone)}",
             "",
             table_text(["format", *(what.removeprefix("bytes ") for what in each), "in all"], formats),
             "",

@@ -28,6 +28,7 @@ from pipeline.recipe import Recipe
 from pipeline.store import Space, Store, TaskTable, digest_json
 from pipeline.store.errors import StoreError, UserError
 from pipeline.store.tables.table import version_of
+from pipeline.terminal import counted
 from pipeline.train.configs import ObjectiveConfig
 from pipeline.train.data.source import Source
 from pipeline.train.data.targets import Targets
@@ -140,8 +141,8 @@ class Job:
         """A line about the space it reads."""
         identity = self.found.space.identity
         return [
-            f"space {self.found.space.id[:12]}: {self.model_name}, {len(self.states)} states, {identity['format']}, "
-            f"computed in {identity['precision']}, texts up to {identity['max_length']} tokens"
+            f"space {self.found.space.id[:12]}: {self.model_name}, {counted(len(self.states), 'state')}, "
+            f"{identity['format']}, computed in {identity['precision']}, texts up to {identity['max_length']} tokens"
         ]
 
     def resolved(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ editions of one origin that which was extracted last; and else the user, by file
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -151,10 +152,16 @@ def chosen_tables(space: Space, recipe: Recipe, versions: Sequence[Version]) -> 
     fitting = _distinct(space, versions)
     if len(fitting) > 1:
         which = "; ".join(f"{v.name}: {v.counts}, {v.reads}" for v in fitting)
+        columns, drawn = ({json.dumps(_columns(v.header)[part]) for v in fitting} for part in (slice(3), slice(3, 4)))
+        ways = [
+            *(["by its file, --task PATH"] if canonical_name(recipe.task) == recipe.task else []),
+            *(["by its columns, --text and --label"] if len(columns) > 1 else []),
+            *(["by --stratify or --no-stratify"] if len(drawn) > 1 else []),
+            f"by its id, such as --task {fitting[0].name}",
+        ]
         raise AmbiguousTask(
-            f"task {recipe.task!r} fits {len(fitting)} tasks of this feature space: say which one by its file, --task "
-            "PATH, by its columns, --text and --label, by --stratify or --no-stratify, or by its id, such as --task "
-            f"{fitting[0].name}; there are: {which}"
+            f"task {recipe.task!r} fits {len(fitting)} tasks of this feature space: say which one {' or '.join(ways)}; "
+            f"there are: {which}"
         )
     return _whole(fitting[0], _read(space, fitting[0]))
 
@@ -237,11 +244,12 @@ def _beside(table: TaskTable) -> list[Any]:
 def columns_text(header: Mapping[str, Any]) -> str:
     """ "premise, claim to gold (no, yes)": the columns and classes of a table."""
     spec = _object(header, "spec")
+    fields, target = ", ".join(_names(spec.get("fields"))), spec.get("target")
+    if target in ("none", "tokens"):
+        return f"{fields}, unlabelled" if target == "none" else f"{fields}, tokens are learned"
     label, classes = _object(header, "provenance").get("label", "label"), _names(spec.get("labels"))
     what = ", ".join(classes[:4]) + (", …" if len(classes) > 4 else "") if classes else "a number"
-    if spec.get("target") == "none":
-        return f"{', '.join(_names(spec.get('fields')))}, unlabelled"
-    return f"{', '.join(_names(spec.get('fields')))} to {label} ({what})"
+    return f"{fields} to {'mask' if target == 'mask' else label} ({what})"
 
 
 def task_id(header: Mapping[str, Any]) -> str:

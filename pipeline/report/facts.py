@@ -40,10 +40,10 @@ _SEEDS = ("seed", "order_seed", "out", "overwrite")  # options that repeat a run
 
 
 def selecting(figures: Iterable[str]) -> str:
-    """Of the figures of a split the one that selects the best epoch: their average where there is one, else the first
-    that was asked for; "" where there are none."""
+    """Of the figures of a split the one that selects the best epoch: their average where it is one of several, else the
+    first that was asked for; "" where there are none."""
     names = list(figures)
-    return "average" if "average" in names else next(iter(names), "")
+    return "average" if "average" in names and len(names) != 2 else next((n for n in names if n != "average"), "")
 
 
 @dataclass

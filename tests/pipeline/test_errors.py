@@ -234,3 +234,6 @@ def test_a_finished_run_is_not_overwritten(stored, tmp_path):
 def test_no_run_folder(tmp_path):
     refused(run("evaluate", tmp_path), "recipe.yaml")
     refused(run("predict", tmp_path / "gone", "--input", Path("x.tsv")), "recipe.yaml")
+    (tmp_path / "my@3f2a91bc-lst-minilm-s0").mkdir()
+    (tmp_path / "my@3f2a91bc-lst-minilm-s0" / "recipe.yaml").touch()
+    refused(run("evaluate", tmp_path / "my-lst-minilm-s0"), "did you mean", "my@3f2a91bc-lst-minilm-s0")

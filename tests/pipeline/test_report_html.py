@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.report.facts import Shown, settings_of
+from pipeline.report.facts import Shown, selecting, settings_of
 from pipeline.report.html import _judged, _number, _ranked
 from pipeline.runs import load_run
 from tests.pipeline.test_errors import refused, run
@@ -198,7 +198,7 @@ def test_a_browser_asks_for_nothing_and_complains_of_nothing(swept, tmp_path):
 
 def test_runs_are_judged_by_the_figure_that_chose_their_epoch(tmp_path):
     def shown(name: str, value: float) -> Shown:
-        figures = {name: value, "pearson": 0.1}
+        figures = {name: value, "pearson": 0.1, "spearman": 0.1}
         metrics = {"validation": figures, "test": figures, "seconds_per_epoch": 1.0, "trainable_parameters": 1}
         return Shown(f"{name} {value}", 0, tmp_path, {}, metrics)
 
@@ -206,4 +206,4 @@ def test_runs_are_judged_by_the_figure_that_chose_their_epoch(tmp_path):
     for name, best in (("mse", 0.2), ("average", 0.9), ("matthews", 0.9)):
         ranked = _ranked(settings_of([shown(name, 0.2), shown(name, 0.9)]))
         assert _judged(ranked) == f"test {name}" and ranked[0].label == f"{name} {best}"
-    assert _judged([]) == ""
+    assert _judged([]) == "" and selecting(["accuracy", "average"]) == "accuracy"  # a mean of one has its name
