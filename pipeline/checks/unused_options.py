@@ -82,10 +82,10 @@ def refuse_for_kind(recipe: Recipe, backbone: Backbone) -> None:
     text = backbone.modality == "text"
     if recipe.image is not None and recipe.text is not None:
         raise UserError("--text and --image: one of them names the column that the backbone reads")
-    others, read = (PICTURE_OPTIONS, "text") if text else (TEXT_OPTIONS, "pictures")
+    others, read = (PICTURE_OPTIONS, "text") if text else (TEXT_OPTIONS, "images")
     for option, nothing in others.items():
         if getattr(recipe, option) not in nothing:
-            what = "pictures" if text else "texts"
+            what = "images" if text else "texts"
             raise UserError(f"{option_name(option)} is for {what}, and {backbone.name} backbones read {read}")
     if text and not backbone.writes_text and recipe.prompt is not None:
         raise UserError(

@@ -98,8 +98,8 @@ def test_pictures_for_a_text_model_are_refused(checkpoints, pictures, tmp_path):
     of_table = ["--task", tmp_path / "names.csv", "--text", "file", "--label", "side"]
     for task in (of_folder, of_table):
         common = ["--model", checkpoints["bert"], *task, "--store", tmp_path / "store"]
-        refused(run("extract", *common, "--for", "probe"), "pictures", ".png", "bert", "text")
-        refused(run("train", *common, "--tuner", "probe", "--live", "--out", tmp_path / "run"), "pictures", ".png")
+        refused(run("extract", *common, "--for", "probe"), "images", ".png", "bert", "text")
+        refused(run("train", *common, "--tuner", "probe", "--live", "--out", tmp_path / "run"), "images", ".png")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["names.csv"]
 
 
@@ -109,7 +109,7 @@ def test_states_of_file_names_read_as_text_are_not_trained_on(checkpoints, pictu
     with monkeypatch.context() as patch:
         patch.setattr("pipeline.commands.prepare.refuse_other_kind", lambda *given: None)
         assert run("extract", *common, "--for", "probe", "--limit", 20).exit_code == 0
-    refused(run("train", *common, "--tuner", "probe", "--out", tmp_path / "run"), "pictures", ".png")
+    refused(run("train", *common, "--tuner", "probe", "--out", tmp_path / "run"), "images", ".png")
     assert not (tmp_path / "run").exists()
 
 
@@ -133,9 +133,9 @@ def test_nothing_but_bad_pictures_is_refused_however_asked(checkpoints, pictures
 
 
 def test_predict_refuses_inputs_of_the_other_kind(runs, pictures, table, tmp_path):
-    refused(run("predict", runs["single"], "--input", pictures), "pictures", ".png", "bert")
-    refused(run("predict", runs["single"], "--input", next(pictures.rglob("*.png"))), "pictures", ".png")
-    refused(run("predict", runs["pictures"], "--input", table, "--text", "first"), "pictures", "resnet")
+    refused(run("predict", runs["single"], "--input", pictures), "images", ".png", "bert")
+    refused(run("predict", runs["single"], "--input", next(pictures.rglob("*.png"))), "images", ".png")
+    refused(run("predict", runs["pictures"], "--input", table, "--text", "first"), "images", "resnet")
     (tmp_path / "none").mkdir()
     refused(run("predict", runs["pictures"], "--input", tmp_path / "none"), "no images")
     one = run("predict", runs["pictures"], "--input", next(pictures.rglob("*.png")))
