@@ -36,6 +36,10 @@ class MissingStates(StoreError):
         self.states = states
 
 
+class TooLarge(StoreError):
+    """A file of a store is larger than what it may hold, and was not read."""
+
+
 class NonFinite(UserError):
     """A hidden state holds NaN or infinity. `row` is the first offending row of the array that was encoded."""
 

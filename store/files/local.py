@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from pipeline.store.errors import StoreError
+from pipeline.store.errors import StoreError, TooLarge
 from pipeline.store.format.digest import Digest, digest_bytes
 from pipeline.store.format.names import temporary_name
 
@@ -92,7 +92,7 @@ class Files:
         with self._reading(name), self._open(name) as file:
             size = os.fstat(file.fileno()).st_size
             if size > limit:
-                raise StoreError(f"{self.path(name)} has {size} bytes, more than the {limit} allowed: refused")
+                raise TooLarge(f"{self.path(name)} has {size} bytes, more than the {limit} allowed: refused")
             return file.read(size)
 
     def read_into(self, name: str, buffers: Sequence[Any]) -> str:

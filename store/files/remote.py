@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from pipeline.store.errors import StoreError, UserError
+from pipeline.store.errors import StoreError, TooLarge, UserError
 from pipeline.store.files.cache import Cache
 from pipeline.store.files.local import Files
 from pipeline.store.format.digest import digest_bytes
@@ -80,17 +80,15 @@ class RemoteFiles(Files):
             data = self._checked(name, limit)
             self.cache.put(self.where(name), data)
         if len(data) > limit:
-            raise StoreError(f"{self.where(name)} has {len(data)} bytes, more than the {limit} allowed: refused")
+            raise TooLarge(f"{self.where(name)} has {len(data)} bytes, more than the {limit} allowed: refused")
         return data
 
     def read_into(self, name: str, buffers: Sequence[Any]) -> str:
         total = sum(memoryview(b).nbytes for b in buffers)
         try:
             data = memoryview(self.read(name, total))
-        except StoreError as error:
-            if "more than the" in str(error):
-                raise EOFError(f"has more than {total} bytes") from None
-            raise
+        except TooLarge:
+            raise EOFError(f"has more than {total} bytes") from None
         if data.nbytes != total:
             raise EOFError(f"has {data.nbytes} bytes instead of {total}")
         for buffer in buffers:
@@ -108,7 +106,7 @@ class RemoteFiles(Files):
         data = self._ask("reading", name, lambda: self._get(name, limit + 1))
         self.fetched += len(data)
         if len(data) > limit:
-            raise StoreError(f"{self.where(name)} has more than the {limit} bytes allowed: refused")
+            raise TooLarge(f"{self.where(name)} has more than the {limit} bytes allowed: refused")
         return data
 
     def _get(self, name: str, most: int) -> bytes:
