@@ -40,7 +40,8 @@ print(json.dumps(min(found)))
 def run(python: Path, *arguments: str) -> str:
     """Standard output of a Python of one of the checkouts; outside both, so that the installed one is imported."""
     command = [str(python), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tempfile.gettempdir(), env=os.environ)
+    with tempfile.TemporaryDirectory() as empty:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=empty, env=os.environ)
     if done.returncode:
         sys.exit(f"{' '.join(command)}\n{done.stderr.strip()}")
     return done.stdout
