@@ -63,7 +63,7 @@ def test_image_options_for_texts_and_text_options_for_pictures_are_refused(made,
         refused(run(*texts, *asked), str(asked[0]), "bert", "text")
     refused(run(*texts, "--prompt", "say: {0}"), "--prompt", "bert")
     for asked in (["--max-length", 64], ["--truncation-side", "left"], ["--prompt", "say: {0}"]):
-        refused(run(*images, *asked), str(asked[0]), "resnet", "pictures")
+        refused(run(*images, *asked), str(asked[0]), "resnet", "images")
     refused(run(*images, "--view-seed", 3), "--view-seed", "--views")
     assert not (tmp_path / "store").exists()
     refused(run("train", *made["texts"], "--image-size", 64), "image_size", "absent")
