@@ -19,6 +19,7 @@ from pipeline.store.files.local import Files
 from pipeline.store.files.places import open_files
 from pipeline.store.format.names import SEGMENT_BYTES, stream_of
 from pipeline.store.format.samples import Samples, side_by_side
+from pipeline.store.format.sorting import sorted_places
 from pipeline.store.segments.index import Family, Index
 from pipeline.store.segments.segment import Segment
 
@@ -84,8 +85,9 @@ def plan_blocks(
     apart = family
     if groups is not None:
         apart = np.unique(np.stack([family, groups], 1), axis=0, return_inverse=True)[1].ravel()
-    order = np.argsort(apart, kind="stable")
-    borders = np.flatnonzero(np.diff(apart[order], prepend=-1, append=-1))
+    ordered, order = sorted_places(apart)
+    starts_anew = ordered[1:] != ordered[:-1]
+    borders = [0, *(np.flatnonzero(starts_anew) + 1).tolist(), len(ordered)] if len(ordered) else []
     for low, high in pairwise(borders):
         where = order[low:high]
         member = index.families[family[where[0]]]

@@ -10,6 +10,7 @@ import numpy as np
 from pipeline.store.errors import StoreError
 from pipeline.store.format.keys import Keys
 from pipeline.store.format.samples import offsets_of
+from pipeline.store.format.sorting import sorted_places
 from pipeline.store.segments.segment import Segment
 
 
@@ -85,10 +86,8 @@ class KeyIndex:
         self.starts = offsets_of(np.array([len(part) for part in parts], np.int64))
         if len(self.keys) >= 1 << 32:
             raise ValueError(f"{len(self.keys):,} samples in one feature space are more than an index can hold")
-        head = _heads(self.keys)
-        # Stable: among equal keys the one of the earliest list comes first.
-        self._order = np.argsort(head, kind="stable").astype(np.uint32)
-        self._heads = head[self._order]
+        # Among equal keys the one of the earliest list comes first.
+        self._heads, self._order = sorted_places(_heads(self.keys))
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -101,21 +100,23 @@ class KeyIndex:
         """The first place of each of `keys` (n,) int64, -1 where there is none. `preferred`: (lists,) bool; a place in
         such a list goes before one in another."""
         wanted = Keys.of(keys)
-        heads = _heads(wanted)
+        if preferred is not None and preferred.all():
+            preferred = None
         found = np.full(len(wanted), -1, np.int64)
         # In ascending order each search begins where the last one ended, in memory that is at hand.
-        left = np.argsort(heads, kind="stable")
-        at = np.searchsorted(self._heads, heads[left])
+        heads, left = sorted_places(_heads(wanted))
+        at = np.searchsorted(self._heads, heads)
         while len(left):
             inside = at < len(self._heads)
-            inside[inside] = self._heads[at[inside]] == heads[left[inside]]
-            left, at = left[inside], at[inside]
-            place = self._order[at].astype(np.int64)
+            inside[inside] = self._heads[at[inside]] == heads[inside]
+            if not inside.all():
+                left, at, heads = left[inside], at[inside], heads[inside]
+            place = self._order[at]
             same = (self.keys.high[place] == wanted.high[left]) & (self.keys.low[place] == wanted.low[left])
             last = same if preferred is None else same & preferred[self.lists(place)]
-            taken = last | (same & (found[left] < 0))
+            taken = last if preferred is None else last | (same & (found[left] < 0))
             found[left[taken]] = place[taken]
-            left, at = left[~last], at[~last] + 1
+            left, at, heads = left[~last], at[~last] + 1, heads[~last]
         return found
 
     def lists(self, places: np.ndarray) -> np.ndarray:
@@ -161,7 +162,7 @@ class Index:
         none does, the first that holds the sample; -1 where it is not stored."""
         complete = np.array([not family.missing(names) for family in self.families], bool)
         place = self._keys.first(keys, complete)
-        family = np.where(place < 0, -1, self._keys.lists(place))
+        family = self._keys.lists(place)  # -1 for -1: no list begins before place 0
         return family, np.where(place < 0, -1, place - self._keys.starts[family])
 
     def lookup(self, keys: Sequence[str], names: Sequence[str]) -> Lookup:

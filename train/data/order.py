@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.store.format.digest import digest_bytes
+from pipeline.store.format.sorting import stable_order
 
 GROUP = 16  # batches sorted by length together: enough to lose nearly all padding, few enough to touch few blocks
 
@@ -41,7 +42,7 @@ def epoch_order(block: np.ndarray, seed: int, epoch: int, window: int) -> np.nda
     width = min(window, count)
     low = np.clip(np.arange(count) + 0.5 - window / 2, 0, count - width)
     key = low[place[block]] + width * draws.random(len(block))
-    return np.argsort(key, kind="stable").astype(np.int64)
+    return stable_order(key)
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from pipeline.extract.kernels.memory import return_freed_memory
 from pipeline.store import SEGMENT_BYTES
 from pipeline.store.errors import UserError
 from pipeline.store.format.samples import Samples
+from pipeline.store.format.sorting import distinct
 from pipeline.train.data.assemble import Loaded, Part, assemble
 from pipeline.train.data.lookahead import LookAhead
 from pipeline.train.data.order import Order, rank_slice
@@ -187,7 +188,7 @@ class StoreSlot:
         """For each epoch the blocks of each batch; the samples of its share are added to `numbers`."""
         for shares in epochs:
             numbers.extend(share.numbers for share in shares)
-            yield [np.unique(self.plan.block[share.touched]) for share in shares]
+            yield distinct([self.plan.block[share.touched] for share in shares])
 
     def _make_next(
         self,
