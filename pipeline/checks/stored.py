@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import math
 import string
+import sys
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from pipeline.extract.geometry import META, MOST_PIXELS, Geometry
 from pipeline.extract.tasks.base import TaskError, TaskSpec
@@ -20,6 +23,7 @@ from pipeline.recipe import PRECISIONS
 from pipeline.store import FORMATS, Samples, Space, Store, TaskTable, digest_json
 from pipeline.store.errors import StoreError, UserError
 from pipeline.store.format.names import is_key
+from pipeline.store.tables.texts import Texts
 
 if TYPE_CHECKING:
     from pipeline.extract.backbones import Backbone
@@ -191,6 +195,8 @@ def check_table(table: TaskTable, where: str) -> TaskTable:
     slots = {*table.joined, table.header["slot"]} if "slot" in table.header else set(table.joined)
     if slots != set(table.header.get("slots", {})):
         raise refuse(where, "the slots in its header are not those of its columns")
+    if _sound(table, spec):
+        return table
     metas = table.metas or [{}] * len(table)
     for row, (label, texts, meta) in enumerate(zip(table.labels, table.texts, metas, strict=True)):
         if wrong := _wrong_target(label, spec, meta):
@@ -198,6 +204,21 @@ def check_table(table: TaskTable, where: str) -> TaskTable:
         if not len(spec.fields) <= len(texts) <= 2:
             raise refuse(where, f"row {row + 1} has {len(texts)} texts, the task has {len(spec.fields)}")
     return table
+
+
+def _sound(table: TaskTable, spec: TaskSpec) -> bool:
+    """Whether every row of a task of classes or numbers is as it must be, by whole columns; False says nothing yet."""
+    texts = table.texts
+    counts = texts.counts() if isinstance(texts, Texts) else np.fromiter(map(len, texts), np.int64, len(texts))
+    if spec.target not in ("class", "number") or len(counts) != len(table) or len(table.labels) != len(table):
+        return False
+    known = [label for label in table.labels if label is not None]
+    kinds = {int} if spec.target == "class" else {int, float}
+    if not set(map(type, known)) <= kinds or np.any((counts < len(spec.fields)) | (counts > 2)):
+        return False
+    most = len(spec.labels) - 1 if spec.target == "class" else sys.float_info.max
+    least = 0 if spec.target == "class" else -most
+    return not known or (least <= min(known) and max(known) <= most and not any(map(math.isnan, known)))
 
 
 def _wrong_target(label: Any, spec: TaskSpec, meta: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Sorting of many small numbers with their places: one sort of joined 64-bit numbers, a quarter of the time of argsort."""
+"""Sorting of many small numbers with their places, in joined 64-bit numbers: a quarter of the time of argsort."""
 
 from __future__ import annotations
 

@@ -6,7 +6,9 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import overload
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 _ESCAPE = re.compile(r"\\(?:\\|u([0-9a-f]{4}))")
 _AT_ONCE = 4096  # samples made into strings at a time
@@ -44,6 +46,10 @@ class Texts(Sequence[list[str]]):
 
     def __repr__(self) -> str:
         return f"Texts({len(self):,})"
+
+    def counts(self) -> np.ndarray:
+        """(n,) int64, how many texts each sample has."""
+        return np.asarray(pc.list_value_length(self._column), np.int64)
 
     def _plain(self, rows: list[list[str]]) -> list[list[str]]:
         return [[_unescaped(text) for text in row] for row in rows] if self._escaped else rows
