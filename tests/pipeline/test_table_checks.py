@@ -17,7 +17,14 @@ SOUND: dict[str, list[Any]] = {"class": [0, 1, None], "number": [0, 1, 2, -1, 0.
 def table(target: str, label: Any, texts: int) -> TaskTable:
     """Three rows, the last of them with `label` and `texts` texts."""
     labels = ["a", "b"] if target == "class" else []
-    spec = {"name": "t", "labels": labels, "metrics": ["accuracy"], "fields": ["text"], "texts": labels, "values": []}
+    spec = {
+        "name": "t",
+        "labels": labels,
+        "metrics": ["accuracy"],
+        "fields": ["text"],
+        "texts": labels or ["-1", "0.5", "2"],
+        "values": [] if labels else [-1, 0.5, 2],
+    }
     header = {"task": "t", "split": "train", "spec": {**spec, "prompt": "{0}", "target": target}}
     return TaskTable(header, [f"{n:032x}" for n in range(3)], [0, 1, label], [["x"], ["y"], ["z"] * texts])
 
