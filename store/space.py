@@ -235,20 +235,11 @@ class Space:
     def verify(self, deep: bool = False) -> list[Problem]:
         """What is wrong with any sealed segment or table: names and sizes, with `deep` every digest, and whether all
         that something names is there."""
-        found = []
-        for name in self._segment_names():
-            if self.files.size(f"{segment_path(self.id, name)}/manifest.json") is None:
-                if lost_manifest(self.files, segment_path(self.id, name)):
-                    found.append(Problem(name, "manifest.json", LOST))
-                continue
-            try:
-                found += still_sealed(self.files, self.id, name, self._segment(name).verify(deep))
-            except NotSealed:
-                continue
-            except StoreError as error:
-                found.append(Problem(name, "manifest.json", str(error)))
+        names = self._segment_names()
         if not deep:
-            return found
+            with ThreadPoolExecutor(16) as pool:  # many small questions, that a bucket or a network disk takes time for
+                return [problem for some in pool.map(self._verify_segment, names) for problem in some]
+        found = [problem for name in names for problem in self._verify_segment(name, deep)]
         for name in self.superseded():
             try:
                 self.successors(name)
@@ -257,6 +248,17 @@ class Space:
         named = read_named(self.files, self._tasks)
         tables = [*named.damaged, *missing_tables(self.files, self._tasks, named)]
         return found + [Problem("", path, what) for path, what in tables] + unfound(self, named)
+
+    def _verify_segment(self, name: str, deep: bool = False) -> list[Problem]:
+        folder = segment_path(self.id, name)
+        if self.files.size(f"{folder}/manifest.json") is None:
+            return [Problem(name, "manifest.json", LOST)] if lost_manifest(self.files, folder) else []
+        try:
+            return still_sealed(self.files, self.id, name, self._segment(name).verify(deep))
+        except NotSealed:
+            return []
+        except StoreError as error:
+            return [Problem(name, "manifest.json", str(error))]
 
     def save_table(self, table: TaskTable) -> Path:
         """Store a task table; returns its path. Never changes or removes another."""

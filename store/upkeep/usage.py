@@ -146,7 +146,7 @@ class _Sound:
 def _of_space(space: Space, older_than: float, kept: list[str]) -> Iterator[Garbage]:
     files, home = space.files, space_path(space.id)
     segments = space.segments()
-    live = {s.id for s in segments}
+    live = {s.id: s for s in segments}
     superseded = set(space.superseded())
     sound = _Sound(space)
     for name in files.names(f"{home}/segments"):
@@ -165,7 +165,7 @@ def _of_space(space: Space, older_than: float, kept: list[str]) -> Iterator[Garb
                 kept.append(f"{files.where(folder)} was written anew, but not all of it is found sound elsewhere")
                 why = ""
         elif name in live:
-            base = next(s.base for s in segments if s.id == name)
+            base = live[name].base
             if base is not None and base not in live and _old(files, folder, older_than):
                 why = "supplement of a segment that is gone"
         if why:
@@ -180,7 +180,7 @@ def _of_space(space: Space, older_than: float, kept: list[str]) -> Iterator[Garb
         if _old(files, f"{home}/{WORK}/{name}", older_than):
             yield Garbage(f"{home}/{WORK}/{name}", size_of(files, f"{home}/{WORK}/{name}"), "left by a cluster's work")
     tasks = [f"{home}/tasks/{task}" for task in files.names(f"{home}/tasks")]
-    sealed = [segment_path(space.id, name) for name in live | superseded] if files.local else []
+    sealed = [segment_path(space.id, name) for name in live.keys() | superseded] if files.local else []
     for folder in (home, f"{home}/superseded", *tasks, *sealed):
         for name in _strays(files, folder, older_than):
             yield Garbage(name, size_of(files, name), "unfinished file")
