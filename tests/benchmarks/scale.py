@@ -17,8 +17,9 @@ import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,9 +107,9 @@ STEPS = {
 }
 
 
-def measure(folder: Path, step: str) -> dict[str, float]:
-    """Seconds and megabytes of one step, in this process."""
-    (space,) = Store.open(folder).spaces()
+def measure(place: str, step: str) -> dict[str, float]:
+    """Seconds and megabytes of one step on the store at `place`, in this process."""
+    (space,) = Store.open(place).spaces()
     run = STEPS[step](space)
     wall, cpu = time.perf_counter(), time.process_time()
     made = run()
@@ -124,46 +125,62 @@ def main() -> None:
     parser.add_argument("--segments", default="100,1000,10000")
     parser.add_argument("--folder", type=Path, default=Path("/tmp/scale"))
     parser.add_argument("--limit", type=float, default=600, help="seconds that one step may take")
-    parser.add_argument(
-        "--step", choices=[*STEPS, "build"], help="only this step, of the store in --folder, in this process"
-    )
+    parser.add_argument("--steps", help=f"only these, with commas between: {', '.join(STEPS)}")
+    parser.add_argument("--bucket", action="store_true", help="in a bucket, too")
+    parser.add_argument("--step", choices=[*STEPS, "build"], help="only this, of the store at --place, in this process")
+    parser.add_argument("--place")
     options = parser.parse_args()
     if options.step == "build":
-        build(options.folder, int(options.samples), int(options.segments))
+        build(Path(options.place), int(options.samples), int(options.segments))
         return
     if options.step:
-        print(json.dumps(measure(options.folder, options.step)))
+        print(json.dumps(measure(options.place, options.step)))
         return
-    print(f"{'samples':>10} {'segments':>9}  {'step':<14}{'cpu s':>8}{'wall s':>8}{'MB':>8}")
+    steps = options.steps.split(",") if options.steps else list(STEPS)
+    print(f"{'samples':>10} {'segments':>9}  {'step':<22}{'cpu s':>8}{'wall s':>8}{'MB':>8}")
     for samples in map(int, options.samples.split(",")):
         for segments in map(int, options.segments.split(",")):
             folder = options.folder / f"{samples}-{segments}"
-            words = [sys.executable, "-m", "tests.benchmarks.scale", "--folder", str(folder)]
             if not (folder / "done").exists():
+                shutil.rmtree(folder, ignore_errors=True)
                 more = ["--samples", str(samples), "--segments", str(segments)]
-                subprocess.run([*words, "--step", "build", *more], check=True)
+                run(str(folder), "build", {}, None, more)
                 (folder / "done").touch()
-            cache = options.folder / "cache"
-            shutil.rmtree(cache, ignore_errors=True)
-            for step in STEPS:
-                try:
-                    done = subprocess.run(
-                        [*words, "--step", step],
-                        capture_output=True,
-                        text=True,
-                        timeout=options.limit,
-                        env={**os.environ, "PIPELINE_CACHE": str(cache)},
-                    )
-                    found = json.loads(done.stdout) if not done.returncode else None
-                    print(done.stderr if found else "", end="")
-                    text = (
-                        "".join(f"{found[k]:>8.{d}f}" for k, d in (("cpu", 2), ("wall", 2), ("MB", 0)))
-                        if found
-                        else None
-                    )
-                except subprocess.TimeoutExpired:
-                    text = f"  more than {options.limit:.0f} s"
-                print(f"{samples:>10,} {segments:>9,}  {step:<14}{text or done.stderr[-200:]}", flush=True)
+            cache = {"PIPELINE_CACHE": str(options.folder / "cache")}
+            table(f"{samples:>10,} {segments:>9,}  ", str(folder), steps, cache, options.limit)
+            if options.bucket:
+                from tests.store.servers import s3
+
+                with tempfile.TemporaryDirectory(dir=options.folder) as top, s3(Path(top)) as environment:
+                    folder = folder.rename(Path(top, "team", folder.name))
+                    try:
+                        before = f"{samples:>10,} {segments:>9,}  bucket: "
+                        table(before, f"s3://team/{folder.name}", steps, cache | environment, options.limit)
+                    finally:
+                        folder.rename(options.folder / folder.name)
+
+
+def run(place: str, step: str, environment: dict[str, str], limit: float | None, more: Sequence[str] = ()) -> str:
+    """What a process of its own prints of one step. Raises subprocess.SubprocessError."""
+    words = [sys.executable, "-m", "tests.benchmarks.scale", "--place", place, "--step", step, *more]
+    done = subprocess.run(
+        words, stdout=subprocess.PIPE, text=True, timeout=limit, env={**os.environ, **environment}, check=True
+    )
+    return done.stdout
+
+
+def table(before: str, place: str, steps: Sequence[str], environment: dict[str, str], limit: float) -> None:
+    """Print a line a step, the cache of this machine empty at first."""
+    shutil.rmtree(environment["PIPELINE_CACHE"], ignore_errors=True)
+    for step in steps:
+        try:
+            found = json.loads(run(place, step, environment, limit))
+            text = "".join(f"{found[k]:>8.{d}f}" for k, d in (("cpu", 2), ("wall", 2), ("MB", 0)))
+        except subprocess.TimeoutExpired:
+            text = f"  more than {limit:.0f} s"
+        except subprocess.CalledProcessError as error:
+            text = f"  ended with {error.returncode}"
+        print(f"{before + step:<43}{text}", flush=True)
 
 
 if __name__ == "__main__":
