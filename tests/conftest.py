@@ -12,11 +12,16 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-import torch
 
-from tests import decoders, tiny, vision
+def pytest_configure(config: pytest.Config) -> None:
+    """What a process that runs tests needs; the one that only hands them to workers need not load torch."""
+    # Tests kill processes, no machine goes down: what a disk would be waited for, again and again, nobody would see.
+    # Processes that a test starts do sync; that and what is synced before what is tested in tests/store/test_segments.
+    os.fsync = lambda descriptor: None  # type: ignore[assignment]
+    if hasattr(config, "workerinput") or not getattr(config.option, "numprocesses", None):
+        import torch
 
-torch.set_num_threads(1)
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
@@ -28,6 +33,8 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """family → folder of a small checkpoint, made when first asked for."""
+    from tests import decoders, tiny, vision
+
     base = tmp_path_factory.mktemp("checkpoints")
 
     class Made(dict[str, Path]):
@@ -41,12 +48,16 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of 60 images in two classes."""
+    from tests import vision
+
     return vision.write_folder(tmp_path_factory.mktemp("pictures") / "halves")
 
 
 @pytest.fixture(scope="session")
 def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small two-class sentence-pair table."""
+    from tests import tiny
+
     return tiny.write_table(tmp_path_factory.mktemp("table") / "pairs.tsv", 120)
 
 

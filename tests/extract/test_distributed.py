@@ -78,21 +78,19 @@ def test_a_local_cluster(command: list[Any], alone: dict[str, torch.Tensor], tmp
 
 @contextmanager
 def cluster(workers: int) -> Iterator[tuple[str, list[subprocess.Popen[bytes]]]]:
-    """A scheduler and workers in processes of their own."""
-    port = free_port()
-    address = f"tcp://127.0.0.1:{port}"
+    """A scheduler in this process and workers in processes of their own."""
     quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     quiet["env"] = {**os.environ, "OMP_NUM_THREADS": "1"}
-    dask = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", str(port)]
-    processes = [subprocess.Popen([*dask, "--no-dashboard"], **quiet)]
-    worker = [sys.executable, "-m", "distributed.cli.dask_worker", address, "--nthreads", "1", "--no-nanny"]
-    processes += [subprocess.Popen([*worker, "--no-dashboard"], **quiet) for _ in range(workers)]
-    try:
-        yield address, processes[1:]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+    worker = [sys.executable, "-m", "distributed.cli.dask_worker", "--nthreads", "1", "--no-nanny", "--no-dashboard"]
+    with distributed.LocalCluster(n_workers=0, processes=True, dashboard_address=None) as local:
+        address = local.scheduler_address
+        processes = [subprocess.Popen([*worker, address], **quiet) for _ in range(workers)]
+        try:
+            yield address, processes
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
 
 
 def test_a_killed_worker_fails_nothing(command: list[Any], alone: dict[str, torch.Tensor], tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -58,15 +59,43 @@ def test_ranks_see_together_what_one_process_sees(stored: Path, world: int, grou
         assert sorted(np.concatenate(alone).tolist()) == list(range(len(table.keys)))
 
 
-def test_two_processes_take_the_steps_of_one(stored: Path, tmp_path: Path, table: Path) -> None:
+def forked(monkeypatch: pytest.MonkeyPatch, work: Callable[[int], int]) -> list[int]:
+    """`work(rank)` in two forks of this process, which find each other as ranks; the exit status of each."""
+    for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", str(free_port())), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    children = []
+    for rank in (0, 1):
+        child = os.fork()
+        if not child:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            signal.alarm(100)  # Waiting for ever ends here.
+            code = 1
+            try:
+                code = work(rank)
+            finally:
+                os._exit(code)
+        children.append(child)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here: two ranks in one test not tested")
+@pytest.mark.parametrize("launcher", ["fork", pytest.param("torchrun", marks=pytest.mark.matrix)])
+def test_two_processes_take_the_steps_of_one(
+    stored: Path, tmp_path: Path, table: Path, monkeypatch: pytest.MonkeyPatch, launcher: str
+) -> None:
     """`torchrun --nproc-per-node 2 -m pipeline train …`, with a last batch too small for both."""
     options = ["train", "--task", table, "--tuner", "probe", "--epochs", 1, "--batch-size", 19,
                "--store", stored, "--device", "cpu"]  # fmt: skip
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pipeline"]
-    command = [*launch, *map(str, options), "--out", str(tmp_path / "two"), "--json"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    two = [*map(str, options), "--out", str(tmp_path / "two"), "--json"]
+    if launcher == "fork":
+        with monkeypatch.context() as patch:
+            assert forked(patch, lambda rank: run(*two).exit_code) == [0, 0]
+    else:
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        command = [*launch, "-m", "pipeline", *two]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
     assert run(*options, "--out", tmp_path / "one").exit_code == 0
 
     def losses(out: str) -> list[float]:
@@ -81,28 +110,19 @@ def test_two_processes_take_the_steps_of_one(stored: Path, tmp_path: Path, table
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here: two ranks in one test not tested")
 def test_a_loss_that_is_not_finite_on_one_rank_stops_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither waits for the other; both say why."""
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("MASTER_PORT", str(free_port()))
-    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr("pipeline.store.read_block", SPACE.read_block)
-    children = []
-    for rank in (0, 1):
-        child = os.fork()
-        if not child:
-            os.environ["RANK"] = str(rank)
-            signal.alarm(100)  # Waiting for ever ends here, with another status than 7.
-            code = 1
-            try:
-                options = FitOptions(epochs=2, lr=0.01)
-                model = ToyModel(poison=3 if rank else None)
-                fit(model, source(), None, None, options, tmp_path / "run", scorer, progress=False)
-            except NotFinite as error:
-                (tmp_path / f"{rank}").write_text(str(error))
-                code = 7
-            finally:
-                os._exit(code)
-        children.append(child)
-    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [7, 7]
+
+    def work(rank: int) -> int:
+        try:
+            model = ToyModel(poison=3 if rank else None)
+            options = FitOptions(epochs=2, lr=0.01)
+            fit(model, source(), None, None, options, tmp_path / "run", scorer, progress=False)
+        except NotFinite as error:
+            (tmp_path / f"{rank}").write_text(str(error))
+            return 7
+        return 1
+
+    assert forked(monkeypatch, work) == [7, 7]
     assert "another rank's loss is not finite at step 3" in (tmp_path / "0").read_text()
     assert "the loss is nan at step 3" in (tmp_path / "1").read_text()
 
@@ -121,29 +141,17 @@ class Stated(ToyModel):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here: two ranks in one test not tested")
 def test_ranks_agree_and_leave_alone_what_one_process_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("MASTER_PORT", str(free_port()))
-    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr("pipeline.store.read_block", SPACE.read_block)
-    children = []
-    for rank in (0, 1):
-        child = os.fork()
-        if not child:
-            os.environ["RANK"] = str(rank)
-            signal.alarm(100)
-            code = 1
-            try:
-                options, model = FitOptions(epochs=3, lr=0.01, weight_decay=0.1, patience=1), Stated()
-                figures = iter([0.1, 0.2, 0.3] if rank == 0 else [0.3, 0.2, 0.1])  # alone, rank 1 would stop early
-                held, told = source(range(80, 95)), partial(Told, lambda p, y, given=figures: {"average": next(given)})
-                done = fit(model, source(), held, None, options, tmp_path / "run", told, progress=False)
-                assert done["best_epoch"] == 3
-                torch.save(model.state_dict(), tmp_path / f"{rank}.pt")
-                code = 0
-            finally:
-                os._exit(code)
-        children.append(child)
-    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0]
+
+    def work(rank: int) -> int:
+        options, model = FitOptions(epochs=3, lr=0.01, weight_decay=0.1, patience=1), Stated()
+        figures = iter([0.1, 0.2, 0.3] if rank == 0 else [0.3, 0.2, 0.1])  # alone, rank 1 would stop early
+        held, told = source(range(80, 95)), partial(Told, lambda p, y, given=figures: {"average": next(given)})
+        done = fit(model, source(), held, None, options, tmp_path / "run", told, progress=False)
+        torch.save(model.state_dict(), tmp_path / f"{rank}.pt")
+        return 0 if done["best_epoch"] == 3 else 2
+
+    assert forked(monkeypatch, work) == [0, 0]
     one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert one["body.3.running_mean"].abs().max() > 0 and torch.equal(one["idle"], torch.ones(3))
