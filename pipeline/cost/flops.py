@@ -134,12 +134,18 @@ def kept_bytes(given: Iterable[torch.Tensor], forward: Callable[[], Any]) -> int
     return sum(t.untyped_storage().nbytes() for t in kept.values())
 
 
-def count(
-    backbone: Backbone, name: str, config: TunerConfig, lengths: dict[str, np.ndarray], classes: int = 2
-) -> Operations:
-    """Operations of one batch of samples of `lengths` (stream → (B,) int64) with tuner `name`."""
+def counts(
+    backbone: Backbone, name: str, config: TunerConfig, batches: Iterable[dict[str, np.ndarray]], classes: int = 2
+) -> list[Operations]:
+    """Operations of batches of samples of given lengths (stream → (B,) int64 each) with tuner `name`."""
     model, states = tuner_model(backbone, name, config, classes), tuner_class(name, backbone).states(config, backbone)
-    return Operations(backbone_operations(backbone, lengths, states), step_operations(backbone, lengths, states, model))
+    frozen = backbone_model(backbone)
+    return [
+        Operations(
+            backbone_operations(backbone, lengths, states, frozen), step_operations(backbone, lengths, states, model)
+        )
+        for lengths in batches
+    ]
 
 
 def step_operations(backbone: Backbone, lengths: dict[str, np.ndarray], states: list[str], model: Model) -> float:

@@ -29,7 +29,7 @@ from pipeline.cost.flops import (
     Operations,
     backbone_model,
     backbone_operations,
-    count,
+    counts,
     head_operations,
     saved_bytes,
     tuner_model,
@@ -135,7 +135,8 @@ def predict(
     folder, filled = Path(store_path(recipe)), work.extraction_batch(tokens)
     shapes = measured.Measured(*model, work.classes, batch, filled, training, fmt, folder, work.pictures)
     speed = shapes.rates(device, known)
-    ops = weighted((share, count(*model, b, work.classes)) for share, b in training)
+    shares, batches_of = zip(*training, strict=True)
+    ops = weighted(zip(shares, counts(*model, batches_of, work.classes), strict=True))
     train = "train" if "train" in work.rows else next(iter(work.rows))
     batches = -(-work.rows[train] // work.batch_size)
     full = work.rows[train] / work.batch_size  # a last, smaller batch costs its share

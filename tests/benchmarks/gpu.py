@@ -28,7 +28,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from pipeline.cost.flops import count
+from pipeline.cost.flops import counts
 from pipeline.cost.known_shapes import known_config
 from pipeline.extract.backbones.base import Backbone
 from pipeline.extract.backbones.live import LiveBackbone
@@ -169,7 +169,7 @@ def tuned(s: Setting, name: str, space: Any, tail: Any, folder: Path, say: Calla
     order = stored("disk").order
     live = train(s, model(), LiveSource(s.live, s.inputs, told, states, order), 2, folder / "run")
     lengths = {k: v[order.epoch(0)[0]] for k, v in s.inputs.lengths.items()}
-    operations = count(s.backbone, name, config, lengths)
+    operations = counts(s.backbone, name, config, [lengths])[0]
     rows = [row(f"{name}, live", live, live, f"{operations.ratio:.1f}", "–")]
     say(*rows[-1])
     s.live._model = None  # a cached run holds no backbone

@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 
 from pipeline.cost import rates
-from pipeline.cost.flops import count, saved_bytes
+from pipeline.cost.flops import counts, saved_bytes, step_operations, tuner_model
 from pipeline.cost.rates import random_batch
 from pipeline.cost.workload import workload
 from pipeline.extract.pretrained import Checkpoint
 from pipeline.recipe import Recipe
-from pipeline.train.tuners import tuner_config
+from pipeline.train.tuners import tuner_class, tuner_config
 from tests import vision
 from tests.pairs import IMAGES, SUITE, pairs
 from tests.pipeline.test_errors import refused, run
@@ -29,9 +29,19 @@ def test_operations_of_every_tuner_are_counted(name, tuner, checkpoints):
     backbone = Checkpoint(checkpoints[name], name).backbone
     lengths = backbone.measure(np.array([[64, 64], [64, 64], [96, 64]]))
     config = tuner_config(tuner, small_options(tuner))
-    found = count(backbone, tuner, config, lengths)
-    assert found.backbone > 0 and found.step > 0
+    model, states = tuner_model(backbone, tuner, config), tuner_class(tuner, backbone).states(config, backbone)
+    assert step_operations(backbone, lengths, states, model) > 0
     assert saved_bytes(backbone, tuner, config, lengths, 2) > 0
+
+
+@pytest.mark.parametrize("name", [n for n in IMAGES if n in SUITE])
+def test_operations_of_every_backbone_are_counted(name, checkpoints):
+    backbone = Checkpoint(checkpoints[name], name).backbone
+    lengths = backbone.measure(np.array([[64, 64], [64, 64], [96, 64]]))
+    one = {stream: n[:1] for stream, n in lengths.items()}
+    found, alone = counts(backbone, "probe", tuner_config("probe", {}), [lengths, one])
+    assert found.backbone > 2 * alone.backbone > 0  # of three images the third is larger
+    assert found.step > alone.step > 0
 
 
 @pytest.mark.parametrize("name", [n for n in IMAGES if n in SUITE])

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -199,22 +198,17 @@ def test_ctrl_c_leaves_a_run_that_can_be_resumed(tmp_path: Path, after: int) -> 
     assert course(tmp_path / "cut") == course(tmp_path / "straight")
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here: a killed training not tested")
 def test_a_real_kill(tmp_path: Path) -> None:
-    """SIGKILL in another process, then resume here."""
-    code = """
-import os, signal, sys
-sys.path.insert(0, sys.argv[1])
-import tests.train.test_loop as t
-
-t.torch.set_num_threads(1)
-t.store.read_block = t.SPACE.read_block
-stopping = t.Stopping(t.source(), 8, lambda: os.kill(os.getpid(), signal.SIGKILL))
-t.train(t.Path(sys.argv[2]), train_source=stopping, checkpoint_every=3)
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(Path(__file__).parents[2]), str(tmp_path / "cut")], check=False
-    )
-    assert done.returncode == -signal.SIGKILL
+    """SIGKILL of another process, then resume here."""
+    child = os.fork()
+    if not child:
+        try:
+            stopping = Stopping(source(), 8, lambda: os.kill(os.getpid(), signal.SIGKILL))
+            train(tmp_path / "cut", train_source=stopping, checkpoint_every=3)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     train(tmp_path / "cut", checkpoint_every=3)
     train(tmp_path / "straight", checkpoint_every=3)
     assert course(tmp_path / "cut") == course(tmp_path / "straight")
