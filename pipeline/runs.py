@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
+
 from pipeline.checks.rows import checked_rows
 from pipeline.command_lines import quoted
 from pipeline.commands.extract import Say
@@ -30,6 +32,7 @@ from pipeline.jobs.sources import fresh_source, live_backbone, relive
 from pipeline.owners import recipe_of
 from pipeline.recipe import read_recipe
 from pipeline.store.errors import StoreError, UserError
+from pipeline.train.data.live_source import LiveSource
 from pipeline.train.data.source import Source
 from pipeline.train.evaluate import evaluate, predict
 from pipeline.train.fit.run_files import TUNER, check
@@ -154,7 +157,10 @@ class Run:
             assert isinstance(self.job, Job)
             source = fresh_source(self.job, self.live(), texts, str(root), say)
         keep = (lambda place, entry: entry) if out_dir is None else self._saving(texts, Path(root), Path(out_dir))
-        return predict(self.model, source, self.job.device, self.job.recipe.train_precision, keep=keep)
+        entries = predict(self.model, source, self.job.device, self.job.recipe.train_precision, keep=keep)
+        if isinstance(source, LiveSource) and len(of := source.inputs.of):  # a row may be several samples
+            return [self.objective.joined([entries[i] for i in np.flatnonzero(of == row)]) for row in range(of[-1] + 1)]
+        return entries
 
     def _saving(self, texts: Any, root: Path, folder: Path) -> Callable[[int, dict[str, Any]], dict[str, Any]]:
         """What writes the files of an entry below `folder`, from the place of its image among `texts`."""

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -146,9 +147,14 @@ class Decoder(ContinuesText, Blocks, Backbone):
         in the tokenizer's own way."""
         limit = min(options.max_length, self._longest())
         if options.form != "plain":
-            kept, metas, truncated = encode_rows(tokenizer, texts, options.form, limit, options.truncation_side)
-            ids, lengths = ragged(kept)
-            return Inputs({"decoder": lengths}, {"decoder.ids": ids}, truncated, metas=metas)
+            found = encode_rows(tokenizer, texts, options.form, limit, options.truncation_side, options.stride)
+            ids, lengths = ragged(found.ids)
+            of = np.asarray(found.of if len(found.of) > len(texts) else (), np.int64)
+            return Inputs(
+                {"decoder": lengths}, {"decoder.ids": ids}, np.asarray(found.truncated, bool), metas=found.metas, of=of
+            )
+        if options.stride is not None:
+            raise UserError("--stride is for texts that are gone on with: one that is judged as a whole is one sample")
         joined = ["\n".join(fields) for fields in texts]
         encoded, truncated = tokenize(tokenizer, joined, None, limit, options.truncation_side, options.words)
         ids, lengths = ragged(encoded["input_ids"])

@@ -130,6 +130,8 @@ def check_identity(space: Space) -> dict[str, Any]:
     need("attention", identity.get("attention") in ("sdpa", "eager"))
     need("max_length", type(identity.get("max_length")) is int and 1 <= identity["max_length"] <= MAX_NUMBER)
     need("truncation_side", identity.get("truncation_side") in ("left", "right"))
+    if "stride" in identity:
+        need("stride", type(identity["stride"]) is int and 0 < identity["stride"] < identity["max_length"])
     need("prompt", isinstance(identity.get("prompt"), str) and plain_prompt(identity["prompt"]))
     for name in ("views", "projection", "projection_fit", "image_size"):
         need(name, isinstance(identity.get(name, ""), str))
@@ -195,7 +197,9 @@ def check_table(table: TaskTable, where: str) -> TaskTable:
     for row, (label, texts, meta) in enumerate(zip(table.labels, table.texts, metas, strict=True)):
         if wrong := _wrong_target(label, spec, meta):
             raise refuse(where, f"{wrong} (row {row + 1})")
-        if not len(spec.fields) <= len(texts) <= 2:
+        # A later window of the text before has none of its own.
+        later = not texts and row > 0 and "window" in meta and meta["window"][0] > 1
+        if not later and not len(spec.fields) <= len(texts) <= 2:
             raise refuse(where, f"row {row + 1} has {len(texts)} texts, the task has {len(spec.fields)}")
     return table
 
@@ -230,7 +234,11 @@ def _wrong_target(label: Any, spec: TaskSpec, meta: Mapping[str, Any]) -> str:
 
 def _wrong_spans(meta: Mapping[str, Any]) -> str:
     """What keeps `meta` from saying which tokens are targets, "" where nothing does."""
-    count, learn = meta.get("tokens"), meta.get("learn")
+    count, learn, window = meta.get("tokens"), meta.get("learn"), meta.get("window", [1, 1])
+    if not isinstance(window, list) or len(window) != 2 or not all(type(n) is int for n in window):
+        return "it does not say which window of a text it is"
+    if not 1 <= window[0] <= window[1] <= MAX_NUMBER:
+        return "it is no window of a text"
     if type(count) is not int or not 1 <= count <= MAX_NUMBER or not isinstance(learn, list) or not learn:
         return "it does not say which tokens are to be learned"
     end = 1  # the first token has none before it

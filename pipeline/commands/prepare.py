@@ -44,6 +44,26 @@ class Split:
     keys: list[str]
     total: int
 
+    def head(self, count: int) -> Split:
+        """The first `count` samples, all where there are no more."""
+        if count >= len(self.keys):
+            return self
+        return Split(
+            self.name, self.rows.head(count), self.inputs.take(np.arange(count)), self.keys[:count], self.total
+        )
+
+    @property
+    def windows(self) -> tuple[int, int, int]:
+        """How many texts are more than one window, how many windows of them are samples, and how many are not, with
+        nothing to be learned in them."""
+        several = [
+            (meta["window"], texts)
+            for meta, texts in zip(self.inputs.metas or [{}] * len(self.rows), self.rows.texts, strict=True)
+            if "window" in meta
+        ]
+        whole = [window[1] for window, texts in several if texts]
+        return len(whole), len(several), sum(whole) - len(several)
+
 
 def prepare_split(
     backbone: Backbone,
@@ -70,7 +90,11 @@ def prepare_split(
     refuse_unknown_ids(backbone, inputs, f"the {name} rows of {spec.name}")
     if inputs.skipped:
         rows = rows.take([i for i in range(len(rows)) if i not in inputs.skipped])
-    return Split(name, rows, inputs, inputs.keys(), len(rows) if total is None else total)
+    total = len(rows) if total is None else total
+    if len(inputs.of):
+        total += len(inputs) - len(rows)
+        rows = with_windows(rows, inputs.of.tolist())
+    return Split(name, rows, inputs, inputs.keys(), total)
 
 
 def candidates_of(backbone: Backbone, tokenizer: Any, spec: TaskSpec) -> list[list[int]]:
@@ -94,6 +118,13 @@ def prepared(
     if split == "train" and candidates:
         gold = [spec.target_index(label) for label in rows.labels if isinstance(label, int | float)]
     return backbone.prepare(tokenizer, rows.texts, options, candidates, gold)
+
+
+def with_windows(rows: Rows, of: Sequence[int]) -> Rows:
+    """The row of each sample. A text stands with the first of its windows alone."""
+    several = rows.take(of)
+    several.texts = [text if i == 0 or of[i] != of[i - 1] else () for i, text in enumerate(several.texts)]
+    return several
 
 
 def with_views(rows: Rows, views: int) -> Rows:

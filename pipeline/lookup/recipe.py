@@ -32,7 +32,7 @@ from pipeline.train.model import union_states
 from pipeline.train.tuners import tuner_class, tuner_names
 
 # Options of a recipe that are fields of a feature space.
-SPACE_FIELDS = ("format", "projection", "precision", "attention", "prompt", "max_length", "truncation_side")
+SPACE_FIELDS = ("format", "projection", "precision", "attention", "prompt", "max_length", "truncation_side", "stride")
 PICTURES = ("image_size", "views", "augment", "view_seed")  # and those that say how images are made
 
 
@@ -57,6 +57,7 @@ def space_options(recipe: Recipe, spec: TaskSpec, backbone: Backbone) -> SpaceOp
         prompt=spec.prompt if recipe.prompt is None else recipe.prompt,
         max_length=recipe.max_length or backbone.usual_length,
         truncation_side="left" if recipe.truncation_side == "left" else "right",
+        stride=recipe.stride,
         root=picture_root(recipe),
         skip_bad=recipe.skip_bad,
         image_size=size_text(recipe.image_size),

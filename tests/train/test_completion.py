@@ -176,7 +176,7 @@ def recomputed(model: Model, live: LiveBackbone, prompt: list[int], most: int, e
 
 
 @pytest.mark.parametrize("tuner", TUNERS)
-@pytest.mark.parametrize("kind", decoders.USUAL)
+@pytest.mark.parametrize("kind", KINDS)
 def test_greedy_tokens_are_those_of_full_recomputation(kind, tuner):
     """Prompts of all lengths in one batch, windows of 4 positions, an end token that some reach."""
     model, live = made(kind, tuner)

@@ -186,6 +186,10 @@ class Objective(ABC):
         """What `Head.predict` gave for B samples, on the host → B entries ready for JSON; with `files`, as `save` takes
         them."""
 
+    def joined(self, entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """What is told of a row that is several samples, from what is told of each."""
+        raise NotImplementedError
+
     def save(self, entry: Mapping[str, Any], image: Path, folder: Path, name: str) -> dict[str, Any]:
         """Write what `entry` says of `image` to files called `name` below `folder`. Returns it ready for JSON, with the
         files' names."""
