@@ -22,7 +22,7 @@ from pipeline.extract.backbones.capabilities import Blocks, ContinuesText
 from pipeline.extract.backbones.fill import filled
 from pipeline.extract.backbones.loading import collect, freeze, load_frozen
 from pipeline.extract.backbones.registry import register_backbone
-from pipeline.extract.backbones.shell import Shell, cut, is_tied, layers_of, norm_of, places
+from pipeline.extract.backbones.shell import Shell, cache_option, cut, is_tied, layers_of, norm_of, places
 from pipeline.extract.backbones.tail import TextTail
 from pipeline.extract.backbones.text import tokenize, word_metas
 from pipeline.extract.batch import Batch
@@ -184,7 +184,7 @@ class Decoder(ContinuesText, Blocks, Backbone):
         # Samples are padded on the right and attention is causal: no real position sees padding.
         with collect(blocks, lambda name, x: out.__setitem__(name, layout.unpad(x))):
             ids = layout.pad(batch.columns["decoder.ids"])
-            model.base_model(input_ids=ids, past_key_values=cache, use_cache=cache is not None)
+            model.base_model(input_ids=ids, **cache_option(model.base_model, cache))
         return out
 
     def finish(self, model: Any, rows: Tensor) -> Tensor:
