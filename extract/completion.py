@@ -107,6 +107,60 @@ def chat_ids(tokenizer: Any, said: list[dict[str, Any]]) -> list[int]:
     return _plain(tokenizer, _rendered(tokenizer, said, add_generation_prompt=True))
 
 
+def answer_ids(tokenizer: Any, answers: Sequence[str]) -> list[list[int]]:
+    """The ids of each of `answers` as it goes on with a text, a blank before it and the end token after it. UserError
+    unless behind what all of them begin with each has a first token of its own, by which it can be told."""
+    before = _plain(tokenizer, "x")
+    found = []
+    for answer in answers:
+        ids = _plain(tokenizer, f"x {answer}")
+        own = ids[len(before) :] if ids[: len(before)] == before else _plain(tokenizer, f" {answer}")
+        found.append([*own, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])])
+    deciding: dict[int, str] = {}
+    place = shared(found)
+    for answer, ids in zip(answers, found, strict=True):
+        other = deciding.setdefault(ids[place], answer) if place < len(ids) else answers[0]
+        if place >= len(ids) or other != answer:
+            raise UserError(
+                f"the labels {other!r} and {answer!r} begin with the same token, and are told apart by their first: "
+                "give labels that begin otherwise, or learn classes with a head (--objective classification)"
+            )
+    return found
+
+
+def shared(answers: Sequence[Sequence[int]]) -> int:
+    """How many ids all of `answers` begin with."""
+    first, last = (list(end(answers, key=tuple)) if answers else [] for end in (min, max))
+    return next((k for k, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+
+
+def encode_answers(
+    tokenizer: Any, sources: Sequence[str], candidates: Sequence[Sequence[int]], gold: Sequence[int] | None, limit: int,
+    side: str,
+) -> Encoded:  # fmt: skip
+    """Samples of `sources`, texts to be answered, each with its own answer, of `candidates` number `gold`; for scoring
+    (None) with what all candidates begin with. Sources are cut on `side` so that the longest answer finds room: an
+    answer never is. Of a sample its meta also tells which position is to `decide` between the answers. UserError where
+    there is no room."""
+    room = limit - max(len(ids) for ids in candidates)
+    if room < 1:
+        raise UserError(f"--max-length {limit} leaves no token of a text beside its answer of {limit - room} tokens")
+    out, common = Encoded(), shared(candidates)
+    for i, source in enumerate(sources):
+        ids = _begun(tokenizer, source)
+        if not ids:
+            raise RowError(f"row {i + 1}: the text is empty, which is no token here")
+        kept = ids[-room:] if side == "left" else ids[:room]
+        answer = candidates[0][:common] if gold is None else candidates[gold[i]]
+        out.ids.append([*kept, *answer])
+        count = len(out.ids[-1])
+        learn = [] if gold is None else [[len(kept), count]]
+        out.metas.append({"tokens": count, "learn": learn, "decide": len(kept) + common - 1})
+        out.truncated.append(len(kept) < len(ids))
+        out.of.append(i)
+    return out
+
+
 def learned(meta: Mapping[str, Any]) -> np.ndarray:
     """(tokens,) bool: which positions of a row are targets."""
     mask = np.zeros(int(meta["tokens"]), bool)

@@ -69,7 +69,7 @@ def space_identity(checkpoint: Checkpoint, options: SpaceOptions) -> dict[str, A
         "weights": checkpoint.weights_digest,
         "config": checkpoint.config_digest,
         "tokenizer": checkpoint.tokenizer_digest,
-        "prompt": options.text.prompt if backbone.writes_text else "",
+        "prompt": options.text.prompt if backbone.writes_text or backbone.continues_text else "",
         "max_length": options.text.max_length,
         "truncation_side": options.text.truncation_side,
         # Spaces of before have no such field: their long texts were cut.

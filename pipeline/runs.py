@@ -29,6 +29,7 @@ from pipeline.jobs.joint import Joint
 from pipeline.jobs.mixture import Mixture, open_job
 from pipeline.jobs.slots import parts_of, slots_of
 from pipeline.jobs.sources import fresh_source, live_backbone, relive
+from pipeline.jobs.written import written_scores
 from pipeline.owners import recipe_of
 from pipeline.recipe import read_recipe
 from pipeline.store.errors import StoreError, UserError
@@ -112,15 +113,22 @@ class Run:
             raise UserError(f"{self.folder} has several tasks: choose one with --task, of {', '.join(self.job.jobs)}")
         return self.job
 
-    def generate(self, split: str) -> dict[str, Any]:
+    def generate(self, split: str, most: int | None = None) -> dict[str, Any]:
         """Free generation on `split` with the frozen decoder live: metrics by exact match of the written text (of a
-        regression by the number written), and the share of answers that are a target at all. Raises UserError for runs
-        that write no text."""
+        regression by the number written), and the share of answers that are a target at all. Of a language model: what
+        `written_scores` gives, of `most` tokens a text. Raises UserError for runs that write no text."""
         objective = self.single().objective
-        if not isinstance(objective, LabelText):
-            raise UserError(f"--generate: only runs of objective label-text write text; this one's is {objective.name}")
+        if not (isinstance(objective, LabelText) or objective.continues_text):
+            raise UserError(
+                f"--generate: runs of objective label-text and completion write text; this one's is {objective.name}"
+            )
         assert isinstance(self.job, Job)
         live, checkpoint = self.live()
+        if live.backbone.continues_text:
+            return written_scores(self.job, self.model, (live, checkpoint), split, most)
+        assert isinstance(objective, LabelText)
+        if most is not None:
+            raise UserError(f"--max-new-tokens: {live.backbone.name} backbones write up to the longest label")
         written = generate(self.model, live, relive(self.job, split, checkpoint).inputs)
         texts = checkpoint.tokenizer.batch_decode(written, skip_special_tokens=True)
         answers = [objective.meaning(t) for t in texts]

@@ -26,7 +26,7 @@ from pipeline.extract.backbones.shell import Shell, cache_option, cut, is_tied, 
 from pipeline.extract.backbones.tail import TextTail
 from pipeline.extract.backbones.text import tokenize, word_metas
 from pipeline.extract.batch import Batch
-from pipeline.extract.completion import encode_rows
+from pipeline.extract.completion import Encoded, answer_ids, encode_answers, encode_rows
 from pipeline.extract.inputs import Inputs, ragged
 from pipeline.store.errors import UserError
 
@@ -92,6 +92,13 @@ def attentions_of(config: Any) -> tuple[str, ...]:
     return ("sdpa", "eager") if model._supports_sdpa else ("eager",)
 
 
+def _inputs(found: Encoded, rows: int) -> Inputs:
+    ids, lengths = ragged(found.ids)
+    of = np.asarray(found.of if len(found.of) > rows else (), np.int64)
+    cut = np.asarray(found.truncated, bool)
+    return Inputs({"decoder": lengths}, {"decoder.ids": ids}, cut, metas=found.metas, of=of)
+
+
 @register_backbone
 class Decoder(ContinuesText, Blocks, Backbone):
     """See the module's docstring. Raises UserError for layers that carry a state from position to position in place of
@@ -142,19 +149,27 @@ class Decoder(ContinuesText, Blocks, Backbone):
     def embedding(self, stream: str) -> list[str]:
         return []
 
-    def prepare(self, tokenizer: Any, texts: Sequence[Sequence[str]], options: TextOptions) -> Inputs:
-        """Rows of a completion task become what `encode_rows` makes of them; the fields of any other stand a line each,
-        in the tokenizer's own way."""
-        limit = min(options.max_length, self._longest())
+    def candidates(self, tokenizer: Any, targets: Sequence[str]) -> list[list[int]]:
+        return answer_ids(tokenizer, targets)
+
+    def prepare(
+        self,
+        tokenizer: Any,
+        texts: Sequence[Sequence[str]],
+        options: TextOptions,
+        candidates: Sequence[Sequence[int]] = (),
+        gold: Sequence[int] | None = None,
+    ) -> Inputs:
+        """Rows of a completion task become what `encode_rows` makes of them, those that are answered what
+        `encode_answers` does; the fields of any other stand a line each, in the tokenizer's own way."""
+        limit, side = min(options.max_length, self._longest()), options.truncation_side
         if options.form != "plain":
-            found = encode_rows(tokenizer, texts, options.form, limit, options.truncation_side, options.stride)
-            ids, lengths = ragged(found.ids)
-            of = np.asarray(found.of if len(found.of) > len(texts) else (), np.int64)
-            return Inputs(
-                {"decoder": lengths}, {"decoder.ids": ids}, np.asarray(found.truncated, bool), metas=found.metas, of=of
-            )
+            return _inputs(encode_rows(tokenizer, texts, options.form, limit, side, options.stride), len(texts))
         if options.stride is not None:
             raise UserError("--stride is for texts that are gone on with: one that is judged as a whole is one sample")
+        if candidates:
+            sources = [options.prompt.format(*fields) for fields in texts]
+            return _inputs(encode_answers(tokenizer, sources, candidates, gold, limit, side), len(texts))
         joined = ["\n".join(fields) for fields in texts]
         encoded, truncated = tokenize(tokenizer, joined, None, limit, options.truncation_side, options.words)
         ids, lengths = ragged(encoded["input_ids"])

@@ -216,6 +216,8 @@ def _wrong_target(label: Any, spec: TaskSpec, meta: Mapping[str, Any]) -> str:
             return f"there are {len(label)} tags for {count} words"
     if spec.target == "tokens" and (wrong := _wrong_spans(meta)):
         return wrong
+    if spec.target == "class" and "decide" in meta and (wrong := _wrong_answer(meta)):
+        return wrong
     if spec.target == "mask" and (wrong := _wrong_geometry(meta)):
         return wrong
     if label is None:
@@ -248,6 +250,14 @@ def _wrong_spans(meta: Mapping[str, Any]) -> str:
             return f"the tokens to be learned are not spans of {count} tokens"
         end = span[1]
     return ""
+
+
+def _wrong_answer(meta: Mapping[str, Any]) -> str:
+    """What keeps `meta` from saying where a text's answer stands, "" where nothing does. A row to score has none."""
+    place, count = meta["decide"], meta.get("tokens")
+    if type(place) is not int or type(count) is not int or not 0 <= place < count:
+        return "it does not say where its answer is told"
+    return _wrong_spans(meta) if meta.get("learn") != [] else ""
 
 
 def _wrong_geometry(meta: Mapping[str, Any]) -> str:

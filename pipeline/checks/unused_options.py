@@ -59,7 +59,7 @@ def for_kind(recipe: Recipe, backbone: Backbone) -> Recipe:
     left = dict(PICTURE_OPTIONS if backbone.modality == "text" else TEXT_OPTIONS)
     if backbone.modality == "image" and recipe.image is not None:
         left |= dict.fromkeys(("text", "text_pair"), (None,))
-    if not backbone.writes_text:
+    if not backbone.writes_text:  # with several backbones none answers with text
         left["prompt"] = (None,)
     if not backbone.continues_text:
         left["stride"] = (None,)
@@ -89,10 +89,11 @@ def refuse_for_kind(recipe: Recipe, backbone: Backbone) -> None:
         if getattr(recipe, option) not in nothing:
             what = "images" if text else "texts"
             raise UserError(f"{option_name(option)} is for {what}, and {backbone.name} backbones read {read}")
-    if text and not backbone.writes_text and recipe.prompt is not None:
-        raise UserError(
-            f"--prompt is for text-to-text backbones; {backbone.name} ones read the text fields as they are"
-        )
+    answers = backbone.writes_text or (backbone.continues_text and recipe.objective == "label-text")
+    if text and not answers and recipe.prompt is not None:
+        where = "with --objective label-text; else" if backbone.continues_text else "backbones;"
+        kind = "language models " if backbone.continues_text else "text-to-text "
+        raise UserError(f"--prompt is for {kind}{where} {backbone.name} ones read the text fields as they are")
     if text and not backbone.continues_text and recipe.stride is not None:
         raise UserError(f"--stride is for language models, which go on with a text; {backbone.name} ones do not")
     if recipe.view_seed and (recipe.views or 1) < 2:

@@ -150,7 +150,8 @@ def sample_lengths(
         extents = image_extents(tokenizer.sized(text.image_size, text.dense), rows, text)
         return backbone.measure(filled_up(extents, backbone.padding(text)))
     if tokenizer is not None:
-        return prepared(backbone, tokenizer, spec, split, rows, text, candidates_of(backbone, tokenizer, spec)).lengths
+        candidates = candidates_of(backbone, tokenizer, spec, recipe.objective)
+        return prepared(backbone, tokenizer, spec, split, rows, text, candidates).lengths
     prompted = [text.prompt.format(*t) if backbone.writes_text else " ".join(t) for t in rows.texts]
     words = np.asarray([len(p.split()) for p in prompted], float)
     special = 1 if backbone.writes_text else 1 + len(spec.fields)

@@ -39,13 +39,15 @@ class Vocabulary(Protocol):
 class Answers:
     """What a task says of its targets. `labels`: class names in index order. `metrics`: names known to
     `train.metrics`. For a backbone that writes text, `texts`: what it answers, and `token_ids` of each; `values`: the
-    number each text stands for, where targets are numbers."""
+    number each text stands for, where targets are numbers; `continued`: an answer goes on with the sample's own text,
+    in one stream."""
 
     labels: tuple[str, ...] = ()
     metrics: tuple[str, ...] = ()
     texts: tuple[str, ...] = ()
     token_ids: tuple[tuple[int, ...], ...] = ()
     values: tuple[float, ...] = ()
+    continued: bool = False
 
     @classmethod
     def of_classes(cls, classes: int, token_ids: Sequence[Sequence[int]] = ()) -> Answers:
