@@ -106,8 +106,7 @@ def narrow(config: Any, layers: Sequence[int], reduction: int, attention: str) -
     if getattr(config, "rope_parameters", None):
         side.rope_parameters = _unstretched(config.rope_parameters)
     side.vocab_size, side.pad_token_id = 1, None
-    if getattr(config, "_experts_implementation", None):
-        side._experts_implementation = "eager"  # grouped products want wider experts than these
+    side._experts_implementation = "eager"  # grouped products want wider experts than these
     return side
 
 

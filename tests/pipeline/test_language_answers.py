@@ -96,8 +96,8 @@ def test_a_probe_at_its_start_answers_as_the_model_does(common, model, tmp_path)
 def test_rows_that_hold_their_answers_are_for_nothing_else(common, checkpoints, tmp_path):
     head = ("train", *common, "--tuner", "probe", "--objective", "classification", "--out", tmp_path / "R")
     assert "which it would see" in refused(*head)
-    assert "those that do: sherl, lst, probe" in refused(
-        "train", *common, "--tuner", "head2toe", "--out", tmp_path / "R"
+    assert "those that do: sherl, head2toe, lst, probe" in refused(
+        "train", *common, "--tuner", "unipt", "--out", tmp_path / "R"
     )
     plain = (*common[:-1], tmp_path / "plain")
     run("extract", *plain, "--for", "probe")
