@@ -4,6 +4,10 @@ Three forms of rows. `text`: every token but the first. `completion`: a prompt a
 targets. `messages`: a conversation (JSON), of which the assistant's tokens are. A text begins with the tokenizer's
 begin token, where it has one, and a text and a completion end with its end token; a conversation is rendered by the
 tokenizer's chat template, which says both. Targets are kept as spans of positions, [first, after the last].
+
+A longer text than the model is to see is cut, or becomes several samples, windows that each begin a stride after the
+one before. A token is learned once, in the first window that has it: what a window shares with the one before is there
+to be seen.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -29,30 +34,67 @@ class RowError(UserError):
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
+@dataclass
+class Encoded:
+    """Samples of rows: the `ids` of each; its meta, which says how many `tokens` it has, which spans of them are to
+    `learn`, and of a text in several windows which `window` it is, [number from 1, of how many]; whether it was cut
+    (`truncated`); and the row that it is `of`, from 0."""
+
+    ids: list[list[int]] = field(default_factory=list)
+    metas: list[dict[str, Any]] = field(default_factory=list)
+    truncated: list[bool] = field(default_factory=list)
+    of: list[int] = field(default_factory=list)
+
+
 def encode_rows(
-    tokenizer: Any, rows: Sequence[Sequence[str]], form: str, limit: int, side: str
-) -> tuple[list[list[int]], list[dict[str, Any]], np.ndarray]:
-    """The ids of each of `rows` of `form`, cut to `limit` tokens on `side`; its meta, which says how many `tokens` it
-    has and which spans of them are to `learn`; and (rows,) bool, which were cut. RowError where no target is left."""
+    tokenizer: Any, rows: Sequence[Sequence[str]], form: str, limit: int, side: str, stride: int | None = None
+) -> Encoded:
+    """The samples of `rows` of `form`, of at most `limit` tokens: longer texts are cut on `side`, or with a `stride`
+    split into windows that begin so many tokens apart; windows without a target are left out. RowError where no target
+    is left of a row; UserError for a stride that leaves tokens out."""
+    if stride is not None and stride >= limit:
+        raise UserError(f"--stride {stride}: below the {limit} tokens of a window, or a token has none before it")
     encode = {"text": _text, "completion": _completion, "messages": _messages}[form]
-    kept, metas, truncated = [], [], np.zeros(len(rows), bool)
+    out = Encoded()
     for i, fields in enumerate(rows):
         try:
             ids, spans = encode(tokenizer, fields)
         except UserError as error:
             raise RowError(f"row {i + 1}: {error}") from None
-        truncated[i] = len(ids) > limit
-        first = len(ids) - limit if truncated[i] and side == "left" else 0
-        ids = ids[first : first + limit]
-        # A first token has none before it that could predict it.
-        inside = [(max(a - first, 1), min(b - first, len(ids))) for a, b in spans]
-        learn = [[a, b] for a, b in inside if a < b]
-        if not learn:
-            cut = f": what is to be learned lies beyond --max-length {limit}" if truncated[i] else ""
+        if stride is None:
+            first = max(0, len(ids) - limit) if side == "left" else 0
+            parts = [(first, first, min(first + limit, len(ids)))]
+        else:
+            parts = windows(len(ids), limit, stride)
+        found = 0
+        for number, (first, new, end) in enumerate(parts, 1):
+            # A first token has none before it that could predict it.
+            inside = [(max(a - first, new - first, 1), min(b, end) - first) for a, b in spans]
+            if learn := [[a, b] for a, b in inside if a < b]:
+                found += 1
+                out.ids.append(ids[first:end])
+                more = {"window": [number, len(parts)]} if len(parts) > 1 else {}
+                out.metas.append({"tokens": end - first, "learn": learn, **more})
+                out.truncated.append(len(parts) == 1 and end - first < len(ids))
+                out.of.append(i)
+        if not found:
+            cut = (
+                f": what is to be learned lies beyond --max-length {limit}"
+                if parts[-1][2] - parts[0][0] < len(ids)
+                else ""
+            )
             raise RowError(f"row {i + 1} has no token to learn{cut}")
-        kept.append(ids)
-        metas.append({"tokens": len(ids), "learn": learn})
-    return kept, metas, truncated
+    return out
+
+
+def windows(count: int, limit: int, stride: int) -> list[tuple[int, int, int]]:
+    """Of a text of `count` tokens the windows of `limit` tokens at most, `stride` apart: the first token of each, the
+    first that no window before it has, and the end. `stride` < `limit`."""
+    out = [(0, 0, min(limit, count))]
+    while out[-1][2] < count:
+        first = out[-1][0] + stride
+        out.append((first, out[-1][2], min(first + limit, count)))
+    return out
 
 
 def prompt_ids(tokenizer: Any, form: str, text: str) -> list[int]:
@@ -63,6 +105,60 @@ def prompt_ids(tokenizer: Any, form: str, text: str) -> list[int]:
 def chat_ids(tokenizer: Any, said: list[dict[str, Any]]) -> list[int]:
     """The ids of a conversation up to where the assistant's next turn begins."""
     return _plain(tokenizer, _rendered(tokenizer, said, add_generation_prompt=True))
+
+
+def answer_ids(tokenizer: Any, answers: Sequence[str]) -> list[list[int]]:
+    """The ids of each of `answers` as it goes on with a text, a blank before it and the end token after it. UserError
+    unless behind what all of them begin with each has a first token of its own, by which it can be told."""
+    before = _plain(tokenizer, "x")
+    found = []
+    for answer in answers:
+        ids = _plain(tokenizer, f"x {answer}")
+        own = ids[len(before) :] if ids[: len(before)] == before else _plain(tokenizer, f" {answer}")
+        found.append([*own, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])])
+    deciding: dict[int, str] = {}
+    place = shared(found)
+    for answer, ids in zip(answers, found, strict=True):
+        other = deciding.setdefault(ids[place], answer) if place < len(ids) else answers[0]
+        if place >= len(ids) or other != answer:
+            raise UserError(
+                f"the labels {other!r} and {answer!r} begin with the same token, and are told apart by their first: "
+                "give labels that begin otherwise, or learn classes with a head (--objective classification)"
+            )
+    return found
+
+
+def shared(answers: Sequence[Sequence[int]]) -> int:
+    """How many ids all of `answers` begin with."""
+    first, last = (list(end(answers, key=tuple)) if answers else [] for end in (min, max))
+    return next((k for k, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+
+
+def encode_answers(
+    tokenizer: Any, sources: Sequence[str], candidates: Sequence[Sequence[int]], gold: Sequence[int] | None, limit: int,
+    side: str,
+) -> Encoded:  # fmt: skip
+    """Samples of `sources`, texts to be answered, each with its own answer, of `candidates` number `gold`; for scoring
+    (None) with what all candidates begin with. Sources are cut on `side` so that the longest answer finds room: an
+    answer never is. Of a sample its meta also tells which position is to `decide` between the answers. UserError where
+    there is no room."""
+    room = limit - max(len(ids) for ids in candidates)
+    if room < 1:
+        raise UserError(f"--max-length {limit} leaves no token of a text beside its answer of {limit - room} tokens")
+    out, common = Encoded(), shared(candidates)
+    for i, source in enumerate(sources):
+        ids = _begun(tokenizer, source)
+        if not ids:
+            raise RowError(f"row {i + 1}: the text is empty, which is no token here")
+        kept = ids[-room:] if side == "left" else ids[:room]
+        answer = candidates[0][:common] if gold is None else candidates[gold[i]]
+        out.ids.append([*kept, *answer])
+        count = len(out.ids[-1])
+        learn = [] if gold is None else [[len(kept), count]]
+        out.metas.append({"tokens": count, "learn": learn, "decide": len(kept) + common - 1})
+        out.truncated.append(len(kept) < len(ids))
+        out.of.append(i)
+    return out
 
 
 def learned(meta: Mapping[str, Any]) -> np.ndarray:

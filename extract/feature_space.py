@@ -43,6 +43,8 @@ class SpaceOptions:
             raise UserError(f"max-length: at least 1, not {self.text.max_length}")
         if self.text.truncation_side not in ("left", "right"):
             raise UserError(f"truncation-side: left or right, not {self.text.truncation_side!r}")
+        if self.text.stride is not None and not 1 <= self.text.stride < self.text.max_length:
+            raise UserError(f"--stride: from 1 to below --max-length {self.text.max_length}, not {self.text.stride}")
 
 
 def space_identity(checkpoint: Checkpoint, options: SpaceOptions) -> dict[str, Any]:
@@ -67,9 +69,11 @@ def space_identity(checkpoint: Checkpoint, options: SpaceOptions) -> dict[str, A
         "weights": checkpoint.weights_digest,
         "config": checkpoint.config_digest,
         "tokenizer": checkpoint.tokenizer_digest,
-        "prompt": options.text.prompt if backbone.writes_text else "",
+        "prompt": options.text.prompt if backbone.writes_text or backbone.continues_text else "",
         "max_length": options.text.max_length,
         "truncation_side": options.text.truncation_side,
+        # Spaces of before have no such field: their long texts were cut.
+        **({"stride": options.text.stride} if options.text.stride is not None else {}),
         "format": options.format,
         "projection": options.projection,
         "projection_fit": options.projection_fit,
@@ -96,6 +100,7 @@ def options_of(identity: Mapping[str, Any]) -> SpaceOptions:
             prompt=identity["prompt"],
             max_length=identity["max_length"],
             truncation_side=identity["truncation_side"],
+            stride=identity.get("stride"),
             image_size=identity.get("image_size", ""),
             views=1 if identity["views"] == "none" else 2,
             augment="flip" if identity["views"] == POLICIES["flip"] else "random",

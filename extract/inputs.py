@@ -28,7 +28,8 @@ class Inputs:
     `truncated`: (n,) bool, samples whose text was cut at the length limit. `pictures`: (n,) `Picture` objects of an
     image backbone, which are its input; its columns hold the sizes of feature maps only. `skipped`: why samples that
     were asked for are not here, by their place in what was asked for. `metas`: what is known of each sample beside its
-    inputs (which words they are), () where nothing is.
+    inputs (which words they are), () where nothing is. `of`: (n,) the row that each sample is of, where a row may be
+    several samples; empty where each is one.
     """
 
     lengths: dict[str, np.ndarray]
@@ -37,6 +38,7 @@ class Inputs:
     pictures: np.ndarray | None = None
     skipped: dict[int, str] = field(default_factory=dict)
     metas: Sequence[Mapping[str, Any]] = ()
+    of: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
     def __len__(self) -> int:
         return len(next(iter(self.lengths.values())))
@@ -51,6 +53,7 @@ class Inputs:
             self.truncated[samples] if len(self.truncated) else self.truncated,
             None if self.pictures is None else self.pictures[samples],
             metas=[self.metas[i] for i in samples.tolist()] if self.metas else (),
+            of=self.of[samples] if len(self.of) else self.of,
         )
 
     @classmethod

@@ -21,7 +21,7 @@ PRECISIONS = ("float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
 # Options that are 1 or more.
 _FROM_ONE = ["limit", "max_length", "batch_size", "batch_tokens", "epochs", "max_steps", "accumulate", "patience"]
-_FROM_ONE += ["window", "views"]
+_FROM_ONE += ["window", "views", "stride"]
 # Of fields that are no option of a command.
 UNSPOKEN: dict[str, Any] = {"help": "", "on": [], "choices": (), "many": False, "metavar": ""}
 
@@ -164,6 +164,14 @@ class Recipe:
     )
     truncation_side: str | None = _option(
         None, "Side on which long texts are cut. Default: right.", "extract train", choices=("left", "right")
+    )
+    stride: int | None = _option(
+        None,
+        "Language models: longer texts become windows of --max-length tokens that begin this many tokens apart; each "
+        "token is learned once, what a window shares with the one before is context. Default: longer texts are cut; "
+        "train takes what the store has.",
+        "extract train",
+        metavar="TOKENS",
     )
     image_size: str | None = _option(
         None,
@@ -310,6 +318,8 @@ class Recipe:
         for name in ("seed", "order_seed", "view_seed"):
             if (getattr(self, name) or 0) >= 1 << 63:
                 raise UserError(f"{option_name(name)}: below 2^63, was {getattr(self, name)}")
+        if self.stride is not None and self.truncation_side == "left":
+            raise UserError("--truncation-side: with --stride nothing is cut; leave one of them out")
         if self.warmup_ratio is not None and not 0 <= self.warmup_ratio <= 1:
             raise UserError(f"--warmup-ratio: between 0 and 1, not {self.warmup_ratio}")
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
+
 from pipeline.checks.rows import checked_rows
 from pipeline.command_lines import quoted
 from pipeline.commands.extract import Say
@@ -27,9 +29,11 @@ from pipeline.jobs.joint import Joint
 from pipeline.jobs.mixture import Mixture, open_job
 from pipeline.jobs.slots import parts_of, slots_of
 from pipeline.jobs.sources import fresh_source, live_backbone, relive
+from pipeline.jobs.written import written_scores
 from pipeline.owners import recipe_of
 from pipeline.recipe import read_recipe
 from pipeline.store.errors import StoreError, UserError
+from pipeline.train.data.live_source import LiveSource
 from pipeline.train.data.source import Source
 from pipeline.train.evaluate import evaluate, predict
 from pipeline.train.fit.run_files import TUNER, check
@@ -109,15 +113,22 @@ class Run:
             raise UserError(f"{self.folder} has several tasks: choose one with --task, of {', '.join(self.job.jobs)}")
         return self.job
 
-    def generate(self, split: str) -> dict[str, Any]:
+    def generate(self, split: str, most: int | None = None) -> dict[str, Any]:
         """Free generation on `split` with the frozen decoder live: metrics by exact match of the written text (of a
-        regression by the number written), and the share of answers that are a target at all. Raises UserError for runs
-        that write no text."""
+        regression by the number written), and the share of answers that are a target at all. Of a language model: what
+        `written_scores` gives, of `most` tokens a text. Raises UserError for runs that write no text."""
         objective = self.single().objective
-        if not isinstance(objective, LabelText):
-            raise UserError(f"--generate: only runs of objective label-text write text; this one's is {objective.name}")
+        if not (isinstance(objective, LabelText) or objective.continues_text):
+            raise UserError(
+                f"--generate: runs of objective label-text and completion write text; this one's is {objective.name}"
+            )
         assert isinstance(self.job, Job)
         live, checkpoint = self.live()
+        if live.backbone.continues_text:
+            return written_scores(self.job, self.model, (live, checkpoint), split, most)
+        assert isinstance(objective, LabelText)
+        if most is not None:
+            raise UserError(f"--max-new-tokens: {live.backbone.name} backbones write up to the longest label")
         written = generate(self.model, live, relive(self.job, split, checkpoint).inputs)
         texts = checkpoint.tokenizer.batch_decode(written, skip_special_tokens=True)
         answers = [objective.meaning(t) for t in texts]
@@ -154,7 +165,10 @@ class Run:
             assert isinstance(self.job, Job)
             source = fresh_source(self.job, self.live(), texts, str(root), say)
         keep = (lambda place, entry: entry) if out_dir is None else self._saving(texts, Path(root), Path(out_dir))
-        return predict(self.model, source, self.job.device, self.job.recipe.train_precision, keep=keep)
+        entries = predict(self.model, source, self.job.device, self.job.recipe.train_precision, keep=keep)
+        if isinstance(source, LiveSource) and len(of := source.inputs.of):  # a row may be several samples
+            return [self.objective.joined([entries[i] for i in np.flatnonzero(of == row)]) for row in range(of[-1] + 1)]
+        return entries
 
     def _saving(self, texts: Any, root: Path, folder: Path) -> Callable[[int, dict[str, Any]], dict[str, Any]]:
         """What writes the files of an entry below `folder`, from the place of its image among `texts`."""

@@ -97,8 +97,14 @@ def scores_text(result: dict[str, Any]) -> str:
     """Scores of one split, and its report where there is one."""
     plain = {k: v for k, v in result.items() if isinstance(v, float)}
     lines = [f"{result['split']}: {_metrics(plain)}"]
-    if "generated" in result:
-        generated = dict(result["generated"])
+    generated = dict(result.get("generated", {}))
+    if "bleu" in generated:
+        overlap = "/".join(f"{100 * generated[name]:.1f}" for name in ("rouge1", "rouge2", "rougeL"))
+        lines.append(
+            f"{result['split']}, {generated['rows']:,} texts written: exact match {generated['exact_match']:.1%}, "
+            f"ROUGE-1/2/L {overlap}, BLEU {generated['bleu']:.1f}; {generated['cut']:,} cut at --max-new-tokens"
+        )
+    elif generated:
         share = generated.pop("in_targets")
         lines.append(
             f"{result['split']}, free generation, exact match: {_metrics(generated)} ({share:.1%} answers are targets)"

@@ -103,6 +103,21 @@ def continued(
     return out
 
 
+def end_tokens(tokenizer: Any, model: Any) -> set[int]:
+    """The tokens that end a text: the tokenizer's, and those of the model's generation settings."""
+    more = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    found = {tokenizer.eos_token_id, *(more if isinstance(more, list) else [more])}
+    return {token for token in found if token is not None}
+
+
+def text_after(tokenizer: Any, prompt: Sequence[int], ids: Sequence[int]) -> str:
+    """The text of `ids` as it stands behind `prompt`: a tokenizer may write the first of several tokens otherwise than
+    the same one later."""
+    before: str = tokenizer.decode(prompt, skip_special_tokens=True)
+    whole: str = tokenizer.decode([*prompt, *ids], skip_special_tokens=True)
+    return whole[len(before) :] if whole.startswith(before) else str(tokenizer.decode(ids))
+
+
 def _take(text: Written, token: int, ends: Collection[int], most: int, stop: Callable[[Written], bool]) -> None:
     if token in ends:
         text.ended = "end"

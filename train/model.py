@@ -146,12 +146,13 @@ def drawn_from(seed: int | None) -> Iterator[None]:
 def refuse_features(tuner: Tuner, objective: Objective) -> None:
     """UserError, one sentence, where `objective` cannot read what `tuner` hands out."""
     wants, backbone = objective.wants, tuner.backbone
-    writes = backbone.continues_text if objective.continues_text else backbone.writes_text
+    continues = objective.continues_text or backbone.continues_text
+    writes = backbone.continues_text if continues else backbone.writes_text
     if wants.text_head and not writes:
         raise UserError(
             f"objective {objective.name} needs a backbone that writes text; {backbone.name} backbones do not"
         )
-    if wants.text_head and not (tuner.continues_text if objective.continues_text else tuner.text_head):
+    if wants.text_head and not (tuner.continues_text if continues else tuner.text_head):
         raise UserError(f"objective {objective.name} needs rows for a text head, which tuner {tuner.name} has none of")
     for feature in tuner.features.values():
         if feature.kind not in wants.kinds:

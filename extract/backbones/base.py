@@ -29,9 +29,10 @@ from pipeline.extract.projection import Projection
 
 @dataclass(frozen=True)
 class TextOptions:
-    """How text becomes input ids. `prompt` is used by text-to-text families only; "" elsewhere. `words`: also find out
-    which word each position belongs to, which changes nothing else. `form`: what the rows of a completion task are, see
-    `extract.completion`; "plain" for those of any other.
+    """How text becomes input ids. `prompt`: what a family that answers with text is asked with; "" elsewhere. `words`:
+    also find out which word each position belongs to, which changes nothing else. `form`: what the rows of a completion
+    task are, see `extract.completion`; "plain" for those of any other. `stride`: longer texts of such a task become
+    windows that begin so many tokens apart; None: they are cut.
 
     Of image families: `root`, the folder that file names are relative to; `skip_bad`, leave out images that cannot be
     read; `image_size`, "HEIGHTxWIDTH" of what the backbone sees, "own" for each
@@ -56,6 +57,7 @@ class TextOptions:
     dense: bool = False
     words: bool = False
     form: Form = "plain"
+    stride: int | None = None
 
 
 class Backbone(ABC):

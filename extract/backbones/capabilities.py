@@ -98,21 +98,10 @@ class LanguageHead(LiveLast):
         """The loaded backbone's own language-model head, as `TextTail.logits`."""
 
 
-class ContinuesText(LanguageHead):
-    """It is a decoder alone, of one stream: the row at a position predicts the token after it."""
+class Answers(LanguageHead):
+    """It can be asked with a text and answer with one of several target texts, which its head knows the tokens of."""
 
-    what = "a decoder that goes on with a text"
-
-
-class WritesText(LanguageHead):
-    """It has a decoder, fed texts that stand among the inputs, and a frozen language-model head."""
-
-    what = "a decoder that writes text"
-
-    @property
-    @abstractmethod
-    def start_id(self) -> int:
-        """The id every decoder input begins with."""
+    what = "a language-model head that answers"
 
     @abstractmethod
     def candidates(self, tokenizer: Any, targets: Sequence[str]) -> list[list[int]]:
@@ -127,8 +116,26 @@ class WritesText(LanguageHead):
         candidates: Sequence[Sequence[int]] = (),
         gold: Sequence[int] | None = None,
     ) -> Inputs:
-        """As `Backbone.prepare`, with decoder positions. `candidates`: token ids of each target; `gold`: the index of
-        each sample's own target when its states are for training, None when they are for scoring."""
+        """As `Backbone.prepare`, with positions for the answer. `candidates`: token ids of each target; `gold`: the
+        index of each sample's own target when its states are for training, None when they are for scoring."""
+
+
+class ContinuesText(Answers):
+    """It is a decoder alone, of one stream: the row at a position predicts the token after it. It answers by going on
+    with the text, where it is asked to."""
+
+    what = "a decoder that goes on with a text"
+
+
+class WritesText(Answers):
+    """It has a decoder, fed texts that stand among the inputs, and a frozen language-model head."""
+
+    what = "a decoder that writes text"
+
+    @property
+    @abstractmethod
+    def start_id(self) -> int:
+        """The id every decoder input begins with."""
 
     @abstractmethod
     def with_decoder(self, inputs: Inputs, chains: Sequence[Sequence[int]]) -> Inputs:

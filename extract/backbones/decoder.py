@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -21,11 +22,11 @@ from pipeline.extract.backbones.capabilities import Blocks, ContinuesText
 from pipeline.extract.backbones.fill import filled
 from pipeline.extract.backbones.loading import collect, freeze, load_frozen
 from pipeline.extract.backbones.registry import register_backbone
-from pipeline.extract.backbones.shell import Shell, cut, is_tied, layers_of, norm_of, places
+from pipeline.extract.backbones.shell import Shell, cache_option, cut, is_tied, layers_of, norm_of, places
 from pipeline.extract.backbones.tail import TextTail
 from pipeline.extract.backbones.text import tokenize, word_metas
 from pipeline.extract.batch import Batch
-from pipeline.extract.completion import encode_rows
+from pipeline.extract.completion import Encoded, answer_ids, encode_answers, encode_rows
 from pipeline.extract.inputs import Inputs, ragged
 from pipeline.store.errors import UserError
 
@@ -91,6 +92,13 @@ def attentions_of(config: Any) -> tuple[str, ...]:
     return ("sdpa", "eager") if model._supports_sdpa else ("eager",)
 
 
+def _inputs(found: Encoded, rows: int) -> Inputs:
+    ids, lengths = ragged(found.ids)
+    of = np.asarray(found.of if len(found.of) > rows else (), np.int64)
+    cut = np.asarray(found.truncated, bool)
+    return Inputs({"decoder": lengths}, {"decoder.ids": ids}, cut, metas=found.metas, of=of)
+
+
 @register_backbone
 class Decoder(ContinuesText, Blocks, Backbone):
     """See the module's docstring. Raises UserError for layers that carry a state from position to position in place of
@@ -141,14 +149,27 @@ class Decoder(ContinuesText, Blocks, Backbone):
     def embedding(self, stream: str) -> list[str]:
         return []
 
-    def prepare(self, tokenizer: Any, texts: Sequence[Sequence[str]], options: TextOptions) -> Inputs:
-        """Rows of a completion task become what `encode_rows` makes of them; the fields of any other stand a line each,
-        in the tokenizer's own way."""
-        limit = min(options.max_length, self._longest())
+    def candidates(self, tokenizer: Any, targets: Sequence[str]) -> list[list[int]]:
+        return answer_ids(tokenizer, targets)
+
+    def prepare(
+        self,
+        tokenizer: Any,
+        texts: Sequence[Sequence[str]],
+        options: TextOptions,
+        candidates: Sequence[Sequence[int]] = (),
+        gold: Sequence[int] | None = None,
+    ) -> Inputs:
+        """Rows of a completion task become what `encode_rows` makes of them, those that are answered what
+        `encode_answers` does; the fields of any other stand a line each, in the tokenizer's own way."""
+        limit, side = min(options.max_length, self._longest()), options.truncation_side
         if options.form != "plain":
-            kept, metas, truncated = encode_rows(tokenizer, texts, options.form, limit, options.truncation_side)
-            ids, lengths = ragged(kept)
-            return Inputs({"decoder": lengths}, {"decoder.ids": ids}, truncated, metas=metas)
+            return _inputs(encode_rows(tokenizer, texts, options.form, limit, side, options.stride), len(texts))
+        if options.stride is not None:
+            raise UserError("--stride is for texts that are gone on with: one that is judged as a whole is one sample")
+        if candidates:
+            sources = [options.prompt.format(*fields) for fields in texts]
+            return _inputs(encode_answers(tokenizer, sources, candidates, gold, limit, side), len(texts))
         joined = ["\n".join(fields) for fields in texts]
         encoded, truncated = tokenize(tokenizer, joined, None, limit, options.truncation_side, options.words)
         ids, lengths = ragged(encoded["input_ids"])
@@ -178,7 +199,7 @@ class Decoder(ContinuesText, Blocks, Backbone):
         # Samples are padded on the right and attention is causal: no real position sees padding.
         with collect(blocks, lambda name, x: out.__setitem__(name, layout.unpad(x))):
             ids = layout.pad(batch.columns["decoder.ids"])
-            model.base_model(input_ids=ids, past_key_values=cache, use_cache=cache is not None)
+            model.base_model(input_ids=ids, **cache_option(model.base_model, cache))
         return out
 
     def finish(self, model: Any, rows: Tensor) -> Tensor:

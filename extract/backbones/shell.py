@@ -8,6 +8,7 @@ other hidden states, exactly as the library would; nothing of that is written ag
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -47,6 +48,14 @@ def norm_of(model: Any, config: Any) -> nn.Module:
     """The norm after the last layer of a loaded causal language model."""
     found: nn.Module = getattr(model.base_model, places(config)[1])
     return found
+
+
+def cache_option(model: Any, cache: Any) -> dict[str, Any]:
+    """What a text model is called with to fill `cache`, if any: the library has changed the option's name."""
+    if cache is None:
+        return {"use_cache": False}
+    known = inspect.signature(model.forward).parameters
+    return {"cache" if "cache" in known else "past_key_values": cache, "use_cache": True}
 
 
 def is_tied(model: Any) -> bool:
@@ -97,8 +106,7 @@ def narrow(config: Any, layers: Sequence[int], reduction: int, attention: str) -
     if getattr(config, "rope_parameters", None):
         side.rope_parameters = _unstretched(config.rope_parameters)
     side.vocab_size, side.pad_token_id = 1, None
-    if getattr(config, "_experts_implementation", None):
-        side._experts_implementation = "eager"  # grouped products want wider experts than these
+    side._experts_implementation = "eager"  # grouped products want wider experts than these
     return side
 
 
@@ -181,7 +189,7 @@ class Shell(nn.Module):
     def given(self, hidden: Tensor, cache: Any = None) -> list[Given]:
         """What each layer gets beside hidden states of the shape of `hidden` (B, L, width). Samples are padded on the
         right, and under causal attention no real position sees what comes after it: there is no mask of padding."""
-        self.model(inputs_embeds=hidden.detach(), past_key_values=cache, use_cache=cache is not None)
+        self.model(inputs_embeds=hidden.detach(), **cache_option(self.model, cache))
         return self._take()[1]
 
     def _take(self) -> tuple[Tensor, list[Given]]:

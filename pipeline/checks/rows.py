@@ -61,7 +61,7 @@ def refuse_other_kind(backbone: Backbone, texts: Sequence[Sequence[str]], root: 
     first = texts[0][0]
     shown = repr(first if len(first) <= 60 else first[:60] + "…")
     if backbone.modality == "text":
-        if all(t[0].lower().endswith(SUFFIXES) for t in texts):
+        if all(t[0].lower().endswith(SUFFIXES) for t in texts if t):
             raise UserError(
                 f"{where} are names of images (the first is {shown}), and {backbone.name} backbones read text: "
                 "give an image model, see `pipeline models`"

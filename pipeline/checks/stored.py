@@ -134,6 +134,8 @@ def check_identity(space: Space) -> dict[str, Any]:
     need("attention", identity.get("attention") in ("sdpa", "eager"))
     need("max_length", type(identity.get("max_length")) is int and 1 <= identity["max_length"] <= MAX_NUMBER)
     need("truncation_side", identity.get("truncation_side") in ("left", "right"))
+    if "stride" in identity:
+        need("stride", type(identity["stride"]) is int and 0 < identity["stride"] < identity["max_length"])
     need("prompt", isinstance(identity.get("prompt"), str) and plain_prompt(identity["prompt"]))
     for name in ("views", "projection", "projection_fit", "image_size"):
         need(name, isinstance(identity.get(name, ""), str))
@@ -201,7 +203,9 @@ def check_table(table: TaskTable, where: str) -> TaskTable:
     for row, (label, texts, meta) in enumerate(zip(table.labels, table.texts, metas, strict=True)):
         if wrong := _wrong_target(label, spec, meta):
             raise refuse(where, f"{wrong} (row {row + 1})")
-        if not len(spec.fields) <= len(texts) <= 2:
+        # A later window of the text before has none of its own.
+        later = not texts and row > 0 and "window" in meta and meta["window"][0] > 1
+        if not later and not len(spec.fields) <= len(texts) <= 2:
             raise refuse(where, f"row {row + 1} has {len(texts)} texts, the task has {len(spec.fields)}")
     return table
 
@@ -233,6 +237,8 @@ def _wrong_target(label: Any, spec: TaskSpec, meta: Mapping[str, Any]) -> str:
             return f"there are {len(label)} tags for {count} words"
     if spec.target == "tokens" and (wrong := _wrong_spans(meta)):
         return wrong
+    if spec.target == "class" and "decide" in meta and (wrong := _wrong_answer(meta)):
+        return wrong
     if spec.target == "mask" and (wrong := _wrong_geometry(meta)):
         return wrong
     if label is None:
@@ -251,7 +257,11 @@ def _wrong_target(label: Any, spec: TaskSpec, meta: Mapping[str, Any]) -> str:
 
 def _wrong_spans(meta: Mapping[str, Any]) -> str:
     """What keeps `meta` from saying which tokens are targets, "" where nothing does."""
-    count, learn = meta.get("tokens"), meta.get("learn")
+    count, learn, window = meta.get("tokens"), meta.get("learn"), meta.get("window", [1, 1])
+    if not isinstance(window, list) or len(window) != 2 or not all(type(n) is int for n in window):
+        return "it does not say which window of a text it is"
+    if not 1 <= window[0] <= window[1] <= MAX_NUMBER:
+        return "it is no window of a text"
     if type(count) is not int or not 1 <= count <= MAX_NUMBER or not isinstance(learn, list) or not learn:
         return "it does not say which tokens are to be learned"
     end = 1  # the first token has none before it
@@ -261,6 +271,14 @@ def _wrong_spans(meta: Mapping[str, Any]) -> str:
             return f"the tokens to be learned are not spans of {count} tokens"
         end = span[1]
     return ""
+
+
+def _wrong_answer(meta: Mapping[str, Any]) -> str:
+    """What keeps `meta` from saying where a text's answer stands, "" where nothing does. A row to score has none."""
+    place, count = meta["decide"], meta.get("tokens")
+    if type(place) is not int or type(count) is not int or not 0 <= place < count:
+        return "it does not say where its answer is told"
+    return _wrong_spans(meta) if meta.get("learn") != [] else ""
 
 
 def _wrong_geometry(meta: Mapping[str, Any]) -> str:

@@ -17,7 +17,7 @@ from pipeline.store.errors import UserError
 _FIELDS = {f.name: f for f in fields(Recipe)}
 # What a recipe says of texts and of images without changing anything: also what recipes of runs write out.
 TEXT_OPTIONS: dict[str, tuple[Any, ...]] = {
-    "max_length": (None, 128), "truncation_side": (None, "right"), "prompt": (None,),
+    "max_length": (None, 128), "truncation_side": (None, "right"), "stride": (None,), "prompt": (None,),
 }  # fmt: skip
 PICTURE_OPTIONS: dict[str, tuple[Any, ...]] = {
     "image": (None,), "image_size": (None,), "views": (None, 1), "augment": (None, "random"), "view_seed": (None, 0),
@@ -28,7 +28,7 @@ TABLE_OPTIONS = ("text", "text_pair", "label", "separator", "validation", "test"
 STREAM_OPTIONS = (
     "model", "task", "store", "data", "text", "text_pair", "image", "label", "separator", "objective", "validation",
     "test", "stratify", "limit", "space", "format", "projection", "precision", "attention", "prompt", "max_length",
-    "truncation_side", "image_size", "views", "augment", "view_seed", "batch_size", "seed", "device", "tier",
+    "truncation_side", "stride", "image_size", "views", "augment", "view_seed", "batch_size", "seed", "device", "tier",
     "host_memory", "scheduler", "window", "group_by_length", "imports",
 )  # fmt: skip
 
@@ -59,8 +59,10 @@ def for_kind(recipe: Recipe, backbone: Backbone) -> Recipe:
     left = dict(PICTURE_OPTIONS if backbone.modality == "text" else TEXT_OPTIONS)
     if backbone.modality == "image" and recipe.image is not None:
         left |= dict.fromkeys(("text", "text_pair"), (None,))
-    if not backbone.writes_text:
+    if not backbone.writes_text:  # with several backbones none answers with text
         left["prompt"] = (None,)
+    if not backbone.continues_text:
+        left["stride"] = (None,)
     return replace(recipe, **{option: nothing[0] for option, nothing in left.items()})
 
 
@@ -87,10 +89,13 @@ def refuse_for_kind(recipe: Recipe, backbone: Backbone) -> None:
         if getattr(recipe, option) not in nothing:
             what = "images" if text else "texts"
             raise UserError(f"{option_name(option)} is for {what}, and {backbone.name} backbones read {read}")
-    if text and not backbone.writes_text and recipe.prompt is not None:
-        raise UserError(
-            f"--prompt is for text-to-text backbones; {backbone.name} ones read the text fields as they are"
-        )
+    answers = backbone.writes_text or (backbone.continues_text and recipe.objective == "label-text")
+    if text and not answers and recipe.prompt is not None:
+        where = "with --objective label-text; else" if backbone.continues_text else "backbones;"
+        kind = "language models " if backbone.continues_text else "text-to-text "
+        raise UserError(f"--prompt is for {kind}{where} {backbone.name} ones read the text fields as they are")
+    if text and not backbone.continues_text and recipe.stride is not None:
+        raise UserError(f"--stride is for language models, which go on with a text; {backbone.name} ones do not")
     if recipe.view_seed and (recipe.views or 1) < 2:
         raise UserError("--view-seed: it draws the views of --views; give --views 2 or more with it")
     if recipe.augment == "flip" and (recipe.views != 2 or recipe.view_seed):

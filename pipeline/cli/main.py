@@ -160,7 +160,10 @@ def compare(
 @click.option("--split", default=None, help="Split to score. Default: test, else validation.")
 @click.option("--report", is_flag=True, help="Also each class by itself and the confusion matrix, or the residuals.")
 @TASK
-@click.option("--generate", is_flag=True, help="Also generate freely with the frozen decoder live; exact match (T5).")
+@click.option(
+    "--generate", is_flag=True, help="Also write freely, the backbone live: exact match; of completions ROUGE and BLEU."
+)
+@click.option("--max-new-tokens", type=click.IntRange(1), help="--generate: tokens written. Default: 128.", metavar="N")
 @STORE
 @click.option("--model", default=None, help="Checkpoint for --generate, where it has moved.", metavar="NAME")
 @DEVICE
@@ -172,15 +175,18 @@ def evaluate(
     """Score a finished run from the store."""
     with imports():
         from pipeline.runs import load_run
+        from pipeline.store.errors import UserError
         from pipeline.terminal import scores_text
         from pipeline.train.fit.log import finite
 
+    if (most := overrides.pop("max_new_tokens")) and not generate:
+        raise UserError("--max-new-tokens: it is for --generate")
     loaded = load_run(run, **overrides)
     loaded = loaded.of(task) if task else loaded
     split = split or ("test" if "test" in loaded.job.tables else "validation")
     result: dict[str, Any] = {"run": run, "split": split, **loaded.evaluate(split, report)}
     if generate:
-        result["generated"] = loaded.generate(split)
+        result["generated"] = loaded.generate(split, most)
     return finite(result), scores_text(result)
 
 

@@ -42,6 +42,7 @@ EXTRAS = {
     "distributed": (("distributed",), "--scheduler ADDRESS"),
     "s3": (("s3fs",), "stores at s3://…"),
     "tensorboard": (("tensorboard",), "--tensorboard"),
+    "text-scores": (("sacrebleu", "rouge_score"), "evaluate --generate of completions"),
 }
 SIDE = 1024  # of the matrices whose product is timed
 

@@ -145,6 +145,10 @@ def _announce(
     for split in splits:
         if bad := split.inputs.skipped:
             say(f"warning: {split.name}: {len(bad):,} images left out, first: {next(iter(bad.values()))}")
+    long, windows, empty = (sum(counts) for counts in zip(*(s.windows for s in splits), strict=True))
+    if long:
+        without = f"; {empty:,} more hold no token to learn and are left out" if empty else ""
+        say(f"{long:,} texts are longer than {longest:,} tokens and became {windows:,} samples{without}")
     if cut := int(inputs.truncated.sum()):
         limit = int(inputs.lengths[backbone.streams[0]][inputs.truncated].max())
         whose = "--max-length" if limit >= longest else "all that the model takes"
@@ -185,7 +189,7 @@ def _describer(splits: Sequence[Split]) -> Callable[[str], str]:
         for split in splits:
             if key in split.keys:
                 row = split.keys.index(key)
-                text = " | ".join(split.rows.texts[row])
+                text = " | ".join(split.rows.texts[row] or ("a later window of the row before",))
                 return f"{split.name} row {row} ({text[:60]!r}{'…' if len(text) > 60 else ''})"
         return f"sample {key}"
 
@@ -250,6 +254,7 @@ def _finish(
         "bytes": size,
         "segments": segments,
         "truncated": sum(r.truncated for r in reports),
+        "windows": sum(s.windows[1] for s in first.splits),
         "skipped": sum(len(s.inputs.skipped) for making in made.values() for s in making.splits),
         "seconds": round(seconds, 3),
     }

@@ -12,7 +12,7 @@ from pipeline.extract.tasks.completion import conversation, form_of
 from pipeline.extract.tasks.sheet import read_sheet
 from pipeline.runs import Run
 from pipeline.store.errors import UserError
-from pipeline.train.continuation import Choice, Written, continued
+from pipeline.train.continuation import Choice, Written, continued, end_tokens, text_after
 
 Prompt = str | list[dict[str, Any]]  # a text, or a conversation
 
@@ -84,13 +84,6 @@ def write(
     return entries
 
 
-def end_tokens(tokenizer: Any, model: Any) -> set[int]:
-    """The tokens that end a text: the tokenizer's, and those of the model's generation settings."""
-    more = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    found = {tokenizer.eos_token_id, *(more if isinstance(more, list) else [more])}
-    return {token for token in found if token is not None}
-
-
 class _Told:
     """Text of what was written so far; says whether a stop stands in it, and tells it on piece by piece."""
 
@@ -114,10 +107,7 @@ class _Told:
         return text
 
     def _text(self, written: Written) -> tuple[str, bool]:
-        # A tokenizer may write the first of several tokens otherwise than the same one later.
-        before = self.tokenizer.decode(written.prompt, skip_special_tokens=True)
-        whole = self.tokenizer.decode([*written.prompt, *written.ids], skip_special_tokens=True)
-        text = whole[len(before) :] if whole.startswith(before) else self.tokenizer.decode(written.ids)
+        text = text_after(self.tokenizer, written.prompt, written.ids)
         places = [place for stop in self.stops if (place := text.find(stop)) >= 0]
         return (text[: min(places)], True) if places else (text, False)
 

@@ -15,7 +15,7 @@ import torch
 from pipeline.checks.rows import refuse_other_kind, refuse_unknown_ids
 from pipeline.checks.unused_options import for_kind, refuse_for_kind, refuse_for_slots
 from pipeline.extract.backbones import Backbone, Inputs, TextOptions
-from pipeline.extract.backbones.capabilities import WritesText
+from pipeline.extract.backbones.capabilities import Answers, WritesText
 from pipeline.extract.backbones.live import LiveBackbone
 from pipeline.extract.completion import RowError
 from pipeline.extract.feature_space import PRECISIONS, SpaceOptions, space_identity
@@ -25,6 +25,7 @@ from pipeline.extract.tasks.base import SPLITS, Rows, Task, TaskSpec
 from pipeline.extract.tasks.completion import form_of
 from pipeline.extract.tasks.images import contents
 from pipeline.jobs.slots import SlotRecipe, parts_of, slots_of
+from pipeline.lookup.objective import answers_in_text, answers_of
 from pipeline.lookup.recipe import device_of, refuse_full_readers, space_options, wanted_states
 from pipeline.lookup.task import open_task
 from pipeline.owners import config_of
@@ -43,6 +44,26 @@ class Split:
     inputs: Inputs
     keys: list[str]
     total: int
+
+    def head(self, count: int) -> Split:
+        """The first `count` samples, all where there are no more."""
+        if count >= len(self.keys):
+            return self
+        return Split(
+            self.name, self.rows.head(count), self.inputs.take(np.arange(count)), self.keys[:count], self.total
+        )
+
+    @property
+    def windows(self) -> tuple[int, int, int]:
+        """How many texts are more than one window, how many windows of them are samples, and how many are not, with
+        nothing to be learned in them."""
+        several = [
+            (meta["window"], texts)
+            for meta, texts in zip(self.inputs.metas or [{}] * len(self.rows), self.rows.texts, strict=True)
+            if "window" in meta
+        ]
+        whole = [window[1] for window, texts in several if texts]
+        return len(whole), len(several), sum(whole) - len(several)
 
 
 def prepare_split(
@@ -70,12 +91,18 @@ def prepare_split(
     refuse_unknown_ids(backbone, inputs, f"the {name} rows of {spec.name}")
     if inputs.skipped:
         rows = rows.take([i for i in range(len(rows)) if i not in inputs.skipped])
-    return Split(name, rows, inputs, inputs.keys(), len(rows) if total is None else total)
+    total = len(rows) if total is None else total
+    if len(inputs.of):
+        total += len(inputs) - len(rows)
+        rows = with_windows(rows, inputs.of.tolist())
+    return Split(name, rows, inputs, inputs.keys(), total)
 
 
-def candidates_of(backbone: Backbone, tokenizer: Any, spec: TaskSpec) -> list[list[int]]:
-    """Token ids of each target text; none where the backbone does not write text."""
-    return backbone.candidates(tokenizer, spec.texts) if isinstance(backbone, WritesText) else []
+def candidates_of(backbone: Backbone, tokenizer: Any, spec: TaskSpec, objective: str | None) -> list[list[int]]:
+    """Token ids of each target text; none where the backbone does not answer with one."""
+    if not isinstance(backbone, Answers) or not answers_in_text(objective, spec, backbone):
+        return []
+    return backbone.candidates(tokenizer, answers_of(spec, backbone))
 
 
 def prepared(
@@ -88,12 +115,19 @@ def prepared(
     candidates: Sequence[Sequence[int]],
 ) -> Inputs:
     """The rows of a split as inputs; those of a backbone that writes text as `prepare_split` says."""
-    if not isinstance(backbone, WritesText):
+    if not isinstance(backbone, Answers) or not (candidates or backbone.writes_text):
         return backbone.prepare(tokenizer, rows.texts, options)
     gold = None
     if split == "train" and candidates:
         gold = [spec.target_index(label) for label in rows.labels if isinstance(label, int | float)]
     return backbone.prepare(tokenizer, rows.texts, options, candidates, gold)
+
+
+def with_windows(rows: Rows, of: Sequence[int]) -> Rows:
+    """The row of each sample. A text stands with the first of its windows alone."""
+    several = rows.take(of)
+    several.texts = [text if i == 0 or of[i] != of[i - 1] else () for i, text in enumerate(several.texts)]
+    return several
 
 
 def with_views(rows: Rows, views: int) -> Rows:
@@ -184,7 +218,7 @@ def _prepare(recipe: Recipe, checkpoint: Checkpoint, task: Task | None, upright:
     if not upright:  # of a space made before images were turned
         options = replace(options, text=replace(options.text, upright=False))
     task = with_contents(task, backbone, options.text)
-    candidates = candidates_of(backbone, checkpoint.tokenizer, task.spec) if single else []
+    candidates = candidates_of(backbone, checkpoint.tokenizer, task.spec, recipe.objective) if single else []
     names = _splits(task, recipe)
     splits = [_split(backbone, checkpoint, task, name, recipe.limit, options.text, candidates) for name in names]
     live = load_backbone(checkpoint, options.precision, options.attention, device)

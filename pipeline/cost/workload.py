@@ -20,6 +20,7 @@ from pipeline.extract.backbones.registry import backbone_for
 from pipeline.extract.backbones.vision import Vision
 from pipeline.extract.batch import stream_of
 from pipeline.extract.batching import extraction_batches
+from pipeline.extract.completion import windows
 from pipeline.extract.pretrained import Checkpoint, local
 from pipeline.extract.projection import orthogonal, parse_projection
 from pipeline.extract.tasks import Task
@@ -149,11 +150,15 @@ def sample_lengths(
         extents = image_extents(tokenizer.sized(text.image_size, text.dense), rows, text)
         return backbone.measure(filled_up(extents, backbone.padding(text)))
     if tokenizer is not None:
-        return prepared(backbone, tokenizer, spec, split, rows, text, candidates_of(backbone, tokenizer, spec)).lengths
+        candidates = candidates_of(backbone, tokenizer, spec, recipe.objective)
+        return prepared(backbone, tokenizer, spec, split, rows, text, candidates).lengths
     prompted = [text.prompt.format(*t) if backbone.writes_text else " ".join(t) for t in rows.texts]
     words = np.asarray([len(p.split()) for p in prompted], float)
     special = 1 if backbone.writes_text else 1 + len(spec.fields)
     tokens = np.ceil(words * TOKENS_A_WORD.get(backbone.name, 1.4)).astype(np.int64) + special
+    if text.stride is not None:
+        parts = [windows(int(count), text.max_length, text.stride) for count in tokens]
+        tokens = np.asarray([end - first for part in parts for first, _, end in part])
     out = {backbone.streams[0]: np.clip(tokens, 1, text.max_length)}
     for stream in backbone.streams[1:]:
         out[stream] = np.full(len(words), 2 if split == "train" else 1, np.int64)
@@ -173,7 +178,11 @@ def workload(recipe: Recipe, task: Task | None = None) -> Workload:
         backbone = backbone.projected(orthogonal(small, kept[1], 0))
     config = config_of(recipe, recipe.tuner)
     splits = [s for s in (recipe.split or task.splits) if len(task.rows(s))]
+    lengths = {s: sample_lengths(backbone, tokenizer, task, s, recipe) for s in splits}
     rows = {s: min(len(task.rows(s)), recipe.limit or len(task.rows(s))) for s in splits}
+    if recipe.stride is not None:  # a text may be several samples
+        counts = {s: (len(lengths[s][backbone.streams[0]]), min(rows[s], SAMPLED)) for s in splits}
+        rows = {s: round(rows[s] * samples / sampled) for s, (samples, sampled) in counts.items()}
     pictures: list[Picture] = []
     if isinstance(backbone, Vision):
         assert isinstance(tokenizer, Preprocess)
@@ -187,7 +196,7 @@ def workload(recipe: Recipe, task: Task | None = None) -> Workload:
         config,
         fitting_tuner(recipe.tuner, config, backbone).states(config, backbone),
         0 if task.spec.target == "tokens" else max(2, len(task.spec.labels)),
-        {s: sample_lengths(backbone, tokenizer, task, s, recipe) for s in splits},
+        lengths,
         rows,
         batch_size_of(recipe, backbone.writes_text, task.spec.target),
         grouped(recipe, backbone.writes_text),

@@ -57,6 +57,8 @@ def as_extracted(recipe: Recipe, found: Found) -> Recipe:
     if checkpoint is not None and checkpoint.tokenizer.extent_text == known["image_size"]:
         usual["image_size"] = known["image_size"]
     stated = {k: v for k, v in known.items() if v != usual.get(k)}
+    if found.backbone.continues_text and identity["prompt"] and recipe.objective is None:
+        stated["objective"] = "label-text"
     if recipe.prompt is None and identity["prompt"] and isinstance(space, Space):
         usual_prompts = {space.read_header(t)["spec"]["prompt"] for t in tables}
         stated |= {"prompt": identity["prompt"]} if identity["prompt"] not in usual_prompts else {}

@@ -156,6 +156,7 @@ class Job:
             **rows_options(self.recipe, self.spec, self.tables["train"].header),
             **{k: identity[k] for k in ("format", "projection", "precision", "attention")},
             **{k: identity[k] for k in ("max_length", "truncation_side")},
+            "stride": identity.get("stride"),
             **picture_options(identity),
         }
 

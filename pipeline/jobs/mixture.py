@@ -27,7 +27,7 @@ from pipeline.train.model import drawn_from
 from pipeline.train.tuners import TunerConfig, tuner_class
 
 # What the spaces of the tasks may differ in: how texts become inputs, not what the backbone makes of them.
-OF_INPUTS = ("prompt", "max_length", "truncation_side")
+OF_INPUTS = ("prompt", "max_length", "truncation_side", "stride")
 
 
 @dataclass

@@ -138,10 +138,13 @@ def checked_relive(job: Job, split: str, checkpoint: Checkpoint) -> Split:
 def relive(job: Job, split: str, checkpoint: Checkpoint) -> Split:
     """A stored split prepared again from its texts."""
     table = job.tables[split]
-    rows = Rows([tuple(t) for t in table.texts], list(table.labels))
+    # A later window of a text has no text of its own, and of the last text there may be fewer in the table.
+    kept = [(tuple(texts), label) for texts, label in zip(table.texts, table.labels, strict=True) if texts]
+    rows = Rows([texts for texts, _ in kept], [label for _, label in kept])
     candidates = table.header.get("candidates", [])
     options = replace(text_options(job.found), root=picture_root(job.recipe))
-    return prepare_split(job.found.backbone, checkpoint.tokenizer, job.spec, split, rows, options, candidates)
+    part = prepare_split(job.found.backbone, checkpoint.tokenizer, job.spec, split, rows, options, candidates)
+    return part.head(len(table))
 
 
 def fresh(job: Job, live: Live, texts: Any, root: str, say: Callable[[str], None]) -> Split:

@@ -39,29 +39,65 @@ def refuse_untargeted(spec: TaskSpec) -> None:
         )
 
 
-def objective_name(recipe: Recipe, spec: TaskSpec, backbone: Backbone, tuner: type[Tuner] | None) -> str:
+def answers_in_text(objective: str | None, spec: TaskSpec, backbone: Backbone) -> bool:
+    """Whether the rows of a task are extracted with texts that answer them: always by a backbone that writes text; by
+    one that goes on with texts where `objective` says so."""
+    if not backbone.continues_text:
+        return backbone.writes_text
+    cls = objective_class(objective) if objective else None
+    return cls is not None and cls.wants.text_head and not cls.continues_text and spec.target in cls.targets
+
+
+def answers_of(spec: TaskSpec, backbone: Backbone) -> tuple[str, ...]:
+    """What the rows are answered with: a text-to-text backbone has the task's own texts, one that goes on with a text
+    the names of the classes. UserError for numbers, whose texts begin alike."""
+    if not backbone.continues_text:
+        return spec.texts
+    if spec.target != "class":
+        raise UserError(
+            f"--objective label-text: {backbone.name} backbones answer with names of classes, not with numbers: "
+            "--objective regression"
+        )
+    return spec.labels
+
+
+def objective_name(
+    recipe: Recipe, spec: TaskSpec, backbone: Backbone, tuner: type[Tuner] | None, answered: bool = False
+) -> str:
     """The objective asked for, else the first one for such targets; where backbone and tuner write text, a class or a
-    number is written as one. `tuner`: None for what trains inside the backbone. UserError where none can learn such
-    targets here, or there are none."""
+    number is written as one. `tuner`: None for what trains inside the backbone. `answered`: the rows were extracted
+    with their answers. UserError where none can learn such targets here, or there are none."""
     target = spec.target
     fitting = [n for n in objective_names() if target in objective_class(n).targets]
     refuse_untargeted(spec)
     refuse_targets(recipe, spec)
     written = [n for n in fitting if objective_class(n).wants.text_head]
-    text = next((n for n in written if _writes(objective_class(n), backbone, tuner)), None)
+    if backbone.continues_text and spec.target != "tokens":
+        if recipe.objective in written and not answered:
+            raise UserError(
+                f"the rows of {spec.name} were extracted without answers: extract with --objective label-text"
+            )
+        if answered and recipe.objective not in (None, *written):
+            raise UserError(
+                f"--objective {recipe.objective}: the training rows of {spec.name} were extracted with their answers, "
+                "which it would see; extract without --objective label-text"
+            )
+    in_text = answered or spec.target == "tokens" or not backbone.continues_text
+    text = next((n for n in written if in_text and _writes(objective_class(n), backbone, tuner)), None)
     plain = [n for n in fitting if n not in written]
-    if not text and not plain:
+    if not text and ((answered and backbone.continues_text) or not plain):
         able = ", ".join(n for n in tuner_names(type(backbone)) if tuner_class(n, backbone).continues_text)
         here = f"{backbone.name} backbones do not"
         if tuner and backbone.continues_text:
             here = f"tuner {tuner.name} does not; those that do: {able}"
-        raise UserError(f"the targets of {spec.name} are tokens of its texts, which are gone on with: {here}")
+        what = "answered with text" if answered else "tokens of its texts, which are gone on with"
+        raise UserError(f"the targets of {spec.name} are {what}: {here}")
     return text or recipe.objective or plain[0]
 
 
 def _writes(objective: type[Objective], backbone: Backbone, tuner: type[Tuner] | None) -> bool:
     """Whether backbone and tuner have what the head of `objective` reads, rows for a language-model head."""
-    if objective.continues_text:
+    if objective.continues_text or backbone.continues_text:
         return backbone.continues_text and (tuner is None or tuner.continues_text)
     return backbone.writes_text and (tuner is None or tuner.text_head)
 
@@ -77,7 +113,8 @@ def make_objective(
     """The objective of a run. `token_ids`: of each target text, from the task table; `training`: the targets of its
     training rows, on which options may be counted."""
     how = f"tuner {recipe.tuner} on {backbone.name} backbones" if tuner else f"{backbone.name} backbones"
-    return _made(recipe, spec, token_ids, objective_name(recipe, spec, backbone, tuner), how, training)
+    name = objective_name(recipe, spec, backbone, tuner, bool(token_ids))
+    return _made(recipe, spec, token_ids, name, how, training, backbone)
 
 
 def joint_objective(recipe: Recipe, spec: TaskSpec, training: Sequence[Any] = ()) -> Objective:
@@ -94,14 +131,22 @@ def joint_objective(recipe: Recipe, spec: TaskSpec, training: Sequence[Any] = ()
 
 
 def _made(
-    recipe: Recipe, spec: TaskSpec, token_ids: Sequence[Sequence[int]], name: str, how: str, training: Sequence[Any]
+    recipe: Recipe,
+    spec: TaskSpec,
+    token_ids: Sequence[Sequence[int]],
+    name: str,
+    how: str,
+    training: Sequence[Any],
+    backbone: Backbone | None = None,
 ) -> Objective:
     cls = objective_class(name)
     if others := recipe.objective_options.keys() - options_of("objective", name).keys():
         raise UserError(refusal(sorted(others), [f"objective {name}, that of {how} here"]))
     config = objective_config(name, recipe.objective_options).settled(spec.labels, training)
-    answers = Answers(spec.labels, spec.metrics, spec.texts, tuple(tuple(ids) for ids in token_ids), spec.values)
-    return cls(config, answers)
+    ids = tuple(tuple(each) for each in token_ids)
+    continued = backbone is not None and backbone.continues_text and bool(ids)
+    texts = answers_of(spec, backbone) if continued and backbone else spec.texts
+    return cls(config, Answers(spec.labels, spec.metrics, texts, ids, spec.values, continued))
 
 
 def plain_objective(spec: TaskSpec) -> Objective:

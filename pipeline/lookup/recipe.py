@@ -20,6 +20,7 @@ from pipeline.extract.pretrained import Checkpoint, local
 from pipeline.extract.tasks import canonical_name
 from pipeline.extract.tasks.base import DENSE, TaskSpec
 from pipeline.jobs.slots import slot_of
+from pipeline.lookup.objective import answers_in_text
 from pipeline.lookup.store_folder import store_place
 from pipeline.lookup.task import need, picture_root
 from pipeline.lookup.task_versions import versions_of
@@ -32,7 +33,7 @@ from pipeline.train.model import union_states
 from pipeline.train.tuners import tuner_class, tuner_names
 
 # Options of a recipe that are fields of a feature space.
-SPACE_FIELDS = ("format", "projection", "precision", "attention", "prompt", "max_length", "truncation_side")
+SPACE_FIELDS = ("format", "projection", "precision", "attention", "prompt", "max_length", "truncation_side", "stride")
 PICTURES = ("image_size", "views", "augment", "view_seed")  # and those that say how images are made
 
 
@@ -53,10 +54,16 @@ def device_of(recipe: Recipe) -> torch.device:
 
 def space_options(recipe: Recipe, spec: TaskSpec, backbone: Backbone) -> SpaceOptions:
     """The feature space a recipe asks for, the defaults of `backbone` filled in."""
+    prompt = spec.prompt if recipe.prompt is None else recipe.prompt
+    if backbone.continues_text and not answers_in_text(recipe.objective, spec, backbone):
+        prompt = ""
+    elif backbone.continues_text and "{0}" not in prompt:
+        raise UserError(f"--prompt {prompt!r}: it must hold {{0}}, where the text stands")
     text = TextOptions(
-        prompt=spec.prompt if recipe.prompt is None else recipe.prompt,
+        prompt=prompt,
         max_length=recipe.max_length or backbone.usual_length,
         truncation_side="left" if recipe.truncation_side == "left" else "right",
+        stride=recipe.stride,
         root=picture_root(recipe),
         skip_bad=recipe.skip_bad,
         image_size=size_text(recipe.image_size),

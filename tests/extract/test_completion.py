@@ -41,10 +41,11 @@ CHAT = [
 def encode(form: str, *fields: str, limit: int = 200, side: str = "right", template: str = ""):
     tokenizer = decoders.tokenizer()
     tokenizer.chat_template = template or None
-    (ids,), (meta,), truncated = encode_rows(tokenizer, [fields], form, limit, side)
-    assert meta["tokens"] == len(ids)
+    found = encode_rows(tokenizer, [fields], form, limit, side)
+    (ids,), (meta,), (cut,) = found.ids, found.metas, found.truncated
+    assert meta.keys() == {"tokens", "learn"} and meta["tokens"] == len(ids) and found.of == [0]
     taught = tokenizer.decode([i for i, is_target in zip(ids, learned(meta), strict=True) if is_target])
-    return tokenizer, ids, taught, bool(truncated[0])
+    return tokenizer, ids, taught, cut
 
 
 def test_a_text_is_learned_but_for_its_first_token():
@@ -94,6 +95,39 @@ def test_a_cut_text_keeps_the_targets_of_its_side(side):
     _, ids, taught, cut = encode("completion", "the cat sees", " a red house in the tree", limit=6, side=side)
     assert cut and ids == (whole[-6:] if side == "left" else whole[:6])
     assert taught.strip() == ("house in the tree</s>" if side == "left" else "a red")
+
+
+@pytest.mark.parametrize(("limit", "stride"), [(5, 4), (5, 2), (6, 1), (40, 3)])
+def test_windows_learn_every_token_once_with_what_came_before_in_sight(limit, stride):
+    tokenizer = decoders.tokenizer()
+    texts = ["the cat sees a dog and the dog sees the cat", "a bird", "the dog sleeps in the red house"]
+    whole = encode_rows(tokenizer, [(t,) for t in texts], "text", 200, "right")
+    found = encode_rows(tokenizer, [(t,) for t in texts], "text", limit, "right", stride)
+    for row, ids in enumerate(whole.ids):
+        parts = [i for i, of in enumerate(found.of) if of == row]
+        assert (len(parts) > 1) == (len(ids) > limit) == ("window" in found.metas[parts[0]])
+        times = np.zeros(len(ids), int)
+        for number, i in enumerate(parts):
+            begin = number * stride
+            assert found.ids[i] == ids[begin : begin + limit]
+            assert found.metas[i].get("window", [1, 1]) == [number + 1, len(parts)]
+            times[begin + np.flatnonzero(learned(found.metas[i]))] += 1
+        assert times.tolist() == [0] + [1] * (len(ids) - 1)  # the first token has none before it
+    assert not any(found.truncated)
+
+
+def test_windows_without_a_target_are_left_out():
+    tokenizer = decoders.tokenizer()
+    said = ("the cat sees a dog and the dog sees the cat", " a bird sleeps")
+    (whole,) = encode_rows(tokenizer, [said], "completion", 200, "right").ids
+    found = encode_rows(tokenizer, [("a", " b"), said], "completion", 5, "right", 3)
+    assert found.of[0] == 0 and set(found.of[1:]) == {1}
+    assert found.metas[1]["window"][0] > 1 and found.metas[-1]["window"][0] == found.metas[-1]["window"][1]
+    taught = [t for ids, meta in zip(found.ids[1:], found.metas[1:], strict=True)
+              for t, is_target in zip(ids, learned(meta), strict=True) if is_target]  # fmt: skip
+    assert tokenizer.decode(taught).strip() == "a bird sleeps</s>" and taught == whole[-len(taught) :]
+    with pytest.raises(UserError, match="--stride 5: below the 5 tokens"):
+        encode_rows(tokenizer, [said], "completion", 5, "right", 5)
 
 
 def test_a_row_without_a_target_is_an_error():

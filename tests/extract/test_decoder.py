@@ -111,6 +111,16 @@ def test_side_heads_stay_as_many_while_their_width_is_even():
         side_stack(backbone, "decoder", [0], 32)
 
 
+@pytest.mark.parametrize("kind", [k for k in decoders.TYPES if decoders.EXPERTS.items() <= decoders.TYPES[k].items()])
+def test_experts_of_a_narrow_side_network_learn(kind):
+    """Grouped products of experts want rows of 16 bytes at least; at a width of 2 they are not used."""
+    side = side_stack(backbone_for(decoders.config(kind)), "decoder", [0], 16)
+    context = side.context(a_batch(lengths=np.array([5])), "decoder", None)
+    side.block(0, torch.randn(1, 5, 2), context).square().sum().backward()
+    experts = [p for name, p in side.named_parameters() if "expert" in name]
+    assert experts and any(p.grad is not None and p.grad.abs().sum() > 0 for p in experts)
+
+
 @torch.no_grad()
 def test_a_sample_does_not_see_its_neighbours_and_padding_is_by_length():
     """Its own ids may hold the padding id (GPT-2's end token is one), which is a token like any other."""

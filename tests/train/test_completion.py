@@ -113,6 +113,26 @@ def test_only_rows_before_targets_count_and_batches_weigh_by_targets():
         model.head.predict({"decoder": rows.detach() * torch.nan}, batch)
 
 
+def test_an_all_layer_probe_under_a_frozen_head_selects_channels_of_its_map():
+    live = decoders.model("llama")
+    backbone = backbone_for(live.config)
+    config = tuner_config("head2toe", {"features": 0.25, "select_after": 3, "lasso": 0.01})
+    tail = tail_for("head2toe", config, backbone, "sdpa", backbone.tail_weights(live))
+    model = Model.build("head2toe", config, backbone, tail, objective(), seed=0).train()
+    batch = a_batch(SPANS)
+    with torch.no_grad():
+        batch.states = backbone.run(live, batch, backbone.states())
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+    first = float(model.loss(batch).detach())
+    for step in range(1, 7):
+        optimizer.zero_grad()
+        model.loss(batch).backward()
+        optimizer.step()
+        model.stepped()
+        assert int(model.tuner.mask.sum()) == (128 if step < 3 else 32)
+    assert float(model.loss(batch).detach()) < first and model.penalty() is None
+
+
 def test_metas_that_are_not_of_the_samples_are_refused():
     model, _ = made("llama", "probe")
     batch = a_batch(SPANS)
@@ -121,16 +141,20 @@ def test_metas_that_are_not_of_the_samples_are_refused():
         model.head.losses({"decoder": torch.zeros(22, 32)}, batch)
 
 
+@pytest.mark.parametrize(
+    ("tuner", "options", "count"),
+    [("probe", {}, 32 * 32), ("probe", {"mlp": 8}, 2 * 32 * 8 + 32 + 8), ("head2toe", {}, 4 * 32 * 32)],
+)
 @torch.no_grad()
-def test_a_probe_starts_as_the_frozen_model():
+def test_probes_start_as_the_frozen_model(tuner, options, count):
     live = decoders.model("llama")
     backbone = backbone_for(live.config)
-    config = tuner_config("probe", {})
-    tail = tail_for("probe", config, backbone, "sdpa", backbone.tail_weights(live))
-    model = Model.build("probe", config, backbone, tail, objective(), seed=0).eval()
-    assert model.trainable_parameters() == 32 * 32
+    config = tuner_config(tuner, options)
+    tail = tail_for(tuner, config, backbone, "sdpa", backbone.tail_weights(live))
+    model = Model.build(tuner, config, backbone, tail, objective(), seed=0).eval()
+    assert model.trainable_parameters() == count
     batch = a_batch(SPANS)
-    batch.states = backbone.run(live, batch, ["decoder.3"])
+    batch.states = backbone.run(live, batch, state_names(tuner, config, backbone))
     out = model.tuner.tail.logits(model(batch)["decoder"])
     first = live(input_ids=batch.columns["decoder.ids"][None, : LENGTHS[0]]).logits[0]
     torch.testing.assert_close(out[: LENGTHS[0]], first, rtol=1e-4, atol=1e-4)
@@ -176,7 +200,7 @@ def recomputed(model: Model, live: LiveBackbone, prompt: list[int], most: int, e
 
 
 @pytest.mark.parametrize("tuner", TUNERS)
-@pytest.mark.parametrize("kind", decoders.USUAL)
+@pytest.mark.parametrize("kind", KINDS)
 def test_greedy_tokens_are_those_of_full_recomputation(kind, tuner):
     """Prompts of all lengths in one batch, windows of 4 positions, an end token that some reach."""
     model, live = made(kind, tuner)

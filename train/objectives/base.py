@@ -39,13 +39,15 @@ class Vocabulary(Protocol):
 class Answers:
     """What a task says of its targets. `labels`: class names in index order. `metrics`: names known to
     `train.metrics`. For a backbone that writes text, `texts`: what it answers, and `token_ids` of each; `values`: the
-    number each text stands for, where targets are numbers."""
+    number each text stands for, where targets are numbers; `continued`: an answer goes on with the sample's own text,
+    in one stream."""
 
     labels: tuple[str, ...] = ()
     metrics: tuple[str, ...] = ()
     texts: tuple[str, ...] = ()
     token_ids: tuple[tuple[int, ...], ...] = ()
     values: tuple[float, ...] = ()
+    continued: bool = False
 
     @classmethod
     def of_classes(cls, classes: int, token_ids: Sequence[Sequence[int]] = ()) -> Answers:
@@ -185,6 +187,10 @@ class Objective(ABC):
     def entries(self, out: Outputs) -> list[dict[str, Any]]:
         """What `Head.predict` gave for B samples, on the host → B entries ready for JSON; with `files`, as `save` takes
         them."""
+
+    def joined(self, entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """What is told of a row that is several samples, from what is told of each."""
+        raise NotImplementedError
 
     def save(self, entry: Mapping[str, Any], image: Path, folder: Path, name: str) -> dict[str, Any]:
         """Write what `entry` says of `image` to files called `name` below `folder`. Returns it ready for JSON, with the

@@ -135,8 +135,17 @@ class Completion(Objective):
         return CompletionScorer(self.metrics)
 
     def entries(self, out: Outputs) -> list[dict[str, Any]]:
-        found = zip(*(out[name].tolist() for name in ("loss", "hits", "tokens")), strict=True)
-        return [
-            {"loss": loss / n, "perplexity": perplexity(loss / n), "token_accuracy": hits / n, "tokens": int(n)}
-            for loss, hits, n in found
-        ]
+        return [_entry(*told) for told in zip(*(out[n].tolist() for n in ("loss", "hits", "tokens")), strict=True)]
+
+    def joined(self, entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Over all tokens of a text's windows."""
+        counts = [entry["tokens"] for entry in entries]
+        means = ([entry[name] for entry in entries] for name in ("loss", "token_accuracy"))
+        loss, hits = (float(np.dot(counts, mean)) for mean in means)
+        return _entry(loss, hits, sum(counts))
+
+
+def _entry(loss: float, hits: float, tokens: float) -> dict[str, Any]:
+    """Of sums over `tokens` targets."""
+    loss = loss / tokens
+    return {"loss": loss, "perplexity": perplexity(loss), "token_accuracy": hits / tokens, "tokens": int(tokens)}

@@ -16,12 +16,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.extract.batch import Batch
+from pipeline.extract.completion import learned, shared
 from pipeline.extract.tasks.base import nearest
 from pipeline.store.errors import UserError
 from pipeline.train.configs import ObjectiveConfig
 from pipeline.train.features import Feature, Features, Want
 from pipeline.train.fit.finite import refuse_nan
 from pipeline.train.objectives.base import Answers, Head, Outputs, Vocabulary, register_objective
+from pipeline.train.objectives.completion import CompletionHead
 from pipeline.train.objectives.scores import ScalarObjective
 
 IGNORE = -100
@@ -122,6 +124,33 @@ class TextHead(Head):
         return {"label": self.values[chosen] if len(self.values) else chosen, "probability": chance}
 
 
+class ContinuedHead(CompletionHead):
+    """An answer that goes on with its question: in training its tokens are targets. Answers differ in their first
+    token behind what all begin with, so the row before that decides as greedy decoding among them does."""
+
+    tokens: Tensor
+
+    def __init__(
+        self, name: str, feature: Feature, vocabulary: Vocabulary, candidates: Sequence[Sequence[int]]
+    ) -> None:
+        super().__init__(name, feature, vocabulary)
+        place = shared(candidates)
+        self.register_buffer("tokens", torch.tensor([ids[place] for ids in candidates]), persistent=False)
+
+    def predict(self, features: Features, batch: Batch) -> Outputs:
+        """`label`: class indices, and their `probability` among the classes."""
+        if batch.targets is not None:
+            place = batch.targets["decide"]
+        else:
+            place = torch.tensor([meta["decide"] for meta in batch.metas], device=batch.device)
+        layout = batch.layout(self.stream)
+        if bool(((place < 0) | (place >= layout.lengths)).any()):
+            raise UserError("the task table tells of positions that samples do not have; extract again")
+        logits = self.vocabulary.logits(features[self.name][layout.first + place], self.tokens)
+        chance, label = refuse_nan(logits.float()).softmax(-1).max(-1)
+        return {"label": label, "probability": chance}
+
+
 @register_objective("label-text", ObjectiveConfig)
 class LabelText(ScalarObjective):
     """Targets are classes or numbers, each answered by the text the task gives it (T5's way)."""
@@ -137,11 +166,17 @@ class LabelText(ScalarObjective):
             raise UserError("objective label-text: the task gives no target texts")
 
     def encode(self, target: Any, meta: Mapping[str, Any]) -> dict[str, Any]:
+        if self.answers.continued:
+            if "decide" not in meta:
+                raise UserError("the task table does not say where rows are answered; extract again")
+            return {"label": np.int64(target), "learn": learned(meta), "decide": np.int64(meta["decide"])}
         # In double precision: the target's text is found by rounding, and float32 would round some apart.
         return {"label": np.float64(target) if self.answers.values else np.int64(target)}
 
-    def head(self, features: Mapping[str, Feature], vocabulary: Vocabulary) -> TextHead:
-        (name,) = features
+    def head(self, features: Mapping[str, Feature], vocabulary: Vocabulary) -> Head:
+        ((name, feature),) = features.items()
+        if self.answers.continued:
+            return ContinuedHead(name, feature, vocabulary, self.answers.token_ids)
         return TextHead(name, vocabulary, self.answers.token_ids, self.answers.values)
 
     def truth(self, labels: Sequence[float] | np.ndarray) -> list[float]:

@@ -4,6 +4,10 @@ The states of every block are scaled so that the mean over a sample's positions 
 its size). A linear head on pooled features learns on all of them under a group lasso, one group a channel; after
 `select_after` training batches the channels with the largest weight norms stay and the head goes on with these alone.
 The paper fits the head anew after selection, and averages maps to several cells where here it is one.
+
+Under a language model's frozen head (ours) a linear map from the channels of all layers is added to the deepest state
+before the final norm; each position is scaled by itself, since none may see a later one. The map starts at zero, which
+is the frozen model.
 """
 
 from __future__ import annotations
@@ -28,12 +32,14 @@ from pipeline.train.tuners.base import Tuner, register_tuner, rows_of
 @register_tuner("head2toe", Head2ToeConfig)
 class Head2Toe(Tuner):
     """No parameters but the head's: (channels + 1) · classes. Reads a T5's encoder. Selection is over the columns of
-    the head's linear map, so it takes one on pooled features."""
+    the head's linear map, so it takes one on pooled features; under a frozen head over those of its own map, of
+    channels · D parameters."""
 
     description = "Head2Toe: a linear head on selected features of all layers"
     lr_pooled = 1e-2
     projects = True
     shapes = ("sequence", "pyramid")
+    continues_text = True
 
     mask: Tensor
     seen: Tensor
@@ -43,7 +49,15 @@ class Head2Toe(Tuner):
         self.names = self.states(config, backbone)
         streams = {n: stream_of(n) for n in self.names}
         widths = {n: backbone.state_width(n) for n in self.names}
-        self.features = {n: rows_of(backbone, s, widths[n]) for n, s in streams.items()}
+        self.layers = {n: rows_of(backbone, s, widths[n]) for n, s in streams.items()}
+        self.features = self.layers
+        self.map: nn.Linear | None = None
+        if wants.text_head:
+            self.last = self.names[-1]
+            stream = streams[self.last]
+            self.features = {stream: rows_of(backbone, stream)}
+            self.map = nn.Linear(sum(widths.values()), backbone.width, bias=False)
+            nn.init.zeros_(self.map.weight)
         self.register_buffer("mask", torch.ones(sum(widths.values())))
         self.register_buffer("seen", torch.zeros((), dtype=torch.long))
 
@@ -58,16 +72,21 @@ class Head2Toe(Tuner):
 
     def forward(self, batch: Batch) -> Features:
         """Every state's rows, scaled; zero in channels that were not selected."""
+        if self.map is not None:
+            (stream,) = self.features
+            states = torch.cat([_scaled(batch.states[name].float()) for name in self.names], dim=1)
+            last = _scaled(batch.states[self.last].float())
+            return {stream: self.tail.final_norm(last + self.map(states * self.mask), stream)}
         out: Features = {}
-        masks = self.mask.split([f.width for f in self.features.values()])
-        for (name, feature), mask in zip(self.features.items(), masks, strict=True):
+        masks = self.mask.split([f.width for f in self.layers.values()])
+        for (name, feature), mask in zip(self.layers.items(), masks, strict=True):
             rows, layout = batch.states[name].float(), batch.layout(feature.stream)
             size = layout.mean(rows).norm(dim=1, keepdim=True).clamp(min=1e-12)
             out[name] = rows / size[layout.sample] * mask
         return out
 
     def penalty(self, head: nn.Module) -> Tensor | None:
-        return self.config.lasso * _columns(head).sum() if self._selecting() else None
+        return self.config.lasso * self._columns(head).sum() if self._selecting() else None
 
     def _selecting(self) -> bool:
         return bool(self.seen < self.config.select_after)
@@ -76,13 +95,13 @@ class Head2Toe(Tuner):
         if self._selecting():
             self.seen += 1
             if not self._selecting():
-                self._select(_columns(head).detach())
+                self._select(self._columns(head).detach())
 
     def insights(self, batches: Iterable[Batch]) -> list[Learned]:
-        widths = [f.width for f in self.features.values()]
+        widths = [f.width for f in self.layers.values()]
         kept = torch.stack([mask.mean() for mask in self.mask.split(widths)])
         about = "The share of each layer's channels that the selection has kept."
-        return [Learned("Chosen features", about, list(self.features), kept.cpu())]
+        return [Learned("Chosen features", about, list(self.layers), kept.cpu())]
 
     def remark(self) -> str:
         used = int(self.mask.sum())
@@ -95,8 +114,19 @@ class Head2Toe(Tuner):
         stay = norms.topk(max(1, round(self.config.features * len(norms)))).indices
         self.mask.zero_().index_fill_(0, stay, 1.0)
 
+    def _columns(self, head: Any) -> Tensor:
+        """(channels,) norms of what is done with each. UserError for a head that pools no features, without a map."""
+        if self.map is not None:
+            return self.map.weight.norm(dim=0)
+        return _pooled(head)
 
-def _columns(head: Any) -> Tensor:
+
+def _scaled(rows: Tensor) -> Tensor:
+    """Each row at a mean square of 1, which a final norm would not notice."""
+    return rows * torch.rsqrt(rows.square().mean(1, keepdim=True) + 1e-6)
+
+
+def _pooled(head: Any) -> Tensor:
     """(channels,) norms of what a head on pooled features does with each. UserError for any other head."""
     if not isinstance(head, PooledHead):
         raise UserError("tuner head2toe selects channels of pooled features; this objective's head pools none")
