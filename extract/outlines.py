@@ -1,9 +1,9 @@
 """Outlines of objects: COCO's polygons and run lengths (RLE), which become masks of pixels.
 
-An outline is kept as the JSON text that the user's file has: a list of polygons, each x0, y0, x1, y1, … in pixels of the
-image, or an object of `size` (height, width) and `counts`, the lengths of runs of 0 and 1, column by column, as numbers
-or in COCO's compressed text. Run lengths are read here, for the library takes whatever they are; polygons are filled by
-pycocotools, so that masks are to the pixel those that COCO scores by.
+An outline is kept as the JSON text that the user's file has: a list of polygons, each x0, y0, x1, y1, … in pixels of
+the image, or an object of `size` (height, width) and `counts`, the lengths of runs of 0 and 1, column by column, as
+numbers or in COCO's compressed text. Run lengths are read here, for the library takes whatever they are; polygons are
+filled by pycocotools, so that masks are to the pixel those that COCO scores by.
 """
 
 from __future__ import annotations
@@ -123,5 +123,3 @@ def bounds(mask: np.ndarray) -> tuple[int, int, int, int]:
     if not len(rows):
         return 0, 0, 0, 0
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
-
-

@@ -154,7 +154,10 @@ class Run:
             assert isinstance(self.job, Job)
             source = fresh_source(self.job, self.live(), texts, str(root), say)
         keep = (lambda place, entry: entry) if out_dir is None else self._saving(texts, Path(root), Path(out_dir))
-        return predict(self.model, source, self.job.device, self.job.recipe.train_precision, keep=keep)
+        told = predict(self.model, source, self.job.device, self.job.recipe.train_precision, keep=keep)
+        if out_dir is not None:
+            self.objective.save_all(told, [row[0] for row in checked_rows(texts, self.spec)], Path(out_dir))
+        return told
 
     def _saving(self, texts: Any, root: Path, folder: Path) -> Callable[[int, dict[str, Any]], dict[str, Any]]:
         """What writes the files of an entry below `folder`, from the place of its image among `texts`."""

@@ -90,7 +90,8 @@ class TaskSpec:
             return f"{len(label):,} objects"
         if self.target == "number" or label is None:
             return "none" if label is None else f"{label:g}"
-        return ", ".join(self.labels[int(i)] for i in (label if isinstance(label, list) else [label])) or "nothing"
+        indices: list[Any] = label if isinstance(label, list) else [label]
+        return ", ".join(self.labels[int(i)] for i in indices) or "nothing"
 
     def version(self, provenance: dict[str, Any]) -> str:
         """What the rows of this task from `provenance` are known by in stores and runs."""

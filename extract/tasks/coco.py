@@ -55,8 +55,8 @@ def load_coco(
     categories = _categories(path, raw[""][0])
     outlined = all(a.get("segmentation") for file, _ in raw.values() for a in file["annotations"])
     if instances and not outlined:
-        first = next(f"{named[s]}: annotation {a.get('id')}" for s, (file, _) in raw.items() for a in file["annotations"]
-                     if not a.get("segmentation"))  # fmt: skip
+        entries = [(named[split], entry) for split, (file, _) in raw.items() for entry in file["annotations"]]
+        first = next(f"{file}: annotation {entry['id']}" for file, entry in entries if not entry.get("segmentation"))
         raise TaskError(f"{first} has no segmentation; --objective detection learns boxes alone")
     splits = {}
     for split, (file, _) in raw.items():
@@ -186,9 +186,9 @@ def _images(path: Path, entries: Sequence[dict[str, Any]], root: Path) -> dict[A
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise TaskError(f"{path}: two images have the file_name {twice}")
-    found = {}
+    found: dict[Any, tuple[str, tuple[int, int]]] = {}
     for entry, name, size in zip(entries, names, sizes_of([root / name for name in names]), strict=True):
-        said = (entry.get("height"), entry.get("width"))
+        said: tuple[Any, Any] = (entry.get("height"), entry.get("width"))
         if size is not None and None not in said and said != size:
             raise TaskError(
                 f"{path}: image {entry['id']} is said to have {said[1]}x{said[0]} pixels, {root / name} has "
@@ -196,5 +196,5 @@ def _images(path: Path, entries: Sequence[dict[str, Any]], root: Path) -> dict[A
             )
         if size is None and not all(type(n) is int and n > 0 for n in said):
             raise TaskError(f"{root / name}: no image that can be read")
-        found[entry["id"]] = (name, size or said)
+        found[entry["id"]] = name, size or (int(said[0]), int(said[1]))
     return found

@@ -140,7 +140,9 @@ def object_task(name: str, dataset: str, source: str, where: str, read: Read, in
 def _revision(splits: Mapping[str, Rows], labels: Sequence[str]) -> str:
     """Of images' names, their objects, and the classes."""
     hashed = xxhash.xxh3_128(digest_json(list(labels)).encode())
-    rows = ((split, texts, label) for split, r in splits.items() for texts, label in zip(r.texts, r.labels, strict=True))
+    rows = (
+        (split, texts, label) for split, r in splits.items() for texts, label in zip(r.texts, r.labels, strict=True)
+    )
     for entry in sorted(digest_json([split, list(texts), label]) for split, texts, label in rows):
         hashed.update(entry.encode())
     return hashed.hexdigest()

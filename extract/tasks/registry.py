@@ -66,12 +66,13 @@ def load_task(
     skip_bad: bool = False,
 ) -> Task:
     """The task called `name`, the table at the path `name` (.csv, .tsv, .jsonl, .json, .conll), the images in that
-    folder, with masks or objects beside them or in folders of classes, those of a Hugging Face dataset (hub:DATASET), or
-    of COCO's JSON.
+    folder, with masks or objects beside them or in folders of classes, those of a Hugging Face dataset (hub:DATASET),
+    or of COCO's JSON.
 
     `data`: folder of the task's files, instead of the Hugging Face hub. `grid`: spacing of the STS-B targets, 0.1 as in
     the official LST and SHERL code (a quirk) or 0.2 as in T5. `targets`: types of target that will do, () for any.
-    `void`: a number in masks that is no class. `skip_bad`: leave out objects in images that cannot be used. All other options are for a table; see `load_table`.
+    `void`: a number in masks that is no class. `skip_bad`: leave out objects in images that
+    cannot be used. All other options are for a table; see `load_table`.
     Raises `TaskError` with one line for anything wrong with the name, the options or the files.
     """
     options = {"text": text, "text-pair": text_pair, "label": label, "separator": separator,
@@ -120,7 +121,9 @@ def _in_folder(folder: Path, targets: Sequence[str], name: str | None, void: int
     if "boxes" in targets or (not targets and is_voc(folder)):
         return load_voc(folder, name, skip_bad)
     if "instances" in targets:
-        raise TaskError(f"{folder}: outlines of objects are read from COCO's JSON: --task instances.json --data {folder}")
+        raise TaskError(
+            f"{folder}: outlines of objects are read from COCO's JSON: --task instances.json --data {folder}"
+        )
     return load_folder(folder, name)
 
 

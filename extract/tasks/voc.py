@@ -38,10 +38,14 @@ def load_voc(folder: Path, name: str | None = None, skip_bad: bool = False) -> T
     not have, an image or an XML file that is not there.
     """
     if not is_voc(folder):
-        raise TaskError(f"{folder}: no JPEGImages and Annotations in it; objects are read from these, or from COCO's JSON")
+        raise TaskError(
+            f"{folder}: no JPEGImages and Annotations in it; objects are read from these, or from COCO's JSON"
+        )
     bad = Bad(skip_bad)
     images = {p.stem: p for p in pictures(folder / "JPEGImages")}
-    lists = _lists(folder / "ImageSets" / "Main") or {"": sorted(p.stem for p in (folder / "Annotations").glob("*.xml"))}
+    lists = _lists(folder / "ImageSets" / "Main") or {
+        "": sorted(p.stem for p in (folder / "Annotations").glob("*.xml"))
+    }
     parsed = {}
     for split, stems in lists.items():
         for stem in stems:
