@@ -64,8 +64,8 @@ class Recipe:
     objective: str | None = _option(
         None,
         "What is learned of the label: classification, regression, multilabel, tagging, segmentation, detection, "
-        "instances; label-text, where a text-to-text backbone writes it; completion, a language model's next token. Default: from the data; "
-        "regression if all labels are numbers with a fraction among them.",
+        "instances; label-text, where a text-to-text backbone writes it; completion, a language model's next token. "
+        "Default: from the data; regression if all labels are numbers with a fraction among them.",
         "extract train",
         metavar="NAME",
     )

@@ -22,10 +22,10 @@ class DetectionConfig(ObjectiveConfig):
 
     head: str | None = option(
         None,
-        "What reads the feature maps. Default: retinanet of detection, mask-rcnn of instances.",
+        "What reads the feature maps. Default: retinanet of detection, mask-rcnn of instances, upernet of segmentation.",
         choices=("retinanet", "faster-rcnn", "cascade-rcnn"),
     )
-    head_width: int | None = option(None, "Channels of the head. Default: 256.", least=1)
+    head_width: int | None = option(None, "Channels of the head. Default: 256; 512 of upernet.", least=1)
     box_head: str | None = option(
         None,
         "Of a cascade: conv, four convolutions and a layer, GIoU on decoded boxes, as in Swin's configuration; fc, two "
@@ -65,7 +65,7 @@ class InstancesConfig(DetectionConfig):
 
     head: str | None = option(
         None,
-        "What reads the feature maps. Default: retinanet of detection, mask-rcnn of instances.",
+        "What reads the feature maps. Default: retinanet of detection, mask-rcnn of instances, upernet of segmentation.",
         choices=("mask-rcnn", "cascade-mask-rcnn"),
     )
 

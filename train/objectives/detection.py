@@ -58,7 +58,7 @@ class BoxHead(Head):
         masks = batch.targets["mask"].split(batch.targets["mask.n"].tolist()) if self.masks else None
         found: dict[str, list[Tensor]] = {}
         for place, own, geometry in self.each(features, batch):
-            target = {"boxes": boxes[place].view(-1, 4), "labels": labels[place]}
+            target = {"boxes": boxes[place], "labels": labels[place]}
             if masks is not None:
                 target["masks"] = masks[place].view(-1, *geometry.seen)
             for name, term in self.net.losses(own, geometry, target).items():
@@ -129,8 +129,8 @@ class Detection(Objective):
         return self.answers.metrics or self.figures
 
     def encode(self, target: Sequence[Mapping[str, Any]], meta: Mapping[str, Any]) -> dict[str, Any]:
-        """What is learned, in the view's pixels: `box` (4 n,) float32 corners, `label` (n,), of instances `mask`
-        (n · height · width,) of 0 and 1. What is scored (m objects), in those of `told_size`: `truth_box` (4 m,) left,
+        """What is learned, in the view's pixels: `box` (n, 4) float32 corners, `label` (n,), of instances `mask`
+        (n · height · width,) of 0 and 1. What is scored (m objects), in those of `told_size`: `truth_box` (m, 4) left,
         top, width, height, `truth_class`, `truth_area`, `truth_crowd`, `truth_difficult` (m,), of instances
         `truth_size` (2,), `runs` (bytes,) and their `runs_length` (m,)."""
         geometry = Geometry.of(meta)
@@ -144,7 +144,7 @@ class Detection(Objective):
         )
         shown = (view[:, 2:] - view[:, :2]).min(1, initial=np.inf) >= SMALLEST
         learned = shown & ~crowd & ~difficult
-        out: dict[str, Any] = {"box": view[learned].astype(np.float32).reshape(-1), "label": classes[learned]}
+        out: dict[str, Any] = {"box": view[learned].astype(np.float32), "label": classes[learned]}
         if self.masks:
             own = [self._mask(o, geometry) for o in target]
             carried = [geometry.mask(mask, 0) for mask in own]
@@ -160,7 +160,7 @@ class Detection(Objective):
             areas = (corners[:, 2:] - corners[:, :2]).prod(1)
         boxes = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1)
         return out | {
-            "truth_box": boxes.reshape(-1), "truth_class": classes, "truth_area": areas, "truth_crowd": crowd,
+            "truth_box": boxes, "truth_class": classes, "truth_area": areas, "truth_crowd": crowd,
             "truth_difficult": difficult,
         }  # fmt: skip
 
