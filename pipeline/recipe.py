@@ -167,7 +167,8 @@ class Recipe:
     )
     image_size: str | None = _option(
         None,
-        "Images: side (or HEIGHTxWIDTH) of what the backbone sees; own keeps each image's. Default: the model's.",
+        "Images: side (or HEIGHTxWIDTH) of what the backbone sees; own keeps each image's, "
+        "short:800:1333 makes the shorter side 800 and the longer at most 1333. Default: the model's.",
         "extract train",
         metavar="SIZE",
     )

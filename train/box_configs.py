@@ -9,6 +9,7 @@ from pipeline.extract.options import option
 from pipeline.train.configs import ObjectiveConfig
 
 WIDTH = 256  # channels of the published heads
+_READS = "What reads the maps. Default: retinanet of detection, mask-rcnn of instances, upernet of segmentation."
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class DetectionConfig(ObjectiveConfig):
 
     head: str | None = option(
         None,
-        "What reads the feature maps. Default: retinanet of detection, mask-rcnn of instances, upernet of segmentation.",
+        _READS,
         choices=("retinanet", "faster-rcnn", "cascade-rcnn"),
     )
     head_width: int | None = option(None, "Channels of the head. Default: 256; 512 of upernet.", least=1)
@@ -65,7 +66,7 @@ class InstancesConfig(DetectionConfig):
 
     head: str | None = option(
         None,
-        "What reads the feature maps. Default: retinanet of detection, mask-rcnn of instances, upernet of segmentation.",
+        _READS,
         choices=("mask-rcnn", "cascade-mask-rcnn"),
     )
 

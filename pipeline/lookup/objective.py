@@ -40,9 +40,9 @@ def refuse_untargeted(spec: TaskSpec) -> None:
 
 
 def objective_name(recipe: Recipe, spec: TaskSpec, backbone: Backbone, tuner: type[Tuner] | None) -> str:
-    """The objective asked for, else the first one for such targets that takes the options given; where backbone and tuner write text, a class or a
-    number is written as one. `tuner`: None for what trains inside the backbone. UserError where none can learn such
-    targets here, or there are none."""
+    """The objective asked for, else the first one for such targets that takes the options given; where backbone and
+    tuner write text, a class or a number is written as one. `tuner`: None for what trains inside the backbone.
+    UserError where none can learn such targets here, or there are none."""
     target = spec.target
     fitting = [n for n in objective_names() if target in objective_class(n).targets]
     refuse_untargeted(spec)

@@ -7,6 +7,7 @@ that the head makes itself; boxes are cut at the edge of what the view shows of 
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -26,11 +27,11 @@ from torchvision.ops.poolers import initLevelMapper
 
 from pipeline.extract.geometry import Geometry
 from pipeline.train.box_configs import DetectionConfig
-from pipeline.train.features import Feature
 
 RATIOS = (0.5, 1.0, 2.0)
 OCTAVES = tuple(2 ** (i / 3) for i in range(3))
-COARSE = 8  # the finest stride that RetinaNet reads
+COARSE = 4 * 2**0.5  # RetinaNet reads strides of about 8 and more
+Levels = Sequence[tuple[int, float]]  # width and stride of each map, finest first
 POOLED, MASK_POOLED = 7, 14
 
 
@@ -38,7 +39,7 @@ class Anchors(AnchorGenerator):
     """Anchors at the strides that maps have. The library divides the extent by the map's, which is wrong where a level
     of the head's own rounds up."""
 
-    def __init__(self, sizes: Sequence[tuple[float, ...]], strides: Sequence[int]) -> None:
+    def __init__(self, sizes: Sequence[tuple[float, ...]], strides: Sequence[float]) -> None:
         super().__init__(tuple(sizes), (RATIOS,) * len(sizes))
         self.strides = list(strides)
 
@@ -52,18 +53,18 @@ class Anchors(AnchorGenerator):
 class Pool(MultiScaleRoIAlign):
     """RoIAlign (two samples a bin and side) on maps of known strides, which the library would guess from sizes."""
 
-    def __init__(self, names: Sequence[str], strides: Sequence[int], size: int) -> None:
+    def __init__(self, names: Sequence[str], strides: Sequence[float], size: int) -> None:
         super().__init__(list(names), size, 2)
         self.scales = [1 / s for s in strides]
-        levels = [s.bit_length() - 1 for s in strides]
+        levels = [round(math.log2(s)) for s in strides]
         self.map_levels = initLevelMapper(levels[0], levels[-1], self.canonical_scale, self.canonical_level)
 
 
 class Neck(FeaturePyramidNetwork):
     """A feature pyramid over maps, finest first, and one or two levels beyond: dict of maps, float32."""
 
-    def __init__(self, features: Sequence[Feature], width: int, extra: nn.Module) -> None:
-        super().__init__([f.width for f in features], width, extra)
+    def __init__(self, widths: Sequence[int], width: int, extra: nn.Module) -> None:
+        super().__init__(list(widths), width, extra)
         self.out_channels = width
 
     def forward(self, maps: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -97,11 +98,11 @@ class OneStage(nn.Module):
     """RetinaNet (Lin et al. 2017): on maps of stride 8 and coarser, and two levels of its own; nine anchors a position,
     the smallest four times the stride wide; focal loss, smooth L1 replaced by L1 as in the library."""
 
-    def __init__(self, features: Sequence[Feature], classes: int, config: DetectionConfig) -> None:
+    def __init__(self, levels: Levels, classes: int, config: DetectionConfig) -> None:
         super().__init__()
-        self.read = [i for i, f in enumerate(features) if f.stride >= COARSE] or [len(features) - 1]
-        kept, width = [features[i] for i in self.read], config.width
-        strides = [f.stride for f in kept]
+        self.read = [i for i, (_, stride) in enumerate(levels) if stride > COARSE] or [len(levels) - 1]
+        kept, width = [levels[i][0] for i in self.read], config.width
+        strides = [levels[i][1] for i in self.read]
         strides += [2 * strides[-1], 4 * strides[-1]]
         anchors = Anchors([tuple(4 * s * o for o in OCTAVES) for s in strides], strides)
         self.net = RetinaNet(
@@ -134,16 +135,16 @@ class OneStage(nn.Module):
 class TwoStage(nn.Module):
     """A region proposal network on all maps and a coarser one, and heads on what is pooled of its proposals."""
 
-    def __init__(self, features: Sequence[Feature], classes: int, config: DetectionConfig, masks: bool) -> None:
+    def __init__(self, levels: Levels, classes: int, config: DetectionConfig, masks: bool) -> None:
         super().__init__()
-        strides, width = [f.stride for f in features], config.width
-        self.neck = Neck(features, width, LastLevelMaxPool())
+        strides, width = [stride for _, stride in levels], config.width
+        self.neck = Neck([w for w, _ in levels], width, LastLevelMaxPool())
         own = [*strides, 2 * strides[-1]]
         self.rpn = RegionProposalNetwork(
             Anchors([(8.0 * s,) for s in own], own), ProposalHead(width, len(RATIOS)), 0.7, 0.3, 256, 0.5,
             {"training": 2000, "testing": 1000}, {"training": 2000, "testing": 1000}, 0.7,
         )  # fmt: skip
-        names = [str(i) for i in range(len(features))]
+        names = [str(i) for i in range(len(levels))]
         pools = Pool(names, strides, POOLED), Pool(names, strides, MASK_POOLED) if masks else None
         if "cascade" in config.chosen:
             from pipeline.train.objectives.cascade import CascadeHeads

@@ -39,11 +39,11 @@ class BoxHead(Head):
         from pipeline.train.objectives import boxheads  # torchvision's models take a while to load
 
         self.features, self.masks = dict(features), masks
-        ordered = sorted(features.values(), key=lambda f: f.stride)
+        levels = [(f.width, f.stride) for f in sorted(features.values(), key=lambda f: f.stride)]
         if config.chosen == "retinanet":
-            self.net: Any = boxheads.OneStage(ordered, classes, config)
+            self.net: Any = boxheads.OneStage(levels, classes, config)
         else:
-            self.net = boxheads.TwoStage(ordered, classes, config, masks)
+            self.net = boxheads.TwoStage(levels, classes, config, masks)
 
     def each(self, features: Features, batch: Batch) -> Iterator[tuple[int, list[Tensor], Geometry]]:
         """(place in the batch, its maps, its geometry) of each image."""
