@@ -82,11 +82,11 @@ def _wrong_polygons(given: Any, size: tuple[int, int]) -> str:
 
 
 def _wrong_runs(given: dict[str, Any], size: tuple[int, int]) -> str:
-    if given.keys() < {"size", "counts"} or list(given["size"]) != list(size):
+    if given.get("size") != list(size):
         return f"the run lengths of its segmentation are not of an image of {size[1]}x{size[0]} pixels"
     try:
-        counts = _counts(given["counts"])
-    except (ValueError, TypeError, IndexError):
+        counts = _counts(given.get("counts"))
+    except ValueError:
         return "the run lengths of its segmentation cannot be read"
     if min(counts, default=-1) < 0 or sum(counts) != size[0] * size[1]:
         return f"the run lengths of its segmentation do not add up to its image's {size[0] * size[1]:,} pixels"
@@ -100,6 +100,8 @@ def _counts(given: Any) -> list[int]:
         if not all(type(count) is int for count in given):
             raise ValueError
         return given
+    if not isinstance(given, str):
+        raise ValueError
     counts: list[int] = []
     value = shift = 0
     for code in given.encode("ascii"):

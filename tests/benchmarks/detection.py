@@ -1,5 +1,6 @@
-"""Detection from cached features: RetinaNet and Cascade Mask R-CNN overfit the 80 training images of the COCO subset, on
-a frozen MobileNetV2. What is scored is the training images themselves: the heads must be able to learn what they read.
+"""Detection from cached features: RetinaNet and Cascade Mask R-CNN overfit the 80 training images of the COCO subset,
+on a frozen MobileNetV2. What is scored is the training images themselves: the heads must be able to learn what they
+read.
 
 Everything runs through the public commands' functions; images have a shorter side of 320.
 
@@ -19,10 +20,11 @@ from pipeline.recipe import Recipe
 from pipeline.runs import load_run
 from tests.benchmarks.results import markdown, write
 
-NOTE = """Frozen MobileNetV2 × 0.35 with ImageNet features; the 80 training images of the COCO subset (80 classes; {short}
-pixels on the shorter side, at most {long} on the longer), trained on and scored: what a head can learn by heart of the
-maps that it is given, not what it would find elsewhere. Heads of width {width} (published: 256), batch 2, AdamW, cosine
-schedule. Seconds an epoch are of training alone, from the store, on {threads} CPU thread(s) of a shared machine."""
+NOTE = """Frozen MobileNetV2 × 0.35 with ImageNet features; the 80 training images of the COCO subset (80 classes;
+{short} pixels on the shorter side, at most {long} on the longer), trained on and scored: what a head can learn by heart
+of the maps that it is given, not what it would find elsewhere. Heads of width {width} (published: 256), batch 2, AdamW,
+cosine schedule. Seconds an epoch are of training alone, from the store, on {threads} CPU thread(s) of a shared
+machine."""
 
 
 def main() -> None:
