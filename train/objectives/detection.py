@@ -50,7 +50,9 @@ class BoxHead(Head):
         for group in groups(batch):
             read = maps(self.features, features, group, batch)
             for i, (place, geometry) in enumerate(zip(group.places, group.geometries, strict=True)):
-                yield place, [m[i : i + 1] for m in read], geometry
+                # In one memory layout, whichever a live backbone left: sums are then the same to the last digit, and
+                # so is what is drawn by them.
+                yield place, [m[i : i + 1].contiguous() for m in read], geometry
 
     def losses(self, features: Features, batch: Batch) -> dict[str, Tensor]:
         assert batch.targets is not None
@@ -70,7 +72,7 @@ class BoxHead(Head):
         found: dict[int, Objects] = {}
         for place, own, geometry in self.each(features, batch):
             told = self.net.told([refuse_nan(m) for m in own], geometry)
-            found[place] = carried_back({name: refuse_nan(value).cpu() for name, value in told.items()}, geometry)
+            found[place] = carried_back({name: refuse_nan(value.detach()).cpu() for name, value in told.items()}, geometry)
         return {"objects": [found[place] for place in range(len(batch))], "size": [
             told_size(geometry) for geometry in map(Geometry.of, batch.metas)
         ]}  # fmt: skip
