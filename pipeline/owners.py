@@ -44,6 +44,12 @@ class Owned:
     def name(self) -> str:
         return self.field.name
 
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """What any of the owners takes; () where one takes anything."""
+        each = [about(options_of(self.kind, owner)[self.name][0]).choices for owner in self.owners]
+        return tuple(dict.fromkeys(choice for choices in each for choice in choices)) if all(each) else ()
+
 
 @cache
 def _options(config: type[Any]) -> dict[str, tuple[Field[Any], Any]]:
@@ -173,7 +179,9 @@ class _Chooser:
         nothing = value is None or value is False or value in ((), []) or (usual and bool(only))
         for kind in owners:
             names = [n for n in self.chosen[kind] if n in owners[kind]]
-            if not names or (kind == "objective" and self.open and usual and not only):
+            # Of several owners that differ in their defaults one means something by each.
+            said = any(value != f.default for f in fields)
+            if not names or (kind == "objective" and self.open and not said and not only):
                 continue
             hint = options_of(kind, names[0])[option][1]
             if value is None or value in ((), []):

@@ -63,9 +63,9 @@ class Recipe:
     )
     objective: str | None = _option(
         None,
-        "What is learned of the label: classification, regression, multilabel, tagging, segmentation; label-text, "
-        "where a text-to-text backbone writes it; completion, a language model's next token. Default: from the data; "
-        "regression if all labels are numbers with a fraction among them.",
+        "What is learned of the label: classification, regression, multilabel, tagging, segmentation, detection, "
+        "instances; label-text, where a text-to-text backbone writes it; completion, a language model's next token. "
+        "Default: from the data; regression if all labels are numbers with a fraction among them.",
         "extract train",
         metavar="NAME",
     )
@@ -175,7 +175,8 @@ class Recipe:
     )
     image_size: str | None = _option(
         None,
-        "Images: side (or HEIGHTxWIDTH) of what the backbone sees; own keeps each image's. Default: the model's.",
+        "Images: side (or HEIGHTxWIDTH) of what the backbone sees; own keeps each image's, "
+        "short:800:1333 makes the shorter side 800 and the longer at most 1333. Default: the model's.",
         "extract train",
         metavar="SIZE",
     )

@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from pipeline.extract.options import option
 from pipeline.store.errors import UserError
+from pipeline.train.box_configs import DetectionConfig, InstancesConfig
 from pipeline.train.configs import ObjectiveConfig, PooledConfig
 
 BALANCED = ("balanced",)
@@ -137,6 +138,8 @@ class SegmentationConfig(ObjectiveConfig):
 OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
     "classification": ClassificationConfig,
     "completion": ObjectiveConfig,
+    "detection": DetectionConfig,
+    "instances": InstancesConfig,
     "label-text": ObjectiveConfig,
     "multilabel": MultilabelConfig,
     "regression": PooledConfig,

@@ -36,7 +36,7 @@ class TextOptions:
 
     Of image families: `root`, the folder that file names are relative to; `skip_bad`, leave out images that cannot be
     read; `image_size`, "HEIGHTxWIDTH" of what the backbone sees, "own" for each
-    image's own, "" for the checkpoint's; `views`, how many fixed
+    image's own, "short:SIDE:LONGEST" for that at a size, "" for the checkpoint's; `views`, how many fixed
     augmented views of a training image there are (1: the plain one alone), `augment`, how they are made ("random",
     "flip"), and `view_seed`, which draws random ones;
     `upright`, turn images as their EXIF orientation says (False: of spaces made before that was done); `dense`, show

@@ -34,6 +34,7 @@ INTERPOLATIONS = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 _PIL_NAMES = {int(v): k for k, v in INTERPOLATIONS.items()}
+_SHORT = "short:"
 # EXIF 2.3, tag 0x0112: how the stored pixels are to be turned for a viewer.
 ORIENTATION = 0x0112
 TURNS = {
@@ -49,15 +50,17 @@ TURNS = {
 
 @dataclass(frozen=True)
 class Preprocess:
-    """`size`: (height, width) of what the backbone sees, or () to keep each image's own. The short side is resized
-    to size / `crop` and the middle cut out; with `crop` 0 the image is stretched to `size`. `mean`, `std`: of the
-    three channels, in 0..1."""
+    """`size`: (height, width) of what the backbone sees, or () to keep each image's own, `fit`ted: its shorter side as
+    the first of the two, its longer one at most as the second (() leaves it as it is). With a `size` the short side is
+    resized to size / `crop` and the middle cut out; with `crop` 0 the image is stretched to `size`. `mean`, `std`: of
+    the three channels, in 0..1."""
 
     size: tuple[int, ...] = (224, 224)
     crop: float = 1.0
     interpolation: str = "bicubic"
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    fit: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, folder: Path, config: Any) -> Preprocess:
@@ -97,8 +100,9 @@ class Preprocess:
 
     @property
     def extent_text(self) -> str:
-        """`size` as text: "224x224", or "own"."""
-        return "x".join(map(str, self.size)) or "own"
+        """`size` as text: "224x224", "own", or "short:800:1333"."""
+        fitted = f"{_SHORT}{':'.join(map(str, self.fit))}" if self.fit else "own"
+        return "x".join(map(str, self.size)) or fitted
 
     def sized(self, text: str, whole: bool = False) -> Preprocess:
         """The same at another size as `extent_text` writes it; "" changes nothing. `whole`: the whole image stretched
@@ -107,14 +111,22 @@ class Preprocess:
             return replace(self, crop=0.0).sized(text)
         if not text:
             return self
-        parts = text.split("x")
-        if text != "own" and not (len(parts) == 2 and all(p.isdigit() and int(p) for p in parts)):
-            raise UserError(f"image-size: a number, HEIGHTxWIDTH, or own, not {text!r}")
-        return replace(self, size=() if text == "own" else tuple(int(p) for p in parts))
+        short = text.startswith(_SHORT)
+        parts = text.removeprefix(_SHORT).split(":" if short else "x")
+        wrong = not all(p.isdecimal() and int(p) for p in parts) or len(parts) not in ((1, 2) if short else (2,))
+        sides = () if wrong else tuple(int(p) for p in parts)
+        if (wrong and text != "own") or (short and list(sides) != sorted(sides)):
+            raise UserError(
+                f"image-size: a number, HEIGHTxWIDTH, own, or short:SIDE or short:SIDE:LONGEST, not {text!r}"
+            )
+        if short:
+            return replace(self, size=(), fit=sides)
+        return replace(self, size=sides, fit=())
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        """JSON-ready; without `fit` where there is none, as before there was any."""
+        values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        return {k: v for k, v in values.items() if k != "fit" or v}
 
     @cached_property
     def digest(self) -> str:
@@ -123,14 +135,21 @@ class Preprocess:
 
     def extent(self, width: int, height: int) -> tuple[int, int]:
         """(height, width) that an image of this size has after preprocessing."""
-        return (self.size[0], self.size[1]) if self.size else (height, width)
+        if self.size:
+            return self.size[0], self.size[1]
+        if not self.fit:
+            return height, width
+        scale = self.fit[0] / min(height, width)
+        if len(self.fit) > 1:
+            scale = min(scale, self.fit[1] / max(height, width))
+        return max(1, round(height * scale)), max(1, round(width * scale))
 
     def frame(self, image: Image.Image) -> Image.Image:
         """The image at its final extent."""
-        if not self.size:
-            return image
-        height, width = self.size
+        height, width = self.extent(*image.size)
         how = INTERPOLATIONS[self.interpolation]
+        if not self.size:
+            return image.resize((width, height), how) if self.fit else image
         if not self.crop:
             return image.resize((width, height), how)
         tall, wide = self._resized(*image.size)

@@ -21,9 +21,9 @@ SPLIT_NAMES: dict[str, str] = {"train": "train", "validation": "validation", "va
                "dev": "validation", "test": "test"}  # fmt: skip
 SPLIT_SEED = 42  # of the LST / SHERL protocol; never the run's seed, so that every seed sees the same splits
 
-Label = int | float | list[int] | bytes | None  # the target of a row, of its task's type
-TargetType = Literal["class", "number", "classes", "tags", "tokens", "mask", "none"]
-DENSE = ("mask",)  # types of target that say where in an image something is
+Label = int | float | list[int] | list[dict[str, Any]] | bytes | None  # the target of a row, of its task's type
+TargetType = Literal["class", "number", "classes", "tags", "tokens", "mask", "boxes", "instances", "none"]
+DENSE = ("mask", "boxes", "instances")  # types of target that say where in an image something is
 # What format 1 of task tables called a task by, which the versions of such tasks are still digests of.
 _KINDS = {"class": "classification", "number": "regression"}
 
@@ -38,12 +38,13 @@ class TaskSpec:
 
     `target`: the type of a row's target: an index into `labels` (class), a number, a list of such indices (classes:
     any number of them; tags: one for each word of the text), an image of such indices as the bytes of a PNG file
-    (mask), tokens of the text itself (then a row has no label), or none. `labels`: names in index order, () for
+    (mask), the objects in an image (boxes; instances, with their outlines; see `tasks.objects`), tokens of the text
+    itself (then a row has no label), or none. `labels`: names in index order, () for
     numbers. `metrics`: names known to `train.metrics` for a class or a number; their mean selects the best epoch.
     `fields`: names of the one or two text fields. `prompt`: text-to-text source with {0} and {1} for the fields.
     `texts`: what a text-to-text model must answer, per class, or per value of the grid for a number; () for other
-    targets. `values`: the number each of these stands for, evenly spaced; () where targets are no numbers. Raises
-    `TaskError` where these do not fit together.
+    targets. `values`: the number each of these stands for, evenly spaced; of objects, the number that their files know
+    each class by; () for other targets. Raises `TaskError` where these do not fit together.
     """
 
     name: str
@@ -60,7 +61,7 @@ class TaskSpec:
             types = ", ".join(get_args(TargetType))
             raise TaskError(f"task {self.name}: the type of a target is one of {types}, not {self.target!r}")
         answers, what = (self.values, "values") if self.target == "number" else (self.labels, "labels")
-        least = {"classes": 1, "tokens": 0, "none": 0}.get(self.target, 2)
+        least = {"classes": 1, "boxes": 1, "instances": 1, "tokens": 0, "none": 0}.get(self.target, 2)
         if len(answers) < least:
             raise TaskError(f"task {self.name}: at least {least} {what} are needed, there are {len(answers)}")
         if self.target in _KINDS and len(self.texts) != len(answers):
@@ -85,9 +86,12 @@ class TaskSpec:
         """A target as people read it: names of classes, or the number."""
         if isinstance(label, bytes):
             return f"a mask of {len(label):,} bytes"
+        if self.target in ("boxes", "instances") and isinstance(label, list):
+            return f"{len(label):,} objects"
         if self.target == "number" or label is None:
             return "none" if label is None else f"{label:g}"
-        return ", ".join(self.labels[int(i)] for i in (label if isinstance(label, list) else [label])) or "nothing"
+        indices: list[Any] = label if isinstance(label, list) else [label]
+        return ", ".join(self.labels[int(i)] for i in indices) or "nothing"
 
     def version(self, provenance: dict[str, Any]) -> str:
         """What the rows of this task from `provenance` are known by in stores and runs."""

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pipeline.extract.plugins import load_installed
 from pipeline.extract.tasks.base import Task, TaskError
+from pipeline.extract.tasks.coco import is_coco, load_coco
 from pipeline.extract.tasks.completion import load_hub_texts
 from pipeline.extract.tasks.glue import GLUE, USUAL_GRID, load_glue
 from pipeline.extract.tasks.hub_images import PREFIX, hub_name, load_hub_images
@@ -20,6 +21,7 @@ from pipeline.extract.tasks.masks import load_masks, mask_pairs
 from pipeline.extract.tasks.names import table_name
 from pipeline.extract.tasks.sheet import SUFFIXES
 from pipeline.extract.tasks.table import load_table
+from pipeline.extract.tasks.voc import is_voc, load_voc
 from pipeline.store.format.digest import digest_json
 
 Loader = Callable[[Path | None, float], Task]
@@ -61,23 +63,29 @@ def load_task(
     grid: float = USUAL_GRID,
     continues: bool = False,
     void: int | None = None,
+    skip_bad: bool = False,
 ) -> Task:
     """The task called `name`, the table at the path `name` (.csv, .tsv, .jsonl, .json, .conll), the images in that
-    folder, with masks beside them or in folders of classes, or those of a Hugging Face dataset (hub:DATASET).
+    folder, with masks or objects beside them or in folders of classes, those of a Hugging Face dataset (hub:DATASET),
+    or of COCO's JSON.
 
     `data`: folder of the task's files, instead of the Hugging Face hub. `grid`: spacing of the STS-B targets, 0.1 as in
     the official LST and SHERL code (a quirk) or 0.2 as in T5. `targets`: types of target that will do, () for any.
-    `void`: a number in masks that is no class. All other options are for a table; see `load_table`.
+    `void`: a number in masks that is no class. `skip_bad`: leave out objects in images that
+    cannot be used. All other options are for a table; see `load_table`.
     Raises `TaskError` with one line for anything wrong with the name, the options or the files.
     """
     options = {"text": text, "text-pair": text_pair, "label": label, "separator": separator,
                "validation": validation, "test": test, "stratify": stratify, "metrics": metrics,
                "task-name": task_name}  # fmt: skip
     texts = name.startswith(PREFIX) and (continues or "tokens" in targets)
-    pictures = not texts and (name.startswith(PREFIX) or is_folder(name))
+    coco = is_table(name) and is_coco(table_path(name, data))
+    if coco:
+        options = {k: v for k, v in options.items() if k not in ("validation", "test", "task-name")}
+    pictures = not texts and (coco or name.startswith(PREFIX) or is_folder(name))
     given = [f"--{option}" for option, value in options.items() if value and not (pictures and option == "task-name")]
     if given and (pictures or is_named(name)):
-        what = "images in folders" if pictures else "a public task"
+        what = "of COCO's annotations" if coco else "images in folders" if pictures else "a public task"
         raise TaskError(f"task {name} is {what}; {', '.join(given)} is for a table of your own (--task my.csv)")
     if grid != USUAL_GRID and (pictures or is_table(name)):
         raise TaskError(f"task {name}: --grid is the step of STS-B's targets, those of a table follow its range")
@@ -85,6 +93,13 @@ def load_task(
         return replace(load_hub_texts(name.removeprefix(PREFIX), text), origin=digest_json(["hub", name]))
     if name.startswith(PREFIX):
         return replace(load_hub_images(name, data), origin=digest_json(["hub", name]))
+    if coco:
+        path = table_path(name, data)
+        made = load_coco(
+            path, data or path.parent, validation=validation, test=test, name=task_name, skip_bad=skip_bad,
+            instances="instances" in targets and "boxes" not in targets,
+        )  # fmt: skip
+        return replace(made, origin=_origin(path, validation, test))
     if is_table(name):
         path = table_path(name, data)
         made = load_table(
@@ -93,12 +108,23 @@ def load_task(
         )  # fmt: skip
         return replace(made, origin=_origin(path, validation, test))
     if is_folder(name):
-        dense = "mask" in targets or (not targets and mask_pairs(Path(name)) is not None)
-        made = load_masks(Path(name), task_name, void) if dense else load_folder(Path(name), task_name)
-        return replace(made, origin=_origin(Path(name)))
+        return replace(_in_folder(Path(name), targets, task_name, void, skip_bad), origin=_origin(Path(name)))
     known = _resolve(name)
     origin = digest_json(["hub", known]) if data is None else _origin(data)
     return replace(_TASKS[known][1](data, grid), origin=origin)
+
+
+def _in_folder(folder: Path, targets: Sequence[str], name: str | None, void: int | None, skip_bad: bool) -> Task:
+    """The images of `folder` with targets of these types, else with what lies beside them: masks first."""
+    if "mask" in targets or (not targets and mask_pairs(folder) is not None):
+        return load_masks(folder, name, void)
+    if "boxes" in targets or (not targets and is_voc(folder)):
+        return load_voc(folder, name, skip_bad)
+    if "instances" in targets:
+        raise TaskError(
+            f"{folder}: outlines of objects are read from COCO's JSON: --task instances.json --data {folder}"
+        )
+    return load_folder(folder, name)
 
 
 def table_path(name: str, data: Path | None) -> Path:

@@ -67,7 +67,7 @@ def read_sheet(path: Path, columns: list[str] | None = None, drop_broken: bool =
 
     Raises `TaskError` for: no such file, empty file, no rows, not UTF-8, wrong number of fields, broken JSON or quotes.
     """
-    raw = _read(path)
+    raw = file_bytes(path)
     digest = digest_bytes(raw)
     text = _decode(path, raw)
     if not text.strip():
@@ -87,10 +87,11 @@ def read_sheet(path: Path, columns: list[str] | None = None, drop_broken: bool =
 
 def sheet_digest(path: Path) -> str:
     """`Sheet.digest` of the file at `path`, without understanding it. `TaskError` where it cannot be read."""
-    return digest_bytes(_read(path))
+    return digest_bytes(file_bytes(path))
 
 
-def _read(path: Path) -> bytes:
+def file_bytes(path: Path) -> bytes:
+    """What the file holds. `TaskError` where it cannot be read, or is a pipe."""
     try:
         mode = path.stat().st_mode
         if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):

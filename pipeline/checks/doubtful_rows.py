@@ -13,7 +13,13 @@ from pipeline.extract.tasks.base import SPLITS, Label, TaskSpec
 from pipeline.store import TaskTable
 
 OUTSIDE = "O"  # the tag of a word in no span
-OWN = ("table", "image folder", "mask folder")  # sources of tasks that we split where no split is given
+OWN = (
+    "table",
+    "image folder",
+    "mask folder",
+    "COCO annotations",
+    "VOC annotations",
+)  # sources of tasks that we split where no split is given
 
 
 def doubts(tables: Mapping[str, TaskTable], images: bool = False) -> list[str]:

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.extract.geometry import META, MOST_PIXELS, Geometry
-from pipeline.extract.tasks.base import TaskError, TaskSpec
+from pipeline.extract.tasks.base import DENSE, TaskError, TaskSpec
 from pipeline.extract.tasks.masks import png_size
+from pipeline.extract.tasks.objects import wrong_object
 from pipeline.recipe import PRECISIONS
 from pipeline.store import FORMATS, Samples, Space, Store, TaskTable, digest_json
 from pipeline.store.errors import StoreError, UserError
@@ -239,13 +240,17 @@ def _wrong_target(label: Any, spec: TaskSpec, meta: Mapping[str, Any]) -> str:
         return wrong
     if spec.target == "class" and "decide" in meta and (wrong := _wrong_answer(meta)):
         return wrong
-    if spec.target == "mask" and (wrong := _wrong_geometry(meta)):
+    if spec.target in DENSE and (wrong := _wrong_geometry(meta)):
         return wrong
     if label is None:
         return ""
     if spec.target == "mask":
         size = png_size(label) if isinstance(label, bytes) else None
         return "" if size == tuple(meta[META]["size"]) else "its mask is no PNG image of its image's size"
+    if spec.target in ("boxes", "instances"):
+        size, outlined = tuple(meta[META]["size"]), spec.target == "instances"
+        found = label if isinstance(label, list) else [None]
+        return next((w for one in found if (w := wrong_object(one, len(spec.labels), size, outlined))), "")
     if spec.target in ("classes", "tags"):
         sound = isinstance(label, list) and all(type(i) is int and 0 <= i < len(spec.labels) for i in label)
     elif spec.target == "class":
@@ -308,7 +313,7 @@ def _spec(raw: Any, where: str) -> TaskSpec:
         raise refuse(where, "spec.values in its header is no list of numbers")
     if any(b <= a for a, b in pairwise(values)):
         raise refuse(where, "spec.values in its header do not ascend")
-    scored = raw["metrics"] or raw.get("target") in ("classes", "tags", "tokens", "mask", "none")
+    scored = raw["metrics"] or raw.get("target") in ("classes", "tags", "tokens", *DENSE, "none")
     if not isinstance(raw.get("name"), str) or not isinstance(raw.get("prompt"), str) or not scored:
         raise refuse(where, "spec.name, spec.prompt or spec.metrics is missing in its header")
     try:

@@ -160,7 +160,7 @@ def _click_option(of: Owned) -> click.Option:
     if default not in (None, ()) and default is not False:
         shown = {True: "on"}.get(default, default) if isinstance(default, bool) else default
         help = f"{help} Default: {shown}."
-    return _option(of.flag, f"{of.kind}__{of.name}", of.hint, help, known.choices, known.metavar, False)
+    return _option(of.flag, f"{of.kind}__{of.name}", of.hint, help, of.choices, known.metavar, False)
 
 
 def tuners_among(methods: str) -> list[str]:

@@ -51,6 +51,8 @@ def run_extract(recipe: Recipe, say: Say, quiet: bool = False, task: Task | None
     first, *others = made.values()
     odd = doubts(joint_tables(tables), first.backbone.modality == "image" and not others)
     warnings = [d for m in made.values() for d in token_doubts(m.checkpoint.tokenizer, m.backbone, m.splits)] + odd
+    if left := first.task.provenance.get("left_out"):
+        warnings.append(f"{left:,} objects were left out: boxes outside of their image or of no area, broken outlines")
     for sentence in warnings:
         say(f"warning: {sentence}")
     done: dict[str, Done] = {}
@@ -159,6 +161,9 @@ def _labels_text(spec: TaskSpec) -> str:
     """What the label is taken for: a column of numbers with one word among them would be hundreds of classes."""
     if spec.target == "mask":
         return f"label: masks of {len(spec.labels):,} classes ({_few(spec.labels)}); other values are no class"
+    if spec.target in ("boxes", "instances"):
+        outlines = " with their outlines" if spec.target == "instances" else ""
+        return f"label: objects of {len(spec.labels):,} classes ({_few(spec.labels)}){outlines}"
     if spec.target == "none":
         return "no label: rows are for `stream` alone, not for training (--label COLUMN)"
     if spec.target == "number":

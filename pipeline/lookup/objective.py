@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.extract.backbones.base import Backbone
@@ -64,9 +64,10 @@ def answers_of(spec: TaskSpec, backbone: Backbone) -> tuple[str, ...]:
 def objective_name(
     recipe: Recipe, spec: TaskSpec, backbone: Backbone, tuner: type[Tuner] | None, answered: bool = False
 ) -> str:
-    """The objective asked for, else the first one for such targets; where backbone and tuner write text, a class or a
-    number is written as one. `tuner`: None for what trains inside the backbone. `answered`: the rows were extracted
-    with their answers. UserError where none can learn such targets here, or there are none."""
+    """The objective asked for, else the first one for such targets that takes the options given; where backbone and
+    tuner write text, a class or a number is written as one. `tuner`: None for what trains inside the backbone.
+    `answered`: the rows were extracted with their answers. UserError where none can learn such targets here, or there
+    are none."""
     target = spec.target
     fitting = [n for n in objective_names() if target in objective_class(n).targets]
     refuse_untargeted(spec)
@@ -92,7 +93,19 @@ def objective_name(
             here = f"tuner {tuner.name} does not; those that do: {able}"
         what = "answered with text" if answered else "tokens of its texts, which are gone on with"
         raise UserError(f"the targets of {spec.name} are {what}: {here}")
-    return text or recipe.objective or plain[0]
+    return text or recipe.objective or _taking(plain, recipe.objective_options)
+
+
+def _taking(names: Sequence[str], options: Mapping[str, Any]) -> str:
+    """The first of the objectives `names` that takes the options, as --head may say which one is meant; else the
+    first, which says what is wrong with them."""
+    for name in names:
+        try:
+            objective_config(name, options)
+        except UserError:
+            continue
+        return name
+    return names[0]
 
 
 def _writes(objective: type[Objective], backbone: Backbone, tuner: type[Tuner] | None) -> bool:

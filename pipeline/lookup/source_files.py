@@ -13,6 +13,7 @@ from typing import Any
 
 from pipeline.extract.tasks import TaskError, is_named
 from pipeline.extract.tasks.base import Task
+from pipeline.extract.tasks.coco import image_names, is_coco
 from pipeline.extract.tasks.hub_images import PREFIX
 from pipeline.extract.tasks.images import contents, pictures
 from pipeline.extract.tasks.registry import is_folder, is_table, table_path
@@ -85,13 +86,19 @@ class AtHand:
             return f"images of {self.recipe.task} are not those that were {when}, or have changed"
         return ""
 
+    def _names(self, path: Path, column: str) -> list[str]:
+        """The names of images in a file."""
+        if is_coco(path):
+            return image_names(path, Path(picture_root(self.recipe)))
+        return [str(name) for name in read_sheet(path).column(column)]
+
     def _held(self, header: Mapping[str, Any], unknown: str) -> str:
         """What the images at hand hold; `unknown` where there are none."""
         if self.task is not None:
             names = tuple(t[0] for rows in self.task.splits.values() for t in rows.texts)
         elif self.files and set(self.files) == set(header["provenance"].get("files") or ()):
             column = header["spec"]["fields"][0]
-            names = tuple(str(n) for path, _ in self.files.values() for n in read_sheet(path).column(column))
+            names = tuple(n for path, _ in self.files.values() for n in self._names(path, column))
         else:
             return unknown
         root = Path(picture_root(self.recipe))

@@ -38,6 +38,7 @@ def open_task(recipe: Recipe, backbone: Backbone | None = None) -> Task:
         grid=USUAL_GRID if recipe.grid is None else recipe.grid,
         continues=backbone is not None and backbone.continues_text,
         void=recipe.objective_options.get("ignore_index"),
+        skip_bad=recipe.skip_bad,
     )
     refuse_targets(recipe, task.spec)
     return task

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.checks.stored import check_header, check_table
 from pipeline.extract.tasks import canonical_name, split_id
+from pipeline.extract.tasks.base import DENSE
 from pipeline.extract.tasks.glue import USUAL_GRID
 from pipeline.jobs.slots import slot_of
 from pipeline.recipe import Recipe
@@ -249,7 +250,7 @@ def columns_text(header: Mapping[str, Any]) -> str:
         return f"{fields}, unlabelled" if target == "none" else f"{fields}, tokens are learned"
     label, classes = _object(header, "provenance").get("label", "label"), _names(spec.get("labels"))
     what = ", ".join(classes[:4]) + (", …" if len(classes) > 4 else "") if classes else "a number"
-    return f"{fields} to {'mask' if target == 'mask' else label} ({what})"
+    return f"{fields} to {target if target in DENSE else label} ({what})"
 
 
 def task_id(header: Mapping[str, Any]) -> str:
@@ -290,7 +291,7 @@ def unlike(recipe: Recipe, header: Mapping[str, Any]) -> str:
     if recipe.stratify is not None and recipe.stratify != bool(made.get("stratified")):
         was, now = ("without", "with") if recipe.stratify else ("with", "without")
         return f"rows were held out {was} --stratify, now {now} it"
-    values = spec.get("values") or []
+    values = (spec.get("values") or []) if spec.get("target") not in DENSE else []
     step = values[1] - values[0] if len(values) > 1 else 0.0
     # Recipes of earlier versions all state the usual grid, also of tasks that have none of the kind.
     stated = recipe.grid == USUAL_GRID and (not step or made.get("source") == "table")

@@ -24,14 +24,18 @@ from pipeline.store.format.names import MAX_JSON, MAX_UNPACKED, MAX_UNPACKED_RAT
 from pipeline.store.tables.texts import Texts
 
 _HEADER = b"activation"
+_BOX = [(name, pa.float64()) for name in ("left", "top", "width", "height", "area")]
+_BOX += [("class", pa.int32()), ("crowd", pa.bool_()), ("difficult", pa.bool_())]
 # Type of a task's targets → type of the column: an index or a number a sample, a list of indices, the bytes of a PNG
-# file, or nothing.
+# file, a list of objects, or nothing.
 TARGETS: dict[str, pa.DataType] = {
     "class": pa.int32(),
     "number": pa.float64(),
     "classes": pa.list_(pa.int32()),
     "tags": pa.list_(pa.int32()),
     "mask": pa.binary(),
+    "boxes": pa.list_(pa.struct(_BOX)),
+    "instances": pa.list_(pa.struct([*_BOX, ("outline", pa.string())])),
     "none": pa.null(),
 }
 _KEY, _TEXTS, _TEXT = pa.binary(16), pa.list_(pa.string()), pa.string()
@@ -160,12 +164,16 @@ def _type_of(spec: Any, targets: Sequence[Any]) -> pa.DataType:
     if any(isinstance(target, bytes) for target in some):
         return TARGETS["mask"]
     if any(isinstance(target, list) for target in some):
-        return TARGETS["classes"]
+        first = next((one for target in some for one in target), None)
+        return TARGETS["classes" if not isinstance(first, dict) else "instances" if "outline" in first else "boxes"]
     return TARGETS["class" if all(type(target) is int for target in some) else "number"]
 
 
 def _fits(target: Any, kind: pa.DataType) -> bool:
     """Whether `target` is a value of the column; Arrow itself would cut a fraction off."""
+    if pa.types.is_list(kind) and pa.types.is_struct(kind.value_type):
+        names = {field.name for field in kind.value_type}
+        return target is None or all(isinstance(one, dict) and one.keys() == names for one in target)
     if target is None or pa.types.is_list(kind):
         return target is None or (isinstance(target, list) and all(type(i) is int for i in target))
     if pa.types.is_binary(kind):
@@ -176,9 +184,16 @@ def _fits(target: Any, kind: pa.DataType) -> bool:
 
 
 def _are_targets(column: pa.ChunkedArray) -> bool:
-    """Whether all numbers are finite and no list holds a null."""
+    """Whether all numbers are finite and no list holds a null, nor an object in one."""
     if pa.types.is_list(column.type):
-        return not pc.list_flatten(column).null_count
+        held = pc.list_flatten(column)
+        within = range(held.type.num_fields) if pa.types.is_struct(held.type) else ()
+        parts = [held, *(pc.struct_field(held, i) for i in within)]
+        return all(not part.null_count and _are_finite(part) for part in parts)
+    return _are_finite(column)
+
+
+def _are_finite(column: pa.ChunkedArray | pa.Array) -> bool:
     return not pa.types.is_floating(column.type) or pc.all(pc.is_finite(column)).as_py() is not False
 
 

@@ -14,6 +14,7 @@ BOX = (30, 20, 58, 60)  # x0, y0, x1, y1
 FRAMES = {
     "own": Preprocess((), mean=(0, 0, 0), std=(1, 1, 1)),
     "stretched": Preprocess((70, 120), 0.0, "bilinear", (0, 0, 0), (1, 1, 1)),
+    "fitted": Preprocess((), 0.0, "bilinear", (0, 0, 0), (1, 1, 1), (120, 130)),
     "cut": Preprocess((64, 64), 0.875, "bilinear", (0, 0, 0), (1, 1, 1)),
 }
 

@@ -3,6 +3,7 @@
 from pipeline.train.objectives import (
     classification,
     completion,
+    detection,
     label_text,
     multilabel,
     regression,
@@ -31,6 +32,7 @@ __all__ = [
     "Scorer",
     "classification",
     "completion",
+    "detection",
     "label_text",
     "multilabel",
     "objective_class",

@@ -197,6 +197,11 @@ class Objective(ABC):
         files' names."""
         raise NotImplementedError
 
+    def save_all(self, entries: Sequence[Mapping[str, Any]], images: Sequence[str], folder: Path) -> None:
+        """Write what stands in one file for all `images`: `entries` are what `save` returned of each. Nothing, where
+        there is none."""
+        return None
+
 
 _OBJECTIVES: dict[str, type[Objective]] = {}
 

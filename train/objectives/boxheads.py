@@ -1,0 +1,196 @@
+"""Heads from feature maps to boxes, of torchvision's parts: RetinaNet, Faster and Mask R-CNN. They see maps of one
+image at a time and no pixels, so a loss or a prediction does not depend on what an image is batched with.
+
+Coordinates are pixels of the view that the backbone saw. Anchors lie where their map's positions do, also on levels
+that the head makes itself; boxes are cut at the edge of what the view shows of its image, not at the padding's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.retinanet import RetinaNet, RetinaNetHead
+from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
+from torchvision.ops.poolers import initLevelMapper
+
+from pipeline.extract.geometry import Geometry
+from pipeline.train.box_configs import DetectionConfig
+
+RATIOS = (0.5, 1.0, 2.0)
+OCTAVES = tuple(2 ** (i / 3) for i in range(3))
+COARSE = 4 * 2**0.5  # RetinaNet reads strides of about 8 and more
+Levels = Sequence[tuple[int, float]]  # width and stride of each map, finest first
+POOLED, MASK_POOLED = 7, 14
+
+
+class Anchors(AnchorGenerator):
+    """Anchors at the strides that maps have. The library divides the extent by the map's, which is wrong where a level
+    of the head's own rounds up."""
+
+    def __init__(self, sizes: Sequence[tuple[float, ...]], strides: Sequence[float]) -> None:
+        super().__init__(tuple(sizes), (RATIOS,) * len(sizes))
+        self.strides = list(strides)
+
+    def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
+        first = feature_maps[0]
+        self.set_cell_anchors(first.dtype, first.device)
+        steps = [[torch.tensor(s, device=first.device)] * 2 for s in self.strides]
+        return [torch.cat(self.grid_anchors([list(m.shape[-2:]) for m in feature_maps], steps))]
+
+
+class Pool(MultiScaleRoIAlign):
+    """RoIAlign (two samples a bin and side) on maps of known strides, which the library would guess from sizes."""
+
+    def __init__(self, names: Sequence[str], strides: Sequence[float], size: int) -> None:
+        super().__init__(list(names), size, 2)
+        self.scales = [1 / s for s in strides]
+        levels = [round(math.log2(s)) for s in strides]
+        self.map_levels = initLevelMapper(levels[0], levels[-1], self.canonical_scale, self.canonical_level)
+
+
+class Neck(FeaturePyramidNetwork):
+    """A feature pyramid over maps, finest first, and one or two levels beyond: dict of maps, float32."""
+
+    def __init__(self, widths: Sequence[int], width: int, extra: nn.Module) -> None:
+        super().__init__(list(widths), width, extra)
+        self.out_channels = width
+
+    def forward(self, maps: Sequence[Tensor]) -> dict[str, Tensor]:
+        found = super().forward(OrderedDict((str(i), m) for i, m in enumerate(maps)))
+        return {name: m.float() for name, m in found.items()}  # boxes in half precision would be off by pixels
+
+
+class ProposalHead(RPNHead):
+    def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        logits, deltas = super().forward(x)
+        return [t.float() for t in logits], [t.float() for t in deltas]
+
+
+class BoxPredictor(FastRCNNPredictor):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scores, deltas = super().forward(x)
+        return scores.float(), deltas.float()
+
+
+class MaskPredictor(MaskRCNNPredictor):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).float()
+
+
+def image_list(geometry: Geometry) -> ImageList:
+    """An image without pixels, for what reads sizes alone."""
+    return ImageList(torch.empty(1, 3, *geometry.extent, device="meta"), [geometry.seen])
+
+
+class OneStage(nn.Module):
+    """RetinaNet (Lin et al. 2017): on maps of stride 8 and coarser, and two levels of its own; nine anchors a position,
+    the smallest four times the stride wide; focal loss, smooth L1 replaced by L1 as in the library."""
+
+    def __init__(self, levels: Levels, classes: int, config: DetectionConfig) -> None:
+        super().__init__()
+        self.read = [i for i, (_, stride) in enumerate(levels) if stride > COARSE] or [len(levels) - 1]
+        kept, width = [levels[i][0] for i in self.read], config.width
+        strides = [levels[i][1] for i in self.read]
+        strides += [2 * strides[-1], 4 * strides[-1]]
+        anchors = Anchors([tuple(4 * s * o for o in OCTAVES) for s in strides], strides)
+        self.net = RetinaNet(
+            Neck(kept, width, LastLevelP6P7(width, width)), classes, anchor_generator=anchors,
+            head=RetinaNetHead(width, len(RATIOS) * len(OCTAVES), classes), score_thresh=config.score_threshold,
+            nms_thresh=config.nms, detections_per_img=config.detections,
+        )  # fmt: skip
+
+    def _raw(self, maps: Sequence[Tensor], geometry: Geometry) -> tuple[list[Tensor], dict[str, Tensor], list[Tensor]]:
+        levels = list(self.net.backbone([maps[i] for i in self.read]).values())
+        raw = {name: out.float() for name, out in self.net.head(levels).items()}
+        return levels, raw, self.net.anchor_generator(image_list(geometry), levels)
+
+    def losses(self, maps: Sequence[Tensor], geometry: Geometry, target: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Of one image; `target`: `boxes` (n, 4), `labels` (n,) from 0."""
+        _, raw, anchors = self._raw(maps, geometry)
+        found = self.net.compute_loss([dict(target)], raw, anchors)
+        return {"class": found["classification"], "box": found["bbox_regression"]}
+
+    def told(self, maps: Sequence[Tensor], geometry: Geometry) -> dict[str, Tensor]:
+        """`boxes`, `scores` and `labels` of one image, best first."""
+        levels, raw, anchors = self._raw(maps, geometry)
+        each = len(RATIOS) * len(OCTAVES)
+        counts = [each * m.shape[-2] * m.shape[-1] for m in levels]
+        split = {name: list(out.split(counts, 1)) for name, out in raw.items()}
+        (found,) = self.net.postprocess_detections(split, [list(a.split(counts)) for a in anchors], [geometry.seen])
+        return dict(found)
+
+
+class TwoStage(nn.Module):
+    """A region proposal network on all maps and a coarser one, and heads on what is pooled of its proposals."""
+
+    def __init__(self, levels: Levels, classes: int, config: DetectionConfig, masks: bool) -> None:
+        super().__init__()
+        strides, width = [stride for _, stride in levels], config.width
+        self.neck = Neck([w for w, _ in levels], width, LastLevelMaxPool())
+        own = [*strides, 2 * strides[-1]]
+        self.rpn = RegionProposalNetwork(
+            Anchors([(8.0 * s,) for s in own], own), ProposalHead(width, len(RATIOS)), 0.7, 0.3, 256, 0.5,
+            {"training": 2000, "testing": 1000}, {"training": 2000, "testing": 1000}, 0.7,
+        )  # fmt: skip
+        names = [str(i) for i in range(len(levels))]
+        pools = Pool(names, strides, POOLED), Pool(names, strides, MASK_POOLED) if masks else None
+        if "cascade" in config.chosen:
+            from pipeline.train.objectives.cascade import CascadeHeads
+
+            self.heads: RoIHeads = CascadeHeads(*pools, classes, config)
+        else:
+            self.heads = plain_heads(*pools, classes, config)
+
+    def losses(self, maps: Sequence[Tensor], geometry: Geometry, target: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Of one image; `target`: `boxes` (n, 4), `labels` (n,) from 0, of instances `masks` (n, height, width)."""
+        targets = [{**target, "labels": target["labels"] + 1}]  # 0 is the background
+        levels = self.neck(maps)
+        proposals, found = self.rpn(image_list(geometry), levels, targets)
+        _, more = self.heads(levels, [in_place(p) for p in proposals], [geometry.seen], targets)
+        return {name.removeprefix("loss_"): term for name, term in {**found, **more}.items()}
+
+    def told(self, maps: Sequence[Tensor], geometry: Geometry) -> dict[str, Tensor]:
+        """`boxes`, `scores` and `labels` of one image, best first, and of instances `masks` (n, 1, m, m), the chance of
+        each position of a box to be the object's."""
+        levels = self.neck(maps)
+        proposals, _ = self.rpn(image_list(geometry), levels)
+        (found,), _ = self.heads(levels, proposals, [geometry.seen])
+        return {**found, "labels": found["labels"] - 1}
+
+
+def in_place(boxes: Tensor) -> Tensor:
+    """Boxes ordered by where they lie. Which of them a step draws then does not hang on the last digit of a score,
+    which a live backbone and a stored state may differ in."""
+    for column in (3, 2, 1, 0):
+        boxes = boxes[torch.argsort(boxes[:, column], stable=True)]
+    return boxes
+
+
+def plain_heads(box_pool: Pool, mask_pool: Pool | None, classes: int, config: DetectionConfig) -> RoIHeads:
+    """Those of Faster R-CNN, or Mask R-CNN where masks are pooled too: torchvision's."""
+    width = config.width
+    branch: dict[str, Any] = {}
+    if mask_pool is not None:
+        branch = {"mask_roi_pool": mask_pool, "mask_head": mask_head(width),
+                  "mask_predictor": MaskPredictor(width, width, classes + 1)}  # fmt: skip
+    return RoIHeads(
+        box_pool, TwoMLPHead(width * POOLED**2, 4 * width), BoxPredictor(4 * width, classes + 1),
+        0.5, 0.5, config.proposals or 512, 0.25, None, config.score_threshold, config.nms, config.detections, **branch,
+    )  # fmt: skip
+
+
+def mask_head(width: int) -> nn.Module:
+    """Four convolutions."""
+    return MaskRCNNHeads(width, (width,) * 4, 1)
