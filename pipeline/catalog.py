@@ -38,8 +38,8 @@ FAMILIES = {
         ("bert", "roberta", "xlm-roberta", "camembert"),
     ),
     "vit": (
-        "vision transformers: ViT, DeiT (timm), ViT, CLIP vision tower (transformers)",
-        ("vit", "clip_vision_model"),
+        "vision transformers: ViT, DeiT, DINOv2, DINOv3 (timm, transformers), CLIP vision tower (transformers)",
+        ("vit", "clip_vision_model", "dinov2", "dinov2_with_registers", "dinov3_vit"),
     ),
     "clip-text": ("the text tower of CLIP (transformers)", ("clip_text_model",)),
     "convnext": ("ConvNeXt and ConvNeXt V2 (timm)", ()),
@@ -52,7 +52,7 @@ FAMILIES = {
         "convolutional networks: ResNet, ResNeXt and kin (timm), ResNet (transformers), CIFAR ResNets",
         ("resnet", "cifar_resnet"),
     ),
-    "swin": ("Swin transformers (timm): stages, attention and MLP branches, patch mergings", ()),
+    "swin": ("Swin transformers (timm, transformers): stages, attention and MLP branches, patch mergings", ("swin",)),
     "t5": ("T5 encoder-decoders: v1.0, v1.1, flan", ("t5",)),
 }
 

@@ -154,7 +154,7 @@ def refuse_features(tuner: Tuner, objective: Objective) -> None:
     if wants.text_head and not (tuner.continues_text if objective.continues_text else tuner.text_head):
         raise UserError(f"objective {objective.name} needs rows for a text head, which tuner {tuner.name} has none of")
     for feature in tuner.features.values():
-        if feature.kind not in wants.kinds:
+        if not set(feature.kinds) & set(wants.kinds):
             raise UserError(
                 f"objective {objective.name} reads {' or '.join(wants.kinds)} features; tuner {tuner.name} on "
                 f"{backbone.name} backbones hands out a {feature.kind}"

@@ -144,6 +144,13 @@ class ClassToken(Capability):
     what = "a class token that stands for an image"
 
 
+class Patches(LiveLast):
+    """In one stream whose last rows are patches on a grid, `Backbone.extra_rows` others before them; its tail has the
+    norm after the last block."""
+
+    what = "patches on a grid"
+
+
 class Levels(Capability):
     """In stages, the last states of some of which make up a feature pyramid."""
 

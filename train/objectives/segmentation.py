@@ -25,6 +25,7 @@ from pipeline.store.errors import Notice, UserError
 from pipeline.train.features import Feature, Features, Want
 from pipeline.train.fit.finite import refuse_nan
 from pipeline.train.maps import Group, groups, maps
+from pipeline.train.necks import WIDTH, neck_for
 from pipeline.train.objective_configs import SegmentationConfig
 from pipeline.train.objectives.base import Answers, Head, Objective, Outputs, Scorer, Vocabulary, register_objective
 from pipeline.train.objectives.maskheads import auxiliary_head, map_head
@@ -39,8 +40,17 @@ class MaskHead(Head):
         super().__init__()
         self.features, self.classes, self.share = dict(features), classes, config.auxiliary
         widths = [f.width for f in sorted(features.values(), key=lambda f: f.stride)]
+        # One map is enough for the other heads.
+        self.neck = neck_for(features, min(WIDTH, config.width)) if config.head == "upernet" else None
+        if self.neck is not None:
+            widths = [min(WIDTH, config.width)] * len(self.neck.levels)
         self.main = map_head(widths, classes, config)
         self.auxiliary = auxiliary_head(widths, classes, config) if config.auxiliary else None
+
+    def read(self, features: Features, group: Group, batch: Batch) -> list[Tensor]:
+        """The maps of a group's images, finest first."""
+        found = maps(self.features, features, group, batch)
+        return found if self.neck is None else self.neck(found)
 
     def losses(self, features: Features, batch: Batch) -> dict[str, Tensor]:
         assert batch.targets is not None
@@ -50,7 +60,7 @@ class MaskHead(Head):
             heads["auxiliary"] = (self.auxiliary, self.share)
         found: dict[str, list[Tensor]] = {name: [] for name in heads}
         for group in groups(batch):
-            read = maps(self.features, features, group, batch)
+            read = self.read(features, group, batch)
             truth = torch.stack([padded(masks[place], group.extent) for place in group.places]).long()
             for name, (head, _) in heads.items():
                 logits = F.interpolate(head(read).float(), group.extent, mode="bilinear", align_corners=False)
@@ -66,7 +76,7 @@ class MaskHead(Head):
         """(place in the batch, class of each pixel as scored, (height, width) uint8), one image at a time: logits at
         full resolution are large."""
         for group in groups(batch):
-            logits = refuse_nan(self.main(maps(self.features, features, group, batch)).float())
+            logits = refuse_nan(self.main(self.read(features, group, batch)).float())
             for place, geometry, own in zip(group.places, group.geometries, logits, strict=True):
                 yield place, own_pixels(own, group, geometry).argmax(0).to(torch.uint8)
 

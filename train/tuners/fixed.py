@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pipeline.extract.backbones.base import Backbone
-from pipeline.extract.backbones.capabilities import Levels
+from pipeline.extract.backbones.capabilities import Levels, Patches
 from pipeline.extract.backbones.tail import Tail
 from pipeline.extract.batch import Batch
 from pipeline.train.configs import FixedConfig
 from pipeline.train.features import Features, Want
-from pipeline.train.tuners.base import Tuner, register_tuner, rows_of
+from pipeline.train.tuners.base import Tuner, form, register_tuner, rows_of
 
 
 @register_tuner("fixed", FixedConfig)
@@ -31,6 +31,29 @@ class Fixed(Tuner):
 
     def forward(self, batch: Batch) -> Features:
         return {s: batch.states[n].float() for s, n in zip(self.features, self.names, strict=True)}
+
+
+@form("fixed", "sequence")
+class FixedPatches(Tuner):
+    """No parameters. The patches of a plain vision transformer behind its own final norm, one map."""
+
+    description = Fixed.description
+    needs = (Patches,)
+    lr_pooled = Fixed.lr_pooled
+
+    def __init__(self, config: FixedConfig, backbone: Backbone, tail: Tail, wants: Want) -> None:
+        super().__init__(config, backbone, tail, wants)
+        (self.state,) = self.states(config, backbone)
+        self.features = {backbone.streams[-1]: rows_of(backbone, backbone.streams[-1])}
+
+    @classmethod
+    def states(cls, config: FixedConfig, backbone: Backbone) -> list[str]:
+        stream = backbone.streams[-1]
+        return [f"{stream}.{backbone.depth(stream) - 1}"]
+
+    def forward(self, batch: Batch) -> Features:
+        stream = self.backbone.streams[-1]
+        return {stream: self.tail.final_norm(batch.states[self.state].float(), stream)}
 
 
 def levels(backbone: Backbone) -> tuple[str, ...]:
