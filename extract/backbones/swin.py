@@ -1,4 +1,4 @@
-"""Swin transformers (timm, transformers). A stream a stage; beside each block's output, its two branches before they are added.
+"""Swin transformers (timm, transformers). A stream a stage; beside each block, its two branches before the sum.
 
 `stage2.3` is the output of block 3 of stage 2, `stage2.3.msa` and `stage2.3.mlp` what its attention and its MLP add to
 the stream (after the projection, before the residual sum), `stage1.in` the patch embedding. The tail is the last block
