@@ -60,7 +60,8 @@ FAMILIES = {
 BASELINES = {
     "full": "full fine-tuning",
     "lora": "LoRA of rank 8 on the attention's queries and values (peft)",
-    "adapter": "a bottleneck adapter of width D / 8 after each block",
+    "adapter": "a bottleneck adapter of width D / 8 after each block; on Swin two a block, of width 64",
+    "adaptformer": "a bottleneck of width 64 beside each MLP of a vision transformer",
     "prompt": "prompt tuning: 20 virtual tokens before the text",
     "bitfit": "BitFit: the biases",
     "norm-tuning": "weights and biases of the norms",

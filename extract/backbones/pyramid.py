@@ -110,6 +110,10 @@ class Pyramid(Blocks, LiveLast, Levels, Vision):
         """The streams that make up the feature pyramid: of each stride from 4 on the last."""
         return tuple({self.stride(s): s for s in self.streams if self.stride(s) >= 4}.values())
 
+    def after_levels(self, model: Any) -> list[nn.Module]:
+        later = self.stages(model)[self.streams.index(self.levels[-1]) + 1 :]
+        return [self.final(model), *(block for blocks in later for block in blocks)]
+
     def embedding(self, stream: str) -> list[str]:
         return []
 

@@ -30,9 +30,12 @@ class SwinTail(PyramidTail):
         self.merges = nn.ModuleList(merges)
         self.requires_grad_(False)
 
-    def merge(self, rows: Tensor, stage: int, batch: Batch) -> Tensor:
-        """(rows of `stage`, C) → (rows of the next, 2C). Stages count from 0."""
-        return self.apply_to(self.merges[stage], rows, map_sizes(self.backbone, batch, self.backbone.streams[stage]))
+    merges: nn.ModuleList
+
+    def merge(self, rows: Tensor, stage: int, batch: Batch, merges: nn.ModuleList | None = None) -> Tensor:
+        """(rows of `stage`, C) → (rows of the next, 2C). Stages count from 0. `merges`: others than its own."""
+        merge = (self.merges if merges is None else merges)[stage]
+        return self.apply_to(merge, rows, map_sizes(self.backbone, batch, self.backbone.streams[stage]))
 
 
 @register_backbone
@@ -122,8 +125,13 @@ class Swin(Branches, Pyramid):
         found: nn.Module = getattr(block, names[branch[0]])
         return found
 
+    def branches(self, model: Any) -> list[tuple[int, Sequence[nn.Module]]]:
+        blocks = [(s, i) for s in self.streams for i in range(self.depth(s))]
+        names = ("msa", "mlp")
+        return [(self.width_of(s), [self.module_of(model, f"{s}.{i}.{name}") for name in names]) for s, i in blocks]
+
     def norm(self, stream: str) -> nn.Module:
-        return nn.LayerNorm(self.width)
+        return nn.LayerNorm(self.width_of(stream))
 
     def tail_parts(self, model: Any) -> dict[str, nn.Module]:
         merges = {f"merge{i}": self.before(model, i + 1)[0] for i in range(len(self.streams) - 1)}

@@ -113,7 +113,7 @@ class Vit(LateBlocks, ClassToken, Patches, Vision):
         return self.config.model_type == "timm_wrapper"
 
     @property
-    def skeleton(self) -> Any:  # type: ignore[override]
+    def skeleton(self) -> Any:
         found = super().skeleton
         if self.is_timm and not (type(found) is VisionTransformer or (type(found) is Eva and not found.rope_mixed)):
             raise UserError(f"{self.config.architecture}: a kind of vision transformer that is not supported")
