@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.extract.batch import Batch
-from pipeline.extract.geometry import Geometry
+from pipeline.extract.geometry import META, Geometry
 from pipeline.extract.tasks.masks import VOID, read_mask
 from pipeline.store.errors import Notice, UserError
 from pipeline.train.features import Feature, Features, Want
@@ -35,6 +35,8 @@ USUAL = ("miou", "pixel_accuracy")
 
 class MaskHead(Head):
     """Logits of the classes on the finest map, brought to pixels by bilinear interpolation."""
+
+    training_only = ("auxiliary",)
 
     def __init__(self, features: Mapping[str, Feature], classes: int, config: SegmentationConfig) -> None:
         super().__init__()
@@ -168,6 +170,7 @@ class Segmentation(Objective):
     wants = Want(kinds=("map",))
     files = True
     counts = "pixels"
+    counted = True
 
     def __init__(self, config: SegmentationConfig, answers: Answers) -> None:
         super().__init__(config, answers)
@@ -198,6 +201,13 @@ class Segmentation(Objective):
         if all(np.shares_memory(item["mask"], item["own"]) for item in items):
             return {"mask": mask, "own": mask}
         return {"mask": mask, "own": torch.from_numpy(np.concatenate([item["own"] for item in items]))}
+
+    def made_up(self, batch: Batch) -> dict[str, Tensor]:
+        """Masks of the first class, over all that the backbone sees."""
+        extents = [picture.extent for picture in batch.pictures or ()]
+        batch.metas = [{META: Geometry(extent, extent, extent).to_meta()} for extent in extents]
+        mask = torch.zeros(sum(tall * wide for tall, wide in extents), dtype=torch.uint8, device=batch.device)
+        return {"mask": mask, "own": mask}
 
     def head(self, features: Mapping[str, Feature], vocabulary: Vocabulary) -> MaskHead:
         return MaskHead(features, len(self.numbers), self.config)
