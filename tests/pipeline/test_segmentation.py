@@ -119,6 +119,17 @@ def test_a_class_that_is_ignored_is_neither_learned_nor_told(scenes, store, chec
     assert "0" not in entry["shares"] and np.asarray(Image.open(tmp_path / "told" / "001.png")).min() > 0
 
 
+def test_what_was_said_to_be_no_class_when_extracting_is_none_ever_after(scenes, checkpoints, tmp_path):
+    words = ["--model", checkpoints["mobilenet"], "--task", scenes, "--store", tmp_path / "store"]
+    run("extract", *words, "--for", "fixed", "--ignore-index", 0, "--image-size", "own")
+    train = ["train", *words, "--tuner", "fixed", "--head", "linear", "--epochs", 1]
+    run(*train, "--out", tmp_path / "run"), run(*train, "--live", "--out", tmp_path / "live")
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "live"), abs=1e-2)
+    told = run("predict", tmp_path / "run", "--input", scenes / "test", "--out-dir", tmp_path / "told")
+    assert all(entry["shares"].keys() <= {"1", "2", "3"} for entry in told["predictions"])
+    assert np.asarray(Image.open(tmp_path / "told" / "001.png")).min() > 0
+
+
 def test_whole_images_at_a_size_of_ones_own(scenes, checkpoints, tmp_path):
     words = ["--model", checkpoints["mobilenet"], "--task", scenes, "--store", tmp_path / "store"]
     run("extract", *words, "--image-size", "48x80", "--for", "fixed")

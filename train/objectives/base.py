@@ -39,7 +39,7 @@ class Vocabulary(Protocol):
 class Answers:
     """What a task says of its targets. `labels`: class names in index order. `metrics`: names known to
     `train.metrics`. For a backbone that writes text, `texts`: what it answers, and `token_ids` of each; `values`: the
-    number each text stands for, where targets are numbers."""
+    number each text stands for, where targets are numbers; of masks the numbers of the classes, see `TaskSpec`."""
 
     labels: tuple[str, ...] = ()
     metrics: tuple[str, ...] = ()

@@ -161,7 +161,7 @@ class MaskScorer(Scorer):
 
 @register_objective("segmentation", SegmentationConfig)
 class Segmentation(Objective):
-    """Targets are masks, PNG files whose numbers are indices into the task's labels; numbers beyond them are no class.
+    """Targets are masks, PNG files whose numbers are those that the task gives its classes; others are no class.
     Metas say where the view shows what."""
 
     description = "a class for each pixel: UPerNet or FCN on feature maps"
@@ -174,8 +174,9 @@ class Segmentation(Objective):
 
     def __init__(self, config: SegmentationConfig, answers: Answers) -> None:
         super().__init__(config, answers)
-        labels = range(len(answers.labels))
-        self.numbers = np.array([i for i in labels if i != config.ignore_index], np.uint8)  # of the classes in masks
+        numbers = [int(n) for n in answers.values] or range(len(answers.labels))  # of the classes in masks
+        kept = {n: name for n, name in zip(numbers, answers.labels, strict=True) if n != config.ignore_index}
+        self.numbers, self.names = np.array(list(kept), np.uint8), tuple(kept.values())
         if len(self.numbers) < 2:
             raise UserError(f"ignore-index: without class {config.ignore_index} less than two classes are left")
         self.index = np.full(256, VOID, np.uint8)
@@ -220,12 +221,12 @@ class Segmentation(Objective):
         told = []
         for mask in out["mask"]:
             counts = np.bincount(mask.numpy().reshape(-1), minlength=len(self.numbers)) / max(1, mask.numel())
-            named = {self.answers.labels[n]: round(float(c), 6) for n, c in zip(self.numbers, counts, strict=True) if c}
+            named = {name: round(float(c), 6) for name, c in zip(self.names, counts, strict=True) if c}
             told.append({"mask": self.numbers[mask.numpy()], "shares": named})
         return told
 
     def save(self, entry: Mapping[str, Any], image: Path, folder: Path, name: str) -> dict[str, Any]:
         from pipeline.train.objectives.overlays import save_mask
 
-        files = save_mask(entry["mask"], len(self.answers.labels), image, folder, name)
+        files = save_mask(entry["mask"], int(self.numbers.max()) + 1, image, folder, name)
         return {**files, "shares": entry["shares"]}
