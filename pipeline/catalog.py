@@ -38,8 +38,8 @@ FAMILIES = {
         ("bert", "roberta", "xlm-roberta", "camembert"),
     ),
     "vit": (
-        "vision transformers: ViT, DeiT (timm), ViT, CLIP vision tower (transformers)",
-        ("vit", "clip_vision_model"),
+        "vision transformers: ViT, DeiT, DINOv2, DINOv3 (timm, transformers), CLIP vision tower (transformers)",
+        ("vit", "clip_vision_model", "dinov2", "dinov2_with_registers", "dinov3_vit"),
     ),
     "clip-text": ("the text tower of CLIP (transformers)", ("clip_text_model",)),
     "convnext": ("ConvNeXt and ConvNeXt V2 (timm)", ()),
@@ -52,7 +52,7 @@ FAMILIES = {
         "convolutional networks: ResNet, ResNeXt and kin (timm), ResNet (transformers), CIFAR ResNets",
         ("resnet", "cifar_resnet"),
     ),
-    "swin": ("Swin transformers (timm): stages, attention and MLP branches, patch mergings", ()),
+    "swin": ("Swin transformers (timm, transformers): stages, attention and MLP branches, patch mergings", ("swin",)),
     "t5": ("T5 encoder-decoders: v1.0, v1.1, flan", ("t5",)),
 }
 
@@ -60,7 +60,8 @@ FAMILIES = {
 BASELINES = {
     "full": "full fine-tuning",
     "lora": "LoRA of rank 8 on the attention's queries and values (peft)",
-    "adapter": "a bottleneck adapter of width D / 8 after each block",
+    "adapter": "a bottleneck adapter of width D / 8 after each block; on Swin two a block, of width 64",
+    "adaptformer": "a bottleneck of width 64 beside each MLP of a vision transformer",
     "prompt": "prompt tuning: 20 virtual tokens before the text",
     "bitfit": "BitFit: the biases",
     "norm-tuning": "weights and biases of the norms",

@@ -167,7 +167,9 @@ class Run:
         keep = (lambda place, entry: entry) if out_dir is None else self._saving(texts, Path(root), Path(out_dir))
         entries = predict(self.model, source, self.job.device, self.job.recipe.train_precision, keep=keep)
         if isinstance(source, LiveSource) and len(of := source.inputs.of):  # a row may be several samples
-            entries = [self.objective.joined([entries[i] for i in np.flatnonzero(of == row)]) for row in range(of[-1] + 1)]
+            entries = [
+                self.objective.joined([entries[i] for i in np.flatnonzero(of == row)]) for row in range(of[-1] + 1)
+            ]
         if out_dir is not None:
             self.objective.save_all(entries, [row[0] for row in checked_rows(texts, self.spec)], Path(out_dir))
         return entries

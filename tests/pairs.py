@@ -16,7 +16,7 @@ from pipeline.train.tuners import tuner_names
 TEXT: dict[str, type[Backbone]] = {"t5": T5, "bert": Bert, "roberta": Bert, "clip_text": ClipText, "decoder": Decoder}
 IMAGES: dict[str, type[Backbone]] = {
     "vit": Vit, "vit_hf": Vit, "clip": Vit, "resnet": ResNet, "resnext": ResNet, "resnet_hf": ResNet, "cifar": ResNet,
-    "swin": Swin, "convnext": ConvNeXt,
+    "swin": Swin, "convnext": ConvNeXt, "swin_hf": Swin, "dinov2": Vit, "dinov3": Vit, "dinov3_timm": Vit,
 }  # fmt: skip
 
 # What goes through the long suites: each family, each library and each kind of block once.

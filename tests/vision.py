@@ -10,7 +10,20 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from transformers import CLIPVisionConfig, CLIPVisionModel, ResNetConfig, ResNetModel, ViTConfig, ViTModel
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
+    ResNetConfig,
+    ResNetModel,
+    SwinConfig,
+    SwinModel,
+    ViTConfig,
+    ViTModel,
+)
 
 from pipeline.extract.backbones.cifar import CifarResNetConfig, CifarResNetModel
 
@@ -83,6 +96,35 @@ def clip(folder: Path) -> Path:
     return _hugging_face(folder, CLIPVisionModel(CLIPVisionConfig(image_size=32, patch_size=8, **shape)), 32)
 
 
+SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
+
+
+def dinov2(folder: Path) -> Path:
+    torch.manual_seed(0)
+    config = Dinov2WithRegistersConfig(**SMALL, num_register_tokens=2, layerscale_value=0.5)
+    return _hugging_face(folder, Dinov2WithRegistersModel(config), 32)
+
+
+def dinov3(folder: Path) -> Path:
+    torch.manual_seed(0)
+    shape = {**SMALL, "num_register_tokens": 2, "layerscale_value": 0.5, "intermediate_size": 64}
+    return _hugging_face(folder, DINOv3ViTModel(DINOv3ViTConfig(**shape)), 32)
+
+
+def dinov3_timm(folder: Path) -> Path:
+    return _timm(folder, "vit_small_patch16_dinov3", 32, img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=4)
+
+
+def swin_hf(folder: Path) -> Path:
+    torch.manual_seed(0)
+    shape = {"embed_dim": 8, "depths": [2, 2, 2, 2], "num_heads": [1, 2, 2, 4], "window_size": 2}
+    model = SwinModel(SwinConfig(image_size=64, **shape), add_pooling_layer=False)
+    for name, values in model.named_parameters():
+        if "relative_position_bias_table" in name:  # as if trained
+            torch.nn.init.normal_(values)
+    return _hugging_face(folder, model, 64)
+
+
 def resnet_hf(folder: Path) -> Path:
     torch.manual_seed(0)
     config = ResNetConfig(embedding_size=8, hidden_sizes=[16, 32], depths=[1, 2], layer_type="bottleneck")
@@ -109,7 +151,8 @@ def cifar(folder: Path, depth: int = 20, weights: Path | None = None) -> Path:
 
 CHECKPOINTS = {
     "vit": vit, "vit_hf": vit_hf, "clip": clip, "resnet": resnet, "resnext": resnext, "resnet_hf": resnet_hf,
-    "cifar": cifar, "swin": swin, "mobilenet": mobilenet, "convnext": convnext,
+    "cifar": cifar, "swin": swin, "mobilenet": mobilenet, "convnext": convnext, "swin_hf": swin_hf, "dinov2": dinov2,
+    "dinov3": dinov3, "dinov3_timm": dinov3_timm,
 }  # fmt: skip
 
 

@@ -150,7 +150,10 @@ class UniptConfig(SideConfig):
 @dataclass(frozen=True)
 class E3vaConfig(TunerConfig):
     """`alpha`: rank of the factors, 8 (E³VA), 16 (+) or 32 (++). `start`: e₀, "embedding" or "zero". `fusion`: "sum" is
-    norm(l + e), "highway" norm(e). `zero_init`: start the last factor of each adapter at zero."""
+    norm(l + e), "highway" norm(e). `zero_init`: start the last factor of each adapter at zero.
+
+    The paper's ablations: `adapter`, `middle` and `order` of Table 5 (the plain adapter has two full matrices around
+    `middle` channels; the stacked form is e + A₂(A₁(f₁) + f₂), our reading), `merging` and `norms` of Table 6."""
 
     alpha: int = option(8, "Rank of the adapters; 8, 16, 32 are E3VA, +, ++.", least=1)
     start: str = option("embedding", "What the highway starts from.", choices=("embedding", "zero"), extraction=True)
@@ -161,6 +164,27 @@ class E3vaConfig(TunerConfig):
         extraction=True,
     )
     zero_init: bool = option(True, "Start the last factor of each adapter at zero (ours) or at random.")
+    adapter: str = option(
+        "low-rank",
+        "Adapters of two low-rank products each way, or plain ones (Table 5).",
+        choices=("low-rank", "plain"),
+    )
+    middle: int | None = option(None, "Channels inside of a plain adapter. Default: 32.", least=1)
+    order: str = option(
+        "parallel", "Whether a block's second adapter sees the first (Table 5).", choices=("parallel", "stacked")
+    )
+    merging: str = option(
+        "frozen", "Patch mergings of the highway: the backbone's, or trained from there (Table 6).",
+        choices=("frozen", "trained"),
+    )  # fmt: skip
+    norms: str = option("trained", "Norms before the neck (Table 6).", choices=("trained", "frozen"))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.adapter == "plain" and self.alpha != 8:
+            raise ValueError("alpha: the rank of low-rank adapters; a plain one has middle, its channels")
+        if self.adapter != "plain" and self.middle is not None:
+            raise ValueError("middle: channels inside of a plain adapter; low-rank ones have alpha, their rank")
 
 
 @dataclass(frozen=True)

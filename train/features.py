@@ -15,13 +15,20 @@ class Feature:
     """What a tuner hands out under one name: rows of `width`, packed as those of `stream`.
 
     `kind`: "sequence", a row a position (`stream` says whose); "map", the same with positions on a grid, `stride`
-    pixels of what the backbone sees apart; "sample", one row a sample (`stream` is "").
+    pixels of what the backbone sees apart; "sample", one row a sample (`stream` is ""). A sequence with a `stride` is
+    that of a plain vision transformer: it is a map, too, after its first `skip` rows.
     """
 
     width: int
     stream: str = ""
     kind: Kind = "sample"
     stride: int = 0
+    skip: int = 0
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """What it can be read as."""
+        return (self.kind, "map") if self.kind == "sequence" and self.stride else (self.kind,)
 
 
 Features = dict[str, Tensor]  # under the names of `Tuner.features`

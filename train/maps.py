@@ -51,5 +51,6 @@ def maps(features: Mapping[str, Feature], rows: Features, group: Group, batch: B
         else:
             parts = rows[name].split(batch.lengths[feature.stream].tolist())
             own = torch.cat([parts[place] for place in group.places])
-        out.append(own.float().view(len(group.places), tall, wide, feature.width).permute(0, 3, 1, 2))
+        own = own.float().view(len(group.places), -1, feature.width)[:, feature.skip :]
+        out.append(own.unflatten(1, (tall, wide)).permute(0, 3, 1, 2))
     return out

@@ -14,7 +14,7 @@ from pipeline.extract.backbones.capabilities import LateBlocks
 from pipeline.extract.backbones.tail import LiveTail, Tail
 from pipeline.extract.batch import Batch
 from pipeline.store.errors import UserError, within
-from pipeline.train.features import Features
+from pipeline.train.features import Feature, Features
 from pipeline.train.objectives.base import Head, Objective, Outputs, Vocabulary
 from pipeline.train.tuners.base import Tuner, TunerConfig, fitting_tuner, tuner_class
 from pipeline.train.tuners.towers import Towers
@@ -154,17 +154,23 @@ def refuse_features(tuner: Tuner, objective: Objective) -> None:
         )
     if wants.text_head and not (tuner.continues_text if continues else tuner.text_head):
         raise UserError(f"objective {objective.name} needs rows for a text head, which tuner {tuner.name} has none of")
+    refuse_kinds(f"tuner {tuner.name} on {backbone.name} backbones", tuner.features, objective)
     for feature in tuner.features.values():
-        if feature.kind not in wants.kinds:
-            raise UserError(
-                f"objective {objective.name} reads {' or '.join(wants.kinds)} features; tuner {tuner.name} on "
-                f"{backbone.name} backbones hands out a {feature.kind}"
-            )
         if backbone.writes_text and not wants.text_head and feature.stream == backbone.streams[-1]:
             # While training, a text decoder is fed the answer.
             raise UserError(
                 f"objective {objective.name} cannot read tuner {tuner.name} on {backbone.name} backbones: its rows "
                 "have seen the target; use --objective label-text, or a tuner that reads the encoder (probe, unipt)"
+            )
+
+
+def refuse_kinds(what: str, features: Mapping[str, Feature], objective: Objective) -> None:
+    """UserError where `objective` can read none of the kinds that `what` hands out."""
+    wants = objective.wants.kinds
+    for feature in features.values():
+        if not set(feature.kinds) & set(wants):
+            raise UserError(
+                f"objective {objective.name} reads {' or '.join(wants)} features; {what} hands out a {feature.kind}"
             )
 
 

@@ -77,6 +77,7 @@ class Backbone(ABC):
     # coarser and wider than the one before; the last stage's last block is the live one.
     shape: ClassVar[Literal["sequence", "pyramid"]] = "sequence"
     timm_names: ClassVar[tuple[str, ...]] = ()  # beginnings of timm architecture names
+    extra_rows: int = 0  # of a sample before those of its map: class, distillation and register tokens
 
     def __init__(self, config: Any) -> None:
         self.config = config

@@ -151,6 +151,13 @@ class ClassToken(Capability):
     what = "a class token that stands for an image"
 
 
+class Patches(LiveLast):
+    """In one stream whose last rows are patches on a grid, `Backbone.extra_rows` others before them; its tail has the
+    norm after the last block."""
+
+    what = "patches on a grid"
+
+
 class Levels(Capability):
     """In stages, the last states of some of which make up a feature pyramid."""
 
@@ -161,9 +168,17 @@ class Levels(Capability):
     def levels(self) -> tuple[str, ...]:
         """The streams of the feature pyramid, the finest map first."""
 
+    @abstractmethod
+    def after_levels(self, model: Any) -> Sequence[nn.Module]:
+        """Modules of a loaded backbone that come after the last level: the pyramid does not depend on them."""
+
 
 class Branches(LiveLast):
     """In stages, with states of their own for what attention and MLP of each block add to the stream (`stage2.3.msa`,
     `stage2.3.mlp`) and for the patch embedding (`stage1.in`), and mergings between stages that its tail keeps."""
 
     what = "states of its attention and MLP branches"
+
+    @abstractmethod
+    def branches(self, model: Any) -> list[tuple[int, Sequence[nn.Module]]]:
+        """The width of each block of a loaded backbone, and the modules that end its branches."""

@@ -49,9 +49,10 @@ class PyramidTail(LiveTail):
 
     def apply_to(self, module: nn.Module, rows: Tensor, shapes: np.ndarray) -> Tensor:
         """A module of the backbone on packed rows of maps of `shapes` (B, 2)."""
+        through = self.backbone.through
         if self.backbone.channels_last:
-            return per_size(rows, shapes, module)
-        return per_size(rows, shapes, lambda x: module(x.permute(0, 3, 1, 2).contiguous()).permute(0, 2, 3, 1))
+            return per_size(rows, shapes, lambda x: through(module, x))
+        return per_size(rows, shapes, lambda x: through(module, x.permute(0, 3, 1, 2).contiguous()).permute(0, 2, 3, 1))
 
     def final_norm(self, rows: Tensor, stream: str) -> Tensor:
         return self.norm(rows) if stream == self.backbone.streams[-1] else rows
@@ -109,6 +110,10 @@ class Pyramid(Blocks, LiveLast, Levels, Vision):
         """The streams that make up the feature pyramid: of each stride from 4 on the last."""
         return tuple({self.stride(s): s for s in self.streams if self.stride(s) >= 4}.values())
 
+    def after_levels(self, model: Any) -> list[nn.Module]:
+        later = self.stages(model)[self.streams.index(self.levels[-1]) + 1 :]
+        return [self.final(model), *(block for blocks in later for block in blocks)]
+
     def embedding(self, stream: str) -> list[str]:
         return []
 
@@ -135,8 +140,12 @@ class Pyramid(Blocks, LiveLast, Levels, Vision):
                 grid = self.stem(model, pixels.to(dtype))
                 for number, blocks in enumerate(stages[: last + 1]):
                     for block in (*self.before(model, number), *blocks):
-                        grid = block(grid)
+                        grid = self.through(block, grid)
         return {s: in_order([(at, x.reshape(len(at), -1, x.shape[-1])) for at, x in parts[s]]) for s in states}
+
+    def through(self, module: Any, grid: Tensor) -> Tensor:
+        """A map through a block, or through a module between stages."""
+        return module(grid)
 
     def before(self, model: Any, stage: int) -> list[nn.Module]:
         """Modules between a stage and the one before it that are not blocks (Swin's patch merging)."""

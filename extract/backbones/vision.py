@@ -39,7 +39,6 @@ class Vision(Backbone):
     hf_classes: ClassVar[dict[str, Any]] = {}  # model type → class of transformers
     timm_options: ClassVar[dict[str, Any]] = {}
     hf_attention: ClassVar[str] = ""  # where transformers takes one attention only
-    extra_rows: int = 0  # rows before those of the map: class and distillation tokens
 
     @property
     def columns(self) -> tuple[str, ...]:

@@ -43,8 +43,9 @@ class TaskSpec:
     numbers. `metrics`: names known to `train.metrics` for a class or a number; their mean selects the best epoch.
     `fields`: names of the one or two text fields. `prompt`: text-to-text source with {0} and {1} for the fields.
     `texts`: what a text-to-text model must answer, per class, or per value of the grid for a number; () for other
-    targets. `values`: the number each of these stands for, evenly spaced; of objects, the number that their files know
-    each class by; () for other targets. Raises `TaskError` where these do not fit together.
+    targets. `values`: the number each of these stands for, evenly spaced; of masks and of objects the number that their
+    files know each class by (of masks ascending, where these are not 0, 1, 2, …); () of other targets. Raises
+    `TaskError` where these do not fit together.
     """
 
     name: str
@@ -70,6 +71,8 @@ class TaskSpec:
             raise TaskError(f"task {self.name}: texts to answer must differ from each other")
         if self.target == "tags" and len(self.fields) != 1:
             raise TaskError(f"task {self.name}: tags are of the words of one text field, not of {len(self.fields)}")
+        if self.target == "mask" and self.values and len(self.values) != len(self.labels):
+            raise TaskError(f"task {self.name}: {len(self.values)} numbers of {len(self.labels)} classes of masks")
         if len(self.fields) not in (1, 2):
             raise TaskError(f"task {self.name}: one or two text fields, not {len(self.fields)}")
 

@@ -5,10 +5,12 @@
     FOLDER/SPLIT/images/…  FOLDER/SPLIT/masks/…              the same
     FOLDER/SPLIT/…  FOLDER/SPLITannot/…                      CamVid's layout
     FOLDER/JPEGImages  FOLDER/SegmentationClass              PASCAL VOC's, splits by ImageSets/Segmentation/SPLIT.txt
+    FOLDER/images/SPLIT/…  FOLDER/annotations/SPLIT/…        with FOLDER/objectInfo150.txt ADE20K's, as of 2016
 
 A mask is an 8-bit image of one channel, or with a palette; a pixel's number is that of its class. 255 is no class, and
 so is what the user says is none. FOLDER/classes.txt, a name a line, says which classes there are; without it there are
-as many as the largest number of a training mask asks for.
+as many as the largest number of a training mask asks for. Where a number below others is none, as 0 in ADE20K, the
+description of the task says which numbers its classes have.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import numpy as np
 import xxhash
 
 from pipeline.extract.geometry import MOST_PIXELS
+from pipeline.extract.tasks.ade20k import ade20k_classes, is_ade20k
 from pipeline.extract.tasks.base import SPLITS, Rows, Task, TaskError, TaskSpec, fixed_order
 from pipeline.extract.tasks.images import SPLIT_NAMES, pictures
 from pipeline.extract.tasks.names import table_name
@@ -130,7 +133,7 @@ def load_masks(folder: Path, name: str | None = None, void: int | None = None) -
         [f for files in pairs.splits.values() for f in files], [m for ms in read.values() for m in ms]
     )
     classes, none = _classes(folder, pairs, read, void)
-    splits = {split: _rows(folder, pairs.splits[split], masks, classes, none) for split, masks in read.items()}
+    splits = {split: _rows(folder, pairs.splits[split], masks, set(classes), none) for split, masks in read.items()}
     absent: dict[str, str] = {}
     if "" in splits:
         everything, rule = splits.pop(""), "held-out"
@@ -147,13 +150,14 @@ def load_masks(folder: Path, name: str | None = None, void: int | None = None) -
     task = table_name(name or folder.resolve().name)
     provenance = {
         "dataset": folder.resolve().name,
-        "revision": _revision(splits, classes if (folder / CLASSES).is_file() else ()),
+        "revision": _revision(splits, _told(folder)),
         "licence": "not stated",
         "source": "mask folder",
         "splits": rule,
         "label": "mask",
     }
-    spec = TaskSpec(task, "mask", classes, (), ("image",), f"{task} image: {{0}}")
+    numbers = tuple(map(float, classes)) if any(n != place for place, n in enumerate(classes)) else ()
+    spec = TaskSpec(task, "mask", tuple(classes.values()), (), ("image",), f"{task} image: {{0}}", values=numbers)
     return Task(spec, {s: splits[s] for s in SPLITS if s in splits}, provenance, absent)
 
 
@@ -261,33 +265,43 @@ def read_mask(data: bytes, where: str) -> np.ndarray:
         raise TaskError(f"{where}: no mask that can be read ({str(error).splitlines()[0][:80]})") from None
 
 
+def _told(folder: Path) -> tuple[str, ...]:
+    """The names that classes.txt gives, in the order of numbers from 0; () where there is no such file."""
+    file = folder / CLASSES
+    if not file.is_file():
+        return ()
+    names = tuple(line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
+    if len(set(names)) < len(names) or len(names) > VOID:
+        raise TaskError(f"{file}: at most {VOID} names, each once, one a line")
+    return names
+
+
 def _classes(
     folder: Path, pairs: Pairs, read: dict[str, list[_Mask]], void: int | None
-) -> tuple[tuple[str, ...], set[int]]:
-    """Names of the classes in the order of their numbers, and the numbers that are no class."""
+) -> tuple[dict[int, str], set[int]]:
+    """Number → name of each class, ascending, and the numbers that are no class."""
     none = {VOID} if void is None else {VOID, void}
-    file = folder / CLASSES
-    if file.is_file():
-        names = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-        if len(set(names)) < len(names) or len(names) > VOID:
-            raise TaskError(f"{file}: at most {VOID} names, each once, one a line")
-        return tuple(names), none
     first = read.get("train") or read.get("") or [m for masks in read.values() for m in masks]
     numbers = {n for mask in first for n in mask.numbers} - {VOID}
-    if void is None and pairs.layout == "annot" and max(numbers, default=0) == len(CAMVID):
-        return CAMVID, {*none, len(CAMVID)}
-    return tuple(str(i) for i in range(max(numbers - none, default=0) + 1)), none
+    names = _told(folder)
+    if not names and void is None and is_ade20k(folder):
+        return dict(enumerate(ade20k_classes(folder), start=1)), {*none, 0}
+    if not names and void is None and pairs.layout == "annot" and max(numbers, default=0) == len(CAMVID):
+        return dict(enumerate(CAMVID)), {*none, len(CAMVID)}
+    names = names or tuple(str(i) for i in range(max(numbers - none, default=0) + 1))
+    return {i: name for i, name in enumerate(names) if i not in none}, none
 
 
 def _rows(
-    folder: Path, files: Sequence[tuple[Path, Path]], masks: Sequence[_Mask], classes: Sequence[str], none: set[int]
+    folder: Path, files: Sequence[tuple[Path, Path]], masks: Sequence[_Mask], classes: set[int], none: set[int]
 ) -> Rows:
     rows = Rows([], [])
     for (image, path), mask in zip(files, masks, strict=True):
-        if wrong := [n for n in mask.numbers if n >= len(classes) and n not in none]:
+        if wrong := [n for n in mask.numbers if n not in classes and n not in none]:
             raise TaskError(
-                f"{path}: {wrong[0]} is no class, there are {len(classes)} (0 to {len(classes) - 1}); say which number "
-                "is none with --ignore-index, or name all classes in classes.txt"
+                f"{path}: {wrong[0]} is no class, there are {len(classes)} ({min(classes, default=0)} to "
+                f"{max(classes, default=0)}); say which number is none with --ignore-index, or name all classes in "
+                "classes.txt"
             )
         rows.texts.append((image.relative_to(folder).as_posix(),))
         rows.labels.append(mask.data)

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from pipeline.cost.workload import Workload
 
 
+PYRAMID, BRANCHES = "the pyramid alone", "branches and pyramid"  # of E³VA's states, as the table calls them
+
+
 def split_limit(rows: dict[str, int], fits: int, views: int = 1) -> int:
     """The largest --limit, which holds for each split, whose rows are at most `fits` in all; 0 where there is none.
     `views`: how many training rows an image gives."""
@@ -39,12 +42,19 @@ def recommend(plan: Plan, work: Workload, recipe: Recipe, budget: float | None, 
     stored = plan.format if plan.projection == "none" else f"{plan.format}, {plan.projection}"
     total = plan.formats[stored]["total"]
     recipe = replace(recipe, tuner=work.tuner, format=plan.format)
-    plan.commands = both(recipe)
+    plan.commands, live = both(recipe), command_line("train", replace(recipe, live=True))
     if budget is not None and total > budget:
         rows = int(work.samples * budget / total)
         limit = split_limit(plan.rows, rows, recipe.views or 1)
         over = f"{size_text(total)} as {stored} is over the budget of {size_text(budget)}"
-        if limit:
+        small = plan.formats.get(f"{plan.format}, {PYRAMID}", {}).get("total")
+        if small is not None and small <= budget:
+            plan.recommendation = (
+                f"{over}; {PYRAMID} takes {size_text(small)}: cache that for --tuner fixed, or run {work.tuner} with "
+                "--live"
+            )
+            plan.commands = [*both(replace(recipe, tuner="fixed", tuner_options={})), live]
+        elif limit:
             plan.recommendation = f"{over}: it holds about {rows:,} rows; keep fewer --layers or set --limit"
             plan.commands = both(replace(recipe, limit=limit))
         else:
@@ -77,6 +87,9 @@ def recommend(plan: Plan, work: Workload, recipe: Recipe, budget: float | None, 
             "when several seeds or tuners share the states"
         )
         plan.commands = both(replace(recipe, live=True))
+        if f"{plan.format}, {PYRAMID}" in plan.formats:
+            small = plan.formats[f"{plan.format}, {PYRAMID}"]["total"]
+            plan.recommendation += f". {PYRAMID.capitalize()}, for --tuner fixed, is {total / small:.1f} times smaller"
 
 
 def _rates_head(plan: Plan) -> str:
@@ -118,6 +131,8 @@ def plan_text(plan: Plan, work: Workload) -> str:
         share = ops["head a step"] / ops["tuner a step"]
         head = f"; {share:.0%} of a step is the frozen head, whatever the tuner: at most {ops['bound']:.1f}"
     memory = ", ".join(f"{k} {size_text(v)}" for k, v in plan.memory.items() if k != "total")
+    parts = ", ".join(f"{n:,} in the {what}" for what, n in plan.parameters.items())
+    fits = ", ".join(f"{n:,} in {gb}" for gb, n in plan.largest_batch.items())
     r = plan.rates
     cold = "cold not measurable" if r["disk_cold"] is None else f"cold {size_text(r['disk_cold'])}/s"
     image = f", an image read in {r['image']:.3g} s" if r["image"] else ""
@@ -131,7 +146,9 @@ def plan_text(plan: Plan, work: Workload) -> str:
             f"extraction: {seconds(plan.extraction_seconds)}, once; live epoch: {seconds(plan.live_epoch)}",
             table_text(["cached epoch from", "seconds", "live ÷ cached", "break-even epochs"], tiers),
             f"operations live ÷ cached: {ops['ratio']:.1f}{head}",
+            f"trainable parameters: {parts}",
             f"training memory: {size_text(plan.memory['total'])} ({memory}), computed from tensors",
+            f"largest batch: {fits}",
             f"{_rates_head(plan)}: backbone {(r['backbone'] or 0) / 1e9:,.0f} GFLOP/s, step {r['step']:.3g} s, "
             f"decoding {size_text(r['decode'] or 0)}/s, disk written {size_text(r['disk_write'] or 0)}/s, warm "
             f"{size_text(r['disk_warm'] or 0)}/s, {cold}{image}",

@@ -23,7 +23,7 @@ from pipeline.extract.backbones.tail import TextTail
 from pipeline.extract.batch import Batch, stream_of
 from pipeline.lookup.objective import class_objective
 from pipeline.train.model import Model, tail_for
-from pipeline.train.objectives.base import Vocabulary
+from pipeline.train.objectives.base import Objective, Vocabulary
 from pipeline.train.objectives.linear_entropy import summed_entropy
 from pipeline.train.tuners import TunerConfig, tuner_class
 
@@ -70,9 +70,19 @@ def backbone_model(backbone: Backbone, attention: str = "eager") -> nn.Module:
         return fresh_backbone(backbone, attention)
 
 
-def tuner_model(backbone: Backbone, name: str, config: TunerConfig, classes: int = 2) -> Model:
+Learned = int | Objective  # what costs are counted for: so many classes of samples (0: tokens), or an objective itself
+
+
+def learned_objective(backbone: Backbone, name: str, learned: Learned, first: int = 0) -> Objective:
+    """The objective that costs are counted and timed with; of classes one that calls them by ids from `first` on."""
+    if isinstance(learned, Objective):
+        return learned
+    return class_objective(backbone, tuner_class(name, backbone), [(first + i, 1) for i in range(learned)])
+
+
+def tuner_model(backbone: Backbone, name: str, config: TunerConfig, classes: Learned = 2) -> Model:
     """A tuner with its tail and head on the meta device."""
-    objective = class_objective(backbone, tuner_class(name, backbone), [(i, 1) for i in range(classes)])
+    objective = learned_objective(backbone, name, classes)
     with torch.device("meta"):
         return Model.build(
             name, config, backbone, tail_for(name, config, backbone, backbone.attentions[0]), objective
@@ -87,7 +97,6 @@ def meta_batch(
     for name in states:
         rows = int(lengths[stream_of(name)].sum())
         batch.states[name] = torch.zeros(rows, backbone.state_width(name), dtype=dtype, device="meta")
-    batch.targets = {"label": torch.zeros(len(batch), dtype=torch.long, device="meta")}
     return batch
 
 
@@ -107,7 +116,7 @@ def saved_bytes(
     name: str,
     config: TunerConfig,
     lengths: dict[str, np.ndarray],
-    classes: int,
+    classes: Learned,
     dtype: torch.dtype = torch.float32,
 ) -> int:
     """Bytes that a step keeps for its backward pass, each tensor once; weights and the batch's own states, which are
@@ -135,7 +144,7 @@ def kept_bytes(given: Iterable[torch.Tensor], forward: Callable[[], Any]) -> int
 
 
 def counts(
-    backbone: Backbone, name: str, config: TunerConfig, batches: Iterable[dict[str, np.ndarray]], classes: int = 2
+    backbone: Backbone, name: str, config: TunerConfig, batches: Iterable[dict[str, np.ndarray]], classes: Learned = 2
 ) -> list[Operations]:
     """Operations of batches of samples of given lengths (stream → (B,) int64 each) with tuner `name`."""
     model, states = tuner_model(backbone, name, config, classes), tuner_class(name, backbone).states(config, backbone)
@@ -164,10 +173,11 @@ def weighted(batches: Iterable[tuple[float, Operations]]) -> Operations:
 
 def surrogate_loss(model: Model, batch: Batch) -> torch.Tensor:
     """The model's loss with every row a target row: the same products as the real one, without looking at values."""
+    batch.targets = model.objective.made_up(batch)
     features = model(batch)
     if not model.objective.wants.text_head:
-        (loss,) = model.head.losses(features, batch).values()
-        return loss
+        first, *others = model.head.losses(features, batch).values()
+        return torch.stack([first, *others]).sum() if others else first
     (rows,) = features.values()
     assert isinstance(model.tuner.tail, TextTail)
     if model.objective.continues_text:

@@ -10,6 +10,7 @@ The model, in full. A sample has n positions in each stream; S states of width D
                         the same, or bytes ÷ rate of the tier         disk, remote: whichever is longer
     break-even          extraction ÷ (live epoch − cached epoch)
     training memory     tail + 16 bytes a trainable value + what a step keeps + two batches + a state widened + blocks
+    largest batch       what fits beside tail and trainable values, a sample counted as the mean of the batch
 
 Operations are counted on the meta device, so a `config.json` is enough: no weights are loaded.
 """
@@ -24,7 +25,7 @@ import numpy as np
 import torch
 
 from pipeline.cost import rates as measured
-from pipeline.cost.advice import plan_text, recommend
+from pipeline.cost.advice import BRANCHES, PYRAMID, plan_text, recommend
 from pipeline.cost.flops import (
     Operations,
     backbone_model,
@@ -37,6 +38,7 @@ from pipeline.cost.flops import (
 )
 from pipeline.cost.remembered import Remembered
 from pipeline.cost.workload import Workload, positions_of, workload
+from pipeline.extract.backbones.capabilities import Levels
 from pipeline.extract.batch import stream_of
 from pipeline.extract.batching import extraction_batches
 from pipeline.extract.encoding import unscaled_dtype
@@ -47,8 +49,10 @@ from pipeline.lookup.recipe import device_of, store_path
 from pipeline.recipe import Recipe
 from pipeline.store import FORMATS, SEGMENT_BYTES
 from pipeline.train.data.tiers import available_memory
+from pipeline.train.tuners import tuner_class, tuner_config, tuner_names
 
 TIERS = {"device": "device memory", "host": "host memory", "disk": "disk"}  # of --tier
+GPUS = (11, 16, 24, 32)  # GB of memory that the largest batch is told for
 REMOTE = 125e6  # bytes a second of a remote store: 1 Gbit/s, assumed
 
 
@@ -67,6 +71,8 @@ class Plan:
     cached_epoch: dict[str, float | None]
     break_even: dict[str, float | None]
     memory: dict[str, float]
+    parameters: dict[str, int]
+    largest_batch: dict[str, int]
     operations: dict[str, float]
     rates: dict[str, float | None]
     rates_of: str | None  # when the oldest of the remembered rates was measured, None where none is
@@ -114,6 +120,24 @@ def training_memory(work: Workload, batch: dict[str, np.ndarray], dtype: torch.d
     return {k: float(v) for k, v in parts.items()} | {"total": float(sum(parts.values()))}
 
 
+def trainable(work: Workload) -> dict[str, int]:
+    """Trainable parameters of the tuner, of the head, and of modules of it that are there in training alone."""
+    model = tuner_model(work.backbone, work.tuner, work.config, work.classes)
+    more = {n: part for n in model.head.training_only if (part := getattr(model.head, n)) is not None}
+    parts: dict[str, Any] = {"tuner": model.tuner, "head": model.head, **{f"{n} head": p for n, p in more.items()}}
+    found = {name: sum(p.numel() for p in part.parameters() if p.requires_grad) for name, part in parts.items()}
+    found["head"] -= sum(found[f"{n} head"] for n in more)
+    return found
+
+
+def largest_batches(memory: dict[str, float], size: int) -> dict[str, int]:
+    """How many samples a batch can have on a device of so many GB, trained from stored states; `memory`: of a batch of
+    `size`. Blocks lie in the host's memory."""
+    fixed = memory["tail"] + memory["trainable, gradients, Adam"]
+    each = (memory["total"] - fixed - memory["blocks"]) / size
+    return {f"{gb} GB": max(0, int((gb * 1e9 - fixed) / each)) for gb in GPUS}
+
+
 def predict(
     work: Workload,
     recipe: Recipe,
@@ -151,6 +175,7 @@ def predict(
     tier = next((t for t in order if cached[t] is not None), "disk")
     even = gains[tier]
     held = epoch_bytes if tier == "host memory" else min(epoch_bytes, 12 * SEGMENT_BYTES)
+    needed = training_memory(work, batch, dtype, held)
     plan = Plan(
         samples=work.samples,
         rows=work.rows,
@@ -162,7 +187,9 @@ def predict(
         live_epoch=live,
         cached_epoch=cached,
         break_even=gains,
-        memory=training_memory(work, batch, dtype, held),
+        memory=needed,
+        parameters=trainable(work),
+        largest_batch=largest_batches(needed, len(next(iter(batch.values())))),
         operations=described(work, ops, batches),
         rates=asdict(speed),
         rates_of=min(known.dates, default=None) if known else None,
@@ -184,6 +211,15 @@ def sizes(work: Workload, projection: str | None, channels: int | None) -> dict[
         table |= {f"float16, pca:{k}": work.bytes("float16", k) for n in (4, 8) if (k := work.backbone.width // n)}
         if channels is not None:
             table |= {f"{f}, {projection}": work.bytes(f, channels) for f in FORMATS}
+    if work.dense and isinstance(work.backbone, Levels):
+        kinds = {PYRAMID: "fixed", BRANCHES: "e3va"}
+        for what, tuner in kinds.items():
+            if tuner == work.tuner or tuner not in tuner_names(type(work.backbone)):
+                continue
+            states = tuner_class(tuner).states(tuner_config(tuner, {}), work.backbone)
+            table |= {f"{f}, {what}": work.bytes(f, states=states) for f in ("float16", "int8")}
+    if work.views > 1:
+        table["float16, one view"] = work.bytes("float16", views=1)
     if work.backbone.continues_text:
         table["float16, all layers"] = work.bytes("float16", states=work.backbone.states())
         each = {"bytes a token": work.tokens}

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.cost.flops import backbone_operations, fresh_backbone
+from pipeline.cost.flops import Learned, backbone_operations, fresh_backbone, learned_objective
 from pipeline.cost.remembered import Figures, Remembered
 from pipeline.extract.backbones.base import Backbone
 from pipeline.extract.backbones.images import Picture, load_pixels
@@ -28,10 +28,10 @@ from pipeline.extract.backbones.shell import cut
 from pipeline.extract.backbones.tail import Tail
 from pipeline.extract.batch import Batch, stream_of
 from pipeline.extract.encoding import decode, encode, unscaled_dtype
-from pipeline.lookup.objective import class_objective
 from pipeline.train.fit.optimizer import adamw
 from pipeline.train.fit.options import FitOptions
 from pipeline.train.model import Model, late_weights, tail_for
+from pipeline.train.objectives import Objective
 from pipeline.train.tuners import TunerConfig, tuner_class
 
 DISK_SAMPLE = 256 << 20
@@ -64,7 +64,7 @@ class Measured:
     backbone: Backbone
     tuner: str
     config: TunerConfig
-    classes: int
+    classes: Learned
     batch: dict[str, np.ndarray]
     extraction: dict[str, np.ndarray]
     steps: list[tuple[float, dict[str, np.ndarray]]]
@@ -93,7 +93,8 @@ class Measured:
             return one("backbone", lambda: backbone_rate(self.backbone, lengths, device), **about)
 
         def step(lengths: dict[str, np.ndarray]) -> float:
-            about = {"tuner": self.tuner, "options": asdict(self.config), "classes": self.classes, "type": str(dtype)}
+            learned = self.classes if isinstance(self.classes, int) else _said(self.classes)
+            about = {"tuner": self.tuner, "options": asdict(self.config), "classes": learned, "type": str(dtype)}
             about = {**same, **about, "lengths": _lists(lengths)}
             given = self.backbone, self.tuner, self.config, lengths, self.classes, device, dtype
             return one("step", lambda: step_seconds(*given), **about)
@@ -110,6 +111,11 @@ class Measured:
             cold,
             image_seconds(self.pictures) if self.pictures else 0.0,
         )
+
+
+def _said(objective: Objective) -> dict[str, Any]:
+    """What the time of a step depends on of an objective."""
+    return {"objective": objective.name, "labels": len(objective.answers.labels), **asdict(objective.config)}
 
 
 def _lists(lengths: dict[str, np.ndarray]) -> dict[str, list[int]]:
@@ -165,7 +171,7 @@ def random_batch(
     backbone: Backbone,
     lengths: dict[str, np.ndarray],
     states: list[str],
-    classes: int,
+    classes: Learned,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
 ) -> Batch:
@@ -181,7 +187,9 @@ def random_batch(
             column.random_(2, min(1000, backbone.config.vocab_size), generator=g)
     for name in states:
         batch.states[name] = torch.randn(rows[stream_of(name)], backbone.state_width(name), generator=g).to(dtype)
-    if classes:
+    if isinstance(classes, Objective):
+        batch.targets = classes.made_up(batch)
+    elif classes:
         batch.targets = {"label": torch.randint(classes, (len(batch),), generator=g)}
     else:
         first = batch.layout(backbone.streams[-1]).first
@@ -218,12 +226,12 @@ def step_seconds(
     name: str,
     config: TunerConfig,
     lengths: dict[str, np.ndarray],
-    classes: int,
+    classes: Learned,
     device: torch.device,
     dtype: torch.dtype,
 ) -> float:
     """Seconds of one training step as the loop makes it, on states in `dtype`, the fixed cost of a step included."""
-    objective = class_objective(backbone, tuner_class(name, backbone), [(2 + i, 1) for i in range(classes)])
+    objective = learned_objective(backbone, name, classes, 2)
     tail = random_tail(backbone, name, config)
     for parameter in tail.parameters():
         parameter.data.normal_(std=0.02)

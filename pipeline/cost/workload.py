@@ -12,6 +12,7 @@ import numpy as np
 from pipeline.checks.rows import refuse_other_kind
 from pipeline.checks.unused_options import refuse_for_kind
 from pipeline.commands.prepare import candidates_of, prepared
+from pipeline.cost.flops import Learned
 from pipeline.cost.image_sizes import image_extents, some_pictures
 from pipeline.cost.known_shapes import known_config
 from pipeline.extract.backbones.base import Backbone
@@ -26,6 +27,7 @@ from pipeline.extract.projection import orthogonal, parse_projection
 from pipeline.extract.tasks import Task
 from pipeline.extract.tasks.completion import form_of
 from pipeline.jobs.sources import batch_size_of, grouped
+from pipeline.lookup.objective import make_objective, objective_name
 from pipeline.lookup.recipe import refuse_full_readers, space_options
 from pipeline.lookup.task import need, open_task
 from pipeline.owners import config_of
@@ -33,7 +35,8 @@ from pipeline.recipe import Recipe
 from pipeline.store import bytes_per_value
 from pipeline.store.errors import UserError
 from pipeline.train.data.order import Order
-from pipeline.train.tuners import TunerConfig, fitting_tuner
+from pipeline.train.objectives import Objective, objective_class
+from pipeline.train.tuners import TunerConfig, fitting_tuner, tuner_class
 
 SAMPLED = 2000  # rows whose lengths stand for all
 TOKENS_A_WORD = {"t5": 1.45, "bert": 1.3}
@@ -44,13 +47,14 @@ LARGE_TASKS = ("mnli", "qnli", "qqp", "sst2")
 @dataclass
 class Workload:
     """What is to be run. `lengths`: split → stream → (n,) positions of sampled rows, of images as `Vision.measure`
-    gives them; `rows`: split → rows in all. `pictures`: a few of the images, to time reading them."""
+    gives them; `rows`: split → rows in all. `classes`: what a step is counted with. `pictures`: a few of the images, to
+    time reading them. `views`: of each training image, counted in `rows`."""
 
     backbone: Backbone
     tuner: str
     config: TunerConfig
     states: list[str]
-    classes: int
+    classes: Learned
     lengths: dict[str, dict[str, np.ndarray]]
     rows: dict[str, int]
     batch_size: int
@@ -58,6 +62,12 @@ class Workload:
     epochs: int
     estimated: bool
     pictures: list[Picture] = field(default_factory=list)
+    views: int = 1
+
+    @property
+    def dense(self) -> Objective | None:
+        """The objective, where its own head is counted."""
+        return self.classes if isinstance(self.classes, Objective) else None
 
     @property
     def samples(self) -> int:
@@ -78,9 +88,12 @@ class Workload:
             total += n[stream] * (width * bytes_per_value(fmt) + (4 if fmt == "int8" else 0))
         return total
 
-    def bytes(self, fmt: str, channels: int | None = None, states: Sequence[str] = ()) -> float:
-        """Bytes of all splits."""
-        return sum(self.rows[s] * self.sample_bytes(fmt, s, channels, states) for s in self.rows)
+    def bytes(
+        self, fmt: str, channels: int | None = None, states: Sequence[str] = (), views: int | None = None
+    ) -> float:
+        """Bytes of all splits. `views`: others than the recipe's of a training image."""
+        rows = {s: n * (views or self.views) / self.views if s == "train" else n for s, n in self.rows.items()}
+        return sum(n * self.sample_bytes(fmt, s, channels, states) for s, n in rows.items())
 
     @property
     def tokens(self) -> float:
@@ -165,6 +178,18 @@ def sample_lengths(
     return out
 
 
+def learned(recipe: Recipe, task: Task, backbone: Backbone) -> Learned:
+    """What a step is counted with: the recipe's own objective where it can make up targets, else classes."""
+    spec = task.spec
+    name = objective_name(recipe, spec, backbone, tuner_class(recipe.tuner, backbone)) if spec.target != "none" else ""
+    if not name or not objective_class(name).counted:
+        return 0 if spec.target == "tokens" else max(2, len(spec.labels))
+    train = task.splits.get("train")
+    return make_objective(
+        recipe, spec, (), backbone, tuner_class(recipe.tuner, backbone), train.labels if train else ()
+    )
+
+
 def workload(recipe: Recipe, task: Task | None = None) -> Workload:
     """The recipe's task and model as numbers."""
     need(recipe, "model", "task")
@@ -195,7 +220,7 @@ def workload(recipe: Recipe, task: Task | None = None) -> Workload:
         recipe.tuner,
         config,
         fitting_tuner(recipe.tuner, config, backbone).states(config, backbone),
-        0 if task.spec.target == "tokens" else max(2, len(task.spec.labels)),
+        learned(recipe, task, backbone),
         lengths,
         rows,
         batch_size_of(recipe, backbone.writes_text, task.spec.target),
@@ -203,4 +228,5 @@ def workload(recipe: Recipe, task: Task | None = None) -> Workload:
         recipe.epochs or (10 if task.spec.name in LARGE_TASKS else 20),
         tokenizer is None,
         pictures,
+        recipe.views or 1,
     )

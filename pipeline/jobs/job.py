@@ -182,10 +182,8 @@ def agreed(configs: Sequence[TunerConfig | ObjectiveConfig], asked: Mapping[str,
 
 def rows_options(recipe: Recipe, spec: TaskSpec, header: Mapping[str, Any]) -> dict[str, Any]:
     """How the rows were split and numbers made into texts, also where the store decided it."""
-    made, values = header.get("provenance", {}), spec.values
-    stepped = (
-        spec.target not in DENSE and len(values) > 1 and made.get("source") != "table"
-    )  # of a table the step follows from its range
+    made, values = header.get("provenance", {}), spec.values if spec.target == "number" else ()
+    stepped = len(values) > 1 and made.get("source") != "table"  # of a table the step follows from its range
     grid = values[1] - values[0] if stepped else recipe.grid
     return {"stratify": bool(made.get("stratified")) or recipe.stratify, "grid": grid}
 

@@ -85,7 +85,7 @@ def test_eleven_is_no_class_in_camvids_own_masks_alone(tmp_path):
     for i in range(3):
         _image(tmp_path / "train" / f"{i}.jpg"), _mask(tmp_path / "trainannot" / f"{i}.png", 11, 4, 10)
     assert load_task(str(tmp_path)).spec.labels == CAMVID
-    assert len(load_task(str(tmp_path), void=4).spec.labels) == 12
+    assert len(load_task(str(tmp_path), void=4).spec.labels) == 11  # of 12 numbers without 4
     _mask(tmp_path / "trainannot" / "1.png", 12)
     assert len(load_task(str(tmp_path)).spec.labels) == 13
 
@@ -152,3 +152,36 @@ def test_masks_whose_numbers_may_mean_anything_are_refused(tmp_path):
     _mask(tmp_path / "masks" / "2.png", 0, 1), _mask(tmp_path / "masks" / "2.bmp", 1)
     with pytest.raises(TaskError, match=r"2\.bmp and 2\.png: two files of one name"):
         load_task(str(tmp_path), targets=("mask",))
+
+
+def _ade20k(folder, last="flag"):
+    lines = [f"{i}\t0.1\t9\t9\t0\t{'screen' if i in (131, 142) else f'thing{i}'}, other" for i in range(1, 150)]
+    text = "\n".join(["Idx\tRatio\tTrain\tVal\tStuff\tName", *lines, f"150\t0.1\t9\t9\t0\t{last}"])
+    for split in ("training", "validation"):
+        for i in range(3):
+            _image(folder / f"images/{split}/ADE_{i}.jpg"), _mask(folder / f"annotations/{split}/ADE_{i}.png", 150, i)
+    (folder / "objectInfo150.txt").write_text(text)
+    return folder
+
+
+def test_ade20k_counts_its_classes_from_one(tmp_path):
+    spec = load_task(str(_ade20k(tmp_path))).spec
+    assert len(spec.labels) == 150 and spec.values == tuple(map(float, range(1, 151)))
+    assert spec.labels[0] == "thing1" and spec.labels[149] == "flag" and spec.labels[130] == "screen 131"
+    assert {s: len(r) for s, r in load_task(str(tmp_path)).splits.items()} == {"train": 3, "validation": 3}
+    _mask(tmp_path / "annotations/validation/ADE_1.png", 151)
+    with pytest.raises(TaskError, match=r"ADE_1.png: 151 is no class, there are 150 \(1 to 150\)"):
+        load_task(str(tmp_path))
+    (tmp_path / "objectInfo150.txt").write_text("Idx\n1\twall\n")
+    with pytest.raises(TaskError, match=r"objectInfo150\.txt: 150 lines were expected"):
+        load_task(str(tmp_path))
+
+
+def test_a_number_below_others_that_is_none_is_no_class_of_the_task(tmp_path):
+    for i in range(3):
+        _image(tmp_path / f"images/{i}.jpg"), _mask(tmp_path / f"masks/{i}.png", 1, 2)
+    spec = load_task(str(tmp_path), void=0).spec
+    assert spec.labels == ("1", "2") and spec.values == (1.0, 2.0)
+    assert load_task(str(tmp_path)).spec.values == () == load_task(str(tmp_path), void=3).spec.values
+    (tmp_path / "classes.txt").write_text("nothing\nroad\nsky\n")
+    assert load_task(str(tmp_path), void=0).spec.labels == ("road", "sky")

@@ -7,15 +7,22 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from PIL import Image
 
 from pipeline.cli.main import main
+from pipeline.extract.backbones import TextOptions
 from pipeline.extract.geometry import Geometry
+from pipeline.extract.pretrained import Checkpoint
 from pipeline.extract.tasks import load_task
 from pipeline.extract.tasks.masks import read_mask
 from pipeline.store import Store
-from tests.scenes import write_scenes
+from pipeline.train.objective_configs import SegmentationConfig
+from pipeline.train.objectives import Answers
+from pipeline.train.objectives.segmentation import Segmentation
+from tests.scenes import COLOURS, write_scenes
+from tests.vision import MEAN, STD
 
 
 def run(*words, ok: bool = True):
@@ -30,14 +37,28 @@ def scenes(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def extracted(scenes, checkpoints, tmp_path_factory):
+    """A store of the images of unequal sizes and their mirror images, by backbone and tuner; made when asked for."""
+    folder, there = tmp_path_factory.mktemp("dense") / "mirrored", set()
+
+    def made(model, tuner):
+        if (model, tuner) not in there:
+            words = ["--model", checkpoints[model], "--task", scenes, "--image-size", "own", "--for", tuner]
+            run("extract", *words, "--views", 2, "--augment", "flip", "--format", "float32", "--store", folder)
+            there.add((model, tuner))
+        return folder
+
+    return made
+
+
+@pytest.fixture(scope="module")
 def store(scenes, checkpoints, tmp_path_factory):
     folder = tmp_path_factory.mktemp("dense") / "store"
-    for name in ("mobilenet", "swin"):
-        done = run(
-            "extract", "--model", checkpoints[name], "--task", scenes, "--objective", "segmentation", "--image-size",
-            "own", "--for", "fixed" if name == "mobilenet" else "fixed,e3va", "--format", "float32", "--store", folder,
-        )  # fmt: skip
-        assert done["computed"] == 16
+    done = run(
+        "extract", "--model", checkpoints["mobilenet"], "--task", scenes, "--objective", "segmentation", "--image-size",
+        "own", "--for", "fixed", "--format", "float32", "--store", folder,
+    )  # fmt: skip
+    assert done["computed"] == 16
     return folder
 
 
@@ -46,15 +67,20 @@ def losses(folder):
     return [line["loss"] for line in lines if "loss" in line]
 
 
-CASES = [("mobilenet", "fixed", "upernet"), ("mobilenet", "fixed", "fcn"), ("swin", "fixed", "linear"),
-         ("swin", "e3va", "upernet")]  # fmt: skip
+QUICK = [("mobilenet", "fixed", "fcn"), ("swin", "e3va", "upernet"), ("vit", "fixed", "upernet"),
+         ("swin_hf", "fixed", "linear")]  # fmt: skip
+GRID = [(model, "fixed", head) for model in ("swin", "swin_hf", "mobilenet", "vit", "clip", "dinov2", "dinov3")
+        for head in ("upernet", "fcn", "linear")]  # fmt: skip
+GRID += [("swin_hf", "e3va", "upernet"), ("vit", "sherl", "upernet"), ("dinov3", "unipt", "upernet")]
 
 
-@pytest.mark.parametrize(("model", "tuner", "head"), CASES)
-def test_cached_is_live_at_unequal_sizes(scenes, store, checkpoints, tmp_path, model, tuner, head):
-    words = ["train", "--model", checkpoints[model], "--task", scenes, "--tuner", tuner, "--store", store]
-    words += ["--head", head, "--batch-size", 3, "--epochs", 7, "--max-steps", 20, "--no-group-by-length"]
-    words += [] if head == "linear" else ["--head-width", 8]
+@pytest.mark.parametrize(
+    ("model", "tuner", "head"), [*QUICK, *(pytest.param(*c, marks=pytest.mark.matrix) for c in GRID if c not in QUICK)]
+)
+def test_cached_is_live_at_unequal_sizes_and_mirrored(scenes, extracted, checkpoints, tmp_path, model, tuner, head):
+    words = ["train", "--model", checkpoints[model], "--task", scenes, "--tuner", tuner]
+    words += ["--store", extracted(model, tuner), "--head", head, "--batch-size", 3, "--epochs", 4, "--max-steps", 20]
+    words += ["--no-group-by-length", *([] if head == "linear" else ["--head-width", 8])]
     cached, live = run(*words, "--out", tmp_path / "a"), run(*words, "--live", "--out", tmp_path / "b")
     one, other = losses(tmp_path / "a"), losses(tmp_path / "b")
     assert len(one) == 20 and np.abs(np.subtract(one, other)).max() <= 1e-5
@@ -91,6 +117,17 @@ def test_a_class_that_is_ignored_is_neither_learned_nor_told(scenes, store, chec
     told = run("predict", tmp_path / "run", "--input", scenes / "test" / "001.png", "--out-dir", tmp_path / "told")
     (entry,) = told["predictions"]
     assert "0" not in entry["shares"] and np.asarray(Image.open(tmp_path / "told" / "001.png")).min() > 0
+
+
+def test_what_was_said_to_be_no_class_when_extracting_is_none_ever_after(scenes, checkpoints, tmp_path):
+    words = ["--model", checkpoints["mobilenet"], "--task", scenes, "--store", tmp_path / "store"]
+    run("extract", *words, "--for", "fixed", "--ignore-index", 0, "--image-size", "own")
+    train = ["train", *words, "--tuner", "fixed", "--head", "linear", "--epochs", 1]
+    run(*train, "--out", tmp_path / "run"), run(*train, "--live", "--out", tmp_path / "live")
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "live"), abs=1e-2)
+    told = run("predict", tmp_path / "run", "--input", scenes / "test", "--out-dir", tmp_path / "told")
+    assert all(entry["shares"].keys() <= {"1", "2", "3"} for entry in told["predictions"])
+    assert np.asarray(Image.open(tmp_path / "told" / "001.png")).min() > 0
 
 
 def test_whole_images_at_a_size_of_ones_own(scenes, checkpoints, tmp_path):
@@ -172,6 +209,18 @@ def test_seeded_views_carry_their_masks(scenes, checkpoints, tmp_path):
     (table,) = [space.read_table(t) for t in space.tables() if t.split == "train"]
     assert len(table) == 8 * views and len({bytes(label) for label in table.labels}) == 8
     assert sum(Geometry.of(meta).plain for meta in table.metas) == 8
+    objective = Segmentation(SegmentationConfig(), Answers.of_classes(4))
+    options = TextOptions(root=str(scenes), image_size="own", views=views, dense=True)
+    point = Checkpoint(checkpoints["mobilenet"], "mobilenet")
+    for texts, label, meta in zip(table.texts, table.labels, table.metas, strict=True):
+        (shown,) = point.backbone.prepare(point.tokenizer, [texts], options).pictures
+        tall, wide = Geometry.of(meta).seen
+        pixels = shown.pixels()[:, :tall, :wide].permute(1, 2, 0) * torch.tensor(STD) + torch.tensor(MEAN)
+        # What is painted in a view, by the colours of its pixels, which a view may have made brighter or paler.
+        seen = torch.cdist(pixels.view(-1, 3), torch.from_numpy((COLOURS + 15) / 255).float()).argmin(1).numpy()
+        carried = objective.encode(label, meta)["mask"]
+        known = carried != 255
+        assert (seen == carried)[known].mean() > 0.95 and known.mean() > 0.9
 
 
 def test_a_folder_that_has_changed_is_no_longer_what_was_extracted(checkpoints, tmp_path):

@@ -109,4 +109,5 @@ FORMULAS: dict[tuple[str, str], Callable[[Any, Any], int]] = {
     ("unipt-clip", "sequence"): _tower,
     ("e3va", "pyramid"): e3va,
     ("fixed", "pyramid"): lambda config, backbone: 0,
+    ("fixed", "sequence"): lambda config, backbone: 0,
 }

@@ -5,6 +5,8 @@ Baselines put them into the whole live backbone, SHERL into its live tail (Fig. 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -42,7 +44,9 @@ def add_lora(module: nn.Module, what: str, rank: int = 8, alpha: int = 16, dropo
 
 def free_biases(module: nn.Module, what: str) -> None:
     """Make the biases in `module` trainable (BitFit). Raises UserError where there are none."""
-    biases = [p for n, p in module.named_parameters() if n.endswith("bias") and "pooler" not in n]
+    named = {n: p for n, p in module.named_parameters() if "pooler" not in n}
+    # A Swin's tables of relative positions are added as biases are.
+    biases = [p for n, p in named.items() if n.endswith(("bias", "relative_position_bias_table"))]
     if not biases:
         raise UserError(f"bitfit: {what} has no biases")
     for p in biases:
@@ -88,6 +92,28 @@ def add_adapter(block: nn.Module, width: int, inner: int, published: bool = Fals
     block.register_forward_hook(
         lambda _block, _args, out: (adapter(out[0]), *out[1:]) if isinstance(out, tuple) else adapter(out)
     )
+
+
+class Beside(nn.Module):
+    """s · up(ReLU(down x)), to be added to what a module makes of x; the way up started at zero."""
+
+    def __init__(self, width: int, inner: int, scale: float) -> None:
+        super().__init__()
+        self.down, self.up, self.scale = nn.Linear(width, inner), nn.Linear(inner, width), scale
+        nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
+        nn.init.zeros_(self.down.bias)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * self.up(nn.functional.relu(self.down(x)))
+
+
+def add_beside(module: nn.Module, width: int, inner: int = 64, scale: float = 0.1) -> None:
+    """AdaptFormer's branch (Chen et al. 2022) beside an MLP of a block, (…, `width`): it reads what the MLP reads."""
+    beside = Beside(width, inner, scale)
+    module.add_module("beside", beside)
+    module.register_forward_hook(lambda _module, args, out: out + beside(args[0]))
 
 
 class VirtualTokens(nn.Module):

@@ -1,6 +1,7 @@
 """Live baselines: methods that train inside the backbone, for tables beside the tuners. Nothing of them is cached.
 
-Each is one function that makes some of a loaded backbone trainable. An objective's head reads the last state; a
+Each is one function that makes some of a loaded backbone trainable. An objective's head reads the last state, or, where
+it reads maps and the backbone is in stages, its feature pyramid behind a norm a level, as E³VA's tables have it; a
 text-to-text backbone is read by its own head and scored among the targets, as tuners are.
 
 There are two presets: ours, for any backbone, and `paper`, what LST and SHERL set beside themselves on T5. The paper's
@@ -20,20 +21,30 @@ from torch import Tensor, nn
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 from pipeline.extract.backbones.base import Backbone
-from pipeline.extract.backbones.capabilities import Blocks, LanguageHead
+from pipeline.extract.backbones.capabilities import Blocks, Branches, LanguageHead, Levels
 from pipeline.extract.backbones.live import LiveBackbone
 from pipeline.extract.batch import Batch, stream_of
 from pipeline.extract.kernels.dropout import use_fast_dropout
 from pipeline.store.errors import UserError
-from pipeline.train.baselines.adapters import VirtualTokens, add_adapter, add_biases, add_lora, free_biases
+from pipeline.train.baselines.adapters import (
+    VirtualTokens,
+    add_adapter,
+    add_beside,
+    add_biases,
+    add_lora,
+    free_biases,
+)
 from pipeline.train.data.live_source import LiveSource
 from pipeline.train.features import Features
-from pipeline.train.model import Reader
+from pipeline.train.model import Reader, refuse_kinds
 from pipeline.train.objectives.base import Objective
 from pipeline.train.tuners.base import rows_of
+from pipeline.train.tuners.fixed import before_neck
 
 _NORMS = (nn.LayerNorm, nn.BatchNorm2d, nn.GroupNorm, T5LayerNorm)
 PROMPT, PAPER_PROMPT = 20, 100  # virtual tokens of prompt tuning
+BRANCH_ADAPTER = 64  # width of an adapter after attention or MLP of a Swin, in E³VA's tables
+BEFORE_NECK = "before_neck"  # what the norms of a pyramid's levels are called in the model
 
 
 @dataclass(frozen=True)
@@ -65,7 +76,9 @@ def _norms(backbone: Backbone, model: nn.Module) -> None:
 
 
 def _partial(backbone: Backbone, model: nn.Module) -> None:
-    _blocks("partial-1", backbone, model, backbone.streams[-1])[-1].requires_grad_(True)
+    # Under a head that reads maps a stream may come after the pyramid.
+    stream = backbone.levels[-1] if hasattr(model, BEFORE_NECK) else backbone.streams[-1]  # type: ignore[attr-defined]
+    _blocks("partial-1", backbone, model, stream)[-1].requires_grad_(True)
 
 
 def _lora(backbone: Backbone, model: nn.Module) -> None:
@@ -73,11 +86,27 @@ def _lora(backbone: Backbone, model: nn.Module) -> None:
 
 
 def _adapter(backbone: Backbone, model: nn.Module) -> None:
+    if isinstance(backbone, Branches):
+        for width, modules in backbone.branches(model):
+            for branch in modules:
+                add_adapter(branch, width, BRANCH_ADAPTER)
+        return
     if backbone.shape != "sequence":
         raise UserError(f"adapter: {backbone.name} backbones have no token blocks to put it on")
     for stream in backbone.streams:
         for block in _blocks("adapter", backbone, model, stream):
             add_adapter(block, backbone.width, max(1, backbone.width // 8))
+
+
+def _adaptformer(backbone: Backbone, model: nn.Module) -> None:
+    """Blocks are asked for their MLP by the name that vision transformers of both libraries give it."""
+    seen = isinstance(backbone, Blocks) and backbone.modality == "image"
+    blocks = [(s, block) for s in backbone.streams if seen for block in _blocks("adaptformer", backbone, model, s)]
+    found = [(s, mlp) for s, block in blocks if isinstance(mlp := getattr(block, "mlp", None), nn.Module)]
+    if not found:
+        raise UserError(f"adaptformer: {backbone.name} backbones have no MLP of a vision transformer to put it beside")
+    for stream, mlp in found:
+        add_beside(mlp, backbone.width_of(stream))
 
 
 def _prompt(backbone: Backbone, model: Any) -> None:
@@ -138,7 +167,13 @@ BASELINES = {
     for c in (
         Baseline("full", "full fine-tuning", 5e-5, _full, 3e-4),
         Baseline("lora", "LoRA of rank 8 on the attention's queries and values (peft)", 1e-3, _lora),
-        Baseline("adapter", "a bottleneck adapter of width D / 8 after each block", 1e-3, _adapter),
+        Baseline(
+            "adapter",
+            f"a bottleneck adapter of width D / 8 after each block; on Swin two a block, of width {BRANCH_ADAPTER}",
+            1e-3,
+            _adapter,
+        ),
+        Baseline("adaptformer", "a bottleneck of width 64 beside each MLP of a vision transformer", 1e-3, _adaptformer),
         Baseline("prompt", f"prompt tuning: {PROMPT} virtual tokens before the text", 1e-2, _prompt, 0.3, PROMPT),
         Baseline("bitfit", "BitFit: the biases", 1e-3, _bitfit),
         Baseline("norm-tuning", "weights and biases of the norms", 1e-3, _norms),
@@ -179,20 +214,29 @@ def baseline(name: str, preset: str = "ours") -> Baseline:
 
 
 class BaselineModel(Reader):
-    """A backbone with something trainable in it and an objective's head on its last state."""
+    """A backbone with something trainable in it and an objective's head on its last state, or on its feature pyramid
+    where the head reads maps."""
 
     def __init__(
         self, method: Baseline, backbone: Backbone, model: nn.Module, objective: Objective, seed: int = 0
     ) -> None:
         super().__init__()
         self.architecture, self.backbone, self.objective, self.virtual = backbone, model, objective, method.virtual
+        levels = backbone if objective.wants.kinds == ("map",) and isinstance(backbone, Levels) else None
+        self.streams = levels.levels if levels else backbone.streams[-1:]
         model.requires_grad_(False)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
+            if levels:
+                norms = nn.ModuleDict({s: before_neck(backbone, s) for s in self.streams})
+                model.add_module(BEFORE_NECK, norms.to(next(model.parameters())).requires_grad_(False))
             method.prepare(backbone, model)
+            for module in levels.after_levels(model) if levels else ():  # nothing reads it
+                module.requires_grad_(False)
             use_fast_dropout(model)
-            self.stream = backbone.streams[-1]
-            self.head = objective.head({self.stream: rows_of(backbone, self.stream, backbone.width)}, self)
+            features = {s: rows_of(backbone, s) for s in self.streams}
+            refuse_kinds(f"a live baseline on {backbone.name} backbones", features, objective)
+            self.head = objective.head(features, self)
 
     def train(self, mode: bool = True) -> BaselineModel:
         super().train(mode)
@@ -202,15 +246,19 @@ class BaselineModel(Reader):
         return self
 
     def forward(self, batch: Batch) -> Features:
-        """The last state, behind the backbone's final norm."""
-        state, first = f"{self.stream}.{self.architecture.depth(self.stream) - 1}", self.architecture.streams[0]
+        """The last state, behind the backbone's final norm; or its feature pyramid, each level behind its own norm."""
+        states = {s: f"{s}.{self.architecture.depth(s) - 1}" for s in self.streams}
+        last, first = self.streams[-1], self.architecture.streams[0]
         seen = self._prompted(batch, first) if self.virtual else batch
-        rows = self.architecture.run(self.backbone, seen, [state])[state]
-        if self.virtual and self.stream == first:
+        found = self.architecture.run(self.backbone, seen, list(states.values()))
+        if norms := getattr(self.backbone, BEFORE_NECK, None):
+            return {s: norms[s](found[state]) for s, state in states.items()}
+        rows = found[states[last]]
+        if self.virtual and last == first:
             rows = rows[text_rows(batch.lengths[first], self.virtual)]
         if isinstance(self.architecture, Blocks):
             rows = self.architecture.finish(self.backbone, rows)
-        return {self.stream: rows}
+        return {last: rows}
 
     def _prompted(self, batch: Batch, stream: str) -> Batch:
         longest = int(batch.lengths[stream].max()) + self.virtual

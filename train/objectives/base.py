@@ -39,8 +39,8 @@ class Vocabulary(Protocol):
 class Answers:
     """What a task says of its targets. `labels`: class names in index order. `metrics`: names known to
     `train.metrics`. For a backbone that writes text, `texts`: what it answers, and `token_ids` of each; `values`: the
-    number each text stands for, where targets are numbers; `continued`: an answer goes on with the sample's own text,
-    in one stream."""
+    number each text stands for, where targets are numbers; of masks and objects the numbers of the classes, see
+    `TaskSpec`. `continued`: an answer goes on with the sample's own text, in one stream."""
 
     labels: tuple[str, ...] = ()
     metrics: tuple[str, ...] = ()
@@ -57,7 +57,10 @@ class Answers:
 
 
 class Head(nn.Module):
-    """Reads a tuner's features. Computes in float32 unless autocast says otherwise."""
+    """Reads a tuner's features. Computes in float32 unless autocast says otherwise. `training_only`: names of modules
+    in it that nothing reads after training."""
+
+    training_only: ClassVar[tuple[str, ...]] = ()
 
     def begin_step(self, step: int, steps: int) -> None:
         """Called before optimizer step `step` of `steps` (from 0), for losses that follow a schedule."""
@@ -132,6 +135,7 @@ class Objective(ABC):
     counts: ClassVar[str] = "samples"  # what its head's loss is a mean over, see `Head.weight`
     coupled: ClassVar[bool] = False  # a batch's samples stand in one loss: no accumulation, one rank
     files: ClassVar[bool] = False  # entries hold more than JSON does, and `save` writes it
+    counted: ClassVar[bool] = False  # `plan` counts and times its own head, on `made_up` targets, not a classifier's
 
     def __init__(self, config: Any, answers: Answers) -> None:
         self.config, self.answers = config, answers
@@ -170,6 +174,11 @@ class Objective(ABC):
                 out[name] = torch.from_numpy(np.concatenate(arrays))
                 out[f"{name}.n"] = torch.tensor([len(a) for a in arrays])
         return out
+
+    def made_up(self, batch: Batch) -> dict[str, Tensor]:
+        """Targets of a batch that `Backbone.made_up` made, to count and to time a step on; on the meta device too. May
+        fill in metas."""
+        return {"label": torch.zeros(len(batch), dtype=torch.long, device=batch.device)}
 
     @abstractmethod
     def head(self, features: Mapping[str, Feature], vocabulary: Vocabulary) -> Head:

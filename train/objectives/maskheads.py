@@ -39,13 +39,13 @@ class LinearHead(nn.Module):
 
 def finished(head: Any, dropout: float) -> nn.Module:
     """A head of transformers with what the original has and it lacks: dropout before the classifier (of channels, 0.1
-    in UPerNet's code). Fresh weights are drawn as there: std 0.01 for the classifier, Kaiming's for convolutions."""
+    in UPerNet's code). Fresh weights are drawn as torch draws them. The original draws larger ones for convolutions
+    (Kaiming's by outputs) and smaller ones for the classifier (std 0.01), made for 160,000 steps: under batch norm a
+    larger weight turns by less in a step, and after six epochs on CamVid no rare class was told yet (validation 0.43
+    against 0.52)."""
     for module in list(head.modules()):
         if isinstance(module, UperNetConvModule):
             module.batch_norm = SteadyNorm(module.batch_norm.num_features)
-            nn.init.kaiming_normal_(module.conv.weight, mode="fan_out", nonlinearity="relu")
-    nn.init.normal_(head.classifier.weight, std=0.01)
-    nn.init.zeros_(head.classifier.bias)
     head.classifier = nn.Sequential(nn.Dropout2d(dropout), head.classifier)
     whole: nn.Module = head
     return whole

@@ -19,12 +19,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.extract.batch import Batch
-from pipeline.extract.geometry import Geometry
+from pipeline.extract.geometry import META, Geometry
 from pipeline.extract.tasks.masks import VOID, read_mask
 from pipeline.store.errors import Notice, UserError
 from pipeline.train.features import Feature, Features, Want
 from pipeline.train.fit.finite import refuse_nan
 from pipeline.train.maps import Group, groups, maps
+from pipeline.train.necks import WIDTH, neck_for
 from pipeline.train.objective_configs import SegmentationConfig
 from pipeline.train.objectives.base import Answers, Head, Objective, Outputs, Scorer, Vocabulary, register_objective
 from pipeline.train.objectives.maskheads import auxiliary_head, map_head
@@ -35,12 +36,23 @@ USUAL = ("miou", "pixel_accuracy")
 class MaskHead(Head):
     """Logits of the classes on the finest map, brought to pixels by bilinear interpolation."""
 
+    training_only = ("auxiliary",)
+
     def __init__(self, features: Mapping[str, Feature], classes: int, config: SegmentationConfig) -> None:
         super().__init__()
         self.features, self.classes, self.share = dict(features), classes, config.auxiliary
         widths = [f.width for f in sorted(features.values(), key=lambda f: f.stride)]
+        # One map is enough for the other heads.
+        self.neck = neck_for(features, min(WIDTH, config.width)) if config.head == "upernet" else None
+        if self.neck is not None:
+            widths = [min(WIDTH, config.width)] * len(self.neck.levels)
         self.main = map_head(widths, classes, config)
         self.auxiliary = auxiliary_head(widths, classes, config) if config.auxiliary else None
+
+    def read(self, features: Features, group: Group, batch: Batch) -> list[Tensor]:
+        """The maps of a group's images, finest first."""
+        found = maps(self.features, features, group, batch)
+        return found if self.neck is None else self.neck(found)
 
     def losses(self, features: Features, batch: Batch) -> dict[str, Tensor]:
         assert batch.targets is not None
@@ -50,7 +62,7 @@ class MaskHead(Head):
             heads["auxiliary"] = (self.auxiliary, self.share)
         found: dict[str, list[Tensor]] = {name: [] for name in heads}
         for group in groups(batch):
-            read = maps(self.features, features, group, batch)
+            read = self.read(features, group, batch)
             truth = torch.stack([padded(masks[place], group.extent) for place in group.places]).long()
             for name, (head, _) in heads.items():
                 logits = F.interpolate(head(read).float(), group.extent, mode="bilinear", align_corners=False)
@@ -66,7 +78,7 @@ class MaskHead(Head):
         """(place in the batch, class of each pixel as scored, (height, width) uint8), one image at a time: logits at
         full resolution are large."""
         for group in groups(batch):
-            logits = refuse_nan(self.main(maps(self.features, features, group, batch)).float())
+            logits = refuse_nan(self.main(self.read(features, group, batch)).float())
             for place, geometry, own in zip(group.places, group.geometries, logits, strict=True):
                 yield place, own_pixels(own, group, geometry).argmax(0).to(torch.uint8)
 
@@ -149,7 +161,7 @@ class MaskScorer(Scorer):
 
 @register_objective("segmentation", SegmentationConfig)
 class Segmentation(Objective):
-    """Targets are masks, PNG files whose numbers are indices into the task's labels; numbers beyond them are no class.
+    """Targets are masks, PNG files whose numbers are those that the task gives its classes; others are no class.
     Metas say where the view shows what."""
 
     description = "a class for each pixel: UPerNet or FCN on feature maps"
@@ -158,11 +170,13 @@ class Segmentation(Objective):
     wants = Want(kinds=("map",))
     files = True
     counts = "pixels"
+    counted = True
 
     def __init__(self, config: SegmentationConfig, answers: Answers) -> None:
         super().__init__(config, answers)
-        labels = range(len(answers.labels))
-        self.numbers = np.array([i for i in labels if i != config.ignore_index], np.uint8)  # of the classes in masks
+        numbers = [int(n) for n in answers.values] or range(len(answers.labels))  # of the classes in masks
+        kept = {n: name for n, name in zip(numbers, answers.labels, strict=True) if n != config.ignore_index}
+        self.numbers, self.names = np.array(list(kept), np.uint8), tuple(kept.values())
         if len(self.numbers) < 2:
             raise UserError(f"ignore-index: without class {config.ignore_index} less than two classes are left")
         self.index = np.full(256, VOID, np.uint8)
@@ -189,6 +203,13 @@ class Segmentation(Objective):
             return {"mask": mask, "own": mask}
         return {"mask": mask, "own": torch.from_numpy(np.concatenate([item["own"] for item in items]))}
 
+    def made_up(self, batch: Batch) -> dict[str, Tensor]:
+        """Masks of the first class, over all that the backbone sees."""
+        extents = [picture.extent for picture in batch.pictures or ()]
+        batch.metas = [{META: Geometry(extent, extent, extent).to_meta()} for extent in extents]
+        mask = torch.zeros(sum(tall * wide for tall, wide in extents), dtype=torch.uint8, device=batch.device)
+        return {"mask": mask, "own": mask}
+
     def head(self, features: Mapping[str, Feature], vocabulary: Vocabulary) -> MaskHead:
         return MaskHead(features, len(self.numbers), self.config)
 
@@ -200,12 +221,12 @@ class Segmentation(Objective):
         told = []
         for mask in out["mask"]:
             counts = np.bincount(mask.numpy().reshape(-1), minlength=len(self.numbers)) / max(1, mask.numel())
-            named = {self.answers.labels[n]: round(float(c), 6) for n, c in zip(self.numbers, counts, strict=True) if c}
+            named = {name: round(float(c), 6) for name, c in zip(self.names, counts, strict=True) if c}
             told.append({"mask": self.numbers[mask.numpy()], "shares": named})
         return told
 
     def save(self, entry: Mapping[str, Any], image: Path, folder: Path, name: str) -> dict[str, Any]:
         from pipeline.train.objectives.overlays import save_mask
 
-        files = save_mask(entry["mask"], len(self.answers.labels), image, folder, name)
+        files = save_mask(entry["mask"], int(self.numbers.max()) + 1, image, folder, name)
         return {**files, "shares": entry["shares"]}

@@ -11,12 +11,14 @@ corrections it is that stream. There is no public code. What the paper leaves op
 - How highway and backbone meet before the neck: norm(l + e) by default, norm(e) as the alternative (`fusion`).
 - Initialisation: the author's LoRand code draws every factor (Kaiming uniform). Here the last factor starts at zero by
   default, so that training starts from the pretrained network; `zero_init` false gives the author's. A deviation.
+- The stacked form of its Table 5 is e + A₂(A₁(f₁) + f₂) here, which is the backbone's stream without corrections too.
 - The paper's tasks are dense, with a neck over all stages. A head for one class a sample reads the mean of every
   stage's norm, joined; all norms take part, and the counts are the paper's.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 
 import torch
@@ -26,12 +28,11 @@ from torch.nn import functional as F
 from pipeline.extract.backbones.base import Backbone
 from pipeline.extract.backbones.capabilities import Branches
 from pipeline.extract.backbones.swin import SwinTail
-from pipeline.extract.backbones.tail import Tail
 from pipeline.extract.batch import Batch
 from pipeline.store.errors import UserError
 from pipeline.train.configs import E3vaConfig
 from pipeline.train.features import Features, Want
-from pipeline.train.tuners.base import Tuner, register_tuner, rows_of, state_linear
+from pipeline.train.tuners.base import StateLinear, Tuner, register_tuner, rows_of, state_linear
 
 
 class LowRank(nn.Module):
@@ -67,25 +68,41 @@ class LowRankAdapter(nn.Module):
         return x.float() + self.up(F.gelu(self.down(x)))
 
 
+class PlainAdapter(nn.Module):
+    """A(x) = x + U GELU(D x + b) + c through `middle` channels. Parameters: 2 C · middle + middle + C."""
+
+    def __init__(self, width: int, middle: int, zero: bool) -> None:
+        super().__init__()
+        self.down, self.up = StateLinear(width, middle), nn.Linear(middle, width)
+        if zero:
+            nn.init.zeros_(self.up.weight)
+            nn.init.zeros_(self.up.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.float() + self.up(F.gelu(self.down(x)))
+
+
 @register_tuner("e3va", E3vaConfig)
 class E3va(Tuner):
-    """Parameters: 12 α Σ C + 3 Σ C over blocks of width C, and 2 C for each stage's norm."""
+    """Parameters: 12 α Σ C + 3 Σ C over blocks of width C, and 2 C for each stage's norm; with plain adapters
+    2 Σ (2 C m + m + C) instead; with mergings that are trained 8 C² + 8 C more for each."""
 
     description = "E³VA: low-rank adapters on a highway beside a Swin; alpha 8, 16, 32 for E³VA, +, ++"
     shapes = ("pyramid",)
     needs = (Branches,)
     tail: SwinTail
 
-    def __init__(self, config: E3vaConfig, backbone: Backbone, tail: Tail, wants: Want) -> None:
+    def __init__(self, config: E3vaConfig, backbone: Backbone, tail: SwinTail, wants: Want) -> None:
         super().__init__(config, backbone, tail, wants)
         self.states(config, backbone)
         self.adapters = nn.ModuleDict()
         for stream in backbone.streams:
             for i in range(backbone.depth(stream)):
                 for branch in ("msa", "mlp"):
-                    adapter = LowRankAdapter(backbone.width_of(stream), config.alpha, config.zero_init)
-                    self.adapters[f"{stream}_{i}_{branch}"] = adapter
+                    self.adapters[f"{stream}_{i}_{branch}"] = _adapter(config, backbone.width_of(stream))
+        self.merges = copy.deepcopy(tail.merges).requires_grad_(True) if config.merging == "trained" else None
         self.norms = nn.ModuleDict({s: nn.LayerNorm(backbone.width_of(s)) for s in backbone.streams})
+        self.norms.requires_grad_(config.norms == "trained")
         self.features = {s: rows_of(backbone, s) for s in backbone.streams}
 
     @classmethod
@@ -107,12 +124,24 @@ class E3va(Tuner):
         out: Features = {}
         for number, stream in enumerate(self.backbone.streams):
             if number:
-                e = self.tail.merge(e, number - 1, batch)
+                e = self.tail.merge(e, number - 1, batch, self.merges)
             for i in range(self.backbone.depth(stream)):
-                for branch in ("msa", "mlp"):
-                    tap = batch.states[f"{stream}.{i}.{branch}"]
-                    e = e + self.adapters[f"{stream}_{i}_{branch}"](tap)
+                e = self._block(e, f"{stream}.{i}", batch)
             last = f"{stream}.{self.backbone.depth(stream) - 1}"
             met = e + batch.states[last].float() if self.config.fusion == "sum" else e
             out[stream] = self.norms[stream](met)
         return out
+
+    def _block(self, e: Tensor, block: str, batch: Batch) -> Tensor:
+        """The highway past a block of the backbone."""
+        attention, mlp = (batch.states[f"{block}.{branch}"] for branch in ("msa", "mlp"))
+        first, second = (self.adapters[f"{block.replace('.', '_')}_{branch}"] for branch in ("msa", "mlp"))
+        if self.config.order == "stacked":
+            return e + second(first(attention) + mlp.float())
+        return e + first(attention) + second(mlp)
+
+
+def _adapter(config: E3vaConfig, width: int) -> nn.Module:
+    if config.adapter == "plain":
+        return PlainAdapter(width, config.middle or 32, config.zero_init)
+    return LowRankAdapter(width, config.alpha, config.zero_init)
