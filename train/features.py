@@ -14,7 +14,7 @@ Kind = Literal["sample", "sequence", "map"]
 class Feature:
     """What a tuner hands out under one name: rows of `width`, packed as those of `stream`.
 
-    `kind`: "sequence", a row a position (`stream` says whose); "map", the same with positions on a grid, `stride`
+    `mapped`: rows are in the space in which a head that ranks compares, which then adds no map of its own. `kind`: "sequence", a row a position (`stream` says whose); "map", the same with positions on a grid, `stride`
     pixels of what the backbone sees apart; "sample", one row a sample (`stream` is "").
     """
 
@@ -22,6 +22,7 @@ class Feature:
     stream: str = ""
     kind: Kind = "sample"
     stride: int = 0
+    mapped: bool = False
 
 
 Features = dict[str, Tensor]  # under the names of `Tuner.features`

@@ -157,6 +157,8 @@ def _labels_text(spec: TaskSpec) -> str:
         return f"label: masks of {len(spec.labels):,} classes ({_few(spec.labels)}); other values are no class"
     if spec.target == "none":
         return "no label: rows are for `stream` alone, not for training (--label COLUMN)"
+    if spec.target == "pair":
+        return "no label: what the slots read of a row belongs together"
     if spec.target == "number":
         return "label: a number"
     if spec.target == "tokens":

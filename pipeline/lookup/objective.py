@@ -80,9 +80,9 @@ def make_objective(
     return _made(recipe, spec, token_ids, objective_name(recipe, spec, backbone, tuner), how, training)
 
 
-def joint_objective(recipe: Recipe, spec: TaskSpec, training: Sequence[Any] = ()) -> Objective:
+def joint_objective(recipe: Recipe, spec: TaskSpec, slots: Sequence[str], training: Sequence[Any] = ()) -> Objective:
     """The objective of a run with several backbones: the one asked for, else the first for such targets, whose head
-    reads features of several slots. `training`: as in `make_objective`. UserError where there is none."""
+    reads features of the `slots`. `training`: as in `make_objective`. UserError where there is none."""
     refuse_untargeted(spec)
     refuse_targets(recipe, spec)
     fitting = [n for n in objective_names() if spec.target in objective_class(n).targets and objective_class(n).slots]
@@ -90,17 +90,24 @@ def joint_objective(recipe: Recipe, spec: TaskSpec, training: Sequence[Any] = ()
         asked = f"--objective {recipe.objective}" if recipe.objective else f"targets of type {spec.target}"
         there = ", ".join(n for n in objective_names() if objective_class(n).slots)
         raise UserError(f"{asked}: not for several backbones; objectives that are: {there}")
-    return _made(recipe, spec, (), recipe.objective or fitting[0], "several backbones", training)
+    return _made(recipe, spec, (), recipe.objective or fitting[0], "several backbones", training, slots)
 
 
 def _made(
-    recipe: Recipe, spec: TaskSpec, token_ids: Sequence[Sequence[int]], name: str, how: str, training: Sequence[Any]
+    recipe: Recipe,
+    spec: TaskSpec,
+    token_ids: Sequence[Sequence[int]],
+    name: str,
+    how: str,
+    training: Sequence[Any],
+    slots: Sequence[str] = (),
 ) -> Objective:
     cls = objective_class(name)
     if others := recipe.objective_options.keys() - options_of("objective", name).keys():
         raise UserError(refusal(sorted(others), [f"objective {name}, that of {how} here"]))
     config = objective_config(name, recipe.objective_options).settled(spec.labels, training)
-    answers = Answers(spec.labels, spec.metrics, spec.texts, tuple(tuple(ids) for ids in token_ids), spec.values)
+    ids = tuple(tuple(own) for own in token_ids)
+    answers = Answers(spec.labels, spec.metrics, spec.texts, ids, spec.values, tuple(slots))
     return cls(config, answers)
 
 

@@ -3,6 +3,8 @@
 from pipeline.train.objectives import (
     classification,
     completion,
+    contrastive,
+    hinge,
     label_text,
     multilabel,
     regression,
@@ -31,6 +33,8 @@ __all__ = [
     "Scorer",
     "classification",
     "completion",
+    "contrastive",
+    "hinge",
     "label_text",
     "multilabel",
     "objective_class",
