@@ -202,4 +202,4 @@ def union_states(pairs: Sequence[tuple[str, TunerConfig]], backbone: Backbone) -
     """The states that several tuners read between them, in the backbone's order. UserError for one that cannot work on
     it with its options."""
     wanted = {s for name, config in pairs for s in fitting_tuner(name, config, backbone).states(config, backbone)}
-    return [s for s in backbone.states() if s in wanted]
+    return [s for s in (*backbone.states(), *backbone.made_states()) if s in wanted]

@@ -137,7 +137,8 @@ class SegmentationConfig(ObjectiveConfig):
 @dataclass(frozen=True)
 class RetrievalConfig(ObjectiveConfig):
     """`joint_width`: D, of the space in which two slots are compared. `pooling`: what stands for a sample's positions
-    there; "gpo" is VSE∞'s (see `train.objectives.gpo`). `drop_cells`: share of the positions of an image's map that is
+    there; "gpo" is VSE∞'s (see `train.objectives.gpo`). `cells`: feature maps of images are
+    brought to cells of so many times so many positions. `drop_cells`: share of the positions of an image's map that is
     left out in training. `folds`: figures are told as means over so many parts of the split, too."""
 
     joint_width: int = option(1024, "Width of the space in which the slots are compared.", least=1)
@@ -146,6 +147,9 @@ class RetrievalConfig(ObjectiveConfig):
         "What stands for a sample's positions: their mean, the first, the last, the largest value of each channel, or "
         "generalised pooling (gpo, VSE∞'s).",
         choices=RANKED_POOLINGS,
+    )
+    cells: int = option(
+        1, "Bring images' feature maps to cells of so many times so many positions first (SHERL's VSE∞: 2).", least=1
     )
     drop_cells: float = option(
         0.0, "Share of the positions of images' feature maps that is left out in training (VSE∞: 0.2).", least=0, below=1

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pipeline.extract.backbones.grids import COLUMN, cells, max_cells, mean_cells
 from pipeline.extract.batch import Batch, Layout
 from pipeline.store.errors import UserError
-from pipeline.train.features import Feature, Features
+from pipeline.train.features import Feature, Features, Want
 from pipeline.train.fit.finite import refuse_nan
 from pipeline.train.objective_configs import RetrievalConfig
 from pipeline.train.objectives.base import Answers, Head, Objective, Outputs, Scorer
@@ -63,6 +64,8 @@ class RetrievalHead(Head):
         if not feature.stream:
             return mapped(rows).float()
         layout = batch.layout(feature.stream)
+        if self.config.cells > 1 and feature.kind == "map":
+            rows, layout = in_cells(rows, batch, feature, self.config.cells)
         if self.training and self.config.drop_cells and feature.kind == "map":
             rows, layout = dropped(rows, layout, self.config.drop_cells)
         pooling = self.config.pooling
@@ -102,6 +105,18 @@ def drawn(linear: nn.Linear) -> nn.Linear:
     return linear
 
 
+def in_cells(rows: Tensor, batch: Batch, feature: Feature, cell: int) -> tuple[Tensor, Layout]:
+    """Maps brought to cells of `cell` × `cell` positions: the largest and the mean value of each channel, summed."""
+    slot = feature.stream.partition("/")[0]
+    lengths = batch.lengths[feature.stream]
+    fine = batch.columns[f"{slot}/{COLUMN}"].cpu().numpy().reshape(len(lengths), -1, 2)[:, feature.place]
+    coarse = -(-fine // cell)
+    count = coarse.prod(1)
+    under = cells(fine, coarse, rows.device)
+    pooled = max_cells(rows, under, int(count.sum())) + mean_cells(rows, under, int(count.sum()))
+    return pooled, Layout.of(count, rows.device)
+
+
 def dropped(rows: Tensor, layout: Layout, share: float) -> tuple[Tensor, Layout]:
     """`rows` without about `share` of each sample's, drawn now; every sample keeps one at least."""
     keep = torch.rand(len(rows), device=rows.device) >= share
@@ -122,6 +137,7 @@ class Retrieval(Objective):
         if len(answers.slots) != 2:
             raise UserError(f"objective {self.name} compares two slots, not {len(answers.slots)}")
         super().__init__(config, answers)
+        self.wants = Want(joint=config.joint_width)  # type: ignore[misc]
 
     @property
     def metric_names(self) -> tuple[str, ...]:

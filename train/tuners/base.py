@@ -238,8 +238,8 @@ def tuner_config(name: str, options: dict[str, Any]) -> TunerConfig:
 def rows_of(backbone: Backbone, stream: str, width: int | None = None) -> Feature:
     """What a tuner hands out that keeps the positions of `stream`; `width`: the backbone's own if not given."""
     kind: Kind = "sequence" if backbone.shape == "sequence" else "map"
-    stride = backbone.stride(stream) if kind == "map" else 0
-    return Feature(backbone.width_of(stream) if width is None else width, stream, kind, stride)
+    stride, place = (backbone.stride(stream), backbone.streams.index(stream)) if kind == "map" else (0, 0)
+    return Feature(backbone.width_of(stream) if width is None else width, stream, kind, stride, place=place)
 
 
 def indivisible(reduction: int, width: int) -> str | None:
