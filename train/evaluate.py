@@ -154,8 +154,8 @@ def _batches(source: Source, each: bool) -> Iterator[Batch]:
 
 
 class Visit(NamedTuple):
-    """`take` is called with every batch, `model` in eval mode, under autocast to `precision`. `each`: with batches of the
-    distinct samples of each slot instead."""
+    """`take` is called with every batch, `model` in eval mode, under autocast to `precision`. `each`: with batches of
+    the distinct samples of each slot instead."""
 
     model: nn.Module
     precision: str

@@ -14,9 +14,10 @@ Kind = Literal["sample", "sequence", "map"]
 class Feature:
     """What a tuner hands out under one name: rows of `width`, packed as those of `stream`.
 
-    `mapped`: rows are in the space in which a head that ranks compares, which then adds no map of its own. `kind`: "sequence", a row a position (`stream` says whose); "map", the same with positions on a grid, `stride`
-    pixels of what the backbone sees apart, the extents of which are number `place` of a sample's; "sample", one row a
-    sample (`stream` is "").
+    `mapped`: rows are in the space in which a head that ranks compares, which then adds no map of its own. `kind`:
+    "sequence", a row a position (`stream` says whose); "map", the same with positions on a grid, `stride` pixels of
+    what the backbone sees apart, the extents of which are number `place` of a sample's; "sample", one row a sample
+    (`stream` is "").
     """
 
     width: int
@@ -33,8 +34,8 @@ Features = dict[str, Tensor]  # under the names of `Tuner.features`
 @dataclass(frozen=True)
 class Want:
     """What an objective asks of a tuner. `kinds`: of features that its head can read. `text_head`: rows of the last
-    stream at the backbone's own width, for its frozen language-model head. `joint`: the width of the space in which a head
-    that ranks compares samples, None where there is none."""
+    stream at the backbone's own width, for its frozen language-model head. `joint`: the width of the space in which a
+    head that ranks compares samples, None where there is none."""
 
     kinds: tuple[Kind, ...] = ("sample", "sequence", "map")
     text_head: bool = False

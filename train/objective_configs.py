@@ -152,7 +152,10 @@ class RetrievalConfig(ObjectiveConfig):
         1, "Bring images' feature maps to cells of so many times so many positions first (SHERL's VSE∞: 2).", least=1
     )
     drop_cells: float = option(
-        0.0, "Share of the positions of images' feature maps that is left out in training (VSE∞: 0.2).", least=0, below=1
+        0.0,
+        "Share of the positions of images' feature maps that is left out in training (VSE∞: 0.2).",
+        least=0,
+        below=1,
     )
     folds: int = option(1, "Also tell figures as means over so many parts of the split (COCO's 1K: 5).", least=1)
 
@@ -170,11 +173,13 @@ class HingeConfig(RetrievalConfig):
 
 @dataclass(frozen=True)
 class ContrastiveConfig(RetrievalConfig):
-    """`temperature`: similarities are divided by it, at first or for good; CLIP4Clip keeps CLIP's 0.01.
-    `learn_temperature`: it is trained; its inverse is at most 100."""
+    """`logit_scale`: similarities are multiplied by it, at first or for good: 1 / 0.07 as CLIP starts, 100 as CLIP ends
+    and CLIP4Clip keeps. `learn_scale`: it is trained; it is at most 100."""
 
-    temperature: float = option(0.07, "Similarities are divided by it (CLIP's at the end: 0.01).", least=0.01)
-    learn_temperature: bool = option(True, "Train the temperature, from that value on; its inverse is 100 at most.")
+    logit_scale: float = option(
+        14.285714285714286, "Similarities are multiplied by it, 100 at most.", above=0, most=100
+    )
+    learn_scale: bool = option(True, "Train that scale, from its value on.")
 
 
 # Name → config, by name; a test compares them with the registered ones.

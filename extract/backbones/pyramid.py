@@ -197,7 +197,7 @@ class Pyramid(Blocks, LiveLast, Levels, Vision):
 def pooled_maps(rows: Tensor, fine: tuple[int, int], coarse: tuple[int, int]) -> Tensor:
     """Maps (b, fine positions, C) → (b, coarse positions, C): the largest and the mean value over each, summed."""
     count = len(rows)
-    shapes = [np.tile(np.asarray(shape, np.int64), (count, 1)) for shape in (fine, coarse)]
-    cell = cells(*shapes, rows.device)
+    fines, coarses = (np.tile(np.asarray(shape, np.int64), (count, 1)) for shape in (fine, coarse))
+    cell = cells(fines, coarses, rows.device)
     flat, places = rows.reshape(-1, rows.shape[-1]), count * coarse[0] * coarse[1]
     return (max_cells(flat, cell, places) + mean_cells(flat, cell, places)).view(count, -1, rows.shape[-1])

@@ -36,14 +36,14 @@ class TaskError(UserError):
 class TaskSpec:
     """A task without its rows. It travels in the header of a task table (`to_dict`, `from_dict`).
 
-    `target`: the type of a row's target: an index into `labels` (class), a number, a list of such indices (classes:
-    any number of them; tags: one for each word of the text), an image of such indices as the bytes of a PNG file
-    (mask), tokens of the text itself, that what several slots read of a row belongs together (pair; of these two a row
-    has no label), or none. `labels`: names in index order, () for numbers. `metrics`: names known to `train.metrics` for a class or a number; their mean selects the best epoch.
-    `fields`: names of the one or two text fields. `prompt`: text-to-text source with {0} and {1} for the fields.
-    `texts`: what a text-to-text model must answer, per class, or per value of the grid for a number; () for other
-    targets. `values`: the number each of these stands for, evenly spaced; () where targets are no numbers. Raises
-    `TaskError` where these do not fit together.
+    `target`: the type of a row's target: an index into `labels` (class), a number, a list of such indices (classes: any
+    number of them; tags: one for each word of the text), an image of such indices as the bytes of a PNG file (mask),
+    tokens of the text itself, that what several slots read of a row belongs together (pair; of these two a row has no
+    label), or none. `labels`: names in index order, () for numbers. `metrics`: names known to `train.metrics` for a
+    class or a number; their mean selects the best epoch. `fields`: names of the one or two text fields. `prompt`:
+    text-to-text source with {0} and {1} for the fields. `texts`: what a text-to-text model must answer, per class, or
+    per value of the grid for a number; () for other targets. `values`: the number each of these stands for, evenly
+    spaced; () where targets are no numbers. Raises `TaskError` where these do not fit together.
     """
 
     name: str

@@ -1,4 +1,5 @@
-"""Pairs as a task: a table in which what several slots read of a row belongs together, such as an image and its caption.
+"""Pairs as a task: a table in which what several slots read of a row belongs together, such as an image and its
+caption.
 
 A row has no label; each slot reads a column of its own. An image with five captions stands in five rows, which are
 always of one split: rows are held out image by image.
@@ -39,14 +40,15 @@ def load_pairs(
     test: Path | None,
     name: str | None,
 ) -> Task:
-    """The rows of `table`, read from `path`, as one slot of a task of pairs. `column`: the slot's own. Raises `TaskError`
-    naming the row in which something is missing, or the columns there are where none is called as it should be."""
+    """The rows of `table`, read from `path`, as one slot of a task of pairs. `column`: the slot's own. Raises
+    `TaskError` naming the row in which something is missing, or the columns there are where none is called as it should
+    be."""
     column = column or _called(table, IMAGES if how.files else CAPTIONS, "--image" if how.files else "--text")
     together = how.together or next((c for c in IMAGES if c in table.columns), column)
 
     def rows_of(sheet: Sheet, split: str) -> Rows:
         _texts(sheet, together)
-        texts = [(text,) for text in _texts(sheet, column)]
+        texts: list[tuple[str, ...]] = [(text,) for text in _texts(sheet, column)]
         ids = ["" if v is None else str(v) for v in sheet.column("id")] if "id" in sheet.columns else []
         return Rows(texts, [None] * len(texts), ids if column != "id" else [])
 
@@ -67,7 +69,9 @@ def _texts(sheet: Sheet, column: str) -> list[str]:
     def text(row: int, value: Any) -> str:
         found = str(value) if isinstance(value, str | int | float) else ""
         if not found.strip():
-            what = "is empty" if value in (None, "") or isinstance(value, str) else f"is {type(value).__name__}, not text"
+            what = (
+                "is empty" if value in (None, "") or isinstance(value, str) else f"is {type(value).__name__}, not text"
+            )
             raise TaskError(f"{sheet.where(row)}: {column!r} {what}; every row of pairs needs one")
         return found
 

@@ -69,8 +69,8 @@ def load_task(
 
     `data`: folder of the task's files, instead of the Hugging Face hub. `grid`: spacing of the STS-B targets, 0.1 as in
     the official LST and SHERL code (a quirk) or 0.2 as in T5. `targets`: types of target that will do, () for any.
-    `void`: a number in masks that is no class. `paired`: see `load_table`. All other options are for a table; see `load_table`.
-    Raises `TaskError` with one line for anything wrong with the name, the options or the files.
+    `void`: a number in masks that is no class. `paired`: see `load_table`. All other options are for a table; see
+    `load_table`. Raises `TaskError` with one line for anything wrong with the name, the options or the files.
     """
     options = {"text": text, "text-pair": text_pair, "label": label, "separator": separator,
                "validation": validation, "test": test, "stratify": stratify, "metrics": metrics,

@@ -82,6 +82,7 @@ def hold_out(
 
     def take(places: Sequence[int]) -> Rows:
         return everything.take([row for place in places for row in units[place]])
+
     share, held = max(1, int(count * HELD_OUT)), 0
     if stratify:
         order = stratified(everything.labels, order, share, 1 if "test" in given else 2)

@@ -64,7 +64,9 @@ def load_table(
     train = read_sheet(path)
     if paired is not None and label is None and ("pair" in targets or not (targets or _found(train, _LABELS))):
         if separator or stratify or text_pair:
-            raise TaskError("rows of pairs have one column a slot and no label: leave out --separator, --stratify, --text-pair")
+            raise TaskError(
+                "rows of pairs have one column a slot and no label: leave out --separator, --stratify, --text-pair"
+            )
         return load_pairs(path, train, text, paired, validation, test, name)
     asked = Asked(text, targets, continues, others=any((text_pair, label, separator, metrics)))
     if texts := completion_fields(train.columns, _LABELS, asked):

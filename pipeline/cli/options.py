@@ -13,7 +13,7 @@ import click
 from pipeline.cli.command import tell
 from pipeline.extract.options import about
 from pipeline.jobs.slots import tuners_in
-from pipeline.owners import Owned, names_of, owned, recipe_of, refusal
+from pipeline.owners import Owned, names_of, options_of, owned, recipe_of, refusal
 from pipeline.recipe import Recipe, option_name, read_recipe
 from pipeline.store.errors import Notice, UserError
 
@@ -160,7 +160,9 @@ def _click_option(of: Owned) -> click.Option:
     if default not in (None, ()) and default is not False:
         shown = {True: "on"}.get(default, default) if isinstance(default, bool) else default
         help = f"{help} Default: {shown}."
-    return _option(of.flag, f"{of.kind}__{of.name}", of.hint, help, known.choices, known.metavar, False)
+    # Of several owners that are still open, each refuses what it does not take when it is chosen.
+    choices = [c for owner in of.owners for c in about(options_of(of.kind, owner)[of.name][0]).choices]
+    return _option(of.flag, f"{of.kind}__{of.name}", of.hint, help, list(dict.fromkeys(choices)), known.metavar, False)
 
 
 def tuners_among(methods: str) -> list[str]:

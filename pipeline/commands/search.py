@@ -47,9 +47,9 @@ class Found:
 
 
 def run_search(run: Run, query: Query, top: int, splits: Sequence[str], say: Say) -> dict[str, Any]:
-    """The `top` samples most similar to `query` among those of the `splits` of the run's task (all where none is named),
-    each distinct one once. Raises UserError for a run that compares no slots, a slot or split that is not there, and an
-    image that cannot be read."""
+    """The `top` samples most similar to `query` among those of the `splits` of the run's task (all where none is
+    named), each distinct one once. Raises UserError for a run that compares no slots, a slot or split that is not
+    there, and an image that cannot be read."""
     job = ranking_job(run)
     slot = _slot_of(job, query)
     (other,) = (name for name in job.jobs if name != slot)

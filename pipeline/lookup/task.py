@@ -43,7 +43,7 @@ def open_task(recipe: Recipe, backbone: Backbone | None = None) -> Task:
         stratify=bool(recipe.stratify),
         grid=USUAL_GRID if recipe.grid is None else recipe.grid,
         continues=backbone is not None and backbone.continues_text and not several,
-        paired=Paired(together(recipe), files) if several else None,
+        paired=Paired(together(recipe), files) if isinstance(recipe, SlotRecipe) else None,
         void=recipe.objective_options.get("ignore_index"),
     )
     refuse_targets(recipe, task.spec)

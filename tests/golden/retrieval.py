@@ -65,7 +65,10 @@ def dropped_inside(case: Case, model: Any, mask: Tensor, factor: float) -> dict[
 
 
 def gpo(case: Case) -> Setup:
-    module, inputs = Gpo(case.config["positions"], case.config["hidden"], case.config["temperature"]), case.under("input")
+    module, inputs = (
+        Gpo(case.config["positions"], case.config["hidden"], case.config["temperature"]),
+        case.under("input"),
+    )
     features, layout = inputs["features"].requires_grad_(), Layout.of(inputs["lengths"].numpy())
     places = {name: Place(name) for name, _ in module.named_parameters()}
 
@@ -83,7 +86,9 @@ def hinge_loss(case: Case) -> Setup:
     """Both phases of the schedule, each with its own gradient of images and captions."""
     inputs, official = case.under("input"), case.under("output")
     phases = ("all_negatives", "max_violation")
-    leaves = {f"{side}.{phase}": inputs[side].clone().requires_grad_() for side in ("images", "captions") for phase in phases}
+    leaves = {
+        f"{side}.{phase}": inputs[side].clone().requires_grad_() for side in ("images", "captions") for phase in phases
+    }
 
     def run() -> tuple[Tensor, Pairs]:
         pairs: Pairs = {}
@@ -91,7 +96,10 @@ def hinge_loss(case: Case) -> Setup:
         for phase in phases:
             similar = normalised(leaves[f"images.{phase}"]) @ normalised(leaves[f"captions.{phase}"]).t()
             loss = hinge(similar, own, case.config["margin"], phase == "max_violation")
-            pairs |= {"similarity": (similar, official["similarity"]), f"loss.{phase}": (loss, official[f"loss.{phase}"])}
+            pairs |= {
+                "similarity": (similar, official["similarity"]),
+                f"loss.{phase}": (loss, official[f"loss.{phase}"]),
+            }
         return pairs["loss.all_negatives"][0] + pairs["loss.max_violation"][0], pairs
 
     return Setup(nn.Module(), {}, run, inputs=leaves)

@@ -16,12 +16,12 @@ from pipeline.extract.batch import Layout
 from pipeline.extract.pretrained import Checkpoint
 from pipeline.train.features import Features, Want
 from pipeline.train.model import Model
-from pipeline.train.objectives.gpo import Gpo
 from pipeline.train.objectives import Answers, ObjectiveConfig
+from pipeline.train.objectives.gpo import Gpo
 from pipeline.train.objectives.label_text import LabelText
+from pipeline.train.objectives.retrieval import normalised
 from pipeline.train.tuners import tuner_config
 from pipeline.train.tuners.mtsa import MTSA
-from pipeline.train.objectives.retrieval import normalised
 from pipeline.train.tuners.vse import UniptVse
 from tests.golden import Case
 from tests.golden.compare import Place, Setup

@@ -117,7 +117,10 @@ class PairSource(Ordered):
         for name in slots or self.slots:
             place, slot = self.places[name], self.slots[name]
             count = int(place.max(initial=-1)) + 1
-            rows, size = np.split(np.argsort(place, kind="stable"), np.cumsum(np.bincount(place))[:-1]), self.order.batch_size
+            rows, size = (
+                np.split(np.argsort(place, kind="stable"), np.cumsum(np.bincount(place))[:-1]),
+                self.order.batch_size,
+            )
             found = np.argsort(slot.block[:count], kind="stable").astype(np.int64)
             batches = [found[at : at + size] for at in range(0, count, size)]
             shares = iter([[Share.of(batch, batch) for batch in batches]])

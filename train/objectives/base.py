@@ -59,8 +59,8 @@ class Head(nn.Module):
     """Reads a tuner's features. Computes in float32 unless autocast says otherwise."""
 
     def begin_step(self, step: int, steps: int, an_epoch: int) -> None:
-        """Called before optimizer step `step` of `steps` (from 0), `an_epoch` of which make up an epoch, for losses that
-        follow a schedule."""
+        """Called before optimizer step `step` of `steps` (from 0), `an_epoch` of which make up an epoch, for losses
+        that follow a schedule."""
 
     def losses(self, features: Features, batch: Batch) -> dict[str, Tensor]:
         """Weighted terms, scalars, each a mean over what `weight` counts; their sum trains."""

@@ -28,14 +28,14 @@ def symmetric(similar: Tensor, alike: Tensor, log_scale: Tensor) -> Tensor:
 
 
 class ContrastiveHead(RetrievalHead):
-    """Adds the logarithm of the scale of similarities, 1 / temperature at first: a parameter, or fixed."""
+    """Adds the logarithm of what similarities are multiplied by: a parameter, or fixed."""
 
     log_scale: Tensor
 
     def __init__(self, features: Mapping[str, Feature], config: ContrastiveConfig) -> None:
         super().__init__(features, config)
-        start = torch.tensor(-math.log(config.temperature))
-        if config.learn_temperature:
+        start = torch.tensor(math.log(config.logit_scale))
+        if config.learn_scale:
             self.log_scale = nn.Parameter(start)
         else:
             self.register_buffer("log_scale", start, persistent=False)  # a run's recipe has it

@@ -1,4 +1,5 @@
-"""Generalised pooling (GPO; Chen et al., "Learning the best pooling strategy for visual semantic embedding", CVPR 2021).
+"""Generalised pooling (GPO; Chen et al., "Learning the best pooling strategy for visual semantic embedding", CVPR
+2021).
 
 The values of each channel are sorted over a sample's positions, and each place in that order has a weight: the mean of
 places is mean pooling, the first place alone maximum pooling. The weights follow from the number of positions alone.

@@ -28,6 +28,7 @@ class HingeHead(RetrievalHead):
     """In the first epoch every negative counts, after it the hardest of each pair; the loss of the second epoch is
     weighed by how much of it has passed, from 0."""
 
+    config: HingeConfig
     hardest, share = False, 1.0
 
     def begin_step(self, step: int, steps: int, an_epoch: int) -> None:

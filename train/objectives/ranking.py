@@ -1,8 +1,8 @@
 """Scores of retrieval: every distinct sample of a slot ranks all those of the other one.
 
 A query is found at rank r where r candidates that do not belong to it come before the best of those that do; of equal
-similarity they do, so that embeddings which are all alike find nothing. R@K is the share of queries found among the first
-K, in per cent; rsum the sum of R@1, 5 and 10 both ways (Chen et al., CVPR 2021; 600 at most).
+similarity they do, so that embeddings which are all alike find nothing. R@K is the share of queries found among the
+first K, in per cent; rsum the sum of R@1, 5 and 10 both ways (Chen et al., CVPR 2021; 600 at most).
 """
 
 from __future__ import annotations
@@ -68,7 +68,9 @@ def folded(embedded: Sequence[Tensor], pairs: np.ndarray, ways: Sequence[str], f
     empty."""
     few = int(len(embedded[1]) < len(embedded[0]))
     if len(embedded[few]) < folds:
-        raise UserError(f"--folds {folds}: the split has {len(embedded[few])} distinct samples, too few for so many parts")
+        raise UserError(
+            f"--folds {folds}: the split has {len(embedded[few])} distinct samples, too few for so many parts"
+        )
     told: list[dict[str, float]] = []
     for part in np.array_split(np.arange(len(embedded[few])), folds):
         here = pairs[np.isin(pairs[:, few], part)]

@@ -1,8 +1,8 @@
 """What objectives that rank one slot against another share: the head that embeds both, the score, what is predicted.
 
 Each slot's features are mapped to one width, pooled over their positions and normalised; the similarity of two samples
-is the product of these. A batch holds pairs; samples of two pairs that share a sample of either slot (two captions of one
-image) belong to each other too and are no negatives: `Batch.ids` tells, which follows from keys.
+is the product of these. A batch holds pairs; samples of two pairs that share a sample of either slot (two captions of
+one image) belong to each other too and are no negatives: `Batch.ids` tells, which follows from keys.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def normalised(rows: Tensor) -> Tensor:
 
 
 class RetrievalHead(Head):
-    """Embeds the samples of two slots. Parameters: of each feature of width C a linear map to the joint width D, C · D +
-    D, unless the tuner has mapped it (`Feature.mapped`); of GPO 12,704 a slot (see `Gpo`)."""
+    """Embeds the samples of two slots. Parameters: of each feature of width C a linear map to the joint width D, C · D
+    + D, unless the tuner has mapped it (`Feature.mapped`); of GPO 12,704 a slot (see `Gpo`)."""
 
     def __init__(self, features: Mapping[str, Feature], config: RetrievalConfig) -> None:
         super().__init__()
@@ -79,8 +79,8 @@ class RetrievalHead(Head):
         return mapped(rows.index_select(0, layout.first + (layout.lengths - 1 if pooling == "last" else 0))).float()
 
     def paired(self, features: Features, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(B, B) similarity of each pair's sample of the first slot to each pair's of the second; and (B, B) bool, which
-        are no negatives of each other, the diagonal among them."""
+        """(B, B) similarity of each pair's sample of the first slot to each pair's of the second; and (B, B) bool,
+        which are no negatives of each other, the diagonal among them."""
         first, second = (batch.spread(f"{slot}/", self.embed(slot, features, batch)) for slot in self.slots)
         alike = np.zeros((len(batch), len(batch)), bool)
         for slot in self.slots:
@@ -120,7 +120,9 @@ def in_cells(rows: Tensor, batch: Batch, feature: Feature, cell: int) -> tuple[T
 def dropped(rows: Tensor, layout: Layout, share: float) -> tuple[Tensor, Layout]:
     """`rows` without about `share` of each sample's, drawn now; every sample keeps one at least."""
     keep = torch.rand(len(rows), device=rows.device) >= share
-    left = torch.zeros(len(layout.lengths), dtype=torch.long, device=rows.device).index_add(0, layout.sample, keep.long())
+    left = torch.zeros(len(layout.lengths), dtype=torch.long, device=rows.device).index_add(
+        0, layout.sample, keep.long()
+    )
     keep[layout.first[left == 0]] = True
     return rows[keep], Layout.of(left.clamp(min=1).cpu().numpy(), rows.device)
 

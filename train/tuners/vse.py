@@ -2,9 +2,9 @@
 joint space's, not of the backbone's.
 
 SHERL on encoders: features at side width are LayerNorm(Linear(h)), without gate matrices; the blend goes up by
-Dropout(LayerNorm(Linear(ReLU))) and into the live last layer; the head's map to the joint space follows. UniPT's last map
-goes to the joint space itself. On staged backbones both have their CNN forms, and SHERL reads its taps already pooled,
-which is exact: nothing is learned before the pooling.
+Dropout(LayerNorm(Linear(ReLU))) and into the live last layer; the head's map to the joint space follows. UniPT's last
+map goes to the joint space itself. On staged backbones both have their CNN forms, and SHERL reads its taps already
+pooled, which is exact: nothing is learned before the pooling.
 """
 
 from __future__ import annotations
@@ -43,12 +43,13 @@ def widths(config: VseConfig, backbone: Backbone, wants: Want) -> tuple[int, int
 
 @register_tuner("sherl-vse", SherlVseConfig)
 class SherlVse(Tuner):
-    """Parameters with n sets of width D, embedding and guide counted: n (Dd + 3d) + (d + 1) + (dD + 3D) + 1, and the norm
-    that the backbone puts after its last block, if any."""
+    """Parameters with n sets of width D, embedding and guide counted: n (Dd + 3d) + (d + 1) + (dD + 3D) + 1, and the
+    norm that the backbone puts after its last block, if any."""
 
     description = "SHERL in its form for image–text retrieval (VSE∞): side width from the joint space"
     lr_pooled = 5e-4
     needs = (LiveLast,)
+    one_stream = True
     tail: LiveTail
 
     def __init__(self, config: SherlVseConfig, backbone: Any, tail: LiveTail, wants: Want) -> None:
@@ -65,8 +66,6 @@ class SherlVse(Tuner):
 
     @classmethod
     def refuse(cls, config: SherlVseConfig, backbone: Backbone) -> str | None:
-        if len(backbone.streams) > 1:
-            return f"tuner sherl-vse is for encoders, not for {backbone.name} backbones"
         if backbone.projection is not None:
             return "tuner sherl-vse reads full states; extract without --projection"
         return None if _before_live(config, backbone) else "layers: none of them is before the live one"
@@ -91,8 +90,8 @@ def _before_live(config: VseConfig, backbone: Backbone) -> list[str]:
 
 @form("sherl-vse", "pyramid")
 class SherlVseConv(SherlConv):
-    """`SherlConv` at the side width of the joint space, its taps stored pooled: 2 MB an image of a ResNet at 512² instead
-    of 16."""
+    """`SherlConv` at the side width of the joint space, its taps stored pooled: 2 MB an image of a ResNet at 512²
+    instead of 16."""
 
     description = "SHERL in its form for image–text retrieval, on staged backbones"
     lr_pooled = 5e-4
@@ -116,8 +115,8 @@ class SherlVseConv(SherlConv):
 
 @register_tuner("unipt-vse", VseConfig)
 class UniptVse(Unipt):
-    """As `Unipt`, at the side width of the joint space, to which its last map goes. Parameters with n states of width D:
-    n (Dd + 3d) + (d + 1) + (d² + 3d) + dJ + J."""
+    """As `Unipt`, at the side width of the joint space, to which its last map goes. Parameters with n states of width
+    D: n (Dd + 3d) + (d + 1) + (d² + 3d) + dJ + J."""
 
     description = "UniPT in its form for image–text retrieval (VSE∞): it maps to the joint space itself"
     lr_pooled = 5e-4
