@@ -22,6 +22,8 @@ TUNERS = {
     "qst": "QST: a ladder beside a language model, its output blended with the backbone's",
     "side-tuning": "Side-Tuning: the last state blended with a small network on the embedding",
     "fixed": "the head alone on the frozen backbone's feature pyramid: the floor of dense tasks",
+    "sherl-vse": "SHERL in its form for image–text retrieval (VSE∞): side width from the joint space",
+    "unipt-vse": "UniPT in its form for image–text retrieval (VSE∞): it maps to the joint space itself",
 }
 
 _DECODERS = (

@@ -228,9 +228,9 @@ def a_sample_does_not_see_the_others(case: Case) -> None:
 
 def states_are_known_to_the_backbone(case: Case) -> None:
     names = state_names(case.tuner, case.config, case.backbone)
-    assert names and set(names) <= set(case.backbone.states())
+    assert names and set(names) <= {*case.backbone.states(), *case.backbone.made_states()}
     batch = case.batch()
-    assert all(v.shape[1] == case.backbone.width_of(stream_of(k)) for k, v in batch.states.items())
+    assert all(v.shape[1] == case.backbone.full_width(k) for k, v in batch.states.items())
 
 
 CHECKS: list[Callable[[Case], None]] = [
@@ -248,7 +248,7 @@ CHECKS: list[Callable[[Case], None]] = [
 
 
 def every_state_has_its_width(case: Case) -> None:
-    backbone, names = case.backbone, case.backbone.states()
+    backbone, names = case.backbone, [*case.backbone.states(), *case.backbone.made_states()]
     batch = case.inputs.batch()
     found = backbone.run(case.loaded, batch, names)
     assert len(set(names)) == len(names) and found.keys() == set(names)

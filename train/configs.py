@@ -148,6 +148,23 @@ class UniptConfig(SideConfig):
 
 
 @dataclass(frozen=True)
+class VseConfig(TunerConfig):
+    """`reduction`: side width is the width of the joint space (see `Want.joint`) over this."""
+
+    reduction: int = option(2, "Side width is the width in which slots are compared over this.", least=1)
+
+
+@dataclass(frozen=True)
+class SherlVseConfig(VseConfig):
+    """`gate`: start of alpha, 0 the paper's. `temperature`: T of the gate."""
+
+    blend: ClassVar[str] = "redundancy"
+
+    gate: float = option(0.0, "Start of the gate alpha.")
+    temperature: float = option(0.1, "Temperature of the gate.", above=0)
+
+
+@dataclass(frozen=True)
 class E3vaConfig(TunerConfig):
     """`alpha`: rank of the factors, 8 (E³VA), 16 (+) or 32 (++). `start`: e₀, "embedding" or "zero". `fusion`: "sum" is
     norm(l + e), "highway" norm(e). `zero_init`: start the last factor of each adapter at zero.
@@ -317,4 +334,6 @@ TUNERS: dict[str, type[TunerConfig]] = {
     "qst": QstConfig,
     "side-tuning": SideTuningConfig,
     "fixed": FixedConfig,
+    "sherl-vse": SherlVseConfig,
+    "unipt-vse": VseConfig,
 }

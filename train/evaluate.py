@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pipeline.extract.batch import Batch
 from pipeline.store.errors import UserError
+from pipeline.train.data.pairs import PairSource
 from pipeline.train.data.source import Source
 from pipeline.train.fit.finite import NotFinite
 from pipeline.train.fit.options import PRECISIONS
@@ -30,7 +31,7 @@ class Trainable(Protocol):
         """What the batch's loss counts for beside others of a step."""
         ...
 
-    def begin_step(self, step: int, steps: int) -> None:
+    def begin_step(self, step: int, steps: int, an_epoch: int) -> None:
         """Called before each optimizer step."""
         ...
 
@@ -141,16 +142,25 @@ def evaluate_all(
     check: Callable[[], None] = lambda: None,
 ) -> list[dict[str, float] | NotFinite]:
     """The figures of each scoring over `source`, which is read once; NotFinite for a model whose output is not."""
-    _visit([Visit(s.model, s.precision, s.take) for s in scorings], source, device, check)
+    _visit([Visit(s.model, s.precision, s.take, s.scorer.each) for s in scorings], source, device, check)
     return [s.scorer.compute() if s.failed is None else s.failed for s in scorings]
 
 
+def _batches(source: Source, each: bool) -> Iterator[Batch]:
+    if not each:
+        return source.sequential()
+    assert isinstance(source, PairSource)  # what ranks reads several slots
+    return source.each()
+
+
 class Visit(NamedTuple):
-    """`take` is called with every batch, `model` in eval mode, under autocast to `precision`."""
+    """`take` is called with every batch, `model` in eval mode, under autocast to `precision`. `each`: with batches of
+    the distinct samples of each slot instead."""
 
     model: nn.Module
     precision: str
     take: Callable[[Batch], None]
+    each: bool = False
 
 
 def _visit(visits: Sequence[Visit], source: Source, device: torch.device | str, check: Callable[[], None]) -> None:
@@ -159,13 +169,15 @@ def _visit(visits: Sequence[Visit], source: Source, device: torch.device | str, 
     for visit in visits:
         visit.model.eval()
     try:
-        with torch.inference_mode(), closing(source.sequential()) as batches:
-            for batch in batches:
-                check()
-                on_device = batch.to(device)
-                for visit in visits:
-                    with autocast(device, visit.precision):
-                        visit.take(on_device)
+        for each in {visit.each for visit in visits}:
+            here = [visit for visit in visits if visit.each == each]
+            with torch.inference_mode(), closing(_batches(source, each)) as batches:
+                for batch in batches:
+                    check()
+                    on_device = batch.to(device)
+                    for visit in here:
+                        with autocast(device, visit.precision):
+                            visit.take(on_device)
     finally:
         for visit, was_training in zip(visits, were_training, strict=True):
             visit.model.train(was_training)

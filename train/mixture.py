@@ -121,9 +121,9 @@ class MixedHead(Head):
     def of(self, task: str) -> Any:
         return self.parts[f"of_{task}"]
 
-    def begin_step(self, step: int, steps: int) -> None:
+    def begin_step(self, step: int, steps: int, an_epoch: int) -> None:
         for head in self.parts.values():
-            head.begin_step(step, steps)  # type: ignore[operator]
+            head.begin_step(step, steps, an_epoch)  # type: ignore[operator]
 
     def losses(self, features: Features, batch: Batch) -> dict[str, Tensor]:
         losses: dict[str, Tensor] = self.of(batch.task).losses(features, batch)

@@ -40,6 +40,10 @@ class Reader(nn.Module):
         penalty = self.penalty() if self.training else None
         return sum(others if penalty is None else [*others, penalty], first)
 
+    def embed(self, slot: str, batch: Batch) -> Tensor:
+        """(m, width), the distinct samples of `slot` in the batch, as a head that ranks compares them."""
+        return self.head.embed(slot, self(batch), batch)
+
     def weight(self, batch: Batch) -> float:
         """What the batch's loss counts for beside others."""
         return self.head.weight(batch)
@@ -52,9 +56,9 @@ class Reader(nn.Module):
         """What the scorer reads, on the host."""
         return on_host(self.head.measure(self(batch), batch))
 
-    def begin_step(self, step: int, steps: int) -> None:
-        """Called before optimizer step `step` of `steps`."""
-        self.head.begin_step(step, steps)
+    def begin_step(self, step: int, steps: int, an_epoch: int) -> None:
+        """Called before optimizer step `step` of `steps`, `an_epoch` of which make up an epoch."""
+        self.head.begin_step(step, steps, an_epoch)
 
     def stepped(self) -> None:
         """Called after each optimizer step."""
@@ -205,4 +209,4 @@ def union_states(pairs: Sequence[tuple[str, TunerConfig]], backbone: Backbone) -
     """The states that several tuners read between them, in the backbone's order. UserError for one that cannot work on
     it with its options."""
     wanted = {s for name, config in pairs for s in fitting_tuner(name, config, backbone).states(config, backbone)}
-    return [s for s in backbone.states() if s in wanted]
+    return [s for s in (*backbone.states(), *backbone.made_states()) if s in wanted]

@@ -13,6 +13,7 @@ from pipeline.train.box_configs import DetectionConfig, InstancesConfig
 from pipeline.train.configs import ObjectiveConfig, PooledConfig
 
 BALANCED = ("balanced",)
+RANKED_POOLINGS = ("mean", "first", "last", "max", "gpo")
 
 
 @dataclass(frozen=True)
@@ -134,11 +135,61 @@ class SegmentationConfig(ObjectiveConfig):
         return 0.0 if self.head != "upernet" else 0.4 if self.auxiliary_weight is None else self.auxiliary_weight
 
 
+@dataclass(frozen=True)
+class RetrievalConfig(ObjectiveConfig):
+    """`joint_width`: D, of the space in which two slots are compared. `pooling`: what stands for a sample's positions
+    there; "gpo" is VSE∞'s (see `train.objectives.gpo`). `cells`: feature maps of images are
+    brought to cells of so many times so many positions. `drop_cells`: share of the positions of an image's map that is
+    left out in training. `folds`: figures are told as means over so many parts of the split, too."""
+
+    joint_width: int = option(1024, "Width of the space in which the slots are compared.", least=1)
+    pooling: str = option(
+        "mean",
+        "What stands for a sample's positions: their mean, the first, the last, the largest value of each channel, or "
+        "generalised pooling (gpo, VSE∞'s).",
+        choices=RANKED_POOLINGS,
+    )
+    cells: int = option(
+        1, "Bring images' feature maps to cells of so many times so many positions first (SHERL's VSE∞: 2).", least=1
+    )
+    drop_cells: float = option(
+        0.0,
+        "Share of the positions of images' feature maps that is left out in training (VSE∞: 0.2).",
+        least=0,
+        below=1,
+    )
+    folds: int = option(1, "Also tell figures as means over so many parts of the split (COCO's 1K: 5).", least=1)
+
+
+@dataclass(frozen=True)
+class HingeConfig(RetrievalConfig):
+    """`margin`: by which what belongs together is to be more similar. `all_negatives_epochs`: epochs in which every
+    negative counts; after them the hardest, at first with a growing weight."""
+
+    margin: float = option(0.2, "By how much more similar than others pairs are to be.", above=0)
+    all_negatives_epochs: int = option(
+        1, "Epochs in which all negatives count; after them the hardest of each pair does.", least=0
+    )
+
+
+@dataclass(frozen=True)
+class ContrastiveConfig(RetrievalConfig):
+    """`logit_scale`: similarities are multiplied by it, at first or for good: 1 / 0.07 as CLIP starts, 100 as CLIP ends
+    and CLIP4Clip keeps. `learn_scale`: it is trained; it is at most 100."""
+
+    logit_scale: float = option(
+        14.285714285714286, "Similarities are multiplied by it, 100 at most.", above=0, most=100
+    )
+    learn_scale: bool = option(True, "Train that scale, from its value on.")
+
+
 # Name → config, by name; a test compares them with the registered ones.
 OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
     "classification": ClassificationConfig,
     "completion": ObjectiveConfig,
+    "contrastive": ContrastiveConfig,
     "detection": DetectionConfig,
+    "hinge": HingeConfig,
     "instances": InstancesConfig,
     "label-text": ObjectiveConfig,
     "multilabel": MultilabelConfig,

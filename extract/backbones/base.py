@@ -122,6 +122,10 @@ class Backbone(ABC):
         each block."""
         return [n for s in self.streams for n in (*self.embedding(s), *(f"{s}.{i}" for i in range(self.depth(s))))]
 
+    def made_states(self) -> list[str]:
+        """States beside `states` that are made of these where they would be larger, for tuners that ask for them."""
+        return []
+
     def embedding(self, stream: str) -> list[str]:
         """The states that `Tail.embed` reads; none where the embedding is looked up from ids."""
         return [f"{stream}.embed"]
@@ -150,11 +154,15 @@ class Backbone(ABC):
         out._projection = projection
         return out
 
+    def full_width(self, state: str) -> int:
+        """The width of `state` without any projection: that of its stream, but for what `made_states` says."""
+        return self.width_of(stream_of(state))
+
     def state_width(self, state: str) -> int:
-        """The width of `state` as a tuner gets it: that of its stream, or less where the space has a projection."""
+        """The width of `state` as a tuner gets it: its full one, or less where the space has a projection."""
         if self.projection is not None and state in self.projection.basis:
             return self.projection.width
-        return self.width_of(stream_of(state))
+        return self.full_width(state)
 
     def full_states(self) -> list[str]:
         """The states that no projection touches: what feeds the live layer, the last output of each stream, and what

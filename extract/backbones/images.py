@@ -301,14 +301,15 @@ def look_all(
     stride: int = 1,
     augment: str = "random",
 ) -> list[Any]:
-    """`look` at many, on a few threads, in order."""
+    """`look` at many, on a few threads, in order; at one that is named more than once, such as an image with several
+    captions, once."""
+    asked = list(zip(paths, views, strict=True))
+    distinct = list(dict.fromkeys(asked))
     with warnings.catch_warnings(), ThreadPoolExecutor(4) as pool:
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # such images are refused by name
-        return list(
-            pool.map(
-                lambda p: look(p[0], preprocess, p[1], seed, upright, stride, augment), zip(paths, views, strict=True)
-            )
-        )
+        found = pool.map(lambda p: look(p[0], preprocess, p[1], seed, upright, stride, augment), distinct)
+        seen = dict(zip(distinct, found, strict=True))
+    return [seen[one] for one in asked]
 
 
 def load_pixels(pictures: Sequence[Picture | Blank]) -> list[Tensor]:

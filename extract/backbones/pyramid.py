@@ -1,6 +1,9 @@
 """Backbones in stages: a stream a stage (`stage1`, `stage2`, …), a state a block (`stage3.1`).
 
-Rows of an image in a stream are the positions of its map, row by row. The tail is the last block of the last stage and
+Rows of an image in a stream are the positions of its map, row by row. `stage4.pool1` is the last map of stage 1 brought
+to the grid of stage 4, the last one: of the positions over each of its positions the largest and the mean value of each
+channel, summed. That is what SHERL's CNN form makes of a map before anything is learned; it takes 1 / k² of the bytes,
+with k² positions to one. The tail is the last block of the last stage and
 the norm after it, if there is one.
 """
 
@@ -8,7 +11,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -16,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.extract.backbones.capabilities import Blocks, Levels, LiveLast
-from pipeline.extract.backbones.grids import per_size
+from pipeline.extract.backbones.grids import cells, max_cells, mean_cells, per_size
 from pipeline.extract.backbones.loading import collect, freeze
 from pipeline.extract.backbones.tail import LiveTail
 from pipeline.extract.backbones.vision import Vision, fill, in_order, keep, map_sizes, pixel_groups
@@ -117,6 +120,19 @@ class Pyramid(Blocks, LiveLast, Levels, Vision):
     def embedding(self, stream: str) -> list[str]:
         return []
 
+    def made_states(self) -> list[str]:
+        """`stage4.pool1` … `stage4.pool3`, of four stages."""
+        return [f"{self.streams[-1]}.pool{i}" for i in range(1, len(self.streams))]
+
+    def full_width(self, state: str) -> int:
+        pooled = self._pooled(state)
+        return super().full_width(state) if pooled is None else self.channels(pooled)
+
+    def _pooled(self, state: str) -> int | None:
+        """The stage, from 0, that a pooled state is of; None for any other state."""
+        what = state.split(".")[1]
+        return int(what.removeprefix("pool")) - 1 if what.startswith("pool") else None
+
     def stack(self, model: Any, stream: str) -> Sequence[nn.Module]:
         return self.stages(model)[self.streams.index(stream)]
 
@@ -125,7 +141,8 @@ class Pyramid(Blocks, LiveLast, Levels, Vision):
 
     def run(self, model: Any, batch: Batch, states: Sequence[str]) -> dict[str, Tensor]:
         stages = self.stages(model)
-        named = [(s, self.module_of(model, s)) for s in states]
+        named = [(s, self.stages(model)[k][-1] if (k := self._pooled(s)) is not None else self.module_of(model, s))
+                 for s in states]  # fmt: skip
         last = max(self.streams.index(s.split(".")[0]) for s in states)
         dtype = next(model.parameters()).dtype
         parts: dict[str, list[tuple[list[int], Tensor]]] = {s: [] for s in states}
@@ -136,7 +153,16 @@ class Pyramid(Blocks, LiveLast, Levels, Vision):
             return x.flatten(1, 2) if self.channels_last else x.flatten(2).transpose(1, 2)
 
         for places, pixels in pixel_groups(batch):
-            with collect(named, lambda name, x, at=places: parts[name].append((at, flat(x)))):  # type: ignore[misc]
+            grid_of = partial(self.grid, height=pixels.shape[-2], width=pixels.shape[-1])
+
+            def keep(name: str, x: Tensor, at: list[int] = places, grid_of: Any = grid_of) -> None:
+                stage = self._pooled(name)
+                rows = flat(x)
+                if stage is not None:
+                    rows = pooled_maps(rows, grid_of(self.streams[stage]), grid_of(self.streams[-1]))
+                parts[name].append((at, rows))
+
+            with collect(named, keep):
                 grid = self.stem(model, pixels.to(dtype))
                 for number, blocks in enumerate(stages[: last + 1]):
                     for block in (*self.before(model, number), *blocks):
@@ -175,3 +201,12 @@ class Pyramid(Blocks, LiveLast, Levels, Vision):
 
     def norm(self, stream: str) -> nn.Module:
         return nn.Identity()
+
+
+def pooled_maps(rows: Tensor, fine: tuple[int, int], coarse: tuple[int, int]) -> Tensor:
+    """Maps (b, fine positions, C) → (b, coarse positions, C): the largest and the mean value over each, summed."""
+    count = len(rows)
+    fines, coarses = (np.tile(np.asarray(shape, np.int64), (count, 1)) for shape in (fine, coarse))
+    cell = cells(fines, coarses, rows.device)
+    flat, places = rows.reshape(-1, rows.shape[-1]), count * coarse[0] * coarse[1]
+    return (max_cells(flat, cell, places) + mean_cells(flat, cell, places)).view(count, -1, rows.shape[-1])

@@ -22,7 +22,7 @@ SPLIT_NAMES: dict[str, str] = {"train": "train", "validation": "validation", "va
 SPLIT_SEED = 42  # of the LST / SHERL protocol; never the run's seed, so that every seed sees the same splits
 
 Label = int | float | list[int] | list[dict[str, Any]] | bytes | None  # the target of a row, of its task's type
-TargetType = Literal["class", "number", "classes", "tags", "tokens", "mask", "boxes", "instances", "none"]
+TargetType = Literal["class", "number", "classes", "tags", "tokens", "mask", "boxes", "instances", "pair", "none"]
 DENSE = ("mask", "boxes", "instances")  # types of target that say where in an image something is
 # What format 1 of task tables called a task by, which the versions of such tasks are still digests of.
 _KINDS = {"class": "classification", "number": "regression"}
@@ -39,13 +39,13 @@ class TaskSpec:
     `target`: the type of a row's target: an index into `labels` (class), a number, a list of such indices (classes:
     any number of them; tags: one for each word of the text), an image of such indices as the bytes of a PNG file
     (mask), the objects in an image (boxes; instances, with their outlines; see `tasks.objects`), tokens of the text
-    itself (then a row has no label), or none. `labels`: names in index order, () for
-    numbers. `metrics`: names known to `train.metrics` for a class or a number; their mean selects the best epoch.
-    `fields`: names of the one or two text fields. `prompt`: text-to-text source with {0} and {1} for the fields.
-    `texts`: what a text-to-text model must answer, per class, or per value of the grid for a number; () for other
-    targets. `values`: the number each of these stands for, evenly spaced; of masks and of objects the number that their
-    files know each class by (of masks ascending, where these are not 0, 1, 2, …); () of other targets. Raises
-    `TaskError` where these do not fit together.
+    itself, that what several slots read of a row belongs together (pair; of these two a row has no label), or none.
+    `labels`: names in index order, () for numbers. `metrics`: names known to `train.metrics` for a class or a number;
+    their mean selects the best epoch. `fields`: names of the one or two text fields. `prompt`: text-to-text source with
+    {0} and {1} for the fields. `texts`: what a text-to-text model must answer, per class, or per value of the grid for
+    a number; () for other targets. `values`: the number each of these stands for, evenly spaced; of masks and of
+    objects the number that their files know each class by (of masks ascending, where these are not 0, 1, 2, …); () of
+    other targets. Raises `TaskError` where these do not fit together.
     """
 
     name: str
@@ -62,7 +62,7 @@ class TaskSpec:
             types = ", ".join(get_args(TargetType))
             raise TaskError(f"task {self.name}: the type of a target is one of {types}, not {self.target!r}")
         answers, what = (self.values, "values") if self.target == "number" else (self.labels, "labels")
-        least = {"classes": 1, "boxes": 1, "instances": 1, "tokens": 0, "none": 0}.get(self.target, 2)
+        least = {"classes": 1, "boxes": 1, "instances": 1, "tokens": 0, "pair": 0, "none": 0}.get(self.target, 2)
         if len(answers) < least:
             raise TaskError(f"task {self.name}: at least {least} {what} are needed, there are {len(answers)}")
         if self.target in _KINDS and len(self.texts) != len(answers):

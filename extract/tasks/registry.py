@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pipeline.extract.plugins import load_installed
 from pipeline.extract.tasks.base import Task, TaskError
+from pipeline.extract.tasks.captions import Paired
 from pipeline.extract.tasks.coco import is_coco, load_coco
 from pipeline.extract.tasks.completion import load_hub_texts
 from pipeline.extract.tasks.glue import GLUE, USUAL_GRID, load_glue
@@ -64,6 +65,7 @@ def load_task(
     continues: bool = False,
     void: int | None = None,
     skip_bad: bool = False,
+    paired: Paired | None = None,
 ) -> Task:
     """The task called `name`, the table at the path `name` (.csv, .tsv, .jsonl, .json, .conll), the images in that
     folder, with masks or objects beside them or in folders of classes, those of a Hugging Face dataset (hub:DATASET),
@@ -71,9 +73,9 @@ def load_task(
 
     `data`: folder of the task's files, instead of the Hugging Face hub. `grid`: spacing of the STS-B targets, 0.1 as in
     the official LST and SHERL code (a quirk) or 0.2 as in T5. `targets`: types of target that will do, () for any.
-    `void`: a number in masks that is no class. `skip_bad`: leave out objects in images that
-    cannot be used. All other options are for a table; see `load_table`.
-    Raises `TaskError` with one line for anything wrong with the name, the options or the files.
+    `void`: a number in masks that is no class. `skip_bad`: leave out objects in images that cannot be used. `paired`:
+    see `load_table`. All other options are for a table; see `load_table`. Raises `TaskError` with one line for anything
+    wrong with the name, the options or the files.
     """
     options = {"text": text, "text-pair": text_pair, "label": label, "separator": separator,
                "validation": validation, "test": test, "stratify": stratify, "metrics": metrics,
@@ -105,6 +107,7 @@ def load_task(
         made = load_table(
             path, text=text, text_pair=text_pair, label=label, separator=separator, targets=targets,
             validation=validation, test=test, stratify=stratify, metrics=metrics, name=task_name, continues=continues,
+            paired=paired,
         )  # fmt: skip
         return replace(made, origin=_origin(path, validation, test))
     if is_folder(name):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,14 +34,16 @@ def part(
     validation: Path | None,
     test: Path | None,
     stratify: bool = False,
+    together: str = "",
 ) -> Parted:
     """The rows of `table`, which was read from `path`, by splits. `rows_of(sheet, split)` makes rows of a file.
 
     Where neither a validation nor a test file is given, a tenth of the rows each is held out by the fixed permutation
     (seed 42, whatever the run's seed), so that a table always splits the same way. With a test file alone, only
     validation rows are held out; with a validation file alone there is no test split. `stratify`: rows of one class
-    each are held out class by class, in the order of that permutation. Raises `TaskError` for too few rows, and all
-    that `read_sheet` refuses.
+    each are held out class by class, in the order of that permutation. `together`: a column of `table`; rows in which
+    it has one value stay in one split, and it is of these values that a tenth each is held out. Raises `TaskError` for
+    too few rows, and all that `read_sheet` refuses.
     """
     everything = rows_of(table, "train")
     parts = {"train": table.digest}
@@ -50,36 +52,56 @@ def part(
         if file is not None:
             sheet = read_sheet(file)
             given[split], parts[split] = rows_of(sheet, split), sheet.digest
-    splits, absent = hold_out(everything, given, str(path), stratify)
+    groups = table.column(together) if together else ()
+    splits, absent = hold_out(everything, given, str(path), stratify, groups)
     revision = table.digest if len(parts) == 1 else xxhash.xxh3_128_hexdigest(repr(sorted(parts.items())).encode())
     provenance = {
         "dataset": path.name, "revision": revision, "licence": "not stated", "source": "table",
         "splits": "files" if validation is not None and test is not None else "held-out", "files": parts,
-        **({"stratified": True} if stratify else {}),
+        **({"stratified": True} if stratify else {}), **({"together": together} if together else {}),
     }  # fmt: skip
     return Parted(everything, splits, absent, provenance)
 
 
 def hold_out(
-    everything: Rows, given: Mapping[str, Rows], where: str, stratify: bool = False
+    everything: Rows,
+    given: Mapping[str, Rows],
+    where: str,
+    stratify: bool = False,
+    groups: Sequence[Hashable] = (),
 ) -> tuple[dict[str, Rows], dict[str, str]]:
     """The splits of `everything` beside those `given`, and why one is not there, by the rule of `part`. `where`: the
-    rows' place, for messages."""
-    order, count = fixed_order(len(everything)), len(everything)
+    rows' place, for messages. `groups`: of each row what it must share a split with others by; () for rows that stand
+    for themselves."""
+    units = _units(groups) if groups else [[row] for row in range(len(everything))]
+    order, count = fixed_order(len(units)), len(units)
     splits, absent = dict(given), {}
     if "validation" not in given and count < (2 if "test" in given else 3):
-        raise TaskError(f"{where} has {count} rows, too few to hold any out; add rows")
+        what = "distinct ones among its rows" if groups else "rows"
+        raise TaskError(f"{where} has {count} {what}, too few to hold any out; add rows")
+
+    def take(places: Sequence[int]) -> Rows:
+        return everything.take([row for place in places for row in units[place]])
+
     share, held = max(1, int(count * HELD_OUT)), 0
     if stratify:
         order = stratified(everything.labels, order, share, 1 if "test" in given else 2)
     for split in ("validation", "test"):
         if split not in given and "validation" not in given:
-            splits[split] = everything.take(order[held : held + share])
+            splits[split] = take(order[held : held + share])
             held += share
     if "test" not in splits:
         absent["test"] = "a validation file was given and no test file; give one with --test FILE"
-    splits["train"] = everything.take(order[held:])
+    splits["train"] = take(order[held:])
     return {s: splits[s] for s in SPLITS if s in splits}, absent
+
+
+def _units(groups: Sequence[Hashable]) -> list[list[int]]:
+    """The places of equal `groups`, in the order in which these come first."""
+    found: dict[Hashable, list[int]] = {}
+    for place, group in enumerate(groups):
+        found.setdefault(group, []).append(place)
+    return list(found.values())
 
 
 def stratified(classes: Sequence[Any], order: Sequence[int], held: int, parts: int) -> list[int]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.extract.tasks.base import Label, Rows, TargetType, Task, TaskError, TaskSpec
+from pipeline.extract.tasks.captions import Paired, load_pairs
 from pipeline.extract.tasks.completion import Asked, completion_fields, load_completions
 from pipeline.extract.tasks.names import table_name
 from pipeline.extract.tasks.sheet import WORDS, Sheet, read_sheet
@@ -37,6 +38,7 @@ def load_table(
     metrics: Sequence[str] = (),
     name: str | None = None,
     continues: bool = False,
+    paired: Paired | None = None,
 ) -> Task:
     """The table at `path` as a task named after the file (or `name`).
 
@@ -51,7 +53,8 @@ def load_table(
     numbers). `stratify`: hold rows out by `stratified`. `metrics`: accuracy, or pearson and spearman, where not given.
     Text-to-text: prompt "NAME COLUMN: A COLUMN: B", texts to answer the class index, or an even grid over the range of
     the labels. A test file may come without labels. `continues`: the backbone goes on with texts, so that rows without
-    labels are what it learns; see `completion_fields`.
+    labels are what it learns; see `completion_fields`. `paired`: several slots read the table, this is one; without
+    labels its rows are pairs, see `captions`.
 
     Raises `TaskError` for: missing column, missing or unknown label, label that is not a finite number, one class only,
     other than one tag a word, too few rows to split, and all that `read_sheet` refuses.
@@ -59,6 +62,12 @@ def load_table(
     if stratify and validation is not None:
         raise TaskError("--stratify: with --validation no rows are held out; leave one of the two out")
     train = read_sheet(path)
+    if paired is not None and label is None and ("pair" in targets or not (targets or _found(train, _LABELS))):
+        if separator or stratify or text_pair:
+            raise TaskError(
+                "rows of pairs have one column a slot and no label: leave out --separator, --stratify, --text-pair"
+            )
+        return load_pairs(path, train, text, paired, validation, test, name)
     asked = Asked(text, targets, continues, others=any((text_pair, label, separator, metrics)))
     if texts := completion_fields(train.columns, _LABELS, asked):
         return load_completions(path, train, texts, validation, test, name)

@@ -80,13 +80,23 @@ def limit_doubt(limit: int | None, table: TaskTable, views: int = 1) -> str:
 
 
 def _contents(table: TaskTable, images: bool) -> Sequence[Hashable]:
-    """What each row is known by: its texts, where the table has them and they are not names of files."""
+    """What each row is known by: its texts, where the table has them and they are not names of files; of pairs, what
+    keeps rows in one split."""
+    if table.header["spec"]["target"] == "pair":
+        return _together(table)
     return [key if images else tuple(texts) or key for key, texts in zip(table.keys, table.texts, strict=True)]
 
 
 def _blank(name: str, table: TaskTable) -> str:
     blank = sum(any(not text.strip() for text in texts) for texts in table.texts)
     return f"{blank:,} of {len(table):,} {name} rows have a blank text" if blank else ""
+
+
+def _together(table: TaskTable) -> Sequence[Hashable]:
+    """The key of what each pair shares with others, such as its image."""
+    slots, column = table.header.get("slots", {}), table.header.get("provenance", {}).get("together")
+    slot = next((name for name, fields in slots.items() if column in fields), "")
+    return table.joined.get(slot, table.keys)
 
 
 def _contradictions(tables: Mapping[str, TaskTable], rows: Mapping[str, Sequence[Hashable]], images: bool) -> str:
@@ -120,6 +130,12 @@ def _shared(
     if not shared:
         return ""
     origin = tables[name].header.get("provenance", {})
+    if tables[name].header["spec"]["target"] == "pair":
+        what, twice = origin.get("together", "sample"), {rows[name][place] for place in shared}
+        return (
+            f"{len(twice):,} of the {len(set(rows[name])):,} {what}s of {name} stand in {' or '.join(before)} too, "
+            f"first: {shown(tables[name], shared[0])}"
+        )
     ours = origin.get("splits") == "held-out" and origin.get("source") in OWN and name not in origin.get("files", ())
     advice = "give each image once" if images else "remove what stands twice, or give --validation and --test"
     return (

@@ -313,7 +313,7 @@ def _spec(raw: Any, where: str) -> TaskSpec:
         raise refuse(where, "spec.values in its header is no list of numbers")
     if any(b <= a for a, b in pairwise(values)):
         raise refuse(where, "spec.values in its header do not ascend")
-    scored = raw["metrics"] or raw.get("target") in ("classes", "tags", "tokens", *DENSE, "none")
+    scored = raw["metrics"] or raw.get("target") in ("classes", "tags", "tokens", "pair", *DENSE, "none")
     if not isinstance(raw.get("name"), str) or not isinstance(raw.get("prompt"), str) or not scored:
         raise refuse(where, "spec.name, spec.prompt or spec.metrics is missing in its header")
     try:

@@ -10,6 +10,7 @@ import click
 
 from pipeline.cli.command import command, imports, printable, voice
 from pipeline.cli.options import build_recipe, split_names, takes, tuners_among
+from pipeline.cli.search import search
 from pipeline.cli.store import store
 from pipeline.cli.sweep import sweep
 from pipeline.extract.kernels import spin_briefly
@@ -393,5 +394,6 @@ def tuners(as_json: bool) -> tuple[Any, str]:
     return {"tuners": listed}, pairs_text(list(listed.items()))
 
 
+main.add_command(search)
 main.add_command(store)
 main.add_command(sweep)

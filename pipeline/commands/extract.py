@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pipeline.checks.doubtful_rows import doubts
 from pipeline.checks.rows import token_doubts
 from pipeline.checks.stored import kept_name, made_with, own_kept
@@ -130,18 +132,21 @@ def _announce(
     rows = ", ".join(
         f"{s.name} {len(s.rows):,}" + (f" of {s.total:,}" if len(s.rows) < s.total else "") for s in splits
     )
-    stored = space.lookup(list(dict.fromkeys(keys)), states)
+    distinct = list(dict.fromkeys(keys))
+    stored = space.lookup(distinct, states)
     todo = int((~stored.present).sum())
-    size = estimated_bytes(inputs, states, backbone, fmt)
+    first = {key: place for place, key in reversed(list(enumerate(keys)))}
+    once = inputs.take(np.asarray([first[key] for key in distinct], np.int64))
+    size = estimated_bytes(once, states, backbone, fmt)
     say(f"rows: {rows}; {_labels_text(spec)}")
     if many := _too_many_classes(spec, splits):
         say(f"warning: {many}")
     say(
         f"space {space.id[:12]}: {widths_text(list(states), backbone)} as {fmt}, "
-        f"{size / len(keys) / 1e3:,.1f} kB a sample, {size / 1e9:.3f} GB in all"
+        f"{size / len(distinct) / 1e3:,.1f} kB a sample, {size / 1e9:.3f} GB in all"
     )
     say(
-        f"to compute: {todo:,} of {len(set(keys)):,} distinct samples"
+        f"to compute: {todo:,} of {len(distinct):,} distinct samples"
         + ("" if todo else ", everything is in the store already")
     )
     for split in splits:
@@ -166,6 +171,8 @@ def _labels_text(spec: TaskSpec) -> str:
         return f"label: objects of {len(spec.labels):,} classes ({_few(spec.labels)}){outlines}"
     if spec.target == "none":
         return "no label: rows are for `stream` alone, not for training (--label COLUMN)"
+    if spec.target == "pair":
+        return "no label: what the slots read of a row belongs together"
     if spec.target == "number":
         return "label: a number"
     if spec.target == "tokens":

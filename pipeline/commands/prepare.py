@@ -211,9 +211,7 @@ def _prepare(recipe: Recipe, checkpoint: Checkpoint, task: Task | None, upright:
     states = wanted_states(recipe, backbone)
     refuse_full_readers(recipe, recipe.tuners, backbone)
     refuse_for_kind(recipe, backbone)
-    # With several backbones none is asked to write: there is one answer, and a head of them all gives it.
-    single = not isinstance(recipe, SlotRecipe)
-    task = task or open_task(recipe, backbone if single else None)
+    task = task or open_task(recipe, backbone)
     options = space_options(recipe, task.spec, backbone)
     if not upright:  # of a space made before images were turned
         options = replace(options, text=replace(options.text, upright=False))

@@ -20,7 +20,6 @@ from pipeline.jobs.extracted import views_of
 from pipeline.jobs.job import Job, agreed
 from pipeline.jobs.joint import Joint
 from pipeline.jobs.mixture import Mixture, open_job
-from pipeline.jobs.sources import grouped
 from pipeline.lookup.recipe import store_path
 from pipeline.lookup.task_versions import columns_text, task_id
 from pipeline.recipe import Recipe
@@ -195,7 +194,7 @@ def resolved_recipe(job: AnyJob, options: FitOptions) -> Recipe:
         task=",".join(lasting_name(part) for part in job.each),
         store=absolute(store_path(job.recipe)),
         batch_size=job.batch_size if len({part.batch_size for part in job.each}) == 1 else None,
-        group_by_length=grouped(job.recipe, job.paper),
+        group_by_length=job.grouped,
         objective=objectives[0].name if alike else job.recipe.objective,
         epochs=options.epochs,
         lr=options.lr,

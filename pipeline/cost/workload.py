@@ -84,7 +84,7 @@ class Workload:
         total = float(sum(4 * n[stream_of(c)] for c in self.backbone.columns))
         for state in states or self.states:
             stream = stream_of(state)
-            width = self.backbone.width_of(stream) if channels is None or state in full else channels
+            width = self.backbone.full_width(state) if channels is None or state in full else channels
             total += n[stream] * (width * bytes_per_value(fmt) + (4 if fmt == "int8" else 0))
         return total
 

@@ -18,7 +18,7 @@ from pipeline.extract.backbones import Backbone
 from pipeline.extract.backbones.tail import Tail
 from pipeline.extract.tasks.base import DENSE, TaskSpec
 from pipeline.jobs.extracted import as_extracted, first_views, limited, picture_options, views_of
-from pipeline.jobs.sources import Live, batch_size_of, live_backbone, relive, sources, store_source
+from pipeline.jobs.sources import Live, batch_size_of, grouped, live_backbone, relive, sources, store_source
 from pipeline.lookup.objective import make_objective
 from pipeline.lookup.recipe import Found, Unstored, device_of, find_space, store_path
 from pipeline.lookup.task import need
@@ -99,6 +99,11 @@ class Job:
         return batch_size_of(self.recipe, self.paper, self.spec.target)
 
     @property
+    def grouped(self) -> bool:
+        """Whether batches hold samples of like length."""
+        return grouped(self.recipe, self.paper)
+
+    @property
     def each(self) -> list[Job]:
         """What there is of each task: itself alone."""
         return [self]
@@ -163,7 +168,7 @@ class Job:
 
 def targets_of(objective: Objective, table: TaskTable, metas: Sequence[Mapping[str, Any]]) -> Targets | None:
     """Targets of a table's rows, with what is known of each; None where a row has none."""
-    labelled = objective.continues_text or all(label is not None for label in table.labels)
+    labelled = objective.unlabelled or all(label is not None for label in table.labels)
     return Targets(objective, table.labels, metas or None) if labelled else None
 
 

@@ -91,7 +91,7 @@ class Joint:
     @cached_property
     def objective(self) -> Objective:
         """What is learned of the label."""
-        return joint_objective(self.recipe, self.spec, self.first.training)
+        return joint_objective(self.recipe, self.spec, tuple(self.jobs), self.first.training)
 
     @property
     def backbones(self) -> list[Backbone]:
@@ -109,6 +109,11 @@ class Joint:
     @property
     def batch_size(self) -> int:
         return batch_size_of(self.recipe, self.paper, self.spec.target)
+
+    @property
+    def grouped(self) -> bool:
+        """Whether batches hold samples of like length; by default not where these are compared with each other."""
+        return grouped(self.recipe, self.objective.coupled)
 
     @property
     def each(self) -> list[Joint]:
@@ -140,7 +145,7 @@ class Joint:
 
     def source(self, split: str) -> PairSource:
         """Pairs of `split` from the store. Raises MissingStates naming the slot and the first row without states."""
-        slots, places, group = {}, {}, grouped(self.recipe, self.paper)
+        slots, places, group = {}, {}, self.grouped
         for slot, job in self.jobs.items():
             keys, places[slot] = distinct(job.tables[split].keys)
             with of_slot(slot):
@@ -175,7 +180,7 @@ class Joint:
         if stored is not None:
             order = stored.order
         else:
-            options = stream_options(self.first, split, self.batch_size, grouped(self.recipe, self.paper))
+            options = stream_options(self.first, split, self.batch_size, self.grouped)
             lengths = np.sum([part.inputs.tokens() for part in parts.values()], axis=0)
             order = options.order(np.zeros(len(lengths), np.int64), lambda: lengths)
         return self._live_pairs(parts, stored, order, self.targets(split))

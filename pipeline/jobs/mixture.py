@@ -86,6 +86,10 @@ class Mixture:
         return self.first.model_name
 
     @property
+    def grouped(self) -> bool:
+        return self.first.grouped
+
+    @property
     def batch_size(self) -> int:
         return self.first.batch_size
 

@@ -66,6 +66,17 @@ def slot_and_name(method: str) -> tuple[str, str]:
     return (found[1], found[2]) if found else ("", method)
 
 
+def together(recipe: SlotRecipe) -> str:
+    """The column of pairs whose values keep rows in one split: that of the images, else that of the first slot; ""
+    where the recipe names none."""
+    slots = slots_of(recipe.whole)
+    for option in ("image", "text"):
+        if given := getattr(recipe.whole, option):
+            named = named_parts(given, option, slots)
+            return next((named[slot] for slot in slots if slot in named), given)
+    return ""
+
+
 def tuners_in(recipe: Recipe, extraction: bool = False) -> list[str]:
     """The names of the tuners of --tuner, or, for an `extraction`, of --for, over all slots."""
     if extraction:

@@ -44,14 +44,15 @@ def batch_size_of(recipe: Recipe, paper: bool, target: str) -> int:
     return recipe.batch_size or (100 if paper else 2 if target in DENSE else 64)
 
 
-def grouped(recipe: Recipe, paper: bool) -> bool:
-    """Whether batches hold samples of like length: by default, but not under the papers' protocol."""
-    return not paper if recipe.group_by_length is None else recipe.group_by_length
+def grouped(recipe: Recipe, mixed: bool) -> bool:
+    """Whether batches hold samples of like length: by default, unless they are to be `mixed`, as under the papers'
+    protocol."""
+    return not mixed if recipe.group_by_length is None else recipe.group_by_length
 
 
 def store_source(job: Job, split: str, batch_size: int) -> StoreSource:
     """Batches of `split` from the store. Raises UserError with the command to run when something is not there."""
-    options = stream_options(job, split, batch_size, grouped(job.recipe, job.paper))
+    options = stream_options(job, split, batch_size, job.grouped)
     keys, columns = job.tables[split].keys, list(job.found.backbone.columns)
     with stored_states(job, split) as space:
         return StoreSource(space, keys, job.targets(split), job.states, columns, options)
@@ -122,7 +123,7 @@ def live_source(job: Job, split: str, live: LiveBackbone, checkpoint: Checkpoint
     except MissingStates:
         order = None
     if order is None:
-        options = stream_options(job, split, batch_size, grouped(job.recipe, job.paper))
+        options = stream_options(job, split, batch_size, job.grouped)
         order = options.order(np.zeros(len(part.keys), np.int64), part.inputs.tokens)
     return LiveSource(live, part.inputs, job.targets(split), job.states, order)
 

@@ -130,9 +130,9 @@ def make_objective(
     return _made(recipe, spec, token_ids, name, how, training, backbone)
 
 
-def joint_objective(recipe: Recipe, spec: TaskSpec, training: Sequence[Any] = ()) -> Objective:
+def joint_objective(recipe: Recipe, spec: TaskSpec, slots: Sequence[str], training: Sequence[Any] = ()) -> Objective:
     """The objective of a run with several backbones: the one asked for, else the first for such targets, whose head
-    reads features of several slots. `training`: as in `make_objective`. UserError where there is none."""
+    reads features of the `slots`. `training`: as in `make_objective`. UserError where there is none."""
     refuse_untargeted(spec)
     refuse_targets(recipe, spec)
     fitting = [n for n in objective_names() if spec.target in objective_class(n).targets and objective_class(n).slots]
@@ -140,7 +140,7 @@ def joint_objective(recipe: Recipe, spec: TaskSpec, training: Sequence[Any] = ()
         asked = f"--objective {recipe.objective}" if recipe.objective else f"targets of type {spec.target}"
         there = ", ".join(n for n in objective_names() if objective_class(n).slots)
         raise UserError(f"{asked}: not for several backbones; objectives that are: {there}")
-    return _made(recipe, spec, (), recipe.objective or fitting[0], "several backbones", training)
+    return _made(recipe, spec, (), recipe.objective or fitting[0], "several backbones", training, slots=slots)
 
 
 def _made(
@@ -151,6 +151,7 @@ def _made(
     how: str,
     training: Sequence[Any],
     backbone: Backbone | None = None,
+    slots: Sequence[str] = (),
 ) -> Objective:
     cls = objective_class(name)
     if others := recipe.objective_options.keys() - options_of("objective", name).keys():
@@ -159,7 +160,7 @@ def _made(
     ids = tuple(tuple(each) for each in token_ids)
     continued = backbone is not None and backbone.continues_text and bool(ids)
     texts = answers_of(spec, backbone) if continued and backbone else spec.texts
-    return cls(config, Answers(spec.labels, spec.metrics, texts, ids, spec.values, continued))
+    return cls(config, Answers(spec.labels, spec.metrics, texts, ids, spec.values, continued, tuple(slots)))
 
 
 def plain_objective(spec: TaskSpec) -> Objective:

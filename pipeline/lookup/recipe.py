@@ -126,6 +126,9 @@ class Found:
     source: dict[str, Any]
 
 
+OF_TEXTS, OF_IMAGES = ("max_length", "truncation_side", "prompt"), ("image_size", "views", "frames")  # of identities
+
+
 def wanted_fields(recipe: Recipe) -> dict[str, Any]:
     """The fields of an identity that the recipe asks for in so many words."""
     wanted: dict[str, Any] = {k: v for k in SPACE_FIELDS if (v := getattr(recipe, k)) is not None}
@@ -165,6 +168,10 @@ def find_space(recipe: Recipe, exactly: str | None = None) -> Found:
         if len(spaces) != 1:
             raise StoreError(f"--space {recipe.space}: fits {len(spaces)} spaces with task {task!r}, must fit one")
     wanted = wanted_fields(recipe)
+    if slot:  # what is said of images is not for a slot of texts, and the other way round
+        kinds = {"image_size" in space.identity for space in spaces}
+        foreign = {*(OF_TEXTS if True in kinds else ()), *(OF_IMAGES if False in kinds else ())}
+        wanted = {field: value for field, value in wanted.items() if field not in foreign}
     if recipe.model:
         checkpoint = local(recipe.model)
         if checkpoint is not None:

@@ -6,8 +6,10 @@ from pathlib import Path
 
 from pipeline.extract.backbones import Backbone
 from pipeline.extract.tasks import Task, load_task
+from pipeline.extract.tasks.captions import Paired
 from pipeline.extract.tasks.glue import USUAL_GRID
 from pipeline.extract.tasks.hub_images import PREFIX, hub_folder
+from pipeline.jobs.slots import SlotRecipe, together
 from pipeline.lookup.objective import refuse_targets, target_types
 from pipeline.recipe import Recipe, option_name
 from pipeline.store.errors import UserError
@@ -22,8 +24,12 @@ def need(recipe: Recipe, *names: str) -> None:
 
 def open_task(recipe: Recipe, backbone: Backbone | None = None) -> Task:
     """The task with its rows, from a folder, a table or the hub, for a backbone of `backbone`, which decides what texts
-    without labels are. UserError where the objective asked for learns other targets."""
+    without labels are; of one slot of several, these are paired with what the others read. UserError where the
+    objective asked for learns other targets."""
     need(recipe, "task")
+    # With several backbones none is asked to write: there is one answer, and a head of them all gives it.
+    several = isinstance(recipe, SlotRecipe)
+    files = recipe.image is not None or (backbone is not None and backbone.modality == "image")
     task = load_task(
         recipe.task,
         Path(recipe.data) if recipe.data else None,
@@ -36,7 +42,8 @@ def open_task(recipe: Recipe, backbone: Backbone | None = None) -> Task:
         test=Path(recipe.test) if recipe.test else None,
         stratify=bool(recipe.stratify),
         grid=USUAL_GRID if recipe.grid is None else recipe.grid,
-        continues=backbone is not None and backbone.continues_text,
+        continues=backbone is not None and backbone.continues_text and not several,
+        paired=Paired(together(recipe), files) if isinstance(recipe, SlotRecipe) else None,
         void=recipe.objective_options.get("ignore_index"),
         skip_bad=recipe.skip_bad,
     )

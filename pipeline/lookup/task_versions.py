@@ -246,8 +246,8 @@ def columns_text(header: Mapping[str, Any]) -> str:
     """ "premise, claim to gold (no, yes)": the columns and classes of a table."""
     spec = _object(header, "spec")
     fields, target = ", ".join(_names(spec.get("fields"))), spec.get("target")
-    if target in ("none", "tokens"):
-        return f"{fields}, unlabelled" if target == "none" else f"{fields}, tokens are learned"
+    if target in ("none", "tokens", "pair"):
+        return f"{fields}, {({'none': 'unlabelled', 'tokens': 'tokens are learned', 'pair': 'of pairs'})[str(target)]}"
     label, classes = _object(header, "provenance").get("label", "label"), _names(spec.get("labels"))
     what = ", ".join(classes[:4]) + (", …" if len(classes) > 4 else "") if classes else "a number"
     return f"{fields} to {target if target in DENSE else label} ({what})"

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from tests.golden import Case, cases
 from tests.golden.compare import Difference, NoSystem, Setup, differences
 from tests.golden.maps import sherl_resnet, unipt_maps
+from tests.golden.retrieval import gpo, hinge_loss, ranking, sherl_bert
 from tests.golden.texts import lst_t5, mtsa, sherl_t5, unipt_bert
 from tests.golden.towers import clip4clip
 
@@ -24,6 +25,10 @@ SYSTEMS: dict[tuple[str, tuple[str, ...]], tuple[str, Callable[[Case], Setup]]] 
     (UNIPT, ("adapter_for_cnn.py",)): ("UniPT on maps", unipt_maps),
     (UNIPT, ("adapter_for_transformer.py", "encoders.py", "gpo.py")): ("UniPT on BERT", unipt_bert),
     (SHERL, ("modeling.py", "until_module.py")): ("SHERL on CLIP4Clip", clip4clip),
+    (SHERL, ("adapter_for_transformer.py", "encoders.py", "gpo.py")): ("SHERL on BERT, VSE∞ form", sherl_bert),
+    (SHERL, ("gpo.py",)): ("GPO", gpo),
+    (SHERL, ("loss.py", "utils.py")): ("hinge loss", hinge_loss),
+    (SHERL, ("evaluation.py",)): ("ranks of retrieval", ranking),
     (UNIPT, ("modeling.py", "module_adapter.py", "until_module.py")): ("UniPT on CLIP4Clip", clip4clip),
 }
 PRUNING = (LST, ("fisher.py", "pruning_methods.py"))  # makes weights, not outputs: tests/train/test_golden_pruning.py

@@ -17,13 +17,14 @@ from pipeline.extract.pretrained import Checkpoint
 from pipeline.train.features import Features, Want
 from pipeline.train.model import Model
 from pipeline.train.objectives import Answers, ObjectiveConfig
+from pipeline.train.objectives.gpo import Gpo
 from pipeline.train.objectives.label_text import LabelText
+from pipeline.train.objectives.retrieval import normalised
 from pipeline.train.tuners import tuner_config
 from pipeline.train.tuners.mtsa import MTSA
-from pipeline.train.tuners.unipt import Aggregate, Down, Unipt
+from pipeline.train.tuners.vse import UniptVse
 from tests.golden import Case
 from tests.golden.compare import Place, Setup
-from tests.golden.gpo import Gpo
 
 Pairs = dict[str, tuple[Tensor, Tensor]]
 
@@ -208,7 +209,30 @@ def lst_t5(case: Case) -> Setup:
 
 
 def unipt_bert(case: Case) -> Setup:
-    """The released network reads out by GPO, which is a test's own here; its way up goes to the joint width."""
+    backbone, batch, tail, mask, states, _ = on_bert(case)
+    c, inputs = case.config, case.under("input")
+    tuner = UniptVse(tuner_config("unipt-vse", {"reduction": c["factor"]}), backbone, tail, Want(joint=c["joint"]))
+    side = "side_tuning_module"
+    ours = "side.aggregate"
+    places = affine(f"{ours}.confidence", f"{side}.gate_layer") | affine("side.up", f"{side}.upsample_layer.1")
+    for part in (0, 1):
+        places |= affine(f"{ours}.project.{part}", f"{side}.projection_layer.{part}")
+        for i in range(c["layers"] + 1):
+            places |= affine(f"side.down.{i}.{part}", f"{side}.downsample_layers.{i}.{part}")
+    module = nn.ModuleDict({"side": tuner, "gpo": Gpo()})
+    places |= {f"gpool.{n}": Place(f"gpo.{n}") for n, _ in Gpo().named_parameters()}
+
+    def run() -> tuple[Tensor, Pairs]:
+        (rows,) = tuner(batch).values()
+        pairs: Pairs = {"side": (rows, case.tensors["output/side"][mask]), **states}
+        pooled, more = read_out(case, module["gpo"], batch.layout("encoder"), rows)
+        return (pooled * inputs["cotangent"]).sum(), pairs | more
+
+    return Setup(module, places, run)
+
+
+def on_bert(case: Case) -> tuple[Backbone, Batch, Any, Tensor, Pairs, Any]:
+    """A case's BERT: backbone, batch, tail, mask of real positions, its states rerun, and the model."""
     c, inputs = case.config, case.under("input")
     frozen = case.under("backbone")
     config = {
@@ -224,36 +248,13 @@ def unipt_bert(case: Case) -> Setup:
     ids = inputs["input_ids"][mask]
     batch.columns = {"encoder.ids": ids, "encoder.types": torch.zeros_like(ids)}
     tail = backbone.tail(backbone.tail_weights(model), "sdpa")
-    tuner = Unipt(tuner_config("unipt", {"reduction": 1}), backbone, tail, Want())
-    # The released side width is a part of the joint width, which no reduction of the backbone's gives.
-    tuner.down = nn.ModuleList(Down(c["D"], c["hidden"]) for _ in range(c["layers"] + 1))
-    tuner.aggregate, tuner.up = Aggregate(c["hidden"]), nn.Linear(c["hidden"], c["joint"])
-    side = "side_tuning_module"
-    ours = "side.aggregate"
-    places = affine(f"{ours}.confidence", f"{side}.gate_layer") | affine("side.up", f"{side}.upsample_layer.1")
-    for part in (0, 1):
-        places |= affine(f"{ours}.project.{part}", f"{side}.projection_layer.{part}")
-        for i in range(c["layers"] + 1):
-            places |= affine(f"side.down.{i}.{part}", f"{side}.downsample_layers.{i}.{part}")
-    module = nn.ModuleDict({"side": tuner, "gpo": Gpo()})
-    places |= {f"gpool.{n}": Place(f"gpo.{n}") for n, _ in Gpo().named_parameters()}
-    states = rerun(case, backbone, model, batch)
-
-    def run() -> tuple[Tensor, Pairs]:
-        (rows,) = tuner(batch).values()
-        pairs: Pairs = {"side": (rows, case.tensors["output/side"][mask]), **states}
-        pooled, more = read_out(case, module["gpo"], batch.layout("encoder"), rows)
-        return (pooled * inputs["cotangent"]).sum(), pairs | more
-
-    return Setup(module, places, run)
+    return backbone, batch, tail, mask, rerun(case, backbone, model, batch), model
 
 
-def read_out(case: Case, gpo: nn.Module, layout: Layout, rows: Tensor) -> tuple[Tensor, Pairs]:
+def read_out(case: Case, gpo: Any, layout: Layout, rows: Tensor) -> tuple[Tensor, Pairs]:
     """VSE∞'s way from rows to an embedding: GPO and the l2 norm, and the pairs of their outputs."""
-    lengths = layout.lengths
-    grid = layout.pad(rows)
-    pooled, weights = gpo(grid, lengths)
-    embedding = pooled / (pooled.norm(dim=-1, keepdim=True) + 1e-8)
+    pooled, weights = gpo(rows, layout), gpo.weights(layout.lengths.numpy(), rows.device)[..., None]
+    embedding, grid = normalised(pooled), layout.pad(rows)
     official = case.under("output")
     pairs: Pairs = {
         "gpo": (pooled, official["gpo"]),

@@ -43,6 +43,12 @@ def unipt_conv(config: Any, backbone: Any) -> int:
     return finer + (D * d + 3 * d) + (d + 1) + (d * d + 3 * d) + d * D + D
 
 
+def sherl_vse(config: Any, backbone: Any) -> int:
+    """The joint width is the backbone's where nothing is compared."""
+    D, d, n = backbone.width, backbone.width // config.reduction, backbone.depth(backbone.streams[-1])
+    return n * (D * d + 3 * d) + (d + 1) + (d * D + 3 * D) + 1 + _norm(backbone)
+
+
 def lst(config: Any, backbone: Any) -> int:
     D, r = backbone.width, config.reduction
     d, raw = D // r, backbone.config
@@ -102,6 +108,10 @@ FORMULAS: dict[tuple[str, str], Callable[[Any, Any], int]] = {
     ("sherl", "pyramid"): sherl_conv,
     ("unipt", "sequence"): unipt,
     ("unipt", "pyramid"): unipt_conv,
+    ("sherl-vse", "sequence"): sherl_vse,
+    ("sherl-vse", "pyramid"): sherl_conv,
+    ("unipt-vse", "sequence"): unipt,
+    ("unipt-vse", "pyramid"): unipt_conv,
     ("lst", "sequence"): lst,
     ("qst", "sequence"): qst,
     ("side-tuning", "sequence"): side_tuning,

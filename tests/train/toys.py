@@ -156,7 +156,7 @@ class ToyModel(nn.Module):
     def weight(self, batch: Batch) -> float:
         return float(len(batch))
 
-    def begin_step(self, step: int, steps: int) -> None:
+    def begin_step(self, step: int, steps: int, an_epoch: int) -> None:
         pass
 
     def stepped(self) -> None:

@@ -110,6 +110,32 @@ class PairSource(Ordered):
         """Every pair once, block after block of the leading slot."""
         return self._run(lambda: iter([self.order.sequential()]), len(self))
 
+    def each(self, slots: Sequence[str] = ()) -> Iterator[Batch]:
+        """Every distinct sample of each slot (of `slots` where given) once, slot after slot, in batches that hold a
+        single slot: what ranking needs. `Batch.index`: the number that each sample has in its slot; `targets`: `row`,
+        the pairs that it stands in, sample after sample, and `row.n` (B,), how many these are."""
+        for name in slots or self.slots:
+            place, slot = self.places[name], self.slots[name]
+            count = int(place.max(initial=-1)) + 1
+            rows, size = (
+                np.split(np.argsort(place, kind="stable"), np.cumsum(np.bincount(place))[:-1]),
+                self.order.batch_size,
+            )
+            found = np.argsort(slot.block[:count], kind="stable").astype(np.int64)
+            batches = [found[at : at + size] for at in range(0, count, size)]
+            shares = iter([[Share.of(batch, batch) for batch in batches]])
+            with ExitStack() as stack:
+                parts = stack.enter_context(closing(slot.gather(shares, len(batches))))  # type: ignore[type-var]
+                for numbers, part in zip(batches, parts, strict=True):
+                    batch = Batch.joined({name: part}, {name: np.arange(len(numbers))})
+                    batch.index, batch.wait_seconds = numbers, part.wait_seconds
+                    own = [rows[number] for number in numbers.tolist()]
+                    batch.targets = {
+                        "row": torch.from_numpy(np.concatenate(own)),
+                        "row.n": torch.tensor([len(of) for of in own]),
+                    }
+                    yield batch
+
     def _run(self, batches: Callable[[], Batches], count: int) -> Iterator[Batch]:
         """`batches`: begins anew for each slot, since they read ahead of each other."""
         with ExitStack() as stack:

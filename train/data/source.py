@@ -73,7 +73,11 @@ class Share:
 
 
 class Slot(Protocol):
-    """The distinct samples of one feature space, or of one live backbone, by number."""
+    """The distinct samples of one feature space, or of one live backbone, by number. `block`: (m,) int64, which are
+    read together."""
+
+    @property
+    def block(self) -> np.ndarray: ...
 
     def regroup(self, groups: np.ndarray) -> None:
         """Read each of the groups `groups`, (m,) int64, as one or a few blocks from now on."""

@@ -27,7 +27,7 @@ class Targets:
         metas: Sequence[Mapping[str, Any]] | None = None,
     ) -> None:
         self.objective, self.values, self.metas = objective, values, metas
-        needed = values is not None and not objective.continues_text
+        needed = values is not None and not objective.unlabelled
         missing = [i for i, value in enumerate(values or ()) if value is None] if needed else []
         if values is not None and missing:
             raise UserError(

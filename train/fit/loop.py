@@ -190,7 +190,7 @@ class Training:
         number, lr = state.step + 1, self.optimizer.param_groups[0]["lr"]
         reseed(options.seed + 1_000_003 * self.ranks.rank, state.step, self.device)
         self.optimizer.zero_grad(set_to_none=True)
-        self.model.begin_step(state.step, self.total)
+        self.model.begin_step(state.step, self.total, -(-len(self.train) // options.accumulate))
         # This rank's share of a last batch may be empty.
         group = [batch.to(self.device) for batch in group if len(batch)]
         weights = [self.model.weight(batch) for batch in group]

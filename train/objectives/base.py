@@ -40,7 +40,8 @@ class Answers:
     """What a task says of its targets. `labels`: class names in index order. `metrics`: names known to
     `train.metrics`. For a backbone that writes text, `texts`: what it answers, and `token_ids` of each; `values`: the
     number each text stands for, where targets are numbers; of masks and objects the numbers of the classes, see
-    `TaskSpec`. `continued`: an answer goes on with the sample's own text, in one stream."""
+    `TaskSpec`. `continued`: an answer goes on with the sample's own text, in one stream. `slots`: those of a task with
+    several."""
 
     labels: tuple[str, ...] = ()
     metrics: tuple[str, ...] = ()
@@ -48,6 +49,7 @@ class Answers:
     token_ids: tuple[tuple[int, ...], ...] = ()
     values: tuple[float, ...] = ()
     continued: bool = False
+    slots: tuple[str, ...] = ()
 
     @classmethod
     def of_classes(cls, classes: int, token_ids: Sequence[Sequence[int]] = ()) -> Answers:
@@ -62,8 +64,9 @@ class Head(nn.Module):
 
     training_only: ClassVar[tuple[str, ...]] = ()
 
-    def begin_step(self, step: int, steps: int) -> None:
-        """Called before optimizer step `step` of `steps` (from 0), for losses that follow a schedule."""
+    def begin_step(self, step: int, steps: int, an_epoch: int) -> None:
+        """Called before optimizer step `step` of `steps` (from 0), `an_epoch` of which make up an epoch, for losses
+        that follow a schedule."""
 
     def losses(self, features: Features, batch: Batch) -> dict[str, Tensor]:
         """Weighted terms, scalars, each a mean over what `weight` counts; their sum trains."""
@@ -81,9 +84,19 @@ class Head(nn.Module):
         """What the scorer reads; the predictions, unless a score needs the targets (perplexity)."""
         return self.predict(features, batch)
 
+    def embed(self, slot: str, features: Features, batch: Batch) -> Tensor:
+        """(m, width), the m distinct samples of `slot` in the batch as they are compared with those of other slots; of
+        heads that rank."""
+        raise NotImplementedError
+
 
 class Scorer(ABC):
-    """Figures over a split, batch by batch; nothing of the size of a split stands in memory but scalars a sample."""
+    """Figures over a split, batch by batch; nothing of the size of a split stands in memory but scalars a sample.
+
+    `each`: it is told of every distinct sample of each slot once, slot after slot, instead of the samples of the task,
+    which are made of them (`PairSource.each`)."""
+
+    each: ClassVar[bool] = False
 
     @abstractmethod
     def update(self, out: Outputs, batch: Batch) -> None:
@@ -130,7 +143,8 @@ class Objective(ABC):
     targets: ClassVar[tuple[str, ...]]  # types of target it learns: class, number, …
     wants: ClassVar[Want] = Want()
     figures: ClassVar[tuple[str, ...]] = ()  # its own, where the task does not name them
-    continues_text: ClassVar[bool] = False  # targets are tokens of the text itself: rows need none of their own
+    continues_text: ClassVar[bool] = False  # targets are tokens of the text itself
+    unlabelled: ClassVar[bool] = False  # what is learned lies in the inputs: rows need no target of their own
     slots: ClassVar[bool] = False  # its head reads features of several slots (see `Batch.spread`)
     counts: ClassVar[str] = "samples"  # what its head's loss is a mean over, see `Head.weight`
     coupled: ClassVar[bool] = False  # a batch's samples stand in one loss: no accumulation, one rank

@@ -122,6 +122,7 @@ class Completion(Objective):
     targets = ("tokens",)
     wants = Want(kinds=("sequence",), text_head=True)
     continues_text = True
+    unlabelled = True
     counts = "tokens"
 
     def encode(self, target: Any, meta: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Tuners: one file a method. Import a method's module here to register it."""
 
-from pipeline.train.tuners import clip, conv, e3va, fixed, head2toe, lst, probe, qst, sherl, sidetuning, unipt
+from pipeline.train.tuners import clip, conv, e3va, fixed, head2toe, lst, probe, qst, sherl, sidetuning, unipt, vse
 from pipeline.train.tuners.base import (
     Start,
     StateLinear,
@@ -38,4 +38,5 @@ __all__ = [
     "tuner_config",
     "tuner_names",
     "unipt",
+    "vse",
 ]

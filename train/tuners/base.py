@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.extract.backbones.base import Backbone
-from pipeline.extract.backbones.capabilities import Capability
+from pipeline.extract.backbones.capabilities import Capability, WritesText
 from pipeline.extract.backbones.tail import Tail
 from pipeline.extract.batch import Batch
 from pipeline.extract.plugins import load_installed
@@ -60,6 +60,7 @@ class Tuner(nn.Module):
     config_class: ClassVar[type[TunerConfig]]
     shapes: ClassVar[tuple[str, ...]] = ("sequence",)  # shapes of backbones this class works on, see `Backbone.shape`
     needs: ClassVar[tuple[type[Capability], ...]] = ()  # what a backbone must be able to do beyond being run
+    one_stream: ClassVar[bool] = False  # True: not on backbones with a decoder beside the encoder
     text_head: ClassVar[bool] = False  # True: can hand out rows for the frozen head of a text-to-text backbone
     continues_text: ClassVar[bool] = False  # True: the same for a decoder alone; no row has seen a later position
     projects: ClassVar[bool] = False  # True: its first maps take states of `backbone.state_width`, projected ones too
@@ -188,7 +189,7 @@ def _form_for(name: str, backbone: type[Backbone]) -> type[Tuner]:
 
 def _lacks(cls: type[Tuner], backbone: type[Backbone]) -> str:
     """Why the tuner cannot work on such backbones, "" where it can."""
-    if backbone.shape not in cls.shapes:
+    if backbone.shape not in cls.shapes or (cls.one_stream and issubclass(backbone, WritesText)):
         return f"has no form for {backbone.name} backbones"
     lacking = [need.what for need in cls.needs if not issubclass(backbone, need)]
     return f"needs {' and '.join(lacking)}, which {backbone.name} backbones do not have" if lacking else ""
@@ -239,7 +240,10 @@ def rows_of(backbone: Backbone, stream: str, width: int | None = None) -> Featur
     """What a tuner hands out that keeps the positions of `stream`; `width`: the backbone's own if not given."""
     kind: Kind = "sequence" if backbone.shape == "sequence" else "map"
     skip = backbone.extra_rows if kind == "sequence" else 0
-    return Feature(backbone.width_of(stream) if width is None else width, stream, kind, backbone.stride(stream), skip)
+    place = backbone.streams.index(stream) if kind == "map" else 0
+    return Feature(
+        backbone.width_of(stream) if width is None else width, stream, kind, backbone.stride(stream), skip, place=place
+    )
 
 
 def indivisible(reduction: int, width: int) -> str | None:

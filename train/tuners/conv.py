@@ -56,6 +56,14 @@ def taps(config: TunerConfig, backbone: Backbone, method: str, live: bool) -> li
     return names
 
 
+def no_live_block(backbone: Backbone) -> str | None:
+    """Why SHERL has no live layer on a staged backbone; None where it has."""
+    if backbone.depth(backbone.streams[-1]) > 1:
+        return None
+    last = f"{backbone.streams[-1]} of {backbone.name} backbones has a single one"
+    return f"SHERL's live layer is the last of two blocks or more of one width; {last}"
+
+
 def cells_of(backbone: Backbone, batch: Batch) -> dict[str, Tensor | None]:
     """For each stream, the row of the last stage's map above each of its rows; None for the last stage itself."""
     last = sizes(batch, backbone.streams, backbone.streams[-1])
@@ -83,9 +91,9 @@ class SherlConv(Tuner):
 
     def __init__(self, config: SherlConfig, backbone: Any, tail: LiveTail, wants: Want) -> None:
         super().__init__(config, backbone, tail, wants)
-        inner = checked_reduction(config.reduction, backbone.width)
-        self.names = taps(config, backbone, "sherl", live=True)
-        self.down = nn.ModuleList(ConvNorm(backbone.width_of(n.split(".")[0]), inner) for n in self.names)
+        inner = self.side_width(config, backbone, wants)
+        self.names = self.states(config, backbone)
+        self.down = nn.ModuleList(ConvNorm(backbone.state_width(n), inner) for n in self.names)
         self.score = nn.Linear(inner, 1) if config.blend in SCORED else None
         self.learned = learned(config.blend, len(self.names) - 1, inner)
         self.up = ConvNorm(inner, backbone.width)
@@ -95,16 +103,18 @@ class SherlConv(Tuner):
         self.features = {self.stream: rows_of(backbone, self.stream)}
 
     @classmethod
+    def side_width(cls, config: Any, backbone: Backbone, wants: Want) -> int:
+        """d."""
+        return checked_reduction(config.reduction, backbone.width)
+
+    @classmethod
     def refuse(cls, config: SherlConfig, backbone: Backbone) -> str | None:
         for name, usual in (("insert", "last"), ("tail", "frozen")):
             if (given := getattr(config, name)) != usual:
                 return f"{name}: {backbone.name} backbones take {usual} only, not {given}"
         if config.recompute:
             return f"recompute: SHERL on {backbone.name} backbones keeps what it computes; leave it out"
-        if backbone.depth(backbone.streams[-1]) < 2:
-            last = f"{backbone.streams[-1]} of {backbone.name} backbones has a single one"
-            return f"SHERL's live layer is the last of two blocks or more of one width; {last}"
-        return super().refuse(config, backbone)
+        return no_live_block(backbone) or super().refuse(config, backbone)
 
     @classmethod
     def states(cls, config: SherlConfig, backbone: Backbone) -> list[str]:
@@ -112,16 +122,20 @@ class SherlConv(Tuner):
 
     def forward(self, batch: Batch) -> Features:
         with full_precision(batch.device):
-            where, count = cells_of(self.backbone, batch), int(batch.lengths[self.stream].sum())
-            low = []
-            for down, name in zip(self.down, self.names, strict=True):
-                rows, cell = batch.states[name].float(), where[name.split(".")[0]]
-                pooled = 2 * rows if cell is None else max_cells(rows, cell, count) + mean_cells(rows, cell, count)
-                low.append(down(pooled))
+            low = [down(rows) for down, rows in zip(self.down, self.pooled(batch), strict=True)]
             blended = mix(torch.stack(low[:-1], 1), low[-1], self.score, self.config.blend, self.learned, EPSILON)
             guide = batch.states[self.names[-1]].float()
             rows = F.relu(self.up(blended)) + torch.tanh(self.gate / self.config.temperature) * guide
         return {self.stream: self.norm(self.tail({self.stream: rows}, batch))}
+
+    def pooled(self, batch: Batch) -> list[Tensor]:
+        """Each tap on the last grid, (rows, its width)."""
+        where, count = cells_of(self.backbone, batch), int(batch.lengths[self.stream].sum())
+        found = []
+        for name in self.names:
+            rows, cell = batch.states[name].float(), where[name.split(".")[0]]
+            found.append(2 * rows if cell is None else max_cells(rows, cell, count) + mean_cells(rows, cell, count))
+        return found
 
 
 @form("unipt", "pyramid")
@@ -139,15 +153,20 @@ class UniptConv(Tuner):
 
     def __init__(self, config: UniptConfig, backbone: Backbone, tail: Tail, wants: Want) -> None:
         super().__init__(config, backbone, tail, wants)
-        inner = checked_reduction(config.reduction, backbone.width)
+        inner, out = self.widths(config, backbone, wants)
         self.names = taps(config, backbone, "unipt", live=False)
         widths = [backbone.width_of(n.split(".")[0]) for n in self.names]
         self.guide = nn.ModuleList(nn.Linear(backbone.width, w) for w in widths[:-1])
         self.down = nn.ModuleList(ConvNorm(w, inner) for w in widths)
         self.aggregate = Aggregate(inner, ConvNorm(inner, inner))
-        self.up = nn.Linear(inner, backbone.width)
+        self.up = nn.Linear(inner, out)
         self.stream = backbone.streams[-1]
         self.features = {self.stream: rows_of(backbone, self.stream)}
+
+    @classmethod
+    def widths(cls, config: Any, backbone: Backbone, wants: Want) -> tuple[int, int]:
+        """The side width, and that of what is handed out."""
+        return checked_reduction(config.reduction, backbone.width), backbone.width
 
     @classmethod
     def states(cls, config: UniptConfig, backbone: Backbone) -> list[str]:

@@ -15,7 +15,8 @@ from pipeline.train.tuners.base import Tuner
 
 class Towers(Tuner):
     """The tuners `parts`, slot → tuner, side by side. The features of each are called `<slot>/<name>`, and are rows of
-    the distinct samples of its slot in the batch (see `Batch.of`). `tail`: all their tails.
+    the distinct samples of its slot in the batch (see `Batch.of`); of slots that the batch has not there are none.
+    `tail`: all their tails.
 
     Raises UserError for a tuner that works on the weights of the head, which is of all slots.
     """
@@ -39,7 +40,8 @@ class Towers(Tuner):
         return {name.removeprefix("of_"): tuner for name, tuner in self.parts.items()}  # type: ignore[misc]
 
     def forward(self, batch: Batch) -> Features:
-        return {f"{slot}/{k}": rows for slot, tuner in self.each().items() for k, rows in tuner(batch.of(slot)).items()}
+        here = {slot: tuner for slot, tuner in self.each().items() if slot in batch.ids}
+        return {f"{slot}/{k}": rows for slot, tuner in here.items() for k, rows in tuner(batch.of(slot)).items()}
 
     def remark(self) -> str:
         return "; ".join(f"{slot}: {said}" for slot, tuner in self.each().items() if (said := tuner.remark()))

@@ -11,6 +11,7 @@ ours, not theirs, and to be named as such beside published numbers.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -94,11 +95,16 @@ class Unipt(Tuner):
         super().__init__(config, backbone, tail, wants)
         self.stream = backbone.streams[0]
         self.features = {self.stream: rows_of(backbone, self.stream)}
-        inner = checked_reduction(config.reduction, backbone.width)
+        inner, out = self.widths(config, backbone, wants)
         self.names = [f"{self.stream}.{i}" for i in _layers(config, backbone)]
         self.down = nn.ModuleList(Down(w, inner) for w in (backbone.width, *map(backbone.state_width, self.names)))
         self.aggregate = Aggregate(inner)
-        self.up = nn.Linear(inner, backbone.width)
+        self.up = nn.Linear(inner, out)
+
+    @classmethod
+    def widths(cls, config: Any, backbone: Backbone, wants: Want) -> tuple[int, int]:
+        """The side width, and that of what is handed out."""
+        return checked_reduction(config.reduction, backbone.width), backbone.width
 
     @classmethod
     def states(cls, config: UniptConfig, backbone: Backbone) -> list[str]:
