@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 DOCS = Path(__file__).parent
-# One checkpoint of each family: what AutoConfig needs to know of it.
+# One checkpoint of each family, a small one: what AutoConfig needs to know of it.
+_SMALL = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64}
 SAMPLES: dict[str, dict[str, Any]] = {
-    "t5": {"model_type": "t5"},
-    "bert": {"model_type": "bert"},
-    "clip-text": {"model_type": "clip_text_model"},
-    "decoder": {"model_type": "llama"},
-    "vit": {"model_type": "clip_vision_model"},
+    "t5": {"model_type": "t5", "d_model": 64, "d_kv": 16, "d_ff": 64, "num_layers": 4, "num_heads": 4},
+    "bert": {"model_type": "bert", **_SMALL},
+    "clip-text": {"model_type": "clip_text_model", **_SMALL},
+    "decoder": {"model_type": "llama", **_SMALL},
+    "vit": {"model_type": "clip_vision_model", **_SMALL},
     "resnet": {"model_type": "resnet"},
     "swin": {"model_type": "timm_wrapper", "architecture": "swin_tiny_patch4_window7_224"},
     "convnext": {"model_type": "timm_wrapper", "architecture": "convnext_tiny"},
@@ -44,6 +45,7 @@ def _short(objective: str) -> str:
 
 def combinations() -> str:
     """The table of backbones × tuners × objectives, by asking the doors of the software."""
+    import torch
     from transformers import AutoConfig
 
     from pipeline.catalog import BASELINES
@@ -59,13 +61,15 @@ def combinations() -> str:
         if cls.name not in SAMPLES:
             raise SystemExit(f"docs/generate.py: SAMPLES has no checkpoint of the family {cls.name}")
         given = dict(SAMPLES[cls.name])
-        samples[cls.name] = backbone_for(AutoConfig.for_model(given.pop("model_type"), **given))
+        backbone = backbone_for(AutoConfig.for_model(given.pop("model_type"), **given))
+        with torch.device("meta"):
+            samples[cls.name] = backbone, backbone.tail(None, backbone.attentions[0])
     names = sorted(samples, key=list(SAMPLES).index)
     lines = [HEAD + "| mark | objective | what it learns |", "|---|---|---|"]
     lines += [f"| {_short(n)} | `{n}` | {objective_class(n).description} |" for n in objective_names()]
     lines += ["", "## Tuners, from the store", "", f"| tuner | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     for tuner in tuner_names():
-        cells = [" ".join(_short(o) for o in _read(samples[name], tuner)) for name in names]
+        cells = [" ".join(_short(o) for o in _read(*samples[name], tuner)) for name in names]
         lines.append(f"| `{tuner}` | {' | '.join(cells)} |")
     lines += [
         "", "`completion` is for texts that are gone on with, by decoders alone; a T5 writes a label's text (`label-text`).",
@@ -77,28 +81,26 @@ def combinations() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _read(backbone: Any, tuner: str) -> list[str]:
+def _read(backbone: Any, tail: Any, tuner: str) -> list[str]:
     """The objectives that can read what `tuner` hands out on `backbone`, under default options."""
     import torch
 
     from pipeline.store.errors import UserError
-    from pipeline.train.model import refuse_features, tail_for
+    from pipeline.train.model import refuse_features
     from pipeline.train.objectives import Answers, objective_class, objective_config, objective_names
     from pipeline.train.tuners import fitting_tuner, tuner_config
 
-    config, found = tuner_config(tuner, {}), []
-    try:
-        cls = fitting_tuner(tuner, config, backbone)
-    except UserError:
-        return []
+    config, found, made = tuner_config(tuner, {}), [], {}
     for name in objective_names():
-        if "tags" in objective_class(name).targets and backbone.modality == "image":
+        cls, wants = objective_class(name), objective_class(name).wants
+        if "tags" in cls.targets and backbone.modality == "image":
             continue  # a tag is a word's
-        made = objective_class(name)(objective_config(name, {}), Answers(("no", "yes"), token_ids=((3, 1), (4, 1))))
+        objective = cls(objective_config(name, {}), Answers(("no", "yes"), token_ids=((3, 1), (4, 1))))
         try:
-            with torch.device("meta"):
-                own = cls(config, backbone, tail_for(tuner, config, backbone, "eager"), made.wants)
-            refuse_features(own, made)
+            if wants not in made:
+                with torch.device("meta"):
+                    made[wants] = fitting_tuner(tuner, config, backbone)(config, backbone, tail, wants)
+            refuse_features(made[wants], objective)
         except UserError:
             continue
         found.append(name)
