@@ -168,7 +168,12 @@ def _table(rows: list[tuple[str, str]]) -> list[str]:
 
     if not rows:
         return []
-    return ["| option | what |", "|---|---|", *(f"| `{a.replace('|', chr(92) + '|')}` | {cell(b)} |" for a, b in rows), ""]
+    return [
+        "| option | what |",
+        "|---|---|",
+        *(f"| `{a.replace('|', chr(92) + '|')}` | {cell(b)} |" for a, b in rows),
+        "",
+    ]
 
 
 def recipes() -> str:
