@@ -10,7 +10,7 @@ from typing import Any
 DOCS = Path(__file__).parent
 sys.path[:0] = [str(DOCS), str(DOCS.parent)]
 
-import generate
+import generate  # noqa: E402
 
 project = "activation-pipeline"
 author = "The activation-pipeline authors"

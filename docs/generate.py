@@ -72,7 +72,8 @@ def combinations() -> str:
         cells = [" ".join(_short(o) for o in _read(*samples[name], tuner)) for name in names]
         lines.append(f"| `{tuner}` | {' | '.join(cells)} |")
     lines += [
-        "", "`completion` is for texts that are gone on with, by decoders alone; a T5 writes a label's text (`label-text`).",
+        "", "`completion` is for texts that are gone on with, by decoders alone; a T5 writes a label's text "
+        "(`label-text`).",
         "With several backbones in one run the head reads one tuner of each; objectives for that: "
         + ", ".join(f"`{n}`" for n in objective_names() if objective_class(n).slots) + ".",
         "", "## Baselines, live", "", "They train inside the backbone, in `compare` and `sweep`, on the same rows.", "",

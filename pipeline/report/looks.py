@@ -1,4 +1,4 @@
-"""What a report measures of a run by running it: features before and after what was trained, and what inference costs."""
+"""What a report measures of a run by running it: features before and after training's part, the cost of inference."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def maps_of(model: Model, batches: Iterable[Batch], names: Sequence[str]) -> Map
                 break
     if sum(len(labels) for *_, labels in found) < 10:
         return None
-    before, after, classes = (torch.cat(part)[:POINTS].numpy() for part in zip(*found, strict=True))
-    return Maps(_flat(before), _flat(after), classes, names, model.tuner.around_what)
+    rows = [torch.cat(part)[:POINTS].numpy() for part in zip(*found, strict=True)]
+    return Maps(_flat(rows[0]), _flat(rows[1]), rows[2], names, model.tuner.around_what)
 
 
 def _flat(features: np.ndarray) -> np.ndarray:

@@ -6,12 +6,11 @@ from __future__ import annotations
 import importlib.util
 import re
 import sys
-from pathlib import Path
 
 import pytest
 
-from tests import scenes, vision
-from tests.pipeline.pages import DOCS, ROOT, blocks, commands, follow, pages, parsed, replaced
+from tests import scenes
+from tests.pipeline.pages import DOCS, ROOT, commands, follow, pages, parsed
 from tests.pipeline.test_readme import own_table
 
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)#\s]+)(?:#[^)]*)?\)|!\[[^\]]*\]\(([^)\s]+)\)")
