@@ -13,7 +13,7 @@ from typing import Any
 from pipeline.checks.doubtful_rows import doubts
 from pipeline.checks.rows import token_doubts
 from pipeline.checks.stored import kept_name, made_with, own_kept
-from pipeline.command_lines import TRAINING_SENSE, command_line
+from pipeline.command_lines import TRAINING_SENSE, command_line, quoted
 from pipeline.commands.kept_files import keep
 from pipeline.commands.prepare import Making, Split, joint_tables, of_slot, prepare, tables_of
 from pipeline.commands.projection import project, widths_text
@@ -84,7 +84,8 @@ def train_command(recipe: Recipe, done: Mapping[str, Any]) -> str:
     tuner = ",".join(recipe.tuners) if several else recipe.tuners[0]
     own = {k: v for k, v in recipe.tuner_options.items() if several or k in options_of("tuner", tuner)}
     left: dict[str, Any] = {f.name: f.default for f in fields(recipe) if f.name in TRAINING_SENSE}
-    return command_line("train", replace(recipe, tuner=tuner, tuner_options=own, **left))
+    line = command_line("train", replace(recipe, tuner=tuner, tuner_options=own, **left))
+    return line if " --tuner " in line else f"{line} --tuner {quoted(tuner)}"  # the default, too, is to be seen
 
 
 Done = tuple[Space, Report]
