@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import platform
-import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -19,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from pipeline.extract.backbones.live import LiveBackbone
 from pipeline.extract.batch import stream_of
@@ -29,6 +27,7 @@ from pipeline.extract.inputs import Inputs
 from pipeline.extract.kernels.memory import keep_freed_memory, return_freed_memory
 from pipeline.store import SEGMENT_BYTES, SEGMENT_SECONDS, Encoded, Samples, Segment, SegmentWriter, Space
 from pipeline.store.errors import NonFinite, UserError
+from pipeline.store.progress import Bar
 
 
 class Interrupted(UserError):
@@ -50,16 +49,9 @@ class Report:
     details: dict[str, Any] = field(default_factory=dict)
 
 
-def progress_bar(total: int, quiet: bool) -> tqdm[Any]:
-    """Counts samples; where nobody watches, in a file say, with a line in half a minute."""
-    return tqdm(
-        total=total,
-        unit=" samples",
-        disable=quiet or not total,
-        desc="extract",
-        dynamic_ncols=True,
-        mininterval=0.1 if sys.stderr.isatty() else 30.0,
-    )
+def progress_bar(total: int, quiet: bool) -> Bar:
+    """Counts samples."""
+    return Bar(total=total, unit=" samples", disable=quiet or not total, desc="extract", dynamic_ncols=True)
 
 
 def compute(

@@ -26,7 +26,8 @@ from pipeline.values import checked_value
 KINDS = ("tuner", "objective")
 _OURS: dict[str, Mapping[str, type[Any]]] = {"tuner": TUNERS, "objective": OBJECTIVES}
 # What commands take beside the recipe's options: an option of an owner is not spelled so.
-TAKEN = {"json", "recipe", "help", "budget", "memory", "tuners", "seeds", "preset", "csv", "for", "import"}
+TAKEN = {"json", "recipe", "help", "budget", "memory", "tuners", "seeds", "preset", "csv", "for", "import",
+         "quiet", "verbose"}  # fmt: skip
 
 
 @dataclass(frozen=True)

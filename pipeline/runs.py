@@ -33,6 +33,7 @@ from pipeline.jobs.written import written_scores
 from pipeline.owners import recipe_of
 from pipeline.recipe import read_recipe
 from pipeline.store.errors import StoreError, UserError
+from pipeline.store.near import near
 from pipeline.train.data.live_source import LiveSource
 from pipeline.train.data.source import Source
 from pipeline.train.evaluate import evaluate, predict
@@ -96,7 +97,8 @@ class Run:
         say of it under that name: precision, recall, F1 and support of each class and the confusion matrix, or a
         summary of the residuals. UserError for a report of an objective that has none, or of several tasks at once."""
         if split not in self.job.tables:
-            raise UserError(f"the store has no {split} rows of {self.spec.name}; it has: {', '.join(self.job.tables)}")
+            there = f"{', '.join(self.job.tables)}{near(split, self.job.tables)}"
+            raise UserError(f"the store has no {split} rows of {self.spec.name}; it has: {there}")
         more = self._report() if report else None
         source, precision = self.job.source(split), self.job.recipe.train_precision
         figures = evaluate(self.model, source, self.job.scorer(), self.job.device, precision, report=more)
@@ -185,8 +187,8 @@ def _alike(folder: Path) -> str:
     """ "; did you mean runs/…?" of the run beside `folder` that is called most like it, or nothing."""
     beside = folder.parent.iterdir() if folder.parent.is_dir() else ()
     runs = sorted(f.name for f in beside if (f / "recipe.yaml").is_file())
-    near = difflib.get_close_matches(folder.name, runs, n=1)
-    return f"; did you mean {folder.parent / near[0]}?" if near else ""
+    found = difflib.get_close_matches(folder.name, runs, n=1)
+    return f"; did you mean {folder.parent / found[0]}?" if found else ""
 
 
 def load_run(folder: str | Path, **overrides: Any) -> Run:

@@ -68,6 +68,7 @@ def metrics_text(result: dict[str, Any]) -> str:
             f"({100 * result['wait_share']:.0f} % of it waiting for data)",
             f"layout of the samples: {layout_text(result['layout'])}",
             f"run: {result['run']}",
+            *(f"next: {command}" for command in result.get("next", ())),
         ]
     )
 

@@ -10,6 +10,10 @@ from pipeline.store.errors import UserError
 
 B = TypeVar("B", bound=type[Backbone])
 _BACKBONES: dict[str, type[Backbone]] = {}
+HOW_TO_ADD = (
+    "`pipeline models` lists all; a family of your own is one file with a class under @register_backbone, loaded by "
+    "--import FILE (docs/backbones.md)"
+)
 
 
 def register_backbone(cls: B) -> B:
@@ -38,8 +42,19 @@ def backbone_for(config: Any) -> Backbone:
         cls = next((f for f in backbone_classes() if f.timm_names and name.startswith(f.timm_names)), None)
         if cls is None:
             known = ", ".join(f"{n}*" for f in backbone_classes() for n in f.timm_names)
-            raise UserError(f"no backbone family for timm's {name!r}; there is one for: {known}")
+            raise UserError(f"no backbone family for timm's {name!r}; there is one for: {known}; {HOW_TO_ADD}")
     if cls is None:
-        known = ", ".join(sorted(k for k in _BACKBONES if not k.startswith("timm:")))
-        raise UserError(f"no backbone family for model type {config.model_type!r}; there is one for: {known}")
+        raise UserError(f"no backbone family for model type {config.model_type!r}; {_nearest(config)}; {HOW_TO_ADD}")
     return cls(config)
+
+
+def _nearest(config: Any) -> str:
+    """The family that a checkpoint of no family is most like, by its name, else by what its configuration says."""
+    kind, types = str(config.model_type), [k for k in _BACKBONES if not k.startswith("timm:")]
+    writes = any("CausalLM" in name for name in getattr(config, "architectures", None) or ())
+    image = hasattr(config, "image_size") or hasattr(config, "num_channels")
+    both = getattr(config, "is_encoder_decoder", False)
+    fitting = "t5" if both else "llama" if writes else "vit" if image else "bert"
+    within = [k for k in types if k in kind or kind in k]
+    nearest = max(within, key=len) if within else fitting if fitting in types else types[0]
+    return f"the nearest that works is {nearest}: {_BACKBONES[nearest].description}"

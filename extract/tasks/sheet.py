@@ -22,6 +22,7 @@ from typing import Any
 
 from pipeline.extract.tasks.base import TaskError
 from pipeline.store.format.digest import digest_bytes
+from pipeline.store.near import near
 
 WORDS = (".conll", ".iob", ".bio")
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", *WORDS)
@@ -54,7 +55,8 @@ class Sheet:
     def column(self, name: str) -> list[Any]:
         """All values of a column. `TaskError` where there is none of that name, or more than one."""
         if name not in self.columns:
-            raise TaskError(f"{self.path}: no column {name!r}; columns there: {', '.join(self.columns)}")
+            hint = near(name, self.columns)
+            raise TaskError(f"{self.path}: no column {name!r}; columns there: {', '.join(self.columns)}{hint}")
         if self.columns.count(name) > 1:
             raise TaskError(f"{self.path}: {self.columns.count(name)} columns are named {name!r}; rename all but one")
         place = self.columns.index(name)

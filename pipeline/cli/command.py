@@ -5,27 +5,60 @@ from __future__ import annotations
 import functools
 import gc
 import json
+import logging
 import os
 import re
 import sys
+import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import click
 
+from pipeline.store import progress
 from pipeline.store.errors import Notice, UserError
+
+
+@dataclass
+class Manner:
+    """How much the running command says. `begun`: when it began, by the monotonic clock."""
+
+    quiet: bool = False
+    verbose: bool = False
+    begun: float = 0.0
+
+
+_manner = Manner()
 
 
 def say(text: str) -> None:
     """A line for a person; stdout is kept for results."""
-    click.echo(printable(text), err=True)
+    when = f"[{time.monotonic() - _manner.begun:7.1f} s] " if _manner.verbose else ""
+    click.echo(when + printable(text), err=True)
 
 
 def voice(as_json: bool) -> Callable[[str], None]:
-    """What a command says its lines with: nothing where one JSON object is all that is to be seen."""
+    """What a command says its lines with: nothing where one JSON object is all that is to be seen, and of a quiet one
+    the warnings alone."""
+    if _manner.quiet and not as_json:
+        return lambda text: say(text) if text.startswith("warning") else None
     return (lambda text: None) if as_json else say
+
+
+def _behave(quiet: bool, verbose: bool) -> None:
+    """Takes the manner of one command; a process may run several."""
+    if quiet and verbose:
+        _manner.verbose = False
+        raise UserError("--quiet and --verbose: give one of them")
+    _manner.quiet, _manner.verbose, _manner.begun = quiet, verbose, time.monotonic()
+    progress.shown = not quiet
+    if verbose:
+        os.environ["TRANSFORMERS_VERBOSITY"] = "info"
+        logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
 
 
 def printable(text: str) -> str:
@@ -81,15 +114,23 @@ def imports() -> Iterator[None]:
 
 
 def command(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds --json, prints what the command returns, and turns an error a user can mend into one line."""
+    """Adds --json, --quiet and --verbose, prints what the command returns, and turns an error a user can mend into one
+    line."""
 
     @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout and nothing else.")
+    @click.option("-q", "--quiet", is_flag=True, help="No progress, no lines but warnings, errors and the result.")
+    @click.option(
+        "-v", "--verbose", is_flag=True, help="Also the time, what libraries log, and where errors come from."
+    )
     @functools.wraps(function)
-    def wrapper(as_json: bool, **options: Any) -> None:
+    def wrapper(as_json: bool, quiet: bool, verbose: bool, **options: Any) -> None:
         try:
+            _behave(quiet, verbose)
             with notices():
                 result, text = function(as_json=as_json, **options)
         except UserError as error:
+            if _manner.verbose:
+                click.echo(traceback.format_exc().rstrip(), err=True)
             sys.exit(tell(error))
         except KeyboardInterrupt:
             click.echo("stopped", err=True)

@@ -381,17 +381,22 @@ def tasks(as_json: bool) -> tuple[Any, str]:
     return {"tasks": dict(listed)}, pairs_text(listed) + more
 
 
-@main.command()
+@main.command(short_help="Tuners, and live baselines.")
 @command
 def tuners(as_json: bool) -> tuple[Any, str]:
-    """Tuners; `pipeline train --tuner NAME --help` shows the options of one."""
+    """Tuners, and the baselines that train live beside them; `pipeline train --tuner NAME --help` shows the options of
+    one."""
     from pipeline import catalog
     from pipeline.extract.plugins import load_installed
     from pipeline.terminal import pairs_text
 
     load_installed()
     listed = catalog.tuners()
-    return {"tuners": listed}, pairs_text(list(listed.items()))
+    wide = max(map(len, listed))
+    live = [(f"{name:<{wide}}", what) for name, what in catalog.BASELINES.items()]
+    parts = ["from the store (train, sweep, compare)", pairs_text(list(listed.items()))]
+    parts += ["", "live baselines beside them (compare, sweep)", pairs_text(live)]
+    return {"tuners": listed, "baselines": catalog.BASELINES}, "\n".join(parts)
 
 
 main.add_command(search)

@@ -4,14 +4,17 @@ their configs; and how a recipe file and the command line are merged."""
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from typing import Any, get_args, get_type_hints
 
 import click
+from click.shell_completion import CompletionItem
 
 from pipeline.cli.command import tell
 from pipeline.extract.options import about
+from pipeline.extract.short_names import SHORT_NAMES
 from pipeline.jobs.slots import tuners_in
 from pipeline.owners import Owned, names_of, owned, recipe_of, refusal
 from pipeline.recipe import Recipe, option_name, read_recipe
@@ -59,7 +62,35 @@ def _option(
         settings["type"] = kind
         if metavar:
             settings["metavar"] = metavar
+    if name in _NAMES:
+        settings["shell_complete"] = _NAMES[name]
     return click.Option([flag, name], **settings)
+
+
+def _completes(names: Callable[[], Sequence[str]], files: bool = False) -> Callable[..., list[CompletionItem]]:
+    """What a shell offers for an option that takes one of `names`, or several with commas between; or a file."""
+
+    def offer(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        before, comma, last = incomplete.rpartition(",")
+        found = [CompletionItem(before + comma + name) for name in names() if name.startswith(last)]
+        return [*found, CompletionItem(incomplete, type="file")] if files else found
+
+    return offer
+
+
+def _task_names() -> list[str]:
+    from pipeline.extract.tasks import task_names
+
+    return [name for name, _ in task_names()]
+
+
+_NAMES: dict[str, Callable[..., list[CompletionItem]]] = {
+    "model": _completes(lambda: list(SHORT_NAMES), files=True),
+    "task": _completes(_task_names, files=True),
+    "tuner": _completes(lambda: names_of("tuner")),
+    "tuners": _completes(lambda: names_of("tuner")),
+    "objective": _completes(lambda: names_of("objective")),
+}
 
 
 def _common(command: str, without: Sequence[str]) -> list[click.Parameter]:
@@ -91,6 +122,10 @@ class OwnerCommand(click.Command):
         self.params = [*_common(self.takes, self.without), *self.params]
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if ctx.resilient_parsing:  # of a line that is being typed
+            with suppress(UserError, click.ClickException):
+                ctx.meta[_OWNED] = _owned(*self._chosen(args), self.takes == "extract")
+            return super().parse_args(ctx, args)
         try:
             tuners, objective = self._chosen(args)
             ctx.meta[_OWNED] = _owned(tuners, objective, self.takes == "extract")

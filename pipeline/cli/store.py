@@ -135,15 +135,14 @@ def upgrade(as_json: bool, where: str, dry_run: bool) -> tuple[Any, str]:
 
 
 def _transfer(source: str, target: str, space: str, quiet: bool) -> tuple[Any, str]:
-    from tqdm import tqdm
-
     from pipeline.store import Store
+    from pipeline.store.progress import Bar
     from pipeline.store.upkeep.transfer import transfer
     from pipeline.terminal import size_text
 
     begin = Store.open(source)
     spaces = [begin.space(space).id] if space else None
-    with tqdm(unit="B", unit_scale=True, disable=quiet or None, desc="copy") as bar:
+    with Bar(unit="B", unit_scale=True, disable=quiet or None, desc="copy") as bar:
 
         def progress(name: str, size: int) -> None:
             bar.update(size)

@@ -262,7 +262,7 @@ def _summary(job: Job, model: Any, batch: Batch, metrics: dict[str, Any], more: 
     first = job.objective.scorer().first
     return {
         "metric": math.nan if scores[first] is None else scores[first],
-        "figure": first,
+        "figure": next((n for n in scores if n != first), first) if first == "average" and len(scores) == 2 else first,
         "seconds_per_epoch": metrics["seconds_per_epoch"],
         "trainable": metrics["trainable_parameters"],
         "layout": metrics["layout"],

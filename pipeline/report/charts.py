@@ -14,13 +14,15 @@ from typing import Any
 import numpy as np
 
 from pipeline.report.facts import Classes, Setting, Shown, selecting
+from pipeline.report.looks import Maps
 from pipeline.store.errors import UserError
 from pipeline.train.learned import Learned
+from pipeline.train.metrics import ERRORS
 
 try:
     import matplotlib
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 except ImportError:
     raise UserError(
         "charts need matplotlib: pip install 'activation-pipeline[report]' (or pip install matplotlib)"
@@ -71,35 +73,56 @@ def plain(text: str, most: int = _MOST) -> str:
 
 
 def curves(settings: Sequence[Setting]) -> str:
-    """Training loss and validation score over epochs: a colour a setting, a line a seed."""
+    """Training loss and validation score over epochs: a colour a setting, a faint line a seed, a strong one their
+    mean."""
     settings = settings[:MOST_SERIES]
     with matplotlib.rc_context(_STYLE):
-        figure, (left, right) = _new(9.5, 3.4, 2)
+        figure, (left, right) = _new(9.8, 3.2, 2)
+        percent = _percent([selecting(e["validation"]) for s in settings for run in s.runs for e in run.scores[:1]])
         for colour, setting in zip(SERIES, settings, strict=False):
-            for place, run in enumerate(setting.runs):
-                name = plain(setting.label) if place == 0 else None
-                epochs, losses = _loss(run)
-                left.plot(epochs, losses, color=colour, linewidth=1.2, alpha=0.85, label=name)
-                known = [(e["epoch"], e["validation"].get(selecting(e["validation"]))) for e in run.scores]
-                known = [(x, y) for x, y in known if y is not None]
-                if known:
-                    right.plot(*zip(*known, strict=True), color=colour, linewidth=1.2, alpha=0.85, marker="o",
-                               markersize=2.5, label=name)  # fmt: skip
+            _strands(left, [_loss(run) for run in setting.runs], colour)
+            _strands(right, [_scores(run, percent) for run in setting.runs], colour, marker="o")
         left.set(xlabel="epoch", ylabel="training loss")
-        right.set(xlabel="epoch", ylabel="validation score")
-        if len(settings) > 1:
-            figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=min(4, len(settings)))
+        right.set(xlabel="epoch", ylabel="validation score" + (" × 100" if percent else ""))
+        for axis in (left, right):
+            axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         return _svg(figure, "training loss and validation score over epochs")
 
 
-def _loss(run: Shown) -> tuple[list[float], list[float]]:
-    """The loss over epochs, averaged to at most some 120 points."""
+Line = tuple[list[float], list[float]]
+
+
+def _strands(axis: Any, lines: Sequence[Line], colour: str, **more: Any) -> None:
+    lines = [line for line in lines if line[0]]
+    alone = len(lines) == 1
+    for x, y in lines:
+        axis.plot(x, y, color=colour, linewidth=1.6 if alone else 0.9, alpha=1 if alone else 0.35,
+                  **(more if alone else {}), markersize=3.5)  # fmt: skip
+    places = lines[0][0] if lines else []
+    if not alone and lines and all(x == places for x, _ in lines):
+        means = [float(np.mean([y[i] for _, y in lines])) for i in range(len(places))]
+        axis.plot(places, means, color=colour, linewidth=2, markersize=3.5, **more)
+
+
+def _scores(run: Shown, percent: bool) -> Line:
+    known = [(e["epoch"], e["validation"].get(selecting(e["validation"]))) for e in run.scores]
+    known = [(x, y) for x, y in known if y is not None]
+    return [x for x, _ in known], [(100 if percent else 1) * y for _, y in known]
+
+
+def _loss(run: Shown) -> Line:
+    """The loss over epochs, averaged to at most some 30 points."""
     values = [math.nan if e["loss"] is None else float(e["loss"]) for e in run.steps]
     last = max((e["epoch"] for e in run.steps), default=1)
-    share = max(1, len(values) // 120)
+    share = max(1, len(values) // 30)
     parts = [values[i : i + share] for i in range(0, len(values), share)]
     places = [(min((i + 1) * share, len(values)) / max(1, len(values))) * last for i in range(len(parts))]
     return places, [float(np.mean(part)) for part in parts]
+
+
+def _percent(figures: Sequence[str]) -> bool:
+    """Whether the figures are shares, which are told in percent."""
+    return not any(re.split(r"[ .]", name)[-1] in ERRORS for name in figures)
 
 
 def costs(settings: Sequence[Setting], figure_name: str, what: str) -> str:
@@ -111,22 +134,39 @@ def costs(settings: Sequence[Setting], figure_name: str, what: str) -> str:
         ("memory of a step, MB", [None if s.memory is None else s.memory / 1e6 for s in settings]),
     ]
     known = [(name, values) for name, values in axes_of if any(values)]
+    scale = 100 if _percent([figure_name]) else 1
     with matplotlib.rc_context(_STYLE):
-        figure, axes = _new(3.2 * len(known) + 0.6, 3.6, len(known), sharey=True, squeeze=False)
+        figure, axes = _new(9.8 if len(known) > 1 else 5.0, 3.2, len(known), sharey=True, squeeze=False)
         for axis, (name, values) in zip(axes[0], known, strict=True):
             for place, (setting, x) in enumerate(zip(settings, values, strict=True)):
-                y = setting.means.get(figure_name)
+                y, spread = setting.means.get(figure_name), setting.spreads.get(figure_name)
                 if x and y is not None:
-                    axis.errorbar(x, y, yerr=setting.spreads.get(figure_name), fmt="o", markersize=5, capsize=2,
-                                  color=SERIES[place % MOST_SERIES], label=plain(setting.label))  # fmt: skip
+                    axis.errorbar(x, scale * y, yerr=None if spread is None else scale * spread, fmt="o", markersize=6,
+                                  elinewidth=1.2, color=SERIES[place % MOST_SERIES])  # fmt: skip
             axis.set(xlabel=name, xscale="log")
-            axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=5))
-            axis.xaxis.set_major_formatter(FuncFormatter(_tick))
-            axis.xaxis.set_minor_formatter(NullFormatter())
-        axes[0][0].set_ylabel(plain(what, 60))
-        handles, labels = axes[0][0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)))
+            _log_ticks(axis, [x for x in values if x])
+        _near_the_means(axes[0][0], [scale * s.means[figure_name] for s in settings if figure_name in s.means])
+        axes[0][0].set_ylabel(plain(what, 60) + (" × 100" if scale > 1 else ""))
         return _svg(figure, f"{what} against cost")
+
+
+def _near_the_means(axis: Any, means: Sequence[float]) -> None:
+    """No more of long bars than tells the means apart: with two seeds an interval can be a hundred points."""
+    low, high = axis.get_ylim()
+    room = 1.2 * (max(means, default=0.0) - min(means, default=0.0))
+    if means and room:
+        axis.set_ylim(max(low, min(means) - room), min(high, max(means) + room))
+
+
+def _log_ticks(axis: Any, values: Sequence[float]) -> None:
+    """A few round numbers along a logarithmic axis, with some room at both ends."""
+    low, high = min(values, default=1) / 1.3, max(values, default=1) * 1.3
+    decades = math.log10(high / low)
+    steps = (1.0, 2.0, 5.0) if decades < 1.3 else (1.0, 3.0) if decades < 2.3 else (1.0,)
+    axis.set_xlim(low, high)
+    axis.xaxis.set_major_locator(LogLocator(subs=steps, numticks=8))
+    axis.xaxis.set_major_formatter(FuncFormatter(_tick))
+    axis.xaxis.set_minor_locator(NullLocator())
 
 
 def _tick(value: float, _: Any) -> str:
@@ -161,6 +201,23 @@ def _cell(x: float, y: float, share: float) -> Any:
     from matplotlib.patches import Rectangle
 
     return Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=SERIES[0], alpha=round(share, 3), linewidth=0)
+
+
+def maps(found: Maps) -> str:
+    """Samples as t-SNE lays them out before and after, coloured by class."""
+    with matplotlib.rc_context({**_STYLE, "axes.grid": False}):
+        figure, axes = _new(7.6, 3.4, 2)
+        for axis, points, title in zip(axes, (found.before, found.after), ("before", "after"), strict=True):
+            for number in range(len(found.names)):
+                own = points[found.classes == number]
+                colour = SERIES[number] if number < MOST_SERIES else FAINT
+                axis.scatter(own[:, 0], own[:, 1], s=9, color=colour, alpha=0.75, linewidths=0)
+            axis.set_title(title, fontsize=10)
+            axis.set(xticks=[], yticks=[])
+            for side in axis.spines.values():
+                side.set_visible(True)
+                side.set_alpha(0.4)
+        return _svg(figure, "features before and after, by t-SNE")
 
 
 def scatter(pairs: Sequence[tuple[float, float]]) -> str:

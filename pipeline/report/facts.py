@@ -25,8 +25,9 @@ from pipeline.extract.batch import Batch
 from pipeline.jobs.job import Job
 from pipeline.lookup.task import picture_root
 from pipeline.recipe import Recipe, option_name, read_recipe
-from pipeline.runs import load_run
-from pipeline.store import Space
+from pipeline.report.looks import Clock, Maps, cost_facts, maps_of
+from pipeline.runs import Run, load_run
+from pipeline.store import Segment, Space
 from pipeline.store.errors import UserError
 from pipeline.terminal import size_text
 from pipeline.train.evaluate import closing, predict
@@ -86,6 +87,7 @@ class Setting:
     seconds: float | None = None
     memory: float | None = None
     runs: list[Shown] = field(default_factory=list)
+    about: str = ""  # of a row of a table: what it was made with
 
 
 @dataclass
@@ -100,7 +102,8 @@ class Classes:
 @dataclass
 class Details:
     """What a run does on `split`. `mistakes`: text fields, truth, prediction and the probability of it, or the error of
-    a number, worst first. `pairs`: (truth, prediction) of numbers. `missing`: why there is nothing to show."""
+    a number, worst first. `pairs`: (truth, prediction) of numbers. `others`: of other targets the rows of the
+    objective's own report. `costs`: of inference and training. `missing`: why there is nothing to show."""
 
     shown: Shown
     split: str = ""
@@ -109,7 +112,10 @@ class Details:
     mistakes: list[dict[str, Any]] = field(default_factory=list)
     wrong: int = 0
     samples: int = 0
+    others: list[dict[str, Any]] = field(default_factory=list)
     learned: list[Learned] = field(default_factory=list)
+    maps: Maps | None = None
+    costs: list[tuple[str, str]] = field(default_factory=list)
     store: list[tuple[str, str]] = field(default_factory=list)
     missing: str = ""
 
@@ -212,10 +218,13 @@ def read_table(path: Path) -> list[Setting]:
             if spread is not None:
                 spread *= float(stats.t.ppf(0.975, seeds - 1)) / math.sqrt(seeds)
             live = " (live)" if str(row.get("live")) == "True" else ""
+            figure = str(row.get("figure") or "average")
+            figure = "metric" if figure == "average" else figure
             found.append(
                 Setting(
-                    str(row["method"]) + live, seeds, {"metric": float(row["metric"])}, {"metric": spread},
+                    str(row["method"]) + live, seeds, {figure: float(row["metric"])}, {figure: spread},
                     int(row["trainable"]), float(row["seconds_per_epoch"]), float(row["memory_bytes"]),
+                    about=str(row.get("settings") or ""),
                 )
             )  # fmt: skip
     except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
@@ -247,13 +256,31 @@ def details(shown: Shown, **elsewhere: Any) -> Details:
     if not out.split:
         out.missing = f"the store has no rows of {job.spec.name} with labels to look at"
         return out
-    source = job.source(out.split)
-    entries = predict(run.model, source, job.device, job.recipe.train_precision)
-    _compare(out, job, entries)
+    source, clock = job.source(out.split), Clock(job.device)
+    if job.spec.target in ("class", "number"):
+        with clock.measured():
+            entries = predict(run.model, source, job.device, job.recipe.train_precision)
+        _compare(out, job, entries)
+    else:
+        with clock.measured():
+            out.others = _reported(run, out.split)
+        out.samples = len(job.tables[out.split].keys)
     run.model.eval()
     with torch.inference_mode(), closing(source.sequential()) as batches:
         out.learned = run.model.tuner.insights(_on(batches, job.device))
+    if job.spec.target == "class":
+        with closing(source.sequential()) as batches:
+            out.maps = maps_of(run.model, (batch.to(job.device) for batch in batches), job.spec.labels)
+    out.costs = cost_facts(job, run.model, out.split, clock, out.samples)
     return out
+
+
+def _reported(run: Run, split: str) -> list[dict[str, Any]]:
+    """The rows of `evaluate --report`; none where the objective has no report."""
+    if run.single().objective.report() is None:
+        run.evaluate(split)
+        return []
+    return [dict(row) for row in run.evaluate(split, True)["report"]["rows"]]
 
 
 def _on(batches: Iterable[Batch], device: torch.device) -> Iterable[Batch]:
@@ -261,7 +288,7 @@ def _on(batches: Iterable[Batch], device: torch.device) -> Iterable[Batch]:
 
 
 def _compare(out: Details, job: Job, entries: Sequence[Mapping[str, Any]]) -> None:
-    """Predictions beside the truth. A class's confusion, a number's pairs; of other targets the mistakes alone."""
+    """Predictions beside the truth: a class's confusion, or a number's pairs, and the worst mistakes."""
     table, spec = job.tables[out.split], job.spec
     out.samples = len(entries)
     if spec.target == "number":
@@ -271,8 +298,6 @@ def _compare(out: Details, job: Job, entries: Sequence[Mapping[str, Any]]) -> No
         wrong = [(abs(t - g), i, t, g) for i, (t, g) in enumerate(out.pairs)]
         worst = sorted(wrong, reverse=True)[:MISTAKES]
         out.mistakes = [_mistake(job, table.texts[i], f"{t:g}", f"{g:.3g}", e) for e, i, t, g in worst]
-        return
-    if spec.target != "class":
         return
     names = list(spec.labels)
     truth_at = [int(label) for label in table.labels]
@@ -324,9 +349,20 @@ def store_facts(job: Job) -> list[tuple[str, str]]:
         ("states stored", ", ".join(sorted({name for s in segments for name in s.states}))),
         ("states this run reads", ", ".join(job.states)),
         ("number format", f"{identity['format']}, computed in {identity['precision']}"),
-        ("bytes", size_text(sum(s.nbytes for s in segments))),
+        ("bytes", _bytes_text(segments)),
+        ("written", _written_text(segments)),
     ]
     return [*facts, ("computed on", ", ".join(name for name in machines if name))]
+
+
+def _bytes_text(segments: Sequence[Segment]) -> str:
+    size, samples = sum(s.nbytes for s in segments), sum(len(s) for s in segments if s.base is None)
+    return f"{size_text(size)}, {size_text(size / max(1, samples))} a sample"
+
+
+def _written_text(segments: Sequence[Segment]) -> str:
+    when = sorted(s.created for s in segments)
+    return f"{when[0]} to {when[-1]}" if when and when[0] != when[-1] else "".join(when[:1])
 
 
 def recipe_lines(run: Shown) -> list[tuple[str, str]]:

@@ -117,10 +117,15 @@ def _facts(runs: Sequence[Shown]) -> list[tuple[str, str]]:
 def _number(name: str, value: float | None, spread: float | None = None) -> str:
     if value is None:
         return ""
-    share = re.split(r"[ .]", name)[-1] not in ERRORS  # of "test mse" or, of one of several tasks, "test lengths.mse"
+    share = _is_share(name)
     shown = f"{100 * value:.1f}" if share else f"{value:.4g}"
     more = "" if spread is None else f" ± {100 * spread:.1f}" if share else f" ± {spread:.2g}"
     return shown + more
+
+
+def _is_share(name: str) -> bool:
+    """Whether larger is better: of "test mse" or, of one of several tasks, "test lengths.mse", it is not."""
+    return re.split(r"[ .]", name)[-1] not in ERRORS
 
 
 def _judged(settings: Sequence[Setting]) -> str:
@@ -129,13 +134,13 @@ def _judged(settings: Sequence[Setting]) -> str:
     for split in ("test", "validation"):
         if name := selecting([f.partition(" ")[2] for f in figures if f.startswith(f"{split} ")]):
             return f"{split} {name}"
-    return "metric" if "metric" in figures else ""
+    return figures[0] if figures else ""  # of a table, which has no splits
 
 
 def _ranked(settings: Sequence[Setting]) -> list[Setting]:
     """The best first."""
     judged = _judged(settings)
-    sign = -1 if judged.partition(" ")[2] in ERRORS else 1
+    sign = 1 if _is_share(judged) else -1
     return sorted(settings, key=lambda s: sign * s.means[judged] if judged in s.means else -math.inf, reverse=True)
 
 
@@ -162,7 +167,8 @@ def _table(settings: Sequence[Setting], title: str, charts: Any) -> dict[str, An
     chart = (
         charts.costs(settings, judged, alone[0] if len(alone) == 1 else judged) if len(settings) > 1 and judged else ""
     )
-    return {"title": title, "head": head, "rows": rows, "note": note, "chart": chart}
+    return {"title": title, "head": head, "rows": rows, "note": note, "chart": chart, "colours": charts.MOST_SERIES,
+            "abouts": [(s.label, s.about) for s in settings if s.about]}  # fmt: skip
 
 
 def _looked(found: Details, charts: Any) -> dict[str, Any]:
@@ -181,6 +187,11 @@ def _looked(found: Details, charts: Any) -> dict[str, Any]:
         "wrong": found.wrong,
         "samples": found.samples,
         "learned": [{"title": w.title, "about": w.about, "chart": charts.learned(w)} for w in found.learned],
+        "maps": charts.maps(found.maps) if found.maps else "",
+        "maps_about": found.maps.about if found.maps else "",
+        "maps_key": list(enumerate(found.maps.names[: charts.MOST_SERIES], start=1)) if found.maps else [],
+        "others": found.others,
+        "costs": found.costs,
         "store": found.store,
         "options": recipe_lines(found.shown),
     }

@@ -36,7 +36,7 @@ def parsed(line: str) -> tuple[str, Recipe]:
     program, command, *rest = words(line)
     assert program == "pipeline"
     given = main.commands[command].make_context(command, rest).params  # type: ignore[attr-defined]
-    assert not given.pop("as_json")
+    assert not any(given.pop(manner) for manner in ("as_json", "quiet", "verbose"))
     recipe_file = given.pop("recipe_file")
     return command, build_recipe(
         command, {k: v for k, v in given.items() if k not in ("budget", "memory")}, recipe_file

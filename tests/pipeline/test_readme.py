@@ -1,4 +1,4 @@
-"""The README's Python examples run as written, on a store made the way the README says."""
+"""README and the page of Python examples run as written."""
 
 from __future__ import annotations
 
@@ -11,36 +11,52 @@ from pipeline.commands.demo_data import demo_task
 from pipeline.commands.extract import run_extract
 from pipeline.extract.pretrained import local
 from pipeline.recipe import Recipe
+from tests import tiny
+from tests.pipeline.pages import DOCS, README, blocks, follow
 
-README = Path(__file__).resolve().parents[2] / "README.md"
 
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+def own_table(folder: Path, count: int = 36) -> None:
+    """my.csv, and new.csv with rows to predict."""
+    texts = tiny.sentences(count)
+    rows = [f"{text},{'yes' if 'cat' in text else 'no'}" for text in texts]
+    (folder / "my.csv").write_text("\n".join(["sentence,label", *rows]) + "\n", encoding="utf-8")
+    (folder / "new.csv").write_text("\n".join(["sentence", *tiny.sentences(4, seed=9)]) + "\n", encoding="utf-8")
 
 
 def test_the_python_examples_run(tmp_path, monkeypatch, capsys):
     if local("minilm") is None:
-        pytest.skip("the extra `demo` is not installed: the README's example needs its encoder")
+        pytest.skip("the extra `demo` is not installed: the example needs its encoder")
     monkeypatch.chdir(tmp_path)
     task = demo_task(train=128, validation=16, test=16)
     run_extract(Recipe(model="minilm", task="demo", store="demo/store", tuners=("probe", "sherl")), print, True, task)
     names: dict[str, object] = {}
-    for example in blocks("python"):
-        exec(compile(example, str(README), "exec"), names)
+    for _, example in blocks(DOCS / "howto" / "python.md", "python"):
+        exec(compile(example, "docs/howto/python.md", "exec"), names)
     said = capsys.readouterr().out
     assert re.search(r"last loss \d+\.\d+", said)
     assert re.search(r"[\d,]+ rows, the first of 384 directions holds [1-9]\d*%", said) and names["longest"] > 4
 
 
-def test_every_command_of_the_readme_exists():
-    from pipeline.cli.main import main
+def test_the_commands_of_the_readme_run(checkpoints, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="the extra `report` is not installed: README's commands not tested")
+    monkeypatch.chdir(tmp_path)
+    own_table(tmp_path)
+    said = follow(README, {"minilm": str(checkpoints["bert"])}, without=("pip install",))
+    assert len(said) == 5 and (tmp_path / "report.html").is_file()
+    predicted = next(text for line, text in said.items() if line.startswith("pipeline predict"))
+    assert predicted.count("yes") + predicted.count("no ") >= 4
 
-    for line in "\n".join(blocks("bash")).splitlines():
-        for words in re.findall(r"pipeline ((?:store )?[a-z]+)", line.split("#")[0]):
-            command = main
-            for word in words.split():
-                command = command.commands[word]
-            options = {o for p in command.params for o in p.opts}
-            for option in re.findall(r"(--[a-z-]+)", line.split("#")[0].split("pipeline", 1)[1]):
-                assert option in options, (line, option)
+
+def test_the_readme_has_its_two_commands():
+    """Other programs look for them."""
+    section = README.read_text(encoding="utf-8").split("## Two commands", 1)[1].split("\n## ", 1)[0]
+    assert "pip install -e '.[demo]' && pipeline demo" in section
+    assert "pytest -n auto --dist loadfile" in section
+
+
+@pytest.mark.matrix
+def test_the_demo_of_the_readme_runs(tmp_path, monkeypatch):
+    from tests.pipeline.pages import execute
+
+    monkeypatch.chdir(tmp_path)
+    assert "next:" in execute("pipeline demo")

@@ -28,7 +28,7 @@ def swept(checkpoints, tmp_path_factory) -> Path:
     """A sweep over texts and labels that would be markup."""
     folder = tmp_path_factory.mktemp("report")
     lines = ["text\tlabel"]
-    lines += [f"{HOSTILE} number {i}\t{'<i>yes</i>' if i % 3 else 'a_$no$'}" for i in range(80)]
+    lines += [f"{HOSTILE} number {i}\t{'<i>yes</i>' if i % 3 else 'a_$no$'}" for i in range(120)]
     (folder / "my.tsv").write_text("\n".join(lines) + "\n")
     options = ["--model", checkpoints["bert"], "--task", folder / "my.tsv", "--store", folder / "store"]
     named = ["--text", "text", "--label", "label", "--for", "sherl,lst,unipt,head2toe"]
@@ -80,9 +80,10 @@ def test_a_sweep_becomes_one_page_that_asks_for_nothing(swept, tmp_path):
     assert HOSTILE in page.text and "a_$no$" in page.text
     table = json.loads((swept / "sweep" / "sweep.json").read_text())
     assert all(row["label"] in page.text for row in table["runs"])
+    assert page.text.count("Features before and after") == 4 and page.text.count("What it costs") == 4
     for said in ("Layer attention", "Redundancy", "Gates of the encoder", "Confidence in each", "Chosen features"):
         assert said in page.text
-    assert "± is half of the 95 % interval" in page.text and "samples stored 80 in" in page.text
+    assert "± is half of the 95 % interval" in page.text and "samples stored 120 in" in page.text
 
 
 def test_confusion_and_mistakes_are_those_of_the_scores(swept):
@@ -119,6 +120,50 @@ def test_what_is_learned_is_what_the_tuner_does(swept):
     assert float(shares.values.sum()) == pytest.approx(1)
     (chosen,) = learned("head2toe-s0")
     assert 0 < float(chosen.values.mean()) < 1  # the selection was made
+
+
+def test_features_are_those_around_the_live_layer(swept):
+    from pipeline.report.facts import details, read_runs
+
+    model = load_run(swept / "sweep" / "sherl-s0").model.eval()
+    job = load_run(swept / "sweep" / "sherl-s0").job
+    batch = next(iter(job.source("test").sequential()))
+    with torch.inference_mode():
+        before, after = model.tuner.around(batch)
+        entering = model.tuner.names["encoder"]
+        features = [model.tuner.tail.embed(batch, "encoder"), *(batch.states[n] for n in entering)]
+        blend = model.tuner.mtsa["encoder"](features, features[-1])
+        assert torch.allclose(before, batch.layout("encoder").mean(blend), atol=1e-5)
+        assert torch.allclose(after, batch.layout("encoder").mean(model.tuner(batch)["encoder"]), atol=1e-5)
+    for name in ("sherl-s0", "lst-s0", "head2toe-s0"):
+        (found,) = (details(shown) for shown in read_runs([swept / "sweep" / name], {}))
+        assert found.maps is not None and found.maps.before.shape == found.maps.after.shape == (12, 2)
+        assert found.maps.classes.tolist() == [int(label) for label in job.tables["test"].labels]
+        facts = dict(found.costs)
+        assert "ms a sample" in facts["inference from stored states"] and "memory of it, counted" in facts
+        assert "memory of a training step, counted" in facts and "on inputs never seen" in facts
+
+
+def test_a_map_of_features_is_the_same_each_time():
+    from pipeline.report.looks import _flat
+
+    g = torch.Generator().manual_seed(0)
+    rows = torch.randn(40, 8, generator=g).numpy()
+    rows[20:] += 20
+    found = _flat(rows)
+    assert found.shape == (40, 2) and (found == _flat(rows)).all()
+    near = found[:20] - found[:20].mean(0)
+    assert abs(near).max() < abs(found[:20].mean(0) - found[20:].mean(0)).max()  # two heaps stay two
+    assert (_flat(rows[:12] * 0) == 0).all()  # nothing to tell apart
+
+
+def test_of_errors_the_smallest_is_best_in_a_table_too(tmp_path):
+    head = "method,trainable,memory_bytes,seconds_per_epoch,metric,figure,spread,seeds,live,settings"
+    lines = ["probe,10,1e6,0.1,1.5,mse,,1,False,lr 1", "lst,20,2e6,0.2,0.5,mse,,1,False,lr 2"]
+    (tmp_path / "t.csv").write_text("\n".join([head, *lines]) + "\n")
+    page, _ = report(tmp_path / "a.html", tmp_path / "t.csv")
+    assert page.text.index("lst 1 0.5 20") < page.text.index("probe 1 1.5 10") and "mse" in page.text
+    assert "Settings lst lr 2" in page.text
 
 
 def test_runs_a_folder_of_runs_and_a_table_of_compare(swept, checkpoints, tmp_path):

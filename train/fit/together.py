@@ -15,10 +15,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tqdm import tqdm
 
 from pipeline.extract.batch import Batch
 from pipeline.extract.kernels.memory import keep_freed_memory, return_freed_memory
+from pipeline.store.progress import Bar as tqdm
 from pipeline.train.evaluate import Scoring, closing, evaluate_all
 from pipeline.train.fit.finite import NotFinite
 from pipeline.train.fit.signals import Interrupt, Interrupted

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from pipeline.extract.batch import Batch
 from pipeline.extract.plugins import load_installed
 from pipeline.store.errors import UserError
+from pipeline.store.near import near
 from pipeline.train.configs import ObjectiveConfig
 from pipeline.train.features import Feature, Features, Want
 from pipeline.train.metrics import ERRORS
@@ -155,7 +156,8 @@ class Objective(ABC):
         self.config, self.answers = config, answers
         if unknown := [name for name in config.metric if name not in self.metric_names]:
             fitting = ", ".join(self.metric_names) or "what it always reports, and nothing else"
-            raise UserError(f"--metric {unknown[0]}: objective {self.name} is scored by {fitting}")
+            hint = near(unknown[0], self.metric_names)
+            raise UserError(f"--metric {unknown[0]}: objective {self.name} is scored by {fitting}{hint}")
 
     @property
     def metric_names(self) -> tuple[str, ...]:
@@ -252,7 +254,8 @@ def objective_class(name: str) -> type[Objective]:
     if name not in _OBJECTIVES:
         load_installed()
     if name not in _OBJECTIVES:
-        raise UserError(f"unknown objective {name!r}; objectives: {', '.join(_OBJECTIVES)}")
+        hint = near(name, _OBJECTIVES)
+        raise UserError(f"unknown objective {name!r}{hint}; objectives: {', '.join(_OBJECTIVES)}")
     return _OBJECTIVES[name]
 
 

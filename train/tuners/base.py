@@ -134,6 +134,20 @@ class Tuner(nn.Module):
         them. Called in eval mode, without gradients."""
         return []
 
+    around_what: ClassVar[str] = "before: the deepest frozen state it reads; after: what it hands to the head"
+
+    def around(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(B, width) each: a sample's mean features before and after what was trained, for a map of both in a report;
+        `around_what` says which they are. Called in eval mode, without gradients."""
+        name = self.states(self.config, self.backbone)[-1]
+        return batch.mean(name), self.pooled(self(batch), batch)
+
+    def pooled(self, features: Features, batch: Batch) -> Tensor:
+        """(B, width): the last of `features`, averaged over the rows of each sample."""
+        feature = list(self.features)[-1]
+        rows, stream = features[feature], self.features[feature].stream
+        return batch.layout(stream).mean(rows) if stream else rows
+
     def train(self, mode: bool = True) -> Tuner:
         # Dropout inside the live layer is on while training, as in the official code (methods §6.1).
         self.tail.train(mode)

@@ -124,6 +124,19 @@ class Sherl(Tuner):
             found.append(Learned(f"Redundancy, {stream}", about, names, mean.of(f"alike {stream}")))
         return found
 
+    around_what = "before: the blend that enters the live layer; after: what leaves it (SHERL Fig. 8)"
+
+    def around(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        if not self.live.layers:
+            return super().around(batch)
+        entering: list[Tensor] = []
+        note = self.live.register_forward_pre_hook(lambda _, given: entering.append(given[1][self.stream]))
+        try:
+            after = self.pooled(self(batch), batch)
+        finally:
+            note.remove()
+        return batch.layout(self.stream).mean(entering[0]), after
+
     def _finish(self, rows: Tensor, stream: str) -> Tensor:
         norm = self.norm[stream]
         # A post-norm block has already normalised and dropped out its own output.

@@ -1,4 +1,4 @@
-"""The README's section "Share a store with your team", followed literally: every command of it, in its order.
+"""The tutorial "Share a store with your team", followed literally: every command of it, in its order.
 
 Changed are only the places that a test cannot use: /data/features, the group, the bucket's server, and port numbers.
 """
@@ -8,9 +8,7 @@ from __future__ import annotations
 import grp
 import os
 import re
-import shlex
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,27 +19,25 @@ import pytest
 from pipeline.extract.pretrained import local
 from pipeline.store.files.places import _remote
 from tests import tiny
-from tests.pipeline.test_errors import run
-from tests.pipeline.test_readme import README
+from tests.pipeline.pages import DOCS, execute, tools
 from tests.store import servers
 
 LOSS = re.compile(r'"loss": ?([0-9.e+-]+)')
-SECTION = "## Share a store with your team"
+PAGE = DOCS / "tutorials" / "share.md"
 
 
 def commands() -> list[str]:
-    """Every line of the section's bash blocks, and the one command in its text."""
-    section = README.read_text(encoding="utf-8").split(SECTION, 1)[1].split("\n## ", 1)[0]
-    found = re.findall(r"```bash\n(.*?)```|`(pipeline store merge [^`]*)`", section, re.DOTALL)
+    """Every line of its bash blocks, and the one command in its text."""
+    found = re.findall(r"```bash\n(.*?)```|`(pipeline store merge [^`]*)`", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     return [line for block, single in found for line in (block or single).splitlines() if line.strip()]
 
 
 @pytest.fixture
 def instead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
-    """What stands for what in the README; servers run, and the table is there."""
+    """What stands for what in the tutorial; servers run, and the table is there."""
     if local("minilm") is None:
-        pytest.skip("the extra `demo` is not installed: the README's commands need its encoder")
-    pytest.importorskip("distributed", reason="distributed is not installed: the README's cluster not tested")
+        pytest.skip("the extra `demo` is not installed: its commands need its encoder")
+    pytest.importorskip("distributed", reason="distributed is not installed: its cluster not tested")
     data = tmp_path / "data"
     data.mkdir()
     rows = [f"{text}\t{'yes' if 'cat' in text else 'no'}" for text in tiny.sentences(40)]
@@ -50,9 +46,8 @@ def instead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[st
     with ExitStack() as stack:
         keys = stack.enter_context(servers.s3(tmp_path / "s3"))
         web = stack.enter_context(servers.http_server(data, tmp_path / "nginx"))
-        tools = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         project = str(Path(__file__).resolve().parents[2])
-        mine = {"PIPELINE_CACHE": str(tmp_path / "cache"), "PIPELINE_USER": "ada", "PATH": tools}
+        mine = {"PIPELINE_CACHE": str(tmp_path / "cache"), "PIPELINE_USER": "ada", "PATH": tools()}
         for name, value in {**keys, **mine, "PYTHONPATH": project, "OMP_NUM_THREADS": "1"}.items():
             monkeypatch.setenv(name, value)
         monkeypatch.chdir(tmp_path)
@@ -65,18 +60,6 @@ def instead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[st
         }
         yield instead
     _remote.cache_clear()
-
-
-def execute(line: str) -> str:
-    """What the command says. `pipeline` itself runs in this process: importing it anew costs seconds each time."""
-    if line.startswith("pipeline "):
-        result = run(*shlex.split(line)[1:])
-        code, output = result.exit_code, result.output
-    else:
-        done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=240)
-        code, output = done.returncode, done.stdout + done.stderr
-    assert code == 0, f"{line}\n{output[-3000:]}"
-    return output
 
 
 def test_every_command_works_as_written(instead: dict[str, str]) -> None:
