@@ -94,8 +94,8 @@ class Measured:
 
         def step(lengths: dict[str, np.ndarray]) -> float:
             learned = self.classes if isinstance(self.classes, int) else _said(self.classes)
-            about = {"tuner": self.tuner, "options": asdict(self.config), "classes": learned, "type": str(dtype)}
-            about = {**same, **about, "lengths": _lists(lengths)}
+            known = {"tuner": self.tuner, "options": asdict(self.config), "classes": learned, "type": str(dtype)}
+            about: dict[str, Any] = {**same, **known, "lengths": _lists(lengths)}
             given = self.backbone, self.tuner, self.config, lengths, self.classes, device, dtype
             return one("step", lambda: step_seconds(*given), **about)
 

@@ -140,9 +140,9 @@ class Tuner(nn.Module):
         """(B, width) each: a sample's mean features before and after what was trained, for a map of both in a report;
         `around_what` says which they are. Called in eval mode, without gradients."""
         name = self.states(self.config, self.backbone)[-1]
-        return batch.mean(name), self.pooled(self(batch), batch)
+        return batch.mean(name), self.feature_means(self(batch), batch)
 
-    def pooled(self, features: Features, batch: Batch) -> Tensor:
+    def feature_means(self, features: Features, batch: Batch) -> Tensor:
         """(B, width): the last of `features`, averaged over the rows of each sample."""
         feature = list(self.features)[-1]
         rows, stream = features[feature], self.features[feature].stream

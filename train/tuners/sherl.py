@@ -132,7 +132,7 @@ class Sherl(Tuner):
         entering: list[Tensor] = []
         note = self.live.register_forward_pre_hook(lambda _, given: entering.append(given[1][self.stream]))
         try:
-            after = self.pooled(self(batch), batch)
+            after = self.feature_means(self(batch), batch)
         finally:
             note.remove()
         return batch.layout(self.stream).mean(entering[0]), after
