@@ -1,6 +1,6 @@
 """A package of others goes the whole way from the command line, by --import and by entry point, without a line of ours.
 
-Every command runs in a process of its own: what this process has imported is of no help to it.
+Every command runs in a process of its own: what theirs has registered in one is of no help to another.
 """
 
 from __future__ import annotations
@@ -10,14 +10,21 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from click.testing import CliRunner
 from transformers import DistilBertConfig, DistilBertModel
 
-from tests import tiny
+from pipeline import testing
+from pipeline.cli.main import main
+from pipeline.extract import plugins
+from tests import forks, tiny
 
+pytestmark = forks.needed
 OTHERS = Path(__file__).parent / "others"
 
 
@@ -36,27 +43,49 @@ def distil(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 RUN = """
 import json, sys
-from click.testing import CliRunner
-from pipeline.cli.main import main
-for line in json.loads(sys.argv[1]):
-    found = CliRunner().invoke(main, line)
-    print(json.dumps([found.exit_code, found.stdout, found.stderr]))
+from tests.extension.test_others import found
+json.dump(found(json.loads(sys.argv[1])), sys.stdout)
 """
+Found = list[tuple[int, str, str]]
 
 
-def pipeline(*lines: list[object], path: str = "", cwd: Path) -> list[tuple[int, str, str]]:
-    """Status, stdout and stderr of each command line, all in one new process."""
-    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    words = json.dumps([[str(w) for w in line] for line in lines])
-    done = subprocess.run([sys.executable, "-c", RUN, words], env=env, cwd=cwd, capture_output=True, text=True)
+def found(lines: list[list[str]]) -> Found:
+    """Status, stdout and stderr of each command line."""
+    done = [CliRunner().invoke(main, line) for line in lines]
+    return [(one.exit_code, one.stdout, one.stderr) for one in done]
+
+
+def away(work: Callable[[], Any], path: str, cwd: Path) -> Any:
+    """`work` in another process, where `path` can be imported from and no plug-in is loaded yet."""
+
+    def there() -> Any:
+        assert "others" not in sys.modules
+        os.chdir(cwd)
+        sys.path[:0] = [path] if path else []
+        plugins.load_installed.cache_clear()
+        return work()
+
+    return forks.value_of(there)
+
+
+def pipeline(*lines: list[object], path: str = "", cwd: Path, new: bool = False) -> Found:
+    """What `found` gives in one other process, with `new` in one that has imported nothing yet."""
+    words = [[str(w) for w in line] for line in lines]
+    if not new:
+        return away(lambda: found(words), path, cwd)
+    root = str(Path(__file__).parents[2])
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([*([path] if path else []), root]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, json.dumps(words)], env=env, cwd=cwd, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
-    return [tuple(json.loads(line)) for line in done.stdout.splitlines()]
+    return [tuple(one) for one in json.loads(done.stdout)]
 
 
-def results(*lines: list[object], path: str = "", cwd: Path) -> list[dict]:
-    found = pipeline(*([*line, "--json"] for line in lines), path=path, cwd=cwd)
-    assert [code for code, _, _ in found] == [0] * len(lines), found
-    return [json.loads(out) for _, out, _ in found]
+def results(*lines: list[object], path: str = "", cwd: Path, new: bool = False) -> list[dict]:
+    done = pipeline(*([*line, "--json"] for line in lines), path=path, cwd=cwd, new=new)
+    assert [code for code, _, _ in done] == [0] * len(lines), done
+    return [json.loads(out) for _, out, _ in done]
 
 
 @pytest.mark.parametrize("way", ["import", "entry point"])
@@ -92,6 +121,7 @@ def test_the_whole_way(distil: Path, tmp_path: Path, way: str) -> None:
         ["train", "--recipe", run / "recipe.yaml", "--live", "--out", tmp_path / "live"],
         path=path,
         cwd=tmp_path,
+        new=way == "entry point",
     )
     assert scores["average"] == pytest.approx(trained["test"]["average"])
     assert len(told["predictions"]) == 2 and {e["label"] for e in told["predictions"]} <= {"even", "odd"}
@@ -162,10 +192,11 @@ def test_our_tuners_train_on_their_backbone_or_say_at_the_door_why_not(distil: P
 
 
 def test_theirs_go_through_the_conformance_suite_in_a_line_each(distil: Path, tmp_path: Path) -> None:
-    code = (
-        f"import others, pipeline.testing as t; t.conform('power', {str(distil)!r}, exponent=1); "
-        f"t.conform_backbone({str(distil)!r}, tuners=('lst', 'probe', 'unipt'))"
-    )
-    env = {**os.environ, "PYTHONPATH": str(OTHERS.parent), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+
+    def work() -> None:
+        import others  # noqa: F401
+
+        testing.conform("power", str(distil), exponent=1)
+        testing.conform_backbone(str(distil), tuners=("lst", "probe", "unipt"))
+
+    away(work, str(OTHERS.parent), tmp_path)

@@ -16,8 +16,15 @@ import pytest
 from pipeline.store.files.places import _remote
 from pipeline.store.segments.blocks import _segment
 from pipeline.train.data.store_source import StoreSource, StreamOptions
+from tests import tiny
 from tests.pipeline.test_errors import run
 from tests.store import servers
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Few rows: each of many trainings reads them from far away."""
+    return tiny.write_table(tmp_path_factory.mktemp("table") / "pairs.tsv", 60)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +72,7 @@ def test_the_second_epoch_reads_nothing_far_away(
 
     monkeypatch.setattr(StoreSource, "epochs", marked)
     # Many blocks and little ahead: what is in memory when an epoch begins must be a small part of it.
-    small = partial(StreamOptions, block_bytes=8_000, lookahead_bytes=8_000)
+    small = partial(StreamOptions, block_bytes=4_000, lookahead_bytes=4_000)
     monkeypatch.setattr("pipeline.jobs.sources.StreamOptions", small)
 
     def losses(place: object, out: str, cache: str) -> list[float]:

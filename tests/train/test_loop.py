@@ -20,6 +20,7 @@ from pipeline.train.data.store_source import StoreSource, StreamOptions
 from pipeline.train.fit import run_files as checkpoint
 from pipeline.train.fit.loop import FitOptions, Interrupted, NotFinite, fit
 from pipeline.train.fit.schedule import factor
+from tests import forks
 from tests.train.toys import COLUMNS, STATES, Told, ToyModel, ToySpace, key, targets
 
 SPACE = ToySpace([9] * 12)
@@ -198,17 +199,16 @@ def test_ctrl_c_leaves_a_run_that_can_be_resumed(tmp_path: Path, after: int) -> 
     assert course(tmp_path / "cut") == course(tmp_path / "straight")
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here: a killed training not tested")
+@forks.needed
 def test_a_real_kill(tmp_path: Path) -> None:
     """SIGKILL of another process, then resume here."""
-    child = os.fork()
-    if not child:
-        try:
-            stopping = Stopping(source(), 8, lambda: os.kill(os.getpid(), signal.SIGKILL))
-            train(tmp_path / "cut", train_source=stopping, checkpoint_every=3)
-        finally:
-            os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+    def work() -> int:
+        stopping = Stopping(source(), 8, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        train(tmp_path / "cut", train_source=stopping, checkpoint_every=3)
+        return 0
+
+    assert forks.ended(forks.begun(work)) == -signal.SIGKILL
     train(tmp_path / "cut", checkpoint_every=3)
     train(tmp_path / "straight", checkpoint_every=3)
     assert course(tmp_path / "cut") == course(tmp_path / "straight")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from pipeline.store.errors import UserError
 from pipeline.train.data.store_source import StoreSource, StreamOptions
 from pipeline.train.fit.loop import FitOptions, NotFinite, fit
 from pipeline.train.fit.ranks import Ranks
+from tests import forks
 from tests.pipeline.test_errors import run
 from tests.store.servers import free_port
 from tests.train.test_loop import SPACE, scorer, source
@@ -63,22 +63,16 @@ def forked(monkeypatch: pytest.MonkeyPatch, work: Callable[[int], int]) -> list[
     """`work(rank)` in two forks of this process, which find each other as ranks; the exit status of each."""
     for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", str(free_port())), ("WORLD_SIZE", "2")):
         monkeypatch.setenv(name, value)
-    children = []
-    for rank in (0, 1):
-        child = os.fork()
-        if not child:
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            signal.alarm(100)  # Waiting for ever ends here.
-            code = 1
-            try:
-                code = work(rank)
-            finally:
-                os._exit(code)
-        children.append(child)
-    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+    def as_rank(rank: int) -> int:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        return work(rank)
+
+    children = [forks.begun(partial(as_rank, rank)) for rank in (0, 1)]
+    return [forks.ended(child) for child in children]
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here: two ranks in one test not tested")
+@forks.needed
 @pytest.mark.parametrize("launcher", ["fork", pytest.param("torchrun", marks=pytest.mark.matrix)])
 def test_two_processes_take_the_steps_of_one(
     stored: Path, tmp_path: Path, table: Path, monkeypatch: pytest.MonkeyPatch, launcher: str
@@ -107,7 +101,7 @@ def test_two_processes_take_the_steps_of_one(
     assert {p.name for p in (tmp_path / "two").iterdir()} == names
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here: two ranks in one test not tested")
+@forks.needed
 def test_a_loss_that_is_not_finite_on_one_rank_stops_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither waits for the other; both say why."""
     monkeypatch.setattr("pipeline.store.read_block", SPACE.read_block)
@@ -139,7 +133,7 @@ class Stated(ToyModel):
         return {name: value.clone() for name, value in self.state_dict().items() if name != "frozen"}
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here: two ranks in one test not tested")
+@forks.needed
 def test_ranks_agree_and_leave_alone_what_one_process_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.store.read_block", SPACE.read_block)
 
