@@ -148,7 +148,7 @@ def _announce(
     long, windows, empty = (sum(counts) for counts in zip(*(s.windows for s in splits), strict=True))
     if long:
         without = f"; {empty:,} more hold no token to learn and are left out" if empty else ""
-        say(f"{long:,} texts are longer than {longest:,} tokens and became {windows:,} samples{without}")
+        say(f"{counted(long, 'text')} longer than {longest:,} tokens became {counted(windows, 'sample')}{without}")
     if cut := int(inputs.truncated.sum()):
         limit = int(inputs.lengths[backbone.streams[0]][inputs.truncated].max())
         whose = "--max-length" if limit >= longest else "all that the model takes"
