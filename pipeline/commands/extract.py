@@ -87,6 +87,8 @@ def _extract(store: Store, making: Making, say: Say, quiet: bool) -> Done:
     backbone = live.backbone
     space = store.create_space(identity)
     _announce(say, space, splits, inputs, keys, states, backbone, options.format, spec, options.text.max_length)
+    if making.candidates and backbone.continues_text:
+        say(f"answers: names of the classes, after the prompt {options.text.prompt!r}")
     keep(recipe, spec, store, identity, kept, live, splits, making.candidates, say)
     how: dict[str, Any] = {
         "tokens": tokens,
