@@ -31,6 +31,7 @@ class RowError(UserError):
     """A row is nothing to learn from; the message begins with its number."""
 
 
+_LEAKLESS: set[tuple[str, tuple[str, ...]]] = set()  # templates and roles whose marks were looked at
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -78,12 +79,9 @@ def encode_rows(
                 out.truncated.append(len(parts) == 1 and end - first < len(ids))
                 out.of.append(i)
         if not found:
-            cut = (
-                f": what is to be learned lies beyond --max-length {limit}"
-                if parts[-1][2] - parts[0][0] < len(ids)
-                else ""
-            )
-            raise RowError(f"row {i + 1} has no token to learn{cut}")
+            cut = f": what is to be learned lies beyond --max-length {limit}; --stride N splits a text instead"
+            gone = parts[-1][2] - parts[0][0] < len(ids)
+            raise RowError(f"row {i + 1} has no token to learn{cut if gone else ''}")
     return out
 
 
@@ -198,19 +196,42 @@ def _completion(tokenizer: Any, fields: Sequence[str]) -> tuple[list[int], list[
 
 def _messages(tokenizer: Any, fields: Sequence[str]) -> tuple[list[int], list[Span]]:
     said = json.loads(fields[0])
+    if not tokenizer.is_fast:
+        raise UserError("the tokenizer does not say which characters a token stands for: save a tokenizer.json")
     if tokenizer.chat_template and _MARKS.search(str(tokenizer.chat_template)):
-        made = tokenizer.apply_chat_template(said, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-        mask = np.asarray(made["assistant_masks"], bool)
-        edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]])))
-        return list(made["input_ids"]), [(int(a), int(b)) for a, b in edges.reshape(-1, 2)]
+        _refuse_leaks(tokenizer, [message["role"] for message in said])
+        return _marked(tokenizer, said)
     return _by_prefixes(tokenizer, said)
+
+
+def _marked(tokenizer: Any, said: list[dict[str, Any]]) -> tuple[list[int], list[Span]]:
+    """By the generation marks of the template."""
+    made = _applied(tokenizer, said, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+    mask = np.asarray(made["assistant_masks"], bool)
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]])))
+    return list(made["input_ids"]), [(int(a), int(b)) for a, b in edges.reshape(-1, 2)]
+
+
+def _refuse_leaks(tokenizer: Any, roles: Sequence[str]) -> None:
+    """UserError where the template's generation marks stand around what others than the assistant say: looked for in
+    a conversation of these `roles` whose messages are numbers that occur nowhere else."""
+    known = (str(tokenizer.chat_template), tuple(roles))
+    if known in _LEAKLESS:
+        return
+    said = [{"role": role, "content": f"{7310 + 13 * i}"} for i, role in enumerate(roles)]
+    ids, spans = _marked(tokenizer, said)
+    taught = "".join(tokenizer.decode(ids[a:b]) for a, b in spans)
+    if leaked := [message for message in said if message["role"] != "assistant" and message["content"] in taught]:
+        raise UserError(
+            f"the generation marks of the chat template also stand around what the {leaked[0]['role']} says: what is "
+            "learned would not be the assistant's"
+        )
+    _LEAKLESS.add(known)
 
 
 def _by_prefixes(tokenizer: Any, said: list[dict[str, Any]]) -> tuple[list[int], list[Span]]:
     """The assistant's turns of a template without generation marks: what the conversation up to a turn lacks of that
     with it. Each rendering must begin as the one before; a template that rewrites earlier turns is refused."""
-    if not tokenizer.is_fast:
-        raise UserError("the tokenizer does not say which characters a token stands for: save a tokenizer.json")
     characters: list[Span] = []
     renderings = [""]
     for i, message in enumerate(said):
@@ -235,6 +256,11 @@ def _by_prefixes(tokenizer: Any, said: list[dict[str, Any]]) -> tuple[list[int],
 
 
 def _rendered(tokenizer: Any, said: list[dict[str, Any]], **options: Any) -> str:
+    text: str = _applied(tokenizer, said, tokenize=False, **options)
+    return text
+
+
+def _applied(tokenizer: Any, said: list[dict[str, Any]], **options: Any) -> Any:
     if not tokenizer.chat_template:
         raise UserError(
             "the tokenizer has no chat template: put the model's chat_template.jinja beside its weights, or give rows "
@@ -243,7 +269,6 @@ def _rendered(tokenizer: Any, said: list[dict[str, Any]], **options: Any) -> str
     from jinja2 import TemplateError
 
     try:
-        text: str = tokenizer.apply_chat_template(said, tokenize=False, **options)
+        return tokenizer.apply_chat_template(said, **options)
     except TemplateError as error:
         raise UserError(f"the chat template refuses the conversation: {error}") from None
-    return text

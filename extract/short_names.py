@@ -17,6 +17,8 @@ SHORT_NAMES = {
     "roberta-base": "FacebookAI/roberta-base",
     "roberta-large": "FacebookAI/roberta-large",
     "minilm": "sentence-transformers/all-MiniLM-L6-v2",
+    "llama-3.2-1b": "meta-llama/Llama-3.2-1B",
+    "qwen3-0.6b": "Qwen/Qwen3-0.6B",
     "vit-small": "timm/vit_small_patch16_224.augreg_in21k_ft_in1k",
     "vit-base": "timm/vit_base_patch16_224.augreg_in21k_ft_in1k",
     "swin-base": "timm/swin_base_patch4_window12_384.ms_in22k",

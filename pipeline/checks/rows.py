@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -89,6 +90,18 @@ def refuse_unknown_ids(backbone: Backbone, inputs: Inputs, where: str) -> None:
         )
 
 
+def _special(tokenizer: Any, splits: Sequence[Split]) -> str:
+    """What to say of texts that hold a special token spelled out, "" where none does."""
+    pattern = re.compile("|".join(re.escape(token) for token in tokenizer.all_special_tokens) or "(?!)")
+    found = [match for s in splits for row in s.rows.texts if (match := pattern.search("\n".join(row)))]
+    if not found:
+        return ""
+    return (
+        f"{counted(len(found), 'row')} with a special token of the tokenizer spelled out, such as {found[0][0]!r}: it "
+        "is read as that token, not as text"
+    )
+
+
 def token_doubts(tokenizer: Any, backbone: Backbone, splits: Sequence[Split]) -> list[str]:
     """What makes it doubtful that the tokenizer fits the texts, one line each: many unknown tokens, or distinct texts
     that became the same sample."""
@@ -104,6 +117,8 @@ def token_doubts(tokenizer: Any, backbone: Backbone, splits: Sequence[Split]) ->
             f"{unknown:.0%} of the tokens are unknown to the tokenizer ({tokenizer.unk_token}): what they say is lost; "
             "is it the tokenizer of this model, and the model for these texts?"
         )
+    if backbone.continues_text and (odd := _special(tokenizer, splits)):
+        said.append(odd)
     texts, samples = sum(len(set(s.rows.texts)) for s in splits), sum(len(set(s.keys)) for s in splits)
     if samples < DISTINCT * texts:
         said.append(

@@ -115,6 +115,8 @@ def _extract(store: Store, making: Making, say: Say, quiet: bool) -> Done:
     backbone = live.backbone
     space = store.create_space(identity)
     _announce(say, space, splits, inputs, keys, states, backbone, options.format, spec, options.text.max_length)
+    if making.candidates and backbone.continues_text:
+        say(f"answers: names of the classes, after the prompt {options.text.prompt!r}")
     keep(recipe, spec, store, identity, kept, live, splits, making.candidates, say)
     how: dict[str, Any] = {
         "tokens": tokens,
@@ -179,7 +181,7 @@ def _announce(
     long, windows, empty = (sum(counts) for counts in zip(*(s.windows for s in splits), strict=True))
     if long:
         without = f"; {empty:,} more hold no token to learn and are left out" if empty else ""
-        say(f"{long:,} texts are longer than {longest:,} tokens and became {windows:,} samples{without}")
+        say(f"{counted(long, 'text')} longer than {longest:,} tokens became {counted(windows, 'sample')}{without}")
     if cut := int(inputs.truncated.sum()):
         limit = int(inputs.lengths[backbone.streams[0]][inputs.truncated].max())
         whose = "--max-length" if limit >= longest else "all that the model takes"

@@ -32,6 +32,11 @@ _BERT = {
     "roberta-large": ("roberta", 1024, 16, 4096, 24, 50265),
     "minilm": ("bert", 384, 12, 1536, 6, 30522),
 }
+# width, heads, key/value heads, width of a head, feed-forward width, blocks, vocabulary, positions
+_DECODERS = {
+    "llama-3.2-1b": ("llama", 2048, 32, 8, 64, 8192, 16, 128256, 131072),
+    "qwen3-0.6b": ("qwen3", 1024, 16, 8, 128, 3072, 28, 151936, 40960),
+}
 
 
 def known_config(model: str) -> Any | None:
@@ -68,5 +73,20 @@ def known_config(model: str) -> Any | None:
             num_hidden_layers=blocks,
             vocab_size=words,
             **(special if kind == "roberta" else {"pad_token_id": 0}),
+        )
+    if name in _DECODERS:
+        kind, width, heads, groups, head, inner, blocks, words, positions = _DECODERS[name]
+        return AutoConfig.for_model(
+            kind,
+            hidden_size=width,
+            num_attention_heads=heads,
+            num_key_value_heads=groups,
+            head_dim=head,
+            intermediate_size=inner,
+            num_hidden_layers=blocks,
+            vocab_size=words,
+            max_position_embeddings=positions,
+            tie_word_embeddings=True,
+            dtype="bfloat16",
         )
     return None

@@ -17,6 +17,7 @@ Operations are counted on the meta device, so a `config.json` is enough: no weig
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -157,10 +158,9 @@ def predict(
     tokens = recipe.batch_tokens or (32768 if device.type == "cuda" else 4096)
     model = (work.backbone, work.tuner, work.config)
     folder, filled = Path(store_path(recipe)), work.extraction_batch(tokens)
-    shapes = measured.Measured(*model, work.classes, batch, filled, training, fmt, folder, work.pictures)
+    shapes = measured.Measured(*model, work.classes, batch, filled, training, fmt, folder, work.pictures, work.learned)
     speed = shapes.rates(device, known)
-    shares, batches_of = zip(*training, strict=True)
-    ops = weighted(zip(shares, counts(*model, batches_of, work.classes), strict=True))
+    ops = step_of(work, training)
     train = "train" if "train" in work.rows else next(iter(work.rows))
     batches = -(-work.rows[train] // work.batch_size)
     full = work.rows[train] / work.batch_size  # a last, smaller batch costs its share
@@ -229,13 +229,30 @@ def sizes(work: Workload, projection: str | None, channels: int | None) -> dict[
     return {name: {what: size / count for what, count in each.items()} for name, size in table.items()}
 
 
+def step_of(work: Workload, batches: Sequence[tuple[float, dict[str, np.ndarray]]]) -> Operations:
+    """Operations of a mean step of `batches`, each with its share. Where tokens are targets, the head reads the rows
+    of targets alone."""
+    shares, lengths = zip(*batches, strict=True)
+    each = counts(work.backbone, work.tuner, work.config, lengths, work.classes)
+    found = weighted(zip(shares, each, strict=True))
+    if work.classes or work.learned >= 1:
+        return found
+    idle = head_step(work, batches, 1 - work.learned)
+    return Operations(found.backbone, found.step - idle)
+
+
+def head_step(work: Workload, batches: Sequence[tuple[float, dict[str, np.ndarray]]], share: float) -> float:
+    """Operations of the frozen head on a share of the positions of a mean batch."""
+    rows = sum(part * float(n[work.backbone.streams[-1]].sum()) for part, n in batches)
+    return head_operations(work.backbone, round(share * rows)) if round(share * rows) else 0.0
+
+
 def described(work: Workload, ops: Operations, batches: int) -> dict[str, float]:
     """Operations of a mean step. Where tokens are targets, the head's, which is live in every step whatever the tuner,
     and what live ÷ cached is at most on its account."""
     told = {"backbone a step": ops.backbone, "tuner a step": ops.step, "ratio": ops.ratio, "steps an epoch": batches}
     if not work.classes:
-        rows = [share * sum(n[work.backbone.streams[-1]]) for share, n in work.training_batches()]
-        head = head_operations(work.backbone, round(float(sum(rows))))
+        head = head_step(work, work.training_batches(), work.learned)
         told |= {"head a step": head, "bound": (ops.backbone + head) / head}
     return told
 

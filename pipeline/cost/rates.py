@@ -59,7 +59,8 @@ class Rates:
 @dataclass(frozen=True)
 class Measured:
     """What the rates are measured on. `batch` and `extraction`: stream → lengths of a batch of training and of
-    extraction; `steps`: batches of training, each with its share of an epoch's. `folder`: on the disk of the store."""
+    extraction; `steps`: batches of training, each with its share of an epoch's. `folder`: on the disk of the store.
+    `learned`: the share of positions that are targets, where these are tokens."""
 
     backbone: Backbone
     tuner: str
@@ -71,6 +72,7 @@ class Measured:
     format: str
     folder: Path
     pictures: Sequence[Picture] = ()
+    learned: float = 1.0
 
     def rates(self, device: torch.device, known: Remembered | None) -> Rates:
         """The rates on `device`: those that `known` has, and the others measured. Images are always read anew."""
@@ -96,7 +98,8 @@ class Measured:
             learned = self.classes if isinstance(self.classes, int) else _said(self.classes)
             known = {"tuner": self.tuner, "options": asdict(self.config), "classes": learned, "type": str(dtype)}
             about: dict[str, Any] = {**same, **known, "lengths": _lists(lengths)}
-            given = self.backbone, self.tuner, self.config, lengths, self.classes, device, dtype
+            about |= {} if self.classes else {"learned": self.learned}
+            given = self.backbone, self.tuner, self.config, lengths, self.classes, device, dtype, self.learned
             return one("step", lambda: step_seconds(*given), **about)
 
         width = self.backbone.width
@@ -174,8 +177,10 @@ def random_batch(
     classes: Learned,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
+    learned: float = 1.0,
 ) -> Batch:
-    """A batch of random states in `dtype`; decoder positions are chains, as those of one target a sample."""
+    """A batch of random states in `dtype`; decoder positions are chains, as those of one target a sample. Of no classes
+    the targets are tokens, a share `learned` of all."""
     g = torch.Generator().manual_seed(0)
     rows = {s: int(n.sum()) for s, n in lengths.items()}
     batch = backbone.made_up(lengths)
@@ -192,8 +197,9 @@ def random_batch(
     elif classes:
         batch.targets = {"label": torch.randint(classes, (len(batch),), generator=g)}
     else:
-        first = batch.layout(backbone.streams[-1]).first
-        batch.targets = {"learn": torch.ones(rows[backbone.streams[-1]], dtype=torch.bool).index_fill(0, first, False)}
+        first, steps = batch.layout(backbone.streams[-1]).first, torch.arange(rows[backbone.streams[-1]] + 1)
+        learn = (steps * learned).floor().diff() > 0  # evenly, so many of them
+        batch.targets = {"learn": learn.index_fill(0, first, False)}
     return batch.to(device)
 
 
@@ -229,6 +235,7 @@ def step_seconds(
     classes: Learned,
     device: torch.device,
     dtype: torch.dtype,
+    learned: float = 1.0,
 ) -> float:
     """Seconds of one training step as the loop makes it, on states in `dtype`, the fixed cost of a step included."""
     objective = learned_objective(backbone, name, classes, 2)
@@ -241,7 +248,7 @@ def step_seconds(
 
     def seconds(part: dict[str, np.ndarray]) -> float:
         batch = random_batch(
-            backbone, part, tuner_class(name, backbone).states(config, backbone), classes, device, dtype
+            backbone, part, tuner_class(name, backbone).states(config, backbone), classes, device, dtype, learned
         )
         if objective.wants.text_head and not objective.continues_text:
             # Inputs of the target's own chain, so that every row is a target row, as in training.

@@ -48,7 +48,8 @@ LARGE_TASKS = ("mnli", "qnli", "qqp", "sst2")
 class Workload:
     """What is to be run. `lengths`: split → stream → (n,) positions of sampled rows, of images as `Vision.measure`
     gives them; `rows`: split → rows in all. `classes`: what a step is counted with. `pictures`: a few of the images, to
-    time reading them. `views`: of each training image, counted in `rows`."""
+    time reading them. `views`: of each training image, counted in `rows`. `learned`: of the positions that training
+    samples have, the share that are targets, where these are tokens."""
 
     backbone: Backbone
     tuner: str
@@ -63,6 +64,7 @@ class Workload:
     estimated: bool
     pictures: list[Picture] = field(default_factory=list)
     views: int = 1
+    learned: float = 1.0
 
     @property
     def dense(self) -> Objective | None:
@@ -153,18 +155,21 @@ def backbone_and_tokenizer(model: str) -> tuple[Backbone, Any | None]:
 
 def sample_lengths(
     backbone: Backbone, tokenizer: Any | None, task: Task, split: str, recipe: Recipe
-) -> dict[str, np.ndarray]:
-    """Positions of up to `SAMPLED` rows of a split: tokenised, or estimated from words; of images by their extents."""
+) -> tuple[dict[str, np.ndarray], float]:
+    """Positions of up to `SAMPLED` rows of a split: tokenised, or estimated from words; of images by their extents. And
+    the share of them that are targets, 1 where it is not known."""
     spec, rows = task.spec, task.rows(split).head(min(SAMPLED, recipe.limit or SAMPLED))
     text = replace(space_options(recipe, spec, backbone).text, form=form_of(spec))
     refuse_other_kind(backbone, rows.texts, text.root, f"the {split} rows of {spec.name}")
     if isinstance(backbone, Vision):
         assert isinstance(tokenizer, Preprocess)
         extents = image_extents(tokenizer.sized(text.image_size, text.dense), rows, text)
-        return backbone.measure(filled_up(extents, backbone.padding(text)))
+        return backbone.measure(filled_up(extents, backbone.padding(text))), 1.0
     if tokenizer is not None:
         candidates = candidates_of(backbone, tokenizer, spec, recipe.objective)
-        return prepared(backbone, tokenizer, spec, split, rows, text, candidates).lengths
+        made = prepared(backbone, tokenizer, spec, split, rows, text, candidates)
+        spans = [end - first for meta in made.metas for first, end in meta.get("learn", ())]
+        return made.lengths, sum(spans) / float(made.tokens().sum()) if spans else 1.0
     prompted = [text.prompt.format(*t) if backbone.writes_text else " ".join(t) for t in rows.texts]
     words = np.asarray([len(p.split()) for p in prompted], float)
     special = 1 if backbone.writes_text else 1 + len(spec.fields)
@@ -175,10 +180,10 @@ def sample_lengths(
     out = {backbone.streams[0]: np.clip(tokens, 1, text.max_length)}
     for stream in backbone.streams[1:]:
         out[stream] = np.full(len(words), 2 if split == "train" else 1, np.int64)
-    return out
+    return out, 1.0
 
 
-def learned(recipe: Recipe, task: Task, backbone: Backbone) -> Learned:
+def counted_with(recipe: Recipe, task: Task, backbone: Backbone) -> Learned:
     """What a step is counted with: the recipe's own objective where it can make up targets, else classes."""
     spec = task.spec
     name = objective_name(recipe, spec, backbone, tuner_class(recipe.tuner, backbone)) if spec.target != "none" else ""
@@ -203,7 +208,8 @@ def workload(recipe: Recipe, task: Task | None = None) -> Workload:
         backbone = backbone.projected(orthogonal(small, kept[1], 0))
     config = config_of(recipe, recipe.tuner)
     splits = [s for s in (recipe.split or task.splits) if len(task.rows(s))]
-    lengths = {s: sample_lengths(backbone, tokenizer, task, s, recipe) for s in splits}
+    found = {s: sample_lengths(backbone, tokenizer, task, s, recipe) for s in splits}
+    lengths = {s: each for s, (each, _) in found.items()}
     rows = {s: min(len(task.rows(s)), recipe.limit or len(task.rows(s))) for s in splits}
     if recipe.stride is not None:  # a text may be several samples
         counts = {s: (len(lengths[s][backbone.streams[0]]), min(rows[s], SAMPLED)) for s in splits}
@@ -220,7 +226,7 @@ def workload(recipe: Recipe, task: Task | None = None) -> Workload:
         recipe.tuner,
         config,
         fitting_tuner(recipe.tuner, config, backbone).states(config, backbone),
-        learned(recipe, task, backbone),
+        counted_with(recipe, task, backbone),
         lengths,
         rows,
         batch_size_of(recipe, backbone.writes_text, task.spec.target),
@@ -229,4 +235,5 @@ def workload(recipe: Recipe, task: Task | None = None) -> Workload:
         tokenizer is None,
         pictures,
         recipe.views or 1,
+        found["train" if "train" in splits else splits[0]][1],
     )

@@ -32,6 +32,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from pipeline.cost.flops import Operations, backbone_model, backbone_operations, step_operations, tuner_model
+from pipeline.cost.known_shapes import known_config
 from pipeline.extract.backbones import Backbone
 from pipeline.jobs.job import Job, load_job
 from pipeline.jobs.sources import live_backbone, sources
@@ -148,8 +149,10 @@ def formula_bytes(job: Job, source: Any) -> float:
     )
 
 
-def measure(job: Job, live_is: str, rounds: int, folder: Path, say: Any, with_live: bool = True) -> dict[str, Any]:
-    """All figures of one tuner with batches as `live_is`, one of `LIVE`, has them."""
+def measure(
+    job: Job, live_is: str, rounds: int, folder: Path, say: Any, with_live: bool = True, epochs: int = 4
+) -> dict[str, Any]:
+    """All figures of one tuner with batches as `live_is`, one of `LIVE`, has them. `epochs`: cached ones of a round."""
     job = replace(job, recipe=replace(job.recipe, group_by_length=LIVE[live_is]))
     live = None
     if with_live:
@@ -161,9 +164,9 @@ def measure(job: Job, live_is: str, rounds: int, folder: Path, say: Any, with_li
     for number in range(rounds):
         if live is not None:
             timed["live"].add(epochs_of(job, live, 1, folder / "run"))
-        timed["disk"].add(epochs_of(job, disk, 6, folder / "run")[1:-1])
+        timed["disk"].add(epochs_of(job, disk, epochs + 2, folder / "run")[1:-1])
         # The first epoch fills the tier; only those that find it filled count.
-        timed["host"].add(epochs_of(job, host, 4 + (number == 0), folder / "run")[number == 0 :])
+        timed["host"].add(epochs_of(job, host, epochs + (number == 0), folder / "run")[number == 0 :])
         say(f"  round {number + 1}: " + ", ".join(f"{k} {t.seconds:.2f} s" for k, t in timed.items()))
     ops = operations(job, host.order, host.plan.lengths)
     sizes = sum(
@@ -237,7 +240,9 @@ def count_only(args: argparse.Namespace) -> None:
     )
     print(f"{about}\n" + table_text(head, rows))
     if not args.dry:
-        results.write("Operations, live and cached", command_of(), f"{about}\n\n{results.markdown(head, rows)}")
+        continued = known_config(setting.SHAPES[args.shapes.split(",")[0]]).model_type in setting.DECODERS
+        title = "Operations, live and cached" + (", language models" if continued else "")
+        results.write(title, command_of(), f"{about}\n\n{results.markdown(head, rows)}")
 
 
 def main() -> None:
@@ -248,6 +253,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--format", default="float16")
     parser.add_argument("--rounds", type=int, default=2, help="live and cached in turn, this many times")
+    parser.add_argument("--cached-epochs", type=int, default=4, help="cached epochs of a round that count")
     parser.add_argument("--no-live", action="store_true", help="cached epochs alone: how long a step waits for data")
     parser.add_argument("--threads", type=int, default=None, help="threads of torch; its own choice by default")
     parser.add_argument("--folder", default=None, help="where the temporary store is made: the disk that is measured")
@@ -271,14 +277,14 @@ def main() -> None:
             job = load_job(replace(recipe, tuner=tuner, batch_size=args.batch_size))
             for live_is in LIVE if not args.no_live else ("as published",):
                 print(f"{tuner}, live {live_is}:", flush=True)
-                rows.append(measure(job, live_is, args.rounds, folder, tell, not args.no_live))
+                rows.append(measure(job, live_is, args.rounds, folder, tell, not args.no_live, args.cached_epochs))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     lengths = ", ".join(f"{s} {n:.1f}" for s, n in rows[0]["lengths"].items())
     about = (
         f"Shape {args.shape}, random weights; {words}, mean positions {lengths}; batch {args.batch_size}, "
         f"{args.format}, {torch.get_num_threads()} threads; "
-        f"best of {0 if args.no_live else args.rounds} live and {4 * args.rounds} cached epochs each."
+        f"best of {0 if args.no_live else args.rounds} live and {args.cached_epochs * args.rounds} cached epochs each."
     )
     print(f"\n{about}\n" + table_text(HEAD, [row(r) for r in rows]))
     if not args.dry:

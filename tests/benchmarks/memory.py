@@ -1,6 +1,7 @@
 """Peak memory of a training step, computed from tensors: cached and live SHERL, LoRA, full fine-tuning.
 
-    python tests/benchmarks/memory.py [--shapes t5-base,t5-large,t5-3b] [--batch-size 100] [--methods sherl,…]
+    python tests/benchmarks/memory.py [--shapes t5-base,t5-large,t5-3b] [--batch-size 100]
+    python tests/benchmarks/memory.py --shapes llama-3.2-1b,qwen3-0.6b --batch-size 16      language models
 
 Each step (forward, backward, clipping) runs on the meta device, where a tensor has a size but no memory, and
 every storage is counted from its making to its end; so a model that does not fit this machine is counted as well. The
@@ -36,6 +37,7 @@ from pipeline.extract.backbones.registry import backbone_for
 from pipeline.lookup.objective import class_objective
 from pipeline.terminal import table_text
 from pipeline.train.baselines.methods import BaselineModel, baseline
+from pipeline.train.objectives.linear_entropy import summed_entropy
 from pipeline.train.tuners import tuner_class, tuner_config
 from tests.benchmarks import results, setting
 
@@ -105,11 +107,16 @@ def counted(resident: list[Any]) -> Iterator[Storages]:
         yield storages
 
 
+def classes_of(backbone: Backbone) -> int:
+    """Of a language model none: it learns the tokens of the text."""
+    return 0 if backbone.continues_text else 2
+
+
 def cached(backbone: Backbone, name: str, lengths: dict[str, np.ndarray], **options: Any) -> tuple[int, int]:
     """(peak bytes, trainable parameters) of a step on states at hand."""
     config = tuner_config(name, options)
     states = tuner_class(name, backbone).states(config, backbone)
-    model = tuner_model(backbone, name, config)
+    model = tuner_model(backbone, name, config, classes_of(backbone))
     batch = meta_batch(backbone, lengths, states, torch.float16)
     step = step_of(model, lambda: surrogate_loss(model, batch))
     return peak([model, model.tuner.tail, *batch.states.values()], step), model.trainable_parameters()
@@ -119,7 +126,7 @@ def live(backbone: Backbone, name: str, lengths: dict[str, np.ndarray]) -> tuple
     """The same with the backbone in the step."""
     config = tuner_config(name, {})
     states = tuner_class(name, backbone).states(config, backbone)
-    model, frozen = tuner_model(backbone, name, config), backbone_model(backbone, "sdpa")
+    model, frozen = tuner_model(backbone, name, config, classes_of(backbone)), backbone_model(backbone, "sdpa").float()
 
     def loss() -> torch.Tensor:
         batch = meta_batch(backbone, lengths, [])
@@ -132,14 +139,16 @@ def live(backbone: Backbone, name: str, lengths: dict[str, np.ndarray]) -> tuple
 
 def inside(backbone: Backbone, name: str, lengths: dict[str, np.ndarray]) -> tuple[int, int]:
     """A method that trains inside the backbone."""
-    objective = class_objective(backbone, tuner_class("sherl"), ((0, 1), (1, 1)))
+    objective = class_objective(backbone, tuner_class("sherl"), ((0, 1), (1, 1))[: classes_of(backbone)])
     with torch.device("meta"):
-        model = BaselineModel(baseline(name), backbone, backbone_model(backbone, "sdpa"), objective).train()
+        model = BaselineModel(baseline(name), backbone, backbone_model(backbone, "sdpa").float(), objective).train()
     batch = meta_batch(backbone, lengths, [])
 
     def loss() -> torch.Tensor:
         (rows,) = model(batch).values()
         tokens = torch.zeros(len(rows), dtype=torch.long, device="meta")
+        if backbone.continues_text:
+            return summed_entropy(rows, tokens, model.logits, backbone.config.vocab_size, name != "full")
         return F.cross_entropy(model.logits(rows).float(), tokens)
 
     return peak([model], step_of(model, loss)), model.trainable_parameters()
@@ -163,26 +172,30 @@ def main() -> None:
     parser.add_argument("--dry", action="store_true", help="do not write RESULTS.md")
     args = parser.parse_args()
     texts, words = setting.positions(args.batch_size)
-    lengths = {"encoder": texts, "decoder": np.full(args.batch_size, 2, np.int64)}
     rows = []
     for shape in args.shapes.split(","):
         backbone = backbone_for(known_config(shape))
+        lengths = {"encoder": texts, "decoder": np.full(args.batch_size, 2, np.int64)}
+        if backbone.continues_text:
+            lengths = {"decoder": texts}
         found = {name: method(backbone, lengths) for name, method in METHODS.items()}
         reference, sherl = found["full fine-tuning"][0], found["SHERL, live"][0]
         for name, (size, trainable) in found.items():
             cells = (f"{trainable:,}", f"{size / 1e9:.2f}", f"{size / sherl:.3f}", f"{size / reference:.3f}")
             rows.append((shape, name, *cells))
             print(*rows[-1], flush=True)
+    beside = "" if backbone.continues_text else ", two decoder positions"
     head = ["shape", "method", "trainable", "peak GB", "÷ live SHERL", "÷ full fine-tuning"]
     about = (
-        f"Batch {args.batch_size}, {words}, {texts.mean():.1f} positions on average, two decoder positions, float32, "
+        f"Batch {args.batch_size}, {words}, {texts.mean():.1f} positions on average{beside}, float32, "
         "cached states in float16 as stored. Computed from tensors, not measured: every storage of a step on the meta "
         "device (see the file)."
     )
     print(f"\n{about}\n" + table_text(head, [list(r) for r in rows]))
     if not args.dry:
         command = " ".join(["python tests/benchmarks/memory.py", *sys.argv[1:]])
-        results.write("Training memory", command, f"{about}\n\n{results.markdown(head, rows)}")
+        title = "Training memory" + (", language models" if backbone.continues_text else "")
+        results.write(title, command, f"{about}\n\n{results.markdown(head, rows)}")
 
 
 if __name__ == "__main__":

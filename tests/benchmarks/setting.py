@@ -7,19 +7,22 @@ texts themselves; lengths are what it gives, and are printed.
 from __future__ import annotations
 
 import csv
+import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoModel, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
 
 from pipeline.commands.extract import run_extract
 from pipeline.cost.known_shapes import known_config
 from pipeline.extract.backbones import Backbone, Inputs, backbone_for
 from pipeline.extract.tasks import load_task
+from pipeline.extract.tasks.completion import form_of
 from pipeline.lookup.recipe import space_options
 from pipeline.lookup.task import open_task
 from pipeline.recipe import Recipe
@@ -31,13 +34,25 @@ SHAPES = {
     "t5-large": "t5-large",
     "bert-base": "bert-base",
     "small": "minilm",
+    "llama-3.2-1b": "llama-3.2-1b",
+    "qwen3-0.6b": "qwen3-0.6b",
 }
+DECODERS = ("llama", "qwen3")  # model types that learn to go on with the texts
 WORDS = ("cat", "dog", "house", "river", "stone", "paper", "light", "water", "north", "green", "old", "never", "always")
 LENGTH = 60
 
 
-def texts_and_task(samples: int, folder: Path) -> tuple[list[str], dict[str, Any], str]:
-    """Texts to train a tokenizer on, the recipe's options for a task of `samples` rows, and what they are in words."""
+def texts_and_task(samples: int, folder: Path, continued: bool = False) -> tuple[list[str], dict[str, Any], str]:
+    """Texts to train a tokenizer on, the recipe's options for a task of `samples` rows, and what they are in words.
+    `continued`: the rows are texts to go on with, without labels."""
+    if continued:
+        rows, options, words = texts_and_task(samples, folder)
+        if options["task"] == "rte":  # as a T5 gets them, without the label
+            task = load_task("rte", GLUE)
+            rows = [task.spec.prompt.format(*texts) for texts in task.rows("train").texts]
+        path = folder / "texts.jsonl"
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in rows), encoding="utf-8")
+        return rows, {"task": str(path), "limit": samples}, words
     if (GLUE / "RTE" / "train.tsv").is_file():
         rows = (GLUE / "RTE" / "train.tsv").read_text(encoding="utf-8-sig").splitlines()[1:]
         return rows, {"task": "rte", "data": str(GLUE), "limit": samples}, f"{samples} training rows of RTE"
@@ -102,16 +117,16 @@ def words_of(samples: int) -> str:
 def prepared(shape: str, samples: int) -> tuple[Backbone, Inputs, int]:
     """The family of a shape, and the training inputs of `samples` texts as extraction makes them; how many classes."""
     with tempfile.TemporaryDirectory() as folder:
-        texts, options, _ = texts_and_task(samples, Path(folder))
-        task = open_task(Recipe(**options))
-    backbone = backbone_for(known_config(SHAPES[shape]))
+        backbone = backbone_for(known_config(SHAPES[shape]))
+        texts, options, _ = texts_and_task(samples, Path(folder), backbone.continues_text)
+        task = open_task(Recipe(**options), backbone)
     lm = backbone.writes_text
-    fast = trained_tokenizer(texts, lm)
+    fast = trained_tokenizer(texts, lm or backbone.continues_text)
     candidates = backbone.candidates(fast, task.spec.texts) if lm else []
     rows = task.rows("train").head(samples)
     gold = [task.spec.target_index(label) for label in rows.labels if label is not None] if lm else None
     answers = (candidates, gold) if lm else ()
-    text = space_options(Recipe(**options), task.spec, backbone).text
+    text = replace(space_options(Recipe(**options), task.spec, backbone).text, form=form_of(task.spec))
     made = backbone.prepare(fast, rows.texts, text, *answers)
     return backbone, made, len(task.spec.labels)
 
@@ -119,11 +134,11 @@ def prepared(shape: str, samples: int) -> tuple[Backbone, Inputs, int]:
 def checkpoint(shape: str, folder: Path, texts: list[str]) -> Path:
     """A checkpoint folder of a real shape: seeded random weights, and a tokenizer trained on `texts`."""
     config = known_config(SHAPES[shape])
-    t5 = config.model_type == "t5"
-    fast = trained_tokenizer(texts, t5)
+    t5, decoder = config.model_type == "t5", config.model_type in DECODERS
+    fast = trained_tokenizer(texts, t5 or decoder)
     torch.manual_seed(0)
-    maker: Any = AutoModelForSeq2SeqLM if t5 else AutoModel
-    maker.from_config(config).save_pretrained(folder)
+    maker: Any = AutoModelForSeq2SeqLM if t5 else AutoModelForCausalLM if decoder else AutoModel
+    maker.from_config(config, dtype=config.dtype if decoder else None).save_pretrained(folder)
     fast.save_pretrained(folder)
     return folder
 
@@ -133,7 +148,8 @@ def extracted(
 ) -> tuple[Recipe, dict[str, Any], str]:
     """A store in `folder` with the states of `tuners` for `samples` texts. Returns the recipe to train from it, what
     the extraction reported, and what the texts are."""
-    texts, task, words = texts_and_task(samples, folder)
+    continued = known_config(SHAPES[shape]).model_type in DECODERS
+    texts, task, words = texts_and_task(samples, folder, continued)
     model = checkpoint(shape, folder / "checkpoint", texts)
     base: dict[str, Any] = {"model": str(model), "store": str(folder / "store"), "format": fmt, "device": "cpu", **task}
     report = run_extract(Recipe(**base, tuners=tuners, split=("train",)), lambda line: None, quiet=True)

@@ -82,6 +82,30 @@ def test_a_template_that_rewrites_earlier_turns_is_refused():
     assert encode("messages", json.dumps(CHAT[:3]), template=PLAIN)
 
 
+def test_marks_around_what_others_say_are_refused():
+    """And a mark around nothing leaves nothing to learn."""
+    leaking = MARKED.replace("m.role == 'assistant'", "m.role != 'system'")
+    with pytest.raises(UserError, match=r"row 1: the generation marks .* around what the user says"):
+        encode("messages", json.dumps(CHAT), template=leaking)
+    empty = PLAIN + "{% generation %}{% endgeneration %}"
+    with pytest.raises(UserError, match="row 1 has no token to learn"):
+        encode("messages", json.dumps(CHAT), template=empty)
+
+
+def test_what_users_say_is_not_learned_though_it_looks_like_an_answer():
+    """Neither the assistant's header nor a special token inside a message moves what is learned."""
+    said = [
+        {"role": "user", "content": "a dog </s>\n[assistant]: the cat"},
+        {"role": "assistant", "content": "it runs"},
+        {"role": "user", "content": "it runs"},
+        {"role": "assistant", "content": "the cat </s> sees"},
+    ]
+    for template in (PLAIN, MARKED):
+        taught = encode("messages", json.dumps(said), template=template)[2]
+        turns = [line.strip() for line in taught.split("\n") if line.strip()]
+        assert turns == ["it runs", "the cat </s> sees"] or turns == ["it runs", "the cat </s>  sees"]
+
+
 def test_no_template_and_one_that_refuses_are_said():
     with pytest.raises(UserError, match="row 1: the tokenizer has no chat template"):
         encode("messages", json.dumps(CHAT))

@@ -155,7 +155,7 @@ def test_long_texts_in_windows(llama, tmp_path):
     common = ("--model", folder, "--task", rows, "--store", tmp_path / "S")
     sized = ("--max-length", 12, "--stride", 8)
     shown = CliRunner().invoke(main, [*map(str, ("extract", *common, *sized, "--for", "lst", "--format", "float32"))])
-    told = re.search(r"(\d+) texts are longer than 12 tokens and became (\d+) samples", shown.output)
+    told = re.search(r"(\d+) texts longer than 12 tokens became (\d+) samples", shown.output)
     (space,) = Store.open(str(tmp_path / "S")).spaces()
     tables = {t.split: space.read_table(t) for t in space.tables()}
     assert space.identity["stride"] == 8
@@ -200,6 +200,27 @@ def _frozen_perplexity(folder: Path, common: tuple, test: TaskTable, home: Path)
     entries = run("predict", home / "frozen", "--input", new)["predictions"]
     assert [entry["loss"] for entry in entries] == pytest.approx(whole, rel=1e-4)
     assert sum(entry["tokens"] for entry in entries) == count
+
+
+def test_odd_texts_are_said_or_read_as_they_are(llama, tmp_path):
+    """A special token spelled out is said; a line separator inside a text ends no row; a long prompt is said."""
+    words = tiny.sentences(30)
+    common = ("extract", "--model", llama[0], "--store", tmp_path / "S", "--for", "probe", "--task")
+    texts = [f"{a}\u2028{a}" for a in words[:20]] + ["the </s> cat"]
+    rows = tmp_path / "odd.jsonl"
+    rows.write_text("".join(json.dumps({"text": t}, ensure_ascii=False) + "\n" for t in texts), encoding="utf-8")
+    shown = CliRunner().invoke(main, [*map(str, (*common, rows))])
+    assert shown.exit_code == 0 and "rows: train 17, validation 2, test 2" in shown.output
+    assert "1 row with a special token of the tokenizer spelled out, such as '</s>'" in shown.output
+    pairs = [{"prompt": a, "completion": " a dog"} for a in words]
+    long = write(tmp_path / "long.jsonl", [*pairs[:12], {"prompt": " ".join(words), "completion": " a dog"}])
+    assert "--stride N splits a text instead" in refused(*common, long, "--max-length", 20)
+    split = CliRunner().invoke(main, [*map(str, (*common, long, "--max-length", 20, "--stride", 10))])
+    assert re.search(r"1 text longer than 20 tokens became 1 sample; \d+ more hold no token to learn", split.output), (
+        split.output
+    )
+    empty = write(tmp_path / "empty.jsonl", [*pairs[:12], {"prompt": "a", "completion": ""}])
+    assert "has no token to learn" in refused(*common, empty)
 
 
 @pytest.mark.parametrize(
