@@ -16,7 +16,7 @@ from pipeline.commands.kept_files import make_start, start_file, stored_late, st
 from pipeline.commands.prepare import Making, prepare, tables_of
 from pipeline.extract.backbones import Backbone
 from pipeline.extract.backbones.tail import Tail
-from pipeline.extract.tasks.base import DENSE, TaskSpec
+from pipeline.extract.tasks.base import TaskSpec
 from pipeline.jobs.extracted import as_extracted, first_views, limited, picture_options, views_of
 from pipeline.jobs.sources import Live, batch_size_of, live_backbone, relive, sources, store_source
 from pipeline.lookup.objective import make_objective
@@ -181,10 +181,8 @@ def agreed(configs: Sequence[TunerConfig | ObjectiveConfig], asked: Mapping[str,
 
 def rows_options(recipe: Recipe, spec: TaskSpec, header: Mapping[str, Any]) -> dict[str, Any]:
     """How the rows were split and numbers made into texts, also where the store decided it."""
-    made, values = header.get("provenance", {}), spec.values
-    stepped = (
-        spec.target not in DENSE and len(values) > 1 and made.get("source") != "table"
-    )  # of a table the step follows from its range
+    made, values = header.get("provenance", {}), spec.values if spec.target == "number" else ()
+    stepped = len(values) > 1 and made.get("source") != "table"  # of a table the step follows from its range
     grid = values[1] - values[0] if stepped else recipe.grid
     return {"stratify": bool(made.get("stratified")) or recipe.stratify, "grid": grid}
 
