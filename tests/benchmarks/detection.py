@@ -2,9 +2,9 @@
 on a frozen MobileNetV2. What is scored is the training images themselves: the heads must be able to learn what they
 read.
 
-Everything runs through the public commands' functions; images have a shorter side of 320.
+Everything runs through the public commands' functions; images have a shorter side of 256.
 
-    python -m tests.benchmarks.detection --data ../shared/data --out /tmp/coco --heads retinanet --epochs 40
+    python -m tests.benchmarks.detection --data ../shared/data --out /tmp/coco --heads retinanet --epochs 60
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--heads", nargs="+", default=["retinanet", "cascade-mask-rcnn"])
     parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--short", type=int, default=320)
-    parser.add_argument("--long", type=int, default=533)
-    parser.add_argument("--epochs", type=int, nargs="+", default=[60], help="one for all heads, or one each")
+    parser.add_argument("--short", type=int, default=256)
+    parser.add_argument("--long", type=int, default=427)
+    parser.add_argument("--epochs", type=int, nargs="+", default=[60, 80], help="one for all heads, or one each")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--proposals", type=int, default=128, help="sampled of an image, of heads with proposals")
     args = parser.parse_args()

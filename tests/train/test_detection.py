@@ -21,7 +21,8 @@ from pipeline.store.errors import Notice, UserError
 from pipeline.train.box_configs import DetectionConfig, InstancesConfig
 from pipeline.train.features import Feature
 from pipeline.train.objectives import Answers
-from pipeline.train.objectives.boxheads import Anchors, Pool, in_place
+from pipeline.train.objectives.boxheads import in_place
+from pipeline.train.objectives.boxparts import Anchors, Pool
 from pipeline.train.objectives.boxscores import BOXES, MASKS, VOC, Objects, ObjectScorer, VocMatches, objects_there
 from pipeline.train.objectives.cascade import CascadeHeads
 from pipeline.train.objectives.detection import Detection, Instances

@@ -1,97 +1,39 @@
-"""Heads from feature maps to boxes, of torchvision's parts: RetinaNet, Faster and Mask R-CNN. They see maps of one
-image at a time and no pixels, so a loss or a prediction does not depend on what an image is batched with.
-
-Coordinates are pixels of the view that the backbone saw. Anchors lie where their map's positions do, also on levels
-that the head makes itself; boxes are cut at the edge of what the view shows of its image, not at the padding's.
+"""Heads from feature maps to boxes: RetinaNet, Faster and Mask R-CNN. They see maps of one image at a time and no
+pixels, so a loss or a prediction does not depend on what an image is batched with.
 """
 
 from __future__ import annotations
 
-import math
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
-from torchvision.models.detection.image_list import ImageList
-from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.faster_rcnn import TwoMLPHead
 from torchvision.models.detection.retinanet import RetinaNet, RetinaNetHead
 from torchvision.models.detection.roi_heads import RoIHeads
-from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
-from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
+from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
-from torchvision.ops.poolers import initLevelMapper
 
 from pipeline.extract.geometry import Geometry
 from pipeline.train.box_configs import DetectionConfig
-
-RATIOS = (0.5, 1.0, 2.0)
-OCTAVES = tuple(2 ** (i / 3) for i in range(3))
-COARSE = 4 * 2**0.5  # RetinaNet reads strides of about 8 and more
-Levels = Sequence[tuple[int, float]]  # width and stride of each map, finest first
-POOLED, MASK_POOLED = 7, 14
-
-
-class Anchors(AnchorGenerator):
-    """Anchors at the strides that maps have. The library divides the extent by the map's, which is wrong where a level
-    of the head's own rounds up."""
-
-    def __init__(self, sizes: Sequence[tuple[float, ...]], strides: Sequence[float]) -> None:
-        super().__init__(tuple(sizes), (RATIOS,) * len(sizes))
-        self.strides = list(strides)
-
-    def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
-        first = feature_maps[0]
-        self.set_cell_anchors(first.dtype, first.device)
-        steps = [[torch.tensor(s, device=first.device)] * 2 for s in self.strides]
-        return [torch.cat(self.grid_anchors([list(m.shape[-2:]) for m in feature_maps], steps))]
-
-
-class Pool(MultiScaleRoIAlign):
-    """RoIAlign (two samples a bin and side) on maps of known strides, which the library would guess from sizes."""
-
-    def __init__(self, names: Sequence[str], strides: Sequence[float], size: int) -> None:
-        super().__init__(list(names), size, 2)
-        self.scales = [1 / s for s in strides]
-        levels = [round(math.log2(s)) for s in strides]
-        self.map_levels = initLevelMapper(levels[0], levels[-1], self.canonical_scale, self.canonical_level)
-
-
-class Neck(FeaturePyramidNetwork):
-    """A feature pyramid over maps, finest first, and one or two levels beyond: dict of maps, float32."""
-
-    def __init__(self, widths: Sequence[int], width: int, extra: nn.Module) -> None:
-        super().__init__(list(widths), width, extra)
-        self.out_channels = width
-
-    def forward(self, maps: Sequence[Tensor]) -> dict[str, Tensor]:
-        found = super().forward(OrderedDict((str(i), m) for i, m in enumerate(maps)))
-        return {name: m.float() for name, m in found.items()}  # boxes in half precision would be off by pixels
-
-
-class ProposalHead(RPNHead):
-    def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        logits, deltas = super().forward(x)
-        return [t.float() for t in logits], [t.float() for t in deltas]
-
-
-class BoxPredictor(FastRCNNPredictor):
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        scores, deltas = super().forward(x)
-        return scores.float(), deltas.float()
-
-
-class MaskPredictor(MaskRCNNPredictor):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x).float()
-
-
-def image_list(geometry: Geometry) -> ImageList:
-    """An image without pixels, for what reads sizes alone."""
-    return ImageList(torch.empty(1, 3, *geometry.extent, device="meta"), [geometry.seen])
+from pipeline.train.objectives.boxparts import (
+    COARSE,
+    MASK_POOLED,
+    OCTAVES,
+    POOLED,
+    RATIOS,
+    Anchors,
+    BoxPredictor,
+    Levels,
+    MaskPredictor,
+    Neck,
+    Pool,
+    ProposalHead,
+    image_list,
+    mask_head,
+)
+from pipeline.train.objectives.cascade import CascadeHeads
 
 
 class OneStage(nn.Module):
@@ -147,8 +89,6 @@ class TwoStage(nn.Module):
         names = [str(i) for i in range(len(levels))]
         pools = Pool(names, strides, POOLED), Pool(names, strides, MASK_POOLED) if masks else None
         if "cascade" in config.chosen:
-            from pipeline.train.objectives.cascade import CascadeHeads
-
             self.heads: RoIHeads = CascadeHeads(*pools, classes, config)
         else:
             self.heads = plain_heads(*pools, classes, config)
@@ -189,8 +129,3 @@ def plain_heads(box_pool: Pool, mask_pool: Pool | None, classes: int, config: De
         box_pool, TwoMLPHead(width * POOLED**2, 4 * width), BoxPredictor(4 * width, classes + 1),
         0.5, 0.5, config.proposals or 512, 0.25, None, config.score_threshold, config.nms, config.detections, **branch,
     )  # fmt: skip
-
-
-def mask_head(width: int) -> nn.Module:
-    """Four convolutions."""
-    return MaskRCNNHeads(width, (width,) * 4, 1)

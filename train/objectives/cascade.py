@@ -27,7 +27,7 @@ from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_inference,
 from torchvision.ops import box_iou, clip_boxes_to_image, generalized_box_iou_loss
 
 from pipeline.train.box_configs import DetectionConfig
-from pipeline.train.objectives.boxheads import POOLED, MaskPredictor, Pool, mask_head
+from pipeline.train.objectives.boxparts import POOLED, MaskPredictor, Pool, mask_head
 from pipeline.train.objectives.maskheads import SteadyNorm
 
 OVERLAPS = (0.5, 0.6, 0.7)

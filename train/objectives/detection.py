@@ -72,12 +72,9 @@ class BoxHead(Head):
         found: dict[int, Objects] = {}
         for place, own, geometry in self.each(features, batch):
             told = self.net.told([refuse_nan(m) for m in own], geometry)
-            found[place] = carried_back(
-                {name: refuse_nan(value.detach()).cpu() for name, value in told.items()}, geometry
-            )
-        return {"objects": [found[place] for place in range(len(batch))], "size": [
-            told_size(geometry) for geometry in map(Geometry.of, batch.metas)
-        ]}  # fmt: skip
+            host = {name: refuse_nan(value.detach()).cpu() for name, value in told.items()}
+            found[place] = carried_back(host, geometry)
+        return {"objects": [found[place] for place in range(len(batch))]}
 
 
 def told_size(geometry: Geometry) -> tuple[int, int]:
