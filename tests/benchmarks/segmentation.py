@@ -1,6 +1,7 @@
 """CamVid from cached features: UPerNet of width 64 on a frozen MobileNetV2, 360 × 480, 12 epochs, by number format.
 
-Everything runs through the public commands' functions. Cached and live epochs are timed in one process; accuracies are of the test split, at the epoch that was best on the validation split.
+Everything runs through the public commands' functions. Cached and live epochs are timed in one process; accuracies
+are of the test split, at the epoch that was best on the validation split.
 
     python -m tests.benchmarks.segmentation --data ../shared/data --out /tmp/camvid --seeds 2
 """
