@@ -154,6 +154,12 @@ class Backbone(ABC):
             return self.projection.width
         return self.width_of(stream_of(state))
 
+    def narrowed(self, channels: int) -> dict[str, int]:
+        """The states that a projection keeps in `channels`, with their own widths: those that must not stay full and
+        are wider than that."""
+        widths = {n: self.width_of(stream_of(n)) for n in self.states() if n not in self.full_states()}
+        return {name: width for name, width in widths.items() if width > channels}
+
     def full_states(self) -> list[str]:
         """The states that no projection touches: what feeds the live layer, the last output of each stream, and what
         embeddings are made of."""
