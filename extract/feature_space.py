@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from pipeline.extract.backbones.base import TextOptions
+from pipeline.extract.backbones.capabilities import Branches
 from pipeline.extract.backbones.views import POLICIES
 from pipeline.extract.pretrained import Checkpoint
 from pipeline.extract.projection import parse_projection
@@ -58,9 +59,10 @@ def space_identity(checkpoint: Checkpoint, options: SpaceOptions) -> dict[str, A
         raise UserError(f"attention: one of {', '.join(backbone.attentions)}, not {options.attention!r}")
     if options.projection != "none":
         parse_projection(options.projection, backbone.width)
-        if backbone.shape != "sequence":
+        if backbone.shape != "sequence" and not isinstance(backbone, Branches):
             raise UserError(
-                f"projection: {backbone.name} backbones have states of several widths; only none is possible"
+                f"projection: {backbone.name} backbones have maps of several widths, read as they are; only none is "
+                "possible"
             )
     return {
         **_image_fields(checkpoint, options),

@@ -164,6 +164,12 @@ class Backbone(ABC):
             return self.projection.width
         return self.full_width(state)
 
+    def narrowed(self, channels: int) -> dict[str, int]:
+        """The states that a projection keeps in `channels`, with their own widths: those that must not stay full and
+        are wider than that."""
+        widths = {n: self.full_width(n) for n in self.states() if n not in self.full_states()}
+        return {name: width for name, width in widths.items() if width > channels}
+
     def full_states(self) -> list[str]:
         """The states that no projection touches: what feeds the live layer, the last output of each stream, and what
         embeddings are made of."""

@@ -113,6 +113,10 @@ class Swin(Branches, Pyramid):
                 names += [f"{stream}.{i}.msa", f"{stream}.{i}.mlp", f"{stream}.{i}"]
         return names
 
+    def full_states(self) -> list[str]:
+        """All but the branches, which only adapters read."""
+        return [name for name in self.states() if name.count(".") == 1]
+
     def module_of(self, model: Any, state: str) -> nn.Module:
         stream, number, *branch = state.split(".")
         if number == "in":

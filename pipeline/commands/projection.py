@@ -58,8 +58,7 @@ def project(
             remove = store_command("rm", store.where, chosen.id[:12])
             say(f"warning: it was {few} only; to fit it anew, remove the space: {remove}")
     else:
-        backbone = live.backbone
-        widths = {n: backbone.width for n in backbone.states() if n not in backbone.full_states()}
+        widths = live.backbone.narrowed(parsed[1])
         pick = inputs.take(sample(FIT_SAMPLES, len(inputs), seed))
         if parsed[0] == "pca":
             say(f"projection {identity['projection']}: fitting {len(widths)} states on {len(pick):,} samples")

@@ -50,6 +50,7 @@ from pipeline.lookup.recipe import device_of, store_path
 from pipeline.recipe import Recipe
 from pipeline.store import FORMATS, SEGMENT_BYTES
 from pipeline.train.data.tiers import available_memory
+from pipeline.train.model import Model
 from pipeline.train.tuners import tuner_class, tuner_config, tuner_names
 
 TIERS = {"device": "device memory", "host": "host memory", "disk": "disk"}  # of --tier
@@ -104,10 +105,11 @@ def forward_operations(work: Workload, tokens: int) -> float:
     return total
 
 
-def training_memory(work: Workload, batch: dict[str, np.ndarray], dtype: torch.dtype, held: float) -> dict[str, float]:
-    """Bytes by what they are for, computed from the tensors. `dtype`: of a batch's states. `held`: the tier's blocks,
-    or those in flight."""
-    model = tuner_model(work.backbone, work.tuner, work.config, work.classes)
+def training_memory(
+    work: Workload, model: Model, batch: dict[str, np.ndarray], dtype: torch.dtype, held: float
+) -> dict[str, float]:
+    """Bytes by what they are for, computed from the tensors of `model`, a `tuner_model`. `dtype`: of a batch's states.
+    `held`: the tier's blocks, or those in flight."""
     rows = {s: int(n.sum()) for s, n in batch.items()}
     values = [rows[stream_of(s)] * work.backbone.state_width(s) for s in work.states]
     parts = {
@@ -121,9 +123,8 @@ def training_memory(work: Workload, batch: dict[str, np.ndarray], dtype: torch.d
     return {k: float(v) for k, v in parts.items()} | {"total": float(sum(parts.values()))}
 
 
-def trainable(work: Workload) -> dict[str, int]:
+def trainable(model: Model) -> dict[str, int]:
     """Trainable parameters of the tuner, of the head, and of modules of it that are there in training alone."""
-    model = tuner_model(work.backbone, work.tuner, work.config, work.classes)
     more = {n: part for n in model.head.training_only if (part := getattr(model.head, n)) is not None}
     parts: dict[str, Any] = {"tuner": model.tuner, "head": model.head, **{f"{n} head": p for n, p in more.items()}}
     found = {name: sum(p.numel() for p in part.parameters() if p.requires_grad) for name, part in parts.items()}
@@ -175,7 +176,8 @@ def predict(
     tier = next((t for t in order if cached[t] is not None), "disk")
     even = gains[tier]
     held = epoch_bytes if tier == "host memory" else min(epoch_bytes, 12 * SEGMENT_BYTES)
-    needed = training_memory(work, batch, dtype, held)
+    shape = tuner_model(*model, work.classes)
+    needed = training_memory(work, shape, batch, dtype, held)
     plan = Plan(
         samples=work.samples,
         rows=work.rows,
@@ -188,7 +190,7 @@ def predict(
         cached_epoch=cached,
         break_even=gains,
         memory=needed,
-        parameters=trainable(work),
+        parameters=trainable(shape),
         largest_batch=largest_batches(needed, len(next(iter(batch.values())))),
         operations=described(work, ops, batches),
         rates=asdict(speed),
@@ -207,7 +209,7 @@ def predict(
 def sizes(work: Workload, projection: str | None, channels: int | None) -> dict[str, dict[str, float]]:
     """Bytes a sample and in all of every format, then of float16 in a quarter and an eighth of the channels."""
     table = {f: work.bytes(f) for f in FORMATS}
-    if work.backbone.shape == "sequence":
+    if work.backbone.shape == "sequence" or set(work.states) - set(work.backbone.full_states()):
         table |= {f"float16, pca:{k}": work.bytes("float16", k) for n in (4, 8) if (k := work.backbone.width // n)}
         if channels is not None:
             table |= {f"{f}, {projection}": work.bytes(f, channels) for f in FORMATS}

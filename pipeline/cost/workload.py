@@ -86,7 +86,8 @@ class Workload:
         total = float(sum(4 * n[stream_of(c)] for c in self.backbone.columns))
         for state in states or self.states:
             stream = stream_of(state)
-            width = self.backbone.full_width(state) if channels is None or state in full else channels
+            width = self.backbone.full_width(state)
+            width = width if channels is None or state in full else min(width, channels)
             total += n[stream] * (width * bytes_per_value(fmt) + (4 if fmt == "int8" else 0))
         return total
 
@@ -204,8 +205,7 @@ def workload(recipe: Recipe, task: Task | None = None) -> Workload:
     refuse_for_kind(recipe, backbone)
     if kept := parse_projection(recipe.projection or "none", backbone.width):
         # Of a projection the widths alone matter here.
-        small = {n: backbone.width for n in backbone.states() if n not in backbone.full_states()}
-        backbone = backbone.projected(orthogonal(small, kept[1], 0))
+        backbone = backbone.projected(orthogonal(backbone.narrowed(kept[1]), kept[1], 0))
     config = config_of(recipe, recipe.tuner)
     splits = [s for s in (recipe.split or task.splits) if len(task.rows(s))]
     found = {s: sample_lengths(backbone, tokenizer, task, s, recipe) for s in splits}

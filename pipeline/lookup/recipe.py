@@ -17,6 +17,7 @@ from pipeline.extract.backbones.images import Preprocess
 from pipeline.extract.encoding import tensors_of
 from pipeline.extract.feature_space import SpaceOptions, space_identity, views_text
 from pipeline.extract.pretrained import Checkpoint, local
+from pipeline.extract.projection import parse_projection
 from pipeline.extract.tasks import canonical_name
 from pipeline.extract.tasks.base import DENSE, TaskSpec
 from pipeline.jobs.slots import slot_of
@@ -99,13 +100,17 @@ def wanted_states(recipe: Recipe, backbone: Backbone) -> list[str]:
 
 def refuse_full_readers(recipe: Recipe, names: Sequence[str], backbone: Backbone) -> None:
     """UserError for a tuner of `names` that cannot work in the projected space `recipe` asks for."""
-    if (recipe.projection or "none") == "none" or backbone.shape != "sequence":
+    if (kept := parse_projection(recipe.projection or "none", backbone.width)) is None:
         return
-    small = set(backbone.states()) - set(backbone.full_states())
+    read: set[str] = set()
     for name in names:
         tuner = tuner_class(name, backbone)
-        if not tuner.projects and small & set(tuner.states(config_of(recipe, name, len(names) > 1), backbone)):
+        states = set(tuner.states(config_of(recipe, name, len(names) > 1), backbone))
+        if not tuner.projects and backbone.narrowed(kept[1]).keys() & states:
             raise UserError(f"tuner {name} reads full states, not {recipe.projection}: extract without it")
+        read |= states
+    if backbone.shape != "sequence" and not backbone.narrowed(kept[1]).keys() & read:
+        raise UserError(f"--projection: {' and '.join(names)} on {backbone.name} backbones read full states alone")
 
 
 @dataclass

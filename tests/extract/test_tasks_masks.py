@@ -154,7 +154,7 @@ def test_masks_whose_numbers_may_mean_anything_are_refused(tmp_path):
         load_task(str(tmp_path), targets=("mask",))
 
 
-def _ade20k(folder, last="flag"):
+def ade20k(folder, last="flag"):
     lines = [f"{i}\t0.1\t9\t9\t0\t{'screen' if i in (131, 142) else f'thing{i}'}, other" for i in range(1, 150)]
     text = "\n".join(["Idx\tRatio\tTrain\tVal\tStuff\tName", *lines, f"150\t0.1\t9\t9\t0\t{last}"])
     for split in ("training", "validation"):
@@ -165,7 +165,7 @@ def _ade20k(folder, last="flag"):
 
 
 def test_ade20k_counts_its_classes_from_one(tmp_path):
-    spec = load_task(str(_ade20k(tmp_path))).spec
+    spec = load_task(str(ade20k(tmp_path))).spec
     assert len(spec.labels) == 150 and spec.values == tuple(map(float, range(1, 151)))
     assert spec.labels[0] == "thing1" and spec.labels[149] == "flag" and spec.labels[130] == "screen 131"
     assert {s: len(r) for s, r in load_task(str(tmp_path)).splits.items()} == {"train": 3, "validation": 3}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from transformers import T5Config, TimmWrapperConfig
 
+from pipeline.cost import plan as planning
 from pipeline.extract.backbones import backbone_for
 from pipeline.extract.short_names import SHORT_NAMES
 from pipeline.lookup.objective import class_objective
@@ -18,6 +20,7 @@ from pipeline.train.features import Want
 from pipeline.train.model import Model
 from pipeline.train.published import kept_layers
 from pipeline.train.tuners import tuner_class, tuner_config
+from tests.extract.test_tasks_masks import ade20k
 from tests.train.test_tuners import COUNTS, T5
 
 ALL = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -62,6 +65,38 @@ def test_recipe_of_e3va(size: str) -> None:
         with torch.device("meta"):
             made = tuner_class("e3va", backbone)(config, backbone, backbone.tail(None, "sdpa"), Want())
         assert f"{sum(p.numel() for p in made.parameters()):,}" in text
+
+
+# Bytes an image at 512 × 512 in float16 (methods §6.4, decimal): branches, stages and patch embedding; stages alone.
+ADE20K = {"base": (33_315_990, 77.1e6, 7.86e6), "large": (36_953_238, 115.6e6, 11.8e6)}
+
+
+@pytest.mark.parametrize("size", ["base", pytest.param("large", marks=pytest.mark.matrix)])
+def test_recipe_of_masks_is_planned(size: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = next(p for p in ALL if p.stem == f"e3va-upernet-swin-{size}-ade20k")
+    text, (head, whole, pyramid) = path.read_text(encoding="utf-8"), ADE20K[size]
+    for name, value in (("backbone_rate", 1e12), ("step_seconds", 0.1), ("decode_rate", 1e10)):
+        monkeypatch.setattr(planning.measured, name, lambda *a, value=value: value)
+    monkeypatch.setattr(planning.measured, "disk_rates", lambda *a: (1e9, 1e9, 1e9))
+    architecture = SHORT_NAMES[f"swin-{size}"].removeprefix("timm/").rpartition(".")[0]
+    (tmp_path / "model").mkdir()
+    config = {"architecture": architecture, "num_classes": 0, "pretrained_cfg": {"input_size": [3, 384, 384]}}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    more = {"model": str(tmp_path / "model"), "task": str(ade20k(tmp_path / "ade")), "device": "cpu"}
+    recipe = recipe_of("train", ("recipe", {**read_recipe(path), **more, "batch_size": 1}))
+    assert recipe.tuner_options["alpha"] == 8 and recipe.views == 2
+    plan, said = planning.run_plan(recipe, (2 * 3 + 3) * 2 * pyramid, None)
+    assert plan["parameters"]["head"] == head and f"{head:,} in the head" in text
+    assert f"{plan['parameters']['tuner']:,} in the tuner" in text and f"{head:,} in the head" in said
+    samples = plan["samples"]
+    assert samples == 2 * 3 + 3 and plan["formats"]["float16, one view"]["total"] < plan["formats"]["float16"]["total"]
+    assert plan["formats"]["float16"]["bytes a sample"] == pytest.approx(whole, rel=2e-3)
+    assert plan["formats"]["float16, the pyramid alone"]["bytes a sample"] == pytest.approx(pyramid, rel=2e-3)
+    assert plan["formats"]["int8"]["total"] < 0.6 * plan["formats"]["float16"]["total"]
+    fits = list(plan["largest_batch"].values())
+    assert list(plan["largest_batch"]) == ["11 GB", "16 GB", "24 GB", "32 GB"] and 0 < fits[0] < fits[1] < fits[3]
+    assert "over the budget" in said and "the pyramid alone takes" in plan["recommendation"]
+    assert "--for fixed" in plan["commands"][0] and "--live" in plan["commands"][2]
 
 
 @pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)

@@ -119,6 +119,27 @@ def test_a_class_that_is_ignored_is_neither_learned_nor_told(scenes, store, chec
     assert "0" not in entry["shares"] and np.asarray(Image.open(tmp_path / "told" / "001.png")).min() > 0
 
 
+def test_projected_branches_train_as_live(scenes, checkpoints, tmp_path):
+    words = ["--model", checkpoints["swin"], "--task", scenes, "--store", tmp_path / "store"]
+    extract = ["extract", *words, "--image-size", "own", "--format", "float32"]
+    for projection, tuner in (("pca:12", "fixed"), ("pca:99", "e3va")):
+        said = run(*extract, "--projection", projection, "--for", tuner, ok=False)
+        assert ("read full states alone" if tuner == "fixed" else "choose fewer") in said
+    assert not (tmp_path / "store").exists()
+    done = run(*extract, "--projection", "pca:12", "--for", "e3va")
+    (space,) = Store.open(tmp_path / "store").spaces()
+    widths = {name: len(next(space.samples(name))[1][0]) for name in ("stage1.0.msa", "stage3.0.msa", "stage3.1")}
+    assert done["computed"] == 16 and widths == {"stage1.0.msa": 8, "stage3.0.msa": 12, "stage3.1": 32}
+    train = ["train", *words, "--head", "linear", "--epochs", 1, "--batch-size", 3]
+    for name, more in (("a", []), ("b", ["--live"])):
+        run(*train, "--tuner", "e3va", "--alpha", 2, *more, "--out", tmp_path / name)
+    one, other = losses(tmp_path / "a"), losses(tmp_path / "b")
+    assert np.abs(np.subtract(one, other)).max() <= 1e-5
+    for options in ("--start zero", "--fusion highway", "--order stacked"):
+        said = run(*train, "--tuner", "e3va", *options.split(), "--out", tmp_path / "e", ok=False)
+        assert "E³VA reads projected branches with" in said
+
+
 def test_what_was_said_to_be_no_class_when_extracting_is_none_ever_after(scenes, checkpoints, tmp_path):
     words = ["--model", checkpoints["mobilenet"], "--task", scenes, "--store", tmp_path / "store"]
     run("extract", *words, "--for", "fixed", "--ignore-index", 0, "--image-size", "own")

@@ -14,6 +14,7 @@ from transformers import TimmWrapperConfig
 from pipeline.cli.main import main
 from pipeline.extract.backbones import backbone_for
 from pipeline.extract.pretrained import Checkpoint
+from pipeline.extract.projection import orthogonal
 from pipeline.store.errors import UserError
 from pipeline.train.baselines.methods import BaselineModel, baseline
 from pipeline.train.features import Want
@@ -88,6 +89,18 @@ def test_ablations_start_as_the_head_alone_and_differ_when_trained(checkpoints, 
         assert trained[0] != trained[1]
     models[1].loss(other.batch()).backward()
     assert all(p.grad is not None for p in models[1].tuner.parameters() if p.requires_grad)
+
+
+def test_projected_branches_start_as_the_head_alone(checkpoints, pictures):
+    checkpoint = Checkpoint(checkpoints["swin"], "swin")
+    fixed, case = Case(checkpoint, "fixed", pictures), Case(checkpoint, "e3va", pictures, {"alpha": 2})
+    start, batch = fixed.model().tuner(fixed.batch()), case.batch()
+    backbone = checkpoint.backbone.projected(orthogonal(checkpoint.backbone.narrowed(12), 12, 0))
+    tuner = tuner_class("e3va")(case.config, backbone, case.tail, Want())
+    batch.states = backbone.projection.apply(batch.states)
+    assert batch.states["stage3.0.msa"].shape[1] == 12 and batch.states["stage1.0.msa"].shape[1] == 8
+    for stream, rows in tuner(batch).items():
+        torch.testing.assert_close(rows, start[stream], rtol=1e-3, atol=1e-3)
 
 
 def test_options_that_do_nothing_are_refused():

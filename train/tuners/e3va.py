@@ -11,6 +11,8 @@ corrections it is that stream. There is no public code. What the paper leaves op
 - How highway and backbone meet before the neck: norm(l + e) by default, norm(e) as the alternative (`fusion`).
 - Initialisation: the author's LoRand code draws every factor (Kaiming uniform). Here the last factor starts at zero by
   default, so that training starts from the pretrained network; `zero_init` false gives the author's. A deviation.
+- Where a projection keeps branches in fewer channels, adapters read those, and what the branches themselves add up to
+  is taken from the states before and after a stage, which stay full: without corrections nothing changes.
 - The stacked form of its Table 5 is e + A₂(A₁(f₁) + f₂) here, which is the backbone's stream without corrections too.
 - The paper's tasks are dense, with a neck over all stages. A head for one class a sample reads the mean of every
   stage's norm, joined; all norms take part, and the counts are the paper's.
@@ -20,6 +22,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,30 +59,33 @@ class LowRank(nn.Module):
 
 
 class LowRankAdapter(nn.Module):
-    """A(x) = x + U GELU(D x + b) + c through half the width. Parameters: 6 α C + 3 C / 2."""
+    """A(x) = x + U GELU(D x + b) + c through half the width. Parameters: 6 α C + 3 C / 2. `reads`: channels of x where
+    a projection kept fewer, which `correction` alone can take."""
 
-    def __init__(self, width: int, alpha: int, zero: bool) -> None:
+    def __init__(self, width: int, alpha: int, zero: bool, reads: int) -> None:
         super().__init__()
-        self.down = LowRank(width, width // 2, alpha)
+        self.down = LowRank(reads, width // 2, alpha)
         self.up = LowRank(width // 2, width, alpha, zero)
 
     def forward(self, x: Tensor) -> Tensor:
         # The sum in full width: autocast would round the correction to the steps of a tap in half precision.
-        return x.float() + self.up(F.gelu(self.down(x)))
+        return x.float() + self.correction(x)
+
+    def correction(self, x: Tensor) -> Tensor:
+        """A(x) − x."""
+        out: Tensor = self.up(F.gelu(self.down(x)))
+        return out
 
 
-class PlainAdapter(nn.Module):
+class PlainAdapter(LowRankAdapter):
     """A(x) = x + U GELU(D x + b) + c through `middle` channels. Parameters: 2 C · middle + middle + C."""
 
-    def __init__(self, width: int, middle: int, zero: bool) -> None:
-        super().__init__()
-        self.down, self.up = StateLinear(width, middle), nn.Linear(middle, width)
+    def __init__(self, width: int, middle: int, zero: bool, reads: int) -> None:
+        nn.Module.__init__(self)
+        self.down, self.up = StateLinear(reads, middle), nn.Linear(middle, width)
         if zero:
             nn.init.zeros_(self.up.weight)
             nn.init.zeros_(self.up.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.float() + self.up(F.gelu(self.down(x)))
 
 
 @register_tuner("e3va", E3vaConfig)
@@ -90,6 +96,7 @@ class E3va(Tuner):
     description = "E³VA: low-rank adapters on a highway beside a Swin; alpha 8, 16, 32 for E³VA, +, ++"
     shapes = ("pyramid",)
     needs = (Branches,)
+    projects = True
     tail: SwinTail
 
     def __init__(self, config: E3vaConfig, backbone: Backbone, tail: SwinTail, wants: Want) -> None:
@@ -99,7 +106,8 @@ class E3va(Tuner):
         for stream in backbone.streams:
             for i in range(backbone.depth(stream)):
                 for branch in ("msa", "mlp"):
-                    self.adapters[f"{stream}_{i}_{branch}"] = _adapter(config, backbone.width_of(stream))
+                    reads = backbone.state_width(f"{stream}.{i}.{branch}")
+                    self.adapters[f"{stream}_{i}_{branch}"] = _adapter(config, backbone.width_of(stream), reads)
         self.merges = copy.deepcopy(tail.merges).requires_grad_(True) if config.merging == "trained" else None
         self.norms = nn.ModuleDict({s: nn.LayerNorm(backbone.width_of(s)) for s in backbone.streams})
         self.norms.requires_grad_(config.norms == "trained")
@@ -117,6 +125,13 @@ class E3va(Tuner):
                 names.append(f"{stream}.{backbone.depth(stream) - 1}")
         return names
 
+    @classmethod
+    def refuse(cls, config: E3vaConfig, backbone: Backbone) -> str | None:
+        usual = config.start == "embedding" and config.fusion == "sum" and config.order == "parallel"
+        if backbone.projection is None or usual:
+            return None
+        return "E³VA reads projected branches with --start embedding, --fusion sum and --order parallel only"
+
     def forward(self, batch: Batch) -> Features:
         """A map a stage."""
         start = batch.states["stage1.0.msa"].float()
@@ -127,6 +142,8 @@ class E3va(Tuner):
                 e = self.tail.merge(e, number - 1, batch, self.merges)
             for i in range(self.backbone.depth(stream)):
                 e = self._block(e, f"{stream}.{i}", batch)
+            if self.backbone.projection is not None:
+                e = e + self._way(number, batch)
             last = f"{stream}.{self.backbone.depth(stream) - 1}"
             met = e + batch.states[last].float() if self.config.fusion == "sum" else e
             out[stream] = self.norms[stream](met)
@@ -135,13 +152,24 @@ class E3va(Tuner):
     def _block(self, e: Tensor, block: str, batch: Batch) -> Tensor:
         """The highway past a block of the backbone."""
         attention, mlp = (batch.states[f"{block}.{branch}"] for branch in ("msa", "mlp"))
-        first, second = (self.adapters[f"{block.replace('.', '_')}_{branch}"] for branch in ("msa", "mlp"))
+        adapters: list[Any] = [self.adapters[f"{block.replace('.', '_')}_{branch}"] for branch in ("msa", "mlp")]
+        first, second = adapters
+        if self.backbone.projection is not None:
+            return e + first.correction(attention) + second.correction(mlp)
         if self.config.order == "stacked":
             return e + second(first(attention) + mlp.float())
         return e + first(attention) + second(mlp)
 
+    def _way(self, number: int, batch: Batch) -> Tensor:
+        """What all branches of a stage add up to, from the states around it: of projected branches the sum is not
+        known."""
+        streams = self.backbone.streams
+        states = [batch.states[f"{s}.{self.backbone.depth(s) - 1}"].float() for s in streams[: number + 1]]
+        start = self.tail.merge(states[-2], number - 1, batch) if number else batch.states["stage1.in"].float()
+        return states[-1] - start
 
-def _adapter(config: E3vaConfig, width: int) -> nn.Module:
+
+def _adapter(config: E3vaConfig, width: int, reads: int) -> nn.Module:
     if config.adapter == "plain":
-        return PlainAdapter(width, config.middle or 32, config.zero_init)
-    return LowRankAdapter(width, config.alpha, config.zero_init)
+        return PlainAdapter(width, config.middle or 32, config.zero_init, reads)
+    return LowRankAdapter(width, config.alpha, config.zero_init, reads)
