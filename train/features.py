@@ -16,9 +16,8 @@ class Feature:
 
     `mapped`: rows are in the space in which a head that ranks compares, which then adds no map of its own. `kind`:
     "sequence", a row a position (`stream` says whose); "map", the same with positions on a grid, `stride` pixels of
-    what the backbone sees apart, the extents of which are number `place` of a sample's; "sample", one row a sample
-    (`stream` is "").
-    """
+    what the backbone sees apart, the extents of which are number `place` of a sample's `maps`; "sample", one row a
+    sample (`stream` is "")."""
 
     width: int
     stream: str = ""
@@ -26,6 +25,7 @@ class Feature:
     stride: int = 0
     mapped: bool = False
     place: int = 0
+    maps: int = 0
 
 
 Features = dict[str, Tensor]  # under the names of `Tuner.features`

@@ -35,6 +35,8 @@ def contents(root: Path, names: Iterable[str]) -> str:
 
     def digest(name: str) -> tuple[str, str]:
         try:
+            if (root / name).is_dir():  # of frames
+                return name, contents(root / name, [p.name for p in (root / name).iterdir() if p.is_file()])
             about = (root / name).stat()
             return name, _digest(root / name, about.st_size, about.st_mtime_ns, about.st_ino)
         except OSError:
