@@ -18,7 +18,7 @@ import xxhash
 from pipeline.extract.backbones.grids import COLUMN
 from pipeline.extract.backbones.images import Picture, Preprocess, look
 from pipeline.extract.batch import Batch, Layout
-from pipeline.extract.tasks.images import SUFFIXES
+from pipeline.extract.geometry import SUFFIXES
 from pipeline.store.errors import UserError
 
 FRAMES = 12  # of a video, as in CLIP4Clip

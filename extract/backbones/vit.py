@@ -8,6 +8,7 @@ block's output before the final norm. The embedding output (patches with positio
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModel, ViTModel
 
 from pipeline.extract.backbones.capabilities import ClassToken, LateBlocks
-from pipeline.extract.backbones.loading import collect, freeze
+from pipeline.extract.backbones.loading import JOINT, collect, freeze, joint_part, joint_width, with_projection
 from pipeline.extract.backbones.masks import key_mask
 from pipeline.extract.backbones.registry import register_backbone
 from pipeline.extract.backbones.tail import LiveTail
@@ -27,11 +28,13 @@ EMBED = "encoder.embed"
 
 
 class VitTail(LiveTail):
-    """The last block and the final norm."""
+    """The last block, the final norm, and `joint`, CLIP's projection, where there is one."""
 
-    def __init__(self, block: nn.Module, norm: nn.Module, timm: bool, attention: str) -> None:
+    def __init__(
+        self, block: nn.Module, norm: nn.Module, timm: bool, attention: str, joint: nn.Module | None = None
+    ) -> None:
         super().__init__()
-        self.block, self.norm, self.timm, self.attention = block, norm, timm, attention
+        self.block, self.norm, self.timm, self.attention, self.joint = block, norm, timm, attention, joint
         freeze(self)
 
     @property
@@ -49,6 +52,9 @@ class VitTail(LiveTail):
 
     def final_norm(self, rows: Tensor, stream: str) -> Tensor:
         return self.norm(rows)
+
+    def projected(self, rows: Tensor) -> Tensor:
+        return super().projected(rows) if self.joint is None else self.joint(rows)
 
 
 @register_backbone
@@ -139,14 +145,28 @@ class Vit(LateBlocks, ClassToken, Vision):
         return {s: in_order(parts[s]) for s in states}
 
     def tail_weights(self, model: Any) -> dict[str, Tensor]:
-        return keep({"block": self.blocks(model)[-1], "norm": self.last_norm(model)})
+        joint = {JOINT: model.joint} if hasattr(model, JOINT) else {}
+        return keep({"block": self.blocks(model)[-1], "norm": self.last_norm(model), **joint})
+
+    def load(self, folder: Path, dtype: torch.dtype, attention: str, device: torch.device | str) -> nn.Module:
+        model = super().load(folder, dtype, attention, device)
+        return with_projection(model, folder, self.config, "visual_projection.weight") if self.is_clip else model
+
+    @property
+    def is_clip(self) -> bool:
+        return bool(self.config.model_type == "clip_vision_model")
+
+    @property
+    def projected_width(self) -> int | None:
+        return joint_width(self.config) if self.is_clip else None
 
     def tail(self, weights: dict[str, Tensor] | None, attention: str) -> VitTail:
         with torch.device("meta"):
             model = self.make(attention).eval()
         block, norm = self.blocks(model)[-1], self.last_norm(model)
-        fill({"block": block, "norm": norm}, weights)
-        return VitTail(block, norm, self.is_timm, attention)
+        joint = joint_part(self.config, weights) if self.is_clip else {}
+        fill({"block": block, "norm": norm, **joint}, weights)
+        return VitTail(block, norm, self.is_timm, attention, joint.get(JOINT))
 
     def norm(self, stream: str) -> nn.Module:
         return nn.LayerNorm(self.width, eps=1e-6)

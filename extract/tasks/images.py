@@ -15,12 +15,11 @@ from pathlib import Path
 
 import xxhash
 
+from pipeline.extract.geometry import SUFFIXES as SUFFIXES
 from pipeline.extract.tasks.base import SPLIT_NAMES, SPLITS, Rows, Task, TaskError, TaskSpec, fixed_order
 from pipeline.extract.tasks.names import table_name
 from pipeline.extract.tasks.splits import HELD_OUT
 from pipeline.store.format.digest import digest_json
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm")  # of images
 
 
 def pictures(folder: Path) -> list[Path]:

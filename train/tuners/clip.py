@@ -4,10 +4,10 @@
     pᵢ = Σ weights · Tᵢ + Tᵢ[class token];  out = f + Lin(ReLU(blend of the pᵢ))
 
 The released code works on both towers of CLIP at the joint width 512 after CLIP's projection (`Tower(768, 512, 13)` and
-`Tower(512, 512, 13)`: 9,597,980 parameters for SHERL and 9,584,642 for UniPT, which are the published 9.6 M). As tuners
-of one vision transformer they work at its own width and on its own class token, for classes or values; the retrieval
-loss, and the gate γ that the released code has on one data set only, are not here.
-"""
+`Tower(512, 512, 13)`: 9,597,980 parameters for SHERL and 9,584,642 for UniPT, which are the published 9.6 M); so do
+these tuners where two slots are compared and the checkpoint has the projection. The text's token is its last, that of
+the largest id. Elsewhere they work at the backbone's own width, for classes or values. The released code takes id 0 for
+padding, a real one too; here padding is what stands behind a text."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pipeline.extract.backbones.base import Backbone
 from pipeline.extract.backbones.capabilities import ClassToken
 from pipeline.extract.backbones.tail import Tail
 from pipeline.extract.batch import Batch, Layout
-from pipeline.train.configs import ClipConfig
+from pipeline.train.configs import ClipConfig, SherlClipConfig
 from pipeline.train.features import Feature, Features, Want
 from pipeline.train.tuners.base import StateLinear, Tuner, checked_reduction, full_precision, register_tuner
 from pipeline.train.tuners.mtsa import EPSILON, mix
@@ -117,11 +117,12 @@ class ClipTuner(Tuner):
         joint = backbone.projected_width if wants.joint else None
         width = joint or backbone.width
         inner = checked_reduction(config.reduction, width)
-        self.side = self._tower(config, backbone.width, width, len(self.names), inner)
+        states = len(self.names) + (not backbone.embedding("encoder"))  # of texts it is looked up
+        self.side = self._tower(config, backbone.width, width, states, inner)
         self.features = {"class token": Feature(width, mapped=joint is not None)}
 
-    def _tower(self, config: Any, *sizes: int) -> Tower:
-        return self.tower(*sizes)
+    def _tower(self, config: Any, width: int, joint: int, states: int, inner: int) -> Tower:
+        return self.tower(width, joint, states, inner)
 
     def forward(self, batch: Batch) -> Features:
         """(B, width): one row a sample."""
@@ -146,10 +147,13 @@ def _read(config: ClipConfig, backbone: Backbone) -> list[str]:
     return names if last in names else [*names, last]
 
 
-@register_tuner("sherl-clip", ClipConfig)
+@register_tuner("sherl-clip", SherlClipConfig)
 class SherlClip(ClipTuner):
     description = "SHERL as on CLIP4Clip: a correction of the class token, no live layer"
     tower = SherlTower
+
+    def _tower(self, config: Any, width: int, joint: int, states: int, inner: int) -> Tower:
+        return SherlTower(width, joint, states, inner, config.base_gate)
 
     @classmethod
     def states(cls, config: ClipConfig, backbone: Backbone) -> list[str]:
