@@ -109,6 +109,7 @@ def options_of(identity: Mapping[str, Any]) -> SpaceOptions:
             view_seed=int(seed) if seed.isdigit() else 0,
             upright="orientation" in identity,
             dense="padding" in identity,
+            frames=identity.get("frames", 0),
         )
         chosen = {k: identity[k] for k in ("format", "projection", "projection_fit", "precision", "attention")}
         return SpaceOptions(**chosen, text=text)
@@ -140,6 +141,7 @@ def _image_fields(checkpoint: Checkpoint, options: SpaceOptions) -> dict[str, An
     made = checkpoint.tokenizer.sized(options.text.image_size, options.text.dense)
     mean, std = (",".join(f"{v:g}" for v in values) for values in (made.mean, made.std))
     return {
+        **({"frames": options.text.frames} if options.text.frames else {}),
         "image_size": made.extent_text,
         "resize": f"{made.interpolation}, crop {made.crop:g}",
         "mean": mean,

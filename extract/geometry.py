@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 META = "geometry"  # what a sample's meta calls it
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm")  # of images
 MOST_PIXELS = 89_478_485  # of an image, a quarter of a gigabyte decoded; what Pillow warns at
 
 

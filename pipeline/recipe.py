@@ -21,7 +21,7 @@ PRECISIONS = ("float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
 # Options that are 1 or more.
 _FROM_ONE = ["limit", "max_length", "batch_size", "batch_tokens", "epochs", "max_steps", "accumulate", "patience"]
-_FROM_ONE += ["window", "views", "stride"]
+_FROM_ONE += ["window", "views", "stride", "frames"]
 # Of fields that are no option of a command.
 UNSPOKEN: dict[str, Any] = {"help": "", "on": [], "choices": (), "many": False, "metavar": ""}
 
@@ -194,6 +194,13 @@ class Recipe:
     )
     view_seed: int | None = _option(
         None, "Images: seed that draws the augmented views. Default: 0.", "extract train", metavar="SEED"
+    )
+    frames: int | None = _option(
+        None,
+        "Images of one slot of several: names are of videos, folders of frames; at most so many are seen of each, "
+        "evenly spread (CLIP4Clip: 12).",
+        "extract train",
+        metavar="N",
     )
     skip_bad: bool = _option(
         False, "Images: leave out files that are damaged or not RGB, and count them.", "extract train"

@@ -72,6 +72,13 @@ class ClipConfig(SideConfig):
 
 
 @dataclass(frozen=True)
+class SherlClipConfig(ClipConfig):
+    """`base_gate`: the pooled token of each state counts a learned share, as the released code has it on MSR-VTT."""
+
+    base_gate: bool = option(False, "Let the pooled token of each state count a learned share (released for MSR-VTT).")
+
+
+@dataclass(frozen=True)
 class SherlConfig(SideConfig):
     """`reduction`: r, side width is D / r. `gate`: start of alpha; 0 is the paper's (the live layer then sees the
     blend only), 0.1 starts the gate at u = 0.76. None: 0 on text-to-text backbones, 0.1 on encoders, where the paper's
@@ -323,7 +330,7 @@ class PooledConfig(ObjectiveConfig):
 
 # Name → config, in the order in which they are registered; a test compares the two.
 TUNERS: dict[str, type[TunerConfig]] = {
-    "sherl-clip": ClipConfig,
+    "sherl-clip": SherlClipConfig,
     "unipt-clip": ClipConfig,
     "sherl": SherlConfig,
     "unipt": UniptConfig,

@@ -15,10 +15,10 @@ class Feature:
     """What a tuner hands out under one name: rows of `width`, packed as those of `stream`.
 
     `kind`: "sequence", a row a position (`stream` says whose); "map", the same with positions on a grid, `stride`
-    pixels of what the backbone sees apart, the extents of which are number `place` of a sample's; "sample", one row a
-    sample (`stream` is ""). A sequence with a `stride` is that of a plain vision transformer: it is a map, too, after
-    its first `skip` rows. `mapped`: rows are in the space in which a head that ranks compares, which then adds no map
-    of its own.
+    pixels of what the backbone sees apart, the extents of which are number `place` of a sample's `maps`; "sample", one
+    row a sample (`stream` is ""). A sequence with a `stride` is that of a plain vision transformer: it is a map, too,
+    after its first `skip` rows. `mapped`: rows are in the space in which a head that ranks compares, which then adds no
+    map of its own.
     """
 
     width: int
@@ -28,6 +28,7 @@ class Feature:
     skip: int = 0
     mapped: bool = False
     place: int = 0
+    maps: int = 0
 
     @property
     def kinds(self) -> tuple[Kind, ...]:

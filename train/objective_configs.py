@@ -13,6 +13,7 @@ from pipeline.train.box_configs import DetectionConfig, InstancesConfig
 from pipeline.train.configs import ObjectiveConfig, PooledConfig
 
 BALANCED = ("balanced",)
+FEW_PAIRS = 20_000
 RANKED_POOLINGS = ("mean", "first", "last", "max", "gpo")
 
 
@@ -163,13 +164,22 @@ class RetrievalConfig(ObjectiveConfig):
 
 @dataclass(frozen=True)
 class HingeConfig(RetrievalConfig):
-    """`margin`: by which what belongs together is to be more similar. `all_negatives_epochs`: epochs in which every
-    negative counts; after them the hardest, at first with a growing weight."""
+    """`margin`: by which what belongs together is to be more similar. `negatives`: "all" in every epoch, or "hardest":
+    the hardest of each pair, at first with a growing weight, after `all_negatives_epochs`. None: all where there are
+    fewer than 20,000 training pairs, which the hardest ones overfit (tests/benchmarks/RESULTS.md), else as VSE∞."""
 
     margin: float = option(0.2, "By how much more similar than others pairs are to be.", above=0)
-    all_negatives_epochs: int = option(
-        1, "Epochs in which all negatives count; after them the hardest of each pair does.", least=0
+    negatives: str | None = option(
+        None,
+        "Which negatives count: all, or the hardest of each pair (VSE∞, after its first epoch). Default: all below "
+        "20,000 training pairs, else the hardest.",
+        choices=("all", "hardest"),
     )
+    all_negatives_epochs: int = option(1, "With the hardest negatives: first epochs in which all count.", least=0)
+
+    def settled(self, labels: Sequence[str], targets: Iterable[Any]) -> Self:
+        few = sum(1 for _ in targets) < FEW_PAIRS
+        return replace(self, negatives=self.negatives or ("all" if few else "hardest"))
 
 
 @dataclass(frozen=True)

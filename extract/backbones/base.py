@@ -41,7 +41,8 @@ class TextOptions:
     "flip"), and `view_seed`, which draws random ones;
     `upright`, turn images as their EXIF orientation says (False: of spaces made before that was done); `dense`, show
     the whole of each image, padded at the bottom and the right to the backbone's coarsest stride, and keep as meta
-    where it shows what.
+    where it shows what; `frames`, names are of videos, of each of which at most so many frames are shown (0: of
+    images).
     """
 
     prompt: str = ""
@@ -55,6 +56,7 @@ class TextOptions:
     view_seed: int = 0
     upright: bool = True
     dense: bool = False
+    frames: int = 0
     words: bool = False
     form: Form = "plain"
     stride: int | None = None

@@ -19,6 +19,7 @@ from pipeline.extract.inputs import Inputs
 
 if TYPE_CHECKING:
     from pipeline.extract.backbones.base import TextOptions
+    from pipeline.extract.batch import Batch
 
 
 class Capability(ABC):
@@ -146,9 +147,19 @@ class WritesText(Answers):
 
 
 class ClassToken(Capability):
-    """Row 0 of each sample is a class token, which the backbone was trained to describe the whole image by."""
+    """One row of each sample is a token that the backbone was trained to describe the whole of it by: row 0, unless
+    `class_rows` says another."""
 
     what = "a class token that stands for an image"
+
+    @property
+    def projected_width(self) -> int | None:
+        """The width of CLIP's joint space, into which its tail projects that token; None where there is none."""
+        return None
+
+    def class_rows(self, batch: Batch) -> Tensor:
+        """(B,) int64, the row of each sample's token."""
+        return batch.layout("encoder").first
 
 
 class Patches(LiveLast):

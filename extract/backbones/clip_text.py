@@ -15,8 +15,16 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel
 
 from pipeline.extract.backbones.base import Backbone, TextOptions
-from pipeline.extract.backbones.capabilities import LateBlocks
-from pipeline.extract.backbones.loading import collect, freeze, load_frozen
+from pipeline.extract.backbones.capabilities import ClassToken, LateBlocks
+from pipeline.extract.backbones.loading import (
+    JOINT,
+    collect,
+    freeze,
+    joint_part,
+    joint_width,
+    load_frozen,
+    with_projection,
+)
 from pipeline.extract.backbones.masks import attention_mask, earlier
 from pipeline.extract.backbones.registry import register_backbone
 from pipeline.extract.backbones.tail import LiveTail
@@ -34,9 +42,12 @@ def causal_mask(layout: Layout, attention: str, dtype: torch.dtype) -> Tensor:
 class ClipTextTail(LiveTail):
     """See the module's docstring."""
 
-    def __init__(self, embeddings: nn.Module, block: nn.Module, norm: nn.Module, attention: str) -> None:
+    def __init__(
+        self, embeddings: nn.Module, block: nn.Module, norm: nn.Module, attention: str, joint: nn.Module | None = None
+    ) -> None:
         super().__init__()
         self.embeddings, self.block, self.norm, self.attention = embeddings, block, norm, attention
+        self.joint = joint
         freeze(self)
 
     def embed(self, batch: Batch, stream: str = "encoder") -> Tensor:
@@ -55,9 +66,12 @@ class ClipTextTail(LiveTail):
     def final_norm(self, rows: Tensor, stream: str) -> Tensor:
         return self.norm(rows)
 
+    def projected(self, rows: Tensor) -> Tensor:
+        return super().projected(rows) if self.joint is None else self.joint(rows)
+
 
 @register_backbone
-class ClipText(LateBlocks, Backbone):
+class ClipText(LateBlocks, ClassToken, Backbone):
     """See the module's docstring."""
 
     name = "clip-text"
@@ -80,7 +94,17 @@ class ClipText(LateBlocks, Backbone):
         return encoder_inputs(tokenizer, texts, options, self.config.max_position_embeddings)
 
     def load(self, folder: Path, dtype: torch.dtype, attention: str, device: torch.device | str) -> nn.Module:
-        return load_frozen(CLIPTextModel, folder, dtype, attention, device)
+        model = load_frozen(CLIPTextModel, folder, dtype, attention, device)
+        return with_projection(model, folder, self.config, "text_projection.weight")
+
+    @property
+    def projected_width(self) -> int | None:
+        return joint_width(self.config)
+
+    def class_rows(self, batch: Batch) -> Tensor:
+        """The end of each text: its largest id, as CLIP4Clip and the first CLIP find it."""
+        layout = batch.layout("encoder")
+        return layout.first + layout.pad(batch.columns["encoder.ids"], -1).argmax(1)
 
     def run(self, model: Any, batch: Batch, states: Sequence[str]) -> dict[str, Tensor]:
         layout = batch.layout("encoder")
@@ -112,13 +136,14 @@ class ClipText(LateBlocks, Backbone):
     def tail(self, weights: dict[str, Tensor] | None, attention: str) -> ClipTextTail:
         with torch.device("meta"):
             model = CLIPTextModel._from_config(copy.deepcopy(self.config), attn_implementation=attention).eval()
-        parts = _parts(model)
+        parts = {**_parts(model), **joint_part(self.config, weights)}
         fill(parts, weights)
-        return ClipTextTail(parts["embeddings"], parts["block"], parts["norm"], attention)
+        return ClipTextTail(parts["embeddings"], parts["block"], parts["norm"], attention, parts.get(JOINT))
 
     def norm(self, stream: str) -> nn.Module:
         return nn.LayerNorm(self.width, eps=self.config.layer_norm_eps)
 
 
 def _parts(model: Any) -> dict[str, nn.Module]:
-    return {"embeddings": model.embeddings, "block": model.encoder.layers[-1], "norm": model.final_layer_norm}
+    own = {"embeddings": model.embeddings, "block": model.encoder.layers[-1], "norm": model.final_layer_norm}
+    return {**own, JOINT: model.joint} if hasattr(model, JOINT) else own

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from pipeline.store.errors import UserError
@@ -52,6 +53,42 @@ def load_frozen(cls: Any, folder: Path, dtype: torch.dtype, attention: str, devi
             f"(first: {(missing + wrong)[0]}); the backbone would run on random weights, so nothing was done"
         )
     return model.to(device).eval().requires_grad_(False)
+
+
+JOINT = "joint"  # the module of a loaded CLIP tower, and of its tail, that projects into the joint space
+
+
+def joint_width(config: Any) -> int | None:
+    """The width of the joint space that a CLIP tower's checkpoint projects into; None where it has no projection."""
+    named = config.architectures or ()
+    return config.projection_dim if any(name.endswith("WithProjection") for name in named) else None
+
+
+def with_projection(model: nn.Module, folder: Path, config: Any, name: str) -> nn.Module:
+    """`model` with CLIP's projection, the tensor `name` of the checkpoint, as its module `JOINT`, where there is one.
+    UserError where it is missing or of another shape."""
+    if (width := joint_width(config)) is None:
+        return model
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            if name in tensors.keys():  # noqa: SIM118 (no mapping)
+                weight = tensors.get_tensor(name).float()
+                if weight.shape != (width, config.hidden_size):
+                    raise UserError(f"{folder}: {name} is of shape {tuple(weight.shape)}, not of the configuration's")
+                joint = nn.Linear(config.hidden_size, width, bias=False, device="meta")
+                joint.weight = nn.Parameter(weight, requires_grad=False)
+                model.add_module(JOINT, joint)
+                return model
+    raise UserError(f"{folder}: {name} is missing, though the configuration names a model with projection")
+
+
+def joint_part(config: Any, weights: Mapping[str, Tensor] | None) -> dict[str, nn.Module]:
+    """What a tail holds of the projection: an empty module by the name JOINT, {} where there is none in `weights`; of
+    None, by the configuration."""
+    width = joint_width(config)
+    if width is None or (weights is not None and f"{JOINT}.weight" not in weights):
+        return {}
+    return {JOINT: nn.Linear(config.hidden_size, width, bias=False, device="meta")}
 
 
 def freeze(module: nn.Module) -> nn.Module:

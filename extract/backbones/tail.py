@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from torch import Tensor, nn
 
 from pipeline.extract.batch import Batch
+from pipeline.store.errors import UserError
 
 
 class Tail(nn.Module):
@@ -20,6 +21,13 @@ class Tail(nn.Module):
     def final_norm(self, rows: Tensor, stream: str) -> Tensor:
         """The backbone's own frozen norm after the last block of `stream`; the identity where it has none."""
         return rows
+
+    def projected(self, rows: Tensor) -> Tensor:
+        """The class tokens' rows in the joint space of a CLIP, which alone has one (see `ClassToken`)."""
+        raise UserError(
+            "the store keeps no projection into CLIP's joint space: it was extracted by an earlier version, or from a "
+            "checkpoint without one; extract into a new store"
+        )
 
 
 class LiveTail(Tail, ABC):

@@ -24,6 +24,7 @@ from pipeline.extract.backbones.fill import check_fit
 from pipeline.extract.backbones.grids import COLUMN, EXTENT, SIZES, sizes
 from pipeline.extract.backbones.images import Blank, Preprocess, load_pixels, look_all
 from pipeline.extract.backbones.loading import load_frozen
+from pipeline.extract.backbones.videos import Video, look_at_videos
 from pipeline.extract.batch import Batch
 from pipeline.extract.geometry import META
 from pipeline.extract.inputs import Inputs
@@ -48,9 +49,12 @@ class Vision(Backbone):
         column = columns.get(COLUMN)
         if column is None:
             return None
-        if bool((np.asarray(lengths["grid"]) != 2 * len(self.streams)).any()) or int(column.min(initial=1)) < 1:
+        each, rest = np.divmod(np.asarray(lengths["grid"], np.int64), 2 * len(self.streams))
+        if bool(rest.any() or (each < 1).any()) or int(column.min(initial=1)) < 1:
             return f"{COLUMN} does not hold a height and a width for each of {len(self.streams)} streams"
         maps = column.astype(np.int64).reshape(-1, len(self.streams), 2).prod(2) + self.extra_rows
+        if len(each):  # of a video there are several frames
+            maps = np.add.reduceat(maps, np.cumsum(each) - each)
         for place, stream in enumerate(self.streams):
             if stream in lengths and bool((maps[:, place] != lengths[stream]).any()):
                 return f"{COLUMN} does not agree with the lengths of {stream}"
@@ -66,14 +70,19 @@ class Vision(Backbone):
         return Preprocess.of(folder, self.config)
 
     def prepare(self, tokenizer: Any, texts: Sequence[Sequence[str]], options: TextOptions) -> Inputs:
-        """File names, each with a view's number if there are views, → inputs. `tokenizer`: a `Preprocess`.
+        """File names, each with a view's number if there are views, → inputs; with `options.frames` names of videos.
+        `tokenizer`: a `Preprocess`.
 
         Every image is decoded once here. Raises UserError naming the first that cannot be read; with
         `options.skip_bad` those are left out and listed in `skipped`.
         """
         preprocess, stride = tokenizer.sized(options.image_size, options.dense), self.padding(options)
         paths, views = [Path(options.root) / t[0] for t in texts], [int(t[1]) if len(t) > 1 else 0 for t in texts]
-        found = look_all(paths, preprocess, views, options.view_seed, options.upright, stride, options.augment)
+        found: list[Any]
+        if options.frames:
+            found = list(look_at_videos(paths, preprocess, options.frames, options.upright))
+        else:
+            found = look_all(paths, preprocess, views, options.view_seed, options.upright, stride, options.augment)
         bad = {i: str(p) for i, p in enumerate(found) if isinstance(p, UserError)}
         if bad and not options.skip_bad:
             more = f" (and {len(bad) - 1} more like it)" if len(bad) > 1 else ""
@@ -83,8 +92,12 @@ class Vision(Backbone):
             raise UserError(f"none of the {len(bad):,} images can be used, the first: {next(iter(bad.values()))}")
         pictures = np.empty(len(good), object)
         pictures[:] = good
-        extents = np.array([p.extent for p in good], np.int64).reshape(len(good), 2)
+        frames = [p.frames if isinstance(p, Video) else (p,) for p in good]
+        extents = np.array([frame.extent for own in frames for frame in own], np.int64).reshape(-1, 2)
         lengths = {s: n for s, n in self.measure(extents).items() if s not in EXTENT}
+        if options.frames:
+            first = np.cumsum([0, *(len(own) for own in frames)])[:-1]
+            lengths = {s: np.add.reduceat(n, first) for s, n in lengths.items()}
         columns = {COLUMN: self._grids(extents).reshape(-1).astype(np.int32)}
         metas = [{META: p.geometry().to_meta()} for p in good] if options.dense else []
         return Inputs(lengths, columns, np.zeros(len(good), bool), pictures, bad, metas)
@@ -200,7 +213,7 @@ def pixel_groups(batch: Batch) -> list[tuple[list[int], Tensor]]:
     """Images of equal extent together: (places in the batch, (b, 3, H, W) float32 on the batch's device)."""
     if batch.pictures is None:
         raise ValueError("a batch from the store has no pixels")
-    pixels = load_pixels(batch.pictures)
+    pixels = load_pixels([f for p in batch.pictures for f in (p.frames if isinstance(p, Video) else (p,))])
     groups: dict[tuple[int, ...], list[int]] = {}
     for i, p in enumerate(pixels):
         groups.setdefault(tuple(p.shape), []).append(i)

@@ -10,6 +10,7 @@ and keys (DINOv3) what turns them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModel, Dinov2Model, Dinov2WithRegistersModel, DINOv3ViTModel, ViTModel
 
 from pipeline.extract.backbones.capabilities import ClassToken, LateBlocks, Patches
-from pipeline.extract.backbones.loading import collect, freeze
+from pipeline.extract.backbones.loading import JOINT, collect, freeze, joint_part, joint_width, with_projection
 from pipeline.extract.backbones.masks import key_mask
 from pipeline.extract.backbones.registry import register_backbone
 from pipeline.extract.backbones.tail import LiveTail
@@ -42,14 +43,21 @@ PLACES = {
 
 
 class VitTail(LiveTail):
-    """The last block, the final norm, and `rope`, what makes the angles of positions where a block is given them."""
+    """The last block, the final norm, `rope`, what makes the angles of positions where a block is given them, and
+    `joint`, CLIP's projection, where there is one."""
 
     def __init__(
-        self, backbone: Vit, block: nn.Module, norm: nn.Module, rope: nn.Module | None, attention: str
+        self,
+        backbone: Vit,
+        block: nn.Module,
+        norm: nn.Module,
+        rope: nn.Module | None,
+        attention: str,
+        joint: nn.Module | None = None,
     ) -> None:
         super().__init__()
         object.__setattr__(self, "backbone", backbone)
-        self.block, self.norm, self.rope, self.attention = block, norm, rope, attention
+        self.block, self.norm, self.rope, self.attention, self.joint = block, norm, rope, attention, joint
         freeze(self)
 
     backbone: Vit
@@ -86,6 +94,9 @@ class VitTail(LiveTail):
 
     def final_norm(self, rows: Tensor, stream: str) -> Tensor:
         return self.norm(rows)
+
+    def projected(self, rows: Tensor) -> Tensor:
+        return super().projected(rows) if self.joint is None else self.joint(rows)
 
 
 @register_backbone
@@ -213,13 +224,27 @@ class Vit(LateBlocks, ClassToken, Patches, Vision):
         return {name: part for name, part in parts.items() if part is not None}
 
     def tail_weights(self, model: Any) -> dict[str, Tensor]:
-        return keep(self._tail_parts(model))
+        joint = {JOINT: model.joint} if hasattr(model, JOINT) else {}
+        return keep({**self._tail_parts(model), **joint})
+
+    def load(self, folder: Path, dtype: torch.dtype, attention: str, device: torch.device | str) -> nn.Module:
+        model = super().load(folder, dtype, attention, device)
+        return with_projection(model, folder, self.config, "visual_projection.weight") if self.is_clip else model
+
+    @property
+    def is_clip(self) -> bool:
+        return bool(self.config.model_type == "clip_vision_model")
+
+    @property
+    def projected_width(self) -> int | None:
+        return joint_width(self.config) if self.is_clip else None
 
     def tail(self, weights: dict[str, Tensor] | None, attention: str) -> VitTail:
         with torch.device("meta"):
             parts = self._tail_parts(self.make(attention).eval())
-        fill(parts, weights)
-        return VitTail(self, parts["block"], parts["norm"], parts.get("rope"), attention)
+        joint = joint_part(self.config, weights) if self.is_clip else {}
+        fill({**parts, **joint}, weights)
+        return VitTail(self, parts["block"], parts["norm"], parts.get("rope"), attention, joint.get(JOINT))
 
     def norm(self, stream: str) -> nn.Module:
         return nn.LayerNorm(self.width, eps=1e-6)

@@ -15,12 +15,11 @@ from pathlib import Path
 
 import xxhash
 
+from pipeline.extract.geometry import SUFFIXES as SUFFIXES
 from pipeline.extract.tasks.base import SPLIT_NAMES, SPLITS, Rows, Task, TaskError, TaskSpec, fixed_order
 from pipeline.extract.tasks.names import table_name
 from pipeline.extract.tasks.splits import HELD_OUT
 from pipeline.store.format.digest import digest_json
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm")  # of images
 
 
 def pictures(folder: Path) -> list[Path]:
@@ -35,6 +34,8 @@ def contents(root: Path, names: Iterable[str]) -> str:
 
     def digest(name: str) -> tuple[str, str]:
         try:
+            if (root / name).is_dir():  # of frames
+                return name, contents(root / name, [p.name for p in (root / name).iterdir() if p.is_file()])
             about = (root / name).stat()
             return name, _digest(root / name, about.st_size, about.st_mtime_ns, about.st_ino)
         except OSError:

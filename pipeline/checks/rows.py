@@ -76,7 +76,8 @@ def refuse_other_kind(backbone: Backbone, texts: Sequence[Sequence[str]], root: 
 
 
 def _is_file(root: str, name: str) -> bool:
-    return os.path.isfile(os.path.join(root, name))  # noqa: PTH113, PTH118 (false, not an error, for what is no path)
+    # A folder may hold the frames of a video. False, not an error, for what is no path.
+    return os.path.exists(os.path.join(root, name))  # noqa: PTH110, PTH118
 
 
 def refuse_unknown_ids(backbone: Backbone, inputs: Inputs, where: str) -> None:

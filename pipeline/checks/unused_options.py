@@ -21,7 +21,7 @@ TEXT_OPTIONS: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 PICTURE_OPTIONS: dict[str, tuple[Any, ...]] = {
     "image": (None,), "image_size": (None,), "views": (None, 1), "augment": (None, "random"), "view_seed": (None, 0),
-    "skip_bad": (False,),
+    "skip_bad": (False,), "frames": (None,),
 }  # fmt: skip
 # How a file becomes a task.
 TABLE_OPTIONS = ("text", "text_pair", "label", "separator", "validation", "test", "stratify", "grid")

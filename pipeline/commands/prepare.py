@@ -208,6 +208,8 @@ def of_slot(slot: str) -> AbstractContextManager[None]:
 def _prepare(recipe: Recipe, checkpoint: Checkpoint, task: Task | None, upright: bool) -> Making:
     backbone, device = checkpoint.backbone, device_of(recipe)
     recipe = own_tuners(for_kind(recipe, backbone), backbone)
+    if recipe.frames and not isinstance(recipe, SlotRecipe):
+        raise UserError("--frames: videos are for one slot of several: --model video=NAME,text=NAME")
     states = wanted_states(recipe, backbone)
     refuse_full_readers(recipe, recipe.tuners, backbone)
     refuse_for_kind(recipe, backbone)

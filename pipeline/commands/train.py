@@ -110,7 +110,8 @@ def run_train(recipe: Recipe, say: Say, quiet: bool = False) -> dict[str, Any]:
     if (folder / "metrics.json").exists() and not recipe.overwrite:
         raise UserError(f"{folder} holds a finished run; give another --out, or --overwrite to replace it")
     model = job.model(recipe.seed)
-    options = fit_options(recipe, job.spec, job.paper, model.tuner.default_lr())
+    known = [part.objective.usual_lr for part in job.each if part.objective.usual_lr is not None]
+    options = fit_options(recipe, job.spec, job.paper, min([model.tuner.default_lr(), *known]))
     parts = job.sources(recipe.live)
     tables = [part.tables["train"] for part in job.each]
     rows, total = sum(map(len, tables)), sum(table.header.get("total", len(table)) for table in tables)

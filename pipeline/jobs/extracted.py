@@ -72,4 +72,4 @@ def picture_options(identity: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     text = options_of(identity).text
     views = {"augment": text.augment, "view_seed": text.view_seed} if text.views > 1 else {}
-    return {"image_size": text.image_size, **views}
+    return {"image_size": text.image_size, **views, **({"frames": text.frames} if text.frames else {})}

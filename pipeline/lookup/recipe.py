@@ -73,6 +73,7 @@ def space_options(recipe: Recipe, spec: TaskSpec, backbone: Backbone) -> SpaceOp
         augment=recipe.augment or "random",
         view_seed=recipe.view_seed or 0,
         dense=spec.target in DENSE,
+        frames=recipe.frames or 0,
     )
     return SpaceOptions(
         format=recipe.format or "float16",
@@ -140,6 +141,8 @@ def wanted_fields(recipe: Recipe) -> dict[str, Any]:
     wanted: dict[str, Any] = {k: v for k in SPACE_FIELDS if (v := getattr(recipe, k)) is not None}
     if recipe.image_size is not None:
         wanted["image_size"] = Preprocess().sized(size_text(recipe.image_size)).extent_text
+    if recipe.frames is not None:
+        wanted["frames"] = recipe.frames
     if recipe.views is not None or recipe.view_seed is not None or recipe.augment is not None:
         # A seed alone asks for views: without any, nothing is drawn.
         wanted["views"] = views_text(recipe.views or 2, recipe.view_seed or 0, recipe.augment or "random")

@@ -102,7 +102,7 @@ class AtHand:
         else:
             return unknown
         root = Path(picture_root(self.recipe))
-        if not any((root / name).is_file() for name in names):
+        if not any((root / name).exists() for name in names):
             return unknown
         if names not in self._contents:
             self._contents[names] = contents(root, names)

@@ -86,7 +86,7 @@ def test_a_table_of_pairs_is_split_by_image(made: dict[str, Any]) -> None:
         ("probe", ["--objective", "hinge"]),
         (
             "image=sherl-vse,text=unipt-vse",
-            ["--objective", "hinge", "--pooling", "gpo", "--drop-cells", 0.2, "--cells", 2],
+            ["--objective", "hinge", "--pooling", "gpo", "--drop-cells", 0.2, "--cells", 2, "--negatives", "hardest"],
         ),
         pytest.param("unipt-vse", ["--objective", "contrastive"], marks=pytest.mark.matrix),
         pytest.param("image=unipt-vse,text=sherl-vse", ["--pooling", "max"], marks=pytest.mark.matrix),
@@ -217,7 +217,7 @@ def test_a_run_goes_on_in_the_epoch_of_the_ramp(
     made: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The hinge loss follows epochs; cut in the second one, a run gives the losses of one that was not."""
-    how = [*made["options"], "--tuner", "probe", "--objective", "hinge", *FAST, "--epochs", 3, "--lr", 1e-3]
+    how = [*made["options"], "--tuner", "probe", "--objective", "hinge", "--negatives", "hardest", *FAST, "--epochs", 3]
     run("train", *how, "--out", tmp_path / "whole")
     take, left = loop.Training.take, [8]
 

@@ -147,6 +147,7 @@ class Objective(ABC):
     continues_text: ClassVar[bool] = False  # targets are tokens of the text itself
     unlabelled: ClassVar[bool] = False  # what is learned lies in the inputs: rows need no target of their own
     slots: ClassVar[bool] = False  # its head reads features of several slots (see `Batch.spread`)
+    usual_lr: ClassVar[float | None] = None  # the largest learning rate that training starts from where none is given
     counts: ClassVar[str] = "samples"  # what its head's loss is a mean over, see `Head.weight`
     coupled: ClassVar[bool] = False  # a batch's samples stand in one loss: no accumulation, one rank
     files: ClassVar[bool] = False  # entries hold more than JSON does, and `save` writes it

@@ -25,13 +25,15 @@ def hinge(similar: Tensor, alike: Tensor, margin: float, hardest: bool) -> Tenso
 
 
 class HingeHead(RetrievalHead):
-    """In the first epoch every negative counts, after it the hardest of each pair; the loss of the second epoch is
-    weighed by how much of it has passed, from 0."""
+    """With the hardest negatives: in the first epoch every one counts, after it the hardest of each pair; the loss of
+    the second epoch is weighed by how much of it has passed, from 0."""
 
     config: HingeConfig
     hardest, share = False, 1.0
 
     def begin_step(self, step: int, steps: int, an_epoch: int) -> None:
+        if self.config.negatives == "all":
+            return
         epoch, place = divmod(step, an_epoch)
         warm = self.config.all_negatives_epochs
         self.hardest = epoch >= warm

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.extract.backbones.grids import COLUMN, cells, max_cells, mean_cells
+from pipeline.extract.backbones.videos import frames_of
 from pipeline.extract.batch import Batch, Layout
 from pipeline.store.errors import UserError
 from pipeline.train.features import Feature, Features, Want
@@ -31,6 +32,11 @@ EPSILON = 1e-8  # added to l2 norms, as in the released code of VSE∞
 def normalised(rows: Tensor) -> Tensor:
     """(m, D) rows over their l2 norms."""
     return rows / (rows.norm(dim=-1, keepdim=True) + EPSILON)
+
+
+def frames_mean(embedded: Tensor, layout: Layout) -> Tensor:
+    """(frames, D) of length 1 → (videos, D), their means over the frames of each, of length 1 again."""
+    return normalised(layout.mean(embedded))
 
 
 class RetrievalHead(Head):
@@ -54,16 +60,22 @@ class RetrievalHead(Head):
             self.pools = nn.ModuleDict({slot: Gpo() for slot in self.slots})
 
     def embed(self, slot: str, features: Features, batch: Batch) -> Tensor:
-        """(m, D) float32 of length 1, the distinct samples of `slot`."""
+        """(m, D) float32 of length 1, the distinct samples of `slot`; of videos the mean of their frames, each of
+        length 1 before (CLIP4Clip's mean pooling)."""
         named = [(name, feature) for name, feature in self.features.items() if name.partition("/")[0] == slot]
-        parts = [self._pooled(slot, name, feature, features[name].float(), batch) for name, feature in named]
-        return normalised(torch.stack(parts).sum(0) if len(parts) > 1 else parts[0])
+        part = batch.of(slot)
+        frames = frames_of(part, named[0][1].maps)
+        seen = part if frames is None else frames.batch
+        parts = [self._pooled(slot, name, feature, features[name].float(), seen) for name, feature in named]
+        embedded = normalised(torch.stack(parts).sum(0) if len(parts) > 1 else parts[0])
+        return embedded if frames is None else frames_mean(embedded, frames.layout)
 
     def _pooled(self, slot: str, name: str, feature: Feature, rows: Tensor, batch: Batch) -> Tensor:
+        """`batch`: the part of `slot`, of videos its frames."""
         mapped = self.maps[name] if name in self.maps else nn.Identity()
         if not feature.stream:
             return mapped(rows).float()
-        layout = batch.layout(feature.stream)
+        layout = batch.layout(feature.stream.partition("/")[2])
         if self.config.cells > 1 and feature.kind == "map":
             rows, layout = in_cells(rows, batch, feature, self.config.cells)
         if self.training and self.config.drop_cells and feature.kind == "map":
@@ -107,9 +119,7 @@ def drawn(linear: nn.Linear) -> nn.Linear:
 
 def in_cells(rows: Tensor, batch: Batch, feature: Feature, cell: int) -> tuple[Tensor, Layout]:
     """Maps brought to cells of `cell` × `cell` positions: the largest and the mean value of each channel, summed."""
-    slot = feature.stream.partition("/")[0]
-    lengths = batch.lengths[feature.stream]
-    fine = batch.columns[f"{slot}/{COLUMN}"].cpu().numpy().reshape(len(lengths), -1, 2)[:, feature.place]
+    fine = batch.columns[COLUMN].cpu().numpy().reshape(len(batch), -1, 2)[:, feature.place]
     coarse = -(-fine // cell)
     count = coarse.prod(1)
     under = cells(fine, coarse, rows.device)
@@ -134,6 +144,7 @@ class Retrieval(Objective):
     unlabelled = True
     slots = True
     coupled = True
+    usual_lr = 5e-4  # VSE∞'s
 
     def __init__(self, config: Any, answers: Answers) -> None:
         if len(answers.slots) != 2:

@@ -4,14 +4,15 @@
     pᵢ = Σ weights · Tᵢ + Tᵢ[class token];  out = f + Lin(ReLU(blend of the pᵢ))
 
 The released code works on both towers of CLIP at the joint width 512 after CLIP's projection (`Tower(768, 512, 13)` and
-`Tower(512, 512, 13)`: 9,597,980 parameters for SHERL and 9,584,642 for UniPT, which are the published 9.6 M). As tuners
-of one vision transformer they work at its own width and on its own class token, for classes or values; the retrieval
-loss, and the gate γ that the released code has on one data set only, are not here.
-"""
+`Tower(512, 512, 13)`: 9,597,980 parameters for SHERL and 9,584,642 for UniPT, which are the published 9.6 M); so do
+these tuners where two slots are compared and the checkpoint has the projection. The text's token is its last, that of
+the largest id. Elsewhere they work at the backbone's own width, for classes or values. The released code takes id 0 for
+padding, a real one too; here padding is what stands behind a text."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +22,12 @@ from pipeline.extract.backbones.base import Backbone
 from pipeline.extract.backbones.capabilities import ClassToken
 from pipeline.extract.backbones.tail import Tail
 from pipeline.extract.batch import Batch, Layout
-from pipeline.train.configs import ClipConfig
+from pipeline.train.configs import ClipConfig, SherlClipConfig
 from pipeline.train.features import Feature, Features, Want
 from pipeline.train.tuners.base import StateLinear, Tuner, checked_reduction, full_precision, register_tuner
 from pipeline.train.tuners.mtsa import EPSILON, mix
+
+TEMPERATURE = 0.1  # of the gates
 
 
 class Tower(nn.Module):
@@ -53,15 +56,22 @@ class Tower(nn.Module):
 
 
 class SherlTower(Tower):
-    """SHERL: learned scores within each state, then redundancy and layer attention. Adds states (d + 1) + (d + 1)."""
+    """SHERL: learned scores within each state, then redundancy and layer attention. Adds states (d + 1) + (d + 1).
+    `gated`: the base row of each state counts sigmoid(γ / 0.1), from γ = 1, as the released code has it on MSR-VTT;
+    that adds a γ a state."""
 
-    def __init__(self, width: int, joint: int, states: int, inner: int) -> None:
+    def __init__(self, width: int, joint: int, states: int, inner: int, gated: bool = False) -> None:
         super().__init__(width, joint, states, inner)
         self.spatial = nn.ModuleList(nn.Linear(inner, 1) for _ in range(states))
+        self.gates = nn.Parameter(torch.ones(states)) if gated else None
 
     def blend(self, guide: Tensor, low: list[Tensor], layout: Layout, base: Tensor) -> Tensor:
         around = guide[layout.sample]
-        tokens = [_gather(F.relu(s(around * t)), t, layout, base) for s, t in zip(self.spatial, low, strict=True)]
+        gates: Any = [None] * len(low) if self.gates is None else torch.sigmoid(self.gates / TEMPERATURE)
+        tokens = [
+            _gather(F.relu(s(around * t)), t, layout, base, share=share)
+            for s, t, share in zip(self.spatial, low, gates, strict=True)
+        ]
         return mix(torch.stack(tokens, 1), guide, self.score, "redundancy")
 
 
@@ -76,15 +86,21 @@ class UniptTower(Tower):
         return (scores.softmax(1).unsqueeze(-1) * tokens).sum(1)
 
 
-def _gather(weights: Tensor, rows: Tensor, layout: Layout, base: Tensor, clamped: bool = False) -> Tensor:
-    """(rows, 1) weights ≥ 0, l1-normalised within each sample; their weighted sum of rows and the base row. (B, d).
+def _gather(
+    weights: Tensor, rows: Tensor, layout: Layout, base: Tensor, clamped: bool = False, share: Tensor | None = None
+) -> Tensor:
+    """(rows, 1) weights ≥ 0, l1-normalised within each sample; their weighted sum of rows and the base row, or a
+    `share` of it. (B, d).
 
     The released SHERL adds 1e-6 to a sum of weights, the released UniPT makes it 1e-6 at least (`clamped`)."""
     zero = rows.new_zeros(len(layout.lengths), 1)
     total = zero.index_add(0, layout.sample, weights)
     total = total.clamp(min=EPSILON) if clamped else total + EPSILON
-    share = weights / total[layout.sample]
-    return rows.new_zeros(len(base), rows.shape[1]).index_add(0, layout.sample, share * rows) + rows[base]
+    own = rows[base] if share is None else share * rows[base]
+    return (
+        rows.new_zeros(len(base), rows.shape[1]).index_add(0, layout.sample, weights / total[layout.sample] * rows)
+        + own
+    )
 
 
 class ClipTuner(Tuner):
@@ -95,17 +111,29 @@ class ClipTuner(Tuner):
 
     def __init__(self, config: ClipConfig, backbone: Backbone, tail: Tail, wants: Want) -> None:
         super().__init__(config, backbone, tail, wants)
-        inner = checked_reduction(config.reduction, backbone.width)
+        assert isinstance(backbone, ClassToken)
         self.names = _names(config, backbone)
-        self.side = self.tower(backbone.width, backbone.width, len(self.names), inner)
-        self.features = {"class token": Feature(backbone.width)}
+        # Where samples are compared, in the space of CLIP's own projection, which then is the joint one.
+        joint = backbone.projected_width if wants.joint else None
+        width = joint or backbone.width
+        inner = checked_reduction(config.reduction, width)
+        states = len(self.names) + (not backbone.embedding("encoder"))  # of texts it is looked up
+        self.side = self._tower(config, backbone.width, width, states, inner)
+        self.features = {"class token": Feature(width, mapped=joint is not None)}
+
+    def _tower(self, config: Any, width: int, joint: int, states: int, inner: int) -> Tower:
+        return self.tower(width, joint, states, inner)
 
     def forward(self, batch: Batch) -> Features:
         """(B, width): one row a sample."""
         layout, last = batch.layout("encoder"), f"encoder.{self.backbone.depth('encoder') - 1}"
-        first = layout.first
-        pooled = self.tail.final_norm(batch.states[last].index_select(0, first).float(), "encoder")
-        return {"class token": self.side(pooled, [batch.states[n] for n in self.names], layout, first)}
+        assert isinstance(self.backbone, ClassToken)
+        at = self.backbone.class_rows(batch)
+        pooled = self.tail.final_norm(batch.states[last].index_select(0, at).float(), "encoder")
+        if self.features["class token"].mapped:
+            pooled = self.tail.projected(pooled)
+        embedding = [self.tail.embed(batch, "encoder")] if not self.backbone.embedding("encoder") else []
+        return {"class token": self.side(pooled, [*embedding, *(batch.states[n] for n in self.names)], layout, at)}
 
 
 def _names(config: ClipConfig, backbone: Backbone) -> list[str]:
@@ -119,10 +147,13 @@ def _read(config: ClipConfig, backbone: Backbone) -> list[str]:
     return names if last in names else [*names, last]
 
 
-@register_tuner("sherl-clip", ClipConfig)
+@register_tuner("sherl-clip", SherlClipConfig)
 class SherlClip(ClipTuner):
     description = "SHERL as on CLIP4Clip: a correction of the class token, no live layer"
     tower = SherlTower
+
+    def _tower(self, config: Any, width: int, joint: int, states: int, inner: int) -> Tower:
+        return SherlTower(width, joint, states, inner, config.base_gate)
 
     @classmethod
     def states(cls, config: ClipConfig, backbone: Backbone) -> list[str]:

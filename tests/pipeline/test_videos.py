@@ -1,0 +1,131 @@
+"""Videos as folders of frames, of unequal numbers, beside texts: CLIP4Clip's system on a small CLIP."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+import pipeline
+from tests import tiny
+from tests.pipeline.test_errors import refused
+from tests.pipeline.test_errors import run as invoke
+from tests.pipeline.test_objectives import run
+from tests.pipeline.test_slots import losses
+from tests.vision import _hugging_face
+
+SHAPE = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
+TRAIN = ["--objective", "contrastive", "--joint-width", 24, "--logit-scale", 100, "--no-learn-scale"]
+TRAIN += ["--batch-size", 8, "--lr", 1e-3, "--device", "cpu"]
+
+
+def clips(folder: Path, videos: int = 20) -> list[tuple[str, str]]:
+    """A folder of 1 to 5 frames for each video, and two texts of each."""
+    rng, rows = np.random.default_rng(0), []
+    for i in range(videos):
+        for k in range(1 + i % 5):
+            pixels = rng.integers(0, 255, (40 + 8 * (i % 2), 40, 3)).astype(np.uint8)
+            (folder / f"v{i}").mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(folder / f"v{i}" / f"frame{k}.png")
+        rows += [(f"v{i}", f"the {word} number {i}") for word in ("cat sleeps", "dog")]
+    return rows
+
+
+def write(path: Path, rows: list[tuple[str, str]]) -> Path:
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([("video", "caption"), *rows])
+    return path
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("videos")
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(image_size=32, patch_size=16, projection_dim=24, **SHAPE)
+    _hugging_face(folder / "vision", CLIPVisionModelWithProjection(vision), 32)
+    tokenizer = tiny._tokenizer("roberta")
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer), max_position_embeddings=40, pad_token_id=1, bos_token_id=0, eos_token_id=2,
+        projection_dim=24, **SHAPE,
+    )  # fmt: skip
+    CLIPTextModelWithProjection(text).save_pretrained(folder / "text")
+    tokenizer.save_pretrained(folder / "text")
+    rows = clips(folder / "data")
+    options = ["--model", f"video={folder / 'vision'},text={folder / 'text'}", "--frames", 3]
+    options += ["--task", write(folder / "clips.csv", rows), "--image", "video", "--text", "caption"]
+    options += ["--data", folder / "data", "--store", folder / "store"]
+    done = run("extract", *options, "--for", "sherl-clip,unipt-clip,probe", "--format", "float32")
+    return {"options": options, "folder": folder, "rows": rows, "done": done}
+
+
+@pytest.mark.parametrize(
+    ("tuner", "more"),
+    [("sherl-clip", ["--base-gate"]), pytest.param("unipt-clip", [], marks=pytest.mark.matrix)],
+)
+def test_cached_is_live(made: dict[str, Any], tmp_path: Path, tuner: str, more: list[Any]) -> None:
+    assert made["done"]["computed"] == 20 + 40 and made["done"]["rows"] == {"train": 32, "validation": 4, "test": 4}
+    how = [*made["options"], "--tuner", tuner, *more, *TRAIN, "--epochs", 5]
+    cached = run("train", *how, "--out", tmp_path / "cached")
+    run("train", *how, "--live", "--out", tmp_path / "live")
+    one, other = losses(tmp_path / "cached"), losses(tmp_path / "live")
+    assert len(one) == 20 and one == pytest.approx(other, abs=1e-3)
+    assert {"v2t_r1", "t2v_r1", "rsum"} <= cached["test"].keys()
+    found = run("search", tmp_path / "cached", "--query", "the cat", "--top", 2)
+    assert found["among"] == 20 and {r["video"] for r in found["results"]} < {f"v{i}" for i in range(20)}
+
+
+def test_a_video_is_the_mean_of_its_frames(made: dict[str, Any], tmp_path: Path) -> None:
+    """Frames as images of their own, through the same run, embedded one by one."""
+    run("train", *made["options"], "--tuner", "sherl-clip", *TRAIN, "--epochs", 1, "--out", tmp_path / "run")
+    found = pipeline.load_run(tmp_path / "run")
+    single = tmp_path / "single"
+    for i in range(3):  # v4 has 5 frames, of which the first, the middle and the last are seen
+        (single / f"f{i}").mkdir(parents=True)
+        shutil.copy(made["folder"] / "data" / "v4" / f"frame{(0, 2, 4)[i]}.png", single / f"f{i}")
+    shutil.copytree(made["folder"] / "data" / "v4", single / "v4")
+    names = ["f0", "f1", "f2", "v4"]
+    source = found.job.fresh_source({"video": names, "text": ["a cat"] * 4}, str(single), print)
+    (batch,) = source.each(["video"])
+    found.model.eval()
+    with torch.no_grad():
+        rows = found.model.embed("video", batch)[np.argsort(batch.index)]
+    mean = rows[:3].mean(0)
+    assert torch.allclose(rows[3], mean / mean.norm(), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda data: shutil.rmtree(data / "v3"), ["slot video", "v3", "no such folder of frames"]),
+        (lambda data: [p.unlink() for p in (data / "v3").iterdir()], ["v3", "no frames in this folder"]),
+        (lambda data: (data / "v3" / "frame1.png").write_bytes(b"no image"), ["v3", "frame1.png", "damaged"]),
+    ],
+)
+def test_videos_that_are_not_whole(made: dict[str, Any], tmp_path: Path, change: Any, words: list[str]) -> None:
+    shutil.copytree(made["folder"] / "data", tmp_path / "data")
+    change(tmp_path / "data")
+    options = [*made["options"], "--data", tmp_path / "data", "--store", tmp_path / "store"]
+    refused(invoke("extract", *options, "--for", "probe"), *words)
+
+
+def test_frames_are_part_of_the_space(made: dict[str, Any], tmp_path: Path) -> None:
+    more = [*made["options"], "--frames", 2, "--tuner", "probe", *TRAIN, "--out", tmp_path / "run"]
+    refused(invoke("train", *more), "slot video", "frames", "2", "3")
+    alone = ["--model", made["folder"] / "vision", *made["options"][2:]]
+    alone[alone.index("--text") : alone.index("--text") + 2] = []
+    refused(invoke("extract", *alone, "--for", "probe", "--store", tmp_path / "s"), "--frames", "several")
+
+
+def test_a_changed_frame_is_noticed(made: dict[str, Any], tmp_path: Path) -> None:
+    shutil.copytree(made["folder"] / "data", tmp_path / "data")
+    frame = tmp_path / "data" / "v1" / "frame0.png"
+    Image.new("RGB", (40, 40)).save(frame)
+    options = [*made["options"], "--data", tmp_path / "data", "--tuner", "probe", *TRAIN, "--out", tmp_path / "run"]
+    refused(invoke("train", *options), "slot video", "have changed")
