@@ -20,6 +20,10 @@ class StoreError(UserError):
     """The store refuses: damaged, foreign, of a newer format, or not there."""
 
 
+class NoStore(StoreError):
+    """There is nothing where the store should be."""
+
+
 class SpaceMismatch(StoreError):
     """A feature space was asked for and only others exist; the message names each differing field and both values."""
 

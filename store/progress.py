@@ -39,15 +39,24 @@ class Bar(tqdm):
 
     def line(self) -> str:
         """ "extract: 1,200 of 9,000 samples (13 %), 210 a second, 37 s left; 0.12 GB sealed"."""
-        known, unit = self.format_dict, str(self.unit).strip()
-        rate = self.n / known["elapsed"] if known["elapsed"] > 0 else 0.0
+        elapsed, unit = self.format_dict["elapsed"], str(self.unit).strip()
+        rate = self.n / elapsed if elapsed > 0 else 0.0
         name = f"{self.desc.rstrip(': ')}: " if self.desc else ""
-        size = (lambda n: self.format_sizeof(n, unit)) if self.unit_scale else (lambda n: f"{n:,.0f}")
-        unit = "" if self.unit_scale else f" {unit.rstrip('s')}s"
-        count = size(self.n) + (f" of {size(self.total)}{unit} ({self.n / self.total:.0%})" if self.total else unit)
+        count = self._number(self.n)
+        if self.total:
+            count += f" of {self._number(self.total)}"
+        if not self.unit_scale:
+            count += f" {unit.rstrip('s')}s"
+        if self.total:
+            count += f" ({self.n / self.total:.0%})"
         left = f", {(self.total - self.n) / rate:,.0f} s left" if self.total and rate else ""
         more = f"; {self.postfix}" if self.postfix else ""
-        return f"{name}{count}, {size(rate)} a second{left}{more}"
+        return f"{name}{count}, {self._number(rate)} a second{left}{more}"
+
+    def _number(self, n: float) -> str:
+        if self.unit_scale:
+            return f"{self.format_sizeof(n)}{self.unit}"
+        return f"{n:,.1f}" if n % 1 and n < 100 else f"{n:,.0f}"
 
     def close(self) -> None:
         if self.plain:

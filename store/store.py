@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.store import weights
-from pipeline.store.errors import StoreError
+from pipeline.store.errors import NoStore, StoreError
 from pipeline.store.files.local import Files, explain
 from pipeline.store.files.places import is_remote, open_files
 from pipeline.store.format.digest import canonical_json, digest_json
@@ -55,7 +55,7 @@ class Store:
             return cls.create(path)
         files = open_files(path)
         if files.local and not Path(path).exists():
-            raise StoreError(f"there is no store at {path}: check the path, or extract to it first")
+            raise NoStore(f"there is no store at {path}: check the path, or extract to it first")
         if files.local and not Path(path).is_dir():
             raise StoreError(f"{path} is a file, not a store: give the folder of a store")
         try:

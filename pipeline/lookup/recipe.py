@@ -28,7 +28,7 @@ from pipeline.lookup.task_versions import versions_of
 from pipeline.owners import config_of
 from pipeline.recipe import Recipe
 from pipeline.store import Space, Store
-from pipeline.store.errors import StoreError, UserError
+from pipeline.store.errors import NoStore, StoreError, UserError
 from pipeline.store.near import near
 from pipeline.store.select import resolve as resolve_space
 from pipeline.train.model import union_states
@@ -158,7 +158,12 @@ def find_space(recipe: Recipe, exactly: str | None = None) -> Found:
     fields in which what is there differs from what was asked.
     """
     need(recipe, "task")
-    store = Store.open(store_path(recipe))
+    try:
+        store = Store.open(store_path(recipe))
+    except NoStore as error:
+        if exactly is None:
+            raise NotExtracted(str(error).split(", or ")[0], recipe) from None
+        raise  # a run knows its store, which has moved
     task, slot = canonical_name(recipe.task), slot_of(recipe)
     spaces = [s for s in store.spaces() if any(t.task == task for t in s.tables())]
     if slot or len(spaces) > 1:  # a task of several slots has tables of the same name

@@ -125,3 +125,12 @@ def test_a_shell_completes_names_and_options_of_the_chosen():
     assert "t5-base" in offered("train --model", "t5-b") and "sst2" in offered("extract --task", "ss")
     assert offered("train --tuner lst", "--pru") == ["--prune"] and not offered("train --tuner probe", "--pru")
     assert offered("train --objective", "seg") == ["segmentation"]
+
+
+def test_with_nothing_stored_the_extraction_for_all_methods_is_printed(mine, tmp_path):
+    for command, methods in (("compare", "--tuners"), ("train", "--tuner")):
+        names = "probe,lst,lora" if command == "compare" else "lst"
+        said = refused(run(command, *mine, methods, names, "--store", tmp_path / "none"), "there is no store at")
+        line = said.split("run: ", 1)[1]
+        assert line.startswith("pipeline extract") and f"--for {'probe,lst' if command == 'compare' else 'lst'}" in line
+        parsed(line, main)

@@ -37,6 +37,7 @@ def test_the_python_examples_run(tmp_path, monkeypatch, capsys):
     assert re.search(r"[\d,]+ rows, the first of 384 directions holds [1-9]\d*%", said) and names["longest"] > 4
 
 
+@pytest.mark.matrix  # the tutorial of the same name, which runs always, has the same commands
 def test_the_commands_of_the_readme_run(checkpoints, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib", reason="the extra `report` is not installed: README's commands not tested")
     monkeypatch.chdir(tmp_path)

@@ -175,7 +175,7 @@ def test_runs_a_folder_of_runs_and_a_table_of_compare(swept, checkpoints, tmp_pa
     assert len(result["runs"]) == 4 and "lst 2" in page.text and "unipt 2" in page.text
     for name in ("table.csv", "table.json"):
         page, result = report(tmp_path / "b.html", tmp_path / name)
-        assert not result["runs"] and f"Table: {name}" in page.text and "memory of a step" in page.text
+        assert not result["runs"] and f"{name}: methods side by side" in page.text and "memory of a step" in page.text
     rows = json.loads(done.stdout)["rows"]
     assert all(f"{100 * row['metric']:.1f} ±" in page.text for row in rows)
     single, _ = report(tmp_path / "c.html", swept / "sweep" / "lst-s0", tmp_path / "compared" / "lst-s0")
