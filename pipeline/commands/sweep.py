@@ -177,6 +177,8 @@ def _train(members: Sequence[Prepared], folder: Path, progress: bool) -> dict[st
                 "chosen": own_options(job),
             },
         )  # fmt: skip
+        # Equal options over one frozen end: the same function, but for the weights that are drawn from the seed.
+        run.alike = digest_json([recipe.tuner, own_options(job), job.states, id(member.tail)])
         if _objective(job) != _objective(members[0].job):
             run.targets = {split: told for split in parts if (told := job.targets(split)) is not None}
         runs.append(run)
