@@ -68,6 +68,11 @@ BASELINES = {
 }
 
 
+def is_baseline(name: str) -> bool:
+    """Whether `name` is that of a baseline, of a size of its own perhaps: lora, lora:16, adapter:24@6."""
+    return name.partition("@")[0].partition(":")[0] in BASELINES
+
+
 def near(name: str, known: Iterable[str]) -> str:
     """ "; did you mean …?" of the one of `known` that is spelled most like `name`, or nothing."""
     found = difflib.get_close_matches(name, list(known), n=1)

@@ -106,6 +106,13 @@ class Recipe:
         "takes what the store has.",
         "extract train",
     )
+    fold: str | None = _option(
+        None,
+        "Training and validation rows together, cut anew: 2/5 chooses by the second of five parts and trains on the "
+        "rest; all trains on all of them and chooses nothing.",
+        "train",
+        metavar="I/K|all",
+    )
     grid: float | None = _option(
         None,
         "STS-B with a text-to-text backbone: step of the target numbers. Default: 0.1, which is what the papers' code "

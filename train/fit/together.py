@@ -31,11 +31,17 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def fit_all(runs: Sequence[Training], progress: bool = True, resume: bool = True) -> list[dict[str, Any] | NotFinite]:
+Judge = Callable[[Sequence["Training"]], Sequence["Training"]]
+
+
+def fit_all(
+    runs: Sequence[Training], progress: bool = True, resume: bool = True, judge: Judge | None = None
+) -> list[dict[str, Any] | NotFinite]:
     """Train all of `runs`, which share their sources and their device; see `fit`. Returns what each ended with, in
     order: its metrics, or why it could not go on.
 
-    With `resume`, each goes on where its checkpoint stands; the pass begins with the batch that the first of them is to
+    `judge`: told of the runs that go on whenever epochs have ended; those it returns stop there as losers. With
+    `resume`, each goes on where its checkpoint stands; the pass begins with the batch that the first of them is to
     have. Raises Interrupted when all have been saved, UserError for options or files that do not fit.
     """
     ranks, device = runs[0].ranks, runs[0].device
@@ -47,7 +53,7 @@ def fit_all(runs: Sequence[Training], progress: bool = True, resume: bool = True
             for run in runs:
                 open_logs.callback(run.close)
             at_once(runs, lambda run: run.begin(resume, interrupt))
-            together = _Together(runs, interrupt, progress and ranks.rank == 0)
+            together = _Together(runs, interrupt, progress and ranks.rank == 0, judge)
             open_logs.callback(together.bar.close)
             return together.train()
     finally:
@@ -58,8 +64,10 @@ def fit_all(runs: Sequence[Training], progress: bool = True, resume: bool = True
 class _Together:
     """Runs that have begun. `active`: those that have not ended; `ended`: what the others ended with."""
 
-    def __init__(self, runs: Sequence[Training], interrupt: Interrupt, progress: bool) -> None:
-        self.runs, self.interrupt = runs, interrupt
+    def __init__(
+        self, runs: Sequence[Training], interrupt: Interrupt, progress: bool, judge: Judge | None = None
+    ) -> None:
+        self.runs, self.interrupt, self.judge = runs, interrupt, judge
         self.active, self.ended = list(runs), dict[Any, dict[str, Any] | NotFinite]()
         self.stacks = Stacks()
         self.bar = tqdm(
@@ -140,6 +148,8 @@ class _Together:
         at_once([run for run in over if run in self.active], lambda run: run.close_epoch(scores.get(run), seconds))
         if scores and not self.bar.disable:
             self.bar.write(_told(scores), file=sys.stderr)
+        for run in self.judge([r for r in self.active if r.state.stopped is None]) if self.judge else ():
+            run.state.stopped = "halving"
         stopped = [run for run in self.active if run.state.stopped is not None]
         at_once(stopped, lambda run: run.restore_best())
         tested = self.scores(stopped, "test")
