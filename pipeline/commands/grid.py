@@ -28,7 +28,7 @@ from pipeline.values import checked_value
 _FIXED = (
     "model", "task", "store", "data", "text", "text_pair", "image", "label", "separator", "validation", "test",
     "stratify", "grid", "metric", "out", "overwrite", "device", "tier", "host_memory", "scheduler", "imports", "tuners",
-    "split", "skip_bad", "batch_tokens", "tensorboard", "live", "objective", "fold",
+    "split", "skip_bad", "batch_tokens", "tensorboard", "report_to", "live", "objective", "fold",
 )  # fmt: skip
 _LONGEST = 80  # characters of a run folder's name
 _HINTS = get_type_hints(Recipe)

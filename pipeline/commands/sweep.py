@@ -51,7 +51,7 @@ BASELINE = "baseline.json"  # beside a baseline's metrics: what it was made with
 # Options that change what a run does with its batches, not which job it is.
 _OF_TRAINING = (
     "epochs", "max_steps", "lr", "weight_decay", "schedule", "warmup_steps", "warmup_ratio", "clip", "accumulate",
-    "train_precision", "patience", "seed", "out", "overwrite", "tensorboard",
+    "train_precision", "patience", "seed", "out", "overwrite", "tensorboard", "report_to",
 )  # fmt: skip
 
 

@@ -57,6 +57,7 @@ def fit_options(recipe: Recipe, spec: TaskSpec, paper: bool, lr: float) -> FitOp
         seed=recipe.seed,
         patience=recipe.patience,
         tensorboard=recipe.tensorboard,
+        report_to=recipe.report_to,
     )
 
 
