@@ -74,9 +74,20 @@ class _Spread(torch.autograd.Function):
     """Rows to the places `at` of `count`, which keeps no row for the backward pass, as `index_copy` would."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, at: Tensor, count: int, value: float) -> Tensor:
-        ctx.save_for_backward(at)
+    def forward(rows: Tensor, at: Tensor, count: int, value: float) -> Tensor:
         return rows.new_full((count, *rows.shape[1:]), value).index_copy_(0, at, rows)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int, float], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, rows: Tensor, at: Tensor, count: int, value: float) -> tuple[Tensor, int]:
+        """Of several models the rows of each go to places of its own."""
+        n, rows = info.batch_size, rows.movedim(in_dims[0], 0)
+        places = at + count * torch.arange(n, device=at.device)[:, None]
+        grid = _Spread.apply(rows.flatten(0, 1), places.flatten(), n * count, value)
+        return grid.view(n, count, *rows.shape[2:]), 0
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:

@@ -71,6 +71,11 @@ BASELINES = {
 }
 
 
+def is_baseline(name: str) -> bool:
+    """Whether `name` is that of a baseline, of a size of its own perhaps: lora, lora:16, adapter:24@6."""
+    return name.partition("@")[0].partition(":")[0] in BASELINES
+
+
 def tuners() -> dict[str, str]:
     """name → description of every tuner: ours, and those that modules of the user's have registered by now."""
     register = sys.modules.get("pipeline.train.tuners")

@@ -20,6 +20,7 @@ FORMATS = ("float32", "bfloat16", "float16", "int8")
 PRECISIONS = ("float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
 # Options that are 1 or more.
+REPORTERS = ("tensorboard", "wandb", "mlflow")  # as in `train.fit.reporters`, which need not be loaded to say so
 _FROM_ONE = ["limit", "max_length", "batch_size", "batch_tokens", "epochs", "max_steps", "accumulate", "patience"]
 _FROM_ONE += ["window", "views", "stride", "frames"]
 # Of fields that are no option of a command.
@@ -105,6 +106,13 @@ class Recipe:
         "Own table: rows that are held out have the classes in the shares of all rows. Default: a plain draw; train "
         "takes what the store has.",
         "extract train",
+    )
+    fold: str | None = _option(
+        None,
+        "Training and validation rows together, cut anew: 2/5 chooses by the second of five parts and trains on the "
+        "rest; all trains on all of them and chooses nothing.",
+        "train",
+        metavar="I/K|all",
     )
     grid: float | None = _option(
         None,
@@ -305,12 +313,21 @@ class Recipe:
     )
     overwrite: bool = _option(False, "Replace a finished run in the same folder.", "train")
     tensorboard: bool = _option(False, "Also write TensorBoard events (extra `tensorboard`).", "train")
+    report_to: tuple[str, ...] = _option(
+        (),
+        "Where else the log goes: tensorboard, wandb, mlflow, with commas between; each is an extra.",
+        "train",
+        many=True,
+        metavar="NAMES",
+    )
 
     def __post_init__(self) -> None:
         for f in fields(self):
             value, choices = getattr(self, f.name), f.metadata["choices"]
             if value is not None and choices and value not in choices:
                 raise UserError(f"{option_name(f.name)}: one of {', '.join(choices)}, not {value!r}")
+        if odd := next((name for name in self.report_to if name not in REPORTERS), None):
+            raise UserError(f"--report-to: one or more of {', '.join(REPORTERS)}, not {odd!r}")
         for name in _FROM_ONE:
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -108,9 +108,18 @@ def evaluate(
     return figures
 
 
+class Together(Protocol):
+    """Models that measure as one."""
+
+    def measured(self, model: Any, batch: Batch) -> Outputs | None:
+        """What `model.measure` gives or raises, found for all of them once; None where they measure in turn."""
+        ...
+
+
 @dataclass
 class Scoring:
-    """A model, and the scorer and report that are told of its predictions. `view`: the batch as it is to see it."""
+    """A model, and the scorer and report that are told of its predictions. `view`: the batch as it is to see it.
+    `stacked`: what measures the model together with those of other scorings, until that fails."""
 
     model: Any
     scorer: Scorer
@@ -118,6 +127,7 @@ class Scoring:
     view: Callable[[Batch], Batch] = lambda batch: batch
     report: Report | None = None
     failed: NotFinite | None = None
+    stacked: Together | None = None
 
     def take(self, batch: Batch) -> None:
         if self.failed is not None:
@@ -126,7 +136,8 @@ class Scoring:
         if batch.targets is None:
             raise UserError("this split has no labels to score against: use predict, or choose another split")
         try:
-            out = self.model.measure(batch)
+            out = None if self.stacked is None else self.stacked.measured(self.model, batch)
+            out = self.model.measure(batch) if out is None else out
         except NotFinite as error:
             self.failed = error
             return

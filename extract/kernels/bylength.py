@@ -78,10 +78,15 @@ def by_length(batch: Batch, stream: str, rows: Tensor, run: Callable[[Tensor, Ba
 class _Reorder(torch.autograd.Function):
     """`rows[to]`, whose gradient is gathered by the inverse `back`: faster than adding into zeros."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, to: Tensor, back: Tensor) -> Tensor:
-        ctx.save_for_backward(back)
+    def forward(rows: Tensor, to: Tensor, back: Tensor) -> Tensor:
         return rows.index_select(0, to)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[2])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:

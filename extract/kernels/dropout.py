@@ -6,6 +6,9 @@ from torch's generator. On any other device, and in eval mode, torch's own kerne
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -19,11 +22,14 @@ _LEVELS = 1 << 16
 SIDE = "side"  # the name of `side_attention` in a transformers configuration
 
 
-def kept(shape: torch.Size, p: float, device: torch.device | str = "cpu") -> tuple[Tensor, float]:
+def kept(
+    shape: torch.Size, p: float, device: torch.device | str = "cpu", generator: torch.Generator | None = None
+) -> tuple[Tensor, float]:
     """(int8 mask, 0 with probability p and else 1; 1 / the probability of 1). p counts in steps of 1 / 65,536; the
-    factor belongs to the step that is used."""
+    factor belongs to the step that is used. `generator`: what is drawn from, torch's own if not given."""
     cut, count = round(p * _LEVELS), shape.numel()
-    bits = torch.empty(-(-count // 4), dtype=torch.int64, device=device).random_(-(1 << 63), None)
+    bits = torch.empty(-(-count // 4), dtype=torch.int64, device=device)
+    bits.random_(-(1 << 63), None, generator=generator)
     # One byte a value, and unlike bool torch compares into it and converts from it with vector instructions.
     mask = torch.empty(shape, dtype=torch.int8, device=device)
     torch.ge(bits.view(torch.int16)[:count].view(shape), cut - _LEVELS // 2, out=mask)
@@ -39,15 +45,57 @@ class _Drop(torch.autograd.Function):
     """Keeps the mask alone for the backward pass, a byte a value."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
-        mask, ctx.factor = kept(x.shape, p, x.device)
-        ctx.save_for_backward(mask)
-        return masked(x, mask, ctx.factor)
+    def forward(x: Tensor, mask: Tensor, factor: float) -> Tensor:
+        return masked(x, mask, factor)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:
+        ctx.factor = inputs[2]
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, x: Tensor, mask: Tensor, factor: float) -> tuple[Tensor, int]:
+        x = x if in_dims[0] is None else x.movedim(in_dims[0], 0)
+        return _Drop.apply(x.expand(mask.shape), mask, factor), 0
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (mask,) = ctx.saved_tensors
-        return masked(grad, mask, ctx.factor), None
+        return masked(grad, mask, ctx.factor), None, None
+
+
+# Where several runs are computed as one (`torch.func.vmap`): the generator of each, and its number, whose value is
+# another for each of them.
+_RUNS: ContextVar[tuple[Sequence[torch.Generator], Tensor] | None] = ContextVar("generators of runs", default=None)
+
+
+@contextmanager
+def drawing(generators: Sequence[torch.Generator], number: Tensor) -> Iterator[None]:
+    """Within it dropout draws for each of several runs from its own generator, in the order in which it would alone.
+    `number`: that of the run, a scalar that `vmap` maps over."""
+    token = _RUNS.set((generators, number))
+    try:
+        yield
+    finally:
+        _RUNS.reset(token)
+
+
+class _Masks(torch.autograd.Function):
+    """A mask of `shape` for each run."""
+
+    @staticmethod
+    def forward(number: Tensor, shape: torch.Size, p: float, generators: Sequence[torch.Generator]) -> Tensor:
+        raise RuntimeError("masks of several runs are drawn where these are computed as one")
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: Any, number: Tensor, shape: torch.Size, p: float, generators: Sequence[torch.Generator]
+    ) -> tuple[Tensor, int]:
+        return torch.stack([kept(torch.Size(shape), p, number.device, own)[0] for own in generators]), 0
 
 
 def drop(x: Tensor, p: float, training: bool) -> Tensor:
@@ -55,7 +103,11 @@ def drop(x: Tensor, p: float, training: bool) -> Tensor:
     torchs = not enabled() or x.device.type not in ("cpu", "meta")
     if not training or torchs or not 0 < round(p * _LEVELS) < _LEVELS:
         return F.dropout(x, p, training)
-    return _Drop.apply(x, p)
+    if (runs := _RUNS.get()) is not None:
+        mask, factor = _Masks.apply(runs[1], x.shape, p, runs[0]), _LEVELS / (_LEVELS - round(p * _LEVELS))
+        return _Drop.apply(x, mask, factor)
+    mask, factor = kept(x.shape, p, x.device)
+    return _Drop.apply(x, mask, factor)
 
 
 class Dropout(nn.Dropout):

@@ -11,9 +11,11 @@ import click
 
 from pipeline.cli.command import command, voice
 from pipeline.cli.options import build_recipe, split_names, takes
-from pipeline.commands.grid import Sweep, parse_grid, read_sweep, trials
+from pipeline.commands.grid import Sweep, parse_grid, read_sweep
+from pipeline.commands.grid import trials as points
 from pipeline.owners import names_of
 from pipeline.recipe import Recipe
+from pipeline.store.errors import UserError
 from pipeline.values import parse_seeds
 
 
@@ -58,6 +60,16 @@ class SweepCommand(takes("train", "tuner", "seed", "grid", "out", "overwrite", "
     help="A YAML file with grid, runs, seeds and common options, such as configs/ablations/*.yaml; the line wins.",
     metavar="FILE",
 )
+@click.option("--folds", default=None, type=int, help="Cross-validate: each run K times, once for each of K parts of "
+              "the training and validation rows, by which it is chosen (--fold of `train`).", metavar="K")  # fmt: skip
+@click.option("--search", "how", default=None, type=click.Choice(("tpe", "random")),
+              help="Draw points of the grid (Optuna, extra `search`) in rounds, each of which is one pass. Values of "
+              "the grid may be ranges: lr=1e-4..1e-2:log.")  # fmt: skip
+@click.option("--trials", default=None, type=int, help="Points that --search draws in all. Default: 20.", metavar="N")
+@click.option("--round", "size", default=None, type=int, help="Of them at a time. Default: 4.", metavar="N")
+@click.option("--halving", default=None, type=int, help="Successive halving: at epochs E/N^k of E the best 1/N of the "
+              "settings go on, the others stop.", metavar="N")  # fmt: skip
+@click.option("--refit", is_flag=True, help="Train the best setting once more, on training and validation rows.")
 @click.option(
     "--out", default=None, help="Folder of the runs and their table. Default: sweeps/TASK-TUNERS.", metavar="FOLDER"
 )
@@ -69,6 +81,12 @@ def sweep(
     words: tuple[str, ...],
     seeds: str | None,
     sweep_file: str | None,
+    folds: int | None,
+    how: str | None,
+    trials: int | None,
+    size: int | None,
+    halving: int | None,
+    refit: bool,
     out: str | None,
     **options: Any,
 ) -> tuple[Any, str]:
@@ -81,8 +99,17 @@ def sweep(
     known = [name for name in named if name in names_of("tuner")]
     file = [(f"sweep {sweep_file}", common)] if common else []
     base = build_recipe("train", options, recipe_file, known, *file)
-    runs = trials(asked, base)
-    from pipeline.commands.sweep import run_sweep  # loads torch
-
+    if folds is not None and folds < 2:
+        raise UserError(f"--folds {folds}: at least 2")
+    asked = replace(asked, folds=folds)
     folder = Path(out or f"sweeps/{Path(base.task).stem}-{'-'.join(named)}")
-    return run_sweep(runs, folder, voice(as_json), quiet=as_json)
+    if how is None and (trials or size):
+        raise UserError("--trials and --round are for --search: give it, or leave them out")
+    runs = [] if how else points(asked, base)
+    from pipeline.commands.proposals import Asked, Search  # these load torch
+    from pipeline.commands.sweep import Extras, run_sweep
+
+    search = None
+    if how:
+        search = Search(asked, base, Asked(how, 20 if trials is None else trials, 4 if size is None else size), folder)
+    return run_sweep(runs, folder, voice(as_json), quiet=as_json, extras=Extras(search, halving, refit))

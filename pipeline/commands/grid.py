@@ -7,6 +7,7 @@ A sweep file is YAML: `grid` (option: values), `runs` (a list of variants, each 
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from typing import Any, get_args, get_type_hints
 
 import yaml
 
-from pipeline.catalog import BASELINES, near
+from pipeline.catalog import BASELINES, is_baseline, near
 from pipeline.owners import KINDS, for_tuner, having, nearest, options_of, recipe_of
 from pipeline.recipe import Recipe, field_names, named, option_name
 from pipeline.recipe_file import recipe_values
@@ -27,21 +28,37 @@ from pipeline.values import checked_value
 _FIXED = (
     "model", "task", "store", "data", "text", "text_pair", "image", "label", "separator", "validation", "test",
     "stratify", "grid", "metric", "out", "overwrite", "device", "tier", "host_memory", "scheduler", "imports", "tuners",
-    "split", "skip_bad", "batch_tokens", "tensorboard", "live", "objective",
+    "split", "skip_bad", "batch_tokens", "tensorboard", "report_to", "live", "objective", "fold",
 )  # fmt: skip
 _LONGEST = 80  # characters of a run folder's name
 _HINTS = get_type_hints(Recipe)
 
 
 @dataclass(frozen=True)
-class Sweep:
-    """What is asked for. `grid`: option → values. `variants`: settings of which each is combined with the grid's.
-    `tuners`: those of every point that names none."""
+class Range:
+    """Numbers from `low` to `high`, whole ones where both are `int`; `log`: their logarithms are drawn evenly."""
 
-    grid: Mapping[str, Sequence[Any]]
+    low: float
+    high: float
+    log: bool = False
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What is asked for. `grid`: option → values, or a range of them for a search. `variants`: settings of which each
+    is combined with the grid's. `tuners`: those of every point that names none. `folds`: parts of the rows, each of
+    which is chosen by once."""
+
+    grid: Mapping[str, Sequence[Any] | Range]
     variants: Sequence[Mapping[str, Any]] = ({},)
     tuners: Sequence[str] = ()
     seeds: Sequence[int] = ()
+    folds: int | None = None
+
+    @property
+    def ranges(self) -> dict[str, Range]:
+        """What a search draws from, by option."""
+        return {name: values for name, values in self.grid.items() if isinstance(values, Range)}
 
     def methods(self) -> list[str]:
         """Tuners and baselines that occur, in order."""
@@ -66,22 +83,44 @@ def read_sweep(path: str | Path) -> tuple[Sweep, dict[str, Any]]:
     """A sweep file's sweep, and the options it gives to all runs. UserError for what is not one."""
     values = named(recipe_values(path), f"sweep {path}")
     grid, listed, seeds = values.pop("grid", {}), values.pop("runs", [{}]), values.pop("seeds", [])
-    if not isinstance(grid, dict) or not all(isinstance(v, list) and v for v in grid.values()):
-        raise UserError(f"sweep {path}: grid: expected `option: [values]` lines")
+    if not isinstance(grid, dict) or not all((isinstance(v, list) and v) or _is_range(v) for v in grid.values()):
+        raise UserError(f"sweep {path}: grid: expected `option: [values]` or `option: low..high` lines")
     if not isinstance(listed, list) or not listed or not all(isinstance(v, dict) for v in listed):
         raise UserError(f"sweep {path}: runs: expected a list of `option: value` mappings")
     if not isinstance(seeds, list) or not all(type(s) is int and s >= 0 for s in seeds):
         raise UserError(f"sweep {path}: seeds: expected a list of whole numbers from 0")
     tuner = values.pop("tuner", None)
-    grid = named(grid, f"sweep {path}: grid")
+    grid = {
+        name: _range(name, values) if isinstance(values, str) else values
+        for name, values in named(grid, f"sweep {path}: grid").items()
+    }
     variants = [named(v, f"sweep {path}: runs") for v in listed]
     return Sweep(grid, variants, [tuner] if tuner else [], seeds), values
 
 
-def parse_grid(words: Sequence[str]) -> dict[str, list[Any]]:
-    """ "lr=1e-3,3e-3" → {"lr": [0.001, 0.003]}; values that are lists have + between their parts. UserError for an
-    option that there is not, or a value it does not take."""
-    found: dict[str, list[Any]] = {}
+def _is_range(text: Any) -> bool:
+    return isinstance(text, str) and text.count("..") == 1
+
+
+def _range(name: str, text: str) -> Range:
+    """ "1e-4..1e-2:log" → a range. UserError for an option that takes no numbers, or ends that are none."""
+    span, _, how = text.partition(":")
+    low, high = (_value(name, end.strip()) for end in span.split(".."))
+    if how not in ("", "log"):
+        raise UserError(f"--grid {name}={text}: expected LOW..HIGH or LOW..HIGH:log")
+    if any(isinstance(end, bool) or not isinstance(end, int | float) for end in (low, high)):
+        raise UserError(f"--grid {name}={text}: {name} takes no range of numbers: list its values")
+    if not low < high or (how and low <= 0) or not math.isfinite(high):
+        raise UserError(
+            f"--grid {name}={text}: the first number must be below the second" + ", and above 0" * bool(how)
+        )
+    return Range(low, high, bool(how))
+
+
+def parse_grid(words: Sequence[str]) -> dict[str, list[Any] | Range]:
+    """ "lr=1e-3,3e-3" → {"lr": [0.001, 0.003]}; values that are lists have + between their parts; "lr=1e-4..1e-2:log"
+    is a range. UserError for an option that there is not, or a value it does not take."""
+    found: dict[str, list[Any] | Range] = {}
     for word in words:
         name, mark, text = word.partition("=")
         name = name.strip().removeprefix("--").replace("-", "_")
@@ -90,7 +129,7 @@ def parse_grid(words: Sequence[str]) -> dict[str, list[Any]]:
             raise UserError(f"--grid {word}: expected OPTION=VALUE,VALUE, such as lr=1e-3,3e-3")
         if name in found:
             raise UserError(f"--grid: {name} is given twice: put all its values in one")
-        found[name] = [_value(name, value) for value in values]
+        found[name] = _range(name, text) if _is_range(text) else [_value(name, value) for value in values]
     return found
 
 
@@ -121,6 +160,8 @@ def trials(sweep: Sweep, base: Recipe) -> list[Trial]:
     for one that all runs of a sweep have in common.
     """
     _refuse(sweep)
+    if sweep.ranges:
+        raise UserError(f"--grid: {', '.join(sweep.ranges)} is a range, from which --search draws: give one, or values")
     names = list(sweep.grid)
     points = [dict(zip(names, values, strict=True)) for values in itertools.product(*sweep.grid.values())]
     found: dict[str, tuple[str, dict[str, Any], Recipe]] = {}
@@ -137,18 +178,22 @@ def trials(sweep: Sweep, base: Recipe) -> list[Trial]:
             found.setdefault(same, (" ".join(words), {"tuner": tuner, **setting}, recipe))
     seeds = list(dict.fromkeys(sweep.seeds)) or [base.seed]
     ordering = seeds[0] if base.order_seed is None else base.order_seed
+    if sweep.folds and base.fold:
+        raise UserError(f"--folds {sweep.folds}: the runs are cut by it; leave --fold {base.fold} out")
+    folds = [f"{i}/{sweep.folds}" for i in range(1, 1 + sweep.folds)] if sweep.folds else [base.fold]
     made = []
-    for (label, setting, recipe), seed in itertools.product(found.values(), seeds):
+    for (label, setting, recipe), seed, fold in itertools.product(found.values(), seeds, folds):
         order = recipe.order_seed if "order_seed" in setting else ordering
-        own = replace(recipe, seed=seed, order_seed=None if order == seed else order)
-        baseline = setting["tuner"] if setting["tuner"] in BASELINES else ""
-        made.append(Trial(f"{label} s{seed}", label, setting, own, baseline))
+        own = replace(recipe, seed=seed, order_seed=None if order == seed else order, fold=fold)
+        baseline = setting["tuner"] if is_baseline(setting["tuner"]) else ""
+        part = f" f{fold.replace('/', 'of')}" if sweep.folds and fold else ""
+        made.append(Trial(f"{label} s{seed}{part}", label, setting, own, baseline))
     return _folders(made)
 
 
 def _refuse(sweep: Sweep) -> None:
     for tuner in sweep.methods():
-        if tuner not in BASELINES:
+        if not is_baseline(tuner):
             try:
                 options_of("tuner", tuner)
             except UserError as error:
@@ -166,12 +211,12 @@ def _refuse(sweep: Sweep) -> None:
 
 
 def _has(tuner: str, option: str) -> bool:
-    return bool(having("objective", option)) or (tuner not in BASELINES and option in options_of("tuner", tuner))
+    return bool(having("objective", option)) or (not is_baseline(tuner) and option in options_of("tuner", tuner))
 
 
 def _recipe(base: Recipe, tuner: str, setting: Mapping[str, Any]) -> Recipe:
     """`base` for one tuner with the options of `setting`."""
-    if tuner in BASELINES:
+    if is_baseline(tuner):
         own = replace(base, tuner="probe", tuner_options={})
     else:
         own = for_tuner(base, tuner)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -12,6 +13,8 @@ from pipeline.checks.unused_options import refuse_for_training
 from pipeline.command_lines import command_line, option
 from pipeline.commands.compare import fit_baseline, refuse_baseline, step_memory
 from pipeline.commands.grid import Trial
+from pipeline.commands.halving import Halving, refuse_halving
+from pipeline.commands.proposals import Search
 from pipeline.commands.sweep_table import SWEEP, summary, summary_text, table_of, write_csv
 from pipeline.commands.train import (
     fit_options,
@@ -37,16 +40,18 @@ from pipeline.train.fit.loop import FitOptions, Training
 from pipeline.train.fit.ranks import Ranks
 from pipeline.train.fit.run_files import TUNER
 from pipeline.train.fit.run_files import load as load_checkpoint
-from pipeline.train.fit.together import fit_all
+from pipeline.train.fit.together import Judge, fit_all
+from pipeline.train.metrics import ERRORS
 from pipeline.train.tuners import tuner_class
 
 Say = Callable[[str], None]
 PRESET = "ours"  # whose settings baselines have
+LOSERS = "halving.json"  # which settings were stopped, after which epoch
 BASELINE = "baseline.json"  # beside a baseline's metrics: what it was made with
 # Options that change what a run does with its batches, not which job it is.
 _OF_TRAINING = (
     "epochs", "max_steps", "lr", "weight_decay", "schedule", "warmup_steps", "warmup_ratio", "clip", "accumulate",
-    "train_precision", "patience", "seed", "out", "overwrite", "tensorboard",
+    "train_precision", "patience", "seed", "out", "overwrite", "tensorboard", "report_to",
 )  # fmt: skip
 
 
@@ -71,52 +76,178 @@ class Prepared:
         return fit_options(self.trial.recipe, self.job.spec, self.job.paper, self.lr)
 
 
-def run_sweep(asked: Sequence[Trial], folder: Path, say: Say, quiet: bool = False) -> tuple[dict[str, Any], str]:
+@dataclass(frozen=True)
+class Extras:
+    """What a sweep does beside training all its points: `search` draws them, `halving` stops losers by this factor,
+    `refit` trains the best setting once more on training and validation rows."""
+
+    search: Search | None = None
+    halving: int | None = None
+    refit: bool = False
+
+
+def run_sweep(
+    asked: Sequence[Trial], folder: Path, say: Say, quiet: bool = False, extras: Extras | None = None
+) -> tuple[dict[str, Any], str]:
     """Train all that is `asked`, each into `folder`/NAME, and tabulate. Runs that are finished there are kept, and
     those that a kill left unfinished go on.
 
     UserError, before anything is trained, for what one of them would be refused for, and where `folder` holds another
     run under the name of one.
     """
+    extras = extras or Extras()
     if Ranks.from_environment().world > 1:
         raise UserError("a sweep is one process: start it without torchrun, or train its runs one by one")
-    for trial in asked:
-        refuse_slots(trial.recipe, "sweep")
-    own = [trial for trial in asked if not trial.baseline]
-    say(f"{len(asked)} runs: {len({t.label for t in asked})} settings, {len({t.recipe.seed for t in asked})} seeds")
-    prepared = _prepare(own)
-    jobs = {name: member.job for name, member in prepared.items()}
-    for trial in asked:
-        if trial.baseline:
-            jobs[trial.name] = refuse_baseline(trial.recipe, trial.baseline, PRESET)
-    make_folder(folder)
-    before = table_of(folder)
-    done: dict[str, dict[str, Any]] = {}
-    for trial in asked:
-        known, member = before.get(trial.name, {}), prepared.get(trial.name)
-        found = _found(trial, jobs[trial.name], folder / trial.name, member, known)
-        done |= {} if found is None else {trial.name: found}
-    if done:
-        say(f"{len(done)} of them are finished already")
-    for sentence in job_doubts(prepared[own[0].name].job) if own else []:
-        say(f"warning: {sentence}")
-    passes: dict[str, list[Prepared]] = {}
-    for trial in own:
-        if trial.name not in done:
-            passes.setdefault(prepared[trial.name].meets(), []).append(prepared[trial.name])
-    for number, members in enumerate(passes.values(), start=1):
-        job = members[0].job
-        rows = f"{len(job.tables['train'].keys):,} train rows"
-        say(f"pass {number} of {len(passes)}: {len(members)} runs over {rows}; {', '.join(job.describe())}")
-        done |= _train(members, folder, not quiet)
-        _write(folder, asked, done, jobs)
-    for trial in asked:
-        if trial.name not in done:
-            say(f"{trial.name}, the backbone live")
-            done[trial.name] = _baseline(trial, jobs[trial.name], folder / trial.name)
-            _write(folder, asked, done, jobs)
-    result = _write(folder, asked, done, jobs)
+    sweep = _Sweep(folder, say, quiet, extras)
+    if (search := extras.search) is None:
+        sweep.train(asked)
+    else:
+        while True:
+            sweep.train(search.trials())
+            rows = summary(sweep.rows())["settings"] if sweep.asked else []
+            sign = -1.0 if rows and sweep.figure in ERRORS else 1.0
+            lost = {s["label"] for s in rows if s["ended"] < s["seeds"] or s["dev"] is None}
+            if not search.propose({s["label"]: None if s["label"] in lost else sign * s["dev"] for s in rows}):
+                break
+    result = sweep.write()
+    if extras.refit:
+        if result["best"] is None:
+            say("nothing is refitted: no setting is the best")
+        else:
+            result = sweep.refit(result)
     return result, summary_text(result)
+
+
+class _Sweep:
+    """A sweep in `folder`. `asked`: its runs so far; `done`: what those that have ended did with. `tabulated`: whether
+    its table is the folder's."""
+
+    def __init__(self, folder: Path, say: Say, quiet: bool, extras: Extras, tabulated: bool = True) -> None:
+        self.folder, self.say, self.quiet, self.extras, self.tabulated = folder, say, quiet, extras, tabulated
+        self.asked: list[Trial] = []
+        self.jobs: dict[str, Job] = {}
+        self.done: dict[str, dict[str, Any]] = {}
+
+    @property
+    def figure(self) -> str:
+        """What chooses the best epoch."""
+        return self.jobs[self.asked[0].name].scorer().first
+
+    def train(self, asked: Sequence[Trial]) -> None:
+        """Train those of `asked`, which are all there are by now, that were not trained yet."""
+        new = [trial for trial in asked if trial.name not in self.jobs]
+        self.asked = list(asked)
+        if not new:
+            return
+        for trial in new:
+            refuse_slots(trial.recipe, "sweep")
+        counts = len({t.label for t in new}), len({t.recipe.seed for t in new})
+        self.say(f"{len(new)} runs: {counts[0]} settings, {counts[1]} seeds")
+        prepared = self.look_up(new)
+        make_folder(self.folder)
+        self.take_done(new, prepared)
+        own = [trial for trial in new if not trial.baseline]
+        for sentence in job_doubts(prepared[own[0].name].job) if own else []:
+            self.say(f"warning: {sentence}")
+        passes: dict[str, list[Prepared]] = {}
+        for trial in own:
+            if trial.name not in self.done:
+                passes.setdefault(prepared[trial.name].meets(), []).append(prepared[trial.name])
+        for number, members in enumerate(passes.values(), start=1):
+            job = members[0].job
+            rows = f"{len(job.tables['train'].keys):,} train rows"
+            self.say(f"pass {number} of {len(passes)}: {len(members)} runs over {rows}; {', '.join(job.describe())}")
+            self.done |= _train(members, self.folder, not self.quiet, self.judge(own, members))
+            self.write()
+        for trial in new:
+            if trial.name not in self.done:
+                self.say(f"{trial.name}, the backbone live")
+                self.done[trial.name] = _baseline(trial, self.jobs[trial.name], self.folder / trial.name)
+                self.write()
+
+    def look_up(self, new: Sequence[Trial]) -> dict[str, Prepared]:
+        """What each of `new` takes. Refuses what could not be trained, or not be finished as asked."""
+        prepared = _prepare([trial for trial in new if not trial.baseline])
+        found = {name: member.job for name, member in prepared.items()}
+        for trial in new:
+            if trial.baseline:
+                found[trial.name] = refuse_baseline(trial.recipe, trial.baseline, PRESET)
+        if self.extras.halving is not None:
+            dev = all("validation" in member.parts for member in prepared.values())
+            passes, lengths = {m.meets() for m in prepared.values()}, {m.options().epochs for m in prepared.values()}
+            if any(trial.baseline for trial in new) or self.extras.search is not None:
+                raise UserError("--halving stops tuners of a grid: leave --search and live baselines out")
+            if any(trial.recipe.max_steps for trial in new):
+                raise UserError("--halving counts epochs: give --epochs instead of --max-steps")
+            refuse_halving(self.extras.halving, len(passes), dev, lengths)
+        if self.extras.refit and not self.jobs:
+            for trial in {t.recipe.tuner: t for t in new}.values():
+                if trial.recipe.fold == "all" or "validation" not in found[trial.name].tables:
+                    raise UserError("--refit: there is no validation split to choose the best setting by")
+                load_job(replace(trial.recipe, fold="all"))
+        self.jobs |= found
+        return prepared
+
+    def take_done(self, new: Sequence[Trial], prepared: Mapping[str, Prepared]) -> None:
+        """What the folder holds of `new`. UserError for another run, or another sweep with losers."""
+        before = table_of(self.folder)
+        names = {trial.name for trial in new}
+        if self.extras.halving is not None and before and before.keys() != names:
+            raise UserError(
+                f"{self.folder} holds another sweep: its losers were stopped beside others; give another --out"
+            )
+        count = 0
+        for trial in new:
+            known, member = before.get(trial.name, {}), prepared.get(trial.name)
+            found = _found(trial, self.jobs[trial.name], self.folder / trial.name, member, known)
+            if found is not None and found.get("stopped") == "halving" and self.extras.halving is None:
+                raise UserError(f"{self.folder / trial.name} was stopped as a loser: give --halving, or another --out")
+            if found is not None:
+                self.done[trial.name] = found
+                count += 1
+        if count:
+            self.say(f"{count} of them are finished already")
+
+    def judge(self, own: Sequence[Trial], members: Sequence[Prepared]) -> Callable[[Sequence[Training]], Judge | None]:
+        """What makes the judge of a pass from its runs."""
+        factor = self.extras.halving
+
+        def make(runs: Sequence[Training]) -> Judge | None:
+            if factor is None:
+                return None
+            labels = {run: member.trial.label for run, member in zip(runs, members, strict=True)}
+            settings = len({trial.label for trial in own})
+            return Halving(factor, labels, settings, members[0].options().epochs, self.folder / LOSERS)
+
+        return make
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The table, a row a run."""
+        ended = {trial.name: self.done.get(trial.name, {"status": "unfinished"}) for trial in self.asked}
+        return [_row(trial, self.folder, ended[trial.name], self.jobs[trial.name]) for trial in self.asked]
+
+    def write(self, **more: Any) -> dict[str, Any]:
+        """The table of what is done, in the folder too, as JSON and CSV."""
+        rows, first = self.rows(), self.asked[0].recipe
+        result = {"out": str(self.folder), "task": first.task, "model": first.model, **summary(rows), **more}
+        if self.tabulated:
+            write_json(self.folder / SWEEP, result)
+            write_csv(self.folder / SWEEP.replace(".json", ".csv"), rows)
+        return result
+
+    def refit(self, result: Mapping[str, Any]) -> dict[str, Any]:
+        """The best setting on training and validation rows, with the seed of its best run and as many epochs as its
+        runs had at their best, in the middle; the last epoch counts."""
+        row = next(row for row in result["runs"] if row["run"] == result["best"]["run"])
+        trial = next(trial for trial in self.asked if trial.name == row["name"])
+        best = [r["best_epoch"] for r in result["runs"] if r["label"] == row["label"] and r["best_epoch"]]
+        recipe = replace(trial.recipe, fold="all", epochs=round(statistics.median(best)), patience=None)
+        name = f"refit-e{recipe.epochs}-{trial.name}"
+        again = replace(trial, name=name, label=f"refit {trial.label}", recipe=recipe)
+        self.say(f"the best, {row['label']}, once more, on training and validation rows, for {recipe.epochs} epochs")
+        other = _Sweep(self.folder, self.say, self.quiet, Extras(), tabulated=False)
+        other.train([again])
+        return self.write(refit=other.rows()[0])
 
 
 def _prepare(asked: Sequence[Trial]) -> dict[str, Prepared]:
@@ -159,7 +290,9 @@ def _late(job: Job) -> list[int]:
     return tuner_class(job.recipe.tuner, job.found.backbone).late_layers(job.config, job.found.backbone)
 
 
-def _train(members: Sequence[Prepared], folder: Path, progress: bool) -> dict[str, dict[str, Any]]:
+def _train(
+    members: Sequence[Prepared], folder: Path, progress: bool, judge: Callable[[Sequence[Training]], Judge | None]
+) -> dict[str, dict[str, Any]]:
     """Train runs that see the same samples in the same batches: name → what it ended with."""
     parts = _shared(members)
     runs: list[Training] = []
@@ -174,13 +307,16 @@ def _train(members: Sequence[Prepared], folder: Path, progress: bool) -> dict[st
                 "space": job.found.space.id,
                 "tuner": recipe.tuner,
                 "rows": job.version,
+                "fold": recipe.fold,
                 "chosen": own_options(job),
             },
         )  # fmt: skip
+        # Equal options over one frozen end: the same function, but for the weights that are drawn from the seed.
+        run.alike = digest_json([recipe.tuner, own_options(job), job.states, id(member.tail)])
         if _objective(job) != _objective(members[0].job):
             run.targets = {split: told for split in parts if (told := job.targets(split)) is not None}
         runs.append(run)
-    ended = [_ended(end) for end in fit_all(runs, progress)]
+    ended = [_ended(end) for end in fit_all(runs, progress, judge=judge(runs))]
     batch = next(iter(parts["train"].epochs(0, 1))).to(members[0].job.device)
     taken: dict[str, float] = {}
     for member, run, end in zip(members, runs, ended, strict=True):
@@ -261,17 +397,6 @@ def _baseline(trial: Trial, job: Job, folder: Path) -> dict[str, Any]:
     return _ended(made.metrics)
 
 
-def _write(
-    folder: Path, asked: Sequence[Trial], done: Mapping[str, Mapping[str, Any]], jobs: Mapping[str, Job]
-) -> dict[str, Any]:
-    """The table of what is done, in `folder` too, as JSON and CSV."""
-    rows = [_row(trial, folder, done.get(trial.name, {"status": "unfinished"}), jobs[trial.name]) for trial in asked]
-    result = {"out": str(folder), "task": asked[0].recipe.task, "model": asked[0].recipe.model, **summary(rows)}
-    write_json(folder / SWEEP, result)
-    write_csv(folder / SWEEP.replace(".json", ".csv"), rows)
-    return result
-
-
 def _row(trial: Trial, folder: Path, end: Mapping[str, Any], job: Job) -> dict[str, Any]:
     """A run's row of the table; `dev` and `score` are the figure `figure` that chooses the best epoch, None where it is
     undefined or not measured."""
@@ -285,6 +410,7 @@ def _row(trial: Trial, folder: Path, end: Mapping[str, Any], job: Job) -> dict[s
         "setting": dict(trial.setting),
         "seed": recipe.seed,
         "order_seed": recipe.ordering,
+        "fold": recipe.fold,
         "run": str(folder / trial.name),
         "status": end["status"],
         "figure": figure,

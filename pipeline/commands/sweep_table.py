@@ -26,7 +26,8 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     labels = list(dict.fromkeys(row["label"] for row in rows))
     settings = [_setting(label, [row for row in rows if row["label"] == label]) for label in labels]
     figure = rows[0]["figure"]
-    lacking = {row["label"] for row in rows if row["dev"] is None}  # of a seed that diverged, too
+    # Of a seed that diverged, too; and what was stopped as a loser is none of those compared to the end.
+    lacking = {row["label"] for row in rows if row["dev"] is None or row.get("stopped") == "halving"}
     whole = [s for s in settings if s["label"] not in lacking]
     best = max(whole, key=lambda s: _value(s, figure)) if whole else None
     result: dict[str, Any] = {
@@ -63,13 +64,18 @@ def _setting(label: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return out
 
 
+def _pair(row: Mapping[str, Any]) -> tuple[Any, Any]:
+    """What two runs have in common whose difference says most: the draw of their weights, and their rows."""
+    return row["seed"], row.get("fold")
+
+
 def difference(best: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Other − best over the seeds that both have: the `mean` of the differences and its standard error, their standard
     deviation over √n (None with fewer than two), for dev and for the test score."""
     out: dict[str, Any] = {}
     for name in ("dev", "score"):
-        theirs = {row["seed"]: row[name] for row in best if row[name] is not None}
-        pairs = [row[name] - theirs[row["seed"]] for row in other if row[name] is not None and row["seed"] in theirs]
+        theirs = {_pair(row): row[name] for row in best if row[name] is not None}
+        pairs = [row[name] - theirs[_pair(row)] for row in other if row[name] is not None and _pair(row) in theirs]
         error = statistics.stdev(pairs) / math.sqrt(len(pairs)) if len(pairs) > 1 else None
         out[name] = {"mean": statistics.mean(pairs) if pairs else None, "error": error, "seeds": len(pairs)}
     return out
@@ -106,6 +112,12 @@ def summary_text(result: Mapping[str, Any]) -> str:
         lines.append("no setting is the best: that is chosen on a validation split, over seeds that all ended well")
     else:
         lines.append(f"best by dev: {result['best']['label']}; its best run: {result['best']['run']}")
+    stopped = [row["name"] for row in result["runs"] if row.get("stopped") == "halving"]
+    if stopped:
+        lines.append(f"stopped early, as losers: {len(stopped)} of {len(result['runs'])} runs")
+    if again := result.get("refit"):
+        score = _shown(figure, again["score"]) or "no test split"
+        lines.append(f"refitted on training and validation rows: {again['run']}, test {score}")
     lines += ["", "each run alone:", *(f"  {row['command']}" for row in result["runs"])]
     return "\n".join(lines)
 
@@ -120,11 +132,11 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     }  # fmt: skip
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["name", *options, "seed", "order_seed", "status", *figures, *plain])
+    writer.writerow(["name", *options, "seed", "order_seed", "fold", "status", *figures, *plain])
     for row in rows:
         known = [(row[split] or {}).get(name) for split, name in figures.values()]
         told = [row["setting"].get(name) for name in options]
-        writer.writerow([row["name"], *told, row["seed"], row["order_seed"], row["status"], *known,
+        writer.writerow([row["name"], *told, row["seed"], row["order_seed"], row["fold"], row["status"], *known,
                          *(row[name] for name in plain)])  # fmt: skip
     write_bytes(path, text.getvalue().encode())
 

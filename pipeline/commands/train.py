@@ -56,6 +56,7 @@ def fit_options(recipe: Recipe, spec: TaskSpec, paper: bool, lr: float) -> FitOp
         seed=recipe.seed,
         patience=recipe.patience,
         tensorboard=recipe.tensorboard,
+        report_to=recipe.report_to,
     )
 
 
@@ -68,7 +69,8 @@ def run_folder(job: AnyJob) -> Path:
     names = [(part.spec.name, part.version[:8]) for part in job.each]
     task = "+".join(name if is_named(name) else f"{name}@{version}" for name, version in names)
     model, tuner = job.model_name.replace("/", "_"), recipe.tuner.replace(",", "+")
-    return Path("runs") / (f"{task}-{tuner}-{model}-s{recipe.seed}" + ("-live" if recipe.live else ""))
+    fold = f"-fold-{recipe.fold.replace('/', '-of-')}" if recipe.fold else ""
+    return Path("runs") / (f"{task}-{tuner}-{model}-s{recipe.seed}{fold}" + ("-live" if recipe.live else ""))
 
 
 def make_folder(folder: Path) -> None:
@@ -145,6 +147,7 @@ def run_train(recipe: Recipe, say: Say, quiet: bool = False) -> dict[str, Any]:
             "space": job.spaces,
             "tuner": recipe.tuner,
             "rows": job.version,
+            "fold": recipe.fold,
             "chosen": own_options(job),
             **({"tasks": name} if len(job.each) > 1 else {}),  # their order is that of a mixture's draws
         },

@@ -18,6 +18,7 @@ from pipeline.extract.backbones import Backbone
 from pipeline.extract.backbones.tail import Tail
 from pipeline.extract.tasks.base import TaskSpec
 from pipeline.jobs.extracted import as_extracted, first_views, limited, picture_options, views_of
+from pipeline.jobs.folds import folded
 from pipeline.jobs.sources import Live, batch_size_of, grouped, live_backbone, relive, sources, store_source
 from pipeline.lookup.objective import make_objective
 from pipeline.lookup.recipe import Found, Unstored, device_of, find_space, store_path
@@ -225,6 +226,8 @@ def stored_job(recipe: Recipe, found: Found, tables: dict[str, TaskTable], finis
     kept = kept_of(store, found.space.identity)
     job.late = stored_late(named, store, digest, kept, cls.late_layers(job.config, found.backbone))
     if start := cls.start(job.config, found.backbone):
+        if recipe.fold and start.fisher:
+            raise UserError(f"--fold {recipe.fold}: Fisher information of all training rows has seen those held out")
         keys, labels = (tables["train"].keys, tables["train"].labels) if "train" in tables else ([], [])
         file = start_file(start, recipe.task, keys, labels, found.space.identity["precision"], kept)
         job.first = lambda: stored_start(named, store, digest, start, file)
@@ -251,6 +254,10 @@ def make_job(
     """A job on tables at hand; the recipe's limit is for its training rows."""
     if "train" in tables:
         tables = {**tables, "train": limited(first_views(tables["train"], recipe.views), recipe.limit)}
+    if recipe.fold:
+        if "train" in tables and views_of(tables["train"]) > 1:
+            raise UserError(f"--fold {recipe.fold}: views of one image would stand on both sides; give --views 1")
+        tables = folded(tables, recipe.fold)
     spec = TaskSpec.from_dict(next(iter(tables.values())).header["spec"])
     if found.backbone.modality == "text":  # a store of earlier versions may hold names of images read as text
         for split, table in tables.items():

@@ -69,7 +69,9 @@ def seconds(recipe: Recipe, runs: int, epochs: int, cold: bool) -> tuple[float, 
     for seed in range(runs):
         options, own = FitOptions(epochs=epochs, lr=1e-4, seed=seed), folder / str(seed)
         model = job.model(seed, made[0].model.tuner.tail if made else None)
-        made.append(Training(model, source, None, None, options, own, job.objective.scorer, job.device))
+        run = Training(model, source, None, None, options, own, job.objective.scorer, job.device)
+        run.alike = recipe.tuner
+        made.append(run)
     begun = time.perf_counter()
     ended = fit_all(made, progress=False)
     taken = time.perf_counter() - begun

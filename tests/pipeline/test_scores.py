@@ -88,14 +88,14 @@ def test_weights_and_metrics_are_part_of_the_run(three: list[Any], tmp_path: Pat
 def test_a_resumed_run_keeps_its_options(three: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from pipeline.train.fit.loop import Interrupted, Training
 
-    take = Training.take
+    made = Training.made
 
     def stop(self: Any, *given: Any) -> None:
-        take(self, *given)
+        made(self, *given)
         self.save()
         raise Interrupted("stopped")
 
-    monkeypatch.setattr(Training, "take", stop)
+    monkeypatch.setattr(Training, "made", stop)
     assert invoke("train", *three, *TRAIN, "--class-weights", "yes=2", "--out", tmp_path / "run").exit_code != 0
     monkeypatch.undo()
     options = [*three, *TRAIN, "--out", tmp_path / "run"]

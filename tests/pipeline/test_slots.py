@@ -126,17 +126,17 @@ def test_weights_metrics_and_reports(glue: dict[str, Any], tmp_path: Path) -> No
 def test_a_resumed_run_of_slots_keeps_its_options(
     glue: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    take = loop.Training.take
+    made = loop.Training.made
 
     def stop(self: Any, *given: Any) -> None:
-        take(self, *given)
+        made(self, *given)
         self.save()
         raise loop.Interrupted("stopped")
 
     shutil.copytree(glue["folder"] / "store", tmp_path / "store")
     own = [*glue["options"], "--store", tmp_path / "store"]
     options = [*own, "--tuner", "a=sherl,b=unipt", *TRAIN, "--out", tmp_path / "run"]
-    monkeypatch.setattr(loop.Training, "take", stop)
+    monkeypatch.setattr(loop.Training, "made", stop)
     assert invoke("train", *options, "--gate", 0.2).exit_code != 0
     monkeypatch.undo()
     refused(invoke("train", *options), "unfinished run", "gate")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline.store.errors import UserError
 from pipeline.store.format.digest import Digest, digest_bytes
+from pipeline.train.fit.reporters import open_reporters
 from pipeline.train.fit.run_files import replace
 from pipeline.train.fit.state import State
 
@@ -38,48 +40,55 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 class RunLog:
-    """Appends to `run_dir/log.jsonl`, and to TensorBoard's events where asked for.
+    """Appends to `run_dir/log.jsonl`, and tells the reporters `names`; `about`: the run's options, for them.
 
-    A resumed run first drops what was logged after its checkpoint `state`, so every step stands there once. Raises
-    UserError where the file no longer begins with what the checkpoint says.
+    A resumed run first drops what was logged after its checkpoint `state`, so every step stands there once; what was
+    told of it elsewhere is not told again. Raises UserError where the file no longer begins with what the checkpoint
+    says.
     """
 
-    def __init__(self, run_dir: Path, state: State, tensorboard: bool = False) -> None:
+    def __init__(
+        self, run_dir: Path, state: State, names: Sequence[str] = (), about: Mapping[str, Any] | None = None
+    ) -> None:
         path = run_dir / "log.jsonl"
+        told = path.read_bytes().count(b"\n") if state.step and path.exists() else 0
         kept = _kept(path, state) if state.step and path.exists() else b""
         write_bytes(path, kept)
         self._bytes, self._digest = len(kept), Digest(kept)
         self._file = path.open("a", encoding="utf-8")
-        self._board = _board(run_dir) if tensorboard else None
+        self._known = max(0, told - kept.count(b"\n"))  # entries to come that were told before the kill
+        self._reporters = open_reporters(names, run_dir, about or {}, state.step > 0)
 
     def written(self) -> dict[str, Any]:
         """What stands in the file: how many `bytes`, and their `xxh3`."""
         return {"bytes": self._bytes, "xxh3": self._digest.hexdigest()}
 
     def step(self, entry: dict[str, Any]) -> None:
-        self._write(entry)
-        if self._board is not None:
-            for name in ("loss", "lr", "grad_norm", "seconds", "wait_seconds"):
-                self._board.add_scalar(f"train/{name}", entry[name], entry["step"])
+        names = ("loss", "lr", "grad_norm", "seconds", "wait_seconds")
+        self._write(entry, {f"train/{name}": entry[name] for name in names})
 
     def evaluation(self, entry: dict[str, Any]) -> None:
-        self._write(entry)
-        if self._board is not None:
-            for split in ("validation", "test"):
-                for name, value in entry.get(split, {}).items():
-                    self._board.add_scalar(f"{split}/{name}", value, entry["step"])
+        splits = {split: entry.get(split, {}) for split in ("validation", "test")}
+        self._write(entry, {f"{split}/{name}": v for split, found in splits.items() for name, v in found.items()})
 
     def close(self) -> None:
         self._file.close()
-        if self._board is not None:
-            self._board.close()
+        for reporter in self._reporters:
+            reporter.close()
+        self._reporters = []
 
-    def _write(self, entry: dict[str, Any]) -> None:
+    def _write(self, entry: dict[str, Any], values: Mapping[str, float | None]) -> None:
         line = json.dumps(finite(entry)) + "\n"
         self._file.write(line)
         self._file.flush()
         self._bytes += len(line.encode())
         self._digest.update(line.encode())
+        if self._known:
+            self._known -= 1
+            return
+        known = {name: float(value) for name, value in values.items() if value is not None}
+        for reporter in self._reporters:
+            reporter.tell(entry["step"], known)
 
 
 def _kept(path: Path, state: State) -> bytes:
@@ -114,13 +123,3 @@ def _counted(raw: bytes, steps: int, evaluations: int) -> bytes:
         if keep:
             lines.append(line + b"\n")
     return b"".join(lines)
-
-
-def _board(run_dir: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError(
-            "tensorboard is not installed: pip install 'activation-pipeline[tensorboard]', or leave --tensorboard out"
-        ) from None
-    return SummaryWriter(str(run_dir / "tensorboard"))

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import tempfile
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -75,12 +74,14 @@ class Training:
     """One run: a model, what it is trained on and how, and where it stands. It is handed batches, see `fit_all`.
 
     `targets`: by split, what the model learns of the samples where the batches it is handed hold something else, or
-    nothing.
+    nothing. `alike`: equal for runs whose models are one function of their batches and parameters, which may then step
+    as one (`train.fit.stack`); "" for one that steps alone.
     """
 
     log: RunLog
     interrupt: Interrupt
     targets: Mapping[str, Targets] | None = None
+    alike: str = ""
 
     def __init__(
         self,
@@ -115,7 +116,7 @@ class Training:
         self.state = State()
         self.best: dict[str, Tensor] = {}
         self.loss = math.nan  # of the latest step
-        self._group: list[Batch] = []  # of the optimizer step to come
+        self.group: list[Batch] = []  # of the optimizer step to come
         self._spent = self._waited = 0.0  # seconds on the batches of this group
 
     def begin(self, resume: bool, interrupt: Interrupt) -> None:
@@ -131,7 +132,7 @@ class Training:
         self.schedule = scheduler(
             self.optimizer, options.schedule, options.warmup(self.total), self.total, step=state.step
         )
-        self.log = RunLog(self.run_dir, state, options.tensorboard)
+        self.log = RunLog(self.run_dir, state, () if self.ranks.rank else options.reporters, self.told())
         if resume and not found:
             self.save(begun=False)  # the layout of the start, should the store be compacted before the next checkpoint
         self.model.train()
@@ -139,7 +140,7 @@ class Training:
     @property
     def place(self) -> tuple[int, int]:
         """Epoch and batch, from 0, that it is to be handed next."""
-        return self.state.epoch, self.state.batch + len(self._group)
+        return self.state.epoch, self.state.batch + len(self.group)
 
     @property
     def epoch_over(self) -> bool:
@@ -151,29 +152,28 @@ class Training:
         """Epochs that it goes through unless it stops early; the last may be cut short."""
         return -(-self.total // -(-len(self.train) // self.options.accumulate))
 
-    def take(self, batch: Batch, seconds: float = 0.0, sharing: int = 1) -> None:
-        """The batch at `place`; with the last one of a group, an optimizer step. `seconds`: what it took to get it.
-        `sharing`: how many runs are handed it, each of which bears its share of that time."""
-        begun = time.perf_counter()
-        state, options = self.state, self.options
-        self._group.append(batch)
+    def add(self, batch: Batch, seconds: float, sharing: int) -> bool:
+        """The batch at `place`. Whether it is the last one of its group, so that a step is due. `seconds`: what it took
+        to get it. `sharing`: how many runs are handed it, each of which bears its share of that time."""
+        self.group.append(batch)
         self._waited += batch.wait_seconds / sharing
-        place = state.batch + len(self._group)
-        if len(self._group) == options.accumulate or place == len(self.train):
-            entry = self.step(self._group)
-            self._group = []
-            state.step, state.batch = state.step + 1, place
-            self._spent += time.perf_counter() - begun + seconds / sharing
-            entry |= {"seconds": self._spent, "wait_seconds": self._waited}
-            state.seconds += self._spent
-            state.wait_seconds += self._waited
-            self._spent = self._waited = 0.0
-            self.log.step(entry)
-            self.loss = entry["loss"]
-            if state.step % options.checkpoint_every == 0 and not self.epoch_over:
-                self.save()
-        else:
-            self._spent += time.perf_counter() - begun + seconds / sharing
+        self._spent += seconds / sharing
+        return len(self.group) == self.options.accumulate or self.state.batch + len(self.group) == len(self.train)
+
+    def made(self, entry: dict[str, Any], seconds: float) -> None:
+        """The step of the group is made, in `seconds`; `entry`: what is logged of it."""
+        state = self.state
+        state.step, state.batch = state.step + 1, state.batch + len(self.group)
+        self.group = []
+        self._spent += seconds
+        entry |= {"seconds": self._spent, "wait_seconds": self._waited}
+        state.seconds += self._spent
+        state.wait_seconds += self._waited
+        self._spent = self._waited = 0.0
+        self.log.step(entry)
+        self.loss = entry["loss"]
+        if state.step % self.options.checkpoint_every == 0 and not self.epoch_over:
+            self.save()
 
     def view(self, batch: Batch, split: str) -> Batch:
         """`batch` of `split` with the targets that this run learns, where it holds others."""
@@ -219,13 +219,11 @@ class Training:
         self.ranks.share(self.buffers)
         self.model.stepped()
         self.schedule.step()
-        return {
-            "step": number,
-            "epoch": state.epoch + 1,
-            "loss": mean,
-            "lr": lr,
-            "grad_norm": norm,
-        }
+        return self.entry(number, mean, lr, norm)
+
+    def entry(self, number: int, loss: float, lr: float, norm: float) -> dict[str, Any]:
+        """What is logged of step `number`."""
+        return {"step": number, "epoch": self.state.epoch + 1, "loss": loss, "lr": lr, "grad_norm": norm}
 
     def advice(self, what: str, number: int, lr: float) -> str:
         options = self.options
@@ -325,6 +323,11 @@ class Training:
         (self.run_dir / checkpoint.RESUME).unlink(missing_ok=True)
         return finite(result)
 
+    def close(self) -> None:
+        """Nothing more is logged."""
+        if hasattr(self, "log"):
+            self.log.close()
+
     def abandon(self) -> None:
         """Of a run that is not finite: resuming would end here again, and only stand in the way of other options."""
         (self.run_dir / checkpoint.RESUME).unlink(missing_ok=True)
@@ -371,6 +374,11 @@ class Training:
         self.scaler.load_state_dict(state.scaler)
         self.state, self.best = state, parts["best"]
         return True
+
+    def told(self) -> dict[str, Any]:
+        """What reporters are told of the run beside its log: plain values by name."""
+        known = {**asdict(self.options), **{k: v for k, v in self.info.items() if not isinstance(v, Mapping)}}
+        return {k: v for k, v in known.items() if isinstance(v, str | int | float | bool)}
 
     def refuse_other(self, saved: Mapping[str, Any], layout: Mapping[str, np.ndarray]) -> None:
         """UserError where the run `saved` over the blocks `layout` is not this one on whatever blocks. A checkpoint of

@@ -50,9 +50,14 @@ def adamw(model: nn.Module, options: FitOptions) -> tuple[AdamW, list[str]]:
     return AdamW(groups, lr=options.lr, betas=options.betas, eps=options.eps), decayed + others
 
 
+def seed_of(seed: int, step: int) -> int:
+    """What one step's random numbers are seeded with, unrelated to its neighbours'."""
+    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
 def reseed(seed: int, step: int, device: torch.device) -> None:
-    """Seed the random numbers of one step, unrelated to those of its neighbours."""
-    value = int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    """Seed the random numbers of one step, see `seed_of`."""
+    value = seed_of(seed, step)
     # torch.manual_seed also queues a call, with a stack trace, for each kind of device that is not in use.
     torch.default_generator.manual_seed(value)
     if device.type == "cuda":

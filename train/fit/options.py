@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from pipeline.store.errors import UserError
+from pipeline.train.fit.reporters import check_reporters
 from pipeline.train.fit.schedule import SCHEDULES
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -33,7 +34,8 @@ class FitOptions:
     patience: int | None = None  # stop after this many evaluations without a better one
     eval_every: int = 1  # epochs between evaluations; the last epoch is always evaluated
     checkpoint_every: int = 500  # optimizer steps between resumable checkpoints; the end of an epoch makes one too
-    tensorboard: bool = False  # also write TensorBoard events to the run folder
+    tensorboard: bool = False  # also write TensorBoard events to the run folder: `report_to` tensorboard
+    report_to: tuple[str, ...] = ()  # where else the log goes, see `train.fit.reporters`
 
     def __post_init__(self) -> None:
         self.betas = (float(self.betas[0]), float(self.betas[1]))
@@ -53,7 +55,13 @@ class FitOptions:
             raise UserError("warmup_steps and warmup_ratio are both set: give one of them")
         self._need("clip", self.clip is None or 0 <= self.clip < math.inf, "must be zero (off) or a positive number")
         self._need("precision", self.precision in PRECISIONS, f"must be one of {', '.join(PRECISIONS)}")
+        check_reporters(self.reporters)
         self._need("seed", 0 <= self.seed < 2**63, "must be zero or a positive integer")
+
+    @property
+    def reporters(self) -> tuple[str, ...]:
+        """Where else the log goes."""
+        return (*self.report_to, *(["tensorboard"] if self.tensorboard and "tensorboard" not in self.report_to else []))
 
     def _need(self, name: str, right: bool, rule: str) -> None:
         if not right:

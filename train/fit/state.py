@@ -10,7 +10,7 @@ from typing import Any
 from pipeline.store.errors import UserError
 
 # Options that may differ when a run is resumed: they change no step.
-_FREE = {"patience", "checkpoint_every", "tensorboard"}
+_FREE = {"patience", "checkpoint_every", "tensorboard", "report_to"}
 # Digests, which say nothing to a reader: what has changed instead.
 _CONTENT = {
     "order": "an order of other blocks: the store's segments, --window or --group-by-length have",

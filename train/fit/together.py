@@ -1,5 +1,5 @@
 """`fit_all`: several runs trained in one pass over their samples. A batch is read, decoded and moved once, and every
-run that stands at it makes its step on it, in turn.
+run that stands at it makes its step on it: those of equal shape as one (`train.fit.stack`), others in turn.
 
 Each run is what it would be alone: weights, optimizer, schedule and checkpoints are its own, and randomness is reseeded
 from its own (seed, step) before each of its steps. A run whose loss is not finite leaves; the others go on.
@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -22,16 +23,25 @@ from pipeline.store.progress import Bar as tqdm
 from pipeline.train.evaluate import Scoring, closing, evaluate_all
 from pipeline.train.fit.finite import NotFinite
 from pipeline.train.fit.signals import Interrupt, Interrupted
+from pipeline.train.fit.stack import Stacks, measuring
 
 if TYPE_CHECKING:
     from pipeline.train.fit.loop import Training
 
+T = TypeVar("T")
 
-def fit_all(runs: Sequence[Training], progress: bool = True, resume: bool = True) -> list[dict[str, Any] | NotFinite]:
+
+Judge = Callable[[Sequence["Training"]], Sequence["Training"]]
+
+
+def fit_all(
+    runs: Sequence[Training], progress: bool = True, resume: bool = True, judge: Judge | None = None
+) -> list[dict[str, Any] | NotFinite]:
     """Train all of `runs`, which share their sources and their device; see `fit`. Returns what each ended with, in
     order: its metrics, or why it could not go on.
 
-    With `resume`, each goes on where its checkpoint stands; the pass begins with the batch that the first of them is to
+    `judge`: told of the runs that go on whenever epochs have ended; those it returns stop there as losers. With
+    `resume`, each goes on where its checkpoint stands; the pass begins with the batch that the first of them is to
     have. Raises Interrupted when all have been saved, UserError for options or files that do not fit.
     """
     ranks, device = runs[0].ranks, runs[0].device
@@ -41,9 +51,9 @@ def fit_all(runs: Sequence[Training], progress: bool = True, resume: bool = True
     try:
         with torch.random.fork_rng(devices=forked), Interrupt() as interrupt, ExitStack() as open_logs:
             for run in runs:
-                run.begin(resume, interrupt)
-                open_logs.callback(run.log.close)
-            together = _Together(runs, interrupt, progress and ranks.rank == 0)
+                open_logs.callback(run.close)
+            at_once(runs, lambda run: run.begin(resume, interrupt))
+            together = _Together(runs, interrupt, progress and ranks.rank == 0, judge)
             open_logs.callback(together.bar.close)
             return together.train()
     finally:
@@ -54,9 +64,12 @@ def fit_all(runs: Sequence[Training], progress: bool = True, resume: bool = True
 class _Together:
     """Runs that have begun. `active`: those that have not ended; `ended`: what the others ended with."""
 
-    def __init__(self, runs: Sequence[Training], interrupt: Interrupt, progress: bool) -> None:
-        self.runs, self.interrupt = runs, interrupt
+    def __init__(
+        self, runs: Sequence[Training], interrupt: Interrupt, progress: bool, judge: Judge | None = None
+    ) -> None:
+        self.runs, self.interrupt, self.judge = runs, interrupt, judge
         self.active, self.ended = list(runs), dict[Any, dict[str, Any] | NotFinite]()
+        self.stacks = Stacks()
         self.bar = tqdm(
             total=sum(run.total for run in runs),
             initial=sum(run.state.step for run in runs),
@@ -89,15 +102,38 @@ class _Together:
             seconds = time.perf_counter() - begun
             here = [run for run in self.active if run.place == (first, start)]
             views = _Views(batch)
-            for run in here:
-                made = run.state.step
-                try:
-                    run.take(views.of(run, "train"), seconds, len(here))
-                except NotFinite as error:
-                    self.drop(run, error)
-                self.bar.update(run.state.step - made)
+            made = sum(run.state.step for run in here)
+            for group in self.stacks.groups(here):
+                self.step(group, views.of(group[0], "train"), seconds, len(here))
+            self.bar.update(sum(run.state.step for run in here) - made)
             self.bar.set_postfix(self.shown(here), refresh=False)
             self.check()
+
+    def step(self, group: Sequence[Training], batch: Batch, seconds: float, sharing: int) -> None:
+        """Hand `batch` to all of `group`, which step as one where there are several."""
+        begun = time.perf_counter()
+        due = [run.add(batch, seconds, sharing) for run in group]
+        if not all(due):
+            return
+        entries = self.stacks.step(group) if len(group) > 1 else None
+        if entries is not None:
+            spent = (time.perf_counter() - begun) / len(group)
+            for run, entry in zip(group, entries, strict=True):
+                self.made(run, entry, spent)
+            return
+        for run in group:
+            begun = time.perf_counter()
+            try:
+                made: dict[str, Any] | NotFinite = run.step(run.group)
+            except NotFinite as error:
+                made = error
+            self.made(run, made, time.perf_counter() - begun)
+
+    def made(self, run: Training, entry: dict[str, Any] | NotFinite, seconds: float) -> None:
+        if isinstance(entry, NotFinite):
+            self.drop(run, entry)
+        else:
+            run.made(entry, seconds)
 
     def shown(self, here: Sequence[Training]) -> dict[str, Any]:
         known = {"epoch": here[0].place[0] + 1, "loss": f"{min(run.loss for run in here):.4f}"}
@@ -109,19 +145,18 @@ class _Together:
         begun = time.perf_counter()
         scores = self.scores([run for run in over if run.due], "validation")
         seconds = (time.perf_counter() - begun) / max(1, len(scores))
-        for run in over:
-            if run in self.active:
-                run.close_epoch(scores.get(run), seconds)
+        at_once([run for run in over if run in self.active], lambda run: run.close_epoch(scores.get(run), seconds))
         if scores and not self.bar.disable:
             self.bar.write(_told(scores), file=sys.stderr)
+        for run in self.judge([r for r in self.active if r.state.stopped is None]) if self.judge else ():
+            run.state.stopped = "halving"
         stopped = [run for run in self.active if run.state.stopped is not None]
-        for run in stopped:
-            run.restore_best()
+        at_once(stopped, lambda run: run.restore_best())
         tested = self.scores(stopped, "test")
-        for run in stopped:
-            if run in self.active:
-                self.ended[run] = run.finish(tested.get(run))
-                self.active.remove(run)
+        ended = [run for run in stopped if run in self.active]
+        for run, result in zip(ended, at_once(ended, lambda run: run.finish(tested.get(run))), strict=True):
+            self.ended[run] = result
+            self.active.remove(run)
         return bool(self.active)
 
     def scores(self, runs: Sequence[Training], split: str) -> dict[Training, dict[str, float]]:
@@ -130,8 +165,10 @@ class _Together:
         if source is None or not runs:
             return {}
         views = _Views()
+        one = measuring({run: run.alike for run in runs})
         ways = [
-            Scoring(run.model, run.scorer(), run.options.precision, partial(views.view, run, split)) for run in runs
+            Scoring(run.model, run.scorer(), run.options.precision, partial(views.view, run, split), stacked=one[run])
+            for run in runs
         ]
         found: dict[Training, dict[str, float]] = {}
         ended = self.runs[0].ranks.agree(evaluate_all(ways, source, self.runs[0].device, self.check))
@@ -153,13 +190,20 @@ class _Together:
         """Between two batches: stop here if asked to."""
         if not self.interrupt.asked or not self.active:
             return
-        for run in self.active:
-            run.save()
+        at_once(self.active, lambda run: run.save())
         run = self.active[0]
         what = run.run_dir if len(self.runs) == 1 else f"{len(self.active)} of {len(self.runs)} runs"
         raise Interrupted(
             f"interrupted at step {run.state.step} of {run.total}; {what} can be resumed: give the same command again"
         )
+
+
+def at_once(runs: Sequence[Training], do: Callable[[Training], T]) -> list[T]:
+    """`do` with every run: what each writes is synced to the disk, for which they wait together."""
+    if len(runs) < 2:
+        return [do(run) for run in runs]
+    with ThreadPoolExecutor(min(16, len(runs)), "files-of-run") as pool:
+        return list(pool.map(do, runs))
 
 
 class _Views:

@@ -295,10 +295,24 @@ class _Widened(torch.autograd.Function):
     """`x` has no gradient, so that all its backward pass needs is `x`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.biased = bias is not None
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x.to(weight.dtype), weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0])
+        ctx.biased = inputs[2] is not None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, int]:
+        """The maps of several models on the same states are one map with all their outputs."""
+        if in_dims[0] is not None or in_dims[1] != 0 or in_dims[2] not in (0, None):
+            raise RuntimeError("maps of several models are stacked by their first dimension")
+        n, outputs, inputs = weight.shape
+        if bias is not None:
+            bias = bias.expand(n, outputs).flatten() if in_dims[2] is None else bias.flatten()
+        joint = _Widened.apply(x, weight.reshape(n * outputs, inputs), bias)
+        return joint.unflatten(-1, (n, outputs)).movedim(-2, 0).contiguous(), 0
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor | None]:

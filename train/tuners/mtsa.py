@@ -41,10 +41,15 @@ def redundancy(features: Tensor, epsilon: float = EPSILON) -> Tensor:
 class _Gram(torch.autograd.Function):
     """X Xᵀ of each matrix, with one product in the backward pass: (G + Gᵀ) X."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
+    def forward(x: Tensor) -> Tensor:
         return torch.bmm(x, x.transpose(1, 2))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:

@@ -1,0 +1,75 @@
+"""Folds: the training and validation rows together, cut anew into rows to train on and rows to choose by.
+
+`--fold 2/5` holds out the second of five parts of them, `--fold all` none. Parts are of samples, not of rows: rows with
+the same input, and so the same key, stand on one side. The cut does not depend on the run's seed. The test split stays
+as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+from pipeline.extract.tasks.base import fixed_order
+from pipeline.store import TaskTable
+from pipeline.store.errors import UserError
+
+T = TypeVar("T")
+
+
+def parsed(fold: str) -> tuple[int, int] | None:
+    """ "2/5" → (1, 5); None for "all". UserError for what is neither."""
+    if fold == "all":
+        return None
+    number, mark, count = fold.partition("/")
+    if not (mark and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count) and int(count) > 1):
+        raise UserError(f"--fold {fold}: expected I/K, such as 2/5 for the second of five parts, or all")
+    return int(number) - 1, int(count)
+
+
+def folded(tables: Mapping[str, TaskTable], fold: str) -> dict[str, TaskTable]:
+    """The tables of a task with the training and validation rows cut as `fold` says. UserError where there are too few
+    samples, or where rows of one split cannot stand in the other."""
+    if "train" not in tables:
+        raise UserError(f"--fold {fold}: the store has no train rows of this task")
+    asked, train = parsed(fold), tables["train"]
+    if any(table.header.get("candidates") for table in tables.values()):
+        raise UserError(
+            f"--fold {fold}: rows of a backbone that writes text are stored with their own answer for training and "
+            "with all answers for validation, so that one cannot stand for the other"
+        )
+    dev = tables.get("validation")
+    if dev is not None and any(label is None for label in dev.labels):
+        dev = None  # unlabelled: nothing to train on
+    both = train if dev is None else joined(train, dev)
+    out = {split: table for split, table in tables.items() if split not in ("train", "validation")}
+    if asked is None:
+        return {"train": both, **out}
+    number, count = asked
+    samples = list(dict.fromkeys(both.keys))
+    if len(samples) < count:
+        raise UserError(f"--fold {fold}: there are {len(samples)} different samples, fewer than parts")
+    held = {samples[place] for place in fixed_order(len(samples))[number::count]}
+    header = {**train.header, "split": "validation"} if dev is None else dev.header
+    kept = both.take([i for i, key in enumerate(both.keys) if key not in held])
+    left = both.take([i for i, key in enumerate(both.keys) if key in held])
+    return {"train": kept, "validation": replaced(left, header), **out}
+
+
+def replaced(table: TaskTable, header: dict[str, Any]) -> TaskTable:
+    """`table` under another header."""
+    return TaskTable(header, table.keys, table.labels, table.texts, table.ids, table.metas, table.joined)
+
+
+def joined(one: TaskTable, other: TaskTable) -> TaskTable:
+    """The rows of both, under the header of the first."""
+
+    def both(a: Sequence[T], b: Sequence[T]) -> list[T]:
+        # A column that one of them lacks says nothing of the rows of both.
+        return [*a, *b] if len(a) == len(one) and len(b) == len(other) else []
+
+    return TaskTable(
+        one.header, both(one.keys, other.keys), both(one.labels, other.labels), both(one.texts, other.texts),
+        both(one.ids, other.ids), both(one.metas, other.metas),
+        {slot: both(keys, other.joined.get(slot, ())) for slot, keys in one.joined.items()},
+    )  # fmt: skip
