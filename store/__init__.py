@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from pipeline.store.format.formats import FORMATS, Encoded, bytes_per_value, check_format, decode
     from pipeline.store.format.names import CHUNK_BYTES, FORMAT, SEGMENT_BYTES, SEGMENT_SECONDS, stream_of
     from pipeline.store.format.samples import Samples
-    from pipeline.store.segments.blocks import Block, BlockPlan, Part, read_block
+    from pipeline.store.segments.blocks import Block, BlockPlan, SegmentPart, read_block
     from pipeline.store.segments.index import Lookup
     from pipeline.store.segments.segment import Problem, Segment
     from pipeline.store.segments.writer import SegmentWriter
@@ -30,7 +30,7 @@ _HOMES = {
     "Lookup": "pipeline.store.segments.index",
     "MissingStates": "pipeline.store.errors",
     "NonFinite": "pipeline.store.errors",
-    "Part": "pipeline.store.segments.blocks",
+    "SegmentPart": "pipeline.store.segments.blocks",
     "Problem": "pipeline.store.segments.segment",
     "SEGMENT_BYTES": "pipeline.store.format.names",
     "SEGMENT_SECONDS": "pipeline.store.format.names",
@@ -66,10 +66,10 @@ __all__ = [
     "Lookup",
     "MissingStates",
     "NonFinite",
-    "Part",
     "Problem",
     "Samples",
     "Segment",
+    "SegmentPart",
     "SegmentWriter",
     "Space",
     "SpaceMismatch",

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _ABSENT = object()
 
 
-def resolve(spaces: Sequence[Space], wanted: Mapping[str, Any]) -> Space:
+def choose_space(spaces: Sequence[Space], wanted: Mapping[str, Any]) -> Space:
     """The one of `spaces` whose identity has every value of `wanted` (dotted field → value).
 
     Raises SpaceMismatch if none has (naming each field in which the nearest differs, with both values) or several have

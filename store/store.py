@@ -17,7 +17,7 @@ from pipeline.store.format.document import dump_document, load_document, parse_j
 from pipeline.store.format.names import FORMAT, MAX_SMALL_JSON, is_key, space_path
 from pipeline.store.segments.segment import Problem
 from pipeline.store.segments.unsealed import abandoned
-from pipeline.store.select import resolve
+from pipeline.store.select import choose_space
 from pipeline.store.space import KIND as SPACE_KIND
 from pipeline.store.space import REMOVING, Space, has_space, lost_identity
 
@@ -120,8 +120,8 @@ class Store:
         return Space(self.files, space)
 
     def find(self, wanted: Mapping[str, Any] | None = None, /, **fields: Any) -> Space:
-        """The one feature space whose identity has these values; dotted fields go into `wanted`. See `resolve`."""
-        return resolve(self.spaces(), {**(wanted or {}), **fields})
+        """The one feature space whose identity has these values; dotted fields go into `wanted`. See `choose_space`."""
+        return choose_space(self.spaces(), {**(wanted or {}), **fields})
 
     def save_weights(self, digest: str, files: Mapping[str, Mapping[str, Any]]) -> None:
         """Keep tail weights of the checkpoint `digest`: `NAME.safetensors` → arrays, `NAME.json` → JSON object."""

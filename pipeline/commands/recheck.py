@@ -27,8 +27,8 @@ from pipeline.lookup.recipe import Found
 from pipeline.store import Space, Store, stream_of
 from pipeline.store.errors import UserError
 from pipeline.store.format.samples import Samples
-from pipeline.store.segments.index import families
-from pipeline.store.upkeep.rewrite import read_family
+from pipeline.store.segments.index import bundles
+from pipeline.store.upkeep.rewrite import read_bundle
 
 # Largest difference in a row over the row's largest value: rounding of the number format, and of another batch shape.
 FORMAT_TOLERANCE = {"float32": 0.0, "float16": 1e-3, "bfloat16": 8e-3, "int8": 8e-3}
@@ -62,7 +62,7 @@ def _recheck(
         checkpoint, identity["precision"], identity["attention"], torch.device("cpu"), backbone.projection
     )
     tolerance = FORMAT_TOLERANCE[identity["format"]] + PRECISION_TOLERANCE[identity["precision"]]
-    found = families(space.segments())
+    found = bundles(space.segments())
     places = [(f, i) for f in found for i in range(len(f.base))]
     worst, where, checked, absent = 0.0, "", 0, 0
     for member, position in pick.sample(places, len(places)):
@@ -70,12 +70,12 @@ def _recheck(
             break
         states = [n for n, s in member.holder.items() if n in s.states]
         # Samples whose image is not at hand are passed over before their states are read.
-        read = None if images else read_family(member, list(member.holder), np.array([position]))
+        read = None if images else read_bundle(member, list(member.holder), np.array([position]))
         inputs = inputs_of(member.base.keys[position], read)
         if inputs is None:
             absent += 1
             continue
-        read = read or read_family(member, list(member.holder), np.array([position]))
+        read = read or read_bundle(member, list(member.holder), np.array([position]))
         checked += 1
         with torch.inference_mode():
             again = live.states(inputs, states)

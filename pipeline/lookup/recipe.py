@@ -30,7 +30,7 @@ from pipeline.recipe import Recipe
 from pipeline.store import Space, Store
 from pipeline.store.errors import NoStore, StoreError, UserError
 from pipeline.store.near import near
-from pipeline.store.select import resolve as resolve_space
+from pipeline.store.select import choose_space
 from pipeline.train.model import union_states
 from pipeline.train.tuners import tuner_class, tuner_names
 
@@ -205,7 +205,7 @@ def find_space(recipe: Recipe, exactly: str | None = None) -> Found:
                     f"no states of task {task!r} by model {name!r} in {store.where}; there are some by: {there}", recipe
                 )
             spaces = named
-    return _found(store, resolve_space(spaces, wanted))
+    return _found(store, choose_space(spaces, wanted))
 
 
 def _found(store: Store, space: Space) -> Found:

@@ -85,10 +85,10 @@ def rows_of_state(space: Space, state: str, keys: Sequence[str] | None, block_by
     if not is_state(state):
         raise MissingStates(f"{state!r} cannot name a hidden state: `pipeline store status` lists those there are")
     index = space.index()
-    holding = [f for f in index.families if state in f.holder and state in f.holder[state].states]
+    holding = [f for f in index.bundles if state in f.holder and state in f.holder[state].states]
     if not holding:
         raise MissingStates(f"{space}: no sample has {state}: `pipeline store status` lists the states", 0, (state,))
-    widths = {family.holder[state].states[state].width for family in holding}
+    widths = {bundle.holder[state].states[state].width for bundle in holding}
     if len(widths) > 1:
         raise StoreError(f"{space}: {state} has rows of widths {sorted(widths)}: verify the store")
     if keys is None:
@@ -106,17 +106,17 @@ def _all_blocks(space: Space, index: Index, state: str, block_bytes: int) -> tup
     """Blocks of all samples that have `state`, each sample once, and how many rows each block has."""
     blocks: list[Block] = []
     heights: list[int] = []
-    for number, family in enumerate(index.families):
-        if state not in family.holder:
+    for number, bundle in enumerate(index.bundles):
+        if state not in bundle.holder:
             continue
-        # A sample that stands in several families is read where a plan would read it.
-        chosen, position = index.locate(family.base.keys, [state])
+        # A sample that stands in several bundles is read where a plan would read it.
+        chosen, position = index.locate(bundle.base.keys, [state])
         mine = np.flatnonzero((chosen == number) & (position == np.arange(len(position))))
         if not len(mine):
             continue
-        lengths = family.lengths(stream_of(state))[mine]
-        sizes = lengths * family.holder[state].row_bytes(state)
-        parts = parts_of(family, [state], [])
+        lengths = bundle.lengths(stream_of(state))[mine]
+        sizes = lengths * bundle.holder[state].row_bytes(state)
+        parts = parts_of(bundle, [state], [])
         for a, b in pairwise(cuts_of(sizes, block_bytes)):
             runs, nbytes = runs_of(mine[a:b]), int(sizes[a:b].sum())
             blocks.append(Block(space.files.root, space.id, parts, runs, b - a, nbytes))

@@ -20,12 +20,12 @@ from pipeline.store.files.places import open_files
 from pipeline.store.format.names import SEGMENT_BYTES, stream_of
 from pipeline.store.format.samples import Samples, side_by_side
 from pipeline.store.format.sorting import sorted_places
-from pipeline.store.segments.index import Family, Index
+from pipeline.store.segments.index import Bundle, Index
 from pipeline.store.segments.segment import Segment
 
 
 @dataclass(frozen=True)
-class Part:
+class SegmentPart:
     """What a block takes from one segment."""
 
     segment: str
@@ -43,7 +43,7 @@ class Block:
 
     store: str
     space: str
-    parts: tuple[Part, ...]
+    parts: tuple[SegmentPart, ...]
     runs: tuple[tuple[int, int], ...]
     samples: int
     nbytes: int
@@ -77,20 +77,20 @@ def plan_blocks(
     Raises MissingStates if a sample or a state of one is not stored.
     """
     names = [*dict.fromkeys((*states, *columns))]
-    family, position = index.locate(keys, names)
-    _refuse_missing(index, family, names)
+    bundle, position = index.locate(keys, names)
+    _refuse_missing(index, bundle, names)
     streams = [*dict.fromkeys(stream_of(name) for name in names)]
     plan = BlockPlan([], np.zeros(len(keys), np.int64), np.zeros(len(keys), np.int64), {}, 0)
     plan.lengths = {stream: np.zeros(len(keys), np.int64) for stream in streams}
-    apart = family
+    apart = bundle
     if groups is not None:
-        apart = np.unique(np.stack([family, groups], 1), axis=0, return_inverse=True)[1].ravel()
+        apart = np.unique(np.stack([bundle, groups], 1), axis=0, return_inverse=True)[1].ravel()
     ordered, order = sorted_places(apart)
     starts_anew = ordered[1:] != ordered[:-1]
     borders = [0, *(np.flatnonzero(starts_anew) + 1).tolist(), len(ordered)] if len(ordered) else []
     for low, high in pairwise(borders):
         where = order[low:high]
-        member = index.families[family[where[0]]]
+        member = index.bundles[bundle[where[0]]]
         wanted, place = np.unique(position[where], return_inverse=True)
         sizes = np.zeros(len(wanted), np.int64)
         for stream in streams:
@@ -114,7 +114,7 @@ def plan_blocks(
 def read_block(block: Block) -> Samples:
     """The samples of `block`, in segment order, as stored. Raises StoreError naming segment and state for damage."""
 
-    def read(part: Part) -> Samples:
+    def read(part: SegmentPart) -> Samples:
         segment = _segment(block.store, block.space, part.segment, os.getpid())
         return segment.read(part.states, part.columns, block.runs)
 
@@ -128,16 +128,16 @@ def _segment(store: str, space: str, segment: str, process: int) -> Segment:
     return Segment(open_files(store), space, segment)
 
 
-def parts_of(family: Family, states: Sequence[str], columns: Sequence[str]) -> tuple[Part, ...]:
-    """What a block of `family` takes from each of its segments."""
-    segments = {family.base.id: family.base} | {s.id: s for s in (family.holder[n] for n in (*states, *columns))}
+def parts_of(bundle: Bundle, states: Sequence[str], columns: Sequence[str]) -> tuple[SegmentPart, ...]:
+    """What a block of `bundle` takes from each of its segments."""
+    segments = {bundle.base.id: bundle.base} | {s.id: s for s in (bundle.holder[n] for n in (*states, *columns))}
     parts = []
     for segment in segments.values():
-        mine = tuple(n for n in dict.fromkeys(states) if family.holder[n] is segment)
-        sides = tuple(n for n in dict.fromkeys(columns) if family.holder[n] is segment)
+        mine = tuple(n for n in dict.fromkeys(states) if bundle.holder[n] is segment)
+        sides = tuple(n for n in dict.fromkeys(columns) if bundle.holder[n] is segment)
         if mine or sides:
-            parts.append(Part(segment.id, mine, sides))
-    return tuple(parts) or (Part(family.base.id, (), ()),)
+            parts.append(SegmentPart(segment.id, mine, sides))
+    return tuple(parts) or (SegmentPart(bundle.base.id, (), ()),)
 
 
 def cuts_of(sizes: np.ndarray, limit: int) -> list[int]:
@@ -161,17 +161,17 @@ def runs_of(positions: np.ndarray) -> tuple[tuple[int, int], ...]:
     return tuple(zip(starts.tolist(), stops.tolist(), strict=True))
 
 
-def _refuse_missing(index: Index, family: np.ndarray, names: Sequence[str]) -> None:
-    absent = int((family < 0).sum())
+def _refuse_missing(index: Index, bundle: np.ndarray, names: Sequence[str]) -> None:
+    absent = int((bundle < 0).sum())
     lacking: dict[str, None] = {}
     partial = 0
-    for number, count in zip(*np.unique(family[family >= 0], return_counts=True), strict=True):
-        missing = index.families[number].missing(names)
+    for number, count in zip(*np.unique(bundle[bundle >= 0], return_counts=True), strict=True):
+        missing = index.bundles[number].missing(names)
         lacking |= dict.fromkeys(missing)
         partial += int(count) if missing else 0
     states = tuple(name for name in names if name in lacking)
     if not absent and not states:
         return
-    said = [f"{absent:,} of {len(family):,} samples are not in this feature space"] if absent else []
-    said += [f"{', '.join(states)} not stored for {partial:,} of {len(family):,} samples"] if states else []
+    said = [f"{absent:,} of {len(bundle):,} samples are not in this feature space"] if absent else []
+    said += [f"{', '.join(states)} not stored for {partial:,} of {len(bundle):,} samples"] if states else []
     raise MissingStates(f"{' and '.join(said)}: extract them first", absent, states)

@@ -15,7 +15,7 @@ from pipeline.store.segments.segment import Segment
 
 
 @dataclass
-class Family:
+class Bundle:
     """A base segment and its supplements: the same samples in the same order. `holder`: state or column → segment."""
 
     base: Segment
@@ -33,17 +33,17 @@ class Family:
         raise KeyError(stream)
 
 
-def families(segments: Sequence[Segment]) -> list[Family]:
-    """Families in the order of their base's id. A supplement whose base is not there yet is left out.
+def bundles(segments: Sequence[Segment]) -> list[Bundle]:
+    """Bundles in the order of their base's id. A supplement whose base is not there yet is left out.
 
     Raises StoreError for a supplement whose samples are not its base's.
     """
-    found = {s.id: Family(s, dict.fromkeys((*s.states, *s.columns), s)) for s in segments if s.base is None}
+    found = {s.id: Bundle(s, dict.fromkeys((*s.states, *s.columns), s)) for s in segments if s.base is None}
     for segment in segments:
-        family = found.get(segment.base or "")
-        if family is None:
+        bundle = found.get(segment.base or "")
+        if bundle is None:
             continue
-        base = family.base
+        base = bundle.base
         same = segment.keys == base.keys
         for stream in set(segment.lengths) & set(base.lengths):
             same = same and np.array_equal(segment.lengths[stream], base.lengths[stream])
@@ -51,9 +51,9 @@ def families(segments: Sequence[Segment]) -> list[Family]:
             raise StoreError(
                 f"segment {segment.id} does not hold the samples of its base {base.id}: delete {segment.folder}"
             )
-        family.supplements.append(segment)
+        bundle.supplements.append(segment)
         for name in (*segment.states, *segment.columns):
-            family.holder.setdefault(name, segment)
+            bundle.holder.setdefault(name, segment)
     return [found[name] for name in sorted(found)]
 
 
@@ -130,16 +130,16 @@ def _heads(keys: Keys) -> np.ndarray:
 
 
 class Index:
-    """Sample key → the families and positions that hold it. Built once for a set of segments, from their manifests; it
+    """Sample key → the bundles and positions that hold it. Built once for a set of segments, from their manifests; it
     is no part of the store. 24 bytes a sample, the keys of the segments included."""
 
     def __init__(self, segments: Sequence[Segment]) -> None:
-        self.families = families(segments)
-        self._keys = KeyIndex(family.base.keys for family in self.families)
+        self.bundles = bundles(segments)
+        self._keys = KeyIndex(bundle.base.keys for bundle in self.bundles)
         starts = self._keys.starts
-        for family, start, stop in zip(self.families, starts[:-1].tolist(), starts[1:].tolist(), strict=True):
+        for bundle, start, stop in zip(self.bundles, starts[:-1].tolist(), starts[1:].tolist(), strict=True):
             # The same keys: the segments give up their own, so that each stands in memory once.
-            for segment in (family.base, *family.supplements):
+            for segment in (bundle.base, *bundle.supplements):
                 segment.keys = self._keys.keys[start:stop]
 
     def __len__(self) -> int:
@@ -151,31 +151,31 @@ class Index:
         return self._keys.nbytes
 
     def states(self) -> dict[str, frozenset[str]]:
-        """Sample key → states and columns stored of it, in the fullest family that holds it."""
+        """Sample key → states and columns stored of it, in the fullest bundle that holds it."""
         out: dict[str, frozenset[str]] = {}
-        for family in sorted(self.families, key=lambda family: len(family.holder)):
-            out |= dict.fromkeys(family.base.keys, frozenset(family.holder))
+        for bundle in sorted(self.bundles, key=lambda bundle: len(bundle.holder)):
+            out |= dict.fromkeys(bundle.base.keys, frozenset(bundle.holder))
         return out
 
     def locate(self, keys: Sequence[str], names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Family and position of each key, (n,) int64 each: the first family by id that holds all of `names`; where
+        """Bundle and position of each key, (n,) int64 each: the first bundle by id that holds all of `names`; where
         none does, the first that holds the sample; -1 where it is not stored."""
-        complete = np.array([not family.missing(names) for family in self.families], bool)
+        complete = np.array([not bundle.missing(names) for bundle in self.bundles], bool)
         place = self._keys.first(keys, complete)
-        family = self._keys.lists(place)  # -1 for -1: no list begins before place 0
-        return family, np.where(place < 0, -1, place - self._keys.starts[family])
+        bundle = self._keys.lists(place)  # -1 for -1: no list begins before place 0
+        return bundle, np.where(place < 0, -1, place - self._keys.starts[bundle])
 
     def lookup(self, keys: Sequence[str], names: Sequence[str]) -> Lookup:
         """What is stored of `keys` and `names` (states and columns)."""
-        family, _ = self.locate(keys, names)
-        lacking = {int(f): m for f in np.unique(family[family >= 0]) if (m := self.families[f].missing(names))}
+        bundle, _ = self.locate(keys, names)
+        lacking = {int(f): m for f in np.unique(bundle[bundle >= 0]) if (m := self.bundles[f].missing(names))}
         order = {f: i for i, f in enumerate(lacking)}
-        table = np.array([order.get(f, -1) for f in range(len(self.families))] + [-1], np.int64)
-        base = table[family]
+        table = np.array([order.get(f, -1) for f in range(len(self.bundles))] + [-1], np.int64)
+        base = table[bundle]
         return Lookup(
-            (family >= 0) & (base < 0),
-            family < 0,
+            (bundle >= 0) & (base < 0),
+            bundle < 0,
             base,
-            [self.families[f].base for f in lacking],
-            {self.families[f].base.id: m for f, m in lacking.items()},
+            [self.bundles[f].base for f in lacking],
+            {self.bundles[f].base.id: m for f, m in lacking.items()},
         )

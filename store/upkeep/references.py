@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Rows:
+class TableRows:
     """What a table says of its samples."""
 
     info: TableInfo
@@ -41,7 +41,7 @@ class Rows:
 class Named:
     """The tables and the records of extractions of a feature space, and (path, what) of those that are `damaged`."""
 
-    tables: list[Rows] = field(default_factory=list)
+    tables: list[TableRows] = field(default_factory=list)
     records: dict[str, Record] = field(default_factory=dict)
     damaged: list[tuple[str, str]] = field(default_factory=list)
     unread: list[TableInfo] = field(default_factory=list)
@@ -53,7 +53,7 @@ def read_named(files: Files, folder: str) -> Named:
     for info in list_tables(files, folder):
         try:
             table = read_table(files, info)
-            named.tables.append(Rows(info, table.header, table.keys))
+            named.tables.append(TableRows(info, table.header, table.keys))
         except StoreError as error:
             named.damaged.append((info.path, str(error)))
             named.unread.append(info)

@@ -17,7 +17,7 @@ from pipeline.store.files.local import Files
 from pipeline.store.files.places import open_files
 from pipeline.store.format.document import dump_document, load_document
 from pipeline.store.format.names import FORMAT, MAX_SMALL_JSON, QUARANTINE, is_key, segment_path, space_path
-from pipeline.store.segments.index import Family, families
+from pipeline.store.segments.index import Bundle, bundles
 from pipeline.store.segments.segment import NotSealed, Problem, Segment
 from pipeline.store.segments.unsealed import lost_manifest
 from pipeline.store.space import LOST, Space, has_space, lost_identity, still_sealed
@@ -139,10 +139,10 @@ def _repair_space(space: Space, done: Repaired, dry_run: bool) -> None:
         if segment.base is not None and segment.base not in there:
             done.problems.append({"segment": segment.id, "what": f"supplements {segment.base}, which is gone"})
             _aside(files, segment.folder, done, dry_run)
-    for family in families(opened):
-        members = [family.base, *family.supplements]
+    for bundle in bundles(opened):
+        members = [bundle.base, *bundle.supplements]
         if not dry_run and any(s.id in bad for s in members):
-            _repair_family(space, family, done)
+            _repair_bundle(space, bundle, done)
     folder = f"{space_path(space.id)}/tasks"
     named = read_named(files, folder)
     for path, what in (*named.damaged, *missing_tables(files, folder, named)):
@@ -151,12 +151,12 @@ def _repair_space(space: Space, done: Repaired, dry_run: bool) -> None:
     _show_again(space, done, dry_run)
 
 
-def _repair_family(space: Space, family: Family, done: Repaired) -> None:
-    written, lost, absent = salvage(space, family)
+def _repair_bundle(space: Space, bundle: Bundle, done: Repaired) -> None:
+    written, lost, absent = salvage(space, bundle)
     done.rewritten += len(written)
     done.lost += lost
     done.absent += absent
-    for segment in (*reversed(family.supplements), family.base):
+    for segment in (*reversed(bundle.supplements), bundle.base):
         _aside(space.files, segment.folder, done, False)
 
 

@@ -1,4 +1,4 @@
-"""Writing samples anew in other segments: what is sound of a damaged family, and many small families as few large ones.
+"""Writing samples anew in other segments: what is sound of a damaged bundle, and many small bundles as few large ones.
 
 New segments are sealed before the old ones are put aside, so a kill in between leaves duplicates and never a hole.
 """
@@ -17,31 +17,31 @@ from pipeline.store.format.keys import Keys
 from pipeline.store.format.names import SEGMENT_BYTES, space_path, stream_of
 from pipeline.store.format.samples import Samples, side_by_side
 from pipeline.store.segments.blocks import runs_of
-from pipeline.store.segments.index import Family, families
+from pipeline.store.segments.index import Bundle, bundles
 from pipeline.store.segments.segment import Segment
 from pipeline.store.space import Space
 
 KIND = "activation-superseded"
 
 
-def read_family(family: Family, names: Sequence[str], positions: np.ndarray) -> Samples:
+def read_bundle(bundle: Bundle, names: Sequence[str], positions: np.ndarray) -> Samples:
     """The samples at `positions` (ascending) with the states and columns `names`."""
     runs = runs_of(positions) if len(positions) else ()
 
     def read(segment: Segment) -> Samples:
-        mine = [n for n in names if family.holder[n] is segment]
+        mine = [n for n in names if bundle.holder[n] is segment]
         return segment.read([n for n in mine if n in segment.states], [n for n in mine if n in segment.columns], runs)
 
-    out = side_by_side(read(s) for s in dict.fromkeys([family.base, *(family.holder[n] for n in names)]))
+    out = side_by_side(read(s) for s in dict.fromkeys([bundle.base, *(bundle.holder[n] for n in names)]))
     streams = {stream_of(name) for name in names}
     out.lengths = {stream: v for stream, v in out.lengths.items() if stream in streams}
     return out
 
 
-def sound(family: Family) -> np.ndarray:
-    """(samples, names) bool over the names of `family.holder`: what can be read. Reads every byte."""
-    out = np.ones((len(family.base), len(family.holder)), bool)
-    for place, (name, segment) in enumerate(family.holder.items()):
+def sound(bundle: Bundle) -> np.ndarray:
+    """(samples, names) bool over the names of `bundle.holder`: what can be read. Reads every byte."""
+    out = np.ones((len(bundle.base), len(bundle.holder)), bool)
+    for place, (name, segment) in enumerate(bundle.holder.items()):
         specs = _specs(segment)
         offsets = segment.offsets[stream_of(name)]
         arrays = [name, f"{name}.scale"] if name in segment.states and segment.states[name].scale else [name]
@@ -74,29 +74,29 @@ def _specs(segment: Segment) -> dict[str, ArraySpec]:
         return specs
 
 
-def salvage(space: Space, family: Family) -> tuple[list[Segment], int, int]:
-    """Write what is sound of a damaged family as new segments, one for each set of states that samples still have.
+def salvage(space: Space, bundle: Bundle) -> tuple[list[Segment], int, int]:
+    """Write what is sound of a damaged bundle as new segments, one for each set of states that samples still have.
 
     Returns them, how many samples lost something and how many lost everything. The old segments stay.
     """
-    names = list(family.holder)
-    intact = sound(family)
-    columns = [i for i, n in enumerate(names) if n not in family.holder[n].states]
+    names = list(bundle.holder)
+    intact = sound(bundle)
+    columns = [i for i, n in enumerate(names) if n not in bundle.holder[n].states]
     whole = intact.all(axis=1)
     # Without its inputs a sample could not be completed: it is extracted again as if it were new.
     intact &= np.all(intact[:, columns], axis=1, keepdims=True)
     written = []
     for pattern in np.unique(intact, axis=0):
         kept = [n for n, good in zip(names, pattern, strict=True) if good]
-        if not any(n in family.holder[n].states for n in kept):
+        if not any(n in bundle.holder[n].states for n in kept):
             continue
         positions = np.flatnonzero((intact == pattern).all(axis=1))
-        writer = space.writer(_provenance([family], "repair"))
-        writer.add(read_family(family, kept, positions))
+        writer = space.writer(_provenance([bundle], "repair"))
+        writer.add(read_bundle(bundle, kept, positions))
         if writer.samples:
             written.append(writer.seal())
     rescued = sum(len(s) for s in written)
-    return written, int((~whole).sum()), len(family.base) - rescued
+    return written, int((~whole).sum()), len(bundle.base) - rescued
 
 
 def compact(space: Space, segment_bytes: int = SEGMENT_BYTES) -> dict[str, int]:
@@ -105,10 +105,10 @@ def compact(space: Space, segment_bytes: int = SEGMENT_BYTES) -> dict[str, int]:
     The old segments are marked as superseded: no new reader sees them, those who read them now may go on, and `gc`
     removes them later. Returns counts of samples, old and new segments.
     """
-    found = families(space.segments())
+    found = bundles(space.segments())
     count: dict[str, int] = {}
-    for family in found:
-        for key in family.base.keys:
+    for bundle in found:
+        for key in bundle.base.keys:
             count[key] = count.get(key, 0) + 1
     doubled = [f for f in found if f.supplements or any(count[k] > 1 for k in f.base.keys)]
     small = [f for f in found if f.base.nbytes < segment_bytes // 2 and f not in doubled]
@@ -117,10 +117,10 @@ def compact(space: Space, segment_bytes: int = SEGMENT_BYTES) -> dict[str, int]:
     if not chosen:
         return done
     where: dict[str, list[tuple[int, int]]] = {}
-    for number, family in enumerate(chosen):
-        for position, key in enumerate(family.base.keys):
+    for number, bundle in enumerate(chosen):
+        for position, key in enumerate(bundle.base.keys):
             where.setdefault(key, []).append((number, position))
-    # Samples that come from the same families in the same way are read and written together.
+    # Samples that come from the same bundles in the same way are read and written together.
     groups: dict[tuple[tuple[int, tuple[str, ...]], ...], list[list[int]]] = {}
     for places in where.values():
         have: set[str] = set()
@@ -147,7 +147,7 @@ def compact(space: Space, segment_bytes: int = SEGMENT_BYTES) -> dict[str, int]:
             if writer.nbytes >= segment_bytes:
                 written.append(writer.seal())
     written += [writer.seal() for writer in writers.values() if writer.samples]
-    old = [segment for family in chosen for segment in (family.base, *family.supplements)]
+    old = [segment for bundle in chosen for segment in (bundle.base, *bundle.supplements)]
     supersede(space, [s.id for s in old], [s.id for s in written])
     return {"old": len(old), "new": len(written), "samples": len(where)}
 
@@ -162,7 +162,7 @@ def supersede(space: Space, old: Sequence[str], new: Sequence[str]) -> None:
 
 
 def _pieces(
-    chosen: Sequence[Family], parts: Sequence[tuple[int, tuple[str, ...]]], rows: list[list[int]], limit: int
+    chosen: Sequence[Bundle], parts: Sequence[tuple[int, tuple[str, ...]]], rows: list[list[int]], limit: int
 ) -> list[list[list[int]]]:
     """`rows` cut into runs of about `limit` bytes, so that memory stays bounded."""
     size = sum(chosen[n].holder[name].nbytes / max(1, len(chosen[n].base)) for n, names in parts for name in names[:1])
@@ -171,14 +171,14 @@ def _pieces(
 
 
 def _merge(
-    chosen: Sequence[Family], parts: Sequence[tuple[int, tuple[str, ...]]], rows: Sequence[Sequence[int]]
+    chosen: Sequence[Bundle], parts: Sequence[tuple[int, tuple[str, ...]]], rows: Sequence[Sequence[int]]
 ) -> Samples:
-    """Samples put together from several families, in the order of `rows`."""
+    """Samples put together from several bundles, in the order of `rows`."""
     out: Samples | None = None
     for column, (number, names) in enumerate(parts):
         positions = np.array([row[column] for row in rows], np.int64)
         order = np.argsort(positions, kind="stable")
-        read = read_family(chosen[number], names, positions[order])
+        read = read_bundle(chosen[number], names, positions[order])
         back = np.empty_like(order)
         back[order] = np.arange(len(order))
         read = take(read, back)
@@ -211,9 +211,9 @@ def take(samples: Samples, order: np.ndarray) -> Samples:
     )
 
 
-def _provenance(chosen: Sequence[Family], why: str) -> dict[str, Any]:
+def _provenance(chosen: Sequence[Bundle], why: str) -> dict[str, Any]:
     """The provenance of the old segments, which the new ones keep."""
-    old = [s for family in chosen for s in (family.base, *family.supplements)]
+    old = [s for bundle in chosen for s in (bundle.base, *bundle.supplements)]
     distinct: list[dict[str, Any]] = []
     for segment in old:
         plain = {k: v for k, v in segment.provenance.items() if k != "rewritten"}

@@ -127,12 +127,12 @@ class _Sound:
         """Whether every sample of `segment` with all its states and columns stands, sound, where readers find it."""
         names = [*segment.states, *segment.columns]
         number, _ = self.index.locate(segment.keys, names)
-        held = [self.index.families[f] for f in np.unique(number)] if (number >= 0).all() else []
+        held = [self.index.bundles[f] for f in np.unique(number)] if (number >= 0).all() else []
         if not held and len(segment):
             return False
         return all(
-            not family.missing(names) and all(self._sound(s) for s in (family.base, *map(family.holder.get, names)))
-            for family in held
+            not bundle.missing(names) and all(self._sound(s) for s in (bundle.base, *map(bundle.holder.get, names)))
+            for bundle in held
         )
 
     def _sound(self, segment: Segment | None) -> bool:

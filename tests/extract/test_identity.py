@@ -25,7 +25,7 @@ from pipeline.extract.extraction import compute
 from pipeline.extract.feature_space import PRECISIONS, SpaceOptions, space_identity
 from pipeline.extract.pretrained import Checkpoint
 from pipeline.store import SpaceMismatch, Store
-from pipeline.store.select import resolve
+from pipeline.store.select import choose_space
 from tests import tiny
 
 TEXTS = [(t,) for t in tiny.sentences(12)]
@@ -157,7 +157,7 @@ def test_changing_one_field_never_reuses_a_state(
     assert {k for k in other if other[k] != identity[k]} == {field}
     # Asking for what is not there names the field and both values.
     with pytest.raises(SpaceMismatch) as caught:
-        resolve(Store.open(tmp_path / "store").spaces(), other)
+        choose_space(Store.open(tmp_path / "store").spaces(), other)
     for word in (field, json.dumps(identity[field]), json.dumps(other[field])):
         assert word in str(caught.value)
     assert changed.extract(tmp_path / "store") == len(TEXTS)

@@ -28,9 +28,9 @@ from pipeline.cli.main import main as command_line
 from pipeline.store import Store
 from pipeline.store.files.local import Files
 from pipeline.store.segments.blocks import _segment
-from pipeline.store.segments.index import families
+from pipeline.store.segments.index import bundles
 from pipeline.store.segments.unsealed import sign
-from pipeline.store.upkeep.rewrite import read_family
+from pipeline.store.upkeep.rewrite import read_bundle
 from tests import tiny
 
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod")
@@ -135,8 +135,8 @@ def content(store: Path) -> Content:
     if not (store / "store.json").exists():
         return out
     for space in Store.open(store).spaces():
-        for family in families(space.segments()):
-            read = read_family(family, list(family.holder), np.arange(len(family.base)))
+        for bundle in bundles(space.segments()):
+            read = read_bundle(bundle, list(bundle.holder), np.arange(len(bundle.base)))
             for name, state in read.states.items():
                 offsets = read.offsets(name.split(".", 1)[0])
                 for i, key in enumerate(read.keys):

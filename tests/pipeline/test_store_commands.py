@@ -42,14 +42,14 @@ def ok(*args: object) -> Any:
 
 def content(store: Path) -> dict[str, dict[str, bytes]]:
     """Sample key → state → bytes, wherever it stands."""
-    from pipeline.store.segments.index import families
-    from pipeline.store.upkeep.rewrite import read_family
+    from pipeline.store.segments.index import bundles
+    from pipeline.store.upkeep.rewrite import read_bundle
 
     out: dict[str, dict[str, bytes]] = {}
     (space,) = Store.open(store).spaces()
-    for family in families(space.segments()):
-        names = list(family.holder)
-        read = read_family(family, names, __import__("numpy").arange(len(family.base)))
+    for bundle in bundles(space.segments()):
+        names = list(bundle.holder)
+        read = read_bundle(bundle, names, __import__("numpy").arange(len(bundle.base)))
         offsets = read.offsets("encoder")
         for i, key in enumerate(read.keys):
             for name, state in read.states.items():

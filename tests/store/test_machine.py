@@ -22,7 +22,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from pipeline.store import Samples, SegmentWriter, Space, Store, StoreError, read_block, stream_of
 from pipeline.store.segments.alive import describe_writer
 from pipeline.store.segments.blocks import _segment
-from pipeline.store.segments.index import families
+from pipeline.store.segments.index import bundles
 from pipeline.store.upkeep.repair import repair
 from pipeline.store.upkeep.rewrite import compact
 from pipeline.store.upkeep.transfer import transfer
@@ -116,15 +116,15 @@ class Machine(RuleBasedStateMachine):
     @rule(place=places, which=st.integers(0, 99), states=some_states, fate=fates)
     def supplement(self, place: str, which: int, states: list[str], fate: int | str) -> None:
         space = self.space(place)
-        found = families(space.segments())
-        family = found[which % len(found)] if found else None
-        more = [s for s in states if family and s not in family.holder]
-        if family is None or not more:
+        found = bundles(space.segments())
+        bundle = found[which % len(found)] if found else None
+        more = [s for s in states if bundle and s not in bundle.holder]
+        if bundle is None or not more:
             return
-        chosen = [NUMBER[k] for k in family.base.keys]
+        chosen = [NUMBER[k] for k in bundle.base.keys]
         addition = some(chosen, more)
-        addition.columns = {c: v for c, v in addition.columns.items() if c not in family.holder}
-        writer = space.writer({"note": "machine"}, family.base)
+        addition.columns = {c: v for c, v in addition.columns.items() if c not in bundle.holder}
+        writer = space.writer({"note": "machine"}, bundle.base)
         writer.add(addition)
         self.end(Pending(place, writer, chosen, more), fate)
 
@@ -265,9 +265,9 @@ class Machine(RuleBasedStateMachine):
     def union(self, place: str) -> dict[str, set[str]]:
         """Key → all states stored of it, in whichever segment."""
         out: dict[str, set[str]] = {}
-        for family in families(self.space(place).segments()):
-            for k in family.base.keys:
-                out.setdefault(k, set()).update(family.holder)
+        for bundle in bundles(self.space(place).segments()):
+            for k in bundle.base.keys:
+                out.setdefault(k, set()).update(bundle.holder)
         return out
 
     def assert_sound(self, place: str, hurt: Collection[str] = ()) -> None:

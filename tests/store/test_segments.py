@@ -341,3 +341,25 @@ def test_manifest_lists_every_file(tmp_path: Path) -> None:
     del there["manifest.json"]
     assert listed == there
     assert "<" not in document["created"] and document["space"] == space(tmp_path).id
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="no /proc here: what is synced when not tested")
+def test_all_is_on_the_disk_before_the_seal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every file and folder, then the manifest under another name, then its rename, then the folder that holds it."""
+    home = space(tmp_path)
+    done: list[tuple[str, Path]] = []
+    replace = Path.replace
+
+    def renamed(self: Path, target: Path) -> Path:
+        done.append(("renamed", Path(target)))
+        return replace(self, target)
+
+    monkeypatch.setattr("os.fsync", lambda fd: done.append(("synced", Path(f"/proc/self/fd/{fd}").readlink())))
+    monkeypatch.setattr(Path, "replace", renamed)
+    segment = sealed(home, [1, 2])
+    seal = done.index(("renamed", segment.path / "manifest.json"))
+    before = {path for what, path in done[:seal] if what == "synced"}
+    files = {segment.path / name for name in segment.manifest.files}
+    assert files | {path.parent for path in files} | {segment.path} <= before
+    assert [path.name.startswith(".manifest.json") for _, path in done[seal - 1 : seal]] == [True]
+    assert ("synced", segment.path) in done[seal:]

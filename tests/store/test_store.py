@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from pipeline.store import MissingStates, SpaceMismatch, Store, StoreError, TaskTable
 from pipeline.store.format.digest import digest_bytes
 from pipeline.store.format.document import dump_document
-from pipeline.store.select import resolve
+from pipeline.store.select import choose_space
 from tests.store.helpers import IDENTITY, key, sealed, snapshot, space
 
 
@@ -116,7 +116,7 @@ def test_resolve(tmp_path: Path) -> None:
         store.find(max_length=128)
     said = str(caught.value)
     assert f'"float16" ({half.id[:8]})' in said and f'"int8" ({byte.id[:8]})' in said and "backbone" not in said
-    assert resolve([half], {}).id == half.id
+    assert choose_space([half], {}).id == half.id
     with pytest.raises(SpaceMismatch, match=r"max_length is 128, asked for 128\.0"):
         store.find(max_length=128.0)
 

@@ -53,7 +53,7 @@ class Loaded:
 
 
 @dataclass(frozen=True)
-class Part:
+class BlockPart:
     """The samples of a batch that lie in one block: its samples `slot` (m,) int64."""
 
     block: Loaded
@@ -61,13 +61,13 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowRuns:
     """Which rows of each of several sources follow each other: `begin`, `end` in the result, and the rows, int64."""
 
     runs: list[tuple[int, int, Tensor]]
 
     @classmethod
-    def of(cls, rows: Sequence[np.ndarray], device: torch.device | str = "cpu") -> Rows:
+    def of(cls, rows: Sequence[np.ndarray], device: torch.device | str = "cpu") -> RowRuns:
         runs, at = [], 0
         for wanted in rows:
             runs.append((at, at + len(wanted), torch.from_numpy(wanted).to(device)))
@@ -89,7 +89,7 @@ class Rows:
 
 
 def assemble(
-    parts: Sequence[Part],
+    parts: Sequence[BlockPart],
     states: Sequence[str],
     columns: Sequence[str],
     dtype: torch.dtype | None = torch.float32,
@@ -100,7 +100,7 @@ def assemble(
     its slot may be empty. States are decoded to `dtype`; with None they stay as stored, but float32 where rows have
     scales. `pin` puts them in page-locked memory. `device`: where the blocks are."""
     streams = list(dict.fromkeys(stream_of(name) for name in (*states, *columns))) or list(parts[0].block.offsets)
-    rows = {s: Rows.of([rows_of(p.block.offsets[s], p.slot) for p in parts], device) for s in streams}
+    rows = {s: RowRuns.of([rows_of(p.block.offsets[s], p.slot) for p in parts], device) for s in streams}
     lengths = {s: np.concatenate([p.block.samples.lengths[s][p.slot] for p in parts]).astype(np.int64) for s in streams}
 
     def place(tensor: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ def assemble(
 
 
 def copied(
-    parts: Sequence[Part], name: str, lengths: np.ndarray, rows: Rows, dtype: torch.dtype | None, pin: bool
+    parts: Sequence[BlockPart], name: str, lengths: np.ndarray, rows: RowRuns, dtype: torch.dtype | None, pin: bool
 ) -> Tensor:
     """The state `name` of the samples of all parts: a copy a sample, all made in one call."""
     sources = [p.block.states[name] for p in parts]
@@ -133,7 +133,7 @@ def copied(
     return out if scale is None else rescale(out, scale).to(dtype or torch.float32)
 
 
-def scales(sources: Sequence[EncodedTensor], rows: Rows) -> Tensor | None:
+def scales(sources: Sequence[EncodedTensor], rows: RowRuns) -> Tensor | None:
     """The scales of the given rows, None where no source has any."""
     found = [e.scale for e in sources]
     known = next((s for s in found if s is not None), None)
@@ -143,6 +143,6 @@ def scales(sources: Sequence[EncodedTensor], rows: Rows) -> Tensor | None:
     return rows.take([known.new_zeros(e.rows) if s is None else s for e, s in zip(sources, found, strict=True)])
 
 
-def gather(sources: Sequence[EncodedTensor], rows: Rows) -> EncodedTensor:
+def gather(sources: Sequence[EncodedTensor], rows: RowRuns) -> EncodedTensor:
     """The given rows of each source, one source after another, copied once. Sources share one number format."""
     return EncodedTensor(rows.take([e.values for e in sources]), scales(sources, rows))

@@ -12,7 +12,7 @@ import torch
 
 from pipeline.store.format.samples import Samples
 from pipeline.train.data.assemble import Loaded
-from pipeline.train.data.readers import Reader
+from pipeline.train.data.readers import BlockReader
 
 
 class LookAhead:
@@ -30,7 +30,7 @@ class LookAhead:
         self,
         epochs: Iterator[Sequence[np.ndarray]],
         blocks: Sequence[Any],
-        reader: Reader,
+        reader: BlockReader,
         limit: int,
         kept: MutableMapping[int, Loaded],
         keep: bool,

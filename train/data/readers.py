@@ -16,7 +16,7 @@ from pipeline import store
 from pipeline.store.errors import UserError
 
 
-class Reader(Protocol):
+class BlockReader(Protocol):
     """Reads blocks in the background until closed."""
 
     def submit(self, block: Any) -> Any:
@@ -71,7 +71,7 @@ def _read(block: Any) -> Any:
     return _task(block).compute(scheduler="synchronous")
 
 
-def make_reader(scheduler: str | None, workers: int | None = None) -> Reader:
+def make_reader(scheduler: str | None, workers: int | None = None) -> BlockReader:
     """A reader on the cluster at `scheduler`, else in `workers` threads (Dask's `num_workers`, else up to 4)."""
     if scheduler is not None:
         return ClusterReader(scheduler)

@@ -31,7 +31,7 @@ from pipeline.store import SEGMENT_BYTES
 from pipeline.store.errors import UserError
 from pipeline.store.format.samples import Samples
 from pipeline.store.format.sorting import distinct
-from pipeline.train.data.assemble import Loaded, Part, assemble
+from pipeline.train.data.assemble import BlockPart, Loaded, assemble
 from pipeline.train.data.lookahead import LookAhead
 from pipeline.train.data.order import Order, rank_slice
 from pipeline.train.data.readers import make_reader
@@ -210,7 +210,7 @@ class StoreSlot:
         """The samples `index` (B,). They stand by block, or, where another layout is followed, in runs of a block."""
         runs = np.split(index, np.flatnonzero(np.diff(self.plan.block[index])) + 1)
         some = next(iter(blocks.values()))  # for a share without samples
-        parts = [Part(blocks[self.plan.block[r[0]]] if len(r) else some, self.plan.slot[r]) for r in runs]
+        parts = [BlockPart(blocks[self.plan.block[r[0]]] if len(r) else some, self.plan.slot[r]) for r in runs]
         device = self._device if self.tier == "device" else "cpu"
         pin = self.options.pin and device == "cpu"
         return assemble(parts, self.states, self.columns, self.options.dtype, pin, device)
