@@ -143,7 +143,8 @@ class Job:
         windows = f", longer ones in windows {identity['stride']} tokens apart" if "stride" in identity else ""
         return [
             f"space {self.found.space.id[:12]}: {self.model_name}, {counted(len(self.states), 'state')}, "
-            f"{identity['format']}, computed in {identity['precision']}, texts up to {identity['max_length']} tokens{windows}"
+            f"{identity['format']}, computed in {identity['precision']}, texts up to {identity['max_length']} tokens"
+            f"{windows}"
         ]
 
     def resolved(self) -> dict[str, Any]:
