@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pipeline.extract.backbones.fill import check_fit
 from pipeline.extract.backbones.loading import freeze
 from pipeline.extract.backbones.tail import LiveTail, TextTail
+from pipeline.extract.completion import answer_ids
 from pipeline.extract.inputs import Inputs
 
 if TYPE_CHECKING:
@@ -126,6 +127,9 @@ class ContinuesText(Answers):
     with the text, where it is asked to."""
 
     what = "a decoder that goes on with a text"
+
+    def candidates(self, tokenizer: Any, targets: Sequence[str]) -> list[list[int]]:
+        return answer_ids(tokenizer, targets)
 
 
 class WritesText(Answers):

@@ -26,7 +26,7 @@ from pipeline.extract.backbones.shell import Shell, cache_option, cut, is_tied, 
 from pipeline.extract.backbones.tail import TextTail
 from pipeline.extract.backbones.text import tokenize, word_metas
 from pipeline.extract.batch import Batch
-from pipeline.extract.completion import Encoded, answer_ids, encode_answers, encode_rows
+from pipeline.extract.completion import Encoded, encode_answers, encode_rows
 from pipeline.extract.inputs import Inputs, ragged
 from pipeline.store.errors import UserError
 
@@ -148,9 +148,6 @@ class Decoder(ContinuesText, Blocks, Backbone):
 
     def embedding(self, stream: str) -> list[str]:
         return []
-
-    def candidates(self, tokenizer: Any, targets: Sequence[str]) -> list[list[int]]:
-        return answer_ids(tokenizer, targets)
 
     def prepare(
         self,

@@ -27,7 +27,7 @@ from pipeline.extract.projection import orthogonal, parse_projection
 from pipeline.extract.tasks import Task
 from pipeline.extract.tasks.completion import form_of
 from pipeline.jobs.sources import batch_size_of, grouped
-from pipeline.lookup.objective import make_objective, objective_name
+from pipeline.lookup.objective import answers_in_text, make_objective, objective_name
 from pipeline.lookup.recipe import refuse_full_readers, space_options
 from pipeline.lookup.task import need, open_task
 from pipeline.owners import config_of
@@ -49,7 +49,7 @@ class Workload:
     """What is to be run. `lengths`: split → stream → (n,) positions of sampled rows, of images as `Vision.measure`
     gives them; `rows`: split → rows in all. `classes`: what a step is counted with. `pictures`: a few of the images, to
     time reading them. `views`: of each training image, counted in `rows`. `learned`: of the positions that training
-    samples have, the share that are targets, where these are tokens."""
+    samples have, the share that are targets, where these are tokens (`classes` is then 0)."""
 
     backbone: Backbone
     tuner: str
@@ -214,6 +214,7 @@ def workload(recipe: Recipe, task: Task | None = None) -> Workload:
     if recipe.stride is not None:  # a text may be several samples
         counts = {s: (len(lengths[s][backbone.streams[0]]), min(rows[s], SAMPLED)) for s in splits}
         rows = {s: round(rows[s] * samples / sampled) for s, (samples, sampled) in counts.items()}
+    answered = backbone.continues_text and answers_in_text(recipe.objective, task.spec, backbone)
     pictures: list[Picture] = []
     if isinstance(backbone, Vision):
         assert isinstance(tokenizer, Preprocess)
@@ -226,7 +227,7 @@ def workload(recipe: Recipe, task: Task | None = None) -> Workload:
         recipe.tuner,
         config,
         fitting_tuner(recipe.tuner, config, backbone).states(config, backbone),
-        counted_with(recipe, task, backbone),
+        0 if answered else counted_with(recipe, task, backbone),
         lengths,
         rows,
         batch_size_of(recipe, backbone.writes_text, task.spec.target),

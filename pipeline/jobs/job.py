@@ -146,9 +146,11 @@ class Job:
     def describe(self) -> list[str]:
         """A line about the space it reads."""
         identity = self.found.space.identity
+        windows = f", longer ones in windows {identity['stride']} tokens apart" if "stride" in identity else ""
         return [
             f"space {self.found.space.id[:12]}: {self.model_name}, {counted(len(self.states), 'state')}, "
             f"{identity['format']}, computed in {identity['precision']}, texts up to {identity['max_length']} tokens"
+            f"{windows}"
         ]
 
     def resolved(self) -> dict[str, Any]:

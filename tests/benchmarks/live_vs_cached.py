@@ -150,7 +150,7 @@ def formula_bytes(job: Job, source: Any) -> float:
 
 
 def measure(
-    job: Job, live_is: str, rounds: int, folder: Path, say: Any, with_live: bool = True, epochs: int = 4
+    job: Job, live_is: str, rounds: int, folder: Path, say: Any, with_live: bool, epochs: int, with_disk: bool
 ) -> dict[str, Any]:
     """All figures of one tuner with batches as `live_is`, one of `LIVE`, has them. `epochs`: cached ones of a round."""
     job = replace(job, recipe=replace(job.recipe, group_by_length=LIVE[live_is]))
@@ -164,7 +164,8 @@ def measure(
     for number in range(rounds):
         if live is not None:
             timed["live"].add(epochs_of(job, live, 1, folder / "run"))
-        timed["disk"].add(epochs_of(job, disk, epochs + 2, folder / "run")[1:-1])
+        if with_disk:
+            timed["disk"].add(epochs_of(job, disk, epochs + 2, folder / "run")[1:-1])
         # The first epoch fills the tier; only those that find it filled count.
         timed["host"].add(epochs_of(job, host, epochs + (number == 0), folder / "run")[number == 0 :])
         say(f"  round {number + 1}: " + ", ".join(f"{k} {t.seconds:.2f} s" for k, t in timed.items()))
@@ -179,7 +180,7 @@ def measure(
         "host": timed["host"].seconds,
         "disk": timed["disk"].seconds,
         "ratio_host": timed["live"].seconds / timed["host"].seconds,
-        "ratio_disk": timed["live"].seconds / timed["disk"].seconds,
+        "ratio_disk": timed["live"].seconds / timed["disk"].seconds if with_disk else float("inf"),
         "ratio_processor": timed["live"].processor / timed["host"].processor,
         "operations_ratio": ops.ratio,
         "operations": {"backbone": ops.frozen, "step": ops.step},
@@ -208,13 +209,13 @@ def row(r: dict[str, Any]) -> list[str]:
         r["live is"],
         seconds(r["live"]),
         f"{r['host']:.3f}",
-        f"{r['disk']:.3f}",
+        seconds(r["disk"], 3),
         seconds(r["ratio_host"], 1),
         seconds(r["ratio_disk"], 1),
         seconds(r["ratio_processor"], 1),
         ratio_text(r["operations_ratio"]),
         f"{r['waiting_host']:.1%}",
-        f"{r['waiting_disk']:.1%}",
+        f"{r['waiting_disk']:.1%}" if np.isfinite(r["disk"]) else "–",
         f"{r['bytes']:,.0f}",
         f"{r['bytes'] / r['bytes_formula']:.3f}",
     ]
@@ -253,6 +254,8 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--format", default="float16")
     parser.add_argument("--rounds", type=int, default=2, help="live and cached in turn, this many times")
+    parser.add_argument("--no-disk", action="store_true", help="no epochs that read from disk")
+    parser.add_argument("--live-is", default=",".join(LIVE), help="which of the two ways, with commas between")
     parser.add_argument("--cached-epochs", type=int, default=4, help="cached epochs of a round that count")
     parser.add_argument("--no-live", action="store_true", help="cached epochs alone: how long a step waits for data")
     parser.add_argument("--threads", type=int, default=None, help="threads of torch; its own choice by default")
@@ -275,9 +278,13 @@ def main() -> None:
         rows = []
         for tuner in tuners:
             job = load_job(replace(recipe, tuner=tuner, batch_size=args.batch_size))
-            for live_is in LIVE if not args.no_live else ("as published",):
+            for live_is in args.live_is.split(",") if not args.no_live else ("as published",):
                 print(f"{tuner}, live {live_is}:", flush=True)
-                rows.append(measure(job, live_is, args.rounds, folder, tell, not args.no_live, args.cached_epochs))
+                rows.append(
+                    measure(
+                        job, live_is, args.rounds, folder, tell, not args.no_live, args.cached_epochs, not args.no_disk
+                    )
+                )
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     lengths = ", ".join(f"{s} {n:.1f}" for s, n in rows[0]["lengths"].items())

@@ -227,7 +227,9 @@ IMAGE: dict[str, dict[str, Any]] = {
 def test_fields_of_pictures(field: str) -> None:
     """How images are made is in the identity in words, and as a digest of the whole preprocessing."""
     made = Preprocess()
-    backbone = SimpleNamespace(name="vit", modality="image", writes_text=False, attentions=("sdpa",))
+    backbone = SimpleNamespace(
+        name="vit", modality="image", writes_text=False, continues_text=False, attentions=("sdpa",)
+    )
     common = {"backbone": backbone, "weights_digest": "w", "config_digest": "c"}
 
     def identity(tokenizer: Preprocess) -> dict[str, Any]:

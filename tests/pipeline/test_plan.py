@@ -227,7 +227,7 @@ def test_memory_kept_is_that_of_the_real_step(checkpoints, dtype):
 @pytest.mark.parametrize("samples", [40, 256, 4096])
 def test_three_batches_stand_for_an_epoch_of_skewed_lengths(samples: int) -> None:
     lengths = np.random.default_rng(0).lognormal(2.3, 0.8, samples).astype(np.int64) + 2  # a few long, as in SST-2
-    backbone = SimpleNamespace(writes_text=False, modality="text", streams=("encoder",))
+    backbone = SimpleNamespace(writes_text=False, continues_text=False, modality="text", streams=("encoder",))
     rows = {"train": samples}
     work = Workload(backbone, "probe", None, [], 2, {"train": {"encoder": lengths}}, rows, 32, True, 1, False)  # type: ignore[arg-type]
     found = [(share, int(b["encoder"].sum())) for share, b in work.training_batches()]
