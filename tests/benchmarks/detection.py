@@ -35,9 +35,10 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--short", type=int, default=256)
     parser.add_argument("--long", type=int, default=427)
-    parser.add_argument("--epochs", type=int, nargs="+", default=[60, 80], help="one for all heads, or one each")
+    parser.add_argument("--epochs", type=int, nargs="+", default=[60, 24], help="one for all heads, or one each")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--proposals", type=int, default=128, help="sampled of an image, of heads with proposals")
+    parser.add_argument("--box-head", default="fc", choices=("fc", "conv"), help="of a cascade")
     args = parser.parse_args()
     coco = args.data / "coco"
     common = {
@@ -55,6 +56,8 @@ def main() -> None:
         options = {"head": head, "head_width": args.width}
         if head != "retinanet":
             options["proposals"] = args.proposals
+        if "cascade" in head:
+            options["box_head"] = args.box_head
         kind = "instances" if "mask" in head else "detection"
         recipe = Recipe(
             **common, tuner="fixed", objective=kind, objective_options=options, epochs=epochs, lr=args.lr,
@@ -68,9 +71,9 @@ def main() -> None:
         print(*row, flush=True)
         note = NOTE.format(width=args.width, threads=torch.get_num_threads(), short=args.short, long=args.long)
         command = f"python -m tests.benchmarks.detection --data DATA --out FOLDER --heads {head} --epochs {epochs}"
-        command += f" --width {args.width} --lr {args.lr:g}" + (
-            "" if head == "retinanet" else f" --proposals {args.proposals}"
-        )
+        command += f" --width {args.width} --lr {args.lr:g}"
+        command += "" if head == "retinanet" else f" --proposals {args.proposals}"
+        command += f" --box-head {args.box_head}" if "cascade" in head else ""
         columns = ("head", "parameters", "epochs", "box AP50", "box AP", "mask AP50", "mask AP", "s/epoch")
         write(f"Detection, {head}", command, f"{note}\n\n{markdown(columns, [row])}")
 
