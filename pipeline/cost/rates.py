@@ -93,8 +93,13 @@ class Measured:
             return one("backbone", lambda: backbone_rate(self.backbone, lengths, device), **about)
 
         def step(lengths: dict[str, np.ndarray]) -> float:
-            learned = self.classes if isinstance(self.classes, int) else _said(self.classes)
-            about = {"tuner": self.tuner, "options": asdict(self.config), "classes": learned, "type": str(dtype)}
+            learned: Any = self.classes if isinstance(self.classes, int) else _said(self.classes)
+            about: dict[str, Any] = {
+                "tuner": self.tuner,
+                "options": asdict(self.config),
+                "classes": learned,
+                "type": str(dtype),
+            }
             about = {**same, **about, "lengths": _lists(lengths)}
             given = self.backbone, self.tuner, self.config, lengths, self.classes, device, dtype
             return one("step", lambda: step_seconds(*given), **about)
