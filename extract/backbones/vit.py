@@ -126,7 +126,8 @@ class Vit(LateBlocks, ClassToken, Patches, Vision):
     @property
     def skeleton(self) -> Any:
         found = super().skeleton
-        if self.is_timm and not (type(found) is VisionTransformer or (type(found) is Eva and not found.rope_mixed)):
+        known = isinstance(found, VisionTransformer) or (isinstance(found, Eva) and not found.rope_mixed)
+        if self.is_timm and not known:
             raise UserError(f"{self.config.architecture}: a kind of vision transformer that is not supported")
         return found
 

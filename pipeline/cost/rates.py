@@ -95,7 +95,7 @@ class Measured:
             return one("backbone", lambda: backbone_rate(self.backbone, lengths, device), **about)
 
         def step(lengths: dict[str, np.ndarray]) -> float:
-            learned = self.classes if isinstance(self.classes, int) else _said(self.classes)
+            learned: Any = self.classes if isinstance(self.classes, int) else _said(self.classes)
             known = {"tuner": self.tuner, "options": asdict(self.config), "classes": learned, "type": str(dtype)}
             about: dict[str, Any] = {**same, **known, "lengths": _lists(lengths)}
             about |= {} if self.classes else {"learned": self.learned}

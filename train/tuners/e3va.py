@@ -58,14 +58,13 @@ class LowRank(nn.Module):
         return F.linear(state_linear(x, self.first), self.second, self.bias)
 
 
-class LowRankAdapter(nn.Module):
-    """A(x) = x + U GELU(D x + b) + c through half the width. Parameters: 6 α C + 3 C / 2. `reads`: channels of x where
-    a projection kept fewer, which `correction` alone can take."""
+class Adapter(nn.Module):
+    """A(x) = x + U GELU(D x + b) + c. `reads`: channels of x where a projection kept fewer, which `correction` alone
+    can take."""
 
-    def __init__(self, width: int, alpha: int, zero: bool, reads: int) -> None:
+    def __init__(self, down: nn.Module, up: nn.Module) -> None:
         super().__init__()
-        self.down = LowRank(reads, width // 2, alpha)
-        self.up = LowRank(width // 2, width, alpha, zero)
+        self.down, self.up = down, up
 
     def forward(self, x: Tensor) -> Tensor:
         # The sum in full width: autocast would round the correction to the steps of a tap in half precision.
@@ -77,15 +76,22 @@ class LowRankAdapter(nn.Module):
         return out
 
 
-class PlainAdapter(LowRankAdapter):
-    """A(x) = x + U GELU(D x + b) + c through `middle` channels. Parameters: 2 C · middle + middle + C."""
+class LowRankAdapter(Adapter):
+    """Through half the width. Parameters: 6 α C + 3 C / 2."""
+
+    def __init__(self, width: int, alpha: int, zero: bool, reads: int) -> None:
+        super().__init__(LowRank(reads, width // 2, alpha), LowRank(width // 2, width, alpha, zero))
+
+
+class PlainAdapter(Adapter):
+    """Through `middle` channels, by whole matrices. Parameters: 2 C · middle + middle + C."""
 
     def __init__(self, width: int, middle: int, zero: bool, reads: int) -> None:
-        nn.Module.__init__(self)
-        self.down, self.up = StateLinear(reads, middle), nn.Linear(middle, width)
+        down, up = StateLinear(reads, middle), nn.Linear(middle, width)
         if zero:
-            nn.init.zeros_(self.up.weight)
-            nn.init.zeros_(self.up.bias)
+            nn.init.zeros_(up.weight)
+            nn.init.zeros_(up.bias)
+        super().__init__(down, up)
 
 
 @register_tuner("e3va", E3vaConfig)
