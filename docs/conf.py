@@ -27,7 +27,9 @@ html_theme = "furo"
 html_title = "activation-pipeline"
 html_static_path = ["_static"]
 html_css_files = ["page.css"]
+smartquotes = False  # an option is --option
 html_show_sphinx = False
+html_show_copyright = False
 html_copy_source = False
 
 autodoc_member_order = "bysource"

@@ -69,7 +69,7 @@ def combinations() -> str:
     lines += [f"| {_short(n)} | `{n}` | {objective_class(n).description} |" for n in objective_names()]
     lines += ["", "## Tuners, from the store", "", f"| tuner | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     for tuner in tuner_names():
-        cells = [" ".join(_short(o) for o in _read(*samples[name], tuner)) for name in names]
+        cells = ["\u00a0".join(_short(o) for o in _read(*samples[name], tuner)) for name in names]
         lines.append(f"| `{tuner}` | {' | '.join(cells)} |")
     lines += [
         "", "`completion` is for texts that are gone on with, by decoders alone; a T5 writes a label's text "

@@ -192,7 +192,8 @@ def confusion(classes: Classes) -> str:
                           color=PAGE if share > 0.6 else INK, fontsize=9)  # fmt: skip
         axis.set(xlim=(-0.5, count - 0.5), ylim=(count - 0.5, -0.5), xlabel="predicted", ylabel="true")
         names = [plain(name, 16) for name in classes.names]
-        axis.set_xticks(range(count), names, rotation=45 if count > 4 else 0, ha="right" if count > 4 else "center")
+        turned = max(map(len, names)) > 8 or count > 4
+        axis.set_xticks(range(count), names, rotation=30 if turned else 0, ha="right" if turned else "center")
         axis.set_yticks(range(count), names)
         return _svg(figure, "confusion matrix")
 

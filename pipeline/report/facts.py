@@ -146,7 +146,8 @@ def read_runs(folders: Sequence[Path], rows: Mapping[Path, Mapping[str, Any]]) -
             raise UserError(f"{folder}: its files cannot be read ({error}): copy the run anew") from None
         alike = [o for o in plain.values() if o.get("tuner") == plain[folder].get("tuner")]
         own = [(k, v) for k, v in plain[folder].items() if any(o.get(k) != v for o in alike)]
-        label = " ".join([str(recipes[folder]["tuner"]), *(f"{option_name(k)[2:]}={_text(v)}" for k, v in own)])
+        told = [option_name(k)[2:] + ("" if v is True else f"={_text(v)}") for k, v in own if v not in (None, False)]
+        label = " ".join([str(recipes[folder]["tuner"]), *told])
         steps = [entry for entry in log if "loss" in entry]
         scores = [entry for entry in log if "validation" in entry]
         seed, row = int(recipes[folder].get("seed", 0)), rows.get(folder, {})

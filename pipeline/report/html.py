@@ -53,10 +53,8 @@ def run_report(given: Sequence[str], output: Path, say: Say, **elsewhere: Any) -
         say(f"looking into {run.folder}")
         looked.append(_looked(details(run, **elsewhere), charts))
     parts = [_table(settings, "Scores", charts)] if settings else []
-    parts += [
-        _table(_ranked(rows), f"Table: {name}" if settings or len(found.tables) > 1 else "Scores", charts)
-        for name, rows in found.tables
-    ]
+    alone = not settings and len(found.tables) == 1
+    parts += [_table(_ranked(rows), "Scores" if alone else f"Table: {name}", charts) for name, rows in found.tables]
     page = _page(
         title=f"{Path(next(iter(tasks))).name}: report" if tasks else f"{found.tables[0][0]}: methods side by side",
         made=time.strftime("%Y-%m-%d %H:%M"),
@@ -164,11 +162,8 @@ def _table(settings: Sequence[Setting], title: str, charts: Any) -> dict[str, An
         for s in settings
     ]  # fmt: skip
     several = any(s.seeds > 1 for s in settings)
-    note = (
-        "± is half of the 95 % interval of the mean over seeds (Student's t); a chart cuts long ones."
-        if several
-        else "One seed each."
-    )
+    interval = "± is half of the 95 % interval of the mean over seeds (Student's t); a chart cuts long ones."
+    note = interval if several else "One seed each."
     judged = _judged(settings)
     alone = [f for f in shown if f.split()[:1] == judged.split()[:1]]
     chart = (
