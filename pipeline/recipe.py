@@ -88,6 +88,13 @@ class Recipe:
         metavar="COLUMN",
     )
     label: str | None = _option(None, "Own table: column with the label.", "extract train", metavar="COLUMN")
+    columns: tuple[str, ...] = _option(
+        (),
+        "Own table, CSV or TSV: what its columns are called, where no first line says so: a,b,label.",
+        "extract train",
+        many=True,
+        metavar="NAMES",
+    )
     separator: str | None = _option(
         None,
         "Own table: what parts several labels in the label column; any number of them a row.",

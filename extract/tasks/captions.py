@@ -39,9 +39,10 @@ def load_pairs(
     validation: Path | None,
     test: Path | None,
     name: str | None,
+    columns: Sequence[str] = (),
 ) -> Task:
-    """The rows of `table`, read from `path`, as one slot of a task of pairs. `column`: the slot's own. Raises
-    `TaskError` naming the row in which something is missing, or the columns there are where none is called as it should
+    """The rows of `table`, read from `path`, as one slot of a task of pairs. `column`: the slot's own. `columns`: what
+    those of all files are called, where these have no header. Raises `TaskError` naming the row in which something is missing, or the columns there are where none is called as it should
     be."""
     column = column or _called(table, IMAGES if how.files else CAPTIONS, "--image" if how.files else "--text")
     together = how.together or next((c for c in IMAGES if c in table.columns), column)
@@ -52,7 +53,7 @@ def load_pairs(
         ids = ["" if v is None else str(v) for v in sheet.column("id")] if "id" in sheet.columns else []
         return Rows(texts, [None] * len(texts), ids if column != "id" else [])
 
-    parted = part(path, table, rows_of, validation, test, together=together)
+    parted = part(path, table, rows_of, validation, test, together=together, columns=columns)
     spec = TaskSpec(table_name(name or path.stem), "pair", (), (), (column,), "")
     return Task(spec, parted.splits, parted.provenance, parted.absent)
 

@@ -56,11 +56,17 @@ def completion_fields(columns: Sequence[str], labels: Sequence[str], asked: Aske
 
 
 def load_completions(
-    path: Path, table: Sheet, fields: tuple[str, ...], validation: Path | None, test: Path | None, name: str | None
+    path: Path,
+    table: Sheet,
+    fields: tuple[str, ...],
+    validation: Path | None,
+    test: Path | None,
+    name: str | None,
+    columns: Sequence[str] = (),
 ) -> Task:
     """The rows of `table`, read from `path`, as a completion task. Raises `TaskError` naming the row whose text is
     missing, or whose messages are none."""
-    parted = part(path, table, lambda sheet, split: _rows(sheet, fields), validation, test)
+    parted = part(path, table, lambda sheet, split: _rows(sheet, fields), validation, test, columns=columns)
     return _task(table_name(name or path.stem), fields, parted.splits, parted.absent, parted.provenance)
 
 

@@ -33,6 +33,16 @@ def hub_folder(task: str, data: str | Path | None) -> Path:
     return Path(data) if data else cache_folder() / "pictures" / hub_name(task)
 
 
+def has_images(task: str, data: str | Path | None) -> bool:
+    """Whether `hub:DATASET` is of images: its files lie there as such, or it has a column of them. `TaskError` where it
+    cannot be fetched."""
+    if (hub_folder(task, data) / MARK).is_file():
+        return True
+    import datasets
+
+    return any(isinstance(f, datasets.Image) for f in fetch(task.removeprefix(PREFIX))["train"].features.values())
+
+
 def load_hub_images(task: str, data: Path | None) -> Task:
     """The task of `hub:DATASET`, a name on the hub or the path of a dataset's files.
 

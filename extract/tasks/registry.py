@@ -16,7 +16,8 @@ from pipeline.extract.tasks.captions import Paired
 from pipeline.extract.tasks.coco import is_coco, load_coco
 from pipeline.extract.tasks.completion import load_hub_texts
 from pipeline.extract.tasks.glue import GLUE, USUAL_GRID, load_glue
-from pipeline.extract.tasks.hub_images import PREFIX, hub_name, load_hub_images
+from pipeline.extract.tasks.hub_images import PREFIX, has_images, hub_name, load_hub_images
+from pipeline.extract.tasks.hub_table import load_hub_table
 from pipeline.extract.tasks.images import load_folder
 from pipeline.extract.tasks.masks import load_masks, mask_pairs
 from pipeline.extract.tasks.names import table_name
@@ -61,15 +62,16 @@ def load_task(
     stratify: bool = False,
     metrics: Sequence[str] = (),
     task_name: str | None = None,
+    columns: Sequence[str] = (),
     grid: float = USUAL_GRID,
     continues: bool = False,
     void: int | None = None,
     skip_bad: bool = False,
     paired: Paired | None = None,
 ) -> Task:
-    """The task called `name`, the table at the path `name` (.csv, .tsv, .jsonl, .json, .conll), the images in that
-    folder, with masks or objects beside them or in folders of classes, those of a Hugging Face dataset (hub:DATASET),
-    or of COCO's JSON.
+    """The task called `name`, the table at the path `name` (.csv, .tsv, .jsonl, .json, .parquet, .conll), the images in
+    that folder, with masks or objects beside them or in folders of classes, the images or texts of a Hugging Face
+    dataset (hub:DATASET), or the images of COCO's JSON.
 
     `data`: folder of the task's files, instead of the Hugging Face hub. `grid`: spacing of the STS-B targets, 0.1 as in
     the official LST and SHERL code (a quirk) or 0.2 as in T5. `targets`: types of target that will do, () for any.
@@ -79,11 +81,19 @@ def load_task(
     """
     options = {"text": text, "text-pair": text_pair, "label": label, "separator": separator,
                "validation": validation, "test": test, "stratify": stratify, "metrics": metrics,
-               "task-name": task_name}  # fmt: skip
+               "columns": columns, "task-name": task_name}  # fmt: skip
     texts = name.startswith(PREFIX) and (continues or "tokens" in targets)
     coco = is_table(name) and is_coco(table_path(name, data))
     if coco:
         options = {k: v for k, v in options.items() if k not in ("validation", "test", "task-name")}
+    if name.startswith(PREFIX) and not texts and not has_images(name, data):
+        if beside := [f"--{o}" for o in ("validation", "test", "columns", "task-name") if options[o]]:
+            raise TaskError(f"task {name} has its own splits and columns; {', '.join(beside)} is for a table")
+        found = load_hub_table(
+            name, text=text, text_pair=text_pair, label=label, separator=separator, targets=targets,
+            stratify=stratify, metrics=metrics,
+        )  # fmt: skip
+        return replace(found, origin=digest_json(["hub", name]))
     pictures = not texts and (coco or name.startswith(PREFIX) or is_folder(name))
     given = [f"--{option}" for option, value in options.items() if value and not (pictures and option == "task-name")]
     if given and (pictures or is_named(name)):
@@ -107,7 +117,7 @@ def load_task(
         made = load_table(
             path, text=text, text_pair=text_pair, label=label, separator=separator, targets=targets,
             validation=validation, test=test, stratify=stratify, metrics=metrics, name=task_name, continues=continues,
-            paired=paired,
+            columns=columns, paired=paired,
         )  # fmt: skip
         return replace(made, origin=_origin(path, validation, test))
     if is_folder(name):

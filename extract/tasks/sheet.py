@@ -1,4 +1,4 @@
-"""Reads a table of text (CSV, TSV, JSON lines, CoNLL) whole; names file and line for all that is wrong with it.
+"""Reads a table (CSV, TSV, JSON lines, Parquet, CoNLL) whole; names file and line for all that is wrong with it.
 
 TSV is read as GLUE writes it: no quoting, a quote is a character like any other. CSV follows RFC 4180; where the header
 has no comma but a semicolon or a tab, that is the separator. A byte-order mark is dropped. Blank lines are skipped.
@@ -25,7 +25,8 @@ from pipeline.store.format.digest import digest_bytes
 from pipeline.store.near import near
 
 WORDS = (".conll", ".iob", ".bio")
-SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", *WORDS)
+PARQUET = ".parquet"
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", PARQUET, *WORDS)
 _HALF_A_PAIR = re.compile("[\ud800-\udfff]")
 LONGEST_FIELD = 16 << 20  # characters; Python's own limit of 131,072 is less than a long document
 
@@ -67,10 +68,16 @@ def read_sheet(path: Path, columns: list[str] | None = None, drop_broken: bool =
     """Reads `path` by its suffix. `columns`: names for a file without a header line. `drop_broken`: leave out rows with
     a wrong number of fields and count them.
 
-    Raises `TaskError` for: no such file, empty file, no rows, not UTF-8, wrong number of fields, broken JSON or quotes.
+    Raises `TaskError` for: no such file, empty file, no rows, not UTF-8, wrong number of fields, broken JSON or quotes,
+    a file of another kind, `columns` for a file whose columns have names, or of which two are alike.
     """
     raw = file_bytes(path)
     digest = digest_bytes(raw)
+    if columns is not None:
+        _refuse_names(path, columns)
+    if path.suffix.lower() == PARQUET:
+        names, rows = _parquet_rows(path, raw)
+        return Sheet(path, names, rows, list(range(1, len(rows) + 1)), digest)
     text = _decode(path, raw)
     if not text.strip():
         raise TaskError(f"{path} is empty; a table needs a header line and rows")
@@ -85,6 +92,59 @@ def read_sheet(path: Path, columns: list[str] | None = None, drop_broken: bool =
     if not rows:
         raise TaskError(f"{path} has a header but no rows")
     return Sheet(path, names, rows, lines, digest, dropped)
+
+
+def _refuse_names(path: Path, columns: list[str]) -> None:
+    if path.suffix.lower() not in (".csv", ".tsv"):
+        raise TaskError(f"{path}: --columns is for CSV and TSV files without a header; the columns here have names")
+    if twice := next((name for name in columns if columns.count(name) > 1), None):
+        raise TaskError(f"--columns: {twice!r} is given twice")
+
+
+def _parquet_rows(path: Path, raw: bytes) -> tuple[list[str], list[list[Any]]]:
+    """Column names and rows of a Parquet file; NaN, which pandas writes for what is missing, is None. Numbers that are
+    names of classes, as `datasets` writes them, are these names."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    if not raw:
+        raise TaskError(f"{path} is empty; a table needs rows")
+    try:
+        table = parquet.read_table(pa.BufferReader(raw))
+    except (pa.ArrowException, OSError) as error:
+        what = " ".join(str(error).split())[:200]
+        raise TaskError(f"{path} cannot be read as Parquet: {what}") from None
+    names = [str(name) for name in table.column_names if not re.fullmatch(r"__index_level_\d+__", str(name))]
+    if not names or not table.num_rows:
+        raise TaskError(f"{path} has no {'rows' if names else 'columns'}")
+    known = _class_names(table.schema)
+    columns = []
+    for place, name in enumerate(table.column_names):
+        if name in names:
+            values = table.column(place).to_pylist()
+            values = [None if isinstance(v, float) and v != v else v for v in values]
+            columns.append([named_class(path, known[name], v) for v in values] if name in known else values)
+    return names, [list(row) for row in zip(*columns, strict=True)]
+
+
+def _class_names(schema: Any) -> dict[str, list[str]]:
+    """Column → names of its classes, as `datasets` writes them into a file's metadata."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        return {
+            n: list(f["names"]) for n, f in features.items() if isinstance(f, dict) and f.get("_type") == "ClassLabel"
+        }
+    except (KeyError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def named_class(path: Path, names: list[str], value: Any) -> Any:
+    """The class that a number stands for; None for -1, which is none. TaskError for a number that is no class."""
+    if value is None or value == -1:
+        return None
+    if not isinstance(value, int) or not 0 <= value < len(names):
+        raise TaskError(f"{path}: {value!r} is none of the {len(names)} classes that the file names")
+    return names[value]
 
 
 def sheet_digest(path: Path) -> str:
@@ -121,7 +181,7 @@ def _decode(path: Path, raw: bytes) -> str:
 def _delimited_rows(
     path: Path, text: str, columns: list[str] | None, drop_broken: bool
 ) -> tuple[list[str], list[list[Any]], list[int], int]:
-    records = _tsv_records(text) if path.suffix.lower() == ".tsv" else _csv_records(path, text)
+    records = _tsv_records(text) if path.suffix.lower() == ".tsv" else _csv_records(path, text, columns)
     names = columns
     rows: list[list[Any]] = []
     lines: list[int] = []
@@ -129,6 +189,8 @@ def _delimited_rows(
     for line, record in records:
         if names is None:
             names = [name.strip() for name in record]
+        elif not rows and columns and [name.strip() for name in record] == columns:
+            raise TaskError(f"{path}: its first line has the names of the columns: leave --columns out")
         elif len(record) == len(names):
             rows.append(record)
             lines.append(line)
@@ -149,10 +211,13 @@ def _tsv_records(text: str) -> Iterator[tuple[int, list[str]]]:
             yield number, line.split("\t")
 
 
-def _csv_records(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
+def _csv_records(path: Path, text: str, columns: list[str] | None) -> Iterator[tuple[int, list[str]]]:
     header = text.split("\n", 1)[0]
-    separator = next((s for s in ",;\t" if s in header), ",")
     csv.field_size_limit(max(csv.field_size_limit(), LONGEST_FIELD))
+    fitting = [s for s in ",;\t" if s in header]
+    if columns and len(fitting) > 1:  # a row's texts may have any of them
+        fitting = [s for s in fitting if len(next(csv.reader([header], delimiter=s))) == len(columns)]
+    separator = next(iter(fitting), ",")
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     try:
         for record in reader:

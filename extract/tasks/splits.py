@@ -34,9 +34,11 @@ def part(
     validation: Path | None,
     test: Path | None,
     stratify: bool = False,
+    columns: Sequence[str] = (),
     together: str = "",
 ) -> Parted:
     """The rows of `table`, which was read from `path`, by splits. `rows_of(sheet, split)` makes rows of a file.
+    `columns`: what those of all files are called, where these have no header.
 
     Where neither a validation nor a test file is given, a tenth of the rows each is held out by the fixed permutation
     (seed 42, whatever the run's seed), so that a table always splits the same way. With a test file alone, only
@@ -50,7 +52,7 @@ def part(
     given: dict[str, Rows] = {}
     for split, file in (("validation", validation), ("test", test)):
         if file is not None:
-            sheet = read_sheet(file)
+            sheet = read_sheet(file, list(columns) or None)
             given[split], parts[split] = rows_of(sheet, split), sheet.digest
     groups = table.column(together) if together else ()
     splits, absent = hold_out(everything, given, str(path), stratify, groups)
@@ -58,7 +60,8 @@ def part(
     provenance = {
         "dataset": path.name, "revision": revision, "licence": "not stated", "source": "table",
         "splits": "files" if validation is not None and test is not None else "held-out", "files": parts,
-        **({"stratified": True} if stratify else {}), **({"together": together} if together else {}),
+        **({"stratified": True} if stratify else {}), **({"columns": list(columns)} if columns else {}),
+        **({"together": together} if together else {}),
     }  # fmt: skip
     return Parted(everything, splits, absent, provenance)
 

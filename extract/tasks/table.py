@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from pipeline.extract.tasks.captions import Paired, load_pairs
 from pipeline.extract.tasks.completion import Asked, completion_fields, load_completions
 from pipeline.extract.tasks.names import table_name
 from pipeline.extract.tasks.sheet import WORDS, Sheet, read_sheet
-from pipeline.extract.tasks.splits import part
+from pipeline.extract.tasks.splits import Parted, part
 from pipeline.extract.words import words_of
 
 GRID_STEPS = 50  # a regression grid has at most this many steps
@@ -38,9 +38,11 @@ def load_table(
     metrics: Sequence[str] = (),
     name: str | None = None,
     continues: bool = False,
+    columns: Sequence[str] = (),
     paired: Paired | None = None,
 ) -> Task:
-    """The table at `path` as a task named after the file (or `name`).
+    """The table at `path` as a task named after the file (or `name`). `columns`: what its columns are called, where its
+    files have no line that says so.
 
     `text`, `text_pair`, `label`: column names; where not given, `text`, `sentence`, `words` or `tokens` and `label`,
     `labels`, `tags` or `ner_tags` are looked for; of a CoNLL file the first column has the words and the last the tags.
@@ -61,23 +63,38 @@ def load_table(
     """
     if stratify and validation is not None:
         raise TaskError("--stratify: with --validation no rows are held out; leave one of the two out")
-    train = read_sheet(path)
+    train = read_sheet(path, list(columns) or None)
     if paired is not None and label is None and ("pair" in targets or not (targets or _found(train, _LABELS))):
         if separator or stratify or text_pair:
             raise TaskError(
                 "rows of pairs have one column a slot and no label: leave out --separator, --stratify, --text-pair"
             )
-        return load_pairs(path, train, text, paired, validation, test, name)
+        return load_pairs(path, train, text, paired, validation, test, name, columns)
     asked = Asked(text, targets, continues, others=any((text_pair, label, separator, metrics)))
     if texts := completion_fields(train.columns, _LABELS, asked):
-        return load_completions(path, train, texts, validation, test, name)
+        return load_completions(path, train, texts, validation, test, name, columns)
+    reading = read_as(train, text, text_pair, label, separator, targets, stratify)
+    parted = part(path, train, rows_of(reading), validation, test, stratify, columns)
+    return made_task(table_name(name or path.stem), reading, parted, metrics)
+
+
+def read_as(
+    train: Sheet,
+    text: str | None,
+    text_pair: str | None,
+    label: str | None,
+    separator: str | None,
+    targets: Sequence[str],
+    stratify: bool,
+) -> Reading:
+    """How the columns of `train` become rows. Arguments and errors as of `load_table`."""
+    path = train.path
     words = path.suffix.lower() in WORDS
     text = text or (train.columns[0] if words else _guess(train, _TEXTS, "--text"))
     label = label or (train.columns[-1] if words and len(train.columns) > 1 else _found(train, _LABELS))
     if label is None and targets and "none" not in targets:
         _guess(train, _LABELS, "--label")
     fields = (text, text_pair) if text_pair else (text,)
-    name = table_name(name or path.stem)
     given = train.column(label) if label else []
     for row, value in enumerate(given):
         if value is None or (value == "" and not separator):
@@ -86,27 +103,36 @@ def load_table(
     lists = any(isinstance(value, list) for value in given)
     if lists and separator:
         raise TaskError(f"{path}: --separator parts labels within a text, those in column {label!r} are lists")
-    reading = _Reading(fields, label or "", target, separator, lists)
+    reading = Reading(fields, label or "", target, separator, lists)
     if target not in ("number", "none"):
         reading.classes = _class_names(train, reading, given)
 
     if stratify and target != "class":
         raise TaskError(f"{path}: --stratify needs one class a row; the type of the target here is {target}")
+    return reading
 
-    def rows_of(sheet: Sheet, split: str) -> Rows:
+
+def rows_of(reading: Reading) -> Callable[[Sheet, str], Rows]:
+    """What makes the rows of a split of its sheet."""
+
+    def make(sheet: Sheet, split: str) -> Rows:
         rows = _rows(sheet, reading)
-        if split == "validation" and label:
-            _all_labelled(sheet, rows, label)
+        if split == "validation" and reading.label:
+            _all_labelled(sheet, rows, reading.label)
         return rows
 
-    parted = part(path, train, rows_of, validation, test, stratify)
+    return make
+
+
+def made_task(name: str, reading: Reading, parted: Parted, metrics: Sequence[str]) -> Task:
+    """The task of rows that were read and split."""
     spec = _spec(name, reading, parted.everything, tuple(metrics))
-    more = {"label": label, **({"separator": separator} if separator else {})}
+    more = {"label": reading.label or None, **({"separator": reading.separator} if reading.separator else {})}
     return Task(spec, parted.splits, {**parted.provenance, **more}, parted.absent)
 
 
 @dataclass
-class _Reading:
+class Reading:
     """How columns become rows. `classes`: names of classes or tags; `lists`: labels are lists, never text."""
 
     fields: tuple[str, ...]
@@ -136,7 +162,7 @@ def _label_text(sheet: Sheet, row: int, value: Any) -> str | None:
     raise TaskError(f"{sheet.where(row)}: a label must be text or a number, not {type(value).__name__}")
 
 
-def _labels_of(sheet: Sheet, row: int, value: Any, reading: _Reading) -> list[str] | None:
+def _labels_of(sheet: Sheet, row: int, value: Any, reading: Reading) -> list[str] | None:
     """The several labels of a row as text, None where they are missing."""
     if value is None or (value == "" and reading.target == "tags"):
         return None
@@ -181,7 +207,7 @@ def _target(
     raise TaskError(f"{sheet.path}: the labels are of type {fitting[0]}, not {' or '.join(asked)}")
 
 
-def _class_names(sheet: Sheet, reading: _Reading, labels: list[Any]) -> tuple[str, ...]:
+def _class_names(sheet: Sheet, reading: Reading, labels: list[Any]) -> tuple[str, ...]:
     if reading.target == "class":
         found = {text for row, value in enumerate(labels) if (text := _label_text(sheet, row, value)) is not None}
     else:
@@ -195,7 +221,7 @@ def _class_names(sheet: Sheet, reading: _Reading, labels: list[Any]) -> tuple[st
     return tuple(names)
 
 
-def _rows(sheet: Sheet, reading: _Reading) -> Rows:
+def _rows(sheet: Sheet, reading: Reading) -> Rows:
     fields, label, classes = reading.fields, reading.label, reading.classes
     columns = [sheet.column(field) for field in fields]
     given: list[Any] = sheet.column(label) if label in sheet.columns else [None] * len(sheet)
@@ -253,7 +279,7 @@ def _all_labelled(sheet: Sheet, rows: Rows, label: str) -> None:
             raise TaskError(f"{sheet.where(row)}: no label in column {label!r}; every validation row needs one")
 
 
-def _spec(name: str, reading: _Reading, rows: Rows, metrics: tuple[str, ...]) -> TaskSpec:
+def _spec(name: str, reading: Reading, rows: Rows, metrics: tuple[str, ...]) -> TaskSpec:
     fields, classes, target = reading.fields, reading.classes, reading.target
     titles = [field.replace("{", "{{").replace("}", "}}") for field in fields]
     prompt = " ".join([name, *(f"{title}: {{{place}}}" for place, title in enumerate(titles))])

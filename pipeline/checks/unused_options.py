@@ -24,9 +24,10 @@ PICTURE_OPTIONS: dict[str, tuple[Any, ...]] = {
     "skip_bad": (False,), "frames": (None,),
 }  # fmt: skip
 # How a file becomes a task.
-TABLE_OPTIONS = ("text", "text_pair", "label", "separator", "validation", "test", "stratify", "grid")
+TABLE_OPTIONS = ("text", "text_pair", "label", "columns", "separator", "validation", "test", "stratify", "grid")
 STREAM_OPTIONS = (
-    "model", "task", "store", "data", "text", "text_pair", "image", "label", "separator", "objective", "validation",
+    "model", "task", "store", "data", "text", "text_pair", "image", "label", "columns", "separator", "objective",
+    "validation",
     "test", "stratify", "limit", "space", "format", "projection", "precision", "attention", "prompt", "max_length",
     "truncation_side", "stride", "image_size", "views", "augment", "view_seed", "batch_size", "seed", "device", "tier",
     "host_memory", "scheduler", "window", "group_by_length", "imports",

@@ -26,9 +26,9 @@ from pipeline.values import checked_value
 
 # What one sweep has one of: the task and its splits, so that scores can be compared, and where things are.
 _FIXED = (
-    "model", "task", "store", "data", "text", "text_pair", "image", "label", "separator", "validation", "test",
-    "stratify", "grid", "metric", "out", "overwrite", "device", "tier", "host_memory", "scheduler", "imports", "tuners",
-    "split", "skip_bad", "batch_tokens", "tensorboard", "report_to", "live", "objective", "fold",
+    "model", "task", "store", "data", "text", "text_pair", "image", "label", "columns", "separator", "validation",
+    "test", "stratify", "grid", "metric", "out", "overwrite", "device", "tier", "host_memory", "scheduler", "imports",
+    "tuners", "split", "skip_bad", "batch_tokens", "tensorboard", "report_to", "live", "objective", "fold",
 )  # fmt: skip
 _LONGEST = 80  # characters of a run folder's name
 _HINTS = get_type_hints(Recipe)

@@ -193,7 +193,8 @@ def rows_options(recipe: Recipe, spec: TaskSpec, header: Mapping[str, Any]) -> d
     made, values = header.get("provenance", {}), spec.values if spec.target == "number" else ()
     stepped = len(values) > 1 and made.get("source") != "table"  # of a table the step follows from its range
     grid = values[1] - values[0] if stepped else recipe.grid
-    return {"stratify": bool(made.get("stratified")) or recipe.stratify, "grid": grid}
+    columns = tuple(made.get("columns", ())) or recipe.columns
+    return {"stratify": bool(made.get("stratified")) or recipe.stratify, "grid": grid, "columns": columns}
 
 
 def load_job(recipe: Recipe, version: str | None = None, space: str | None = None) -> Job:

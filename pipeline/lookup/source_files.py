@@ -7,6 +7,7 @@ training on a folder of images costs one reading of it, naming the stored task i
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,8 @@ class AtHand:
         for split, (path, digest) in self.files.items() if isinstance(files, dict) else ():
             if files.get(split) != digest:
                 return f"{path} is not the file that was {when}, or has changed"
+        if self.dataset is not None and "hub" in made and made.get("revision") != self._revision(header, made):
+            return f"{self.dataset} does not hold what was {when}, or has changed"
         where = self.recipe.data or self.recipe.task
         revision = made.get("revision")
         if self.task is not None and revision is not None and revision != self.task.provenance.get("revision"):
@@ -86,19 +89,35 @@ class AtHand:
             return f"images of {self.recipe.task} are not those that were {when}, or have changed"
         return ""
 
-    def _names(self, path: Path, column: str) -> list[str]:
+    def _names(self, path: Path, header: Mapping[str, Any]) -> list[str]:
         """The names of images in a file."""
         if is_coco(path):
             return image_names(path, Path(picture_root(self.recipe)))
-        return [str(name) for name in read_sheet(path).column(column)]
+        return [str(name) for name in read_sheet(path, _names_of(header)).column(header["spec"]["fields"][0])]
+
+    @property
+    def dataset(self) -> Path | None:
+        """The folder of a dataset of texts, where that is here."""
+        folder = Path(self.recipe.task.removeprefix(PREFIX))
+        own = self.recipe.task.startswith(PREFIX) and folder.is_dir() and not Path(picture_root(self.recipe)).is_dir()
+        return folder if own else None
+
+    def _revision(self, header: Mapping[str, Any], made: Mapping[str, Any]) -> str:
+        """Of the dataset's rows, read as the stored ones were."""
+        fields = [*header["spec"]["fields"], None][:2]
+        how = {"label": made.get("label"), "separator": made.get("separator"), "stratify": made.get("stratified")}
+        try:
+            task = open_task(replace(self.recipe, text=fields[0], text_pair=fields[1], **how))
+        except TaskError:
+            return ""
+        return str(task.provenance.get("revision"))
 
     def _held(self, header: Mapping[str, Any], unknown: str) -> str:
         """What the images at hand hold; `unknown` where there are none."""
         if self.task is not None:
             names = tuple(t[0] for rows in self.task.splits.values() for t in rows.texts)
         elif self.files and set(self.files) == set(header["provenance"].get("files") or ()):
-            column = header["spec"]["fields"][0]
-            names = tuple(n for path, _ in self.files.values() for n in self._names(path, column))
+            names = tuple(n for path, _ in self.files.values() for n in self._names(path, header))
         else:
             return unknown
         root = Path(picture_root(self.recipe))
@@ -107,3 +126,8 @@ class AtHand:
         if names not in self._contents:
             self._contents[names] = contents(root, names)
         return self._contents[names]
+
+
+def _names_of(header: Mapping[str, Any]) -> list[str] | None:
+    """What the columns of a table's files are called that have no header; None for others."""
+    return list(header["provenance"].get("columns") or ()) or None

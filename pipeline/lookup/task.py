@@ -41,6 +41,7 @@ def open_task(recipe: Recipe, backbone: Backbone | None = None) -> Task:
         validation=Path(recipe.validation) if recipe.validation else None,
         test=Path(recipe.test) if recipe.test else None,
         stratify=bool(recipe.stratify),
+        columns=recipe.columns,
         grid=USUAL_GRID if recipe.grid is None else recipe.grid,
         continues=backbone is not None and backbone.continues_text and not several,
         paired=Paired(together(recipe), files) if isinstance(recipe, SlotRecipe) else None,

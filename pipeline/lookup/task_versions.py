@@ -288,6 +288,9 @@ def unlike(recipe: Recipe, header: Mapping[str, Any]) -> str:
             return f"{option} was {there!r}, now {asked!r}"
     if recipe.separator is not None and made.get("source") == "table" and "separator" not in made:
         return f"--separator was none, now {recipe.separator!r}"
+    if recipe.columns and made.get("source") == "table" and list(recipe.columns) != made.get("columns", []):
+        was = ",".join(made.get("columns", [])) or "those of its first line"
+        return f"--columns was {was}, now {','.join(recipe.columns)}"
     if recipe.stratify is not None and recipe.stratify != bool(made.get("stratified")):
         was, now = ("without", "with") if recipe.stratify else ("with", "without")
         return f"rows were held out {was} --stratify, now {now} it"
