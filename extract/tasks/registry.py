@@ -12,13 +12,14 @@ from pathlib import Path
 
 from pipeline.extract.plugins import load_installed
 from pipeline.extract.tasks.base import Task, TaskError
-from pipeline.extract.tasks.captions import Paired
+from pipeline.extract.tasks.captions import Paired, load_msvd
 from pipeline.extract.tasks.completion import load_hub_texts
 from pipeline.extract.tasks.glue import GLUE, USUAL_GRID, load_glue
 from pipeline.extract.tasks.hub_images import PREFIX, hub_name, load_hub_images
 from pipeline.extract.tasks.images import load_folder
 from pipeline.extract.tasks.masks import load_masks, mask_pairs
 from pipeline.extract.tasks.names import table_name
+from pipeline.extract.tasks.pair_files import is_msvd
 from pipeline.extract.tasks.sheet import SUFFIXES
 from pipeline.extract.tasks.table import load_table
 from pipeline.store.format.digest import digest_json
@@ -76,7 +77,8 @@ def load_task(
                "validation": validation, "test": test, "stratify": stratify, "metrics": metrics,
                "task-name": task_name}  # fmt: skip
     texts = name.startswith(PREFIX) and (continues or "tokens" in targets)
-    pictures = not texts and (name.startswith(PREFIX) or is_folder(name))
+    pairs = paired is not None and is_folder(name) and is_msvd(Path(name))
+    pictures = not texts and not pairs and (name.startswith(PREFIX) or is_folder(name))
     given = [f"--{option}" for option, value in options.items() if value and not (pictures and option == "task-name")]
     if given and (pictures or is_named(name)):
         what = "images in folders" if pictures else "a public task"
@@ -95,6 +97,8 @@ def load_task(
             paired=paired,
         )  # fmt: skip
         return replace(made, origin=_origin(path, validation, test))
+    if pairs and paired is not None:
+        return replace(load_msvd(Path(name), text, paired, task_name), origin=_origin(Path(name)))
     if is_folder(name):
         dense = "mask" in targets or (not targets and mask_pairs(Path(name)) is not None)
         made = load_masks(Path(name), task_name, void) if dense else load_folder(Path(name), task_name)

@@ -1,11 +1,11 @@
 """Image–text retrieval on 1,000 photographs with five captions each (Flickr8k), from cached states of small encoders.
 
-    python -m tests.benchmarks.retrieval --work DIR                    # pooled linear maps, three seeds; cached and live
-    python -m tests.benchmarks.retrieval --work DIR --folds 5          # GPO and a side network against pooled maps
+    python -m tests.benchmarks.retrieval --work DIR              # pooled linear maps, three seeds; cached and live
+    python -m tests.benchmarks.retrieval --work DIR --folds 5    # GPO and a side network against pooled maps
 
 Split of the first: of `torch.randperm(1000)` (seed 0) over sorted names the first 800 images train, the last 100 test,
-the 100 between choose the epoch. Of the second: 5 times 200 images in that order test, of the others 100 choose. What is
-printed is a table for RESULTS.md. `--work` keeps the store, so that a second call extracts nothing.
+the 100 between choose the epoch. Of the second: 5 times 200 images in that order test, of the others 100 choose. What
+is printed is a table for RESULTS.md. `--work` keeps the store, so that a second call extracts nothing.
 """
 
 from __future__ import annotations
