@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pipeline.extract.plugins import load_installed
 from pipeline.extract.tasks.base import Task, TaskError
-from pipeline.extract.tasks.captions import Paired
+from pipeline.extract.tasks.captions import Paired, load_msvd
 from pipeline.extract.tasks.coco import is_coco, load_coco
 from pipeline.extract.tasks.completion import load_hub_texts
 from pipeline.extract.tasks.glue import GLUE, USUAL_GRID, load_glue
@@ -21,6 +21,7 @@ from pipeline.extract.tasks.hub_table import load_hub_table
 from pipeline.extract.tasks.images import load_folder
 from pipeline.extract.tasks.masks import load_masks, mask_pairs
 from pipeline.extract.tasks.names import table_name
+from pipeline.extract.tasks.pair_files import is_msvd
 from pipeline.extract.tasks.sheet import SUFFIXES
 from pipeline.extract.tasks.table import load_table
 from pipeline.extract.tasks.voc import is_voc, load_voc
@@ -83,7 +84,7 @@ def load_task(
                "validation": validation, "test": test, "stratify": stratify, "metrics": metrics,
                "columns": columns, "task-name": task_name}  # fmt: skip
     texts = name.startswith(PREFIX) and (continues or "tokens" in targets)
-    coco = is_table(name) and is_coco(table_path(name, data))
+    coco = paired is None and is_table(name) and is_coco(table_path(name, data))
     if coco:
         options = {k: v for k, v in options.items() if k not in ("validation", "test", "task-name")}
     if name.startswith(PREFIX) and not texts and not has_images(name, data):
@@ -94,7 +95,8 @@ def load_task(
             stratify=stratify, metrics=metrics,
         )  # fmt: skip
         return replace(found, origin=digest_json(["hub", name]))
-    pictures = not texts and (coco or name.startswith(PREFIX) or is_folder(name))
+    pairs = paired is not None and is_folder(name) and is_msvd(Path(name))
+    pictures = not texts and not pairs and (coco or name.startswith(PREFIX) or is_folder(name))
     given = [f"--{option}" for option, value in options.items() if value and not (pictures and option == "task-name")]
     if given and (pictures or is_named(name)):
         what = "of COCO's annotations" if coco else "images in folders" if pictures else "a public task"
@@ -120,6 +122,8 @@ def load_task(
             columns=columns, paired=paired,
         )  # fmt: skip
         return replace(made, origin=_origin(path, validation, test))
+    if pairs and paired is not None:
+        return replace(load_msvd(Path(name), text, paired, task_name), origin=_origin(Path(name)))
     if is_folder(name):
         return replace(_in_folder(Path(name), targets, task_name, void, skip_bad), origin=_origin(Path(name)))
     known = _resolve(name)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.extract.tasks.base import TaskError
+from pipeline.extract.tasks.pair_files import public_rows
 from pipeline.store.format.digest import digest_bytes
 from pipeline.store.near import near
 
@@ -254,7 +255,9 @@ def _sentences(path: Path, text: str) -> tuple[list[str], list[list[Any]], list[
 
 def _json_rows(path: Path, text: str) -> tuple[list[str], list[list[Any]], list[int]]:
     objects: list[tuple[int, Any]] = []
-    if path.suffix.lower() == ".json" and text.lstrip().startswith("["):
+    if path.suffix.lower() == ".json" and (pairs := public_rows(text)) is not None:
+        objects = list(enumerate(pairs, 1))
+    elif path.suffix.lower() == ".json" and text.lstrip().startswith("["):
         try:
             whole = json.loads(text)
         except (ValueError, RecursionError) as error:

@@ -1,0 +1,74 @@
+"""Files that public data sets of images or videos and their captions come as, as the rows of a table of pairs.
+
+| data set | file | columns | |---|---|---| | Flickr8K, Flickr30K, COCO | Karpathy's `dataset_*.json`: `images` with
+`sentences` and a `split` | image, caption, split | | MSR-VTT | `MSRVTT_data.json`: `videos` and `sentences` | video_id,
+sentence | | MSVD | a folder with `AllVideoDescriptions.txt` and `train_list.txt`, `val_list.txt`, `test_list.txt` |
+video, caption, split |
+
+Nothing is read from pickle files (MSVD's `raw-captions.pkl`).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pipeline.extract.tasks.base import TaskError
+
+MSRVTT = ["video_id", "sentence"]
+DESCRIPTIONS = "AllVideoDescriptions.txt"
+_LISTS = {"train": "train_list.txt", "val": "val_list.txt", "test": "test_list.txt"}
+
+
+def public_rows(text: str) -> list[dict[str, Any]] | None:
+    """The rows of a JSON object of a public layout; None for any other text."""
+    if not text.lstrip().startswith("{"):
+        return None
+    try:
+        whole = json.loads(text)
+    except (ValueError, RecursionError):
+        return None  # JSON lines, perhaps
+    try:
+        if isinstance(whole.get("images"), list) and all("sentences" in image for image in whole["images"]):
+            return [
+                {"image": _file(image), "caption": sentence["raw"], "split": image["split"]}
+                for image in whole["images"]
+                for sentence in image["sentences"]
+            ]
+        if isinstance(whole.get("sentences"), list) and isinstance(whole.get("videos"), list):
+            return [{"video_id": said["video_id"], "sentence": said["caption"]} for said in whole["sentences"]]
+    except (KeyError, TypeError, AttributeError):
+        return None
+    return None
+
+
+def _file(image: dict[str, Any]) -> str:
+    """COCO's images lie in a folder a year and part."""
+    folder = str(image.get("filepath") or "")
+    return f"{folder}/{image['filename']}" if folder else str(image["filename"])
+
+
+def is_msvd(folder: Path) -> bool:
+    """Whether `folder` has MSVD's descriptions and lists."""
+    return all((folder / name).is_file() for name in (DESCRIPTIONS, *_LISTS.values()))
+
+
+def msvd_rows(folder: Path) -> list[dict[str, Any]]:
+    """The rows of MSVD's files: lines `VIDEO caption`, and a video a line in the list of its split. Raises `TaskError`
+    naming a line that is none, or a video that stands in two lists."""
+    split: dict[str, str] = {}
+    for part, name in _LISTS.items():
+        for video in (folder / name).read_text(encoding="utf-8").split():
+            if split.setdefault(video, part) != part:
+                raise TaskError(f"{folder / name}: {video} stands in {_LISTS[split[video]]} too")
+    rows = []
+    for number, line in enumerate((folder / DESCRIPTIONS).read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        video, _, caption = line.partition(" ")
+        if not caption.strip():
+            raise TaskError(f"{folder / DESCRIPTIONS}, line {number}: a video and its caption are expected")
+        if video in split:
+            rows.append({"video": video, "caption": caption.strip(), "split": split[video]})
+    return rows
