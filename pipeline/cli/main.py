@@ -8,8 +8,10 @@ from typing import Any
 
 import click
 
-from pipeline.cli.command import command, imports, printable, voice
+from pipeline.cli.command import command, imports, voice
+from pipeline.cli.generate import generate
 from pipeline.cli.options import build_recipe, split_names, takes, tuners_among
+from pipeline.cli.run_options import DEVICE, IMPORT, MODEL, STORE, TASK
 from pipeline.cli.search import search
 from pipeline.cli.store import store
 from pipeline.cli.sweep import sweep
@@ -27,21 +29,6 @@ A paper's setting, on the machine with the big GPU, then anywhere:
   pipeline extract --model t5-base --task rte
   pipeline train   --recipe configs/sherl-t5-base.yaml --task rte
 """
-
-
-IMPORT = click.option(
-    "--import",
-    "imports",
-    default=None,
-    help="Modules to import first, where those of the run have moved.",
-    metavar="MODULES",
-)
-
-
-STORE = click.option("--store", default=None, help="The store, where it is not the run's own.", metavar="FOLDER")
-MODEL = click.option("--model", default=None, help="The checkpoint, where it has moved.", metavar="NAME")
-DEVICE = click.option("--device", default=None, type=click.Choice(["auto", "cpu", "cuda"]), help="Where to compute.")
-TASK = click.option("--task", default=None, help="Of a run with several tasks: which one.", metavar="NAME")
 
 
 def _quiet_libraries() -> None:
@@ -268,69 +255,6 @@ def predict(
     return {"run": run, "rows": len(found), "predictions": found}, entries_text(found)
 
 
-@main.command(short_help="Go on with a text, the backbone live.")
-@click.argument("run", metavar="RUN")
-@click.option("--prompt", "prompts", multiple=True, help="A text to go on with; may be given again.", metavar="TEXT")
-@click.option(
-    "--input",
-    "input_file",
-    default=None,
-    help="File of prompts: a .txt with one a line, or a table with a column prompt or messages.",
-    metavar="FILE",
-)
-@TASK
-@click.option("--max-new-tokens", default=128, show_default=True, help="Tokens written at most.", metavar="N")
-@click.option(
-    "--temperature", default=0.0, show_default=True, help="0: always the most likely token; above: drawn.", metavar="T"
-)
-@click.option("--top-k", type=int, default=None, help="Draw among the K most likely tokens.", metavar="K")
-@click.option("--top-p", type=float, default=None, help="Draw among tokens of this probability together.", metavar="P")
-@click.option("--seed", default=0, show_default=True, help="Seed of what is drawn.", metavar="N")
-@click.option("--stop", "stops", multiple=True, help="Text to stop before; may be given again.", metavar="TEXT")
-@click.option("--batch-size", default=16, show_default=True, help="Texts written at once.", metavar="N")
-@click.option("--output", default=None, help="Write what --input gives here: .jsonl or .csv.", metavar="FILE")
-@STORE
-@MODEL
-@DEVICE
-@IMPORT
-@command
-def generate(
-    as_json: bool,
-    run: str,
-    prompts: tuple[str, ...],
-    input_file: str | None,
-    task: str | None,
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    seed: int,
-    stops: tuple[str, ...],
-    batch_size: int,
-    output: str | None,
-    **over: Any,
-) -> tuple[Any, str]:
-    """Go on with texts: the backbone runs live, the tuner beside it. Of a single prompt the text appears as it is
-    written."""
-    with imports():
-        from pipeline.commands.generate import Writing, read_prompts, write
-        from pipeline.runs import load_run
-        from pipeline.terminal import entries_text, write_entries
-        from pipeline.train.continuation import Choice
-
-    how = Writing(max_new_tokens, stops, Choice(temperature, top_k, top_p, seed), batch_size)
-    loaded = load_run(run, **over)
-    loaded = loaded.of(task) if task else loaded
-    asked = [*prompts, *(read_prompts(Path(input_file), loaded) if input_file else [])]
-    shown = len(asked) == 1 and not as_json and not output
-    told = write(loaded, asked, how, (lambda _, text: click.echo(printable(text), nl=False)) if shown else None)
-    if output:
-        write_entries(Path(output), told)
-        return {"run": run, "rows": len(told), "output": output}, f"{len(told):,} texts in {output}"
-    one = told[0] if len(told) == 1 else {}
-    return {"run": run, "rows": len(told), **one, "generated": told}, "\n" if shown else entries_text(told)
-
-
 @main.command(short_help="This machine, the installation, the store.")
 @click.option("--store", default="", help="The store. Default: $PIPELINE_STORE, else ./activations.", metavar="FOLDER")
 @command
@@ -399,6 +323,7 @@ def tuners(as_json: bool) -> tuple[Any, str]:
     return {"tuners": listed, "baselines": catalog.BASELINES}, "\n".join(parts)
 
 
+main.add_command(generate)
 main.add_command(search)
 main.add_command(store)
 main.add_command(sweep)

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from pipeline.cli.command import command, imports, voice
+from pipeline.cli.run_options import DEVICE, IMPORT, STORE
 from pipeline.store.errors import UserError
 
 
@@ -18,10 +19,10 @@ from pipeline.store.errors import UserError
 @click.option("--slot", default="", help="Whose the query is, where several slots read such.", metavar="SLOT")
 @click.option("--top", default=10, show_default=True, type=click.IntRange(min=1), help="How many to tell.", metavar="N")
 @click.option("--split", default="", help="Among these splits, with commas between. Default: all.", metavar="NAMES")
-@click.option("--store", default=None, help="The store, where it is not the run's own.", metavar="FOLDER")
+@STORE
 @click.option("--model", default=None, help="The checkpoints, where they have moved.", metavar="SLOT=NAME,…")
-@click.option("--device", default=None, type=click.Choice(["auto", "cpu", "cuda"]), help="Where to compute.")
-@click.option("--import", "imports_", default=None, help="Modules to import first.", metavar="MODULES")
+@DEVICE
+@IMPORT
 @command
 def search(
     as_json: bool,
@@ -31,7 +32,6 @@ def search(
     slot: str,
     top: int,
     split: str,
-    imports_: str | None,
     **over: Any,
 ) -> tuple[Any, str]:
     """Rank what a run's store holds of one slot by how well it belongs to a query of the other: images for a text,
@@ -43,7 +43,7 @@ def search(
 
     if (query is None) == (image is None):
         raise UserError("search: give one of --query TEXT and --image FILE")
-    loaded = load_run(run, imports=imports_, **over)
+    loaded = load_run(run, **over)
     splits = [name.strip() for name in split.split(",") if name.strip()]
     asked = Query(query, None if image is None else Path(image), slot)
     told = run_search(loaded, asked, top, splits, voice(as_json))

@@ -219,16 +219,16 @@ def test_a_run_goes_on_in_the_epoch_of_the_ramp(
     """The hinge loss follows epochs; cut in the second one, a run gives the losses of one that was not."""
     how = [*made["options"], "--tuner", "probe", "--objective", "hinge", "--negatives", "hardest", *FAST, "--epochs", 3]
     run("train", *how, "--out", tmp_path / "whole")
-    take, left = loop.Training.take, [8]
+    step, left = loop.Training.made, [8]
 
     def stop(self: Any, *given: Any) -> None:
-        take(self, *given)
+        step(self, *given)
         left[0] -= 1
         if not left[0]:
             self.save()
             raise loop.Interrupted("stopped")
 
-    monkeypatch.setattr(loop.Training, "take", stop)
+    monkeypatch.setattr(loop.Training, "made", stop)
     assert invoke("train", *how, "--out", tmp_path / "cut").exit_code != 0
     monkeypatch.undo()
     run("train", *how, "--out", tmp_path / "cut")
