@@ -3,30 +3,22 @@ keywords and raise `UserError`."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.checks.doubtful_rows import limit_doubt
 from pipeline.checks.unused_options import TABLE_OPTIONS, refuse_for_command, refuse_for_stream, refuse_host_memory
 from pipeline.commands.extract import run_extract
 from pipeline.commands.train import run_train
-from pipeline.extract.tasks.base import Task, TaskSpec
-from pipeline.jobs.extracted import first_views, limited, views_of
-from pipeline.jobs.job import found_tables
-from pipeline.jobs.slots import refuse_slots
-from pipeline.jobs.sources import parse_size
-from pipeline.lookup.objective import plain_objective
-from pipeline.lookup.recipe import device_of, find_space, store_path
+from pipeline.extract.tasks.base import Task
+from pipeline.jobs.streams import stream_source
+from pipeline.lookup.recipe import device_of, store_path
 from pipeline.owners import recipe_of
 from pipeline.recipe import Recipe, named
 from pipeline.runs import Run, load_run
 from pipeline.store import Space, Store
-from pipeline.store.errors import Notice, UserError
+from pipeline.store.errors import UserError
 from pipeline.train.data.iterable import Stream
-from pipeline.train.data.store_source import StoreSource, StreamOptions
-from pipeline.train.data.targets import Targets
 
 Say = Callable[[str], None]
 
@@ -56,7 +48,7 @@ def train(*, say: Say = _silent, **options: Any) -> dict[str, Any]:
 
 def stream(
     *,
-    states: str | Sequence[str],
+    states: str | Sequence[str] | Mapping[str, str | Sequence[str]],
     split: str = "train",
     batch_size: int = 64,
     epochs: int = 1,
@@ -67,7 +59,9 @@ def stream(
     and again, in a loop or in the workers of a `DataLoader` (`batch_size=None`). `states`: a name such as `encoder.5`,
     or several (`pipeline store status` lists them). `epochs`: that one iteration passes through. Further options choose
     task, store and space, and say how they are read (`tier`, `host_memory`, `scheduler`, `window`, `group_by_length`),
-    as in `train`; `device` ("cpu" if not given) is where the batches are.
+    as in `train`; `device` ("cpu" if not given) is where the batches are. With several backbones
+    (`model="a=NAME,b=NAME"`) `states` has a name or several for each slot; `batch.of("a")` is the batch of its distinct
+    samples, and `batch.ids["a"]` (B,) says which of them each row has.
 
     A `Batch` has `mean`, `max`, `first`, `last` and `pad` of a state's rows; `states[name]` (rows, width) float32 as
     they lie; `targets`: `label` (B,) for a class or a number, `labels` (B, classes) for several, for tags `tag`, one a
@@ -78,32 +72,9 @@ def stream(
     refuse_for_stream(options)
     recipe = recipe_of("train", ("stream()", {"device": "cpu", **options, "batch_size": batch_size, "seed": seed}))
     refuse_host_memory(recipe)
-    refuse_slots(recipe, "stream()")
     device = device_of(recipe)
-    found = find_space(recipe)
-    assert isinstance(found.space, Space)
-    tables = found_tables(recipe, found)
-    if split not in tables:
-        raise UserError(f"the store has no {split} rows of {recipe.task}; it has: {', '.join(tables)}")
-    chosen = first_views(tables[split], recipe.views) if split == "train" else tables[split]
-    if sentence := limit_doubt(recipe.limit, chosen, views_of(chosen)):
-        warnings.warn(sentence, Notice, stacklevel=2)
-    table = limited(chosen, recipe.limit)
-    spec = TaskSpec.from_dict(table.header["spec"])
-    unlabelled = sum(label is None for label in table.labels)
-    if 0 < unlabelled < len(table.labels):
-        sentence = f"{unlabelled} of {len(table.labels)} {split} rows have no label: the batches have no targets"
-        warnings.warn(sentence, Notice, stacklevel=2)
-    targets = None if unlabelled else Targets(plain_objective(spec), table.labels, table.metas or None)
-    names = [states] if isinstance(states, str) else list(states)
-    source = StoreSource(
-        found.space, table.keys, targets, names, found.backbone.columns, StreamOptions(
-            batch_size, seed, recipe.window, bool(recipe.group_by_length), tier=recipe.tier, device=device,
-            host_bytes=None if recipe.host_memory is None else parse_size(recipe.host_memory),
-            scheduler=recipe.scheduler, pin=device.type == "cuda",
-        )
-    )  # fmt: skip
-    return Stream(source, epochs, device, f"{spec.name} {split}")
+    source, name = stream_source(recipe, split, states, batch_size, device)
+    return Stream(source, epochs, device, name)
 
 
 class FeatureStore:

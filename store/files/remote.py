@@ -128,7 +128,7 @@ class RemoteFiles(Files):
                     raise
                 except Exception as error:
                     known = redact(" ".join(str(error).split())[:300]) or type(error).__name__
-                    if isinstance(error, PermissionError) or "credentials" in known.lower():
+                    if isinstance(error, PermissionError) or _lacks_credentials(error):
                         raise StoreError(f"no permission while {doing} {self.where(name)}: {known}") from None
                     pause = 0.1 * 3**attempt
                     waited = time.monotonic() - began + pause
@@ -238,7 +238,7 @@ class S3Files(RemoteFiles):
             return bytes(self.fs.cat_file(self.where(name), start=0, end=most))
         except OSError as error:
             # A range of nothing is an error to S3; asking for the size first would double the requests of all files.
-            if "range" in str(error).lower() and self.size(name) == 0:
+            if _status(error) == 416 and self.size(name) == 0:
                 return b""
             raise
 
@@ -279,6 +279,23 @@ class S3Files(RemoteFiles):
             old, new = self.where(f"{source}/{name}"), self.where(f"{target}/{name}")
             self._ask("moving", name, partial(self.fs.cp_file, old, new))
         self.remove_tree(source)
+
+
+def _lacks_credentials(error: BaseException) -> bool:
+    """Whether a client found no credentials to sign with, or only a part of them: botocore's types, which are not
+    imported where no bucket is used."""
+    lacking = {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "NoAuthTokenError"}
+    return any(kind.__name__ in lacking for kind in type(error).__mro__)
+
+
+def _status(error: BaseException | None) -> int | None:
+    """The HTTP status that a server answered with, of an error or of what caused it."""
+    while error is not None:
+        response = getattr(error, "response", None)
+        if isinstance(response, dict):
+            return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        error = error.__cause__
+    return None
 
 
 def is_immutable(name: str) -> bool:

@@ -8,8 +8,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import yaml
+from torch.utils.data import DataLoader
 
 import pipeline
 from pipeline.lookup.task_versions import versions_of
@@ -276,8 +279,45 @@ def test_what_slots_do_not_take(
 def test_a_single_backbone_has_no_slots(glue: dict[str, Any], checkpoints: dict[str, Path], tmp_path: Path) -> None:
     single = ["--model", checkpoints["bert"], *glue["options"][2:], "--out", tmp_path / "run"]
     refused(invoke("train", *single, "--tuner", "a=unipt,b=probe"), "names slots", "--model")
-    with pytest.raises(UserError, match="takes one backbone"):
-        pipeline.open_store(glue["folder"] / "store").stream(model=glue["options"][1], task="rte", states="encoder.3")
+    store = pipeline.open_store(glue["folder"] / "store")
+    with pytest.raises(UserError, match="model names none"):
+        store.stream(model=str(checkpoints["bert"]), task="rte", states={"a": "encoder.3"})
+
+
+def test_a_stream_of_slots(glue: dict[str, Any]) -> None:
+    """Every row exactly once an epoch, its states those of its own samples; in workers, and on in the middle."""
+    store, states = pipeline.open_store(glue["folder"] / "store"), {"a": ["encoder.3"], "b": "encoder.3"}
+    options: dict[str, Any] = {"model": glue["options"][1], "task": "rte", "states": states, "batch_size": 8}
+    stream = store.stream(**options, seed=2)
+    whole = list(stream)
+    assert sorted(np.concatenate([b.index for b in whole]).tolist()) == list(range(sum(map(len, whole))))
+    assert "a/encoder.3, b/encoder.3" in repr(stream)
+    for slot in states:
+        (space,) = [s for s in store.spaces() if s.id == glue["done"]["space"][slot]]
+        keys = space.load_table("rte", "train").keys
+        known = dict(space.samples("encoder.3", keys=list(dict.fromkeys(keys))))
+        for batch in whole:
+            part = batch.of(slot)
+            rows = part.mean("encoder.3")[torch.from_numpy(batch.ids[slot])]
+            wanted = np.stack([known[keys[i]].mean(0) for i in batch.index])
+            np.testing.assert_allclose(rows, wanted, rtol=1e-5, atol=1e-6)
+    labels = space.load_table("rte", "train").labels
+    assert all(batch.targets["label"].tolist() == [labels[i] for i in batch.index] for batch in whole)
+
+    def indices(batches: Any) -> list[list[int]]:
+        return [batch.index.tolist() for batch in batches]
+
+    again = store.stream(**options, seed=2)
+    assert indices(DataLoader(again, batch_size=None, num_workers=2)) == indices(whole)
+    again.set_epoch(0)
+    taken = [batch.index.tolist() for batch, _ in zip(again, range(3), strict=False)]
+    other = store.stream(**options, seed=2)
+    other.load_state_dict(again.state_dict(batch=3))
+    assert taken + indices(other) == indices(whole)
+    with pytest.raises(UserError, match="the slots a, b: give the states of each"):
+        store.stream(**{**options, "states": "encoder.3"})
+    with pytest.raises(UserError, match="slot b"):
+        store.stream(**{**options, "states": {**states, "b": "encoder.99"}})
 
 
 def test_real_rows(shared_data: Path, checkpoints: dict[str, Path], tmp_path: Path) -> None:

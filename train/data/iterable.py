@@ -12,6 +12,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from pipeline.extract.batch import Batch
 from pipeline.store.errors import UserError
+from pipeline.train.data.pairs import PairSource
 from pipeline.train.data.store_source import StoreSource
 
 
@@ -28,7 +29,11 @@ class Stream(IterableDataset[Batch]):
     """
 
     def __init__(
-        self, source: StoreSource, epochs: int = 1, device: torch.device | str = "cpu", name: str = "samples"
+        self,
+        source: StoreSource | PairSource,
+        epochs: int = 1,
+        device: torch.device | str = "cpu",
+        name: str = "samples",
     ) -> None:
         if epochs < 1:
             raise UserError(f"epochs must be at least 1, got {epochs}")

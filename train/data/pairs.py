@@ -97,14 +97,14 @@ class PairSource(Ordered):
                 self._groups[name] = groups
                 return
 
-    def epochs(self, first: int, end: int, start: int = 0) -> Iterator[Batch]:
-        """The shuffled batches, see `Source.epochs`."""
+    @property
+    def states(self) -> list[str]:
+        """The states of all slots, as they are called in a batch."""
+        return [f"{name}/{state}" for name, slot in self.slots.items() for state in slot.states]
 
-        def batches() -> Batches:
-            for epoch in range(first, end):
-                yield self.order.epoch(epoch)[start if epoch == first else 0 :]
-
-        return self._run(batches, (end - first) * len(self) - start)
+    def epochs(self, first: int, end: int, start: int = 0, share: tuple[int, int] = (0, 1)) -> Iterator[Batch]:
+        """The shuffled batches, see `Source.epochs` and `StoreSource.epochs`."""
+        return self._run(*self.share_of(first, end, start, share))
 
     def sequential(self) -> Iterator[Batch]:
         """Every pair once, block after block of the leading slot."""

@@ -3,13 +3,14 @@ source of several backbones asks of each."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
 from pipeline.extract.batch import Batch
+from pipeline.store.errors import UserError
 from pipeline.train.data.order import Order
 
 
@@ -25,6 +26,28 @@ class Ordered:
 
     def __len__(self) -> int:
         return len(self.order)
+
+    def share_of(
+        self, first: int, end: int, start: int = 0, share: tuple[int, int] = (0, 1)
+    ) -> tuple[Callable[[], Iterator[list[np.ndarray]]], int]:
+        """What gives, for each of the epochs `first` … `end` - 1, of the first one from batch `start` on, the samples
+        of the batches i, i + k, … of a `share` (i, k) of k readers that take turns; epochs without any are left out.
+        And how many batches these are. UserError for numbers that make no sense."""
+        if not 0 <= start <= len(self):
+            raise UserError(f"start must be in [0, {len(self)}], the batches of an epoch; got {start}")
+        number, shares = share
+        if not 0 <= number < shares:
+            raise UserError(f"share must be (i, k) with i in [0, k), got {share}")
+
+        def batches() -> Iterator[list[np.ndarray]]:
+            done = 0
+            for epoch in range(first, end):
+                found = self.order.epoch(epoch)[start if epoch == first else 0 :]
+                if mine := found[(number - done) % shares :: shares]:
+                    yield mine
+                done += len(found)
+
+        return batches, len(range(number, (end - first) * len(self) - start, shares))
 
 
 class Source(Protocol):
@@ -73,8 +96,10 @@ class Share:
 
 
 class Slot(Protocol):
-    """The distinct samples of one feature space, or of one live backbone, by number. `block`: (m,) int64, which are
-    read together."""
+    """The distinct samples of one feature space, or of one live backbone, by number. `states`: their names. `block`:
+    (m,) int64, which are read together."""
+
+    states: list[str]
 
     @property
     def block(self) -> np.ndarray: ...

@@ -246,21 +246,8 @@ class StoreSource(Ordered, StoreSlot):
         """The batches of the epochs `first` … `end` - 1, of the first one from batch `start` on. While one epoch ends
         the next one's first blocks are read. `share`: (i, k) hands out the batches i, i + k, … of these, for k readers
         that take turns. Close the iterator to stop early."""
-        if not 0 <= start <= len(self):
-            raise UserError(f"start must be in [0, {len(self)}], the batches of an epoch; got {start}")
-        if not 0 <= share[0] < share[1]:
-            raise UserError(f"share must be (i, k) with i in [0, k), got {share}")
-        count = len(range(share[0], (end - first) * len(self) - start, share[1]))
-        return self._run(self._mine(first, end, start, *share), count)
-
-    def _mine(self, first: int, end: int, start: int, number: int, shares: int) -> Iterator[list[np.ndarray]]:
-        """For each epoch the batches of share `number` of `shares`, where there are any."""
-        done = 0
-        for epoch in range(first, end):
-            batches = self.order.epoch(epoch)[start if epoch == first else 0 :]
-            if mine := batches[(number - done) % shares :: shares]:
-                yield mine
-            done += len(batches)
+        batches, count = self.share_of(first, end, start, share)
+        return self._run(batches(), count)
 
     def follow(self, block: np.ndarray) -> None:
         """Hand out the samples in the order that they have where they stand in the blocks `block`, (n,) int64, wherever
