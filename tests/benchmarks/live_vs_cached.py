@@ -183,7 +183,7 @@ def measure(
         "ratio_disk": timed["live"].seconds / timed["disk"].seconds if with_disk else float("inf"),
         "ratio_processor": timed["live"].processor / timed["host"].processor,
         "operations_ratio": ops.ratio,
-        "operations": {"backbone": ops.frozen, "step": ops.step},
+        "operations": {"backbone": ops.backbone, "step": ops.step},
         "waiting_host": timed["host"].waiting,
         "waiting_disk": timed["disk"].waiting,
         "bytes": sizes / host.n,
