@@ -5,9 +5,9 @@ The classes say the same of themselves; a test compares the two.
 
 from __future__ import annotations
 
+import difflib
 import sys
-
-from pipeline.store.near import near as near
+from collections.abc import Iterable
 
 # name → description, in the order of `train.tuners.tuner_names`
 TUNERS = {
@@ -66,6 +66,12 @@ BASELINES = {
     "norm-tuning": "weights and biases of the norms",
     "partial-1": "the last block",
 }
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """ "; did you mean …?" of the one of `known` that is spelled most like `name`, or nothing."""
+    found = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {found[0]}?" if found else ""
 
 
 def tuners() -> dict[str, str]:
