@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import sys
 
-from pipeline.store.near import near as near
-
 # name → description, in the order of `train.tuners.tuner_names`
 TUNERS = {
     "sherl-clip": "SHERL as on CLIP4Clip: a correction of the class token, no live layer",

@@ -129,6 +129,9 @@ def shapes(case: Case) -> None:
         expected = len(batch.layout(feature.stream).sample) if feature.stream else len(batch)
         assert found[name].shape == (expected, feature.width) and torch.isfinite(found[name]).all()
     assert len(model.objective.entries(model.predict(batch))) == len(batch)
+    with torch.no_grad():
+        around = model.eval().tuner.around(batch)  # what a report shows of it
+    assert all(len(part) == len(batch) and torch.isfinite(part).all() for part in around)
 
 
 def gradients_reach_the_tuner_and_never_the_frozen_weights(case: Case) -> None:

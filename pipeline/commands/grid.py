@@ -16,12 +16,13 @@ from typing import Any, get_args, get_type_hints
 
 import yaml
 
-from pipeline.catalog import BASELINES, is_baseline, near
+from pipeline.catalog import BASELINES, is_baseline
 from pipeline.owners import KINDS, for_tuner, having, nearest, options_of, recipe_of
 from pipeline.recipe import Recipe, field_names, named, option_name
 from pipeline.recipe_file import recipe_values
 from pipeline.store.errors import UserError
 from pipeline.store.format.digest import digest_json
+from pipeline.store.near import near
 from pipeline.values import checked_value
 
 # What one sweep has one of: the task and its splits, so that scores can be compared, and where things are.

@@ -112,7 +112,13 @@ def _facts(runs: Sequence[Shown]) -> list[tuple[str, str]]:
         return []
     first = runs[0].recipe
     facts = [("task", first.get("task")), ("backbone", first.get("model")), ("store", first.get("store"))]
-    return [(k, str(v)) for k, v in facts if v]
+    return [(k, _near(str(v))) for k, v in facts if v]
+
+
+def _near(path: str) -> str:
+    """A path below the working directory as it is called from there; anything else as it is."""
+    here = Path(path)
+    return str(here.relative_to(Path.cwd())) if here.is_absolute() and here.is_relative_to(Path.cwd()) else path
 
 
 def _number(name: str, value: float | None, spread: float | None = None) -> str:
