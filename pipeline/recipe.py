@@ -257,7 +257,10 @@ class Recipe:
     lr: float | None = _option(None, "Learning rate. Default: the tuner's (3e-3 on T5, the papers').", "train")
     weight_decay: float = _option(0.0, "AdamW weight decay.", "train")
     schedule: str = _option(
-        "linear", "Learning-rate schedule after the warm-up.", "train", choices=("linear", "cosine", "constant")
+        "linear",
+        "Learning-rate schedule after the warm-up; rising, from --lr / 100,000 to --lr, is for a range test.",
+        "train",
+        choices=("linear", "cosine", "constant", "rising"),
     )
     warmup_steps: int | None = _option(
         None,

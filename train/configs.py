@@ -249,6 +249,17 @@ class LstConfig(SideConfig):
         extraction=True,
     )
 
+    ladders: bool = option(
+        True,
+        "Whether states of the backbone enter the side network; without, it has the embedding alone (LST's ablation).",
+    )
+    distil: int = option(
+        0,
+        "Steps at the start in which the side network also learns to tell the backbone's last kept state: a distilled "
+        "start (squared error of a linear map).",
+        least=0,
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.prune != "running" and self.init == "random":
@@ -279,10 +290,39 @@ class QstConfig(SideConfig):
 @dataclass(frozen=True)
 class SideTuningConfig(SideConfig):
     """`reduction`: r, the side network's width is D / r. `layers`: at most one block, the frozen output; the last by
-    default."""
+    default. `network`: "mlp", or "blocks", LST's side network without its ladders, which may start from a pruned
+    backbone as there: `init`, `prune`."""
+
+    reduction: int = option(
+        8, "Side width is the backbone's over this. (Extraction: for the weights of --init.)", least=1, extraction=True
+    )
+    network: str = option(
+        "mlp",
+        "The small network: mlp, a position at a time, or blocks, narrow blocks of the backbone's own kind.",
+        choices=("mlp", "blocks"),
+        extraction=True,
+    )
+    init: str = option(
+        "random",
+        "What blocks start from: random, or the backbone pruned by magnitude or by Fisher information on the task. "
+        "Extract with the same --init, --prune and --reduction.",
+        choices=INITS,
+        extraction=True,
+    )
+    prune: str = option(
+        "running",
+        "How --init chooses channels: running, sublayer by sublayer as released, or aligned, one set for the residual "
+        "stream (ours).",
+        choices=tuple(PRUNES),
+        extraction=True,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.prune != "running" and self.init == "random":
+            raise ValueError("--prune says how --init chooses channels; give --init magnitude or fisher with it")
+        if self.init != "random" and self.network != "blocks":
+            raise ValueError("--init is for narrow blocks: give --network blocks with it")
         if len(self.layers) > 1:
             raise ValueError(f"layers: side-tuning blends with one layer, not {len(self.layers)}")
 

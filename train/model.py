@@ -113,6 +113,10 @@ class Model(Reader):
     def penalty(self) -> Tensor | None:
         return self.tuner.penalty(self.head)
 
+    def begin_step(self, step: int, steps: int) -> None:
+        super().begin_step(step, steps)
+        self.tuner.begin_step(step, steps)
+
     def stepped(self) -> None:
         self.tuner.stepped(self.head)
 

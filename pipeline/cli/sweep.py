@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from pipeline.catalog import is_baseline
 from pipeline.cli.command import command, voice
 from pipeline.cli.options import build_recipe, split_names, takes
 from pipeline.commands.grid import Sweep, parse_grid, read_sweep
@@ -69,6 +70,9 @@ class SweepCommand(takes("train", "tuner", "seed", "grid", "out", "overwrite", "
 @click.option("--round", "size", default=None, type=int, help="Of them at a time. Default: 4.", metavar="N")
 @click.option("--halving", default=None, type=int, help="Successive halving: at epochs E/N^k of E the best 1/N of the "
               "settings go on, the others stop.", metavar="N")  # fmt: skip
+@click.option("--lr-range", "highest", default=None, type=float, help="A learning-rate range test instead: each run "
+              "goes through one epoch (or --epochs) while its rate rises to this; where the loss falls fastest is "
+              "told.", metavar="RATE")  # fmt: skip
 @click.option("--refit", is_flag=True, help="Train the best setting once more, on training and validation rows.")
 @click.option(
     "--out", default=None, help="Folder of the runs and their table. Default: sweeps/TASK-TUNERS.", metavar="FOLDER"
@@ -86,6 +90,7 @@ def sweep(
     trials: int | None,
     size: int | None,
     halving: int | None,
+    highest: float | None,
     refit: bool,
     out: str | None,
     **options: Any,
@@ -105,6 +110,12 @@ def sweep(
     folder = Path(out or f"sweeps/{Path(base.task).stem}-{'-'.join(named)}")
     if how is None and (trials or size):
         raise UserError("--trials and --round are for --search: give it, or leave them out")
+    if highest is not None:
+        if how or halving or refit or folds or "lr" in asked.grid or any(is_baseline(name) for name in named):
+            raise UserError("--lr-range tests tuners by itself: leave searches, folds, refits, baselines and lr out")
+        fixed = {"schedule": "rising", "lr": highest, "warmup_steps": 0, "warmup_ratio": None}
+        base = replace(base, **fixed, epochs=base.epochs or 1)
+        folder = Path(out) if out else folder.with_name(f"{folder.name}-lr-range")
     runs = [] if how else points(asked, base)
     from pipeline.commands.proposals import Asked, Search  # these load torch
     from pipeline.commands.sweep import Extras, run_sweep
@@ -112,4 +123,6 @@ def sweep(
     search = None
     if how:
         search = Search(asked, base, Asked(how, 20 if trials is None else trials, 4 if size is None else size), folder)
-    return run_sweep(runs, folder, voice(as_json), quiet=as_json, extras=Extras(search, halving, refit))
+    return run_sweep(
+        runs, folder, voice(as_json), quiet=as_json, extras=Extras(search, halving, refit, highest is not None)
+    )

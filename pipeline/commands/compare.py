@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pipeline.catalog import is_baseline
 from pipeline.checks.unused_options import refuse_for_training
 from pipeline.command_lines import NotExtracted
 from pipeline.commands.extract import Say
@@ -60,20 +61,20 @@ def run_compare(
     followed: a seed gives the same run on the same layout only.
     """
     refuse_slots(recipe, "compare")
-    unknown = [m for m in methods if m not in BASELINES and m not in tuner_names()]
+    unknown = [m for m in methods if not is_baseline(m) and m not in tuner_names()]
     if not methods or unknown:
         known = ", ".join([*tuner_names(), *BASELINES])
         raise UserError(
             f"--tuners: {'name at least one' if not unknown else f'unknown {unknown[0]!r}'}; there are: {known}"
         )
-    if preset != "ours" and not set(methods) & BASELINES.keys():
+    if preset != "ours" and not any(map(is_baseline, methods)):
         raise UserError(f"--preset {preset}: it is for {', '.join(BASELINES)}, and --tuners names none of them")
     if csv_file and not Path(csv_file).parent.is_dir():
         raise UserError(f"--csv {csv_file}: no such folder: {Path(csv_file).parent}")
     try:
         jobs = [_refuse(recipe, method, preset) for method in methods]
     except NotExtracted as error:
-        names = dict.fromkeys("probe" if method in BASELINES else method for method in methods)
+        names = dict.fromkeys("probe" if is_baseline(method) else method for method in methods)
         raise error.for_all(tuple(names), recipe.tuner_options) from None
     for sentence in job_doubts(jobs[0]):
         say(f"warning: {sentence}")
@@ -82,9 +83,9 @@ def run_compare(
     for method in methods:
         runs = []
         for seed in seeds:
-            own = recipe if method in BASELINES else for_tuner(recipe, method)
+            own = recipe if is_baseline(method) else for_tuner(recipe, method)
             one = replace(own, seed=seed, out=str(folder / f"{method}-s{seed}"), overwrite=True)
-            runs.append(_baseline(one, method, preset) if method in BASELINES else _tuner(one))
+            runs.append(_baseline(one, method, preset) if is_baseline(method) else _tuner(one))
             say(f"{method}, seed {seed}: {runs[-1]['metric']:.4f}, {runs[-1]['seconds_per_epoch']:.2f} s an epoch")
         total = total or runs[0]["backbone"]
         metrics = [r["metric"] for r in runs]
@@ -99,7 +100,7 @@ def run_compare(
                 "figure": runs[0]["figure"],
                 "spread": statistics.stdev(metrics) if len(metrics) > 1 else None,
                 "seeds": len(metrics),
-                "live": method in BASELINES or recipe.live,
+                "live": is_baseline(method) or recipe.live,
                 "layout": " ".join(dict.fromkeys(layout_text(r["layout"]) for r in runs)),
                 "settings": runs[0]["settings"],
             }
@@ -119,7 +120,7 @@ def run_compare(
 def _refuse(recipe: Recipe, method: str, preset: str) -> Job:
     """The job of `method`. Raises before hours are spent what it would end in: a tuner without a form for the backbone
     or with states that are not stored, a baseline that the backbone has no place for or whose package is missing."""
-    if method not in BASELINES:
+    if not is_baseline(method):
         job = load_job(for_tuner(recipe, method))
         refuse_for_training(job.recipe, job.backbones)
         refuse_parts(job)

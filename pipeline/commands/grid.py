@@ -65,7 +65,9 @@ class Sweep:
         """Tuners and baselines that occur, in order."""
         listed = [v["tuner"] for v in self.variants if "tuner" in v]
         others = any("tuner" not in v for v in self.variants) and "tuner" not in self.grid
-        return list(dict.fromkeys([*listed, *self.grid.get("tuner", ()), *(self.tuners if others else ())]))
+        asked = self.grid.get("tuner", ())
+        own = [] if isinstance(asked, Range) else asked
+        return list(dict.fromkeys([*listed, *own, *(self.tuners if others else ())]))
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,8 @@ def trials(sweep: Sweep, base: Recipe) -> list[Trial]:
     if sweep.ranges:
         raise UserError(f"--grid: {', '.join(sweep.ranges)} is a range, from which --search draws: give one, or values")
     names = list(sweep.grid)
-    points = [dict(zip(names, values, strict=True)) for values in itertools.product(*sweep.grid.values())]
+    listed = [values for values in sweep.grid.values() if not isinstance(values, Range)]
+    points = [dict(zip(names, values, strict=True)) for values in itertools.product(*listed)]
     found: dict[str, tuple[str, dict[str, Any], Recipe]] = {}
     for variant, point in itertools.product(sweep.variants, points):
         asked = {k: v for k, v in {**variant, **point}.items() if k not in ("tuner", "name")}

@@ -11,6 +11,7 @@ from typing import Any
 
 from pipeline.checks.unused_options import refuse_for_training
 from pipeline.command_lines import command_line, option
+from pipeline.commands import lr_range
 from pipeline.commands.compare import fit_baseline, refuse_baseline, step_memory
 from pipeline.commands.grid import Trial
 from pipeline.commands.halving import Halving, refuse_halving
@@ -79,11 +80,12 @@ class Prepared:
 @dataclass(frozen=True)
 class Extras:
     """What a sweep does beside training all its points: `search` draws them, `halving` stops losers by this factor,
-    `refit` trains the best setting once more on training and validation rows."""
+    `refit` trains the best setting once more on training and validation rows. `lr_range`: the runs are range tests."""
 
     search: Search | None = None
     halving: int | None = None
     refit: bool = False
+    lr_range: bool = False
 
 
 def run_sweep(
@@ -110,6 +112,9 @@ def run_sweep(
             if not search.propose({s["label"]: None if s["label"] in lost else sign * s["dev"] for s in rows}):
                 break
     result = sweep.write()
+    if extras.lr_range:
+        result = sweep.write(lr_range=lr_range.told(result["runs"]))
+        return result, f"{summary_text(result)}\n\n{lr_range.told_text(result['lr_range'])}"
     if extras.refit:
         if result["best"] is None:
             say("nothing is refitted: no setting is the best")

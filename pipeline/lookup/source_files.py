@@ -105,7 +105,11 @@ class AtHand:
     def _revision(self, header: Mapping[str, Any], made: Mapping[str, Any]) -> str:
         """Of the dataset's rows, read as the stored ones were."""
         fields = [*header["spec"]["fields"], None][:2]
-        how = {"label": made.get("label"), "separator": made.get("separator"), "stratify": made.get("stratified")}
+        how: dict[str, Any] = {
+            "label": made.get("label"),
+            "separator": made.get("separator"),
+            "stratify": made.get("stratified"),
+        }
         try:
             task = open_task(replace(self.recipe, text=fields[0], text_pair=fields[1], **how))
         except TaskError:

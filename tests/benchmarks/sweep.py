@@ -1,6 +1,6 @@
 """What further runs of a sweep cost: n runs in one pass over the store beside one, in one run on the same batches.
 
-    python tests/benchmarks/sweep.py [--shape small] [--samples 768] [--epochs 2] [--rounds 3] [--write]
+    python tests/benchmarks/sweep.py [--shape small] [--samples 768] [--epochs 2] [--rounds 3] [--only probe] [--write]
 
 A store with random weights of a real shape and the texts of RTE, read in every epoch (`tier` disk; page cache or, with
 cold, files dropped from it before each epoch). Seconds are those of whole epochs, reading included, the best of the
@@ -86,12 +86,13 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=768)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", nargs="*", default=(), help="probe, lst")
     parser.add_argument("--write", action="store_true", help="put the table into RESULTS.md")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         base, _, words = extracted(asked.shape, asked.samples, ("probe", "lst"), Path(name), "float16")
         rows = []
-        for tuner, count, cold in CASES:
+        for tuner, count, cold in [case for case in CASES if not asked.only or case[0] in asked.only]:
             recipe = replace(base, tuner=tuner, tier="disk", batch_size=32)
             one, many = [], []
             for _ in range(asked.rounds):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shlex
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from pipeline.commands.grid import Range, Sweep, parse_grid, trials
+from pipeline.commands.lr_range import reading
 from pipeline.commands.sweep_table import summary
 from pipeline.jobs.job import load_job
 from pipeline.recipe import Recipe, read_recipe
@@ -132,9 +134,40 @@ def test_the_best_is_refitted_on_all_rows(bert, tmp_path, monkeypatch):  # noqa:
     assert swept(*words, "--out", tmp_path / "cut")["refit"]["test"] == again["test"]
 
 
+def test_a_range_test_tells_where_the_loss_falls(bert, tmp_path):  # noqa: F811
+    words = [
+        *bert,
+        "--tuner",
+        "probe",
+        "--epochs",
+        6,
+        "--batch-size",
+        8,
+        "--seeds",
+        "0,1",
+        "--lr-range",
+        10,
+        "--clip",
+        0,
+    ]
+    table = swept(*words, "--out", tmp_path)
+    found = table["lr_range"]["probe"]
+    assert 1e-4 <= found["steepest"] < found["lowest"] <= 10
+    rates = [line["lr"] for line in course(table["runs"][0]["run"]) if "loss" in line]
+    assert rates[0] == pytest.approx(1e-4) and rates == sorted(rates) and len(rates) == 72
+    ratios = [b / a for a, b in itertools.pairwise(rates)]
+    assert ratios == pytest.approx([ratios[0]] * len(ratios))
+    line = [(10 ** (-4 + i / 20), 1.0 if i < 40 else 1 - (i - 40) / 20 if i < 55 else 5.0) for i in range(80)]
+    told = reading(line)
+    assert told is not None and 1e-2 < told["steepest"] < 10**-1.2 and told["lowest"] == pytest.approx(10**-1.3)
+    assert reading(line[:9]) is None and reading([(10**i, float(i)) for i in range(20)]) is None
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (["--lr-range", 1, "--folds", 3], "leave searches"),
+        (["--lr-range", 1, "--grid", "lr=1,2"], "lr out"),
         (["--grid", "lr=1e-4..1e-2"], "--search"),
         (["--grid", "lr=1e-2..1e-4", "--search", "tpe"], "below"),
         (["--grid", "lr=0..1:log", "--search", "tpe"], "above 0"),

@@ -86,16 +86,20 @@ def _lora(backbone: Backbone, model: nn.Module) -> None:
 
 
 def _adapter(backbone: Backbone, model: nn.Module) -> None:
+    _adapters(backbone, model, BRANCH_ADAPTER if isinstance(backbone, Branches) else max(1, backbone.width // 8))
+
+
+def _adapters(backbone: Backbone, model: nn.Module, inner: int) -> None:
     if isinstance(backbone, Branches):
         for width, modules in backbone.branches(model):
             for branch in modules:
-                add_adapter(branch, width, BRANCH_ADAPTER)
+                add_adapter(branch, width, inner)
         return
     if backbone.shape != "sequence":
         raise UserError(f"adapter: {backbone.name} backbones have no token blocks to put it on")
     for stream in backbone.streams:
         for block in _blocks("adapter", backbone, model, stream):
-            add_adapter(block, backbone.width, max(1, backbone.width // 8))
+            add_adapter(block, backbone.width, inner)
 
 
 def _adaptformer(backbone: Backbone, model: nn.Module) -> None:
@@ -110,9 +114,13 @@ def _adaptformer(backbone: Backbone, model: nn.Module) -> None:
 
 
 def _prompt(backbone: Backbone, model: Any) -> None:
+    _prompts(backbone, model, PROMPT)
+
+
+def _prompts(backbone: Backbone, model: Any, tokens: int) -> None:
     if backbone.modality != "text":
         raise UserError(f"prompt: {backbone.name} backbones read no tokens that virtual ones could stand before")
-    model.set_input_embeddings(VirtualTokens(model.get_input_embeddings(), PROMPT))
+    model.set_input_embeddings(VirtualTokens(model.get_input_embeddings(), tokens))
 
 
 def _paper_full(backbone: Backbone, model: nn.Module) -> None:
@@ -203,8 +211,67 @@ PAPER = {
 PRESETS = {"ours": BASELINES, "paper": PAPER}
 
 
+SIZED = ("lora", "adapter", "prompt")  # what can have a size of its own: rank, width, tokens
+
+
+def _sized(name: str, size: int) -> Baseline:
+    """A baseline of another size, its rate and scale as in ours."""
+
+    def lora(backbone: Backbone, model: nn.Module) -> None:
+        add_lora(model, f"a {backbone.name} backbone", rank=size, alpha=2 * size)
+
+    def adapter(backbone: Backbone, model: nn.Module) -> None:
+        _adapters(backbone, model, size)
+
+    def prompt(backbone: Backbone, model: nn.Module) -> None:
+        _prompts(backbone, model, size)
+
+    ways = {
+        "lora": (f"LoRA of rank {size} on the attention's queries and values (peft)", lora),
+        "adapter": (f"a bottleneck adapter of width {size} after each block", adapter),
+        "prompt": (f"prompt tuning: {size} virtual tokens before the text", prompt),
+    }
+    about, prepare = ways[name]
+    return replace(BASELINES[name], description=about, prepare=prepare, virtual=size if name == "prompt" else 0)
+
+
+def _after(method: Baseline, first: int) -> Baseline:
+    """A baseline without the embedding and the blocks before `first`: these stay frozen and need no gradient."""
+
+    def prepare(backbone: Backbone, model: nn.Module) -> None:
+        for stream in backbone.streams:
+            if not 0 < first < backbone.depth(stream):
+                raise UserError(
+                    f"{method.name}@{first}: of the {backbone.depth(stream)} blocks of a {backbone.name} backbone's "
+                    f"{stream} 1 to {backbone.depth(stream) - 1} can stay frozen"
+                )
+        method.prepare(backbone, model)
+        for stream in backbone.streams:
+            for block in list(_blocks(method.name, backbone, model, stream))[:first]:
+                block.requires_grad_(False)
+        for name, parameter in model.named_parameters():
+            if "embed" in name or "shared" in name:
+                parameter.requires_grad_(False)
+        if not any(p.requires_grad for p in model.parameters()):
+            raise UserError(f"{method.name}@{first}: nothing of it lies behind the frozen blocks")
+
+    return replace(method, description=f"{method.description}; the first {first} blocks frozen", prepare=prepare)
+
+
 def baseline(name: str, preset: str = "ours") -> Baseline:
-    """The baseline called `name` in the settings of `preset`; UserError offering the nearest otherwise."""
+    """The baseline called `name` in the settings of `preset`; UserError offering the nearest otherwise. A name may have
+    a size and a number of first blocks that stay frozen: lora:16, adapter:24@6, full@3."""
+    plain, at, first = name.partition("@")
+    plain, colon, size = plain.partition(":")
+    if (at or colon) and plain in BASELINES:
+        if preset != "ours":
+            raise UserError(f"--preset {preset}: its baselines have the papers' sizes; leave {name[len(plain) :]} out")
+        if (colon and not (size.isdecimal() and int(size))) or (at and not first.isdecimal()):
+            raise UserError(f"{name}: expected NAME:SIZE, NAME@BLOCKS or both, such as lora:16@6")
+        if colon and plain not in SIZED:
+            raise UserError(f"{name}: {plain} has no size; {', '.join(SIZED)} have")
+        made = replace(_sized(plain, int(size)) if colon else BASELINES[plain], name=name)
+        return _after(made, int(first)) if at else made
     if name in PRESETS[preset]:
         return PRESETS[preset][name]
     if name in BASELINES:

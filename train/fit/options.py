@@ -24,7 +24,7 @@ class FitOptions:
     weight_decay: float = 0.0  # AdamW's, on parameters with two or more dimensions (not on biases, norms, gates)
     betas: tuple[float, float] = (0.9, 0.999)  # AdamW's
     eps: float = 1e-8  # AdamW's
-    schedule: str = "linear"  # linear | cosine | constant, after the warm-up
+    schedule: str = "linear"  # linear | cosine | constant | rising, after the warm-up
     warmup_steps: int | None = None  # optimizer steps of linear warm-up; or
     warmup_ratio: float | None = None  # the same as a share of all steps; neither: no warm-up
     clip: float | None = 1.0  # largest norm of the gradient; None or 0 switches clipping off

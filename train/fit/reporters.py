@@ -95,7 +95,13 @@ class _Wandb:
     def __init__(self, run_dir: Path, about: Mapping[str, Any], known: str) -> None:
         import wandb
 
-        own = {"project": PROJECT, "name": run_dir.name, "id": known, "resume": "allow", "reinit": "create_new"}
+        own: dict[str, Any] = {
+            "project": PROJECT,
+            "name": run_dir.name,
+            "id": known,
+            "resume": "allow",
+            "reinit": "create_new",
+        }
         self.run: Any = wandb.init(dir=str(run_dir), config=dict(about), **own)
 
     def tell(self, step: int, values: Mapping[str, float]) -> None:

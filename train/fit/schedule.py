@@ -1,4 +1,5 @@
-"""Learning-rate schedules as a factor of the peak rate; the formulas of Hugging Face's `get_*_schedule_with_warmup`."""
+"""Learning-rate schedules as a factor of the peak rate; the formulas of Hugging Face's `get_*_schedule_with_warmup`,
+and one that rises evenly in its logarithm from a hundred-thousandth of the peak, for a range test."""
 
 from __future__ import annotations
 
@@ -21,8 +22,17 @@ def _constant(done: float) -> float:
     return 1.0
 
 
+def _rising(done: float) -> float:
+    return 10.0 ** (5.0 * (done - 1.0))
+
+
 # name → factor at the share `done` in [0, 1] of the steps after the warm-up
-SCHEDULES: dict[str, Callable[[float], float]] = {"linear": _linear, "cosine": _cosine, "constant": _constant}
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "linear": _linear,
+    "cosine": _cosine,
+    "constant": _constant,
+    "rising": _rising,
+}
 
 
 def factor(schedule: str, warmup: int, total: int) -> Callable[[int], float]:

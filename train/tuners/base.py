@@ -115,6 +115,9 @@ class Tuner(nn.Module):
         """What a training batch adds to the loss, from the weights of the head; None for nothing."""
         return None
 
+    def begin_step(self, step: int, steps: int) -> None:
+        """Called before optimizer step `step`, from 0, of `steps`."""
+
     def stepped(self, head: nn.Module) -> None:
         """Called after each optimizer step, on every rank, when all ranks have the same weights."""
 
