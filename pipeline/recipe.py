@@ -233,7 +233,10 @@ class Recipe:
     lr: float | None = _option(None, "Learning rate. Default: the tuner's (3e-3 on T5, the papers').", "train")
     weight_decay: float = _option(0.0, "AdamW weight decay.", "train")
     schedule: str = _option(
-        "linear", "Learning-rate schedule after the warm-up.", "train", choices=("linear", "cosine", "constant")
+        "linear",
+        "Learning-rate schedule after the warm-up; step: a tenth from 3/5 of the steps on.",
+        "train",
+        choices=("linear", "cosine", "constant", "step"),
     )
     warmup_steps: int | None = _option(
         None,
