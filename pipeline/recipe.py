@@ -258,9 +258,10 @@ class Recipe:
     weight_decay: float = _option(0.0, "AdamW weight decay.", "train")
     schedule: str = _option(
         "linear",
-        "Learning-rate schedule after the warm-up; rising, from --lr / 100,000 to --lr, is for a range test.",
+        "Learning-rate schedule after the warm-up; step: a tenth from 3/5 of the steps on; rising, from --lr / 100,000 "
+        "to --lr, is for a range test.",
         "train",
-        choices=("linear", "cosine", "constant", "rising"),
+        choices=("linear", "cosine", "constant", "step", "rising"),
     )
     warmup_steps: int | None = _option(
         None,

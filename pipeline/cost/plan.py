@@ -38,6 +38,7 @@ from pipeline.cost.flops import (
     weighted,
 )
 from pipeline.cost.remembered import Remembered
+from pipeline.cost.slots_plan import plan_slots
 from pipeline.cost.workload import Workload, positions_of, workload
 from pipeline.extract.backbones.capabilities import Levels
 from pipeline.extract.batch import stream_of
@@ -45,10 +46,11 @@ from pipeline.extract.batching import extraction_batches
 from pipeline.extract.encoding import unscaled_dtype
 from pipeline.extract.kernels.memory import keep_freed_memory
 from pipeline.extract.projection import parse_projection
-from pipeline.jobs.slots import refuse_slots
+from pipeline.jobs.slots import refuse_slots, slots_of
 from pipeline.lookup.recipe import device_of, store_path
 from pipeline.recipe import Recipe
 from pipeline.store import FORMATS, SEGMENT_BYTES
+from pipeline.store.errors import UserError
 from pipeline.train.data.tiers import available_memory
 from pipeline.train.model import Model
 from pipeline.train.tuners import tuner_class, tuner_config, tuner_names
@@ -285,6 +287,11 @@ def run_plan(
     recipe: Recipe, budget: float | None, memory: float | None, measure: bool = False
 ) -> tuple[dict[str, Any], str]:
     """The plan as a mapping and as text. `measure`: measure this machine although its rates are remembered."""
+    if slots_of(recipe):
+        for option, value in (("--budget", budget), ("--memory", memory), ("--measure", measure)):
+            if value:
+                raise UserError(f"{option}: of several backbones the bytes of their states are told, and nothing else")
+        return plan_slots(recipe)
     refuse_slots(recipe, "plan")
     work = workload(recipe)
     known = Remembered(device_of(recipe), again=measure)

@@ -113,9 +113,20 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--live", type=int, default=4, help="steps to time with the backbones in the loop; 0: none")
+    parser.add_argument("--more", default="", help="further options of train, as one text: '--negatives hardest'")
     parser.add_argument("--folds", type=int, default=0, help="compare over so many folds instead")
     args = parser.parse_args()
-    args.how = ["--epochs", args.epochs, "--batch-size", args.batch_size, "--lr", args.lr, "--device", "cpu"]
+    args.how = [
+        "--epochs",
+        args.epochs,
+        "--batch-size",
+        args.batch_size,
+        "--lr",
+        args.lr,
+        "--device",
+        "cpu",
+        *args.more.split(),
+    ]
     with (args.data / "flickr8k" / "captions.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     names = sorted({row["image"] for row in rows})

@@ -6,16 +6,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import ResNetConfig
 
 from pipeline.extract.backbones import Batch
 from pipeline.extract.backbones.base import Backbone
+from pipeline.extract.backbones.pyramid import pooled_maps
 from pipeline.extract.backbones.registry import backbone_for
 from pipeline.train.features import Want
+from pipeline.train.objectives.retrieval import in_cells
 from pipeline.train.tuners import tuner_config
-from pipeline.train.tuners.conv import ConvNorm, SherlConv, UniptConv
-from pipeline.train.tuners.unipt import Aggregate
+from pipeline.train.tuners.vse import SherlVseConv, UniptVseConv
 from tests.golden import Case
 from tests.golden.compare import Place, Setup
 from tests.golden.texts import Pairs, affine
@@ -65,10 +66,10 @@ def sherl_resnet(case: Case) -> Setup:
         weights[f"block.layer.{int(kind[-1]) - 1}.{part}.{rest}"] = tensor
     counters = {f"block.layer.{i}.normalization.num_batches_tracked": torch.tensor(0) for i in range(3)}
     tail = backbone.tail({**weights, **counters}, "sdpa")
-    tuner = SherlConv(tuner_config("sherl", {"reduction": 1}), backbone, tail, Want())
-    # The released side width is a part of the joint width, which no reduction of the backbone's gives.
-    tuner.down = nn.ModuleList(ConvNorm(w, c["hidden"]) for w in c["widths"])
-    tuner.score, tuner.up = nn.Linear(c["hidden"], 1), ConvNorm(c["hidden"], backbone.width)
+    tuner = SherlVseConv(tuner_config("sherl-vse", {}), backbone, tail, Want(joint=2 * c["hidden"]))
+    for i, (size, width) in enumerate(zip(c["sizes"][:-1], c["widths"][:-1], strict=True), 1):
+        rows = batch.states[f"stage{i}.{backbone.depth(f'stage{i}') - 1}"].view(c["batch"], -1, width)
+        batch.states[f"{tuner.stream}.pool{i}"] = pooled_maps(rows, (size,) * 2, (c["sizes"][-1],) * 2).flatten(0, 1)
     side = "side_module"
     places, buffers = conv_norm("up", f"{side}.conv_out")
     for i in range(len(c["widths"])):
@@ -83,10 +84,7 @@ def sherl_resnet(case: Case) -> Setup:
     def run() -> tuple[Tensor, Pairs]:
         (rows,) = tuner(batch).values()
         official = case.tensors["output/side"]
-        maps = as_maps(rows, official)
-        # The released pooling of the live block's map: the largest and the mean of each 2 × 2 cell, summed.
-        pooled = nn.functional.max_pool2d(maps, 2) + nn.functional.avg_pool2d(maps, 2)
-        tokens = pooled.flatten(2).transpose(1, 2)
+        tokens = in_cells(rows, batch, tuner.features[tuner.stream], 2)[0].view_as(case.tensors["output/tokens"])
         blend = as_maps(seen[tuner.stream], official)
         return (tokens * cotangent).sum(), {
             "side": (blend, official),
@@ -99,11 +97,8 @@ def sherl_resnet(case: Case) -> Setup:
 def unipt_maps(case: Case) -> Setup:
     c = case.config
     backbone, batch = staged(case)
-    tuner = UniptConv(tuner_config("unipt", {"reduction": 1}), backbone, backbone.tail(None, "sdpa"), Want())
-    # The released side width is a part of the joint width, to which the way up goes.
-    tuner.down = nn.ModuleList(ConvNorm(w, c["hidden"]) for w in c["widths"])
-    tuner.aggregate = Aggregate(c["hidden"], ConvNorm(c["hidden"], c["hidden"]))
-    tuner.up = nn.Linear(c["hidden"], c["embed"])
+    config = tuner_config("unipt-vse", {"reduction": c["embed"] // c["hidden"]})
+    tuner = UniptVseConv(config, backbone, backbone.tail(None, "sdpa"), Want(joint=c["embed"]))
     places, buffers = conv_norm("aggregate.project", "projection_layer")
     for i in range(len(c["widths"])):
         more, stats = conv_norm(f"down.{i}", f"downsample_layers.{i}")

@@ -62,7 +62,7 @@ def table() -> list[str]:
     for name, runs in found.items():
         every = [d for run in runs for d in run]
         outputs = max(d.share for d in every if not d.gradient)
-        gradients = max(d.share for d in every if d.gradient and not d.rounding)
+        gradients = max((d.share for d in every if d.gradient and not d.rounding), default=0.0)
         rows.append(f"| {name} | {len(runs)} | {len(every)} | {outputs:.1e} | {gradients:.1e} |")
     return [*rows, "", *without]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import T5Config, TimmWrapperConfig
+from transformers import BertConfig, CLIPTextConfig, CLIPVisionConfig, T5Config, TimmWrapperConfig
 
 from pipeline.cost import plan as planning
 from pipeline.extract.backbones import backbone_for
@@ -18,9 +18,11 @@ from pipeline.owners import config_of, recipe_of
 from pipeline.recipe import read_recipe
 from pipeline.train.features import Want
 from pipeline.train.model import Model
+from pipeline.train.objectives import Answers, objective_class
 from pipeline.train.published import kept_layers
 from pipeline.train.tuners import tuner_class, tuner_config
 from tests.extract.test_tasks_masks import ade20k
+from tests.pipeline.test_errors import run
 from tests.train.test_tuners import COUNTS, T5
 
 ALL = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -107,3 +109,108 @@ def test_commented_choices_are_options_too(path: Path) -> None:
             words = name in ("format", "init")
             typed = value if words else float(value) if "." in value else int(value)
             recipe_of("train", ("recipe", {**read_recipe(path), name: typed}))
+
+
+RETRIEVAL = [path for path in ALL if "-vse-" in path.stem or "-clip4clip-" in path.stem]
+
+
+# One of each system in the quick suite; the others differ in their data set.
+QUICK = {"sherl-vse-flickr30k", "unipt-vse-coco", "sherl-clip4clip-msrvtt", "unipt-clip4clip-msvd"}
+PLANNED = [pytest.param(p, id=p.stem, marks=[] if p.stem in QUICK else pytest.mark.matrix) for p in RETRIEVAL]
+
+
+@pytest.mark.parametrize("path", PLANNED)
+def test_recipes_of_retrieval_are_parsed_and_planned(path: Path, tmp_path: Path) -> None:
+    """Both commands of the header as they stand; counts on the meta device; bytes from configurations alone."""
+    text = path.read_text(encoding="utf-8")
+    vse, (tuner, _, data) = "-vse-" in path.stem, path.stem.split("-")
+    models = write_models(tmp_path, vse)
+    write_pairs(tmp_path, data)
+    lines = re.findall(r"^#   pipeline (extract|train) +--recipe (\S+)(.*)", text, re.M)
+    assert [command for command, *_ in lines] == ["extract", "train"] and {at for _, at, _ in lines} == {
+        f"configs/{path.name}"
+    }
+    words = [str(tmp_path / w) if (tmp_path / w).exists() else w for w in lines[1][2].split()]
+    words = [w for w in words if not w.startswith("video=VISION")]
+    words = [w for w in words if w != "--model"] + ["--model", models]
+    done = run("plan", "--recipe", path, *words)
+    assert done.exit_code == 0, done.output
+    told = json.loads(run("plan", "--recipe", path, *words, "--json").stdout)
+    slots, image = told["slots"], "image" if vse else "video"
+    assert slots.keys() == {image, "text"} and slots[image]["samples"] < slots["text"]["samples"]
+    size = slots[image]["bytes a sample"]["float16"]
+    if tuner == "sherl" and vse:  # 16 × 16 cells of 256 + 512 + 1024 + 2048 channels: 2 MB instead of 16
+        assert size == pytest.approx(256 * 3840 * 2, rel=1e-3)
+    elif vse:
+        assert 15e6 < size < 17e6
+    else:  # 12 frames of 50 tokens in 13 states: 12 MB, and 108 GB for 9,000 videos
+        assert size == pytest.approx(12 * 50 * 768 * 13 * 2, rel=1e-3) and 9000 * size == pytest.approx(108e9, rel=0.01)
+    assert f"Trainable parameters: {parameters(path, tuner, vse):,}" in text
+
+
+def parameters(path: Path, tuner: str, vse: bool) -> int:
+    values = {**read_recipe(path), "task": "a.csv", "model": "image=a,text=b"}
+    recipe = recipe_of("train", ("recipe", values))
+    config, joint = config_of(recipe, recipe.tuner), recipe.objective_options["joint_width"]
+    total = 0
+    features = {}
+    for slot, shape in (RESNEXT_BERT if vse else CLIP_TOWERS).items():
+        backbone = backbone_for(shape)
+        with torch.device("meta"):
+            made = tuner_class(recipe.tuner, backbone)(config, backbone, backbone.tail(None, "sdpa"), Want(joint=joint))
+        total += sum(p.numel() for p in made.parameters())
+        features |= {f"{slot}/{name}": feature for name, feature in made.features.items()}
+    objective = objective_class(recipe.objective or "")
+    options = dict(recipe.objective_options)
+    made_objective = objective(objective.config_class(**options), Answers(slots=tuple(RESNEXT_BERT)))
+    head = made_objective.head(features, None)  # type: ignore[arg-type]
+    return total + sum(p.numel() for p in head.parameters())
+
+
+RESNEXT_BERT = {"image": TimmWrapperConfig(architecture="resnext101_32x8d"), "text": BertConfig()}
+CLIP_TOWERS = {
+    "image": CLIPVisionConfig(
+        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, patch_size=32,
+        projection_dim=512, architectures=["CLIPVisionModelWithProjection"],
+    ),
+    "text": CLIPTextConfig(
+        hidden_size=512, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=8, projection_dim=512,
+        architectures=["CLIPTextModelWithProjection"],
+    ),
+}  # fmt: skip
+
+
+def write_models(folder: Path, vse: bool) -> str:
+    """Folders with a config.json alone, which is all that planning needs."""
+    slots = {"image" if vse else "video": "image", "text": "text"}
+    for slot, kind in slots.items():
+        (folder / slot).mkdir()
+        shape = (RESNEXT_BERT if vse else CLIP_TOWERS)[kind]
+        raw = {**shape.to_dict(), "model_type": shape.model_type}
+        if vse and kind == "image":
+            raw = {"architecture": "resnext101_32x8d", "num_classes": 1000, "num_features": 2048}
+            raw["pretrained_cfg"] = {"input_size": [3, 224, 224]}
+        (folder / slot / "config.json").write_text(json.dumps(raw, default=str))
+    return ",".join(f"{slot}={folder / slot}" for slot in slots)
+
+
+def write_pairs(folder: Path, data: str) -> None:
+    """A few pairs in the data set's own files; the images and frames themselves are not needed."""
+    if data in ("flickr30k", "coco"):
+        said = [{"raw": f"a dog runs {k}"} for k in range(5)]
+        images = [
+            {"filename": f"{i}.jpg", "split": s, "sentences": said} for i, s in enumerate(("train", "val", "test"))
+        ]
+        for image in images:
+            image["sentences"] = [{"raw": f"{s['raw']} {image['split']}"} for s in said]  # type: ignore[index]
+        (folder / f"dataset_{data}.json").write_text(json.dumps({"images": images}))
+    elif data == "msrvtt":
+        rows = [{"video_id": f"video{i}", "caption": f"a man {i} {k}"} for i in range(12) for k in range(2)]
+        (folder / "MSRVTT_data.json").write_text(json.dumps({"videos": [], "sentences": rows}))
+        (folder / "MSRVTT_JSFUSION_test.csv").write_text("video_id,sentence\nvideo0,a man runs\n")
+    else:
+        (folder / "MSVD").mkdir()
+        lines = [f"v{i} a cat {i} {k}" for i in range(3) for k in range(3)]
+        (folder / "MSVD" / "AllVideoDescriptions.txt").write_text("\n".join(lines))
+        for i, split in enumerate(("train", "val", "test")):
+            (folder / "MSVD" / f"{split}_list.txt").write_text(f"v{i}\n")

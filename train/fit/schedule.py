@@ -22,6 +22,10 @@ def _constant(done: float) -> float:
     return 1.0
 
 
+def _step(done: float) -> float:
+    return 1.0 if done < 0.6 else 0.1  # VSE∞: at epoch 15 of 25
+
+
 def _rising(done: float) -> float:
     return 10.0 ** (5.0 * (done - 1.0))
 
@@ -31,6 +35,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "linear": _linear,
     "cosine": _cosine,
     "constant": _constant,
+    "step": _step,
     "rising": _rising,
 }
 
