@@ -13,8 +13,9 @@ from pipeline.commands.train import run_train
 from pipeline.extract.tasks.base import Task
 from pipeline.jobs.streams import stream_source
 from pipeline.lookup.recipe import device_of, store_path
+from pipeline.option_names import named
 from pipeline.owners import recipe_of
-from pipeline.recipe import Recipe, named
+from pipeline.recipe import Recipe
 from pipeline.runs import Run, load_run
 from pipeline.store import Space, Store
 from pipeline.store.errors import UserError

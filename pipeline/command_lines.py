@@ -8,8 +8,9 @@ from dataclasses import fields, replace
 from typing import Any
 
 from pipeline.jobs.slots import SlotRecipe, tuners_in
+from pipeline.option_names import option_name
 from pipeline.owners import owned
-from pipeline.recipe import Recipe, option_name
+from pipeline.recipe import Recipe
 from pipeline.store.errors import MissingStates
 
 # Options that mean something else to `extract` than to `train`: its batches are of tokens, its seed orders the visits.

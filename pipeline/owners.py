@@ -17,7 +17,8 @@ from typing import Any, get_type_hints
 from pipeline.extract.options import about
 from pipeline.extract.plugins import import_modules
 from pipeline.jobs.slots import SlotRecipe, tuners_in
-from pipeline.recipe import Recipe, common_value, field_names, named, option_name
+from pipeline.option_names import named, option_name
+from pipeline.recipe import Recipe, common_value, field_names
 from pipeline.store.errors import UserError
 from pipeline.train.configs import TUNERS, TunerConfig
 from pipeline.train.objective_configs import OBJECTIVES

@@ -12,9 +12,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from pipeline.option_names import named, option_name
 from pipeline.recipe_file import recipe_text, recipe_values
 from pipeline.store.errors import UserError
-from pipeline.values import checked_value, short
+from pipeline.values import checked_value, plain, short
 
 FORMATS = ("float32", "bfloat16", "float16", "int8")
 PRECISIONS = ("float32", "bfloat16", "float16")
@@ -366,45 +367,16 @@ class Recipe:
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain values, ready for YAML or JSON."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return _plain(values)
+        return plain({f.name: getattr(self, f.name) for f in fields(self)})
 
     def to_yaml(self, header: str = "") -> str:
         """YAML that `read_recipe` takes back, below a comment that ends with a digest of the options."""
         return recipe_text(self.to_mapping(), header)
 
 
-def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` with lists for tuples, in what is nested too."""
-    lists = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
-    return {k: _plain(v) if isinstance(v, dict) else v for k, v in lists.items()}
-
-
-_ALIASES = {"for": "tuners", "import": "imports"}
-
-
-def option_name(name: str) -> str:
-    """The spelling on the command line: max_length → --max-length; `tuners` is spelled --for, `imports` --import."""
-    spelled = next((alias for alias, own in _ALIASES.items() if own == name), name)
-    return "--" + spelled.replace("_", "-")
-
-
 def field_names() -> list[str]:
     """Every common option's name, in order."""
     return [f.name for f in fields(Recipe)]
-
-
-def named(values: Mapping[Any, Any], where: str) -> dict[str, Any]:
-    """`values` by the names of options: dashes as underscores, `for` as `tuners`, `import` as `imports`. UserError for
-    one that is given twice."""
-    out: dict[str, Any] = {}
-    for key, value in values.items():
-        plain = str(key).replace("-", "_")
-        name = _ALIASES.get(plain, plain)
-        if name in out:
-            raise UserError(f"{where}: {option_name(name)} is given twice, once as {key!r}: keep one of them")
-        out[name] = value
-    return out
 
 
 def read_recipe(path: str | Path, record: bool = False) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Mapping
 from typing import Any, get_args
 
 from pipeline.store.errors import UserError
@@ -51,3 +52,9 @@ def checked_value(name: str, hint: Any, value: Any, where: str) -> Any:
         except (TypeError, ValueError, OverflowError):
             pass
     raise UserError(f"{where}: {name}: expected {kind.__name__}, not {short(value)}")
+
+
+def plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with lists for tuples, in what is nested too."""
+    lists = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+    return {k: plain(v) if isinstance(v, dict) else v for k, v in lists.items()}

@@ -10,8 +10,9 @@ from typing import Any
 from pipeline.extract.backbones import Backbone
 from pipeline.extract.options import about
 from pipeline.jobs.slots import SlotRecipe
+from pipeline.option_names import option_name
 from pipeline.owners import KINDS, having, options_of
-from pipeline.recipe import Recipe, option_name
+from pipeline.recipe import Recipe
 from pipeline.store.errors import UserError
 
 _FIELDS = {f.name: f for f in fields(Recipe)}

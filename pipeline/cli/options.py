@@ -16,8 +16,9 @@ from pipeline.cli.command import tell
 from pipeline.extract.options import about
 from pipeline.extract.short_names import SHORT_NAMES
 from pipeline.jobs.slots import tuners_in
+from pipeline.option_names import option_name
 from pipeline.owners import Owned, names_of, owned, recipe_of, refusal
-from pipeline.recipe import Recipe, option_name, read_recipe
+from pipeline.recipe import Recipe, read_recipe
 from pipeline.store.errors import Notice, UserError
 
 _HINTS = get_type_hints(Recipe)

@@ -17,8 +17,9 @@ from typing import Any, get_args, get_type_hints
 import yaml
 
 from pipeline.catalog import BASELINES, is_baseline
+from pipeline.option_names import named, option_name
 from pipeline.owners import KINDS, for_tuner, having, nearest, options_of, recipe_of
-from pipeline.recipe import Recipe, field_names, named, option_name
+from pipeline.recipe import Recipe, field_names
 from pipeline.recipe_file import recipe_values
 from pipeline.store.errors import UserError
 from pipeline.store.format.digest import digest_json

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.recipe import UNSPOKEN, Recipe, option_name
+from pipeline.option_names import option_name
+from pipeline.recipe import UNSPOKEN, Recipe
 from pipeline.store.errors import UserError
 
 PER_SLOT = ("model", "tuner", "space", "text", "text_pair", "image")

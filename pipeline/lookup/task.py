@@ -11,7 +11,8 @@ from pipeline.extract.tasks.glue import USUAL_GRID
 from pipeline.extract.tasks.hub_images import PREFIX, hub_folder
 from pipeline.jobs.slots import SlotRecipe, together
 from pipeline.lookup.objective import refuse_targets, target_types
-from pipeline.recipe import Recipe, option_name
+from pipeline.option_names import option_name
+from pipeline.recipe import Recipe
 from pipeline.store.errors import UserError
 
 

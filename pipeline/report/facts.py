@@ -24,7 +24,8 @@ from pipeline.commands.sweep_table import SWEEP
 from pipeline.extract.batch import Batch
 from pipeline.jobs.job import Job
 from pipeline.lookup.task import picture_root
-from pipeline.recipe import Recipe, option_name, read_recipe
+from pipeline.option_names import option_name
+from pipeline.recipe import Recipe, read_recipe
 from pipeline.report.looks import Clock, Maps, cost_facts, maps_of
 from pipeline.runs import Run, load_run
 from pipeline.store import Segment, Space

@@ -1,0 +1,29 @@
+"""How options are spelled: on the command line, and in recipes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.store.errors import UserError
+
+_ALIASES = {"for": "tuners", "import": "imports"}
+
+
+def option_name(name: str) -> str:
+    """The spelling on the command line: max_length → --max-length; `tuners` is spelled --for, `imports` --import."""
+    spelled = next((alias for alias, own in _ALIASES.items() if own == name), name)
+    return "--" + spelled.replace("_", "-")
+
+
+def named(values: Mapping[Any, Any], where: str) -> dict[str, Any]:
+    """`values` by the names of options: dashes as underscores, `for` as `tuners`, `import` as `imports`. UserError for
+    one that is given twice."""
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        plain = str(key).replace("-", "_")
+        name = _ALIASES.get(plain, plain)
+        if name in out:
+            raise UserError(f"{where}: {option_name(name)} is given twice, once as {key!r}: keep one of them")
+        out[name] = value
+    return out
