@@ -341,16 +341,13 @@ class Recipe:
         if odd := next((name for name in self.report_to if name not in REPORTERS), None):
             raise UserError(f"--report-to: one or more of {', '.join(REPORTERS)}, not {odd!r}")
         for name in _FROM_ONE:
-            value = getattr(self, name)
-            if value is not None and value < 1:
+            if (value := getattr(self, name)) is not None and value < 1:
                 raise UserError(f"{option_name(name)}: at least 1, not {value}")
         for name in ("lr", "grid"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
+            if (value := getattr(self, name)) is not None and not value > 0:
                 raise UserError(f"{option_name(name)}: above 0, not {value}")
         for name in ("weight_decay", "clip", "seed", "order_seed", "warmup_steps", "view_seed"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
+            if (value := getattr(self, name)) is not None and value < 0:
                 raise UserError(f"{option_name(name)}: not below 0, was {value}")
         for name in ("seed", "order_seed", "view_seed"):
             if (getattr(self, name) or 0) >= 1 << 63:
