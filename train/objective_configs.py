@@ -141,7 +141,7 @@ class RetrievalConfig(ObjectiveConfig):
     """`joint_width`: D, of the space in which two slots are compared. `pooling`: what stands for a sample's positions
     there; "gpo" is VSE∞'s (see `train.objectives.gpo`). `cells`: feature maps of images are
     brought to cells of so many times so many positions. `drop_cells`: share of the positions of an image's map that is
-    left out in training. `folds`: figures are told as means over so many parts of the split, too."""
+    left out in training. `eval_folds`: figures are told as means over so many parts of the split, too."""
 
     joint_width: int = option(1024, "Width of the space in which the slots are compared.", least=1)
     pooling: str = option(
@@ -159,7 +159,7 @@ class RetrievalConfig(ObjectiveConfig):
         least=0,
         below=1,
     )
-    folds: int = option(1, "Also tell figures as means over so many parts of the split (COCO's 1K: 5).", least=1)
+    eval_folds: int = option(1, "Also tell figures as means over so many parts of the split (COCO's 1K: 5).", least=1)
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,11 @@ EXTRAS = {
     "docs": (("sphinx", "myst_parser", "furo"), "building the documentation"),
     "distributed": (("distributed",), "--scheduler ADDRESS"),
     "s3": (("s3fs",), "stores at s3://…"),
-    "tensorboard": (("tensorboard",), "--tensorboard"),
+    "dense": (("pycocotools",), "objects in images: boxes and masks"),
+    "search": (("optuna",), "sweep --search"),
+    "tensorboard": (("tensorboard",), "--report-to tensorboard"),
+    "wandb": (("wandb",), "--report-to wandb"),
+    "mlflow": (("mlflow",), "--report-to mlflow"),
     "text-scores": (("sacrebleu", "rouge_score"), "evaluate --generate of completions"),
 }
 SIDE = 1024  # of the matrices whose product is timed

@@ -172,7 +172,7 @@ def test_a_run_that_compares_nothing_is_not_searched(checkpoints: dict[str, Path
         (["--objective", "hinge", "--accumulate", 2], ["--accumulate", "hinge", "each other"]),
         (["--objective", "hinge", "--metric", "accuracy"], ["--metric accuracy", "rsum"]),
         (["--objective", "hinge", "--logit-scale", 20], ["--logit-scale is an option of contrastive"]),
-        (["--objective", "hinge", "--folds", 5], ["--folds 5", "3 distinct"]),
+        (["--objective", "hinge", "--eval-folds", 5], ["--eval-folds 5", "3 distinct"]),
     ],
 )
 def test_training_that_is_refused(made: dict[str, Any], tmp_path: Path, more: list[Any], words: list[str]) -> None:
@@ -207,7 +207,7 @@ def test_a_pair_that_is_not_whole(made: dict[str, Any], tmp_path: Path, rows: An
 
 
 def test_folds_are_told_beside_the_whole(made: dict[str, Any], tmp_path: Path) -> None:
-    how = ["--tuner", "probe", "--objective", "hinge", *FAST, "--epochs", 1, "--folds", 2]
+    how = ["--tuner", "probe", "--objective", "hinge", *FAST, "--epochs", 1, "--eval-folds", 2]
     done = run("train", *made["options"], *how, "--out", tmp_path / "run")
     assert list(done["test"]) == [*KEYS, *(f"fold_{k}" for k in KEYS)]
     assert done["test"]["fold_rsum"] >= done["test"]["rsum"]  # fewer candidates

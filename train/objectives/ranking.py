@@ -69,7 +69,7 @@ def folded(embedded: Sequence[Tensor], pairs: np.ndarray, ways: Sequence[str], f
     few = int(len(embedded[1]) < len(embedded[0]))
     if len(embedded[few]) < folds:
         raise UserError(
-            f"--folds {folds}: the split has {len(embedded[few])} distinct samples, too few for so many parts"
+            f"--eval-folds {folds}: the split has {len(embedded[few])} distinct samples, too few for so many parts"
         )
     told: list[dict[str, float]] = []
     for part in np.array_split(np.arange(len(embedded[few])), folds):

@@ -154,7 +154,7 @@ class Retrieval(Objective):
 
     @property
     def metric_names(self) -> tuple[str, ...]:
-        return figures_of(self.answers.slots, self.config.folds)
+        return figures_of(self.answers.slots, self.config.eval_folds)
 
     @property
     def usual(self) -> tuple[str, ...]:
@@ -165,7 +165,7 @@ class Retrieval(Objective):
 
     def scorer(self) -> Scorer:
         first = self.config.metric[0] if self.config.metric else "rsum"
-        return RankScorer(self.answers.slots, self.config.folds, self.metrics, first)
+        return RankScorer(self.answers.slots, self.config.eval_folds, self.metrics, first)
 
     def entries(self, out: Outputs) -> list[dict[str, Any]]:
         return [{"similarity": value} for value in out["similarity"].tolist()]
