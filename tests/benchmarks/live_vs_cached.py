@@ -290,7 +290,7 @@ def main() -> None:
     lengths = ", ".join(f"{s} {n:.1f}" for s, n in rows[0]["lengths"].items())
     about = (
         f"Shape {args.shape}, random weights; {words}, mean positions {lengths}; batch {args.batch_size}, "
-        f"{args.format}, {torch.get_num_threads()} threads; "
+        f"{args.format}, backbone in {job.found.space.identity['precision']}, {torch.get_num_threads()} threads; "
         f"best of {0 if args.no_live else args.rounds} live and {args.cached_epochs * args.rounds} cached epochs each."
     )
     print(f"\n{about}\n" + table_text(HEAD, [row(r) for r in rows]))
