@@ -16,6 +16,12 @@ from tests.pipeline.test_readme import own_table
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)#\s]+)(?:#[^)]*)?\)|!\[[^\]]*\]\(([^)\s]+)\)")
 
 
+@pytest.fixture(autouse=True)
+def measured_once(own_cache, tmp_path_factory, monkeypatch):
+    """The rates of the machine, which `plan` measures, are those of all tutorials."""
+    monkeypatch.setenv("PIPELINE_CACHE", str(tmp_path_factory.getbasetemp() / "tutorials"))
+
+
 def test_your_csv_to_predictions(checkpoints, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib", reason="the extra `report` is not installed: the tutorial not tested")
     monkeypatch.chdir(tmp_path)

@@ -204,6 +204,23 @@ def test_numbers_have_pairs_and_errors(checkpoints, tmp_path):
     assert "By the size of the error" in page.text and "confusion" not in page.text
 
 
+def test_mistakes_of_images_are_images_and_labels_have_their_own_scores(checkpoints, pictures, tmp_path):
+    options = ["--model", checkpoints["vit"], "--task", pictures, "--store", tmp_path / "s"]
+    assert run("extract", *options, "--for", "probe").exit_code == 0
+    train = ["--tuner", "probe", "--epochs", 1, "--lr", 1e-9, "--out", tmp_path / "images"]
+    assert run("train", *options, *train).exit_code == 0
+    page, _ = report(tmp_path / "a.html", tmp_path / "images")
+    shown = [link for link in page.links if link.startswith("data:image/jpeg;base64,")]
+    assert shown and page.tags.count("img") == len(shown)  # nothing was learned, so some are wrong
+    rows = [{"text": f"number {i} cat", "label": ["a"] if i % 3 else ["a", "b"]} for i in range(60)]
+    (tmp_path / "n.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--model", checkpoints["bert"], "--task", tmp_path / "n.jsonl", "--store", tmp_path / "s"]
+    assert run("extract", *options, "--text", "text", "--label", "label", "--for", "probe").exit_code == 0
+    assert run("train", *options, "--tuner", "probe", "--epochs", 1, "--out", tmp_path / "labels").exit_code == 0
+    page, _ = report(tmp_path / "b.html", tmp_path / "labels")
+    assert "By class on test" in page.text and "precision" in page.text and "Worst mistakes" not in page.text
+
+
 def test_wrong_input_is_one_line_and_writes_nothing(swept, tmp_path, monkeypatch):
     one = swept / "sweep" / "lst-s0"
     refused(run("report", tmp_path, "-o", tmp_path / "a.html"), "no finished run")
