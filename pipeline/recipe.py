@@ -90,12 +90,9 @@ class Recipe:
     )
     label: str | None = _option(None, "Own table: column with the label.", "extract train", metavar="COLUMN")
     columns: tuple[str, ...] = _option(
-        (),
-        "Own table, CSV or TSV: what its columns are called, where no first line says so: a,b,label.",
-        "extract train",
-        many=True,
-        metavar="NAMES",
-    )
+        (), "Own table, CSV or TSV: what its columns are called, where no first line says so: a,b,label.",
+        "extract train", many=True, metavar="NAMES",
+    )  # fmt: skip
     separator: str | None = _option(
         None,
         "Own table: what parts several labels in the label column; any number of them a row.",
@@ -116,12 +113,9 @@ class Recipe:
         "extract train",
     )
     fold: str | None = _option(
-        None,
-        "Training and validation rows together, cut anew: 2/5 chooses by the second of five parts and trains on the "
-        "rest; all trains on all of them and chooses nothing.",
-        "train",
-        metavar="I/K|all",
-    )
+        None, "Training and validation rows together, cut anew: 2/5 chooses by the second of five parts and trains on "
+        "the rest; all trains on all of them and chooses nothing.", "train", metavar="I/K|all",
+    )  # fmt: skip
     grid: float | None = _option(
         None,
         "STS-B with a text-to-text backbone: step of the target numbers. Default: 0.1, which is what the papers' code "
@@ -259,11 +253,10 @@ class Recipe:
     weight_decay: float = _option(0.0, "AdamW weight decay.", "train")
     schedule: str = _option(
         "linear",
-        "Learning-rate schedule after the warm-up; step: a tenth from 3/5 of the steps on; rising, from --lr / 100,000 "
+        "Learning-rate schedule after the warm-up; drop: a tenth from 3/5 of the steps on; rising, from --lr / 100,000 "
         "to --lr, is for a range test.",
-        "train",
-        choices=("linear", "cosine", "constant", "step", "rising"),
-    )
+        "train", choices=("linear", "cosine", "constant", "drop", "rising"),
+    )  # fmt: skip
     warmup_steps: int | None = _option(
         None,
         "Warm-up steps. Default for T5: 500, the papers', though that is all of training on RTE and most on MRPC; "
@@ -326,12 +319,9 @@ class Recipe:
     overwrite: bool = _option(False, "Replace a finished run in the same folder.", "train")
     tensorboard: bool = _option(False, "Also write TensorBoard events (extra `tensorboard`).", "train")
     report_to: tuple[str, ...] = _option(
-        (),
-        "Where else the log goes: tensorboard, wandb, mlflow, with commas between; each is an extra.",
-        "train",
-        many=True,
-        metavar="NAMES",
-    )
+        (), "Where else the log goes: tensorboard, wandb, mlflow, with commas between; each is an extra.",
+        "train", many=True, metavar="NAMES",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         for f in fields(self):

@@ -113,7 +113,7 @@ def sweep(
     if highest is not None:
         if how or halving or refit or folds or "lr" in asked.grid or any(is_baseline(name) for name in named):
             raise UserError("--lr-range tests tuners by itself: leave searches, folds, refits, baselines and lr out")
-        fixed = {"schedule": "rising", "lr": highest, "warmup_steps": 0, "warmup_ratio": None}
+        fixed: dict[str, Any] = {"schedule": "rising", "lr": highest, "warmup_steps": 0, "warmup_ratio": None}
         base = replace(base, **fixed, epochs=base.epochs or 1)
         folder = Path(out) if out else folder.with_name(f"{folder.name}-lr-range")
     runs = [] if how else points(asked, base)

@@ -5,76 +5,44 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.checks.unused_options import refuse_for_training
 from pipeline.command_lines import command_line, option
 from pipeline.commands import lr_range
 from pipeline.commands.compare import fit_baseline, refuse_baseline, step_memory
 from pipeline.commands.grid import Trial
 from pipeline.commands.halving import Halving, refuse_halving
 from pipeline.commands.proposals import Search
+from pipeline.commands.sweep_jobs import Prepared, prepare_all, shared
 from pipeline.commands.sweep_table import SWEEP, summary, summary_text, table_of, write_csv
 from pipeline.commands.train import (
-    fit_options,
     job_doubts,
     make_folder,
     own_options,
-    refuse_parts,
     resolved_recipe,
     write_recipe,
 )
-from pipeline.extract.backbones.tail import Tail
 from pipeline.jobs.job import Job, load_job
 from pipeline.jobs.slots import refuse_slots
-from pipeline.jobs.sources import live_backbone, sources
 from pipeline.recipe import Recipe, read_recipe
 from pipeline.store.errors import UserError
 from pipeline.store.format.digest import digest_json
-from pipeline.train.data.source import Source
 from pipeline.train.data.store_source import StoreSource
 from pipeline.train.fit.finite import NotFinite
 from pipeline.train.fit.log import finite, write_json
-from pipeline.train.fit.loop import FitOptions, Training
+from pipeline.train.fit.loop import Training
 from pipeline.train.fit.ranks import Ranks
 from pipeline.train.fit.run_files import TUNER
 from pipeline.train.fit.run_files import load as load_checkpoint
 from pipeline.train.fit.together import Judge, fit_all
 from pipeline.train.metrics import ERRORS
-from pipeline.train.tuners import tuner_class
 
 Say = Callable[[str], None]
 PRESET = "ours"  # whose settings baselines have
 LOSERS = "halving.json"  # which settings were stopped, after which epoch
 BASELINE = "baseline.json"  # beside a baseline's metrics: what it was made with
-# Options that change what a run does with its batches, not which job it is.
-_OF_TRAINING = (
-    "epochs", "max_steps", "lr", "weight_decay", "schedule", "warmup_steps", "warmup_ratio", "clip", "accumulate",
-    "train_precision", "patience", "seed", "out", "overwrite", "tensorboard", "report_to",
-)  # fmt: skip
-
-
-@dataclass
-class Prepared:
-    """A trial with everything looked up. `parts`: its own source for each split. `tail`: the live end, which runs on
-    one space share. `lr`: the tuner's own learning rate."""
-
-    trial: Trial
-    job: Job
-    parts: dict[str, Source]
-    tail: Tail
-    lr: float
-
-    def meets(self) -> str:
-        """Equal for runs that see the same samples in the same batches of the same space."""
-        orders = {split: source.order.digest() for split, source in self.parts.items()}
-        return str(digest_json([self.job.found.space.id, orders]))
-
-    def options(self) -> FitOptions:
-        """How it is trained."""
-        return fit_options(self.trial.recipe, self.job.spec, self.job.paper, self.lr)
 
 
 @dataclass(frozen=True)
@@ -172,7 +140,7 @@ class _Sweep:
 
     def look_up(self, new: Sequence[Trial]) -> dict[str, Prepared]:
         """What each of `new` takes. Refuses what could not be trained, or not be finished as asked."""
-        prepared = _prepare([trial for trial in new if not trial.baseline])
+        prepared = prepare_all([trial for trial in new if not trial.baseline])
         found = {name: member.job for name, member in prepared.items()}
         for trial in new:
             if trial.baseline:
@@ -255,51 +223,11 @@ class _Sweep:
         return self.write(refit=other.rows()[0])
 
 
-def _prepare(asked: Sequence[Trial]) -> dict[str, Prepared]:
-    """Name → what it takes. Runs that differ in training alone share a job and its sources, all that they can share."""
-    usual: dict[str, Any] = {f.name: f.default for f in fields(Recipe) if f.name in _OF_TRAINING}
-    known: dict[str, Prepared] = {}
-    out: dict[str, Prepared] = {}
-    for trial in asked:
-        recipe = replace(trial.recipe, order_seed=trial.recipe.ordering)
-        key = digest_json(replace(recipe, **usual).to_mapping())
-        if key not in known:
-            try:
-                known[key] = _look_up(trial, list(known.values()))
-            except UserError as error:
-                raise type(error)(f"{trial.name}: {error}") from None
-        job = replace(known[key].job, recipe=trial.recipe)
-        out[trial.name] = replace(known[key], trial=trial, job=job)
-    return out
-
-
-def _look_up(trial: Trial, others: Sequence[Prepared]) -> Prepared:
-    """A trial with what is found in the store; what `others` on the same space have found already is shared."""
-    recipe, tail = trial.recipe, None
-    job = load_job(recipe)
-    refuse_for_training(recipe, job.backbones)
-    refuse_parts(job)
-    if "train" not in job.tables:
-        raise UserError(f"the store has no train rows of {job.spec.name}")
-    for other in others:
-        if other.job.found.space.id == job.found.space.id:
-            job = replace(job, found=other.job.found, live=other.job.live)
-            tail = other.tail if _late(other.job) == _late(job) else tail
-    if recipe.live:
-        job.live = live_backbone(job)
-    tuner = job.model(recipe.seed, tail).tuner
-    return Prepared(trial, job, sources(job, *(job.live or (None, None))), tuner.tail, tuner.default_lr())
-
-
-def _late(job: Job) -> list[int]:
-    return tuner_class(job.recipe.tuner, job.found.backbone).late_layers(job.config, job.found.backbone)
-
-
 def _train(
     members: Sequence[Prepared], folder: Path, progress: bool, judge: Callable[[Sequence[Training]], Judge | None]
 ) -> dict[str, dict[str, Any]]:
     """Train runs that see the same samples in the same batches: name → what it ended with."""
-    parts = _shared(members)
+    parts = shared(members)
     runs: list[Training] = []
     for member in members:
         job, recipe, own = member.job, member.trial.recipe, folder / member.trial.name
@@ -333,23 +261,6 @@ def _train(
         if isinstance(source, StoreSource):
             source.forget()  # no other pass reads it, and those to come keep blocks of their own
     return {member.trial.name: end for member, end in zip(members, ended, strict=True)}
-
-
-def _shared(members: Sequence[Prepared]) -> dict[str, Source]:
-    """Sources of all states that `members` read, in the order that each has alone."""
-    job = members[0].job
-    wanted = {state for member in members for state in member.job.states}
-    if wanted == set(job.states):
-        return members[0].parts
-    together = replace(job, states=[s for s in job.found.backbone.states() if s in wanted])
-    out = sources(together, *(job.live or (None, None)))
-    for split, source in out.items():
-        order = members[0].parts[split].order
-        if source.order.digest() != order.digest():
-            assert isinstance(source, StoreSource)  # what is computed live has one order, whatever is read
-            source.follow(order.block)
-            source.order = order
-    return out
 
 
 def _objective(job: Job) -> tuple[str, Any]:

@@ -74,7 +74,7 @@ def full(tuner: str, objective: str) -> Recipe:
     own: dict[str, Any] = {"tuner": {}, "objective": {}}
     for option in owned([tuner], objective):
         own[option.kind][option.name] = unlike_default(option.field, option.hint, about(option.field).choices)
-    chosen = {"tuner": tuner, "tuners": (tuner,), "objective": objective, "imports": ()}
+    chosen = {"tuner": tuner, "tuners": (tuner,), "objective": objective, "imports": (), "report_to": ("wandb",)}
     return Recipe(**common | chosen, tuner_options=own["tuner"], objective_options=own["objective"])
 
 

@@ -132,7 +132,7 @@ class Training:
         self.schedule = scheduler(
             self.optimizer, options.schedule, options.warmup(self.total), self.total, step=state.step
         )
-        self.log = RunLog(self.run_dir, state, () if self.ranks.rank else options.reporters, self.told())
+        self.log = RunLog(self.run_dir, state, () if self.ranks.rank else options.reporters, self.identity())
         if resume and not found:
             self.save(begun=False)  # the layout of the start, should the store be compacted before the next checkpoint
         self.model.train()
@@ -323,11 +323,6 @@ class Training:
         (self.run_dir / checkpoint.RESUME).unlink(missing_ok=True)
         return finite(result)
 
-    def close(self) -> None:
-        """Nothing more is logged."""
-        if hasattr(self, "log"):
-            self.log.close()
-
     def abandon(self) -> None:
         """Of a run that is not finite: resuming would end here again, and only stand in the way of other options."""
         (self.run_dir / checkpoint.RESUME).unlink(missing_ok=True)
@@ -374,11 +369,6 @@ class Training:
         self.scaler.load_state_dict(state.scaler)
         self.state, self.best = state, parts["best"]
         return True
-
-    def told(self) -> dict[str, Any]:
-        """What reporters are told of the run beside its log: plain values by name."""
-        known = {**asdict(self.options), **{k: v for k, v in self.info.items() if not isinstance(v, Mapping)}}
-        return {k: v for k, v in known.items() if isinstance(v, str | int | float | bool)}
 
     def refuse_other(self, saved: Mapping[str, Any], layout: Mapping[str, np.ndarray]) -> None:
         """UserError where the run `saved` over the blocks `layout` is not this one on whatever blocks. A checkpoint of

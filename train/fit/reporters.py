@@ -49,6 +49,7 @@ def check_reporters(names: Sequence[str]) -> None:
 def open_reporters(names: Sequence[str], run_dir: Path, about: Mapping[str, Any], resumed: bool) -> list[Reporter]:
     """A reporter each. `about`: the run's options. `resumed`: whether the run goes on with what it has told before."""
     kept = _kept(run_dir) if resumed else {}
+    about = {name: value for name, value in about.items() if isinstance(value, str | int | float | bool)}
     made: list[Reporter] = []
     with _OPENING:
         for name in dict.fromkeys(names):
