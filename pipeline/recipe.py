@@ -234,9 +234,9 @@ class Recipe:
     weight_decay: float = _option(0.0, "AdamW weight decay.", "train")
     schedule: str = _option(
         "linear",
-        "Learning-rate schedule after the warm-up; step: a tenth from 3/5 of the steps on.",
+        "Learning-rate schedule after the warm-up; drop: a tenth from 3/5 of the steps on.",
         "train",
-        choices=("linear", "cosine", "constant", "step"),
+        choices=("linear", "cosine", "constant", "drop"),
     )
     warmup_steps: int | None = _option(
         None,

@@ -21,13 +21,13 @@ def _constant(done: float) -> float:
     return 1.0
 
 
-def _step(done: float) -> float:
+def _drop(done: float) -> float:
     return 1.0 if done < 0.6 else 0.1  # VSE∞: at epoch 15 of 25
 
 
 # name → factor at the share `done` in [0, 1] of the steps after the warm-up
 SCHEDULES: dict[str, Callable[[float], float]] = {
-    "linear": _linear, "cosine": _cosine, "constant": _constant, "step": _step,
+    "linear": _linear, "cosine": _cosine, "constant": _constant, "drop": _drop,
 }  # fmt: skip
 
 
