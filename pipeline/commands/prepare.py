@@ -32,7 +32,7 @@ from pipeline.owners import config_of
 from pipeline.recipe import Recipe
 from pipeline.store import TaskTable, digest_json
 from pipeline.store.errors import UserError, within
-from pipeline.train.tuners import fitting_tuner, tuner_class, tuner_names
+from pipeline.train.tuners import fitting_tuner, tuner_class, tuner_config, tuner_names
 
 
 @dataclass
@@ -233,15 +233,23 @@ def own_tuners(recipe: Recipe, backbone: Backbone) -> Recipe:
         return recipe
     for name in recipe.tuners:
         tuner_class(name)  # there is one of that name, on whatever backbone
-    names = tuple(name for name in recipe.tuners if name in tuner_names(type(backbone)))
+    names = tuple(name for name in recipe.tuners if _works_on(name, backbone))
     if not names:
-        tuner_class(recipe.tuners[0], backbone)  # says which do
+        only = recipe.tuners[0]
+        fitting_tuner(only, config_of(recipe, only, len(recipe.tuners) > 1), backbone)  # says why
     for name in names:
         config = config_of(recipe, name, len(names) > 1)
         start = fitting_tuner(name, config, backbone).start(config, backbone)
         if start is not None and start.fisher:
             raise UserError("--init fisher is for a backbone that answers alone: use --init magnitude with several")
     return replace(recipe, tuners=names)
+
+
+def _works_on(name: str, backbone: Backbone) -> bool:
+    """Whether a tuner works on a backbone, whatever its options say: it has a form there, which takes this shape."""
+    if name not in tuner_names(type(backbone)):
+        return False
+    return tuner_class(name, backbone).refuse(tuner_config(name, {}), backbone) is None
 
 
 def _align(made: Mapping[str, Making]) -> None:

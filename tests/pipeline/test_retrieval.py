@@ -275,3 +275,21 @@ def test_python_takes_pairs(made: dict[str, Any], trained: Path) -> None:
     with pytest.raises(UserError, match="slots image, text"):
         pipeline.load_run(trained).predict({"image": rows["image"]})
     assert torch.is_tensor(torch.zeros(1)) and json.dumps(told)
+
+
+def test_tuners_that_one_slot_alone_can_have(
+    made: dict[str, Any], checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    """SHERL has no live block in a MobileNet: its states are those of the text; asked for alone, the slot says why."""
+    options = [*made["options"], "--store", tmp_path / "store", "--image-size", "32"]
+    options[1] = f"image={checkpoints['mobilenet']},text={checkpoints['bert']}"
+    done = run("extract", *options, "--for", "probe,sherl")
+    assert len(done["states"]["image"]) == 1 < len(done["states"]["text"])
+    refused(invoke("extract", *options, "--for", "sherl"), "slot image", "live layer")
+    train = ["train", *options, "--objective", "hinge", *FAST, "--epochs", 1, "--out", tmp_path / "run"]
+    refused(invoke(*train, "--tuner", "sherl"), "slot image", "live layer")
+    assert run(*train, "--tuner", "image=probe,text=sherl")["stopped"] == "done"
+    written = tmp_path / "report.html"
+    assert invoke("report", tmp_path / "run", "-o", written).exit_code == 0 and written.stat().st_size > 1000
+    refused(invoke("evaluate", tmp_path / "run", "--report"), "--report", "hinge")
+    assert invoke("store", "verify", "--deep", "--store", tmp_path / "store").exit_code == 0

@@ -22,7 +22,7 @@ def _constant(done: float) -> float:
     return 1.0
 
 
-def _step(done: float) -> float:
+def _drop(done: float) -> float:
     return 1.0 if done < 0.6 else 0.1  # VSE∞: at epoch 15 of 25
 
 
@@ -35,7 +35,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "linear": _linear,
     "cosine": _cosine,
     "constant": _constant,
-    "step": _step,
+    "drop": _drop,
     "rising": _rising,
 }
 
