@@ -113,8 +113,8 @@ class Model(Reader):
     def penalty(self) -> Tensor | None:
         return self.tuner.penalty(self.head)
 
-    def begin_step(self, step: int, steps: int) -> None:
-        super().begin_step(step, steps)
+    def begin_step(self, step: int, steps: int, an_epoch: int) -> None:
+        super().begin_step(step, steps, an_epoch)
         self.tuner.begin_step(step, steps)
 
     def stepped(self) -> None:

@@ -43,7 +43,6 @@ EXTRAS = {
     "docs": (("sphinx", "myst_parser", "furo"), "building the documentation"),
     "distributed": (("distributed",), "--scheduler ADDRESS"),
     "s3": (("s3fs",), "stores at s3://…"),
-    "dense": (("pycocotools",), "objects in images: boxes and masks"),
     "search": (("optuna",), "sweep --search"),
     "tensorboard": (("tensorboard",), "--report-to tensorboard"),
     "wandb": (("wandb",), "--report-to wandb"),

@@ -74,7 +74,7 @@ def _work(recipe: Recipe) -> tuple[Workload, int]:
             lengths = {name: n * shown for name, n in lengths.items()}
     else:
         task.splits = {"all": every}
-        lengths = sample_lengths(backbone, tokenizer, task, "all", recipe)
+        lengths, _ = sample_lengths(backbone, tokenizer, task, "all", recipe)
     config = config_of(recipe, recipe.tuner)
     states = fitting_tuner(recipe.tuner, config, backbone).states(config, backbone)
     counts = {**{s: len(rows) for s, rows in splits.items()}, "all": len(texts)}

@@ -28,7 +28,8 @@ def task(files):
     return ["--task", files["train"], "--data", files["train"].parents[1], "--validation", files["val"]]
 
 
-EXTRACTED = {"mobilenet": ("fixed", []), "swin": ("fixed,e3va", []), "resnet": ("unipt", [])}
+EXTRACTED = {"mobilenet": ("fixed", []), "swin": ("fixed,e3va", []), "resnet": ("unipt", []),
+             "vit": ("fixed", []), "dinov2": ("fixed", [])}  # fmt: skip
 FLIPS = ["--views", 2, "--augment", "flip"]
 
 
@@ -57,7 +58,8 @@ CASES = [("mobilenet", "fixed", "cascade-mask-rcnn"), ("swin", "e3va", "retinane
          ("resnet", "unipt", "retinanet")]  # fmt: skip
 MORE = [
     pytest.param(model, tuner, head, marks=pytest.mark.matrix)
-    for model, tuner in (("mobilenet", "fixed"), ("swin", "fixed"), ("swin", "e3va"), ("resnet", "unipt"))
+    for model, tuner in (("mobilenet", "fixed"), ("swin", "fixed"), ("swin", "e3va"), ("resnet", "unipt"), ("vit", "fixed"),
+                         ("dinov2", "fixed"))
     for head in HEADS if (model, tuner, head) not in CASES
 ]  # fmt: skip
 

@@ -51,7 +51,7 @@ def fit_all(
     try:
         with torch.random.fork_rng(devices=forked), Interrupt() as interrupt, ExitStack() as open_logs:
             for run in runs:
-                open_logs.callback(lambda run=run: run.log.close() if hasattr(run, "log") else None)
+                open_logs.callback(run.close_log)
             at_once(runs, lambda run: run.begin(resume, interrupt))
             together = _Together(runs, interrupt, progress and ranks.rank == 0, judge)
             open_logs.callback(together.bar.close)

@@ -25,6 +25,7 @@ from pipeline.train.box_configs import DetectionConfig, InstancesConfig
 from pipeline.train.features import Feature, Features, Want
 from pipeline.train.fit.finite import refuse_nan
 from pipeline.train.maps import groups, maps
+from pipeline.train.necks import WIDTH, neck_for
 from pipeline.train.objectives.base import Answers, Head, Objective, Outputs, Scorer, Vocabulary, register_objective
 from pipeline.train.objectives.boxscores import BOXES, MASKS, VOC, Objects, ObjectScorer
 
@@ -39,7 +40,13 @@ class BoxHead(Head):
         from pipeline.train.objectives import boxheads  # torchvision's models take a while to load
 
         self.features, self.masks = dict(features), masks
-        levels = [(f.width, f.stride) for f in sorted(features.values(), key=lambda f: f.stride)]
+        levels: list[tuple[int, float]] = [
+            (f.width, f.stride) for f in sorted(features.values(), key=lambda f: f.stride)
+        ]
+        width = min(WIDTH, config.width)
+        self.neck = neck_for(features, width)
+        if self.neck is not None:
+            levels = [(width, stride) for stride in self.neck.strides]
         if config.chosen == "retinanet":
             self.net: Any = boxheads.OneStage(levels, classes, config)
         else:
@@ -49,6 +56,7 @@ class BoxHead(Head):
         """(place in the batch, its maps, its geometry) of each image."""
         for group in groups(batch):
             read = maps(self.features, features, group, batch)
+            read = read if self.neck is None else self.neck(read)
             for i, (place, geometry) in enumerate(zip(group.places, group.geometries, strict=True)):
                 # In one memory layout, whichever a live backbone left: sums are then the same to the last digit, and
                 # so is what is drawn by them.
