@@ -82,7 +82,7 @@ def test_a_point_of_each_trains_and_plans(twelve, tmp_path, file, no_measuring):
     assert (
         row["status"] == "done"
         and row["label"] == wanted.label
-        and json.dumps(row["setting"]) == json.dumps(wanted.setting)
+        and json.dumps(row["setting"], sort_keys=True) == json.dumps(wanted.setting, sort_keys=True)
     )
     if not wanted.baseline:
         planned = run(*command_line("plan", wanted.recipe).split()[1:], "--json")

@@ -119,10 +119,6 @@ class Training:
         self.group: list[Batch] = []  # of the optimizer step to come
         self._spent = self._waited = 0.0  # seconds on the batches of this group
 
-    def close_log(self) -> None:
-        if hasattr(self, "log"):
-            self.log.close()
-
     def begin(self, resume: bool, interrupt: Interrupt) -> None:
         """Make the folder ready, or take up what stands in it."""
         self.interrupt = interrupt

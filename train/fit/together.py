@@ -51,7 +51,7 @@ def fit_all(
     try:
         with torch.random.fork_rng(devices=forked), Interrupt() as interrupt, ExitStack() as open_logs:
             for run in runs:
-                open_logs.callback(run.close_log)
+                open_logs.callback(_closing(run))
             at_once(runs, lambda run: run.begin(resume, interrupt))
             together = _Together(runs, interrupt, progress and ranks.rank == 0, judge)
             open_logs.callback(together.bar.close)
@@ -204,6 +204,11 @@ def at_once(runs: Sequence[Training], do: Callable[[Training], T]) -> list[T]:
         return [do(run) for run in runs]
     with ThreadPoolExecutor(min(16, len(runs)), "files-of-run") as pool:
         return list(pool.map(do, runs))
+
+
+def _closing(run: Training) -> Callable[[], None]:
+    """What ends the log of a run, where that has begun."""
+    return lambda: run.log.close() if hasattr(run, "log") else None
 
 
 class _Views:
