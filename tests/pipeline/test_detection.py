@@ -58,8 +58,8 @@ CASES = [("mobilenet", "fixed", "cascade-mask-rcnn"), ("swin", "e3va", "retinane
          ("resnet", "unipt", "retinanet")]  # fmt: skip
 MORE = [
     pytest.param(model, tuner, head, marks=pytest.mark.matrix)
-    for model, tuner in (("mobilenet", "fixed"), ("swin", "fixed"), ("swin", "e3va"), ("resnet", "unipt"), ("vit", "fixed"),
-                         ("dinov2", "fixed"))
+    for model, tuner in (("mobilenet", "fixed"), ("swin", "fixed"), ("swin", "e3va"), ("resnet", "unipt"),
+                         ("vit", "fixed"), ("dinov2", "fixed"))
     for head in HEADS if (model, tuner, head) not in CASES
 ]  # fmt: skip
 
