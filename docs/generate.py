@@ -27,7 +27,7 @@ SAMPLES: dict[str, dict[str, Any]] = {
 }
 MARKS = {
     "classification": "C", "regression": "R", "multilabel": "M", "tagging": "T", "label-text": "W", "completion": "N",
-    "segmentation": "S",
+    "segmentation": "S", "detection": "D", "instances": "I", "hinge": "H", "contrastive": "K",
 }  # fmt: skip
 HEAD = """\
 # What works with what
@@ -93,10 +93,13 @@ def _read(backbone: Any, tail: Any, tuner: str) -> list[str]:
 
     config, found, made = tuner_config(tuner, {}), [], {}
     for name in objective_names():
-        cls, wants = objective_class(name), objective_class(name).wants
+        cls = objective_class(name)
         if "tags" in cls.targets and backbone.modality == "image":
             continue  # a tag is a word's
-        objective = cls(objective_config(name, {}), Answers(("no", "yes"), token_ids=((3, 1), (4, 1))))
+        objective = cls(
+            objective_config(name, {}), Answers(("no", "yes"), token_ids=((3, 1), (4, 1)), slots=("a", "b"))
+        )
+        wants = objective.wants
         try:
             if wants not in made:
                 with torch.device("meta"):
