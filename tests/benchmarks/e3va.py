@@ -175,7 +175,9 @@ def main() -> None:
         epochs=args.epochs, seeds=args.seeds, head=head_size, batch=args.batch,
     )  # fmt: skip
     if not args.no_write:
-        command = "python -m tests.benchmarks.e3va --data DATA --out FOLDER"
+        said = f"--size {args.size} --batch {args.batch} --epochs {args.epochs} --pretrain {args.pretrain}"
+        said += f" --seeds {args.seeds} --methods {' '.join(repr(name) for name in args.methods)}"
+        command = f"python -m tests.benchmarks.e3va --data DATA --out FOLDER {said}"
         write("E³VA on masks", command, f"{note} The store: {extracted}.\n\n{markdown(head, rows)}")
 
 

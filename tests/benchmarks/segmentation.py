@@ -86,7 +86,8 @@ def main() -> None:
         print(*rows[-1], flush=True)
     head = ("format", "validation mIoU", "test mIoU", "by seed", "pixel accuracy", "s/epoch cached", "live")
     note = NOTE.format(steps=args.steps, epochs=args.epochs)
-    command = "python -m tests.benchmarks.segmentation --data DATA --out FOLDER"
+    said = f"--formats {' '.join(args.formats)} --seeds {args.seeds} --epochs {args.epochs} --steps {args.steps}"
+    command = f"python -m tests.benchmarks.segmentation --data DATA --out FOLDER {said}"
     write("Segmentation", command, f"{note}\n\n{markdown(head, rows)}")
 
 
