@@ -262,7 +262,7 @@ def test_spaces_that_contradict(glue: dict[str, Any], tmp_path: Path) -> None:
         ("extract", ["--views", 2], ["--views", "single backbone"]),
         ("extract", ["--image", "sentence1"], ["--image is for images"]),
         ("extract", ["--for", "lst", "--init", "fisher"], ["--init magnitude"]),
-        ("plan", [], ["plan takes one backbone"]),
+        ("plan", ["--tuner", "unipt", "--budget", "1GB"], ["--budget", "bytes"]),
         ("bench", [], ["bench takes one backbone"]),
         ("compare", ["--tuners", "probe"], ["compare takes one backbone"]),
     ],
