@@ -22,6 +22,7 @@ from pipeline.train.objectives import Answers, objective_class
 from pipeline.train.published import kept_layers
 from pipeline.train.tuners import tuner_class, tuner_config
 from tests.extract.test_tasks_masks import ade20k
+from tests.objects import write_coco, write_voc
 from tests.pipeline.test_errors import run
 from tests.train.test_tuners import COUNTS, T5
 
@@ -99,6 +100,43 @@ def test_recipe_of_masks_is_planned(size: str, tmp_path: Path, monkeypatch: pyte
     assert list(plan["largest_batch"]) == ["11 GB", "16 GB", "24 GB", "32 GB"] and 0 < fits[0] < fits[1] < fits[3]
     assert "over the budget" in said and "the pyramid alone takes" in plan["recommendation"]
     assert "--for fixed" in plan["commands"][0] and "--live" in plan["commands"][2]
+
+
+OBJECTS = [p for p in ALL if p.stem.endswith(("-voc", "-coco")) and p.stem.startswith("e3va-")]
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("path", OBJECTS, ids=lambda path: path.stem)
+def test_recipes_of_objects_are_planned(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("backbone_rate", 1e12), ("step_seconds", 0.1), ("decode_rate", 1e10)):
+        monkeypatch.setattr(planning.measured, name, lambda *a, value=value: value)
+    monkeypatch.setattr(planning.measured, "disk_rates", lambda *a: (1e9, 1e9, 1e9))
+    coco, size = path.stem.endswith("-coco"), "large" if "large" in path.stem else "base"
+    architecture = SHORT_NAMES[f"swin-{size}"].removeprefix("timm/").rpartition(".")[0]
+    (tmp_path / "model").mkdir()
+    config = {"architecture": architecture, "num_classes": 0, "pretrained_cfg": {"input_size": [3, 384, 384]}}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    if coco:
+        files = write_coco(tmp_path / "coco", {"train": 3, "val": 2})
+        task = {"task": str(files["train"]), "data": str(files["train"].parents[1]), "validation": str(files["val"])}
+    else:
+        task = {"task": str(write_voc(tmp_path / "voc", {"train": 3, "val": 2}))}
+    more = {"model": str(tmp_path / "model"), "device": "cpu", "batch_size": 1, **task}
+    recipe = recipe_of("train", ("recipe", {**read_recipe(path), **more}))
+    assert recipe.objective == ("instances" if coco else "detection") and recipe.views == 2
+    assert config_of(recipe, "e3va") == tuner_config("e3va", {"alpha": 8})
+    plan, _ = planning.run_plan(recipe, None, None)
+    assert plan["samples"] == 2 * 3 + 2 and plan["formats"]["float16"]["total"] > 0
+    text = path.read_text(encoding="utf-8")
+    assert f"in the tuner: {'1,195,008' if size == 'base' else '1,792,512'};" in text
+
+
+def test_there_is_a_recipe_for_each_row_of_objects() -> None:
+    heads = {"voc": "retinanet", "coco": "cascade-mask-rcnn"}
+    assert {p.stem for p in OBJECTS} == {f"e3va-{h}-swin-{s}-{d}" for d, h in heads.items() for s in ("base", "large")}
+    for path in OBJECTS:
+        recipe = recipe_of("train", ("recipe", {**read_recipe(path), "task": "any"}))
+        assert heads[path.stem.rpartition("-")[2]] == recipe.objective_options["head"]
 
 
 @pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
