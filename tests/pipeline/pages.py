@@ -36,7 +36,7 @@ def blocks(page: Path, *languages: str) -> list[tuple[str, str]]:
 def commands(page: Path) -> Iterator[str]:
     """Every `pipeline …` line in the bash, sh and plain blocks of a page."""
     for _, text in blocks(page, "bash", "sh", ""):
-        for line in text.splitlines():
+        for line in re.sub(r"\\\n\s*", " ", text).splitlines():
             if found := COMMAND.match(line):
                 yield found[1]
 
