@@ -9,6 +9,7 @@ that is no number counts as -1, and a constant prediction scores 0 where the for
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -261,3 +262,16 @@ LABELS: dict[str, Callable[..., float]] = {
 }
 OF_TWO = ("f1", "precision", "recall")  # metrics of CLASSES that look at one class of two
 ERRORS = ("mse", "rmse", "mae", "hamming_loss", "loss", "perplexity")  # figures of tokens too
+_RANKED = re.compile(r"(\w+_r\d+|(fold_)?rsum|\w+_median)")  # of retrieval: per cent already, their sum, and ranks
+
+
+def smaller_is_better(name: str) -> bool:
+    """Whether the best value of a figure is its smallest; of one of several tasks, "lengths.mse", too."""
+    own = re.split(r"[ .]", name)[-1]
+    return own in ERRORS or own.endswith("_median")
+
+
+def is_share(name: str) -> bool:
+    """Whether a figure is a share from 0 to 1, which is told in per cent; names as of `smaller_is_better`."""
+    own = re.split(r"[ .]", name)[-1]
+    return own not in ERRORS and not _RANKED.fullmatch(own)

@@ -51,7 +51,8 @@ def load_pairs(
     if "split" in table.columns and (validation or test):
         raise TaskError(f"{path}: its column 'split' says what is held out; leave out --validation and --test")
     column = column or _called(table, IMAGES if how.files else CAPTIONS, "--image" if how.files else "--text")
-    together = how.together or next((c for c in IMAGES if c in table.columns), column)
+    # Equal in all slots: where nobody says it, one slot's own column is among these.
+    together = how.together or next((c for c in (*IMAGES, *CAPTIONS) if c in table.columns), column)
 
     def rows_of(sheet: Sheet, split: str) -> Rows:
         _texts(sheet, together)

@@ -1,8 +1,8 @@
 """Folds: the training and validation rows together, cut anew into rows to train on and rows to choose by.
 
 `--fold 2/5` holds out the second of five parts of them, `--fold all` none. Parts are of samples, not of rows: rows with
-the same input, and so the same key, stand on one side. The cut does not depend on the run's seed. The test split stays
-as it is.
+the same input, and so the same key, stand on one side, and so do the windows of one text. The cut does not depend on
+the run's seed. The test split stays as it is.
 """
 
 from __future__ import annotations
@@ -39,21 +39,41 @@ def folded(tables: Mapping[str, TaskTable], fold: str) -> dict[str, TaskTable]:
             "with all answers for validation, so that one cannot stand for the other"
         )
     dev = tables.get("validation")
-    if dev is not None and any(label is None for label in dev.labels):
-        dev = None  # unlabelled: nothing to train on
+    labelled = any(label is not None for label in train.labels)  # else what is learned lies in the rows themselves
+    if labelled and dev is not None and any(label is None for label in dev.labels):
+        dev = None  # nothing to train on
     both = train if dev is None else joined(train, dev)
     out = {split: table for split, table in tables.items() if split not in ("train", "validation")}
     if asked is None:
         return {"train": both, **out}
     number, count = asked
-    samples = list(dict.fromkeys(both.keys))
+    units = _units(both)
+    samples = list(dict.fromkeys(units))
     if len(samples) < count:
         raise UserError(f"--fold {fold}: there are {len(samples)} different samples, fewer than parts")
     held = {samples[place] for place in fixed_order(len(samples))[number::count]}
     header = {**train.header, "split": "validation"} if dev is None else dev.header
-    kept = both.take([i for i, key in enumerate(both.keys) if key not in held])
-    left = both.take([i for i, key in enumerate(both.keys) if key in held])
+    kept = both.take([i for i, unit in enumerate(units) if unit not in held])
+    left = both.take([i for i, unit in enumerate(units) if unit in held])
     return {"train": kept, "validation": replaced(left, header), **out}
+
+
+def _units(table: TaskTable) -> list[str]:
+    """Of each row what must stand on one side with it, by the first key of that: its key, or where it is one of several
+    windows of a text (the later ones have no text of their own) all of these, and what has a window in common with
+    them."""
+    first: dict[str, str] = {}
+
+    def found(key: str) -> str:
+        while first.setdefault(key, key) != key:
+            key = first[key]
+        return key
+
+    for place, key in enumerate(table.keys):
+        unit = found(key)
+        if place and table.texts and not table.texts[place]:
+            first[unit] = found(table.keys[place - 1])
+    return [found(key) for key in table.keys]
 
 
 def replaced(table: TaskTable, header: dict[str, Any]) -> TaskTable:

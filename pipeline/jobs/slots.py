@@ -69,11 +69,13 @@ def slot_and_name(method: str) -> tuple[str, str]:
 
 def together(recipe: SlotRecipe) -> str:
     """The column of pairs whose values keep rows in one split: that of the images, else that of the first slot; ""
-    where the recipe names none."""
+    where the recipe names none, or leaves a slot's to be found, which may be that of the images."""
     slots = slots_of(recipe.whole)
     for option in ("image", "text"):
         if given := getattr(recipe.whole, option):
             named = named_parts(given, option, slots)
+            if option == "text" and named and len(named) < len(slots):
+                return ""
             return next((named[slot] for slot in slots if slot in named), given)
     return ""
 

@@ -10,6 +10,8 @@ import pytest
 
 from pipeline.extract.tasks import Task, TaskError, load_task
 from pipeline.extract.tasks.captions import Paired
+from pipeline.jobs.slots import parts_of, together
+from pipeline.recipe import Recipe
 
 
 def both(name: Path, **options: Any) -> tuple[Task, Task]:
@@ -40,6 +42,20 @@ def test_karpathys_splits(tmp_path: Path) -> None:
     assert texts.splits["test"].texts[4] == ("a dog 3 4",)
     assert images.spec.target == "pair" and images.provenance["together"] == texts.provenance["together"] == "image"
     assert images.version != texts.version
+
+
+def test_rows_stay_with_their_image_where_the_text_alone_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.csv"
+    path.write_text("image,caption\n" + "".join(f"{i}.png,it {i} {k}\n" for i in range(30) for k in range(3)))
+    whole = Recipe(model="image=a,text=b", task=str(path), text="text=caption")
+    parts = parts_of(whole)
+    images, texts = (
+        load_task(str(path), text=part.text, paired=Paired(together(part), slot == "image"))
+        for slot, part in parts.items()
+    )
+    seen = {split: {name for (name,) in rows.texts} for split, rows in images.splits.items()}
+    assert len(set.union(*seen.values())) == sum(map(len, seen.values())) == 30
+    assert images.provenance["together"] == texts.provenance["together"] == "image"
 
 
 def test_msrvtt_1k_a(tmp_path: Path) -> None:

@@ -189,6 +189,8 @@ def test_without_its_store_a_report_says_so(swept, tmp_path):
 
 def test_errors_are_not_shown_in_percent():
     assert _number("test mse", 1.234, 0.1) == "1.234 ± 0.1" and _number("test lengths.mae", 2.0) == "2"
+    assert _number("test i2t_r1", 33.25) == "33.25" and _number("test fold_rsum", 550.0, 2.0) == "550 ± 2"
+    assert _number("test image_to_text_r10", 50.0) == "50" and _number("validation t2i_median", 3.0) == "3"
     assert _number("test cats.f1_macro", 0.5, 0.01) == "50.0 ± 1.0" and _number("validation accuracy", 0.125) == "12.5"
 
 
@@ -268,4 +270,6 @@ def test_runs_are_judged_by_the_figure_that_chose_their_epoch(tmp_path):
     for name, best in (("mse", 0.2), ("average", 0.9), ("matthews", 0.9)):
         ranked = _ranked(settings_of([shown(name, 0.2), shown(name, 0.9)]))
         assert _judged(ranked) == f"test {name}" and ranked[0].label == f"{name} {best}"
+    assert selecting(["i2t_r1", "rsum", "i2t_median"]) == "rsum" and selecting(["i2t_r1", "rsum"]) == "i2t_r1"
+    assert shown("i2t_median", 3.0).dev == -3.0
     assert _judged([]) == "" and selecting(["accuracy", "average"]) == "accuracy"  # a mean of one has its name

@@ -150,7 +150,12 @@ class Training:
     @property
     def epochs(self) -> int:
         """Epochs that it goes through unless it stops early; the last may be cut short."""
-        return -(-self.total // -(-len(self.train) // self.options.accumulate))
+        return -(-self.total // self.steps_an_epoch)
+
+    @property
+    def steps_an_epoch(self) -> int:
+        """Optimizer steps of a whole epoch."""
+        return -(-len(self.train) // self.options.accumulate)
 
     def add(self, batch: Batch, seconds: float, sharing: int) -> bool:
         """The batch at `place`. Whether it is the last one of its group, so that a step is due. `seconds`: what it took
@@ -190,7 +195,7 @@ class Training:
         number, lr = state.step + 1, self.optimizer.param_groups[0]["lr"]
         reseed(options.seed + 1_000_003 * self.ranks.rank, state.step, self.device)
         self.optimizer.zero_grad(set_to_none=True)
-        self.model.begin_step(state.step, self.total, -(-len(self.train) // options.accumulate))
+        self.model.begin_step(state.step, self.total, self.steps_an_epoch)
         # This rank's share of a last batch may be empty.
         group = [batch.to(self.device) for batch in group if len(batch)]
         weights = [self.model.weight(batch) for batch in group]
@@ -283,7 +288,7 @@ class Training:
     def write_best(self) -> None:
         """`tuner.safetensors` as of the best epoch so far."""
         state, epoch = self.state, self.state.best_epoch
-        step = min(state.step, (epoch or 0) * -(-len(self.train) // self.options.accumulate))
+        step = min(state.step, (epoch or 0) * self.steps_an_epoch)
         about = {
             **self.info,
             "layout": self.train.order.layout(),
@@ -304,8 +309,6 @@ class Training:
         state = self.state
         if test is not None:
             self.log.evaluation({"step": state.step, "epoch": state.best_epoch, "test": test})
-        batches = len(self.train)
-        steps_an_epoch = -(-batches // self.options.accumulate)
         result = {
             "best_epoch": state.best_epoch,
             "validation": state.best or None,
@@ -316,7 +319,7 @@ class Training:
             "stopped": state.stopped,
             "layout": self.train.order.layout(),
             "seconds": state.seconds,
-            "seconds_per_epoch": state.seconds / max(1, state.step) * steps_an_epoch,
+            "seconds_per_epoch": state.seconds / max(1, state.step) * self.steps_an_epoch,
             "wait_share": state.wait_seconds / state.seconds if state.seconds else 0.0,
         }
         write_json(self.run_dir / "metrics.json", result)
