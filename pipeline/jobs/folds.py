@@ -1,8 +1,8 @@
 """Folds: the training and validation rows together, cut anew into rows to train on and rows to choose by.
 
 `--fold 2/5` holds out the second of five parts of them, `--fold all` none. Parts are of samples, not of rows: rows with
-the same input, and so the same key, stand on one side. The cut does not depend on the run's seed. The test split stays
-as it is.
+the same input, and so the same key, stand on one side, rows that share it in one of several slots too, and
+so do all windows of a text. The cut does not depend on the run's seed. The test split stays as it is.
 """
 
 from __future__ import annotations
@@ -39,21 +39,45 @@ def folded(tables: Mapping[str, TaskTable], fold: str) -> dict[str, TaskTable]:
             "with all answers for validation, so that one cannot stand for the other"
         )
     dev = tables.get("validation")
-    if dev is not None and any(label is None for label in dev.labels):
+    labelled = any(label is not None for label in train.labels)  # texts that are learned, and pairs, never are
+    if dev is not None and labelled and any(label is None for label in dev.labels):
         dev = None  # unlabelled: nothing to train on
     both = train if dev is None else joined(train, dev)
     out = {split: table for split, table in tables.items() if split not in ("train", "validation")}
     if asked is None:
         return {"train": both, **out}
     number, count = asked
-    samples = list(dict.fromkeys(both.keys))
+    units = _units(both)
+    samples = list(dict.fromkeys(units))
     if len(samples) < count:
-        raise UserError(f"--fold {fold}: there are {len(samples)} different samples, fewer than parts")
+        hang = " that share no input" if len(samples) < len(both) else ""
+        raise UserError(f"--fold {fold}: there are {len(samples)} different samples{hang}, fewer than parts")
     held = {samples[place] for place in fixed_order(len(samples))[number::count]}
     header = {**train.header, "split": "validation"} if dev is None else dev.header
-    kept = both.take([i for i, key in enumerate(both.keys) if key not in held])
-    left = both.take([i for i, key in enumerate(both.keys) if key in held])
+    kept = both.take([i for i, unit in enumerate(units) if unit not in held])
+    left = both.take([i for i, unit in enumerate(units) if unit in held])
     return {"train": kept, "validation": replaced(left, header), **out}
+
+
+def _units(table: TaskTable) -> list[int]:
+    """For each row the first of those that it must stand on one side with: rows that share a sample in any slot, and
+    the windows of one text, of which all but the first have no text of their own."""
+    first: dict[tuple[int, str], int] = {}
+    above = list(range(len(table)))
+
+    def top(row: int) -> int:
+        while above[row] != row:
+            above[row] = row = above[above[row]]
+        return row
+
+    for row, keys in enumerate(zip(table.keys, *table.joined.values(), strict=True)):
+        others = [first.setdefault(key, row) for key in enumerate(keys)]
+        if row and table.texts and not table.texts[row]:
+            others.append(row - 1)
+        tops = [top(other) for other in others]
+        for other in (*tops, top(row)):
+            above[other] = min(tops)
+    return [top(row) for row in range(len(table))]
 
 
 def replaced(table: TaskTable, header: dict[str, Any]) -> TaskTable:
