@@ -277,3 +277,8 @@ def test_a_sweep_without_a_store_says_so_in_one_line(checkpoints, table, tmp_pat
     words = ["--model", checkpoints["bert"], "--task", table, *WORDS, "--store", tmp_path / "none"]
     said = refused(run("sweep", *words, "--tuner", "lst,probe", "--grid", "lr=1e-3,1e-2", "--out", tmp_path / "out"))
     assert "lst-lr0.001-s0: there is no store" in said and "run: pipeline extract" in said
+
+
+def test_too_many_frozen_blocks_are_told_by_the_name_that_was_given(bert, tmp_path):
+    said = refused(run("sweep", *bert, "--tuner", "lora:2@4", "--out", tmp_path / "out"))
+    assert "lora:2@4: of the 4 blocks" in said
