@@ -15,7 +15,7 @@ import io
 import json
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -190,7 +190,7 @@ def _delimited_rows(
     for line, record in records:
         if names is None:
             names = [name.strip() for name in record]
-        elif not rows and columns and [name.strip() for name in record] == columns:
+        elif not rows and columns and _plain_names(record) == _plain_names(columns):
             raise TaskError(f"{path}: its first line has the names of the columns: leave --columns out")
         elif len(record) == len(names):
             rows.append(record)
@@ -202,6 +202,11 @@ def _delimited_rows(
                 f"{path}, line {line}: {len(record)} fields where {len(names)} are expected ({', '.join(names)})"
             )
     return names or [], rows, lines, dropped
+
+
+def _plain_names(names: Sequence[str]) -> list[str]:
+    """Equal for the same names in any order and case."""
+    return sorted(name.strip().casefold() for name in names)
 
 
 def _tsv_records(text: str) -> Iterator[tuple[int, list[str]]]:

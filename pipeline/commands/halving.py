@@ -12,6 +12,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from pipeline.store.errors import UserError
 from pipeline.train.fit.log import write_json
@@ -25,10 +26,10 @@ class Halving:
     def __init__(
         self, factor: int, labels: Mapping[Training, str], settings: int, epochs: int, file: Path | None = None
     ) -> None:
-        self.labels, self.file = labels, file
+        self.factor, self.labels, self.file = factor, labels, file
         self.losers: dict[str, list[str]] = {}
         if file is not None and file.is_file():
-            self.losers = json.loads(file.read_text(encoding="utf-8"))
+            self.losers = _decided(file)["losers"]
         count = 0
         while factor ** (count + 1) <= epochs and math.ceil(settings / factor**count) > 1:
             count += 1
@@ -52,7 +53,7 @@ class Halving:
             ranked = sorted(groups, key=lambda label: _value(groups[label]), reverse=True)
             self.losers[str(epoch)] = ranked[self.rungs[epoch] :]
             if self.file is not None:
-                write_json(self.file, self.losers)
+                write_json(self.file, {"factor": self.factor, "losers": self.losers})
         return [run for label in self.losers[str(epoch)] for run in groups.get(label, ())]
 
 
@@ -60,6 +61,24 @@ def _value(runs: Sequence[Training]) -> float:
     """Larger for the better setting; what has no figure is the worst."""
     values = [run.scorer().value(run.state.best) if run.state.best else math.nan for run in runs]
     return -math.inf if any(math.isnan(v) for v in values) else statistics.mean(values)
+
+
+def _decided(file: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if found["factor"] and found["losers"] is not None:
+            return found
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise UserError(f"{file} is damaged: restore it, or give another --out")
+
+
+def refuse_other_factor(factor: int, file: Path) -> None:
+    """UserError where the losers in `file` were found by another factor."""
+    if file.is_file() and (other := _decided(file)["factor"]) != factor:
+        raise UserError(
+            f"--halving {factor}: {file.parent} holds a sweep of --halving {other}; give that, or another --out"
+        )
 
 
 def refuse_halving(factor: int, passes: int, validated: bool, epochs: set[int]) -> None:

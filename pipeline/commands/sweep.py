@@ -13,7 +13,7 @@ from pipeline.command_lines import command_line, option
 from pipeline.commands import lr_range
 from pipeline.commands.compare import fit_baseline, refuse_baseline, step_memory
 from pipeline.commands.grid import Trial
-from pipeline.commands.halving import Halving, refuse_halving
+from pipeline.commands.halving import Halving, refuse_halving, refuse_other_factor
 from pipeline.commands.proposals import Search
 from pipeline.commands.sweep_jobs import Prepared, prepare_all, shared
 from pipeline.commands.sweep_table import SWEEP, summary, summary_text, table_of, write_csv
@@ -165,6 +165,8 @@ class _Sweep:
         """What the folder holds of `new`. UserError for another run, or another sweep with losers."""
         before = table_of(self.folder)
         names = {trial.name for trial in new}
+        if self.extras.halving is not None:
+            refuse_other_factor(self.extras.halving, self.folder / LOSERS)
         if self.extras.halving is not None and before and before.keys() != names:
             raise UserError(
                 f"{self.folder} holds another sweep: its losers were stopped beside others; give another --out"

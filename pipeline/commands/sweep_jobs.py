@@ -60,7 +60,8 @@ def prepare_all(asked: Sequence[Trial]) -> dict[str, Prepared]:
             try:
                 known[key] = _look_up(trial, list(known.values()))
             except UserError as error:
-                raise type(error)(f"{trial.name}: {error}") from None
+                error.args = (f"{trial.name}: {error}",)
+                raise
         job = replace(known[key].job, recipe=trial.recipe)
         out[trial.name] = replace(known[key], trial=trial, job=job)
     return out

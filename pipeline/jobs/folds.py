@@ -1,8 +1,8 @@
 """Folds: the training and validation rows together, cut anew into rows to train on and rows to choose by.
 
 `--fold 2/5` holds out the second of five parts of them, `--fold all` none. Parts are of samples, not of rows: rows with
-the same input, and so the same key, stand on one side, and so do the windows of one text. The cut does not depend on
-the run's seed. The test split stays as it is.
+the same input, and so the same key, stand on one side, rows that share it in one of several slots too, and
+so do all windows of a text. The cut does not depend on the run's seed. The test split stays as it is.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ def folded(tables: Mapping[str, TaskTable], fold: str) -> dict[str, TaskTable]:
             "with all answers for validation, so that one cannot stand for the other"
         )
     dev = tables.get("validation")
-    labelled = any(label is not None for label in train.labels)  # else what is learned lies in the rows themselves
-    if labelled and dev is not None and any(label is None for label in dev.labels):
-        dev = None  # nothing to train on
+    labelled = any(label is not None for label in train.labels)  # texts that are learned, and pairs, never are
+    if dev is not None and labelled and any(label is None for label in dev.labels):
+        dev = None  # unlabelled: nothing to train on
     both = train if dev is None else joined(train, dev)
     out = {split: table for split, table in tables.items() if split not in ("train", "validation")}
     if asked is None:
@@ -50,7 +50,8 @@ def folded(tables: Mapping[str, TaskTable], fold: str) -> dict[str, TaskTable]:
     units = _units(both)
     samples = list(dict.fromkeys(units))
     if len(samples) < count:
-        raise UserError(f"--fold {fold}: there are {len(samples)} different samples, fewer than parts")
+        hang = " that share no input" if len(samples) < len(both) else ""
+        raise UserError(f"--fold {fold}: there are {len(samples)} different samples{hang}, fewer than parts")
     held = {samples[place] for place in fixed_order(len(samples))[number::count]}
     header = {**train.header, "split": "validation"} if dev is None else dev.header
     kept = both.take([i for i, unit in enumerate(units) if unit not in held])
@@ -58,22 +59,25 @@ def folded(tables: Mapping[str, TaskTable], fold: str) -> dict[str, TaskTable]:
     return {"train": kept, "validation": replaced(left, header), **out}
 
 
-def _units(table: TaskTable) -> list[str]:
-    """Of each row what must stand on one side with it, by the first key of that: its key, or where it is one of several
-    windows of a text (the later ones have no text of their own) all of these, and what has a window in common with
-    them."""
-    first: dict[str, str] = {}
+def _units(table: TaskTable) -> list[int]:
+    """For each row the first of those that it must stand on one side with: rows that share a sample in any slot, and
+    the windows of one text, of which all but the first have no text of their own."""
+    first: dict[tuple[int, str], int] = {}
+    above = list(range(len(table)))
 
-    def found(key: str) -> str:
-        while first.setdefault(key, key) != key:
-            key = first[key]
-        return key
+    def top(row: int) -> int:
+        while above[row] != row:
+            above[row] = row = above[above[row]]
+        return row
 
-    for place, key in enumerate(table.keys):
-        unit = found(key)
-        if place and table.texts and not table.texts[place]:
-            first[unit] = found(table.keys[place - 1])
-    return [found(key) for key in table.keys]
+    for row, keys in enumerate(zip(table.keys, *table.joined.values(), strict=True)):
+        others = [first.setdefault(key, row) for key in enumerate(keys)]
+        if row and table.texts and not table.texts[row]:
+            others.append(row - 1)
+        tops = [top(other) for other in others]
+        for other in (*tops, top(row)):
+            above[other] = min(tops)
+    return [top(row) for row in range(len(table))]
 
 
 def replaced(table: TaskTable, header: dict[str, Any]) -> TaskTable:

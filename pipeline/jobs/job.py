@@ -19,7 +19,6 @@ from pipeline.extract.backbones.tail import Tail
 from pipeline.extract.tasks.base import TaskSpec
 from pipeline.jobs.extracted import as_extracted, first_views, limited, picture_options, views_of
 from pipeline.jobs.folds import folded
-from pipeline.jobs.slots import slot_of
 from pipeline.jobs.sources import Live, batch_size_of, grouped, live_backbone, relive, sources, store_source
 from pipeline.lookup.objective import make_objective
 from pipeline.lookup.recipe import Found, Unstored, device_of, find_space, store_path
@@ -259,10 +258,6 @@ def make_job(
     if "train" in tables:
         tables = {**tables, "train": limited(first_views(tables["train"], recipe.views), recipe.limit)}
     if recipe.fold:
-        if slot_of(recipe) and recipe.fold != "all":
-            raise UserError(
-                f"--fold {recipe.fold}: each slot would cut samples of its own: one backbone, or --fold all"
-            )
         if "train" in tables and views_of(tables["train"]) > 1:
             raise UserError(f"--fold {recipe.fold}: views of one image would stand on both sides; give --views 1")
         tables = folded(tables, recipe.fold)

@@ -80,6 +80,7 @@ def test_parquet_has_types(tmp_path: Path) -> None:
         ("x.parquet", b"", {}, "empty"),
         ("x.csv", b"a b,yes\nc,no\n", {"columns": ("text",)}, "2 fields where 1"),
         ("x.csv", b"text,label\na,yes\n", {"columns": ("text", "label")}, "leave --columns out"),
+        ("x.csv", b"Label,text\nyes,a\n", {"columns": ("text", "label")}, "leave --columns out"),
         ("x.csv", b"a,yes\n", {"columns": ("text", "text")}, "twice"),
         ("x.jsonl", b'{"text": "a"}\n', {"columns": ("text",)}, "have names"),
         ("x.csv", b"a,yes\nb,no\nc,no\n", {"columns": ("one", "two")}, "--text"),

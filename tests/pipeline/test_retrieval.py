@@ -173,7 +173,6 @@ def test_a_run_that_compares_nothing_is_not_searched(checkpoints: dict[str, Path
         (["--objective", "hinge", "--metric", "accuracy"], ["--metric accuracy", "rsum"]),
         (["--objective", "hinge", "--logit-scale", 20], ["--logit-scale is an option of contrastive"]),
         (["--objective", "hinge", "--eval-folds", 5], ["--eval-folds 5", "3 distinct"]),
-        (["--objective", "hinge", "--fold", "1/3"], ["--fold 1/3", "--fold all"]),
     ],
 )
 def test_training_that_is_refused(made: dict[str, Any], tmp_path: Path, more: list[Any], words: list[str]) -> None:

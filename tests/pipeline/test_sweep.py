@@ -20,7 +20,7 @@ from pipeline.train.baselines.methods import BASELINES
 from pipeline.train.data.store_source import StoreSource
 from pipeline.train.fit.loop import Training
 from pipeline.train.fit.stack import Stack
-from tests.pipeline.test_errors import run
+from tests.pipeline.test_errors import refused, run
 
 WORDS = ["--text", "first", "--text-pair", "second", "--label", "label"]
 
@@ -271,3 +271,14 @@ def test_the_order_has_a_seed_of_its_own(bert, tmp_path):
 
 def test_baselines_are_named_as_they_are_defined():
     assert {name: c.description for name, c in BASELINES.items()} == catalog.BASELINES
+
+
+def test_a_sweep_without_a_store_says_so_in_one_line(checkpoints, table, tmp_path):
+    words = ["--model", checkpoints["bert"], "--task", table, *WORDS, "--store", tmp_path / "none"]
+    said = refused(run("sweep", *words, "--tuner", "lst,probe", "--grid", "lr=1e-3,1e-2", "--out", tmp_path / "out"))
+    assert "lst-lr0.001-s0: there is no store" in said and "run: pipeline extract" in said
+
+
+def test_too_many_frozen_blocks_are_told_by_the_name_that_was_given(bert, tmp_path):
+    said = refused(run("sweep", *bert, "--tuner", "lora:2@4", "--out", tmp_path / "out"))
+    assert "lora:2@4: of the 4 blocks" in said

@@ -79,6 +79,7 @@ def test_losers_stop_early_and_are_not_the_best(bert, tmp_path, monkeypatch):  #
         (["--grid", "pooling=mean,first"], "holds another sweep"),
         (["--halving", 2, "--folds", 3], "leave --folds"),
         (["--halving", 1], "from 2 on"),
+        (["--halving", 3], "holds a sweep of --halving 2"),
         (["--halving", 2, "--max-steps", 3], "--max-steps"),
     ):
         refused = run("sweep", *words, *changed, "--out", tmp_path / "cut")

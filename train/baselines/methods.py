@@ -242,7 +242,7 @@ def _after(method: Baseline, first: int) -> Baseline:
         for stream in backbone.streams:
             if not 0 < first < backbone.depth(stream):
                 raise UserError(
-                    f"{method.name}@{first}: of the {backbone.depth(stream)} blocks of a {backbone.name} backbone's "
+                    f"{method.name}: of the {backbone.depth(stream)} blocks of a {backbone.name} backbone's "
                     f"{stream} 1 to {backbone.depth(stream) - 1} can stay frozen"
                 )
         method.prepare(backbone, model)
@@ -253,7 +253,7 @@ def _after(method: Baseline, first: int) -> Baseline:
             if "embed" in name or "shared" in name:
                 parameter.requires_grad_(False)
         if not any(p.requires_grad for p in model.parameters()):
-            raise UserError(f"{method.name}@{first}: nothing of it lies behind the frozen blocks")
+            raise UserError(f"{method.name}: nothing of it lies behind the frozen blocks")
 
     return replace(method, description=f"{method.description}; the first {first} blocks frozen", prepare=prepare)
 
