@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, count
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -180,6 +181,11 @@ class Run:
         """What writes the files of an entry below `folder`, from the place of its image among `texts`."""
         names = [row[0] for row in checked_rows(texts, self.spec)]
         files = file_names(names)
+        images = {(root / name).resolve() for name in names}
+        for form in self.objective.writes:
+            for file in files:
+                if (path := folder / form.format(file)).resolve() in images:
+                    raise UserError(f"--out-dir {folder}: {path} is an image to be read; name another folder")
         return lambda place, entry: self.objective.save(entry, root / names[place], folder, files[place])
 
 
@@ -223,13 +229,22 @@ def load_run(folder: str | Path, **overrides: Any) -> Run:
 
 
 def file_names(images: Sequence[str]) -> list[str]:
-    """What files made of `images` are called: as these, without the suffix where that leaves them distinct."""
+    """What files made of `images` are called: as these, without the suffix where that leaves them distinct, and with a
+    number where nothing else does."""
     paths = [PurePosixPath(image.replace("\\", "/")) for image in images]
     plain = [str(path.with_suffix("")) for path in paths]
     if any(path.is_absolute() or ".." in path.parts for path in paths):
         plain = [path.stem for path in paths]
-    seen = Counter(plain)
-    return [name if seen[name] == 1 else f"{name}{path.suffix}" for name, path in zip(plain, paths, strict=True)]
+    seen = Counter(dict(zip(paths, plain, strict=True)).values())
+    named: dict[PurePosixPath, str] = {}
+    taken: set[str] = set()
+    for path, name in zip(paths, plain, strict=True):
+        if path not in named:
+            first = name if seen[name] == 1 else f"{name}{path.suffix}"
+            numbered = (f"{first}-{number}" for number in count(2))
+            named[path] = next(name for name in chain([first], numbered) if name not in taken)
+            taken.add(named[path])
+    return [named[path] for path in paths]
 
 
 def read_rows(

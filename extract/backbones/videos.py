@@ -58,7 +58,7 @@ def frames_in(folder: Path) -> list[Path]:
 
 
 def _numbers(text: str) -> list[str]:
-    return "".join(c if c.isdigit() else " " for c in text).split()
+    return "".join(c if c.isdecimal() else " " for c in text).split()
 
 
 def _look(path: Path, preprocess: Preprocess, most: int, upright: bool) -> Video | UserError:

@@ -6,7 +6,7 @@ fields and a head of `len(labels)` outputs. Both come from the same rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
@@ -30,6 +30,17 @@ _KINDS = {"class": "classification", "number": "regression"}
 
 class TaskError(UserError):
     """A task, its files or its rows are not usable as asked."""
+
+
+def by_split(names: Iterable[str], where: object, known: Mapping[str, str] = SPLIT_NAMES) -> dict[str, str]:
+    """Split → the one of `names`, found in `where`, that `known` says it is called by; others are left out. `TaskError`
+    where two are: which one is meant?"""
+    found: dict[str, str] = {}
+    for name in names:
+        if name in known and found.setdefault(known[name], name) != name:
+            two = f"{found[known[name]]} and {name}"
+            raise TaskError(f"{where}: {two} are both {known[name]}, which one is meant? Keep one of them")
+    return found
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,12 @@ from typing import Any
 
 from pipeline.extract.outlines import outline_text
 from pipeline.extract.tasks.base import Rows, Task, TaskError
+from pipeline.extract.tasks.files import file_bytes
 from pipeline.extract.tasks.names import table_name
 from pipeline.extract.tasks.objects import Bad, Read, is_number, object_task, sizes_of, wrong_box
-from pipeline.extract.tasks.sheet import file_bytes
 from pipeline.store.format.digest import digest_bytes
 
+_LARGEST = 1 << 53  # number that JSON is sure to keep, and a float
 _BEGIN = re.compile(r'\s*\{\s*"(info|licenses|images|annotations|categories|type)"\s*:\s*(\[|\{|"instances")')
 
 
@@ -77,7 +78,14 @@ def image_names(path: Path, root: Path) -> list[str]:
 def _name(path: Path, root: Path, file: str) -> str | None:
     """Where below `root` the image `file` is; None where it is not."""
     tried = (Path(folder) / file for folder in (_folder(path), "", "images"))
-    return next((t.as_posix() for t in tried if (root / t).is_file()), None)
+    return next((t.as_posix() for t in tried if _is_file(root / t)), None)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long for one
+        return False
 
 
 def _folder(path: Path) -> str:
@@ -110,6 +118,8 @@ def _refuse_twice(path: Path, part: str, entries: Sequence[dict[str, Any]]) -> N
         number = entry.get("id")
         if type(number) not in ((int, str) if part == "images" else (int,)):
             raise TaskError(f"{path}: an entry of {part} has no id, or one that is no number: {str(entry)[:80]}")
+        if isinstance(number, int) and abs(number) > _LARGEST:
+            raise TaskError(f"{path}: an entry of {part} has an id of more than {_LARGEST}")
         if number in seen:
             raise TaskError(f"{path}: two entries of {part} have the id {number}")
         seen.add(number)
@@ -136,9 +146,9 @@ def _rows(path: Path, raw: dict[str, Any], numbers: list[int], root: Path, outli
     for entry in raw["annotations"]:
         where = f"{path}: annotation {entry['id']}"
         image = entry.get("image_id")
-        if image not in images:
+        if isinstance(image, list | dict) or image not in images:
             raise TaskError(f"{where}: there is no image with the id {image}")
-        if entry.get("category_id") not in place:
+        if isinstance(entry.get("category_id"), list | dict) or entry.get("category_id") not in place:
             raise TaskError(f"{where}: there is no category with the id {entry.get('category_id')}")
         name, size = images[image]
         box = entry.get("bbox")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from pipeline.extract.tasks.base import SPLIT_NAMES, Rows, TaskError
+from pipeline.extract.tasks.base import Rows, TaskError, by_split
 
 
 def read_hub(dataset: str, config: str, fields: tuple[str, ...]) -> tuple[dict[str, Rows], str]:
@@ -47,7 +47,7 @@ def fetch(dataset: str) -> dict[str, Any]:
     except Exception as error:  # httpx, huggingface_hub, datasets and the file system each raise their own
         reason = str(error).split("\n")[0][:200] or type(error).__name__
         raise TaskError(f"cannot fetch {dataset} from the Hugging Face hub: {reason}") from error
-    splits = {SPLIT_NAMES[name]: rows for name, rows in loaded.items() if name in SPLIT_NAMES}
+    splits = {split: loaded[name] for split, name in by_split(map(str, loaded), dataset).items()}
     if "train" not in splits:
         raise TaskError(f"{dataset} has no train split; it has: {', '.join(map(str, loaded)) or 'none'}")
     return splits

@@ -16,7 +16,7 @@ from pathlib import Path
 import xxhash
 
 from pipeline.extract.geometry import SUFFIXES as SUFFIXES
-from pipeline.extract.tasks.base import SPLIT_NAMES, SPLITS, Rows, Task, TaskError, TaskSpec, fixed_order
+from pipeline.extract.tasks.base import SPLITS, Rows, Task, TaskError, TaskSpec, by_split, fixed_order
 from pipeline.extract.tasks.names import table_name
 from pipeline.extract.tasks.splits import HELD_OUT
 from pipeline.store.format.digest import digest_json
@@ -58,10 +58,10 @@ def load_folder(folder: Path, name: str | None = None) -> Task:
     too few images to hold any out.
     """
     subfolders = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-    by_split = {SPLIT_NAMES[p.name]: p for p in subfolders if p.name in SPLIT_NAMES}
-    if "train" in by_split:
-        classes = _classes(by_split["train"])
-        splits = {s: _rows(folder, p, classes) for s, p in by_split.items()}
+    parts = {split: folder / name for split, name in by_split((p.name for p in subfolders), folder).items()}
+    if "train" in parts:
+        classes = _classes(parts["train"])
+        splits = {s: _rows(folder, p, classes) for s, p in parts.items()}
         rule = "folders"
         absent = {s: f"no folder {s} in {folder}" for s in ("validation", "test") if s not in splits}
     else:
@@ -71,8 +71,8 @@ def load_folder(folder: Path, name: str | None = None) -> Task:
         if len(everything) < 3:
             raise TaskError(f"{folder} has {len(everything)} images, too few to hold any out; add some")
         order, rule, absent = fixed_order(len(everything)), "held-out", {}
-        parts = (("train", order[2 * held :]), ("validation", order[:held]), ("test", order[held : 2 * held]))
-        splits = {s: everything.take(places) for s, places in parts}
+        places = (("train", order[2 * held :]), ("validation", order[:held]), ("test", order[held : 2 * held]))
+        splits = {s: everything.take(of) for s, of in places}
     if rule == "folders":
         # A fair sample at any --limit: class folders would come one after the other.
         splits = {s: rows.take(fixed_order(len(rows))) for s, rows in splits.items()}

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import io
 import struct
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,8 +29,9 @@ import xxhash
 
 from pipeline.extract.geometry import MOST_PIXELS
 from pipeline.extract.tasks.ade20k import ade20k_classes, is_ade20k
-from pipeline.extract.tasks.base import SPLITS, Rows, Task, TaskError, TaskSpec, fixed_order
-from pipeline.extract.tasks.images import SPLIT_NAMES, pictures
+from pipeline.extract.tasks.base import SPLIT_NAMES, SPLITS, Rows, Task, TaskError, TaskSpec, by_split, fixed_order
+from pipeline.extract.tasks.files import file_lines
+from pipeline.extract.tasks.images import pictures
 from pipeline.extract.tasks.names import table_name
 from pipeline.extract.tasks.splits import HELD_OUT
 
@@ -59,20 +61,20 @@ def mask_pairs(folder: Path) -> Pairs | None:
     """The images with masks of `folder`; None where it is laid out in no way that is known. Raises `TaskError` naming
     an image without a mask or a mask without an image."""
     here = {p.name: p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")}
-    if beside := {n: p for n, p in here.items() if n in _SPLITS and f"{n}annot" in here}:
-        return Pairs("annot", {_SPLITS[n]: _paired(p, here[f"{n}annot"]) for n, p in beside.items()})
+    if beside := by_split((n for n in here if f"{n}annot" in here), folder, _SPLITS):
+        return Pairs("annot", {s: _paired(here[n], here[f"{n}annot"]) for s, n in beside.items()})
     if "JPEGImages" in here and "SegmentationClass" in here:
         return Pairs("voc", _voc(folder, here["JPEGImages"], here["SegmentationClass"]))
     if "images" in here and (name := _first(here)):
-        parts = {p.name: p for p in here["images"].iterdir() if p.is_dir() and p.name in _SPLITS}
-        if parts:
-            return Pairs("images", {_SPLITS[n]: _paired(p, here[name] / n) for n, p in parts.items()})
+        within = (p.name for p in here["images"].iterdir() if p.is_dir())
+        if parts := by_split(within, here["images"], _SPLITS):
+            return Pairs("images", {s: _paired(here["images"] / n, here[name] / n) for s, n in parts.items()})
         return Pairs("images", {"": _paired(here["images"], here[name])})
     found = {}
-    for split, place in here.items():
-        inner = {p.name: p for p in place.iterdir() if p.is_dir()} if split in _SPLITS else {}
+    for split, place in by_split(here, folder, _SPLITS).items():
+        inner = {p.name: p for p in here[place].iterdir() if p.is_dir()}
         if "images" in inner and (name := _first(inner)):
-            found[_SPLITS[split]] = _paired(inner["images"], inner[name])
+            found[split] = _paired(inner["images"], inner[name])
     return Pairs("images", found) if found else None
 
 
@@ -104,13 +106,14 @@ def _paired(images: Path, masks: Path) -> list[tuple[Path, Path]]:
 def _voc(folder: Path, images: Path, masks: Path) -> dict[str, list[tuple[Path, Path]]]:
     here, there = _stems(images), _stems(masks)
     found = {}
-    for file in sorted((folder / "ImageSets" / "Segmentation").glob("*.txt")):
-        if file.stem not in _SPLITS:
-            continue
-        names = file.read_text(encoding="utf-8").split()
+    lists = {p.stem: p for p in sorted((folder / "ImageSets" / "Segmentation").glob("*.txt"))}
+    for split, stem in by_split(lists, folder / "ImageSets" / "Segmentation", _SPLITS).items():
+        file, names = lists[stem], file_lines(lists[stem])
+        if twice := next((n for n, count in Counter(names).items() if count > 1), None):
+            raise TaskError(f"{file}: {twice} stands twice")
         if lost := next((n for n in names if n not in here or n not in there), None):
             raise TaskError(f"{file}: {lost} has no image in {images.name} or no mask in {masks.name}")
-        found[_SPLITS[file.stem]] = [(here[n], there[n]) for n in names]
+        found[split] = [(here[n], there[n]) for n in names]
     return found
 
 
@@ -270,7 +273,7 @@ def _told(folder: Path) -> tuple[str, ...]:
     file = folder / CLASSES
     if not file.is_file():
         return ()
-    names = tuple(line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
+    names = tuple(file_lines(file))
     if len(set(names)) < len(names) or len(names) > VOID:
         raise TaskError(f"{file}: at most {VOID} names, each once, one a line")
     return names

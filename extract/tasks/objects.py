@@ -9,7 +9,6 @@ An object is a dict of `FIELDS`, as it stands in a task table: `left`, `top`, `w
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ NUMBERS = ("left", "top", "width", "height", "area")
 FIELDS = (*NUMBERS, "class", "crowd", "difficult")
 # Files give coordinates rounded to two decimals, and VOC's are whole pixels; what reaches further is another image's.
 SLACK = 0.5
+_LARGEST = 1e300  # what is greater may be no float
 
 
 @dataclass
@@ -47,7 +47,7 @@ def wrong_box(box: Sequence[Any], size: tuple[int, int]) -> str:
     """What keeps `box` (left, top, width, height) from being one of an image of `size` (height, width), "" where
     nothing does."""
     if len(box) != 4 or not all(is_number(value) for value in box):
-        return f"box {list(box)} is not four finite numbers"
+        return f"box {str(list(box))[:60]} is not four finite numbers"
     left, top, width, height = box
     shown = ", ".join(f"{value:g}" for value in box)
     if not (width > 0 and height > 0):
@@ -59,7 +59,7 @@ def wrong_box(box: Sequence[Any], size: tuple[int, int]) -> str:
 
 def is_number(value: object) -> bool:
     """Whether it is a finite number, and no truth value."""
-    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+    return isinstance(value, int | float) and type(value) is not bool and -_LARGEST < value < _LARGEST
 
 
 def wrong_object(found: Any, classes: int, size: tuple[int, int], outlined: bool) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.extract.tasks.base import TaskError
+from pipeline.extract.tasks.files import decoded, file_bytes, file_lines
 
 MSRVTT = ["video_id", "sentence"]
 DESCRIPTIONS = "AllVideoDescriptions.txt"
@@ -59,16 +60,17 @@ def msvd_rows(folder: Path) -> list[dict[str, Any]]:
     naming a line that is none, or a video that stands in two lists."""
     split: dict[str, str] = {}
     for part, name in _LISTS.items():
-        for video in (folder / name).read_text(encoding="utf-8").split():
+        for video in file_lines(folder / name):
             if split.setdefault(video, part) != part:
                 raise TaskError(f"{folder / name}: {video} stands in {_LISTS[split[video]]} too")
     rows = []
-    for number, line in enumerate((folder / DESCRIPTIONS).read_text(encoding="utf-8").splitlines(), 1):
+    told = folder / DESCRIPTIONS
+    for number, line in enumerate(decoded(told, file_bytes(told)).splitlines(), 1):
         if not line.strip() or line.startswith("#"):
             continue
         video, _, caption = line.partition(" ")
         if not caption.strip():
-            raise TaskError(f"{folder / DESCRIPTIONS}, line {number}: a video and its caption are expected")
+            raise TaskError(f"{told}, line {number}: a video and its caption are expected")
         if video in split:
             rows.append({"video": video, "caption": caption.strip(), "split": split[video]})
     return rows

@@ -14,13 +14,13 @@ import csv
 import io
 import json
 import re
-import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.extract.tasks.base import TaskError
+from pipeline.extract.tasks.files import decoded, file_bytes
 from pipeline.extract.tasks.pair_files import public_rows
 from pipeline.store.format.digest import digest_bytes
 from pipeline.store.near import near
@@ -79,7 +79,7 @@ def read_sheet(path: Path, columns: list[str] | None = None, drop_broken: bool =
     if path.suffix.lower() == PARQUET:
         names, rows = _parquet_rows(path, raw)
         return Sheet(path, names, rows, list(range(1, len(rows) + 1)), digest)
-    text = _decode(path, raw)
+    text = decoded(path, raw)
     if not text.strip():
         raise TaskError(f"{path} is empty; a table needs a header line and rows")
     if path.suffix.lower() in (".jsonl", ".json"):
@@ -151,32 +151,6 @@ def named_class(path: Path, names: list[str], value: Any) -> Any:
 def sheet_digest(path: Path) -> str:
     """`Sheet.digest` of the file at `path`, without understanding it. `TaskError` where it cannot be read."""
     return digest_bytes(file_bytes(path))
-
-
-def file_bytes(path: Path) -> bytes:
-    """What the file holds. `TaskError` where it cannot be read, or is a pipe."""
-    try:
-        mode = path.stat().st_mode
-        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-            # Reading a pipe waits for whoever is to write it, for ever perhaps.
-            raise TaskError(f"cannot read {path}: a pipe or device, not a file; save what it gives as a file first")
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise TaskError(f"no such file: {path}") from None
-    except OSError as error:
-        raise TaskError(f"cannot read {path}: {error.strerror or error}") from None
-
-
-def _decode(path: Path, raw: bytes) -> str:
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        # error.start counts from after a byte-order mark, hence from the end of what was being decoded
-        at = error.start + len(raw) - len(error.object)
-        line = raw.count(b"\n", 0, at) + 1
-        raise TaskError(
-            f"{path} is not UTF-8: byte 0x{raw[at]:02x} at offset {at} (line {line}); save the file as UTF-8"
-        ) from None
 
 
 def _delimited_rows(

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from pipeline.extract.tasks.base import SPLIT_NAMES, Rows, Task, TaskError
+from pipeline.extract.tasks.base import SPLIT_NAMES, Rows, Task, TaskError, by_split
+from pipeline.extract.tasks.files import file_lines
 from pipeline.extract.tasks.images import pictures
 from pipeline.extract.tasks.names import table_name
 from pipeline.extract.tasks.objects import Bad, Read, object_task, sizes_of, wrong_box
@@ -42,16 +43,21 @@ def load_voc(folder: Path, name: str | None = None, skip_bad: bool = False) -> T
             f"{folder}: no JPEGImages and Annotations in it; objects are read from these, or from COCO's JSON"
         )
     bad = Bad(skip_bad)
-    images = {p.stem: p for p in pictures(folder / "JPEGImages")}
+    images: dict[str, list[Path]] = {}
+    for path in pictures(folder / "JPEGImages"):
+        images.setdefault(path.stem, []).append(path)
     lists = _lists(folder / "ImageSets" / "Main") or {
         "": sorted(p.stem for p in (folder / "Annotations").glob("*.xml"))
     }
     parsed = {}
     for split, stems in lists.items():
         for stem in stems:
+            if len(images.get(stem, ())) > 1:
+                one, other = images[stem][:2]
+                raise TaskError(f"{one} and {other.name}: two images of one name, which one is meant? Keep one of them")
             if stem not in images:
                 raise TaskError(f"{folder}: {stem} ({split or 'Annotations'}) has no image in JPEGImages")
-        sizes = sizes_of([images[stem] for stem in stems])
+        sizes = sizes_of([images[stem][0] for stem in stems])
         parsed[split] = [_parse(folder / "Annotations" / f"{stem}.xml", size, bad) for stem, size in
                          zip(stems, sizes, strict=True)]  # fmt: skip
     classes = _classes(folder, parsed)
@@ -59,7 +65,7 @@ def load_voc(folder: Path, name: str | None = None, skip_bad: bool = False) -> T
     for split, stems in lists.items():
         rows = Rows([], [], [])
         for stem, objects in zip(stems, parsed[split], strict=True):
-            rows.texts.append((images[stem].relative_to(folder).as_posix(),))
+            rows.texts.append((images[stem][0].relative_to(folder).as_posix(),))
             rows.labels.append([{**found, "class": _place(found["class"], classes, folder, stem)} for found in objects])
             rows.ids.append(stem)
         splits[split] = rows
@@ -70,11 +76,10 @@ def load_voc(folder: Path, name: str | None = None, skip_bad: bool = False) -> T
 
 def _lists(folder: Path) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
-    for file in sorted(folder.glob("*.txt")) if folder.is_dir() else ():
-        split = SPLIT_NAMES.get(file.stem) or ("trainval" if file.stem == "trainval" else None)
-        if split is None:
-            continue  # VOC has lists for each class there too
-        stems = [line.split()[0] for line in file.read_text(encoding="utf-8").splitlines() if line.split()]
+    files = {p.stem: p for p in sorted(folder.glob("*.txt"))} if folder.is_dir() else {}
+    # VOC has lists for each class there too.
+    for split, stem in by_split(files, folder, {**SPLIT_NAMES, "trainval": "trainval"}).items():
+        file, stems = files[stem], [line.split()[0] for line in file_lines(files[stem])]
         if len(set(stems)) < len(stems):
             raise TaskError(f"{file}: {next(s for s in stems if stems.count(s) > 1)} stands twice")
         found[split] = stems
@@ -98,7 +103,7 @@ def _parse(path: Path, size: tuple[int, int] | None, bad: Bad) -> list[dict[str,
     if size is not None and None not in said and said != size:
         raise TaskError(f"{path}: says {said[1]:g}x{said[0]:g} pixels, its image has {size[1]}x{size[0]}")
     if size is None:  # a damaged image, of which extraction says more
-        size = (int(said[0] or 1 << 30), int(said[1] or 1 << 30))
+        size = (1 << 30, 1 << 30)
     out = []
     for number, entry in enumerate(root.findall("object"), 1):
         where, name = f"{path}: object {number}", (entry.findtext("name") or "").strip()
@@ -112,9 +117,12 @@ def _parse(path: Path, size: tuple[int, int] | None, bad: Bad) -> list[dict[str,
         if wrong := wrong_box(box, size):
             bad.take(f"{where} ({name}; pixels are counted from 1): {wrong}")
             continue
+        difficult = (entry.findtext("difficult") or "").strip() or "0"
+        if difficult not in ("0", "1"):
+            raise TaskError(f"{where} ({name}): difficult is 0 or 1, not {difficult!r}")
         out.append({
             **dict(zip(("left", "top", "width", "height"), box, strict=True)), "area": box[2] * box[3], "class": name,
-            "crowd": False, "difficult": (entry.findtext("difficult") or "0").strip() == "1",
+            "crowd": False, "difficult": difficult == "1",
         })  # fmt: skip
     return out
 
@@ -129,7 +137,10 @@ def _number(element: Any, name: str) -> float | None:
 def _classes(folder: Path, parsed: dict[str, list[list[dict[str, Any]]]]) -> tuple[str, ...]:
     """Those of classes.txt; else VOC's own where there are no others, else those of the training images."""
     if (file := folder / CLASSES).is_file():
-        return tuple(line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
+        told = tuple(file_lines(file))
+        if not told or len(set(told)) < len(told):
+            raise TaskError(f"{file}: names of classes are expected, each once, one a line")
+        return told
     first = parsed.get("train") or parsed.get("") or []
     names = {found["class"] for objects in first for found in objects}
     if not names:

@@ -43,6 +43,13 @@ def _labels(tables: Mapping[str, TaskTable]) -> list[str]:
         return []
     target, names = table.header["spec"]["target"], table.header["spec"]["labels"]
     found, alike = [], dict[str, list[str]]()
+    if target == "pair":
+        own = next((slot for slot in table.header.get("slots", {}) if slot not in table.joined), "")
+        found += [
+            f"all {len(table):,} {table.split} rows have one and the same {slot}: nothing is told from anything else"
+            for slot, keys in {own: table.keys, **table.joined}.items()
+            if len(table) > 1 and len(set(keys)) == 1
+        ]
     for name in names:
         alike.setdefault(_plain(name), []).append(name)
     if same := [group for group in alike.values() if len(group) > 1]:

@@ -89,12 +89,12 @@ def _slot_of(job: Joint, query: Query) -> str:
 
 def _embedded_query(run: Run, job: Joint, slot: str, query: Query, say: Say) -> Tensor:
     """(D,), on the host."""
-    if query.image is not None and not query.image.is_file():
+    if query.image is not None and not query.image.exists():  # videos are folders
         raise UserError(f"--image {query.image}: no such file")
     if query.image is None and not (query.text or "").strip():
         raise UserError("--query: the text is blank")
-    row = query.text if query.image is None else query.image.name
-    root = "" if query.image is None else str(query.image.parent)
+    place = None if query.image is None else query.image.resolve()
+    row, root = (query.text, "") if place is None else (place.name, str(place.parent))
     with of_slot(slot):
         part = fresh(job.jobs[slot], job.live()[slot], [row], root, say)
         batch = LiveSlot(job.live()[slot][0], part.inputs, job.jobs[slot].states).compute(np.arange(1))

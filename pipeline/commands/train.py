@@ -93,6 +93,11 @@ def refuse_parts(job: AnyJob) -> None:
                 f"{what}: objective {part.objective.name} compares the samples of a batch with each other, so a batch "
                 "cannot be made of parts; give a larger --batch-size to one process"
             )
+        if part.objective.coupled and job.batch_size < 2:
+            raise UserError(
+                f"--batch-size {job.batch_size}: objective {part.objective.name} compares the samples of a batch with "
+                "each other; give 2 at least"
+            )
     counted = {part.spec.name: part.objective.counts for part in job.each}
     if several and len(set(counted.values())) > 1:
         said = ", ".join(f"{what} of {task}" for task, what in counted.items())

@@ -185,3 +185,24 @@ def test_a_number_below_others_that_is_none_is_no_class_of_the_task(tmp_path):
     assert load_task(str(tmp_path)).spec.values == () == load_task(str(tmp_path), void=3).spec.values
     (tmp_path / "classes.txt").write_text("nothing\nroad\nsky\n")
     assert load_task(str(tmp_path), void=0).spec.labels == ("road", "sky")
+
+
+@pytest.mark.parametrize(
+    "layout", ["{s}/{n} {s}annot/{n}", "images/{s}/{n} masks/{s}/{n}", "{s}/images/{n} {s}/masks/{n}"]
+)
+def test_two_folders_of_one_split_are_refused(tmp_path, layout):
+    for split in ("train", "val", "valid"):
+        image, mask = (tmp_path / part.format(s=split, n="0.png") for part in layout.split())
+        _image(image), _mask(mask, 1)
+    with pytest.raises(TaskError, match=r"val.* are both validation, which one is meant"):
+        load_task(str(tmp_path), targets=("mask",))
+
+
+def test_lists_of_voc_name_each_image_once_in_utf8(tmp_path):
+    _image(tmp_path / "JPEGImages" / "a.jpg"), _mask(tmp_path / "SegmentationClass" / "a.png", 1)
+    file = tmp_path / "ImageSets" / "Segmentation" / "train.txt"
+    file.parent.mkdir(parents=True)
+    for text, said in (("a\na\n", "a stands twice"), ("a\n\xe9\n", "not UTF-8")):
+        file.write_text(text, encoding="latin-1")
+        with pytest.raises(TaskError, match=f"train.txt.*{said}"):
+            load_task(str(tmp_path), targets=("mask",))

@@ -84,6 +84,11 @@ WRONG = {
     "annotation 1 .*do not add up": lambda r: r["annotations"][0].update(
         segmentation={"size": [64, 64], "counts": [3, 4]}
     ),
+    r"annotation 1: there is no image with the id \[1\]": lambda r: r["annotations"][0].update(image_id=[1]),
+    r"annotation 1: there is no category with the id \[2\]": lambda r: r["annotations"][0].update(category_id=[2]),
+    "annotation 1 .*box .1000.* is not four finite": lambda r: r["annotations"][0].update(bbox=[10**400, 1, 1, 1]),
+    "categories has an id of more than": lambda r: r["categories"].append({"id": 10**400, "name": "vast"}),
+    "image 1: there is neither .*aaaa": lambda r: r["images"][0].update(file_name="a" * 5000),
     "annotation 1: iscrowd is 0 or 1": lambda r: r["annotations"][0].update(iscrowd=2),
 }  # fmt: skip
 
@@ -135,6 +140,9 @@ VOC_WRONG = {
     "000001.xml: no XML": "<annotation>",
     "000001.xml: says 60x64 pixels": voc_xml((64, 60), []),
     "000001.xml: object 1 has no name": voc_xml((64, 64), [("", (1, 1, 2, 2), False)]),
+    "000001.xml: object 1 .red.: difficult is 0 or 1, not 'yes'": voc_xml(
+        (64, 64), [("red", (1, 1, 2, 2), True)]
+    ).replace("<difficult>1", "<difficult>yes"),
     "no bndbox": "<annotation><object><name>red</name></object></annotation>",
 }  # fmt: skip
 
@@ -161,6 +169,39 @@ def test_voc_names_unknown_classes_and_absent_files(tmp_path):
         load_task(str(folder))
     with pytest.raises(TaskError, match="outlines of objects are read from COCO"):
         load_task(str(folder), targets=("instances",))
+
+
+VOC_FILES = {
+    "classes.txt: names of classes are expected, each once": ("classes.txt", "red\ngreen\nred\nblue\n"),
+    "classes.txt is not UTF-8: byte 0xe9": ("classes.txt", "gr\xe9en\n"),
+    "train.txt is not UTF-8: byte 0xe9": ("ImageSets/Main/train.txt", "000001\n\xe9\n"),
+    "val and validation are both validation": ("ImageSets/Main/validation.txt", "000002\n"),
+    "000001.bmp and 000001.png: two images of one name": ("JPEGImages/000001.bmp", ""),
+}
+
+
+@pytest.mark.parametrize("said", VOC_FILES)
+def test_files_of_voc_that_cannot_be_meant_are_named(tmp_path, said):
+    folder = write_voc(tmp_path / "voc", {"train": 2, "val": 1})
+    file, text = VOC_FILES[said]
+    (folder / file).write_text(text, encoding="latin-1")
+    with pytest.raises(TaskError, match=said):
+        load_task(str(folder))
+
+
+def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path):
+    folder = write_voc(tmp_path / "voc", {"train": 8, "val": 1})
+    file = folder / "ImageSets/Main/train.txt"
+    file.write_text(file.read_text(), encoding="utf-8-sig")
+    assert sorted(load_task(str(folder)).rows("train").ids) == [f"{i:06d}" for i in range(1, 9)]
+
+
+def test_a_damaged_image_whose_size_is_endless_is_left_to_extraction(tmp_path):
+    folder = write_voc(tmp_path / "voc", {"train": 8, "val": 1})
+    xml = folder / "Annotations/000001.xml"
+    xml.write_text(xml.read_text().replace("<width>64", "<width>1e999"))
+    (folder / "JPEGImages/000001.png").write_bytes(b"none")
+    assert len(load_task(str(folder)).rows("train")) == 8
 
 
 def test_run_lengths_are_those_of_pycocotools():

@@ -170,6 +170,7 @@ def test_a_run_that_compares_nothing_is_not_searched(checkpoints: dict[str, Path
     ("more", "words"),
     [
         (["--objective", "hinge", "--accumulate", 2], ["--accumulate", "hinge", "each other"]),
+        (["--objective", "contrastive", "--batch-size", 1], ["--batch-size 1", "contrastive", "2 at least"]),
         (["--objective", "hinge", "--metric", "accuracy"], ["--metric accuracy", "rsum"]),
         (["--objective", "hinge", "--logit-scale", 20], ["--logit-scale is an option of contrastive"]),
         (["--objective", "hinge", "--eval-folds", 5], ["--eval-folds 5", "3 distinct"]),
@@ -259,6 +260,13 @@ def test_images_on_both_sides_of_a_split_are_said(made: dict[str, Any], tmp_path
     options[options.index("--store") + 1] = tmp_path / "store"
     said = run("extract", *options, "--for", "image=probe,text=probe")["warnings"]
     assert any("2 of the 2 images of validation stand in train too" in line for line in said), said
+
+
+def test_rows_of_which_nothing_can_be_told_apart_are_said(made: dict[str, Any], tmp_path: Path) -> None:
+    table = write(tmp_path / "same.csv", [(name, "a photo") for name, _ in made["rows"][::3]])
+    options = [*made["options"], "--task", table, "--store", tmp_path / "store"]
+    said = run("extract", *options, "--for", "probe")["warnings"]
+    assert said == ["all 24 train rows have one and the same text: nothing is told from anything else"]
 
 
 def test_three_slots_are_not_compared(made: dict[str, Any], checkpoints: dict[str, Path], tmp_path: Path) -> None:

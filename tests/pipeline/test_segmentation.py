@@ -4,6 +4,7 @@ scored, bad input by name."""
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from pipeline.extract.geometry import Geometry
 from pipeline.extract.pretrained import Checkpoint
 from pipeline.extract.tasks import load_task
 from pipeline.extract.tasks.masks import read_mask
+from pipeline.runs import file_names
 from pipeline.store import Store
 from pipeline.train.objective_configs import SegmentationConfig
 from pipeline.train.objectives import Answers
@@ -109,6 +111,18 @@ def test_what_is_told_is_what_is_scored(scenes, store, checkpoints, tmp_path):
     scored = run("evaluate", tmp_path / "run")
     assert {k: scored[k] for k in expected} == pytest.approx(trained["test"])
     assert "--out-dir is missing" in run("predict", tmp_path / "run", "--input", scenes / "test", ok=False)
+    shutil.copytree(scenes / "test", tmp_path / "mine")
+    before = {path: path.read_bytes() for path in (tmp_path / "mine").iterdir()}
+    refusal = run("predict", tmp_path / "run", "--input", tmp_path / "mine", "--out-dir", tmp_path / "mine", ok=False)
+    assert "000.png is an image to be read; name another folder" in refusal
+    assert {path: path.read_bytes() for path in (tmp_path / "mine").iterdir()} == before
+
+
+def test_files_of_two_images_have_two_names():
+    assert file_names(["a/1.png", "b/1.png", "2.jpg", "2.jpg"]) == ["a/1", "b/1", "2", "2"]
+    assert file_names(["a.jpg", "a.png"]) == ["a.jpg", "a.png"]
+    assert file_names(["../x/a.png", "../y/a.png", "../x/a.png"]) == ["a.png", "a.png-2", "a.png"]
+    assert len(set(file_names(["a.jpg", "a.png", "a.jpg.png"]))) == 3
 
 
 def test_a_class_that_is_ignored_is_neither_learned_nor_told(scenes, store, checkpoints, tmp_path):

@@ -14,6 +14,7 @@ from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 import pipeline
+from pipeline.extract.backbones.videos import frames_in
 from tests import tiny
 from tests.pipeline.test_errors import refused
 from tests.pipeline.test_errors import run as invoke
@@ -79,6 +80,10 @@ def test_cached_is_live(made: dict[str, Any], tmp_path: Path, tuner: str, more: 
     assert {"v2t_r1", "t2v_r1", "rsum"} <= cached["test"].keys()
     found = run("search", tmp_path / "cached", "--query", "the cat", "--top", 2)
     assert found["among"] == 20 and {r["video"] for r in found["results"]} < {f"v{i}" for i in range(20)}
+    back = run("search", tmp_path / "cached", "--image", made["folder"] / "data" / "v4", "--top", 40)
+    told = next(r for r in back["results"] if r["text"] == "the dog number 4")
+    there = run("search", tmp_path / "cached", "--query", told["text"], "--top", 20)["results"]
+    assert told["similarity"] == pytest.approx(next(r for r in there if r["video"] == "v4")["similarity"], abs=1e-3)
 
 
 def test_a_video_is_the_mean_of_its_frames(made: dict[str, Any], tmp_path: Path) -> None:
@@ -129,3 +134,10 @@ def test_a_changed_frame_is_noticed(made: dict[str, Any], tmp_path: Path) -> Non
     Image.new("RGB", (40, 40)).save(frame)
     options = [*made["options"], "--data", tmp_path / "data", "--tuner", "probe", *TRAIN, "--out", tmp_path / "run"]
     refused(invoke("train", *options), "slot video", "have changed")
+
+
+def test_frames_stand_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    names = ["10.png", "2.png", "frame\u00b2.png"]  # a digit that is no number
+    for name in names:
+        (tmp_path / name).touch()
+    assert [p.name for p in frames_in(tmp_path)] == [names[2], names[1], names[0]]

@@ -283,3 +283,13 @@ def test_damaged_outlines_and_unknown_figures_are_refused():
         of.encode([thing((0, 0, 5, 5), outline="[[0, 0]]")], {META: geometry((8, 8)).to_meta()})
     with pytest.raises(UserError, match="objective detection is scored by box_map"):
         Detection(DetectionConfig(metric=("mask_map",)), ANSWERS)
+
+
+@pytest.mark.parametrize("images", [["a/7.png", "b/7.png"], ["7.png", "007.png"], ["7.png", "x.png"]])
+def test_two_images_are_never_told_under_one_number(images, tmp_path):
+    entry = {"objects": [{"category_id": 2, "bbox": [0, 0, 1, 1], "score": 0.5}]}
+    telling = Detection(DetectionConfig(), ANSWERS)
+    telling.save_all([entry, entry], images, tmp_path)
+    assert [row["image_id"] for row in json.loads((tmp_path / "detections.json").read_text())] == images
+    telling.save_all([entry, entry], ["7.png", "8.png"], tmp_path)
+    assert [row["image_id"] for row in json.loads((tmp_path / "detections.json").read_text())] == [7, 8]

@@ -151,6 +151,7 @@ class Objective(ABC):
     counts: ClassVar[str] = "samples"  # what its head's loss is a mean over, see `Head.weight`
     coupled: ClassVar[bool] = False  # a batch's samples stand in one loss: no accumulation, one rank
     files: ClassVar[bool] = False  # entries hold more than JSON does, and `save` writes it
+    writes: ClassVar[tuple[str, ...]] = ()  # the files of `save`, {} being the name it is given
     counted: ClassVar[bool] = False  # `plan` counts and times its own head, on `made_up` targets, not a classifier's
 
     def __init__(self, config: Any, answers: Answers) -> None:

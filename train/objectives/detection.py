@@ -122,6 +122,7 @@ class Detection(Objective):
     targets: ClassVar[tuple[str, ...]] = ("boxes", "instances")
     wants = Want(kinds=("map",))
     files = True
+    writes = ("overlays/{}.jpg",)
     masks = False
 
     def __init__(self, config: DetectionConfig, answers: Answers) -> None:
@@ -207,10 +208,12 @@ class Detection(Objective):
 
     def save_all(self, entries: Sequence[Mapping[str, Any]], images: Sequence[str], folder: Path) -> None:
         """COCO's list of results: detections.json, and of instances segmentations.json (which has no boxes, so that
-        sizes are those of masks). `image_id` is the number that a file is called by where all are called by numbers, as
-        COCO's are, else its name."""
-        ids: list[Any] = [Path(image).stem for image in images]
-        ids = [int(name) for name in ids] if all(name.isdecimal() for name in ids) else list(images)
+        sizes are those of masks). `image_id` is the number that a file is called by where all are called by numbers of
+        their own, as COCO's are, else its name."""
+        stems = [Path(image).stem for image in images]
+        ids: list[Any] = [int(name) for name in stems] if all(name.isdecimal() for name in stems) else []
+        if len(set(ids)) < len(set(images)):
+            ids = list(images)
         parts = {"detections.json": ("bbox",), **({"segmentations.json": ("segmentation",)} if self.masks else {})}
         for file, fields in parts.items():
             rows = [

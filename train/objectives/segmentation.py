@@ -169,6 +169,7 @@ class Segmentation(Objective):
     targets = ("mask",)
     wants = Want(kinds=("map",))
     files = True
+    writes = ("{}.png", "overlays/{}.jpg")
     counts = "pixels"
     counted = True
 
