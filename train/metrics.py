@@ -9,6 +9,7 @@ that is no number counts as -1, and a constant prediction scores 0 where the for
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -261,3 +262,14 @@ LABELS: dict[str, Callable[..., float]] = {
 }
 OF_TWO = ("f1", "precision", "recall")  # metrics of CLASSES that look at one class of two
 ERRORS = ("mse", "rmse", "mae", "hamming_loss", "loss", "perplexity")  # figures of tokens too
+
+
+def is_error(name: str) -> bool:
+    """Whether the smallest is the best: of "mse", "test mse" or, of one of several tasks, "test lengths.mse"."""
+    last = re.split(r"[ .]", name)[-1]
+    return last in ERRORS or last.endswith("_median")  # the median rank in retrieval
+
+
+def is_share(name: str) -> bool:
+    """Whether a figure, called so, is from 0 to 1 and told in percent; those of retrieval are in per cent already."""
+    return not is_error(name) and not re.fullmatch(r".*_r\d+|(.*[ ._])?rsum", name)

@@ -17,7 +17,7 @@ from pipeline.report.facts import Classes, Setting, Shown, selecting
 from pipeline.report.looks import Maps
 from pipeline.store.errors import UserError
 from pipeline.train.learned import Learned
-from pipeline.train.metrics import ERRORS
+from pipeline.train.metrics import is_share
 
 try:
     import matplotlib
@@ -122,7 +122,7 @@ def _loss(run: Shown) -> Line:
 
 def _percent(figures: Sequence[str]) -> bool:
     """Whether the figures are shares, which are told in percent."""
-    return not any(re.split(r"[ .]", name)[-1] in ERRORS for name in figures)
+    return all(is_share(name) for name in figures)
 
 
 def costs(settings: Sequence[Setting], figure_name: str, what: str) -> str:

@@ -33,7 +33,7 @@ from pipeline.store.errors import UserError
 from pipeline.terminal import size_text
 from pipeline.train.evaluate import closing, predict
 from pipeline.train.learned import Learned
-from pipeline.train.metrics import ERRORS
+from pipeline.train.metrics import is_error
 
 MISTAKES = 12  # shown of each run
 THUMBNAIL = 128  # pixels of an image's longer side
@@ -41,10 +41,15 @@ LOOKED_AT = 16  # batches that what was learned is averaged over
 _SEEDS = ("seed", "order_seed", "out", "overwrite")  # options that repeat a run rather than make another
 
 
+RANKS = 9  # figures that retrieval has where none was asked for: then their sum selects, which is not the first
+
+
 def selecting(figures: Iterable[str]) -> str:
     """Of the figures of a split the one that selects the best epoch: their average where it is one of several, else the
     first that was asked for; "" where there are none."""
     names = list(figures)
+    if "rsum" in names and len(names) >= RANKS:
+        return "rsum"
     return "average" if "average" in names and len(names) != 2 else next((n for n in names if n != "average"), "")
 
 
@@ -72,7 +77,7 @@ class Shown:
         figures = self.metrics.get("validation") or {}
         name = selecting(figures)
         value = figures.get(name)
-        return math.nan if value is None else -value if name in ERRORS else value
+        return math.nan if value is None else -value if is_error(name) else value
 
 
 @dataclass

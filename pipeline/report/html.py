@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -25,8 +24,9 @@ from pipeline.report.facts import (
     sweep_rows,
 )
 from pipeline.store.errors import UserError
+from pipeline.terminal import counted, size_text
 from pipeline.train.fit.log import write_bytes
-from pipeline.train.metrics import ERRORS
+from pipeline.train.metrics import is_error, is_share
 
 Say = Callable[[str], None]
 LOOKED_INTO = 4  # runs that a report shows predictions of
@@ -69,7 +69,7 @@ def run_report(given: Sequence[str], output: Path, say: Say, **elsewhere: Any) -
     except OSError as error:
         raise UserError(f"-o {output}: cannot be written: {error.strerror or error}") from None
     result = {"output": str(output), "runs": [str(f) for f in found.folders], "bytes": len(page.encode())}
-    return result, f"{output}: {len(runs)} runs, {len(page.encode()) / 1e6:.1f} MB; open it in a browser"
+    return result, f"{output}: {counted(len(runs), 'run')}, {size_text(len(page.encode()))}; open it in a browser"
 
 
 @dataclass
@@ -124,15 +124,10 @@ def _near(path: str) -> str:
 def _number(name: str, value: float | None, spread: float | None = None) -> str:
     if value is None:
         return ""
-    share = _is_share(name)
+    share = is_share(name)
     shown = f"{100 * value:.1f}" if share else f"{value:.4g}"
     more = "" if spread is None else f" ± {100 * spread:.1f}" if share else f" ± {spread:.2g}"
     return shown + more
-
-
-def _is_share(name: str) -> bool:
-    """Whether larger is better: of "test mse" or, of one of several tasks, "test lengths.mse", it is not."""
-    return re.split(r"[ .]", name)[-1] not in ERRORS
 
 
 def _judged(settings: Sequence[Setting]) -> str:
@@ -147,7 +142,7 @@ def _judged(settings: Sequence[Setting]) -> str:
 def _ranked(settings: Sequence[Setting]) -> list[Setting]:
     """The best first."""
     judged = _judged(settings)
-    sign = 1 if _is_share(judged) else -1
+    sign = -1 if is_error(judged) else 1
     return sorted(settings, key=lambda s: sign * s.means[judged] if judged in s.means else -math.inf, reverse=True)
 
 

@@ -17,6 +17,7 @@ import torch
 from pipeline.report.facts import Shown, selecting, settings_of
 from pipeline.report.html import _judged, _number, _ranked
 from pipeline.runs import load_run
+from pipeline.train.objectives.ranking import figures_of
 from tests.pipeline.test_errors import refused, run
 
 pytest.importorskip("matplotlib")
@@ -190,6 +191,8 @@ def test_without_its_store_a_report_says_so(swept, tmp_path):
 def test_errors_are_not_shown_in_percent():
     assert _number("test mse", 1.234, 0.1) == "1.234 ± 0.1" and _number("test lengths.mae", 2.0) == "2"
     assert _number("test cats.f1_macro", 0.5, 0.01) == "50.0 ± 1.0" and _number("validation accuracy", 0.125) == "12.5"
+    per_cent = ("test i2t_r1", "validation t2i_r10", "fold_v2t_r5", "test rsum", "validation image_to_text_median")
+    assert [_number(name, 50.0, 2.0) for name in per_cent] == ["50 ± 2"] * 5  # figures of retrieval are as they are
 
 
 def test_numbers_have_pairs_and_errors(checkpoints, tmp_path):
@@ -268,4 +271,7 @@ def test_runs_are_judged_by_the_figure_that_chose_their_epoch(tmp_path):
     for name, best in (("mse", 0.2), ("average", 0.9), ("matthews", 0.9)):
         ranked = _ranked(settings_of([shown(name, 0.2), shown(name, 0.9)]))
         assert _judged(ranked) == f"test {name}" and ranked[0].label == f"{name} {best}"
+    medians = _ranked(settings_of([shown("i2t_median", 8.0), shown("i2t_median", 2.0)]))
+    assert medians[0].label == "i2t_median 2.0"  # of ranks the least is the best
+    assert selecting(figures_of(("image", "text"))) == "rsum" and selecting(["i2t_r1", "rsum"]) == "i2t_r1"
     assert _judged([]) == "" and selecting(["accuracy", "average"]) == "accuracy"  # a mean of one has its name
