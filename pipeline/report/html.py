@@ -24,6 +24,7 @@ from pipeline.report.facts import (
     sweep_rows,
 )
 from pipeline.store.errors import UserError
+from pipeline.terminal import counted, size_text
 from pipeline.train.fit.log import write_bytes
 from pipeline.train.metrics import is_share, smaller_is_better
 
@@ -68,7 +69,7 @@ def run_report(given: Sequence[str], output: Path, say: Say, **elsewhere: Any) -
     except OSError as error:
         raise UserError(f"-o {output}: cannot be written: {error.strerror or error}") from None
     result = {"output": str(output), "runs": [str(f) for f in found.folders], "bytes": len(page.encode())}
-    return result, f"{output}: {len(runs)} runs, {len(page.encode()) / 1e6:.1f} MB; open it in a browser"
+    return result, f"{output}: {counted(len(runs), 'run')}, {size_text(len(page.encode()))}; open it in a browser"
 
 
 @dataclass

@@ -192,6 +192,8 @@ def test_errors_are_not_shown_in_percent():
     assert _number("test i2t_r1", 33.25) == "33.25" and _number("test fold_rsum", 550.0, 2.0) == "550 ± 2"
     assert _number("test image_to_text_r10", 50.0) == "50" and _number("validation t2i_median", 3.0) == "3"
     assert _number("test cats.f1_macro", 0.5, 0.01) == "50.0 ± 1.0" and _number("validation accuracy", 0.125) == "12.5"
+    per_cent = ("test i2t_r1", "validation t2i_r10", "fold_v2t_r5", "test rsum", "validation image_to_text_median")
+    assert [_number(name, 50.0, 2.0) for name in per_cent] == ["50 ± 2"] * 5  # figures of retrieval are as they are
 
 
 def test_numbers_have_pairs_and_errors(checkpoints, tmp_path):
