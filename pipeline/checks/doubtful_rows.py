@@ -6,12 +6,15 @@ twice. But a score on them is not what it seems.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Hashable, Mapping, Sequence
 
 from pipeline.extract.tasks.base import SPLITS, Label, TaskSpec
 from pipeline.store import TaskTable
 
+LOOKED_AT = 2000  # images whose boxes are held against their outlines
+UNLIKE = 0.05  # share of boxes; single ones are wrong in public data sets too
 OUTSIDE = "O"  # the tag of a word in no span
 OWN = (
     "table",
@@ -43,6 +46,8 @@ def _labels(tables: Mapping[str, TaskTable]) -> list[str]:
         return []
     target, names = table.header["spec"]["target"], table.header["spec"]["labels"]
     found, alike = [], dict[str, list[str]]()
+    if target == "instances":
+        found += [said] if (said := _boxes(table)) else []
     if target == "pair":
         own = next((slot for slot in table.header.get("slots", {}) if slot not in table.joined), "")
         found += [
@@ -63,6 +68,33 @@ def _labels(tables: Mapping[str, TaskTable]) -> list[str]:
     if target == "classes" and all(len(label or ()) < 2 for t in tables.values() for label in t.labels):
         found.append("no row has more than one label: is it the right --separator?")
     return found
+
+
+def _boxes(table: TaskTable) -> str:
+    """Whether boxes are those of their outlines: with two corners for left, top, width and height they are not."""
+    looked, unlike = 0, list[int]()
+    for place, objects in enumerate(table.labels[:LOOKED_AT]):
+        for thing in objects or ():
+            if not isinstance(polygons := json.loads(thing["outline"]), list):
+                continue
+            looked += 1
+            if _share(thing, [v for p in polygons for v in p[::2]], [v for p in polygons for v in p[1::2]]) < 0.5:
+                unlike.append(place)
+    if len(unlike) <= UNLIKE * looked:
+        return ""
+    return (
+        f"{len(unlike):,} of {looked:,} boxes are not those of their outlines, first in {shown(table, unlike[0])}: are "
+        "they left, top, width, height?"
+    )
+
+
+def _share(box: Mapping[str, float], xs: Sequence[float], ys: Sequence[float]) -> float:
+    """What a box and the one around points have in common, as a share of what they cover together."""
+    sides, common = [(box["left"], box["width"], xs), (box["top"], box["height"], ys)], 1.0
+    for low, length, points in sides:
+        common *= max(0.0, min(low + length, max(points)) - max(low, min(points)))
+    around = (max(xs) - min(xs)) * (max(ys) - min(ys))
+    return common / max(box["width"] * box["height"] + around - common, 1e-9)
 
 
 def _plain(name: str) -> str:

@@ -59,7 +59,7 @@ def status(as_json: bool, where: str) -> tuple[Any, str]:
 @_STORE
 @click.option("--deep", is_flag=True, help="Read every byte and check its digest, not only names and sizes.")
 @click.option("--recompute", type=int, default=0, metavar="K", help="Run the backbone on K random samples and compare.")
-@click.option("--model", default="", metavar="NAME", help="For --recompute: the checkpoint, where it has moved.")
+@click.option("--model", default="", metavar="NAME", help="For --recompute: the checkpoint, or SLOT=NAME,…")
 @click.option(
     "--data", multiple=True, metavar="FOLDER", help="For --recompute of images: where their names begin; repeatable."
 )

@@ -19,9 +19,10 @@ from pipeline.checks.stored import backbone_from, source_of
 from pipeline.commands.prepare import load_backbone
 from pipeline.extract.backbones.base import Backbone
 from pipeline.extract.encoding import decode
-from pipeline.extract.feature_space import refuse_other
+from pipeline.extract.feature_space import differences_of, refuse_other
 from pipeline.extract.inputs import Inputs
 from pipeline.extract.pretrained import Checkpoint
+from pipeline.jobs.slots import named_parts
 from pipeline.jobs.sources import text_options
 from pipeline.lookup.recipe import Found
 from pipeline.store import Space, Store, stream_of
@@ -41,20 +42,30 @@ def recheck(
     """Compare `count` random samples of each space. One entry a space: the worst difference, the tolerance, `ok`, and
     how many samples were passed over because their image is not at hand.
 
+    `model`: where the checkpoint is; of several slots as `extract` takes them, image=FOLDER,text=FOLDER.
     `data`: folders that the file names of images are relative to. Raises UserError if the checkpoint or every image is
     not at hand, or the checkpoint is another one.
     """
     return [_recheck(store, space, count, model, random.Random(seed), data) for space in store.spaces()]
 
 
+def _checkpoint_of(store: Store, space: Space, model: str) -> Checkpoint:
+    """What `space` was extracted with: `model`, of several (image=FOLDER,text=FOLDER) the one that it is; else by the
+    name it had then. Raises UserError where it is another one."""
+    from pipeline.extract.pretrained import resolve
+
+    names = list(named_parts(model, "model").values()) or [model or source_of(store, space)["names"][0]]
+    given = [resolve(name) for name in names]
+    checkpoint = next((point for point in given if not differences_of(point, space.identity)), given[0])
+    refuse_other(checkpoint, space.identity)
+    return checkpoint
+
+
 def _recheck(
     store: Store, space: Space, count: int, model: str, pick: random.Random, data: Sequence[str | Path]
 ) -> dict[str, Any]:
-    from pipeline.extract.pretrained import resolve
-
     identity = space.identity
-    checkpoint = resolve(model or source_of(store, space)["names"][0])
-    refuse_other(checkpoint, identity)
+    checkpoint = _checkpoint_of(store, space, model)
     backbone = backbone_from(store, space)
     images = backbone.modality == "image"
     inputs_of = _images(space, backbone, checkpoint, data) if images else _columns(backbone)

@@ -84,6 +84,8 @@ class AtHand:
         revision = made.get("revision")
         if self.task is not None and revision is not None and revision != self.task.provenance.get("revision"):
             return f"{where} does not hold what was {when}, or has changed"
+        if self.task is not None and (other := _called_otherwise(header["spec"], self.task.spec.to_dict())):
+            return f"class {other!r}, as it was {when}, is called otherwise in {where} now"
         held = made.get("contents")
         if self.images and held is not None and held != self._held(header, held):
             return f"images of {self.recipe.task} are not those that were {when}, or have changed"
@@ -130,6 +132,15 @@ class AtHand:
         if names not in self._contents:
             self._contents[names] = contents(root, names)
         return self._contents[names]
+
+
+def _called_otherwise(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """The first class of masks that had another name `then`, "" where the numbers of classes are others too: ADE20K's
+    names are no part of its revision."""
+    if then.get("target") != "mask" or then.get("values") != now.get("values"):
+        return ""
+    pairs = zip(then.get("labels") or (), now["labels"], strict=False)
+    return next((old for old, new in pairs if old != new), "")
 
 
 def _names_of(header: Mapping[str, Any]) -> list[str] | None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from pipeline.jobs.job import load_job
 from pipeline.recipe import Recipe
@@ -101,3 +103,24 @@ def test_a_class_folder_that_is_gone(checkpoints, tmp_path, folder):
     shutil.move(next(p for p in folder.iterdir() if p.is_dir()), tmp_path / "elsewhere")
     words = ["--task", folder, "--model", options["model"], "--store", options["store"], "--tuner", "probe"]
     refused(run("train", *words, "--out", tmp_path / "run"), str(folder), "at least two classes, found 1")
+
+
+def test_classes_of_masks_that_are_called_otherwise(checkpoints, tmp_path):
+    """ADE20K's names stand in a file beside the masks."""
+    folder, names = tmp_path / "ade", [f"n{i}" for i in range(1, 151)]
+    for split in ("training", "validation"):
+        for place, shape in (("images", (32, 32, 3)), ("annotations", (32, 32))):
+            (folder / place / split).mkdir(parents=True)
+            Image.fromarray(np.full(shape, 2, np.uint8)).save(folder / place / split / "1.png")
+
+    def name(called: list[str]) -> None:
+        lines = ["Idx\tName", *(f"{i}\t{n}" for i, n in enumerate(called, 1))]
+        (folder / "objectInfo150.txt").write_text("\n".join(lines))
+
+    name(names)
+    options = {**options_of(checkpoints["mobilenet"], tmp_path), "tuner": "fixed"}
+    extract(options, folder)
+    assert load_job(Recipe(task=str(folder), **options))
+    name([*names[:2], "sky", *names[3:]])
+    with pytest.raises(StoreError, match=r"class 'n3', as it was extracted on .*, is called otherwise"):
+        load_job(Recipe(task=str(folder), **options))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from pipeline.checks.doubtful_rows import doubts
 from pipeline.checks.stored import check_table
 from pipeline.extract.geometry import META, Geometry
 from pipeline.extract.tasks.base import TaskSpec
@@ -59,3 +60,12 @@ def test_geometry_is_needed_and_values_are_finite():
         kept([thing((0, 0, 5, 5), area=float("inf"))])
     with pytest.raises(ValueError, match="a row is malformed"):
         kept([thing((0, 0, 5, 5), outline=None)])
+
+
+def test_boxes_of_two_corners_are_doubted():
+    """x0, y0, x1, y1 where left, top, width, height belong: within the image, so that nothing else is wrong."""
+    right, wrong = thing((10, 10, 20, 20)), thing((10, 10, 20, 20), width=20.0, height=20.0)
+    crowd = thing((0, 0, 5, 5), outline='{"size":[40,64],"counts":[2560]}')
+    assert doubts({"train": table([right, crowd])}, images=True) == []
+    (said,) = doubts({"train": table([right, wrong, crowd])}, images=True)
+    assert said.startswith("1 of 2 boxes are not those of their outlines, first in '1.jpg': are they left, top")

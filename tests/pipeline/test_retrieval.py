@@ -207,6 +207,24 @@ def test_a_pair_that_is_not_whole(made: dict[str, Any], tmp_path: Path, rows: An
     assert not (tmp_path / "store").exists()
 
 
+def test_states_of_both_slots_are_computed_again(made: dict[str, Any]) -> None:
+    """By the checkpoints as extract takes them: folders have no name that says where they are."""
+    verify = [
+        "store",
+        "verify",
+        "--store",
+        made["folder"] / "store",
+        "--recompute",
+        3,
+        "--data",
+        made["folder"] / "images",
+    ]
+    done = run(*verify, "--model", made["options"][1])
+    assert [found["samples"] for found in done["recomputed"]] == [3, 3] and all(f["ok"] for f in done["recomputed"])
+    alone = made["options"][1].partition(",")[0].partition("=")[2]
+    refused(invoke(*verify, "--model", alone), "is not what the feature space was extracted with")
+
+
 def test_folds_are_told_beside_the_whole(made: dict[str, Any], tmp_path: Path) -> None:
     how = ["--tuner", "probe", "--objective", "hinge", *FAST, "--epochs", 1, "--eval-folds", 2]
     done = run("train", *made["options"], *how, "--out", tmp_path / "run")
