@@ -14,10 +14,13 @@ from pipeline.cli.command import command, voice
 from pipeline.cli.options import build_recipe, split_names, takes
 from pipeline.commands.grid import Sweep, parse_grid, read_sweep
 from pipeline.commands.grid import trials as points
+from pipeline.option_names import option_name
 from pipeline.owners import names_of
 from pipeline.recipe import Recipe
 from pipeline.store.errors import UserError
 from pipeline.values import parse_seeds
+
+_OF_RATE = ("lr", "schedule", "warmup_steps", "warmup_ratio")
 
 
 def asked_for(
@@ -108,11 +111,13 @@ def sweep(
         raise UserError(f"--folds {folds}: at least 2")
     asked = replace(asked, folds=folds)
     folder = Path(out or f"sweeps/{Path(base.task).stem}-{'-'.join(named)}")
-    if how is None and (trials or size):
+    if how is None and not (trials is None and size is None):
         raise UserError("--trials and --round are for --search: give it, or leave them out")
     if highest is not None:
         if how or halving or refit or folds or "lr" in asked.grid or any(is_baseline(name) for name in named):
             raise UserError("--lr-range tests tuners by itself: leave searches, folds, refits, baselines and lr out")
+        if said := [option_name(name) for name in _OF_RATE if options.get(name) is not None]:
+            raise UserError(f"--lr-range says how the rate goes: leave {', '.join(said)} out")
         fixed: dict[str, Any] = {"schedule": "rising", "lr": highest, "warmup_steps": 0, "warmup_ratio": None}
         base = replace(base, **fixed, epochs=base.epochs or 1)
         folder = Path(out) if out else folder.with_name(f"{folder.name}-lr-range")

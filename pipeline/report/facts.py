@@ -155,6 +155,7 @@ def read_runs(folders: Sequence[Path], rows: Mapping[Path, Mapping[str, Any]]) -
         scores = [entry for entry in log if "validation" in entry]
         seed, row = int(recipes[folder].get("seed", 0)), rows.get(folder, {})
         label, memory = row.get("label", label), row.get("memory_bytes")
+        label += ", stopped early as a loser" if metrics.get("stopped") == "halving" else ""
         shown.append(Shown(label, seed, folder, recipes[folder], metrics, memory, steps, scores))
     return shown
 

@@ -72,6 +72,22 @@ def test_a_stack_is_its_runs(tmp_path, monkeypatch):
     assert len(set(logs)) == 3
 
 
+class Gated(Model):
+    """With a parameter that is a single number, as SHERL's gates are."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__(seed)
+        self.gate = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, batch: Any) -> torch.Tensor:
+        return super().forward(batch) * self.gate
+
+
+def test_a_parameter_may_be_a_single_number(tmp_path, monkeypatch):
+    stacked, ended, _ = both(tmp_path, Gated, monkeypatch, seed=[0, 1], weight_decay=[0.1, 0.1])
+    assert set(stacked) == {2} and len(stacked) == ended[0]["steps"]
+
+
 def test_dropout_is_each_runs_own(tmp_path, monkeypatch):
     """Of equal weights and learning rates the seed of dropout alone tells the losses apart."""
     stacked, *_ = both(tmp_path, lambda number: Model(0), monkeypatch, seed=[0, 1, 1])

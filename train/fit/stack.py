@@ -140,7 +140,7 @@ class Stack:
                     trouble[row] = trouble[row] or f"the loss is {value}"
             total = losses.sum() if len(batches) == 1 else losses.sum() * share
             parts = torch.autograd.grad(total, list(self.leaves.values()))
-            flat = torch.cat([part.flatten(1) for part in parts], 1)
+            flat = torch.cat([part.reshape(len(runs), -1) for part in parts], 1)  # a parameter may be one number
             gradient = flat if gradient is None else gradient.add_(flat)
         assert gradient is not None
         return self._update(gradient, mean, trouble)
