@@ -120,7 +120,7 @@ class Stack:
         """What `Training.step` gives, or raises, for each run. Whatever else is raised: no run has made its step."""
         runs, first = self.runs, self.runs[0]
         for run in runs:
-            run.model.begin_step(run.state.step, run.total)
+            run.model.begin_step(run.state.step, run.total, -(-len(run.train) // run.options.accumulate))
         batches = [batch.to(first.device) for batch in group if len(batch)]
         weights = [first.model.weight(batch) for batch in batches]
         whole, generators = sum(weights), [self._generator(run) for run in runs]
