@@ -20,6 +20,7 @@ from pipeline.commands.prepare import of_slot
 from pipeline.extract.backbones.live import LiveBackbone
 from pipeline.extract.pretrained import Checkpoint
 from pipeline.extract.tasks.base import TaskSpec
+from pipeline.extract.tasks.completion import conversation_text, form_of
 from pipeline.extract.tasks.glue import GLUE
 from pipeline.extract.tasks.images import SUFFIXES as PICTURES
 from pipeline.extract.tasks.images import pictures
@@ -288,7 +289,8 @@ def read_inputs(
         asked = (text, text_pair)[i]
         also = tuple(names[0] for names in glue.columns[i : i + 1]) if glue and glue.columns else ()
         name = asked or next((n for n in (field, *also) if n in sheet.columns), field)
-        columns.append([cell_text(sheet, row, value, name) for row, value in enumerate(sheet.column(name))])
+        read = conversation_text if form_of(spec) == "messages" else cell_text
+        columns.append([read(sheet, row, value, name) for row, value in enumerate(sheet.column(name))])
     rows = [tuple(row) for row in zip(*columns, strict=True)]
     named = sheet.column("id") if "id" in sheet.columns else [None] * len(rows)
     return [place if name in (None, "") else name for place, name in enumerate(named, 1)], rows

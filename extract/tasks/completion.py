@@ -101,7 +101,7 @@ def _task(
 
 def _rows(sheet: Sheet, fields: tuple[str, ...]) -> Rows:
     columns = [sheet.column(field) for field in fields]
-    read = _conversation_text if fields == CHAT else _text
+    read = conversation_text if fields == CHAT else _text
     texts = [
         tuple(read(sheet, row, value, field) for value, field in zip(values, fields, strict=True))
         for row, values in enumerate(zip(*columns, strict=True))
@@ -117,7 +117,8 @@ def _text(sheet: Sheet, row: int, value: Any, field: str) -> str:
     return value
 
 
-def _conversation_text(sheet: Sheet, row: int, value: Any, field: str) -> str:
+def conversation_text(sheet: Sheet, row: int, value: Any, field: str) -> str:
+    """The messages in a cell as JSON, which is how a task has them."""
     text = json.dumps(conversation(sheet, row, value, field), ensure_ascii=False)
     try:
         text.encode()

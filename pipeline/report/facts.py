@@ -154,10 +154,25 @@ def read_runs(folders: Sequence[Path], rows: Mapping[Path, Mapping[str, Any]]) -
         steps = [entry for entry in log if "loss" in entry]
         scores = [entry for entry in log if "validation" in entry]
         seed, row = int(recipes[folder].get("seed", 0)), rows.get(folder, {})
-        label, memory = row.get("label", label), row.get("memory_bytes")
+        label, memory = _in_sweep(folder, plain, rows) or label, row.get("memory_bytes")
         label += ", stopped early as a loser" if metrics.get("stopped") == "halving" else ""
         shown.append(Shown(label, seed, folder, recipes[folder], metrics, memory, steps, scores))
     return shown
+
+
+def _in_sweep(folder: Path, plain: Mapping[Path, Mapping[str, Any]], rows: Mapping[Path, Mapping[str, Any]]) -> str:
+    """What its sweep calls a run; another sweep's of that name have what differs beside it, the folds by their number.
+    "" of a run that stands in no sweep."""
+    if folder not in rows:
+        return ""
+    label = str(rows[folder]["label"])
+    same = {
+        f: {**p, "fold": str(p.get("fold") or "").split("/")[-1] or None}
+        for f, p in plain.items()
+        if f in rows and rows[f]["label"] == label
+    }
+    own = [(k, v) for k, v in same[folder].items() if any(o.get(k) != v for o in same.values())]
+    return " ".join([label, *(f"{'folds' if k == 'fold' else option_name(k)[2:]}={_text(v)}" for k, v in own if v)])
 
 
 def _flat(recipe: Mapping[str, Any]) -> dict[str, Any]:

@@ -125,6 +125,10 @@ def test_conversations_train_on_the_assistants_tokens(tmp_path):
                   "--out", tmp_path / "R")  # fmt: skip
     assert metrics["validation"]["loss"] > 0
     assert run("generate", tmp_path / "R", "--prompt", "a bird?", "--max-new-tokens", 3)["rows"] == 1
+    told = run("predict", tmp_path / "R", "--input", chats)["predictions"]
+    assert {t["tokens"] for t in told} == {sum(b - a for a, b in m["learn"]) for m in table.metas}
+    wrong = write(tmp_path / "wrong.jsonl", [{"messages": "hello"}])
+    assert "is no list of messages" in refused("predict", tmp_path / "R", "--input", wrong)
     file = folder / "chat_template.jinja"  # other prompts than the run has learned from
     file.write_text(file.read_text().replace("]: ", "] says: "))
     assert "tokenizer is" in refused("generate", tmp_path / "R", "--prompt", "a bird?")

@@ -15,6 +15,7 @@ from pipeline.commands.lr_range import reading
 from pipeline.commands.sweep_table import summary
 from pipeline.jobs.job import load_job
 from pipeline.recipe import Recipe, read_recipe
+from pipeline.report.facts import read_runs, settings_of, sweep_rows
 from pipeline.store import UserError
 from pipeline.train.fit.loop import Training
 from tests.pipeline.test_errors import run
@@ -114,6 +115,15 @@ def test_folds_cut_the_rows_anew(bert, tmp_path):  # noqa: F811
     for fold, said in (("4/3", "I/K"), ("x", "I/K"), ("1/1", "I/K"), ("1/9999", "fewer than parts")):
         refused = run("train", *bert, "--tuner", "probe", "--fold", fold, "--out", tmp_path / "x")
         assert refused.exit_code != 0 and said in refused.stderr
+
+
+def test_a_report_keeps_folds_and_other_sweeps_apart(bert, tmp_path):  # noqa: F811
+    words, rows = [*bert, "--tuner", "probe", "--grid", "lr=1e-2", "--seeds", "0,1"], dict[Path, Any]()
+    for name, more in (("plain", []), ("folds", ["--folds", 2]), ("few", ["--limit", 20])):
+        swept(*words, *more, "--out", tmp_path / name)
+        rows |= sweep_rows(tmp_path / name)
+    told = {s.label: len(s.runs) for s in settings_of(read_runs(list(rows), rows))}
+    assert told == {"probe lr=0.01": 2, "probe lr=0.01 folds=2": 4, "probe lr=0.01 limit=20": 2}
 
 
 def test_the_best_is_refitted_on_all_rows(bert, tmp_path, monkeypatch):  # noqa: F811
