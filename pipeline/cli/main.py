@@ -200,7 +200,7 @@ def report(as_json: bool, given: tuple[str, ...], output: str, **elsewhere: Any)
     "--input",
     "input_file",
     required=True,
-    help="File with new rows (.csv, .tsv, .jsonl), an image, or a folder of images.",
+    help="File with new rows (.csv, .tsv, .jsonl; images are named from its folder), an image, or a folder of images.",
     metavar="FILE",
 )
 @TASK
@@ -215,7 +215,7 @@ def report(as_json: bool, given: tuple[str, ...], output: str, **elsewhere: Any)
 @click.option(
     "--out-dir",
     default=None,
-    help="Of masks: write them here as PNG, and overlays to look at.",
+    help="Of masks and objects: write them here, as PNG or COCO's JSON, and overlays to look at.",
     metavar="FOLDER",
 )
 @STORE
