@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from pipeline.catalog import BASELINES
 from pipeline.cli.command import command, imports, voice
 from pipeline.cli.generate import generate
 from pipeline.cli.options import build_recipe, split_names, takes, tuners_among
@@ -110,7 +111,7 @@ def bench(as_json: bool, recipe_file: str | None, **options: Any) -> tuple[Any, 
     "methods",
     default="probe,sherl,lst,unipt,lora,full",
     show_default=True,
-    help="Tuners, and live baselines: full, lora, adapter, prompt, bitfit, norm-tuning, partial-1.",
+    help=f"Tuners, and live baselines: {', '.join(BASELINES)}.",
     metavar="NAMES",
 )
 @click.option("--seeds", default=None, help="Seeds of each, with commas between. Default: 0.", metavar="NUMBERS")

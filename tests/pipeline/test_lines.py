@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from click.testing import CliRunner
 
+from pipeline.catalog import BASELINES
 from pipeline.cli.main import main
 from pipeline.commands.sweep_table import _shown
 from pipeline.terminal import inputs_text, models_text
@@ -38,6 +39,18 @@ def test_a_difference_of_nothing_has_no_sign_of_its_own():
 def test_no_command_of_the_store_is_cut_short_in_help():
     told = CliRunner().invoke(main, ["store", "--help"]).output.partition("Commands:")[2]
     assert "status" in told and "..." not in told
+
+
+def test_help_of_compare_names_every_baseline():
+    told = "".join(CliRunner().invoke(main, ["compare", "--help"]).output.split())
+    assert f"livebaselines:{','.join(BASELINES)}." in told  # lines break at blanks and hyphens
+
+
+def test_one_run_is_one_run(checkpoints, table, tmp_path):
+    rows = ["--model", checkpoints["bert"], "--task", table, "--store", tmp_path / "s"]
+    run("extract", *rows, "--text", "first", "--label", "label", "--for", "probe")
+    told = run("sweep", *rows, "--tuner", "probe", "--epochs", 1, "--out", tmp_path / "sweep").output
+    assert "1 run: 1 setting, 1 seed\n" in told and ": 1 run over " in told
 
 
 def test_defaults_are_figures_that_can_be_read():
