@@ -52,10 +52,10 @@ class Recipe:
     )
     task: str = _option(
         "",
-        "Task: a GLUE name (see `pipeline tasks`), your own .csv, .tsv, .jsonl or .conll file, a folder of images, "
-        "with masks beside them too, or hub:DATASET, images or texts from Hugging Face; of what is stored also its "
-        "name, or NAME@ID (see `pipeline store status`). Several, with commas between: one tuner, a head and a score "
-        "each.",
+        "Task: a GLUE name (see `pipeline tasks`), your own .csv, .tsv, .jsonl or .conll file, COCO's .json, "
+        "a folder of images, with masks or boxes beside them too, or hub:DATASET, images or texts from Hugging Face; "
+        "of what is stored also its name, or NAME@ID (see `pipeline store status`). Several, with commas between: one "
+        "tuner, a head and a score each.",
         "extract train",
         metavar="NAME",
     )
@@ -66,7 +66,8 @@ class Recipe:
     objective: str | None = _option(
         None,
         "What is learned of the label: classification, regression, multilabel, tagging, segmentation, detection, "
-        "instances; label-text, where a text-to-text backbone writes it; completion, a language model's next token. "
+        "instances; label-text, where a text-to-text backbone writes it; completion, a language model's next token; of "
+        "pairs contrastive, hinge. "
         "Default: from the data; regression if all labels are numbers with a fraction among them.",
         "extract train",
         metavar="NAME",

@@ -46,6 +46,16 @@ def counted(n: int, what: str) -> str:
     return f"{n:,} {what}{'s' * (n != 1)}"
 
 
+def inputs_text(identity: Mapping[str, Any]) -> str:
+    """ "texts up to 128 tokens", "images of 224x224": what a feature space's backbone was shown."""
+    if size := identity.get("image_size"):
+        kind, *sides = size.split(":")
+        shorter = " images with a shorter side of " + " and a longer of at most ".join(sides)
+        return {"own": "images of their own size", "short": shorter.strip()}.get(kind, f"images of {size}")
+    windows = f", longer ones in windows {identity['stride']} tokens apart" if "stride" in identity else ""
+    return f"texts up to {identity['max_length']} tokens{windows}" if identity.get("max_length") else ""
+
+
 def _metrics(metrics: dict[str, Any] | None) -> str:
     if not metrics:
         return "none"
@@ -122,7 +132,8 @@ def models_what() -> dict[str, Any]:
 
 def models_text() -> str:
     """The same as text."""
-    kinds = [(name, f"{what} (model types: {', '.join(types)})") for name, (what, types) in families().items()]
+    types = {name: f" (model types: {', '.join(types)})" * bool(types) for name, (_, types) in families().items()}
+    kinds = [(name, what + types[name]) for name, (what, _) in families().items()]
     return (
         "families\n" + pairs_text(kinds) + "\n\nshort names\n" + pairs_text(list(SHORT_NAMES.items()))
         + "\n\nAny checkpoint folder or hub id of these families will do: --model FOLDER or --model OWNER/NAME"

@@ -345,8 +345,9 @@ class ObjectiveConfig:
 
     metric: tuple[str, ...] = option(
         (),
-        "What is scored, by names of scikit-learn; the first selects the best epoch (errors: the smallest). Of two "
-        "classes precision, recall and f1 are those of the second. Default: the task's own.",
+        "What is scored, by names of scikit-learn or figures of the objective; the first selects the best epoch "
+        "(errors: the smallest). Of two classes precision, recall and f1 are those of the second. "
+        "Default: the task's own.",
         metavar="NAMES",
     )
 

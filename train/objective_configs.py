@@ -188,7 +188,10 @@ class ContrastiveConfig(RetrievalConfig):
     and CLIP4Clip keeps. `learn_scale`: it is trained; it is at most 100."""
 
     logit_scale: float = option(
-        14.285714285714286, "Similarities are multiplied by it, 100 at most.", above=0, most=100
+        14.285714285714286,
+        "Similarities are multiplied by it, 100 at most; CLIP starts at 1 / 0.07.",
+        above=0,
+        most=100,
     )
     learn_scale: bool = option(True, "Train that scale, from its value on.")
 

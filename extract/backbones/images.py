@@ -35,6 +35,7 @@ INTERPOLATIONS = {
 }
 _PIL_NAMES = {int(v): k for k, v in INTERPOLATIONS.items()}
 _SHORT = "short:"
+LEFT_OUT = "or leave it out: --skip-bad of `pipeline extract`"  # what to do about a file that cannot be read
 # EXIF 2.3, tag 0x0112: how the stored pixels are to be turned for a viewer.
 ORIENTATION = 0x0112
 TURNS = {
@@ -246,22 +247,23 @@ def open_image(path: Path, upright: bool = True) -> Image.Image:
     """An RGB image, decoded whole; `upright`: turned as its EXIF orientation says. Raises UserError naming the file
     that is absent, damaged, not RGB, or of more than `MOST_PIXELS`, which is not decoded."""
     if path.exists() and not path.is_file():  # a pipe would be waited for
-        raise UserError(f"{path}: not a regular file; replace it, or leave it out: --skip-bad")
+        raise UserError(f"{path}: not a regular file; replace it, {LEFT_OUT}")
     try:
         with Image.open(path) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise Image.DecompressionBombError
             image.load()
             if image.mode != "RGB":
-                raise UserError(f"{path}: not an RGB image but {image.mode}; convert it, or leave it out: --skip-bad")
+                raise UserError(f"{path}: not an RGB image but {image.mode}; convert it, {LEFT_OUT}")
             turn = TURNS.get(image.getexif().get(ORIENTATION, 1)) if upright else None
             return image.copy() if turn is None else image.transpose(turn)
     except Image.DecompressionBombError:
         most = f"more than {MOST_PIXELS:,} pixels"
-        raise UserError(f"{path}: {most}; make it smaller, or leave it out: --skip-bad") from None
+        raise UserError(f"{path}: {most}; make it smaller, {LEFT_OUT}") from None
     except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
-        why = "no such file" if isinstance(error, FileNotFoundError) else f"damaged image ({_short(error)})"
-        raise UserError(f"{path}: {why}; repair it, or leave it out: --skip-bad") from None
+        absent = isinstance(error, FileNotFoundError)
+        why = "no such file; add" if absent else f"damaged image ({_short(error)}); repair"
+        raise UserError(f"{path}: {why} it, {LEFT_OUT}") from None
 
 
 def filled_up(extent: Sequence[int] | np.ndarray, stride: int) -> np.ndarray:

@@ -16,7 +16,7 @@ import numpy as np
 import xxhash
 
 from pipeline.extract.backbones.grids import COLUMN
-from pipeline.extract.backbones.images import Picture, Preprocess, look
+from pipeline.extract.backbones.images import LEFT_OUT, Picture, Preprocess, look
 from pipeline.extract.batch import Batch, Layout
 from pipeline.extract.geometry import SUFFIXES
 from pipeline.store.errors import UserError
@@ -64,10 +64,10 @@ def _numbers(text: str) -> list[str]:
 def _look(path: Path, preprocess: Preprocess, most: int, upright: bool) -> Video | UserError:
     if not path.is_dir():
         what = "a file, not a folder of frames" if path.exists() else "no such folder of frames"
-        return UserError(f"{path}: {what}; make one image a frame (one a second, say), or leave it out: --skip-bad")
+        return UserError(f"{path}: {what}; make one image a frame (one a second, say), {LEFT_OUT}")
     frames = frames_in(path)
     if not frames:
-        return UserError(f"{path}: there are no frames in this folder; add images, or leave it out: --skip-bad")
+        return UserError(f"{path}: there are no frames in this folder; add images, {LEFT_OUT}")
     seen = [look(frames[i], preprocess, 0, 0, upright) for i in spread(len(frames), most)]
     wrong = next((frame for frame in seen if isinstance(frame, UserError)), None)
     return wrong or Video(tuple(frame for frame in seen if isinstance(frame, Picture)))

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from pipeline.catalog import BASELINES
 from pipeline.cli.command import command, imports, voice
 from pipeline.cli.generate import generate
 from pipeline.cli.options import build_recipe, split_names, takes, tuners_among
@@ -110,7 +111,7 @@ def bench(as_json: bool, recipe_file: str | None, **options: Any) -> tuple[Any, 
     "methods",
     default="probe,sherl,lst,unipt,lora,full",
     show_default=True,
-    help="Tuners, and live baselines: full, lora, adapter, prompt, bitfit, norm-tuning, partial-1.",
+    help=f"Tuners, and live baselines: {', '.join(BASELINES)}.",
     metavar="NAMES",
 )
 @click.option("--seeds", default=None, help="Seeds of each, with commas between. Default: 0.", metavar="NUMBERS")
@@ -200,7 +201,7 @@ def report(as_json: bool, given: tuple[str, ...], output: str, **elsewhere: Any)
     "--input",
     "input_file",
     required=True,
-    help="File with new rows (.csv, .tsv, .jsonl), an image, or a folder of images.",
+    help="File with new rows (.csv, .tsv, .jsonl; images are named from its folder), an image, or a folder of images.",
     metavar="FILE",
 )
 @TASK
@@ -215,7 +216,7 @@ def report(as_json: bool, given: tuple[str, ...], output: str, **elsewhere: Any)
 @click.option(
     "--out-dir",
     default=None,
-    help="Of masks: write them here as PNG, and overlays to look at.",
+    help="Of masks and objects: write them here, as PNG or COCO's JSON, and overlays to look at.",
     metavar="FOLDER",
 )
 @STORE

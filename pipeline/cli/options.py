@@ -194,7 +194,7 @@ def _click_option(of: Owned) -> click.Option:
     known, default = about(of.field), of.field.default
     help = known.help
     if default not in (None, ()) and default is not False:
-        shown = {True: "on"}.get(default, default) if isinstance(default, bool) else default
+        shown = f"{default:g}" if isinstance(default, float) else "on" if default is True else default
         help = f"{help} Default: {shown}."
     return _option(of.flag, f"{of.kind}__{of.name}", of.hint, help, of.choices, known.metavar, False)
 

@@ -44,7 +44,7 @@ def seconds(text: str) -> float:
     return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}[match[2]]
 
 
-@store.command()
+@store.command(short_help="Spaces, tasks, samples, bytes, who and when.")
 @_STORE
 @command
 def status(as_json: bool, where: str) -> tuple[Any, str]:
@@ -92,7 +92,7 @@ class Problems(StoreError):
     exit_code = 1
 
 
-@store.command()
+@store.command(short_help="Put aside what is damaged.")
 @_STORE
 @click.option("--dry-run", is_flag=True, help="Only say what is damaged.")
 @command
@@ -114,7 +114,7 @@ def repair(as_json: bool, where: str, dry_run: bool) -> tuple[Any, str]:
     return asdict(done), "\n".join(lines)
 
 
-@store.command()
+@store.command(short_help="Write old task tables anew.")
 @_STORE
 @click.option("--dry-run", is_flag=True, help="Only say what would be written anew.")
 @command
@@ -159,7 +159,7 @@ def _transfer(source: str, target: str, space: str, quiet: bool) -> tuple[Any, s
 _SPACE = click.option("--space", default="", metavar="ID", help="Only this feature space, by its first characters.")
 
 
-@store.command()
+@store.command(short_help="Copy what PLACE lacks to it.")
 @click.argument("to", metavar="PLACE")
 @_STORE
 @_SPACE
@@ -169,7 +169,7 @@ def push(as_json: bool, to: str, where: str, space: str) -> tuple[Any, str]:
     return _transfer(place(where), to, space, as_json)
 
 
-@store.command()
+@store.command(short_help="Copy from PLACE what is not here.")
 @click.argument("source", metavar="PLACE")
 @_STORE
 @_SPACE
@@ -179,7 +179,7 @@ def pull(as_json: bool, source: str, where: str, space: str) -> tuple[Any, str]:
     return _transfer(source, place(where), space, as_json)
 
 
-@store.command()
+@store.command(short_help="Add what another store has.")
 @click.argument("other", metavar="OTHER")
 @_STORE
 @command
@@ -188,7 +188,7 @@ def merge(as_json: bool, other: str, where: str) -> tuple[Any, str]:
     return _transfer(other, place(where), "", as_json)
 
 
-@store.command()
+@store.command(short_help="Find and remove what no reader needs.")
 @_STORE
 @click.option("--older-than", default="1d", show_default=True, metavar="TIME", help="Leave what is younger (7d, 12h).")
 @click.option("--delete", is_flag=True, help="Remove it; without, only say what would be.")
@@ -210,7 +210,7 @@ def gc(as_json: bool, where: str, older_than: str, delete: bool) -> tuple[Any, s
     return {"deleted": delete, "found": [asdict(f) for f in found.garbage]}, text
 
 
-@store.command()
+@store.command(short_help="Put small segments together.")
 @_STORE
 @_SPACE
 @command
@@ -264,7 +264,7 @@ def du(as_json: bool, where: str) -> tuple[Any, str]:
     return what, usage_text(what)
 
 
-@store.command()
+@store.command(short_help="Let a group of this machine use the store.")
 @click.argument("group")
 @_STORE
 @command

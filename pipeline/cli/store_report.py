@@ -13,7 +13,7 @@ from pipeline.store.format.keys import Keys
 from pipeline.store.format.names import is_segment, segment_path, space_path
 from pipeline.store.segments.unsealed import lost_manifest
 from pipeline.store.tables.table import TableInfo
-from pipeline.terminal import counted, pairs_text, size_text, table_text
+from pipeline.terminal import counted, inputs_text, pairs_text, size_text, table_text
 
 
 def status_what(store: Store) -> dict[str, Any]:
@@ -128,10 +128,10 @@ def status_text(what: dict[str, Any]) -> str:
     for s in what["spaces"]:
         i, w = s["identity"], s["written"]
         more = [f"{s[k]} {k}" for k in ("unsealed", "without a manifest", "superseded") if s[k]]
-        length = f", up to {i['max_length']} tokens" if i.get("max_length") else ""
+        inputs = "".join(f", {text}" for text in [inputs_text(i)] if text)
         lines += [
             "",
-            f"space {s['space'][:12]}  {s['model']}  {i.get('format')}, computed in {i.get('precision')}{length}",
+            f"space {s['space'][:12]}  {s['model']}  {i.get('format')}, computed in {i.get('precision')}{inputs}",
             f"  {counted(s['samples'], 'sample')}, {counted(len(s['states']), 'state')}, {size_text(s['bytes'])}, "
             + counted(s["segments"], "segment")
             + "".join(f", {m}" for m in more),

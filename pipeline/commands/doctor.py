@@ -19,7 +19,7 @@ from pipeline.lookup.recipe import store_path
 from pipeline.recipe import Recipe
 from pipeline.store import Store
 from pipeline.store.errors import UserError
-from pipeline.terminal import pairs_text, size_text
+from pipeline.terminal import counted, pairs_text, size_text
 from pipeline.train.data.tiers import available_memory
 
 LIBRARIES = (
@@ -155,7 +155,7 @@ def _text(found: dict[str, Any]) -> str:
     rows.append(("libraries", ", ".join(f"{name} {versions[name] or 'missing'}" for name in LIBRARIES)))
     for device in found["devices"]:
         if device["device"] == "cpu":
-            rows.append(("cpu", f"{device['cores']} cores, {device['threads']} threads"))
+            rows.append(("cpu", f"{counted(device['cores'], 'core')}, {counted(device['threads'], 'thread')}"))
         else:
             rows.append((device["device"], f"{device['name']}, {size_text(device['free'])} of "
                          f"{size_text(device['memory'])} free"))  # fmt: skip

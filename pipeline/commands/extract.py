@@ -34,7 +34,7 @@ from pipeline.lookup.task_versions import save_tables, task_id
 from pipeline.owners import options_of
 from pipeline.recipe import Recipe
 from pipeline.store import Space, Store, bytes_per_value
-from pipeline.terminal import counted
+from pipeline.terminal import counted, size_text
 
 Say = Callable[[str], None]
 
@@ -169,7 +169,7 @@ def _announce(
         say(f"warning: {many}")
     say(
         f"space {space.id[:12]}: {widths_text(list(states), backbone)} as {fmt}, "
-        f"{size / len(distinct) / 1e3:,.1f} kB a sample, {size / 1e9:.3f} GB in all"
+        f"{size_text(size / len(distinct))} a sample, {size_text(size)} in all"
     )
     say(
         f"to compute: {todo:,} of {len(distinct):,} distinct samples"
@@ -277,7 +277,7 @@ def _finish(
     segments, rate = sum(r.segments for r in reports), computed / seconds if seconds else 0.0
     where = os.path.relpath(store.path) if store.files.local else store.where
     say(
-        f"done: {computed:,} samples computed, {size / 1e9:.3f} GB in {counted(segments, 'segment')}, "
+        f"done: {computed:,} samples computed, {size_text(size)} in {counted(segments, 'segment')}, "
         f"{seconds:.1f} s ({rate:,.0f} samples/s); store {where}"
     )
     first = next(iter(made.values()))

@@ -29,6 +29,7 @@ from pipeline.jobs.slots import refuse_slots
 from pipeline.recipe import Recipe, read_recipe
 from pipeline.store.errors import UserError
 from pipeline.store.format.digest import digest_json
+from pipeline.terminal import counted
 from pipeline.train.data.store_source import StoreSource
 from pipeline.train.fit.finite import NotFinite
 from pipeline.train.fit.log import finite, write_json
@@ -114,8 +115,8 @@ class _Sweep:
             return
         for trial in new:
             refuse_slots(trial.recipe, "sweep")
-        counts = len({t.label for t in new}), len({t.recipe.seed for t in new})
-        self.say(f"{len(new)} runs: {counts[0]} settings, {counts[1]} seeds")
+        settings, seeds = len({t.label for t in new}), len({t.recipe.seed for t in new})
+        self.say(f"{counted(len(new), 'run')}: {counted(settings, 'setting')}, {counted(seeds, 'seed')}")
         prepared = self.look_up(new)
         make_folder(self.folder)
         self.take_done(new, prepared)
@@ -128,8 +129,8 @@ class _Sweep:
                 passes.setdefault(prepared[trial.name].meets(), []).append(prepared[trial.name])
         for number, members in enumerate(passes.values(), start=1):
             job = members[0].job
-            rows = f"{len(job.tables['train'].keys):,} train rows"
-            self.say(f"pass {number} of {len(passes)}: {len(members)} runs over {rows}; {', '.join(job.describe())}")
+            over = f"{counted(len(members), 'run')} over {len(job.tables['train'].keys):,} train rows"
+            self.say(f"pass {number} of {len(passes)}: {over}; {', '.join(job.describe())}")
             self.done |= _train(members, self.folder, not self.quiet, self.judge(own, members))
             self.write()
         for trial in new:

@@ -84,7 +84,7 @@ def difference(best: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, A
 def _shown(figure: str, value: float | None, signed: bool = False) -> str:
     """A share in percent, an error as it is."""
     sign = "+" if signed else ""
-    return "" if value is None else f"{value:{sign}.4g}" if figure in ERRORS else f"{100 * value:{sign}.1f}"
+    return "" if value is None else f"{value:{sign}.4g}" if figure in ERRORS else f"{100 * value:{sign}z.1f}"
 
 
 def summary_text(result: Mapping[str, Any]) -> str:

@@ -170,7 +170,10 @@ def next_commands(job: AnyJob, folder: Path) -> list[str]:
     use = "generate {} --prompt TEXT" if first.continues_text else "predict {} --input FILE"
     if first.files:
         use += " --out-dir FOLDER"
-    return [f"pipeline evaluate {run}{task}", f"pipeline {use.format(run + task)}"]
+    slots = job.jobs.values() if isinstance(job, Joint) and "pair" in first.targets else ()
+    texts = sum(part.found.backbone.modality == "text" for part in slots)
+    search = [f"pipeline search {run} --query TEXT"] if texts == 1 else []
+    return [f"pipeline evaluate {run}{task}", f"pipeline {use.format(run + task)}", *search]
 
 
 def job_doubts(job: Job | Joint) -> list[str]:

@@ -29,7 +29,7 @@ from pipeline.recipe import Recipe
 from pipeline.store import Space, Store, TaskTable, digest_json
 from pipeline.store.errors import StoreError, UserError
 from pipeline.store.tables.table import version_of
-from pipeline.terminal import counted
+from pipeline.terminal import counted, inputs_text
 from pipeline.train.configs import ObjectiveConfig
 from pipeline.train.data.source import Source
 from pipeline.train.data.targets import Targets
@@ -146,11 +146,9 @@ class Job:
     def describe(self) -> list[str]:
         """A line about the space it reads."""
         identity = self.found.space.identity
-        windows = f", longer ones in windows {identity['stride']} tokens apart" if "stride" in identity else ""
         return [
             f"space {self.found.space.id[:12]}: {self.model_name}, {counted(len(self.states), 'state')}, "
-            f"{identity['format']}, computed in {identity['precision']}, texts up to {identity['max_length']} tokens"
-            f"{windows}"
+            f"{identity['format']}, computed in {identity['precision']}, {inputs_text(identity)}"
         ]
 
     def resolved(self) -> dict[str, Any]:

@@ -34,9 +34,9 @@ def blocks(page: Path, *languages: str) -> list[tuple[str, str]]:
 
 
 def commands(page: Path) -> Iterator[str]:
-    """Every `pipeline …` line in the bash, sh and plain blocks of a page."""
+    """Every `pipeline …` line in the bash, sh and plain blocks of a page, one that goes on in the next line whole."""
     for _, text in blocks(page, "bash", "sh", ""):
-        for line in re.sub(r"\\\n\s*", " ", text).splitlines():
+        for line in text.replace("\\\n", " ").splitlines():
             if found := COMMAND.match(line):
                 yield found[1]
 

@@ -82,7 +82,7 @@ def test_free_generation_is_offered_on_text_to_text(trained):
         generated = json.loads(result.stdout)["generated"]
         assert 0 <= generated["in_targets"] <= 1 and 0 <= generated["accuracy"] <= 1
     else:
-        assert result.exit_code != 0 and "only runs of objective label-text write text" in result.stderr
+        assert result.exit_code != 0 and "runs of objective label-text and completion write text" in result.stderr
 
 
 def test_another_checkpoint_is_refused_for_prediction(trained, tmp_path):

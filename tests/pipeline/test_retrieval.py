@@ -14,8 +14,10 @@ import torch
 from PIL import Image
 
 import pipeline
+from pipeline.commands.train import next_commands
 from pipeline.extract.tasks import load_task
 from pipeline.extract.tasks.captions import Paired
+from pipeline.runs import load_run
 from pipeline.store.errors import UserError
 from pipeline.train.fit import loop
 from tests.pipeline.test_errors import refused
@@ -129,6 +131,12 @@ def test_search_both_ways(made: dict[str, Any], trained: Path) -> None:
     assert similar == sorted(similar, reverse=True)
     back = run("search", trained, "--image", made["folder"] / "images" / "01.png", "--top", 3, "--split", "train")
     assert back["among"] == 72 and all(" blue " in r["text"] and r["split"] == "train" for r in back["results"])
+
+
+def test_what_comes_next_is_a_search_too(made: dict[str, Any], trained: Path) -> None:
+    lines = next_commands(load_run(trained).job, trained)
+    assert lines[-1] == f"pipeline search {trained} --query TEXT" and len(lines) == 3
+    assert invoke(*lines[-1].split()[1:-1], "a red cat").exit_code == 0
 
 
 def test_search_gives_what_predict_says(made: dict[str, Any], trained: Path) -> None:
