@@ -221,6 +221,17 @@ class Head2ToeConfig(TunerConfig):
     select_after: int = option(100, "Training batches before features are selected.", least=1)
 
 
+def _prune_option() -> Any:
+    """`--prune`, of tuners whose blocks may start from the pruned backbone."""
+    return option(
+        "running",
+        "How --init chooses channels: running, sublayer by sublayer as released, or aligned, one set for the residual "
+        "stream (ours).",
+        choices=tuple(PRUNES),
+        extraction=True,
+    )
+
+
 @dataclass(frozen=True)
 class LstConfig(SideConfig):
     """`reduction`: r, side width is D / r. `layers`: kept layers, the rest are dropped with their side blocks.
@@ -241,13 +252,7 @@ class LstConfig(SideConfig):
         choices=INITS,
         extraction=True,
     )
-    prune: str = option(
-        "running",
-        "How --init chooses channels: running, sublayer by sublayer as released, or aligned, one set for the residual "
-        "stream (ours).",
-        choices=tuple(PRUNES),
-        extraction=True,
-    )
+    prune: str = _prune_option()
 
     ladders: bool = option(
         True,
@@ -309,13 +314,7 @@ class SideTuningConfig(SideConfig):
         choices=INITS,
         extraction=True,
     )
-    prune: str = option(
-        "running",
-        "How --init chooses channels: running, sublayer by sublayer as released, or aligned, one set for the residual "
-        "stream (ours).",
-        choices=tuple(PRUNES),
-        extraction=True,
-    )
+    prune: str = _prune_option()
 
     def __post_init__(self) -> None:
         super().__post_init__()
