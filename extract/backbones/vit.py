@@ -15,8 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from timm.models.eva import Eva
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from transformers import CLIPVisionModel, Dinov2Model, Dinov2WithRegistersModel, DINOv3ViTModel, ViTModel
 
@@ -99,6 +97,13 @@ class VitTail(LiveTail):
         return super().projected(rows) if self.joint is None else self.joint(rows)
 
 
+def _is_known(model: nn.Module) -> bool:
+    from timm.models.eva import Eva  # imported late: timm takes a quarter of a second, which text need not wait for
+    from timm.models.vision_transformer import VisionTransformer
+
+    return isinstance(model, VisionTransformer) or (isinstance(model, Eva) and not model.rope_mixed)
+
+
 @register_backbone
 class Vit(LateBlocks, ClassToken, Patches, Vision):
     """See the module's docstring."""
@@ -126,8 +131,7 @@ class Vit(LateBlocks, ClassToken, Patches, Vision):
     @property
     def skeleton(self) -> Any:
         found = super().skeleton
-        known = isinstance(found, VisionTransformer) or (isinstance(found, Eva) and not found.rope_mixed)
-        if self.is_timm and not known:
+        if self.is_timm and not _is_known(found):
             raise UserError(f"{self.config.architecture}: a kind of vision transformer that is not supported")
         return found
 

@@ -29,9 +29,14 @@ def keep_freed_memory() -> bool:
     return all(_libc("mallopt", what, value) for what, value in settings)
 
 
+def keeps_freed_memory() -> bool:
+    """Whether this process does so already; does not ask for it."""
+    return bool(keep_freed_memory.cache_info().currsize) and keep_freed_memory()
+
+
 def return_freed_memory() -> None:
     """Give what is free back to the system: when a tier is emptied, or a long run has ended."""
-    if keep_freed_memory.cache_info().currsize and keep_freed_memory():  # not where nobody asked for it
+    if keeps_freed_memory():
         _libc("malloc_trim", 0)
 
 

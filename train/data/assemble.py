@@ -17,6 +17,7 @@ from torch import Tensor
 from pipeline.extract.batch import Batch, stream_of
 from pipeline.extract.encoding import EncodedTensor, decode, rescale
 from pipeline.store.format.samples import Samples, rows_of
+from pipeline.train.data.buffers import Buffers
 
 LONG = 8192  # bytes a sample on average, from which on samples are copied one by one
 
@@ -95,10 +96,12 @@ def assemble(
     dtype: torch.dtype | None = torch.float32,
     pin: bool = False,
     device: torch.device | str = "cpu",
+    buffers: Buffers | None = None,
 ) -> Batch:
     """The samples of all `parts`, in their order, as a Batch without labels and index. At least one part is needed;
     its slot may be empty. States are decoded to `dtype`; with None they stay as stored, but float32 where rows have
-    scales. `pin` puts them in page-locked memory. `device`: where the blocks are."""
+    scales. `pin` puts them in page-locked memory. `device`: where the blocks are. `buffers`: memory for what is large
+    and neither on another device nor page-locked."""
     streams = list(dict.fromkeys(stream_of(name) for name in (*states, *columns))) or list(parts[0].block.offsets)
     rows = {s: RowRuns.of([rows_of(p.block.offsets[s], p.slot) for p in parts], device) for s in streams}
     lengths = {s: np.concatenate([p.block.samples.lengths[s][p.slot] for p in parts]).astype(np.int64) for s in streams}
@@ -110,7 +113,7 @@ def assemble(
     for name in states:
         stream, values = stream_of(name), parts[0].block.states[name].values
         if rows[stream].total * values.shape[1] * values.itemsize > LONG * len(lengths[stream]):
-            out[name] = copied(parts, name, lengths[stream], rows[stream], dtype, pin)
+            out[name] = copied(parts, name, lengths[stream], rows[stream], dtype, pin, buffers)
         else:
             picked = gather([p.block.states[name] for p in parts], rows[stream])
             out[name] = place(decode(picked, dtype))
@@ -121,14 +124,24 @@ def assemble(
 
 
 def copied(
-    parts: Sequence[BlockPart], name: str, lengths: np.ndarray, rows: RowRuns, dtype: torch.dtype | None, pin: bool
+    parts: Sequence[BlockPart],
+    name: str,
+    lengths: np.ndarray,
+    rows: RowRuns,
+    dtype: torch.dtype | None,
+    pin: bool,
+    buffers: Buffers | None,
 ) -> Tensor:
     """The state `name` of the samples of all parts: a copy a sample, all made in one call."""
     sources = [p.block.states[name] for p in parts]
     scale = scales(sources, rows)
     # Scaled rows are rebuilt in float32, as `decode` does.
     kind = (dtype or sources[0].values.dtype) if scale is None else torch.float32
-    out = torch.empty(rows.total, sources[0].width, dtype=kind, device=sources[0].values.device, pin_memory=pin)
+    shape, device = (rows.total, sources[0].width), sources[0].values.device
+    if buffers is None or pin or device.type != "cpu":
+        out = torch.empty(shape, dtype=kind, device=device, pin_memory=pin)
+    else:
+        out = buffers.empty(*shape, kind)
     torch._foreach_copy_(out.split(lengths.tolist()), [v for p in parts for v in p.block.pick(name, p.slot)])
     return out if scale is None else rescale(out, scale).to(dtype or torch.float32)
 

@@ -17,21 +17,22 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from threading import Condition
 from typing import Any
 
 import numpy as np
 import torch
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController
 
 from pipeline.extract.batch import Batch
-from pipeline.extract.kernels.memory import return_freed_memory
+from pipeline.extract.kernels.memory import keeps_freed_memory, return_freed_memory
 from pipeline.store import SEGMENT_BYTES
 from pipeline.store.errors import UserError
 from pipeline.store.format.samples import Samples
 from pipeline.store.format.sorting import distinct
 from pipeline.train.data.assemble import BlockPart, Loaded, assemble
+from pipeline.train.data.buffers import Buffers
 from pipeline.train.data.lookahead import LookAhead
 from pipeline.train.data.order import Order, rank_slice
 from pipeline.train.data.readers import make_reader
@@ -162,7 +163,9 @@ class StoreSlot:
         blocks = LookAhead(uses, self.plan.blocks, reader, ahead, self._kept, keep, place, options.check)
         # Two, for a consumer that waits; one that computes for a while between two batches keeps but one of them busy.
         maker = ThreadPoolExecutor(2, "make-batch", _one_thread) if options.ahead else None
-        make = partial(self._make_next, shares, blocks, _Turns(), finish)
+        # Of each state: what is being made, what waits, and what the consumer holds, two batches perhaps.
+        buffers = Buffers(0 if keeps_freed_memory() else len(self.states) * (options.ahead + 4))
+        make = partial(self._make_next, shares, blocks, buffers, _Turns(), finish)
         pending: deque[Future[Batch]] = deque()
         try:
             for number in range(count):
@@ -194,6 +197,7 @@ class StoreSlot:
         self,
         shares: deque[np.ndarray],
         blocks: LookAhead,
+        buffers: Buffers,
         turns: _Turns,
         finish: Callable[[Batch, np.ndarray], None] | None,
         number: int,
@@ -201,19 +205,19 @@ class StoreSlot:
         with turns.at(number):
             loaded = blocks.take(number)
             share = shares.popleft()
-        batch = self._make(share, loaded)
+        batch = self._make(share, loaded, buffers)
         if finish is not None:
             finish(batch, share)
         return batch
 
-    def _make(self, index: np.ndarray, blocks: dict[int, Loaded]) -> Batch:
+    def _make(self, index: np.ndarray, blocks: dict[int, Loaded], buffers: Buffers) -> Batch:
         """The samples `index` (B,). They stand by block, or, where another layout is followed, in runs of a block."""
         runs = np.split(index, np.flatnonzero(np.diff(self.plan.block[index])) + 1)
         some = next(iter(blocks.values()))  # for a share without samples
         parts = [BlockPart(blocks[self.plan.block[r[0]]] if len(r) else some, self.plan.slot[r]) for r in runs]
         device = self._device if self.tier == "device" else "cpu"
         pin = self.options.pin and device == "cpu"
-        return assemble(parts, self.states, self.columns, self.options.dtype, pin, device)
+        return assemble(parts, self.states, self.columns, self.options.dtype, pin, device, buffers)
 
 
 class StoreSource(Ordered, StoreSlot):
@@ -292,4 +296,10 @@ class _Turns:
 def _one_thread() -> None:
     """A thread that makes batches computes alone: a second team of threads would fight that of the step."""
     torch.get_num_threads()  # at its first use in a thread torch sets the thread's number of them, so that comes first
-    threadpool_limits(1, "openmp")  # of the calling thread; that of no other is touched
+    _pools().limit(limits=1, user_api="openmp")  # of the calling thread; that of no other is touched
+
+
+@cache
+def _pools() -> ThreadpoolController:
+    """Torch's thread pool among them. Finding them takes milliseconds, which each epoch need not pay again."""
+    return ThreadpoolController()
