@@ -34,7 +34,7 @@ _DTYPES: dict[str, Any] = {
     "I32": np.int32, "U64": np.uint64, "I64": np.int64, "F16": np.float16, "F32": np.float32, "F64": np.float64,
     "BF16": ml_dtypes.bfloat16, "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2,
 }  # fmt: skip
-_SETTLE = 0.02  # seconds between writing the manifest and looking whether it is still ours
+_PAUSE, _PATIENCE = 0.02, 2.0  # seconds between two looks at who else is writing, and for how long to look
 
 
 def save_weights(files: Files, digest: str, contents: Mapping[str, Mapping[str, Any]]) -> None:
@@ -59,24 +59,36 @@ def add_bytes(files: Files, digest: str, contents: Mapping[str, bytes]) -> None:
     needed = 0
     try:
         files.make(folder)
+        mine = {name: (len(data), digest_bytes(data)) for name, data in contents.items()}
         note = leave_note(files, digest)
-        mine = {}
         for name, data in contents.items():
             needed = len(data)
             files.publish(f"{folder}/{name}", data)
-            mine[name] = (len(data), digest_bytes(data))
-        # Another process may add other names at this moment, and the manifest that is renamed last wins: look again,
-        # until all of ours are listed beside theirs.
-        while not mine.items() <= there.items() or listed(files, digest) is None:
-            there = {**mine, **(listed(files, digest) or {}), **mine}
-            publish_manifest(files, digest, there)
-            time.sleep(_SETTLE)
+        # Others may add names at this moment, and the manifest that is renamed last wins. Whoever writes one has left a
+        # note before it read the last one, so once ours are listed and nobody's note is there, nobody will undo it.
+        while True:
+            listing = listed(files, digest)
+            if listing is None or not mine.items() <= listing.items():
+                publish_manifest(files, digest, {**there, **(listing or {}), **mine})
+            files.remove(note)
+            _let_finish(files, digest)
             there = listed(files, digest) or {}
+            if mine.items() <= there.items():
+                break
+            note = leave_note(files, digest)
         files.sync(["weights"])
-        for left in (note, *(n for n in notes(files, digest) if abandoned(files, n))):
-            files.remove(left)
+        for left in notes(files, digest):
+            if abandoned(files, left):
+                files.remove(left)
     except OSError as error:
         raise explain(error, "writing weights to", files.root, needed, files.free) from error
+
+
+def _let_finish(files: Files, digest: str) -> None:
+    """Wait for those who are at work on the weights of `digest`; not for ever for one who may have died elsewhere."""
+    end = time.monotonic() + _PATIENCE
+    while being_written(files, digest) and time.monotonic() < end:
+        time.sleep(_PAUSE)
 
 
 def leave_note(files: Files, digest: str) -> str:

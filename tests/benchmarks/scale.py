@@ -151,7 +151,7 @@ def main() -> None:
             if options.bucket:
                 from tests.store.servers import s3
 
-                with tempfile.TemporaryDirectory(dir=options.folder) as top, s3(Path(top)) as environment:
+                with tempfile.TemporaryDirectory(dir=options.folder) as top, s3(Path(top), "1h") as environment:
                     folder = folder.rename(Path(top, "team", folder.name))
                     try:
                         before = f"{samples:>10,} {segments:>9,}  bucket: "

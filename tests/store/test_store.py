@@ -5,8 +5,11 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -14,7 +17,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.store import MissingStates, SpaceMismatch, Store, StoreError, TaskTable
+from pipeline.store import MissingStates, SpaceMismatch, Store, StoreError, TaskTable, weights
+from pipeline.store.files.local import Files
 from pipeline.store.format.digest import digest_bytes
 from pipeline.store.format.document import dump_document
 from pipeline.store.select import choose_space
@@ -353,3 +357,24 @@ def test_writers_of_different_weights_files_lose_none(tmp_path: Path) -> None:
         list(pool.map(lambda name: store.save_weights(digest, {name: {"name": name}}), names))
     assert store.has_weights(digest, *names)
     assert [store.load_json(digest, name)["name"] for name in names] == names
+
+
+def test_a_writer_that_lists_late_undoes_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One reads the manifest, waits long, and writes what it made of it: the other, done meanwhile, must be listed."""
+    store, digest = Store.create(tmp_path / "store"), "a" * 32
+    publish, waits = weights.publish_manifest, Event()
+
+    def late(files: Files, digest: str, there: Mapping[str, tuple[int, str]]) -> None:
+        if "slow.json" in there and not waits.is_set():
+            waits.set()
+            time.sleep(0.3)
+        publish(files, digest, there)
+
+    monkeypatch.setattr(weights, "publish_manifest", late)
+    with ThreadPoolExecutor(2) as pool:
+        slow = pool.submit(store.save_weights, digest, {"slow.json": {"name": "slow"}})
+        assert waits.wait(10)
+        pool.submit(store.save_weights, digest, {"fast.json": {"name": "fast"}}).result()
+        slow.result()
+    assert store.has_weights(digest, "slow.json", "fast.json")
+    assert not store.verify(deep=True)
