@@ -35,8 +35,8 @@ def blocks(page: Path, *languages: str) -> list[tuple[str, str]]:
 
 
 def commands(page: Path) -> Iterator[str]:
-    """Every `pipeline …` line in the bash, sh, text and plain blocks of a page, one that goes on in the next line whole.
-    One that is shown to be refused is none."""
+    """Every `pipeline …` line in the bash, sh, text and plain blocks of a page, one that goes on in the next line
+    whole; none that is shown to be refused."""
     for _, text in blocks(page, "bash", "sh", "text", ""):
         for line in REFUSED.sub("", text).replace("\\\n", " ").splitlines():
             if found := COMMAND.match(line):

@@ -56,9 +56,8 @@ def test_masks(checkpoints, tmp_path, monkeypatch):
 def test_search_in_images(checkpoints, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     own_photos(tmp_path)
-    said = follow(
-        DOCS / "tutorials" / "retrieval.md", {"resnet50": str(checkpoints["resnet"]), "minilm": str(checkpoints["bert"])}
-    )
+    names = {"resnet50": str(checkpoints["resnet"]), "minilm": str(checkpoints["bert"])}
+    said = follow(DOCS / "tutorials" / "retrieval.md", names)
     assert len(said) == 5 and "i2t_r1" in next(text for line, text in said.items() if " evaluate " in line)
     images, texts = list(said.values())[-2:]
     assert images.count(".jpg") == 3 == texts.count("number")

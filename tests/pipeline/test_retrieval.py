@@ -40,9 +40,8 @@ def captioned(folder: Path, images: int = 30, seed: int = 0, suffix: str = ".png
         shape = (32 + 32 * (i % 2), 32 + 32 * (i % 3), 3)
         pixels = np.clip(rng.normal(COLOURS[colour], 40, shape), 0, 255).astype(np.uint8)
         Image.fromarray(pixels).save(folder / f"{i:02}{suffix}")
-        rows += [
-            (f"{i:02}{suffix}", f"the {colour} {word}{' sleeps' * (i % 4)} number {i}") for word in ("cat", "dog", "tree")
-        ]
+        told = f"{' sleeps' * (i % 4)} number {i}"
+        rows += [(f"{i:02}{suffix}", f"the {colour} {word}{told}") for word in ("cat", "dog", "tree")]
     return rows
 
 
