@@ -198,7 +198,8 @@ def _shared(
     advice = "give each image once" if images else "remove what stands twice, or give --validation and --test"
     return (
         f"{len(shared):,} of {len(tables[name]):,} {name} rows stand in {' or '.join(before)} too, first: "
-        f"{shown(tables[name], shared[0])}" + (f"; the split is drawn from the rows: {advice}" if _ours(tables[name]) else "")
+        f"{shown(tables[name], shared[0])}"
+        + (f"; the split is drawn from the rows: {advice}" if _ours(tables[name]) else "")
     )
 
 
