@@ -115,11 +115,11 @@ def summary_text(result: Mapping[str, Any]) -> str:
     stopped = [row["name"] for row in result["runs"] if row.get("stopped") == "halving"]
     if stopped:
         lines.append(f"stopped early, as losers: {len(stopped)} of {len(result['runs'])} runs")
-    apart: dict[str, list[str]] = {}
+    in_turn: dict[str, list[str]] = {}
     for row in result["runs"]:
         if row.get("in_turn"):
-            apart.setdefault(row["in_turn"], []).append(row["name"])
-    lines += [f"stepped in turn, not as one: {', '.join(names)} ({why})" for why, names in apart.items()]
+            in_turn.setdefault(row["in_turn"], []).append(row["name"])
+    lines += [f"stepped in turn, not as one: {', '.join(names)} ({why})" for why, names in in_turn.items()]
     if again := result.get("refit"):
         score = _shown(figure, again["score"]) or "no test split"
         lines.append(f"refitted on training and validation rows: {again['run']}, test {score}")
