@@ -143,6 +143,8 @@ def models_text() -> str:
 def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4f}"
+    if value is None:
+        return "–"
     if isinstance(value, Mapping):  # of classes, say, the share of each
         return ", ".join(f"{name} {_cell(of)}" for name, of in value.items())
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -32,6 +32,7 @@ def doubts(tables: Mapping[str, TaskTable], images: bool = False) -> list[str]:
     rows = {name: _contents(table, images) for name, table in tables.items()}
     found = [] if images else [_blank(name, table) for name, table in tables.items()]
     found += _labels(tables)
+    found += [_constant(table) for table in tables.values()]
     found.append(_contradictions(tables, rows, images))
     for place, name in enumerate(tables):
         before = list(tables)[:place]
@@ -68,6 +69,25 @@ def _labels(tables: Mapping[str, TaskTable]) -> list[str]:
     if target == "classes" and all(len(label or ()) < 2 for t in tables.values() for label in t.labels):
         found.append("no row has more than one label: is it the right --separator?")
     return found
+
+
+def _constant(table: TaskTable) -> str:
+    """Whether all classes or numbers of a split are one and the same."""
+    spec, known = table.header["spec"], [label for label in table.labels if label is not None]
+    if spec["target"] not in ("class", "number") or len(known) < 2 or any(label != known[0] for label in known):
+        return ""
+    advice = "; --stratify holds rows of each class out" if _ours(table) and spec["target"] == "class" else ""
+    said = f"all {len(known):,} {table.split} rows are labelled {TaskSpec.from_dict(spec).named(known[0])}"
+    if table.split == "train":
+        return f"{said}: there is nothing to tell apart"
+    return f"{said}: no score on them tells a model from one that always says so{advice}"
+
+
+def _ours(table: TaskTable) -> bool:
+    """Whether we have drawn the split from the rows."""
+    origin = table.header.get("provenance", {})
+    held = origin.get("splits") == "held-out" and origin.get("source") in OWN
+    return bool(held and table.split not in origin.get("files", ()))
 
 
 def _boxes(table: TaskTable) -> str:
@@ -175,11 +195,11 @@ def _shared(
             f"{len(twice):,} of the {len(set(rows[name])):,} {what}s of {name} stand in {' or '.join(before)} too, "
             f"first: {shown(tables[name], shared[0])}"
         )
-    ours = origin.get("splits") == "held-out" and origin.get("source") in OWN and name not in origin.get("files", ())
     advice = "give each image once" if images else "remove what stands twice, or give --validation and --test"
     return (
         f"{len(shared):,} of {len(tables[name]):,} {name} rows stand in {' or '.join(before)} too, first: "
-        f"{shown(tables[name], shared[0])}" + (f"; the split is drawn from the rows: {advice}" if ours else "")
+        f"{shown(tables[name], shared[0])}"
+        + (f"; the split is drawn from the rows: {advice}" if _ours(tables[name]) else "")
     )
 
 

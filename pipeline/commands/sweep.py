@@ -43,6 +43,7 @@ from pipeline.train.metrics import ERRORS
 Say = Callable[[str], None]
 PRESET = "ours"  # whose settings baselines have
 LOSERS = "halving.json"  # which settings were stopped, after which epoch
+OF_SWEEP = ("memory_bytes", "stacked", "in_turn")  # what a run's own files do not tell: see `fit_all`
 BASELINE = "baseline.json"  # beside a baseline's metrics: what it was made with
 
 
@@ -291,12 +292,12 @@ def _found(
             same = load_checkpoint(folder / TUNER)[1].get("rows") == member.job.version
     if not same:
         raise UserError(f"{folder} holds a run with other options or other rows: give another --out")
-    memory = before.get("memory_bytes")
+    beside = {name: before.get(name) for name in OF_SWEEP}
     if (folder / "metrics.json").is_file():
         ended = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        return {"status": "done", **ended, "memory_bytes": memory}
+        return {"status": "done", **ended, **beside}
     diverged = before.get("status") == "diverged"
-    return {"status": "diverged", "why": before["why"], "memory_bytes": memory} if diverged else None
+    return {"status": "diverged", "why": before["why"], **beside} if diverged else None
 
 
 def _made_with(trial: Trial, job: Job) -> dict[str, Any]:
@@ -335,7 +336,7 @@ def _row(trial: Trial, folder: Path, end: Mapping[str, Any], job: Job) -> dict[s
         "figure": figure,
         "dev": dev,
         "score": score,
-        **{name: end.get(name) for name in (*told, "seconds_per_epoch", "memory_bytes", "why")},
+        **{name: end.get(name) for name in (*told, "seconds_per_epoch", "why", *OF_SWEEP)},
         "command": _command(trial, again),
     }
 

@@ -115,6 +115,11 @@ def summary_text(result: Mapping[str, Any]) -> str:
     stopped = [row["name"] for row in result["runs"] if row.get("stopped") == "halving"]
     if stopped:
         lines.append(f"stopped early, as losers: {len(stopped)} of {len(result['runs'])} runs")
+    in_turn: dict[str, list[str]] = {}
+    for row in result["runs"]:
+        if row.get("in_turn"):
+            in_turn.setdefault(row["in_turn"], []).append(row["name"])
+    lines += [f"stepped in turn, not as one: {', '.join(names)} ({why})" for why, names in in_turn.items()]
     if again := result.get("refit"):
         score = _shown(figure, again["score"]) or "no test split"
         lines.append(f"refitted on training and validation rows: {again['run']}, test {score}")

@@ -123,8 +123,9 @@ def run_train(recipe: Recipe, say: Say, quiet: bool = False) -> dict[str, Any]:
     tables = [part.tables["train"] for part in job.each]
     rows, total = sum(map(len, tables)), sum(table.header.get("total", len(table)) for table in tables)
     more, name = f" of {total:,}" if rows < total else "", ", ".join(part.spec.name for part in job.each)
+    learned = ", ".join(f"{part.spec.name} ({part.objective.name})" for part in job.each)
     say(
-        f"{recipe.tuner} on {name}: {rows:,}{more} train rows, batch {job.batch_size}, "
+        f"{recipe.tuner} on {learned}: {rows:,}{more} train rows, batch {job.batch_size}, "
         f"{counted(options.epochs, 'epoch')}, {model.trainable_parameters():,} trainable parameters, "
         + ("live backbone" if recipe.live else "from the store")
     )

@@ -21,7 +21,7 @@ from pipeline.extract.tasks.glue import USUAL_GRID
 from pipeline.jobs.slots import slot_of
 from pipeline.recipe import Recipe
 from pipeline.store import Space, TaskTable, digest_json
-from pipeline.store.errors import StoreError
+from pipeline.store.errors import StoreError, UserError
 from pipeline.store.format.digest import digest_bytes
 from pipeline.store.tables.records import Record
 from pipeline.store.tables.table import TableInfo, created_of, version_of
@@ -275,7 +275,7 @@ def _names(value: Any) -> list[str]:
 
 def unlike(recipe: Recipe, header: Mapping[str, Any]) -> str:
     """In what a stored table was not read as `recipe` says, "" where it was. What is left out fits anything, and so
-    does a table without the fact."""
+    does a table without the fact. UserError for what no extraction would make so."""
     spec, made = _object(header, "spec"), _object(header, "provenance")
     fields = [*_names(spec.get("fields")), "", ""]
     for option, asked, there in (
@@ -297,9 +297,11 @@ def unlike(recipe: Recipe, header: Mapping[str, Any]) -> str:
     values = (spec.get("values") or []) if spec.get("target") not in DENSE else []
     step = values[1] - values[0] if len(values) > 1 else 0.0
     # Recipes of earlier versions all state the usual grid, also of tasks that have none of the kind.
-    stated = recipe.grid == USUAL_GRID and (not step or made.get("source") == "table")
-    if recipe.grid is not None and not stated and not math.isclose(step, recipe.grid):
-        return f"--grid was {f'{step:g}' if step else 'none'}, now {recipe.grid:g}"
+    fixed = not step or made.get("source") == "table"
+    if recipe.grid is not None and fixed and recipe.grid != USUAL_GRID:
+        raise UserError(f"--grid {recipe.grid:g}: task {recipe.task} has no such step, as STS-B has; leave it out")
+    if recipe.grid is not None and not fixed and not math.isclose(step, recipe.grid):
+        return f"--grid was {step:g}, now {recipe.grid:g}"
     from pipeline.lookup.objective import target_types  # objectives load torch, which `pipeline store` does without
 
     learned, there = target_types(recipe), spec.get("target")

@@ -1,13 +1,16 @@
-"""The picture in docs/dense.md: what `predict` draws over a generated street, by a head trained in a minute.
+"""The pictures in docs/dense.md and docs/tutorials/detection.md: what `predict` draws over a generated street, by a
+head trained in a minute or two.
 
 Streets are drawn here, so that the picture is nobody else's. The backbone is the MobileNetV2 of the shared data.
 
     python -m tests.benchmarks.overlay --data ../shared/data --out FOLDER --picture docs/overlay.jpg
+    python -m tests.benchmarks.overlay --objects --data ../shared/data --out FOLDER --picture docs/images/objects.jpg
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +23,7 @@ from pipeline.recipe import Recipe
 
 CLASSES = ("sky", "building", "road", "tree", "car")
 SIZE = (224, 160)  # (width, height)
+SPLITS = {"validation": "val", "test": "test"}
 
 
 def shade(rng: np.random.Generator, low: tuple[int, ...], high: tuple[int, ...]) -> tuple[int, ...]:
@@ -27,9 +31,10 @@ def shade(rng: np.random.Generator, low: tuple[int, ...], high: tuple[int, ...])
     return tuple(int(rng.integers(a, b + 1)) for a, b in zip(low, high, strict=True))
 
 
-def street(rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
-    """A street and its mask."""
+def street(rng: np.random.Generator) -> tuple[Image.Image, Image.Image, list[tuple[int, ...]]]:
+    """A street, its mask, and the boxes (left, top, right, bottom, class) of its trees and cars."""
     (wide, tall), image, mask = SIZE, Image.new("RGB", SIZE), Image.new("L", SIZE)
+    boxes: list[tuple[int, ...]] = []
     horizon = int(rng.integers(tall * 5 // 10, tall * 6 // 10))
     paint, number = ImageDraw.Draw(image), ImageDraw.Draw(mask)
     light, deep = shade(rng, (190, 200, 215), (225, 230, 240)), shade(rng, (90, 130, 190), (150, 180, 220))
@@ -52,13 +57,18 @@ def street(rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
         paint.line((wide // 2, y, wide // 2, y + 9), (215, 215, 205), 1 + (y - horizon) // 24)
     for _ in range(int(rng.integers(1, 4))):
         x, radius = int(rng.integers(0, wide)), int(rng.integers(12, 24))
+        blobs = []
         paint.rectangle((x - 2, horizon - 14, x + 2, horizon + 10), (80, 60, 45))
         for _ in range(14):
             at = x + rng.integers(-radius, radius) // 2, horizon - 24 + rng.integers(-radius, radius) // 2
             box = [int(v) for v in (at[0] - radius // 2, at[1] - radius // 2, at[0] + radius // 2, at[1] + radius // 2)]
             paint.ellipse(box, shade(rng, (35, 75, 30), (80, 130, 60)))
             number.ellipse(box, 3)
+            blobs.append(box)
         number.rectangle((x - 2, horizon - 14, x + 2, horizon + 10), 3)
+        left, top, right, _ = zip(*blobs, strict=True)
+        if max(left) < wide - 8 and max(right) > 8:  # what stands outside is no object
+            boxes.append((max(0, min(left)), max(0, min(top)), min(wide, max(right)), horizon + 10, 3))
     for _ in range(int(rng.integers(1, 4))):
         scale, x = float(rng.uniform(0.7, 1.5)), int(rng.integers(0, wide - 30))
         long, high, bottom = int(36 * scale), int(12 * scale), int(horizon + 14 + 26 * scale)
@@ -73,9 +83,10 @@ def street(rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
             number.ellipse((wheel - 4, bottom - 4, wheel + 4, bottom + 4), 4)
         number.rectangle(cabin, 4)
         number.rectangle(body, 4)
+        boxes.append((x, bottom - 2 * high, min(wide, x + long), bottom + 4, 4))
     noise = rng.normal(0, 7, (tall, wide, 3))
     shown = np.asarray(image.filter(ImageFilter.GaussianBlur(0.7)), np.float64) + noise
-    return Image.fromarray(shown.clip(0, 255).astype(np.uint8)), mask
+    return Image.fromarray(shown.clip(0, 255).astype(np.uint8)), mask, boxes
 
 
 def write_streets(folder: Path, counts: dict[str, int]) -> None:
@@ -83,28 +94,56 @@ def write_streets(folder: Path, counts: dict[str, int]) -> None:
     rng = np.random.default_rng(0)
     for split, count in counts.items():
         for i in range(count):
-            for place, picture in zip(("images", "masks"), street(rng), strict=True):
+            image, mask, _ = street(rng)
+            for place, picture in (("images", image), ("masks", mask)):
                 (folder / place / split).mkdir(parents=True, exist_ok=True)
                 picture.save(folder / place / split / f"{i:02d}.png")
     (folder / "classes.txt").write_text("\n".join(CLASSES) + "\n", encoding="utf-8")
 
 
+def write_objects(folder: Path, counts: dict[str, int]) -> None:
+    """`counts` streets a split, with the boxes of their trees and cars in COCO's format."""
+    rng = np.random.default_rng(0)
+    for split, count in counts.items():
+        images, boxes = [], list[dict[str, object]]()
+        (folder / split).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            image, _, found = street(rng)
+            image.save(folder / split / f"{i:02d}.png")
+            images.append({"id": i, "file_name": f"{i:02d}.png", "height": SIZE[1], "width": SIZE[0]})
+            for left, top, right, bottom, kind in found:
+                box = [left, top, right - left, bottom - top]
+                boxes.append({"id": len(boxes) + 1, "image_id": i, "category_id": kind, "bbox": box, "iscrowd": 0,
+                              "area": box[2] * box[3]})  # fmt: skip
+        classes = [{"id": kind, "name": CLASSES[kind]} for kind in (3, 4)]
+        told = {"images": images, "annotations": boxes, "categories": classes}
+        (folder / f"instances_{split}.json").write_text(json.dumps(told), encoding="utf-8")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--picture", type=Path, required=True)
-    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--epochs", type=int, help="default: 6, of objects 24")
+    parser.add_argument("--objects", action="store_true", help="boxes in place of masks")
     args = parser.parse_args()
-    task = args.out / "streets"
-    write_streets(task, {"train": 24, "val": 6, "test": 6})
+    task, head = args.out / "streets", {"head_width": 32}
     common = {"model": str(args.data / "weights/mobilenetv2_035"), "task": str(task), "image_size": "own"}
     common |= {"store": str(args.out / "store")}
+    if args.objects:
+        write_objects(task, {"train": 96, "val": 12, "test": 6})
+        common |= {"task": str(task / "instances_train.json"), "data": str(task)}
+        common |= {split: str(task / f"instances_{short}.json") for split, short in SPLITS.items()}
+        head["head"], folder = "retinanet", task / "test"
+    else:
+        write_streets(task, {"train": 24, "val": 6, "test": 6})
+        folder = task / "images/test"
     run_extract(Recipe(**common, tuners=("fixed",)), print, quiet=True)
-    recipe = Recipe(**common, tuner="fixed", epochs=args.epochs, objective_options={"head_width": 32},
+    recipe = Recipe(**common, tuner="fixed", epochs=args.epochs or (24 if args.objects else 6), objective_options=head,
                     out=str(args.out / "run"), overwrite=True)  # fmt: skip
     print(run_train(recipe, print, quiet=True)["test"])
-    image = task / "images/test/00.png"
+    image = folder / "00.png"
     pipeline.load_run(args.out / "run").predict([str(image)], out_dir=args.out / "told")
     parts = [Image.open(image), Image.open(args.out / "told/overlays/00.jpg")]
     both = Image.new("RGB", (2 * SIZE[0] + 4, SIZE[1]), "white")

@@ -18,8 +18,9 @@ ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
 DOCS = ROOT / "docs"
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-# A command is `pipeline` and what follows on its line, before a comment.
-COMMAND = re.compile(r"^\s*(pipeline .*?)(?:\s#.*)?$")
+# A command is `pipeline` and what follows on its line, before a comment; in what a terminal showed, after a prompt.
+COMMAND = re.compile(r"^\s*(?:\$ )?(pipeline .*?)(?:\s#.*)?$")
+REFUSED = re.compile(r"^\$ .*\nerror: ", re.MULTILINE)
 
 
 def pages() -> list[Path]:
@@ -34,9 +35,10 @@ def blocks(page: Path, *languages: str) -> list[tuple[str, str]]:
 
 
 def commands(page: Path) -> Iterator[str]:
-    """Every `pipeline …` line in the bash, sh and plain blocks of a page, one that goes on in the next line whole."""
-    for _, text in blocks(page, "bash", "sh", ""):
-        for line in text.replace("\\\n", " ").splitlines():
+    """Every `pipeline …` line in the bash, sh, text and plain blocks of a page, one that goes on in the next line
+    whole; none that is shown to be refused."""
+    for _, text in blocks(page, "bash", "sh", "text", ""):
+        for line in REFUSED.sub("", text).replace("\\\n", " ").splitlines():
             if found := COMMAND.match(line):
                 yield found[1]
 

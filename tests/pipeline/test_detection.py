@@ -93,7 +93,9 @@ def test_what_is_told_is_what_is_scored(coco, trained, tmp_path):
     told = run("predict", folder, "--input", images, "--out-dir", tmp_path / "told")["predictions"]
     assert len(told) == 4 and all(Image.open(tmp_path / "told" / p["overlay"]).size == Image.open(images / p["id"]).size
                                   for p in told)  # fmt: skip
-    figures = run("evaluate", folder, "--split", "validation")
+    figures = run("evaluate", folder, "--split", "validation", "--report")
+    rows = figures["report"]["rows"]
+    assert [row["name"] for row in rows] == ["red", "green", "blue"]
     for kind, file, part in (("bbox", "detections", "box"), ("segm", "segmentations", "mask")):
         with contextlib.redirect_stdout(io.StringIO()):
             true = COCO(str(coco["val"]))
@@ -101,8 +103,14 @@ def test_what_is_told_is_what_is_scored(coco, trained, tmp_path):
             evaluation.evaluate(), evaluation.accumulate(), evaluation.summarize()
         names = [f"{part}_{name}" for name in ("map", "ap50", "ap75")]
         assert [figures[name] for name in names] == pytest.approx(evaluation.stats[:3].tolist(), abs=2e-3)
+        for place, row in enumerate(rows):  # of each category, its precision at 101 recalls
+            found = evaluation.eval["precision"][:, :, place, 0, 2].mean(1)
+            assert [row[f"{part}_ap50"], row[f"{part}_map"]] == pytest.approx([found[0], found.mean()], abs=2e-3)
+        assert np.mean([row[f"{part}_ap50"] for row in rows]) == pytest.approx(figures[f"{part}_ap50"])
         assert [done["validation"][name] for name in names] == pytest.approx([figures[name] for name in names])
     assert figures["box_ap50"] > 0
+    kinds = [true.anns[i]["category_id"] for i in true.getAnnIds(iscrowd=False)]
+    assert [row["objects"] for row in rows] == [kinds.count(number) for number in (2, 3, 7)]
     first = told[0]["objects"][0]
     assert first["label"] in ("red", "green", "blue") and first["category_id"] in (2, 3, 7) and 0 < first["score"] <= 1
     entry = json.loads((tmp_path / "told" / "detections.json").read_text())[0]
@@ -140,6 +148,10 @@ def test_voc_is_scored_as_voc(checkpoints, tmp_path):
     run("extract", *words, "--image-size", "short:48:80", "--for", "fixed")
     done = run("train", *words, "--tuner", "fixed", *NARROW, "--epochs", 1, "--out", tmp_path / "run")
     assert done["test"].keys() == {"voc07_ap50", "voc_ap50"}
+    scored = run("evaluate", tmp_path / "run", "--split", "train", "--report")
+    there = [row for row in scored["report"]["rows"] if row["objects"]]
+    assert len(there) >= 2 and there[0].keys() >= {"voc07_ap50", "voc_ap50", "box_ap50", "box_map"}
+    assert np.mean([row["voc_ap50"] for row in there]) == pytest.approx(scored["voc_ap50"])
     done = run("train", *words, "--tuner", "fixed", *NARROW, "--epochs", 1, "--metric", "box_map,voc_ap50",
                "--out", tmp_path / "more")  # fmt: skip
     assert done["test"].keys() == {"box_map", "voc_ap50"}

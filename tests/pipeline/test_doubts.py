@@ -14,7 +14,7 @@ from pipeline.store.errors import Notice
 from tests import vision
 from tests.pipeline.test_errors import run
 
-PLAIN = [(f"film number {i}", str(i % 2)) for i in range(30)]
+PLAIN = [(f"film number {i}", str(i // 2 % 2)) for i in range(30)]
 
 
 def write(path: Path, rows: list[tuple[str, str]]) -> Path:
@@ -101,3 +101,20 @@ def test_a_limit_above_what_is_stored_is_said(stored, tmp_path):
     assert len(warnings_of(run("compare", *stored, *more).stderr)) == 1
     with pytest.warns(Notice, match="holds 40 of the 96 train rows"):
         api.stream(states="encoder.3", task="pairs", store=str(stored[-1]), limit=60)
+
+
+def test_a_split_of_one_class_or_number_is_said(checkpoints, tmp_path):
+    held = write(tmp_path / "held.csv", [(f"new film {i}", "1") for i in range(6)])
+    task = write(tmp_path / "train.csv", PLAIN)
+    (line,) = extracted(checkpoints["bert"], task, tmp_path / "store", "--validation", held, "--test", task)[:1]
+    assert line.startswith("all 6 validation rows are labelled 1: no score on them") and "--stratify" not in line
+    done = run("train", "--task", task, "--store", tmp_path / "store", "--tuner", "probe", "--epochs", 1, "--out",
+               tmp_path / "run", "--model", checkpoints["bert"])  # fmt: skip
+    assert done.exit_code == 0 and line in warnings_of(done.stderr)
+    drawn = write(tmp_path / "drawn.csv", [(f"film number {i}", "yes" if i < 1 else "no") for i in range(40)])
+    said = extracted(checkpoints["bert"], drawn, tmp_path / "store")
+    assert sum("--stratify holds rows of each class out" in line for line in said) >= 1
+    numbers = write(tmp_path / "stars.csv", [(f"film number {i}", f"{i / 8}") for i in range(30)])
+    still = write(tmp_path / "still.csv", [(f"new film {i}", "2.5") for i in range(6)])
+    (line,) = extracted(checkpoints["bert"], numbers, tmp_path / "store", "--validation", still, "--test", numbers)[:1]
+    assert line.startswith("all 6 validation rows are labelled 2.5: no score on them")

@@ -45,6 +45,14 @@ def test_verbose_says_when_and_where_from(mine):
     refused(run("extract", *mine, "-v", "-q"), "--quiet and --verbose")
 
 
+def test_train_says_what_it_learns(mine):
+    run("extract", *mine)
+    said = run("train", *mine[:4], "--tuner", "probe", "--epochs", 1)
+    assert "probe on my (classification): " in said.stderr
+    said = run("train", *mine[:4], "--tuner", "probe", "--epochs", 1, "--grid", 2)
+    assert "pipeline extract" not in refused(said, "--grid 2", "leave it out")
+
+
 def test_progress_is_plain_lines_where_nobody_watches(mine, monkeypatch):
     monkeypatch.setattr(progress, "SECONDS", 0.0)
     said = run("extract", *mine, "--batch-size", 8)

@@ -6,12 +6,13 @@ from __future__ import annotations
 import importlib.util
 import re
 import sys
+from pathlib import Path
 
 import pytest
 
-from tests import scenes
-from tests.pipeline.pages import DOCS, ROOT, commands, follow, pages, parsed
-from tests.pipeline.test_readme import own_table
+from tests import objects, scenes
+from tests.pipeline.pages import COMMAND, DOCS, README, ROOT, blocks, commands, follow, pages, parsed
+from tests.pipeline.test_readme import own_photos, own_table
 
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)#\s]+)(?:#[^)]*)?\)|!\[[^\]]*\]\(([^)\s]+)\)")
 
@@ -52,6 +53,29 @@ def test_masks(checkpoints, tmp_path, monkeypatch):
     assert "miou" in next(text for line, text in said.items() if line.startswith("pipeline evaluate"))
 
 
+def test_search_in_images(checkpoints, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    own_photos(tmp_path)
+    names = {"resnet50": str(checkpoints["resnet"]), "minilm": str(checkpoints["bert"])}
+    said = follow(DOCS / "tutorials" / "retrieval.md", names)
+    assert len(said) == 5 and "i2t_r1" in next(text for line, text in said.items() if " evaluate " in line)
+    images, texts = list(said.values())[-2:]
+    assert images.count(".jpg") == 3 == texts.count("number")
+
+
+def test_objects(checkpoints, tmp_path, monkeypatch):
+    pytest.importorskip("pycocotools", reason="the extra `dense` is not installed: the tutorial not tested")
+    monkeypatch.chdir(tmp_path)
+    file = objects.write_coco(tmp_path / "shapes", {"train": 24})["train"]
+    file.rename(tmp_path / "shapes" / "instances_train.json")
+    (tmp_path / "shapes" / "train2017").rename(tmp_path / "shapes" / "train")
+    (tmp_path / "model").symlink_to(checkpoints["mobilenet"])
+    said = follow(DOCS / "tutorials" / "detection.md", {})
+    assert len(said) == 4 and "box_map" in next(text for line, text in said.items() if " evaluate " in line)
+    assert len(list((tmp_path / "found" / "overlays").glob("*.jpg"))) == 24
+    assert (tmp_path / "found" / "detections.json").is_file()
+
+
 def test_a_tuner(checkpoints, tmp_path, monkeypatch):
     from pipeline.train.tuners import base
 
@@ -78,7 +102,24 @@ def test_every_command_of_every_page_parses(tmp_path, monkeypatch):
                 parsed(line, main)
             except (Exception, SystemExit) as error:
                 wrong.append(f"{page.relative_to(ROOT)}: {line}: {error!r}")
-    assert not wrong and count > 80
+    assert not wrong and count > 120
+
+
+def test_every_block_of_readme_and_tutorials_is_one_that_runs():
+    """Each tutorial is followed by a test, and none has commands in a block that is not run."""
+    tests = "".join(p.read_text(encoding="utf-8") for p in Path(__file__).parent.glob("test_*.py"))
+    for page in [README, *(DOCS / "tutorials").glob("*.md")]:
+        assert page == README or f'"tutorials" / "{page.name}"' in tests, page
+        told = [text for language, text in blocks(page) if language not in ("bash", "python")]
+        assert not any(COMMAND.match(line) for text in told for line in text.splitlines()), page
+
+
+def test_every_python_block_compiles():
+    """Of the other pages too, where a block may be a part of something."""
+    found = [(page, text) for page in pages() for _, text in blocks(page, "python", "py")]
+    for page, text in found:
+        compile(text, str(page), "exec")
+    assert len(found) >= 9
 
 
 def test_links_lead_somewhere():

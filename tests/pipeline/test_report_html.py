@@ -17,6 +17,7 @@ import torch
 from pipeline.report.facts import Shown, selecting, settings_of
 from pipeline.report.html import _judged, _number, _ranked
 from pipeline.runs import load_run
+from tests import objects, scenes
 from tests.pipeline.test_errors import refused, run
 
 pytest.importorskip("matplotlib")
@@ -223,6 +224,22 @@ def test_mistakes_of_images_are_images_and_labels_have_their_own_scores(checkpoi
     assert run("train", *options, "--tuner", "probe", "--epochs", 1, "--out", tmp_path / "labels").exit_code == 0
     page, _ = report(tmp_path / "b.html", tmp_path / "labels")
     assert "By class on test" in page.text and "precision" in page.text and "Worst mistakes" not in page.text
+
+
+def test_masks_and_objects_have_scores_by_class(checkpoints, tmp_path):
+    masks = scenes.write_scenes(tmp_path / "masks", {"train": 4, "val": 4})
+    boxes = objects.write_coco(tmp_path / "coco", {"train": 4, "val": 4})
+    common = ["--model", checkpoints["mobilenet"], "--store", tmp_path / "s", "--image-size", "own"]
+    coco = ["--task", boxes["train"], "--validation", boxes["val"], "--data", tmp_path / "coco"]
+    for name, task, head, figures in (
+        ("masks", ["--task", masks, "--objective", "segmentation"], "linear", ("iou", "precision", "pixels")),
+        ("boxes", coco, "retinanet", ("box_ap50", "box_map", "objects")),
+    ):
+        assert run("extract", *common, *task, "--for", "fixed").exit_code == 0
+        how = ["--tuner", "fixed", "--head", head, "--max-steps", 1, "--out", tmp_path / name]
+        assert run("train", *common, *task, *how).exit_code == 0
+        page, _ = report(tmp_path / f"{name}.html", tmp_path / name)
+        assert "By class on validation" in page.text and all(figure in page.text for figure in figures)
 
 
 def test_wrong_input_is_one_line_and_writes_nothing(swept, tmp_path, monkeypatch):

@@ -31,7 +31,7 @@ KEYS = ["i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10", "rsum", "i
 FAST = ["--batch-size", 16, "--joint-width", 32, "--device", "cpu"]
 
 
-def captioned(folder: Path, images: int = 30, seed: int = 0) -> list[tuple[str, str]]:
+def captioned(folder: Path, images: int = 30, seed: int = 0, suffix: str = ".png") -> list[tuple[str, str]]:
     """Images of unequal sizes below `folder`, and pairs of a name and a caption, CAPTIONS an image."""
     rng, rows = np.random.default_rng(seed), []
     folder.mkdir(parents=True)
@@ -39,10 +39,9 @@ def captioned(folder: Path, images: int = 30, seed: int = 0) -> list[tuple[str, 
         colour = list(COLOURS)[i % len(COLOURS)]
         shape = (32 + 32 * (i % 2), 32 + 32 * (i % 3), 3)
         pixels = np.clip(rng.normal(COLOURS[colour], 40, shape), 0, 255).astype(np.uint8)
-        Image.fromarray(pixels).save(folder / f"{i:02}.png")
-        rows += [
-            (f"{i:02}.png", f"the {colour} {word}{' sleeps' * (i % 4)} number {i}") for word in ("cat", "dog", "tree")
-        ]
+        Image.fromarray(pixels).save(folder / f"{i:02}{suffix}")
+        told = f"{' sleeps' * (i % 4)} number {i}"
+        rows += [(f"{i:02}{suffix}", f"the {colour} {word}{told}") for word in ("cat", "dog", "tree")]
     return rows
 
 

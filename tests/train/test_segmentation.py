@@ -150,6 +150,22 @@ def test_classes_neither_there_nor_told_do_not_count():
         assert all(np.isnan(value) for value in MaskScorer(3).compute().values())
 
 
+def test_a_report_tells_each_class_whose_mean_is_the_score():
+    objective = Segmentation(SegmentationConfig(), ANSWERS)
+    report, counts = objective.report(), torch.tensor([[6, 2, 0], [0, 2, 0], [0, 0, 0]])
+    for _ in range(2):
+        report.update({"confusion": counts}, None)
+    found = report.compute()
+    assert found["rows"] == [
+        {"name": "ground", "iou": 6 / 8, "precision": 1.0, "recall": 6 / 8, "pixels": 16},
+        {"name": "road", "iou": 2 / 4, "precision": 2 / 4, "recall": 1.0, "pixels": 4},
+        {"name": "sky", "iou": None, "precision": None, "recall": None, "pixels": 0},
+        {"name": "mean", "iou": 0.625, "precision": 0.75, "recall": 0.875, "pixels": 20},
+    ]
+    assert found["confusion"] == (2 * counts).tolist() and found["labels"] == list(ANSWERS.labels)
+    assert objective.report().compute()["rows"][-1]["iou"] is None
+
+
 def test_the_figures_asked_for_are_told_and_the_first_selects():
     objective = Segmentation(SegmentationConfig(metric=("pixel_accuracy",)), ANSWERS)
     scorer = objective.scorer()

@@ -40,7 +40,18 @@ TOLERANCE = 1e-5  # of a loss, relative: of a stack's first step, beside the los
 
 
 class Unstackable(Exception):
-    """These runs cannot step as one."""
+    """Why these runs cannot step as one."""
+
+
+# What says that several models cannot be computed at once: ours, `torch.func`'s (ValueError: what a function returns is
+# no tensor), and a run's own numbers, which are met again in turn. Anything else is an error of a model, and is raised.
+CANNOT = (Unstackable, NotFinite, RuntimeError, ValueError)
+
+
+def told(error: Exception) -> str:
+    """The first sentence of why runs step in turn."""
+    text = " ".join(str(error).split()).partition(". ")[0].rstrip(".")
+    return text if isinstance(error, Unstackable) else f"{type(error).__name__}: {text}"
 
 
 def alike(run: Training) -> Any:
@@ -79,9 +90,8 @@ class Stack:
         if any(run.names != self.names for run in runs) or any(
             [own[name].shape for name in self.names] != self.shapes for own in known
         ):
-            raise Unstackable
-        if any(name not in known[0] for name in first.model.state_dict()):
-            raise Unstackable  # running statistics are not functions of the parameters
+            raise Unstackable("their parameters differ in name or shape")
+        _refuse_buffers(first.model, known[0])
         self.sizes = [shape.numel() for shape in self.shapes]
         self.decayed = sum(n for n, shape in zip(self.sizes, self.shapes, strict=True) if len(shape) >= 2)
         some = known[0][self.names[0]]
@@ -89,7 +99,7 @@ class Stack:
             torch.zeros(len(runs), sum(self.sizes), device=some.device) for _ in range(3)
         )
         if any(p.dtype != self.values.dtype for own in known for p in (own[name] for name in self.names)):
-            raise Unstackable
+            raise Unstackable(f"their parameters are not all {self.values.dtype}")
         self.step = torch.tensor(float(first.state.step))
         for row, (run, own) in enumerate(zip(runs, known, strict=True)):
             parts = (self._rows(t[row]) for t in (self.values, self.mean, self.square))
@@ -171,7 +181,7 @@ class Stack:
         alone."""
         for one, other in zip(values, alone, strict=True):
             if math.isfinite(other) and not abs(one - other) <= TOLERANCE * max(1.0, abs(other)):
-                raise Unstackable
+                raise Unstackable(f"a loss would be {one:g}, which is {other:g} alone")
         self.checked = True
 
     @torch.no_grad()
@@ -225,13 +235,12 @@ class Stacked:
     def __init__(self, models: Sequence[Any]) -> None:
         known = [dict(model.named_parameters()) for model in models]
         names = [name for name, p in known[0].items() if p.requires_grad]
-        if any(name not in known[0] for name in models[0].state_dict()):
-            raise Unstackable
+        _refuse_buffers(models[0], known[0])
         self.models = models
         try:
             self.parameters = {name: torch.stack([own[name].detach() for own in known]) for name in names}
         except (KeyError, RuntimeError):
-            raise Unstackable from None
+            raise Unstackable("their parameters differ in name or shape") from None
         self.checked = self.apart = False
         self.latest: tuple[Batch, list[Outputs | NotFinite]] | None = None
 
@@ -243,8 +252,8 @@ class Stacked:
             try:
                 with _quietly():
                     self.latest = batch, self.measure(batch)
-            except Exception as error:
-                _log.info("%d models measure in turn: %s: %s", len(self.models), type(error).__name__, error)
+            except CANNOT as error:
+                _log.info("%d models measure in turn: %s", len(self.models), told(error))
                 self.apart = True
                 return None
         found = self.latest[1][[m is model for m in self.models].index(True)]
@@ -276,8 +285,14 @@ class Stacked:
                 for name, value in model.measure(batch).items():
                     exact = not value.dtype.is_floating_point
                     if not (exact or torch.allclose(found[name], value, rtol=1e-4, atol=1e-5, equal_nan=True)):
-                        raise Unstackable
+                        raise Unstackable(f"{name} would be another than alone")
         self.checked = True
+
+
+def _refuse_buffers(model: nn.Module, parameters: Mapping[str, Any]) -> None:
+    """Raises Unstackable for what is no function of the parameters, running statistics say."""
+    if more := [name for name in model.state_dict() if name not in parameters]:
+        raise Unstackable(f"the model keeps more than its parameters, such as {more[0]}")
 
 
 @contextmanager
@@ -299,13 +314,15 @@ class Stacks:
 
     def __init__(self) -> None:
         self.known: list[Stack] = []
-        self.apart: set[str] = set()  # `alike` of runs that cannot step as one
+        self.apart: dict[str, str] = {}  # `alike` of runs that cannot step as one, and why
 
     def groups(self, here: Sequence[Training]) -> list[list[Training]]:
         """`here` in groups that may step as one."""
         found: dict[Any, list[Training]] = {}
         for run in here:
             key = None if run.alike in self.apart else alike(run)
+            if key is None and run.scaler.is_enabled():
+                self.apart.setdefault(run.alike, "float16 scales each loss by a factor of its own")
             found.setdefault(id(run) if key is None else key, []).append(run)
         groups = [part for group in found.values() for part in cut(group, group[0].model)]
         for stack in [s for s in self.known if s.runs not in groups]:
@@ -323,10 +340,9 @@ class Stacks:
                 self.known.append(stack)
             with _quietly():
                 return stack.step_all(group[0].group)
-        except Exception as error:
-            why = f"{type(error).__name__}: {error}"
+        except CANNOT as error:
+            why = self.apart[group[0].alike] = told(error)
             _log.info("%s and %d more step in turn: %s", group[0].run_dir.name, len(group) - 1, why)
-            self.apart.add(group[0].alike)
             if stack is not None:
                 stack.release()
                 self.known.remove(stack)
@@ -343,6 +359,6 @@ def measuring(runs: Mapping[Any, str]) -> dict[Any, Stacked | None]:
             if len(part) > 1:
                 try:
                     found |= dict.fromkeys(part, Stacked([run.model for run in part]))
-                except Unstackable:
-                    continue
+                except Unstackable as error:
+                    _log.info("%d models measure in turn: %s", len(part), told(error))
     return found

@@ -38,7 +38,9 @@ def fit_all(
     runs: Sequence[Training], progress: bool = True, resume: bool = True, judge: Judge | None = None
 ) -> list[dict[str, Any] | NotFinite]:
     """Train all of `runs`, which share their sources and their device; see `fit`. Returns what each ended with, in
-    order: its metrics, or why it could not go on.
+    order: its metrics, or why it could not go on. Of several runs the metrics tell, too: `stacked`, how many stepped as
+    one with it at most, itself included; `in_turn`, why it did not step as one with those that are alike, None where it
+    did.
 
     `judge`: told of the runs that go on whenever epochs have ended; those it returns stop there as losers. With
     `resume`, each goes on where its checkpoint stands; the pass begins with the batch that the first of them is to
@@ -69,7 +71,7 @@ class _Together:
     ) -> None:
         self.runs, self.interrupt, self.judge = runs, interrupt, judge
         self.active, self.ended = list(runs), dict[Any, dict[str, Any] | NotFinite]()
-        self.stacks = Stacks()
+        self.stacks, self.largest = Stacks(), dict.fromkeys(runs, 1)
         self.bar = tqdm(
             total=sum(run.total for run in runs),
             initial=sum(run.state.step for run in runs),
@@ -117,6 +119,7 @@ class _Together:
             return
         entries = self.stacks.step(group) if len(group) > 1 else None
         if entries is not None:
+            self.largest |= {run: max(len(group), self.largest[run]) for run in group}
             spent = (time.perf_counter() - begun) / len(group)
             for run, entry in zip(group, entries, strict=True):
                 self.made(run, entry, spent)
@@ -155,9 +158,13 @@ class _Together:
         tested = self.scores(stopped, "test")
         ended = [run for run in stopped if run in self.active]
         for run, result in zip(ended, at_once(ended, lambda run: run.finish(tested.get(run))), strict=True):
-            self.ended[run] = result
+            self.ended[run] = result if len(self.runs) == 1 else {**result, **self.how(run)}
             self.active.remove(run)
         return bool(self.active)
+
+    def how(self, run: Training) -> dict[str, Any]:
+        """How `run` stepped beside the others."""
+        return {"stacked": self.largest[run], "in_turn": self.stacks.apart.get(run.alike)}
 
     def scores(self, runs: Sequence[Training], split: str) -> dict[Training, dict[str, float]]:
         """The figures of `runs` on a split, in one pass over it; none where there is no such split."""

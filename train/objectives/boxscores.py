@@ -25,7 +25,8 @@ import numpy as np
 from pipeline.extract.batch import Batch
 from pipeline.extract.outlines import mask_library
 from pipeline.store.errors import Notice
-from pipeline.train.objectives.base import Outputs, Scorer
+from pipeline.train.fit.log import finite
+from pipeline.train.objectives.base import Outputs, Report, Scorer
 
 # Where pycocotools puts each in its list of figures.
 COCO = {"map": 0, "ap50": 1, "ap75": 2, "map_small": 3, "map_medium": 4, "map_large": 5}
@@ -160,20 +161,34 @@ class CocoMatches:
         evaluation.params.imgIds, evaluation.params.catIds = list(images), list(range(self.classes))
         return evaluation
 
-    def compute(self) -> dict[str, float]:
-        """Figure → value, NaN where nothing is to be found."""
+    def accumulated(self) -> Any:
+        """pycocotools' evaluation of all images taken, one at least."""
         images = sorted(self.images)
-        if not images:
-            return dict.fromkeys(COCO, math.nan)
         evaluation = self._evaluation(images)
         # By class and size, then by image.
         evaluation.evalImgs = [entry for row in zip(*(self.images[i] for i in images), strict=True) for entry in row]
         evaluation._paramsEval = deepcopy(evaluation.params)
         with contextlib.redirect_stdout(io.StringIO()):
             evaluation.accumulate()
+        return evaluation
+
+    def compute(self) -> dict[str, float]:
+        """Figure → value, NaN where nothing is to be found."""
+        if not self.images:
+            return dict.fromkeys(COCO, math.nan)
+        evaluation = self.accumulated()
+        with contextlib.redirect_stdout(io.StringIO()):
             evaluation.summarize()
         figures = {name: float(evaluation.stats[place]) for name, place in COCO.items()}
         return {name: math.nan if value < 0 else value for name, value in figures.items()}
+
+    def by_class(self) -> dict[str, list[float]]:
+        """`map` and `ap50` of each class, whose means over the classes that have an object are the figures; NaN of a
+        class without one."""
+        # (overlaps, recalls, classes, sizes, most detections), -1 where a class has no object; all sizes stand first.
+        precision = self.accumulated().eval["precision"][..., 0, -1]
+        each = np.where(precision < 0, math.nan, precision).mean(1)
+        return {"map": each.mean(0).tolist(), "ap50": each[0].tolist()}
 
 
 def _index(entries: Sequence[dict[str, Any]], image: int, classes: int) -> Any:
@@ -216,13 +231,15 @@ class VocMatches:
                     taken[best] = True
             own[kind] = int((~apart).sum()), scores[order], right
 
-    def compute(self) -> dict[str, float]:
-        """The mean over classes that have an object, of both forms."""
+    def by_class(self) -> dict[str, list[float]]:
+        """Both forms of each class, NaN of one without an object."""
         by_form: dict[str, list[float]] = {name: [] for name in VOC}
         for kind in range(self.classes):
             parts = [self.images[i][kind] for i in sorted(self.images) if kind in self.images[i]]
             total = sum(count for count, _, _ in parts)
             if not total:
+                for values in by_form.values():
+                    values.append(math.nan)
                 continue
             scores, right = (np.concatenate([part[k] for part in parts]) for k in (1, 2))
             right = right[np.argsort(-scores, kind="stable")]
@@ -230,7 +247,39 @@ class VocMatches:
             recall, precision = hits / total, hits / np.arange(1, len(hits) + 1)
             by_form["voc07_ap50"].append(eleven_points(recall, precision))
             by_form["voc_ap50"].append(area_under(recall, precision))
-        return {name: float(np.mean(values)) if values else math.nan for name, values in by_form.items()}
+        return by_form
+
+    def compute(self) -> dict[str, float]:
+        """The mean over classes that have an object, of both forms."""
+        found = {name: [v for v in values if not math.isnan(v)] for name, values in self.by_class().items()}
+        return {name: float(np.mean(values)) if values else math.nan for name, values in found.items()}
+
+
+class ObjectReport(Report):
+    """How well the objects of each class were found: how many there are, without crowds and difficult ones, and average
+    precision at an overlap of 0.5 and over overlaps as COCO has it, of each of `parts` ("box", "mask"); of a task that
+    is scored as VOC's, its `voc` figures. None where a class has no object."""
+
+    def __init__(self, labels: Sequence[str], parts: Sequence[str], voc: Sequence[str] = ()) -> None:
+        self.labels, self.voc = tuple(labels), tuple(voc)
+        names = [*self.voc, *(f"{part}_{figure}" for part in parts for figure in ("ap50", "map"))]
+        self.scorer, self.names = ObjectScorer(len(labels), names), names
+        self.counts = np.zeros(len(labels), np.int64)
+
+    def update(self, out: Outputs, batch: Batch) -> None:
+        self.scorer.update(out, batch)
+        for true in objects_there(batch):
+            np.add.at(self.counts, true.classes[~(true.crowd | true.difficult)], 1)
+
+    def compute(self) -> dict[str, Any]:
+        each = {} if self.scorer.voc is None else dict(self.scorer.voc.by_class())
+        for part, matches in self.scorer.parts.items():
+            each |= {f"{part}_{figure}": values for figure, values in matches.by_class().items()}
+        rows = [
+            {"name": name, "objects": int(self.counts[i]), **{n: finite(each[n][i]) for n in self.names}}
+            for i, name in enumerate(self.labels)
+        ]
+        return {"rows": rows}
 
 
 def iou(one: np.ndarray, other: np.ndarray) -> np.ndarray:

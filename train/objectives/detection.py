@@ -27,7 +27,7 @@ from pipeline.train.fit.finite import refuse_nan
 from pipeline.train.maps import groups, maps
 from pipeline.train.necks import WIDTH, neck_for
 from pipeline.train.objectives.base import Answers, Head, Objective, Outputs, Scorer, Vocabulary, register_objective
-from pipeline.train.objectives.boxscores import BOXES, MASKS, VOC, Objects, ObjectScorer
+from pipeline.train.objectives.boxscores import BOXES, MASKS, VOC, ObjectReport, Objects, ObjectScorer
 
 SMALLEST = 1.0  # pixels of a view, of the shorter side of a box that is learned
 
@@ -185,6 +185,10 @@ class Detection(Objective):
 
     def scorer(self) -> Scorer:
         return ObjectScorer(len(self.answers.labels), self.metrics)
+
+    def report(self) -> ObjectReport:
+        voc = [name for name in self.metrics if name in VOC]
+        return ObjectReport(self.answers.labels, ("mask", "box") if self.masks else ("box",), voc)
 
     def entries(self, out: Outputs) -> list[dict[str, Any]]:
         """`objects` of each image, best first: `label`, `score`, `bbox` (left, top, width, height) in its own pixels,

@@ -27,7 +27,16 @@ from pipeline.train.fit.finite import refuse_nan
 from pipeline.train.maps import Group, groups, maps
 from pipeline.train.necks import WIDTH, neck_for
 from pipeline.train.objective_configs import SegmentationConfig
-from pipeline.train.objectives.base import Answers, Head, Objective, Outputs, Scorer, Vocabulary, register_objective
+from pipeline.train.objectives.base import (
+    Answers,
+    Head,
+    Objective,
+    Outputs,
+    Report,
+    Scorer,
+    Vocabulary,
+    register_objective,
+)
 from pipeline.train.objectives.maskheads import auxiliary_head, map_head
 
 USUAL = ("miou", "pixel_accuracy")
@@ -159,6 +168,30 @@ class MaskScorer(Scorer):
         return {name: figures[name] for name in self.names}
 
 
+class MaskReport(MaskScorer, Report):
+    """Intersection over union of each class, the shares of what is told and of what is there that are right (precision,
+    recall), and its pixels; a share of nothing is None. Then their means over the classes that are there or told, and
+    the confusion matrix in pixels."""
+
+    def __init__(self, labels: Sequence[str]) -> None:
+        super().__init__(len(labels))
+        self.labels = tuple(labels)
+
+    def compute(self) -> dict[str, Any]:
+        right, there, told = self.counts.diagonal(), self.counts.sum(1), self.counts.sum(0)
+        columns = {"iou": there + told - right, "precision": told, "recall": there}
+        rows: list[dict[str, Any]] = []
+        for i, name in enumerate(self.labels):
+            shares = {k: float(right[i] / of[i]) if of[i] else None for k, of in columns.items()}
+            rows.append({"name": name, **shares, "pixels": int(there[i])})
+        means: dict[str, float | None] = {}
+        for column in columns:
+            known = [row[column] for row in rows if row[column] is not None]
+            means[column] = float(np.mean(known)) if known else None
+        rows.append({"name": "mean", **means, "pixels": int(there.sum())})
+        return {"rows": rows, "labels": list(self.labels), "confusion": self.counts.tolist()}
+
+
 @register_objective("segmentation", SegmentationConfig)
 class Segmentation(Objective):
     """Targets are masks, PNG files whose numbers are those that the task gives its classes; others are no class.
@@ -216,6 +249,9 @@ class Segmentation(Objective):
 
     def scorer(self) -> MaskScorer:
         return MaskScorer(len(self.numbers), self.metrics)
+
+    def report(self) -> MaskReport:
+        return MaskReport(self.names)
 
     def entries(self, out: Outputs) -> list[dict[str, Any]]:
         """`mask` (height, width) uint8 in the task's own numbers, and the share of pixels of each class."""
