@@ -32,7 +32,9 @@ def parse_projection(text: str, width: int | None = None) -> tuple[str, int] | N
         return None
     kind, _, count = text.partition(":")
     if kind not in KINDS or not count.isdigit() or int(count) < 1:
-        raise UserError(f"projection: none, pca:K, orthogonal:K or pca-maps:K with a number of channels K, not {text!r}")
+        raise UserError(
+            f"projection: none, pca:K, orthogonal:K or pca-maps:K with a number of channels K, not {text!r}"
+        )
     if width is not None and int(count) >= width:
         raise UserError(f"projection: {text} keeps {count} channels, the backbone's states have {width}: choose fewer")
     return kind, int(count)

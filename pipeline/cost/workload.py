@@ -49,8 +49,8 @@ class Workload:
     """What is to be run. `lengths`: split → stream → (n,) positions of sampled rows, of images as `Vision.measure`
     gives them; `rows`: split → rows in all. `classes`: what a step is counted with. `pictures`: a few of the images, to
     time reading them. `views`: of each training image, counted in `rows`. `learned`: of the positions that training
-    samples have, the share that are targets, where these are tokens (`classes` is then 0). `maps`: a projection keeps those
-    that heads read in few channels, too."""
+    samples have, the share that are targets, where these are tokens (`classes` is then 0). `maps`: a projection keeps
+    maps that heads read in few channels, too."""
 
     backbone: Backbone
     tuner: str

@@ -154,9 +154,10 @@ def test_projected_branches_train_as_live(scenes, checkpoints, tmp_path):
         assert "E³VA reads projected branches with" in said
 
 
-@pytest.mark.parametrize(("name", "tuner"), [("mobilenet", "fixed"), ("swin", "e3va"), ("vit", "fixed")])
+@pytest.mark.parametrize(("name", "tuner"), [("mobilenet", "fixed"), ("swin", "e3va"),
+                                                pytest.param("vit", "fixed", marks=pytest.mark.matrix)])  # fmt: skip
 def test_maps_of_few_channels_train_as_live(scenes, checkpoints, tmp_path, name, tuner):
-    """What heads read is stored in six channels and of its full width to them: cached = live, and as many parameters."""
+    """What heads read is stored in six channels and of full width to them: cached = live, parameters are as many."""
     words = ["--model", checkpoints[name], "--task", scenes, "--store", tmp_path / "store"]
     extract = ["extract", *words, "--image-size", "own", "--format", "float32", "--projection", "pca-maps:6"]
     assert "reads full states, not pca-maps:6" in run(*extract, "--for", "probe", ok=False)

@@ -106,7 +106,7 @@ def test_what_is_drawn_follows_from_the_seed_alone(head):
     assert found[0] == found[1] != found[2]
 
 
-COUNTED = {**dict.fromkeys(HEADS, {}), "cascade-rcnn fc": {"box_head": "fc"}}
+COUNTED = {**{name: {} for name in HEADS}, "cascade-rcnn fc": {"box_head": "fc"}}
 
 
 @pytest.mark.parametrize("name", COUNTED)
@@ -120,7 +120,10 @@ def test_what_plan_counts_of_a_step_is_what_a_step_does(name):
         counted = of.head(FEATURES, None).train()
     bare = Batch({}, {}, batch.lengths, metas=batch.metas, index=batch.index)
     nothing = {k: v.to("meta") for k, v in rows.items()}
-    for module, losses in ((model, lambda: model.losses(rows, batch)), (counted, lambda: counted.outlined(nothing, bare))):
+    for module, losses in (
+        (model, lambda: model.losses(rows, batch)),
+        (counted, lambda: counted.outlined(nothing, bare)),
+    ):
         with NoValues(), FlopCounterMode(display=False) as flops:
             sum(losses().values()).backward()
         kept = kept_bytes((*module.parameters(), *rows.values(), *nothing.values()), losses)
