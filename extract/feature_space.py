@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from pipeline.extract.backbones.base import TextOptions
-from pipeline.extract.backbones.capabilities import Branches
+from pipeline.extract.backbones.capabilities import Branches, Levels, Patches
 from pipeline.extract.backbones.views import POLICIES
 from pipeline.extract.pretrained import Checkpoint
-from pipeline.extract.projection import parse_projection
+from pipeline.extract.projection import MAPS, parse_projection
 from pipeline.store.errors import UserError
 
 FORMAT_VERSION = 1
@@ -26,8 +26,8 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": t
 @dataclass(frozen=True)
 class SpaceOptions:
     """The user's choices that are part of a feature space. `format`: how states are stored; `precision`: how the
-    backbone computes; `attention`: which implementation of attention it uses; `projection`: none, pca:K or
-    orthogonal:K, and `projection_fit` the digest of what was fitted."""
+    backbone computes; `attention`: which implementation of attention it uses; `projection`: none, pca:K,
+    orthogonal:K or pca-maps:K, and `projection_fit` the digest of what was fitted."""
 
     format: str = "float16"
     projection: str = "none"
@@ -58,11 +58,13 @@ def space_identity(checkpoint: Checkpoint, options: SpaceOptions) -> dict[str, A
     if options.attention not in backbone.attentions:
         raise UserError(f"attention: one of {', '.join(backbone.attentions)}, not {options.attention!r}")
     if options.projection != "none":
-        parse_projection(options.projection, backbone.width)
-        if backbone.shape != "sequence" and not isinstance(backbone, Branches):
+        kept = parse_projection(options.projection, backbone.width)
+        if kept is not None and kept[0] == MAPS:
+            if not isinstance(backbone, Levels | Patches):
+                raise UserError(f"projection: {backbone.name} backbones have no maps; choose pca or orthogonal")
+        elif backbone.shape != "sequence" and not isinstance(backbone, Branches):
             raise UserError(
-                f"projection: {backbone.name} backbones have maps of several widths, read as they are; only none is "
-                "possible"
+                f"projection: {backbone.name} backbones have maps of several widths alone; none or pca-maps:K"
             )
     return {
         **_image_fields(checkpoint, options),

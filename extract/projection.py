@@ -3,6 +3,9 @@
 `pca:K` keeps the K directions of largest variance of a sample, `orthogonal:K` K random orthonormal ones. A row x is
 kept as z = (x − mean) V, V (width, K) with orthonormal columns; a tuner's first map then reads K channels, which is the
 same method with that map confined to a subspace (methods §6.3). States that feed the live tail or a head stay full.
+
+`pca-maps:K` keeps these in K channels, too. Norms and heads of a pyramid then read z Vᵀ + mean, of full width again:
+all stays as it is, on maps that have lost what lies outside the subspace.
 """
 
 from __future__ import annotations
@@ -19,7 +22,8 @@ from pipeline.extract.encoding import tensors_of
 from pipeline.store.errors import NonFinite, StoreError, UserError
 from pipeline.store.format.digest import digest_bytes
 
-KINDS = ("pca", "orthogonal")
+MAPS = "pca-maps"
+KINDS = ("pca", "orthogonal", MAPS)
 
 
 def parse_projection(text: str, width: int | None = None) -> tuple[str, int] | None:
@@ -28,7 +32,9 @@ def parse_projection(text: str, width: int | None = None) -> tuple[str, int] | N
         return None
     kind, _, count = text.partition(":")
     if kind not in KINDS or not count.isdigit() or int(count) < 1:
-        raise UserError(f"projection: none, pca:K or orthogonal:K with a number of channels K, not {text!r}")
+        raise UserError(
+            f"projection: none, pca:K, orthogonal:K or pca-maps:K with a number of channels K, not {text!r}"
+        )
     if width is not None and int(count) >= width:
         raise UserError(f"projection: {text} keeps {count} channels, the backbone's states have {width}: choose fewer")
     return kind, int(count)
@@ -61,6 +67,12 @@ class Projection:
             rows = states[name].float()
             out[name] = (rows - self.mean[name].to(rows.device)) @ self.basis[name].to(rows.device)
         return out
+
+    def widened(self, name: str, rows: Tensor) -> Tensor:
+        """`rows` (n, K) of a projected state in its full width, float32; others as they are."""
+        if name not in self.basis:
+            return rows.float()
+        return rows.float() @ self.basis[name].to(rows.device).T + self.mean[name].to(rows.device)
 
     def tensors(self) -> dict[str, Tensor]:
         """As one safetensors file holds it."""

@@ -145,7 +145,8 @@ class Recipe:
     projection: str | None = _option(
         None,
         "Keep states in K channels: pca:K or orthogonal:K, fitted once for a feature space. What feeds the live layer "
-        "stays full. Default: none; train takes what the store has.",
+        "or a head stays full; pca-maps:K keeps maps that heads read in K, too. Default: none; train takes what the "
+        "store has.",
         "extract train",
         metavar="KIND:K",
     )

@@ -166,10 +166,15 @@ class Backbone(ABC):
             return self.projection.width
         return self.full_width(state)
 
-    def narrowed(self, channels: int) -> dict[str, int]:
-        """The states that a projection keeps in `channels`, with their own widths: those that must not stay full and
-        are wider than that."""
-        widths = {n: self.full_width(n) for n in self.states() if n not in self.full_states()}
+    def widened(self, state: str, rows: Tensor) -> Tensor:
+        """`rows` of `state` as a tuner gets them → (n, `full_width`), float32."""
+        return rows.float() if self.projection is None else self.projection.widened(state, rows)
+
+    def narrowed(self, channels: int, maps: bool = False) -> dict[str, int]:
+        """The states that a projection keeps in `channels`, with their own widths: those that are wider than that and
+        must not stay full, which of a projection of `maps` none must."""
+        full = () if maps else self.full_states()
+        widths = {n: self.full_width(n) for n in self.states() if n not in full}
         return {name: width for name, width in widths.items() if width > channels}
 
     def full_states(self) -> list[str]:

@@ -14,6 +14,7 @@ from pipeline.extract.backbones.live import LiveBackbone
 from pipeline.extract.batching import consecutive_batches
 from pipeline.extract.encoding import arrays_of
 from pipeline.extract.projection import (
+    MAPS,
     about_name,
     file_name,
     fit,
@@ -58,9 +59,9 @@ def project(
             remove = store_command("rm", store.where, chosen.id[:12])
             say(f"warning: it was {few} only; to fit it anew, remove the space: {remove}")
     else:
-        widths = live.backbone.narrowed(parsed[1])
+        widths = live.backbone.narrowed(parsed[1], parsed[0] == MAPS)
         pick = inputs.take(sample(FIT_SAMPLES, len(inputs), seed))
-        if parsed[0] == "pca":
+        if parsed[0] != "orthogonal":
             say(f"projection {identity['projection']}: fitting {len(widths)} states on {len(pick):,} samples")
         found = fit(*parsed, seed, widths, _states(live, pick, list(widths), tokens))
         about = {"samples": len(pick), "task": task, "seed": seed}

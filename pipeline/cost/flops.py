@@ -176,7 +176,7 @@ def surrogate_loss(model: Model, batch: Batch) -> torch.Tensor:
     batch.targets = model.objective.made_up(batch)
     features = model(batch)
     if not model.objective.wants.text_head:
-        first, *others = model.head.losses(features, batch).values()
+        first, *others = model.head.outlined(features, batch).values()
         return torch.stack([first, *others]).sum() if others else first
     (rows,) = features.values()
     assert isinstance(model.tuner.tail, TextTail)

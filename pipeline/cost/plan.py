@@ -211,8 +211,9 @@ def predict(
 def sizes(work: Workload, projection: str | None, channels: int | None) -> dict[str, dict[str, float]]:
     """Bytes a sample and in all of every format, then of float16 in a quarter and an eighth of the channels."""
     table = {f: work.bytes(f) for f in FORMATS}
-    if work.backbone.shape == "sequence" or set(work.states) - set(work.backbone.full_states()):
-        table |= {f"float16, pca:{k}": work.bytes("float16", k) for n in (4, 8) if (k := work.backbone.width // n)}
+    if work.backbone.shape == "sequence" or set(work.states) - work.full:
+        if not work.maps:
+            table |= {f"float16, pca:{k}": work.bytes("float16", k) for n in (4, 8) if (k := work.backbone.width // n)}
         if channels is not None:
             table |= {f"{f}, {projection}": work.bytes(f, channels) for f in FORMATS}
     if work.dense and isinstance(work.backbone, Levels):

@@ -23,7 +23,7 @@ from pipeline.extract.batch import stream_of
 from pipeline.extract.batching import extraction_batches
 from pipeline.extract.completion import windows
 from pipeline.extract.pretrained import Checkpoint, local
-from pipeline.extract.projection import orthogonal, parse_projection
+from pipeline.extract.projection import MAPS, orthogonal, parse_projection
 from pipeline.extract.tasks import Task
 from pipeline.extract.tasks.completion import form_of
 from pipeline.jobs.sources import batch_size_of, grouped
@@ -49,7 +49,8 @@ class Workload:
     """What is to be run. `lengths`: split → stream → (n,) positions of sampled rows, of images as `Vision.measure`
     gives them; `rows`: split → rows in all. `classes`: what a step is counted with. `pictures`: a few of the images, to
     time reading them. `views`: of each training image, counted in `rows`. `learned`: of the positions that training
-    samples have, the share that are targets, where these are tokens (`classes` is then 0)."""
+    samples have, the share that are targets, where these are tokens (`classes` is then 0). `maps`: a projection keeps
+    maps that heads read in few channels, too."""
 
     backbone: Backbone
     tuner: str
@@ -65,11 +66,17 @@ class Workload:
     pictures: list[Picture] = field(default_factory=list)
     views: int = 1
     learned: float = 1.0
+    maps: bool = False
 
     @property
     def dense(self) -> Objective | None:
         """The objective, where its own head is counted."""
         return self.classes if isinstance(self.classes, Objective) else None
+
+    @property
+    def full(self) -> set[str]:
+        """States that the projection leaves as they are, however wide."""
+        return set() if self.maps else set(self.backbone.full_states())
 
     @property
     def samples(self) -> int:
@@ -82,7 +89,7 @@ class Workload:
     def sample_bytes(self, fmt: str, split: str, channels: int | None = None, states: Sequence[str] = ()) -> float:
         """Bytes of one sample as stored, the mean over a split. `channels`: of projected states, None for no
         projection. `states`: others than the tuner's."""
-        n, full = {s: float(k.mean()) for s, k in self.lengths[split].items()}, set(self.backbone.full_states())
+        n, full = {s: float(k.mean()) for s, k in self.lengths[split].items()}, self.full
         total = float(sum(4 * n[stream_of(c)] for c in self.backbone.columns))
         for state in states or self.states:
             stream = stream_of(state)
@@ -205,7 +212,7 @@ def workload(recipe: Recipe, task: Task | None = None) -> Workload:
     refuse_for_kind(recipe, backbone)
     if kept := parse_projection(recipe.projection or "none", backbone.width):
         # Of a projection the widths alone matter here.
-        backbone = backbone.projected(orthogonal(backbone.narrowed(kept[1]), kept[1], 0))
+        backbone = backbone.projected(orthogonal(backbone.narrowed(kept[1], kept[0] == MAPS), kept[1], 0))
     config = config_of(recipe, recipe.tuner)
     splits = [s for s in (recipe.split or task.splits) if len(task.rows(s))]
     found = {s: sample_lengths(backbone, tokenizer, task, s, recipe) for s in splits}
@@ -237,4 +244,5 @@ def workload(recipe: Recipe, task: Task | None = None) -> Workload:
         pictures,
         recipe.views or 1,
         found["train" if "train" in splits else splits[0]][1],
+        kept is not None and kept[0] == MAPS,
     )

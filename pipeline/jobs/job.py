@@ -266,9 +266,8 @@ def make_job(
     config = config_of(recipe, recipe.tuner)
     tuner = fitting_tuner(recipe.tuner, config, found.backbone)
     states = tuner.states(config, found.backbone)
-    projection = found.backbone.projection
-    if projection is not None and not tuner.projects and projection.basis.keys() & set(states):
-        kind = found.space.identity["projection"]
+    projection, kind = found.backbone.projection, found.space.identity.get("projection", "none")
+    if projection is not None and not tuner.reads(kind) and projection.basis.keys() & set(states):
         raise UserError(f"tuner {recipe.tuner} reads full states; this feature space keeps {kind}: extract without it")
     return Job(recipe, found, tables, spec, config, states, device_of(recipe), live)
 

@@ -17,7 +17,7 @@ from pipeline.extract.backbones.images import Preprocess
 from pipeline.extract.encoding import tensors_of
 from pipeline.extract.feature_space import SpaceOptions, space_identity, views_text
 from pipeline.extract.pretrained import Checkpoint, local
-from pipeline.extract.projection import parse_projection
+from pipeline.extract.projection import MAPS, parse_projection
 from pipeline.extract.tasks import canonical_name
 from pipeline.extract.tasks.base import DENSE, TaskSpec
 from pipeline.jobs.slots import slot_of
@@ -103,15 +103,17 @@ def refuse_full_readers(recipe: Recipe, names: Sequence[str], backbone: Backbone
     """UserError for a tuner of `names` that cannot work in the projected space `recipe` asks for."""
     if (kept := parse_projection(recipe.projection or "none", backbone.width)) is None:
         return
-    read: set[str] = set()
+    maps, read = kept[0] == MAPS, set[str]()
+    narrowed = backbone.narrowed(kept[1], maps).keys()
     for name in names:
         tuner = tuner_class(name, backbone)
         states = set(tuner.states(config_of(recipe, name, len(names) > 1), backbone))
-        if not tuner.projects and backbone.narrowed(kept[1]).keys() & states:
+        if not tuner.reads(recipe.projection or "none") and narrowed & states:
             raise UserError(f"tuner {name} reads full states, not {recipe.projection}: extract without it")
         read |= states
-    if backbone.shape != "sequence" and not backbone.narrowed(kept[1]).keys() & read:
-        raise UserError(f"--projection: {' and '.join(names)} on {backbone.name} backbones read full states alone")
+    if (maps or backbone.shape != "sequence") and not narrowed & read:
+        which = f"no state wider than {kept[1]}" if maps else f"full states alone (pca-maps:{kept[1]} keeps these, too)"
+        raise UserError(f"--projection: {' and '.join(names)} on {backbone.name} backbones read {which}")
 
 
 @dataclass

@@ -19,6 +19,8 @@ from pipeline.commands.extract import run_extract
 from pipeline.commands.train import run_train
 from pipeline.recipe import Recipe
 from pipeline.runs import load_run
+from pipeline.train.fit.optimizer import adamw
+from pipeline.train.fit.options import FitOptions
 from tests.benchmarks.results import markdown, write
 
 NOTE = """Frozen MobileNetV2 × 0.35 with ImageNet features; the first {images} of the 80 training images of the COCO
@@ -26,6 +28,12 @@ subset (80 classes; {short} pixels on the shorter side, at most {long} on the lo
 head can learn by heart of the maps that it is given, not what it would find elsewhere. Heads of width {width}
 (published: 256), batch 2, AdamW, cosine schedule. Seconds an epoch are of training alone, from the store, on {threads}
 CPU thread(s) of a shared machine."""
+
+
+SHOWN = {
+    "box_ap50": "box AP50", "box_map": "box AP", "box_map_small": "small", "box_map_medium": "medium",
+    "box_map_large": "large", "mask_ap50": "mask AP50", "mask_map": "mask AP",
+}  # fmt: skip
 
 
 def first_images(file: Path, count: int, folder: Path) -> Path:
@@ -37,6 +45,22 @@ def first_images(file: Path, count: int, folder: Path) -> Path:
     made = folder / f"first-{count}_train2017.json"
     made.write_text(json.dumps(raw))
     return made
+
+
+def further(folder: Path, epochs: int, rate: float) -> dict[str, float]:
+    """The figures on the training images after `epochs` more from a finished run's weights, from `rate` down to 0 in a
+    cosine, as `pipeline train` clips and decays."""
+    run, options = load_run(folder), FitOptions(lr=rate)
+    source, model = run.job.source("train"), run.model.train()
+    optimizer, _ = adamw(model, options)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(source))
+    for batch in source.epochs(0, epochs):
+        optimizer.zero_grad(set_to_none=True)
+        model.loss(batch).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip or float("inf"))
+        optimizer.step()
+        schedule.step()
+    return run.evaluate("train")
 
 
 def main() -> None:
@@ -52,6 +76,10 @@ def main() -> None:
     parser.add_argument("--proposals", type=int, default=128, help="sampled of an image, of heads with proposals")
     parser.add_argument("--box-head", default="fc", choices=("fc", "conv"), help="of a cascade")
     parser.add_argument("--images", type=int, default=80, help="the first so many of the training images")
+    parser.add_argument(
+        "--further", type=int, default=0, help="epochs more from the weights of the run, in a row below"
+    )
+    parser.add_argument("--further-lr", type=float, default=3e-4)
     args = parser.parse_args()
     coco = args.data / "coco"
     args.out.mkdir(parents=True, exist_ok=True)
@@ -77,12 +105,22 @@ def main() -> None:
             **common, tuner="fixed", objective=kind, objective_options=options, epochs=epochs, lr=args.lr,
             schedule="cosine", out=str(args.out / "runs" / head), overwrite=True,
         )  # fmt: skip
-        found = run_train(recipe, lambda text: None, quiet=True)
-        figures = load_run(args.out / "runs" / head).evaluate("train")
-        shown = ("box_ap50", "box_map", "mask_ap50", "mask_map")
-        cells = [f"{100 * figures[name]:.1f}" if name in figures else "–" for name in shown]
-        row = (head, f"{found['trainable_parameters']:,}", epochs, *cells, f"{found['seconds_per_epoch']:.1f}")
-        print(*row, flush=True)
+        folder = args.out / "runs" / head
+        done = folder / "metrics.json"  # with --further a finished run is not trained anew
+        if args.further and done.is_file():
+            found = json.loads(done.read_text(encoding="utf-8"))
+        else:
+            found = run_train(recipe, lambda text: None, quiet=True)
+        more = f"{epochs} + {args.further} at {args.further_lr:g}"
+        figures = {str(epochs): load_run(folder).evaluate("train")}
+        if args.further:
+            figures[more] = further(folder, args.further, args.further_lr)
+        rows = []
+        for trained, each in figures.items():
+            cells = [f"{100 * each[name]:.1f}" if name in each else "–" for name in SHOWN]
+            seconds = f"{found['seconds_per_epoch']:.1f}" if trained != more else ""
+            rows.append((head, f"{found['trainable_parameters']:,}", trained, *cells, seconds))
+            print(*rows[-1], flush=True)
         note = NOTE.format(
             images=args.images, width=args.width, threads=torch.get_num_threads(), short=args.short, long=args.long
         )
@@ -91,8 +129,9 @@ def main() -> None:
         command += f" --width {args.width} --lr {args.lr:g}"
         command += "" if head == "retinanet" else f" --proposals {args.proposals}"
         command += f" --box-head {args.box_head}" if "cascade" in head else ""
-        columns = ("head", "parameters", "epochs", "box AP50", "box AP", "mask AP50", "mask AP", "s/epoch")
-        write(f"Detection, {head}, {args.images} images", command, f"{note}\n\n{markdown(columns, [row])}")
+        command += f" --further {args.further} --further-lr {args.further_lr:g}" if args.further else ""
+        columns = ("head", "parameters", "epochs", *SHOWN.values(), "s/epoch")
+        write(f"Detection, {head}, {args.images} images", command, f"{note}\n\n{markdown(columns, rows)}")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from pipeline.cost import rates
 from pipeline.store import Store
 from tests.objects import write_coco, write_voc
 from tests.pipeline.test_segmentation import losses, run
@@ -160,6 +161,28 @@ def test_voc_is_scored_as_voc(checkpoints, tmp_path):
     (table,) = [space.read_table(t) for t in space.tables() if t.split == "train"]
     seen = {tuple(meta["geometry"]["size"]): tuple(meta["geometry"]["seen"]) for meta in table.metas}
     assert seen == {(64, 64): (48, 48), (50, 70): (48, 67), (72, 40): (80, 44)}
+
+
+@pytest.mark.parametrize("head", ["retinanet", "cascade-mask-rcnn"])
+def test_plan_counts_the_parameters_of_heads_at_80_classes(coco, checkpoints, tmp_path, monkeypatch, head):
+    of_no_use = [("backbone_rate", 1e12), ("decode_rate", 1e10)]
+    of_no_use += [("step_seconds", 0.1)] if head == "retinanet" else []  # of the other a real step is timed
+    for name, value in of_no_use:
+        monkeypatch.setattr(rates, name, lambda *a, value=value: value)
+    monkeypatch.setattr(rates, "disk_rates", lambda *a: (1e9, 1e9, 1e9))
+    files = {}
+    for split, file in coco.items():
+        raw = json.loads(file.read_text())
+        raw["categories"] += [{"id": 100 + i, "name": f"more {i}"} for i in range(80 - 3)]
+        files[split] = tmp_path / file.name
+        files[split].write_text(json.dumps(raw))
+    words = ["--model", checkpoints["mobilenet"], "--task", files["train"], "--validation", files["val"]]
+    words += ["--data", coco["train"].parents[1], "--image-size", "own", "--head", head, *NARROW, *HEADS[head]]
+    words += ["--tuner", "fixed"]
+    plan = run("plan", *words)
+    done = run("train", *words, "--live", "--epochs", 1, "--max-steps", 1, "--out", tmp_path / "run")
+    assert plan["parameters"] == {"tuner": 0, "head": done["trainable_parameters"]}
+    assert plan["operations"]["tuner a step"] > 0 and plan["memory"]["kept for the backward pass"] > 0
 
 
 REFUSED = {

@@ -154,6 +154,29 @@ def test_projected_branches_train_as_live(scenes, checkpoints, tmp_path):
         assert "E³VA reads projected branches with" in said
 
 
+@pytest.mark.parametrize(("name", "tuner"), [("mobilenet", "fixed"), ("swin", "e3va"),
+                                                pytest.param("vit", "fixed", marks=pytest.mark.matrix)])  # fmt: skip
+def test_maps_of_few_channels_train_as_live(scenes, checkpoints, tmp_path, name, tuner):
+    """What heads read is stored in six channels and of full width to them: cached = live, parameters are as many."""
+    words = ["--model", checkpoints[name], "--task", scenes, "--store", tmp_path / "store"]
+    extract = ["extract", *words, "--image-size", "own", "--format", "float32", "--projection", "pca-maps:6"]
+    assert "reads full states, not pca-maps:6" in run(*extract, "--for", "probe", ok=False)
+    run(*extract, "--for", tuner)
+    (space,) = Store.open(tmp_path / "store").spaces()
+    names = {s for segment in space.segments() for s in segment.states}
+    assert {len(next(space.samples(state))[1][0]) for state in names} == {6}
+    train = ["train", *words, "--head", "linear", "--tuner", tuner, "--epochs", 1, "--batch-size", 3]
+    cached, live = (run(*train, *more, "--out", tmp_path / at) for at, more in (("a", []), ("b", ["--live"])))
+    one, other = losses(tmp_path / "a"), losses(tmp_path / "b")
+    assert len(one) > 1 and np.abs(np.subtract(one, other)).max() <= 1e-5
+    full = run(*train, "--live", "--projection", "none", "--store", tmp_path / "none", "--image-size", "own",
+               "--max-steps", 1, "--out", tmp_path / "c")  # fmt: skip
+    if tuner == "fixed":  # adapters read the six channels of branches
+        assert full["trainable_parameters"] == cached["trainable_parameters"] == live["trainable_parameters"]
+    scored = run("evaluate", tmp_path / "a")
+    assert scored["miou"] == pytest.approx(cached["test"]["miou"])
+
+
 def test_what_was_said_to_be_no_class_when_extracting_is_none_ever_after(scenes, checkpoints, tmp_path):
     words = ["--model", checkpoints["mobilenet"], "--task", scenes, "--store", tmp_path / "store"]
     run("extract", *words, "--for", "fixed", "--ignore-index", 0, "--image-size", "own")

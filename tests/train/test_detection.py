@@ -11,10 +11,12 @@ import pytest
 import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import box_iou
 
+from pipeline.cost.flops import NoValues, kept_bytes
 from pipeline.extract.backbones import Batch
 from pipeline.extract.geometry import META, Geometry
 from pipeline.store.errors import Notice, UserError
@@ -102,6 +104,32 @@ def test_what_is_drawn_follows_from_the_seed_alone(head):
         torch.manual_seed(seed)
         found.append(float(sum(model.losses(rows, batch).values()).detach()))
     assert found[0] == found[1] != found[2]
+
+
+COUNTED = {**{name: {} for name in HEADS}, "cascade-rcnn fc": {"box_head": "fc"}}
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_what_plan_counts_of_a_step_is_what_a_step_does(name):
+    """Operations, and bytes kept for the backward pass: on the meta device as in a step that draws all it may."""
+    head = name.split()[0]
+    of = objective(head, **COUNTED[name], **({} if head == "retinanet" else {"proposals": 4}))
+    batch, rows = made(GEOMETRIES[:2], THINGS[:2], of)
+    model, steps = of.head(FEATURES, None).train(), []
+    with torch.device("meta"):
+        counted = of.head(FEATURES, None).train()
+    bare = Batch({}, {}, batch.lengths, metas=batch.metas, index=batch.index)
+    nothing = {k: v.to("meta") for k, v in rows.items()}
+    for module, losses in (
+        (model, lambda: model.losses(rows, batch)),
+        (counted, lambda: counted.outlined(nothing, bare)),
+    ):
+        with NoValues(), FlopCounterMode(display=False) as flops:
+            sum(losses().values()).backward()
+        kept = kept_bytes((*module.parameters(), *rows.values(), *nothing.values()), losses)
+        steps.append((flops.get_total_flops(), kept))
+    (real, kept), (found, outlined) = steps
+    assert real == found > 0 and outlined == pytest.approx(kept, rel=0.25)
 
 
 def test_boxes_are_drawn_by_where_they_lie():

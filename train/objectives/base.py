@@ -73,6 +73,11 @@ class Head(nn.Module):
         """Weighted terms, scalars, each a mean over what `weight` counts; their sum trains."""
         raise NotImplementedError
 
+    def outlined(self, features: Features, batch: Batch) -> dict[str, Tensor]:
+        """`losses` with the same products and without a look at values, which the meta device does not have: what a
+        step's operations and memory are counted with."""
+        return self.losses(features, batch)
+
     def weight(self, batch: Batch) -> float:
         """What the batch counts for beside others of one step, in accumulation and over ranks."""
         return float(len(batch))

@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
 from torchvision.models.detection.retinanet import RetinaNet, RetinaNetHead
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork
+from torchvision.ops import sigmoid_focal_loss
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
 from pipeline.extract.geometry import Geometry
@@ -64,6 +66,12 @@ class OneStage(nn.Module):
         found = self.net.compute_loss([dict(target)], raw, anchors)
         return {"class": found["classification"], "box": found["bbox_regression"]}
 
+    def outlined(self, maps: Sequence[Tensor], geometry: Geometry) -> Tensor:
+        """What `losses` computes, of no targets."""
+        raw = self.net.head(list(self.net.backbone([maps[i] for i in self.read]).values()))
+        scores = raw["cls_logits"].float()
+        return sigmoid_focal_loss(scores, torch.zeros_like(scores), reduction="sum") + raw["bbox_regression"].sum()
+
     def told(self, maps: Sequence[Tensor], geometry: Geometry) -> dict[str, Tensor]:
         """`boxes`, `scores` and `labels` of one image, best first."""
         levels, raw, anchors = self._raw(maps, geometry)
@@ -101,6 +109,23 @@ class TwoStage(nn.Module):
         _, more = self.heads(levels, [in_place(p) for p in proposals], [geometry.seen], targets)
         return {name.removeprefix("loss_"): term for name, term in {**found, **more}.items()}
 
+    def outlined(self, maps: Sequence[Tensor], geometry: Geometry) -> Tensor:
+        """What `losses` computes with as many proposals, and among them objects, as it draws at most; all lie on the
+        finest map, for which map it is that is pooled changes no product."""
+        levels, heads = self.neck(maps), self.heads
+        logits, deltas = self.rpn.head(list(levels.values()))
+        terms = [t.sum() for t in (*logits, *deltas)]
+        drawn = heads.fg_bg_sampler.batch_size_per_image
+        objects = int(drawn * heads.fg_bg_sampler.positive_fraction)
+        for head, predictor in zip(stages(heads.box_head), stages(heads.box_predictor), strict=True):
+            scores, deltas = predictor(head(heads.box_roi_pool.made_up(levels, drawn)))
+            nothing = torch.zeros(drawn, dtype=torch.long, device=scores.device)
+            terms += [F.cross_entropy(scores, nothing), deltas.sum()]
+        for head, predictor in zip(stages(heads.mask_head), stages(heads.mask_predictor), strict=True):
+            chances = predictor(head(heads.mask_roi_pool.made_up(levels, objects)))[:, 0]
+            terms.append(F.binary_cross_entropy_with_logits(chances, torch.zeros_like(chances)))
+        return torch.stack(terms).sum()
+
     def told(self, maps: Sequence[Tensor], geometry: Geometry) -> dict[str, Tensor]:
         """`boxes`, `scores` and `labels` of one image, best first, and of instances `masks` (n, 1, m, m), the chance of
         each position of a box to be the object's."""
@@ -108,6 +133,11 @@ class TwoStage(nn.Module):
         proposals, _ = self.rpn(image_list(geometry), levels)
         (found,), _ = self.heads(levels, proposals, [geometry.seen])
         return {**found, "labels": found["labels"] - 1}
+
+
+def stages(heads: nn.Module | None) -> list[Any]:
+    """The heads of a cascade, the one of any other form, none where there is no such branch."""
+    return [] if heads is None else list(heads) if isinstance(heads, nn.ModuleList) else [heads]
 
 
 def in_place(boxes: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.rpn import RPNHead
-from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, roi_align
 from torchvision.ops.poolers import initLevelMapper
 
 from pipeline.extract.geometry import Geometry
@@ -52,6 +52,12 @@ class Pool(MultiScaleRoIAlign):
         self.scales = [1 / s for s in strides]
         levels = [round(math.log2(s)) for s in strides]
         self.map_levels = initLevelMapper(levels[0], levels[-1], self.canonical_scale, self.canonical_level)
+
+    def made_up(self, maps: Mapping[str, Tensor], count: int) -> Tensor:
+        """What `count` boxes on the finest of `maps` are pooled to; on the meta device too."""
+        finest = maps[self.featmap_names[0]]
+        corners = finest.new_tensor([0.0, 0.0, finest.shape[3], finest.shape[2]]).expand(count, 4)
+        return roi_align(finest, [corners], self.output_size, 1.0, self.sampling_ratio)
 
 
 class Neck(FeaturePyramidNetwork):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pipeline.extract.batch import Batch
-from pipeline.extract.geometry import Geometry
+from pipeline.extract.geometry import META, Geometry
 from pipeline.extract.outlines import compressed, outline_mask
 from pipeline.extract.tasks.objects import NUMBERS
 from pipeline.store.errors import UserError
@@ -29,6 +29,7 @@ from pipeline.train.necks import WIDTH, neck_for
 from pipeline.train.objectives.base import Answers, Head, Objective, Outputs, Scorer, Vocabulary, register_objective
 from pipeline.train.objectives.boxscores import BOXES, MASKS, VOC, ObjectReport, Objects, ObjectScorer
 
+MADE_UP = 8  # objects an image that a step is counted and timed with; an image of COCO's has 7 on average
 SMALLEST = 1.0  # pixels of a view, of the shorter side of a box that is learned
 
 
@@ -74,6 +75,9 @@ class BoxHead(Head):
             for name, term in self.net.losses(own, geometry, target).items():
                 found.setdefault(name, []).append(term)
         return {name: torch.stack(terms).sum() / len(batch) for name, terms in found.items()}
+
+    def outlined(self, features: Features, batch: Batch) -> dict[str, Tensor]:
+        return {str(place): self.net.outlined(own, geometry) for place, own, geometry in self.each(features, batch)}
 
     def predict(self, features: Features, batch: Batch) -> Outputs:
         """`objects`: those found in each image, best first, in its own pixels (see `told_size`)."""
@@ -123,6 +127,7 @@ class Detection(Objective):
     wants = Want(kinds=("map",))
     files = True
     writes = ("overlays/{}.jpg",)
+    counted = True
     masks = False
 
     def __init__(self, config: DetectionConfig, answers: Answers) -> None:
@@ -173,6 +178,26 @@ class Detection(Objective):
             "truth_box": boxes, "truth_class": classes, "truth_area": areas, "truth_crowd": crowd,
             "truth_difficult": difficult,
         }  # fmt: skip
+
+    def made_up(self, batch: Batch) -> dict[str, Tensor]:
+        """`MADE_UP` objects of the first class an image, side by side, each half as tall as it is."""
+        extents, device = [picture.extent for picture in batch.pictures or ()], batch.device
+        batch.metas = [{META: Geometry(extent, extent, extent).to_meta()} for extent in extents]
+        boxes, masks = [], []
+        for tall, wide in extents:
+            left = [wide * i // MADE_UP for i in range(MADE_UP)]
+            boxes += [[x, 0, x + wide // MADE_UP, tall // 2] for x in left]
+            if self.masks:
+                mask = torch.zeros(MADE_UP, tall, wide, dtype=torch.uint8, device=device)
+                masks.append(mask.index_fill_(1, torch.arange(tall // 2, device=device), 1).view(-1))
+        count = torch.full((len(extents),), MADE_UP)
+        made = {
+            "box": torch.tensor(boxes, dtype=torch.float32, device=device).view(-1, 4), "box.n": count,
+            "label": torch.zeros(len(boxes), dtype=torch.long, device=device), "label.n": count,
+        }  # fmt: skip
+        if masks:
+            made |= {"mask": torch.cat(masks), "mask.n": torch.tensor([len(mask) for mask in masks])}
+        return made
 
     def _mask(self, found: Mapping[str, Any], geometry: Geometry) -> np.ndarray:
         try:

@@ -22,6 +22,7 @@ from pipeline.extract.backbones.capabilities import Capability, WritesText
 from pipeline.extract.backbones.tail import Tail
 from pipeline.extract.batch import Batch
 from pipeline.extract.plugins import load_installed
+from pipeline.extract.projection import MAPS
 from pipeline.store.errors import UserError
 from pipeline.train.configs import SideConfig, TunerConfig
 from pipeline.train.features import Feature, Features, Kind, Want
@@ -64,6 +65,7 @@ class Tuner(nn.Module):
     text_head: ClassVar[bool] = False  # True: can hand out rows for the frozen head of a text-to-text backbone
     continues_text: ClassVar[bool] = False  # True: the same for a decoder alone; no row has seen a later position
     projects: ClassVar[bool] = False  # True: its first maps take states of `backbone.state_width`, projected ones too
+    widens: ClassVar[bool] = False  # True: maps kept in fewer channels are widened before norms and heads read them
     # Learning rates that `train` starts from: the papers' under a frozen text head, measured ones elsewhere.
     lr_text: ClassVar[float] = 3e-3
     lr_pooled: ClassVar[float] = 1e-3
@@ -82,6 +84,11 @@ class Tuner(nn.Module):
     def states(cls, config: Any, backbone: Backbone) -> list[str]:
         """The states this tuner reads, in store order."""
         raise NotImplementedError
+
+    @classmethod
+    def reads(cls, projection: str) -> bool:
+        """Whether it takes states that `projection` keeps in fewer channels."""
+        return cls.widens if projection.startswith(f"{MAPS}:") else cls.projects
 
     @classmethod
     def refuse(cls, config: Any, backbone: Backbone) -> str | None:

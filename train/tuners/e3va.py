@@ -103,6 +103,7 @@ class E3va(Tuner):
     shapes = ("pyramid",)
     needs = (Branches,)
     projects = True
+    widens = True
     tail: SwinTail
 
     def __init__(self, config: E3vaConfig, backbone: Backbone, tail: SwinTail, wants: Want) -> None:
@@ -141,7 +142,7 @@ class E3va(Tuner):
     def forward(self, batch: Batch) -> Features:
         """A map a stage."""
         start = batch.states["stage1.0.msa"].float()
-        e = batch.states["stage1.in"].float() if self.config.start == "embedding" else torch.zeros_like(start)
+        e = self._map("stage1.in", batch) if self.config.start == "embedding" else torch.zeros_like(start)
         out: Features = {}
         for number, stream in enumerate(self.backbone.streams):
             if number:
@@ -151,7 +152,7 @@ class E3va(Tuner):
             if self.backbone.projection is not None:
                 e = e + self._way(number, batch)
             last = f"{stream}.{self.backbone.depth(stream) - 1}"
-            met = e + batch.states[last].float() if self.config.fusion == "sum" else e
+            met = e + self._map(last, batch) if self.config.fusion == "sum" else e
             out[stream] = self.norms[stream](met)
         return out
 
@@ -170,9 +171,12 @@ class E3va(Tuner):
         """What all branches of a stage add up to, from the states around it: of projected branches the sum is not
         known."""
         streams = self.backbone.streams
-        states = [batch.states[f"{s}.{self.backbone.depth(s) - 1}"].float() for s in streams[: number + 1]]
-        start = self.tail.merge(states[-2], number - 1, batch) if number else batch.states["stage1.in"].float()
+        states = [self._map(f"{s}.{self.backbone.depth(s) - 1}", batch) for s in streams[: number + 1]]
+        start = self.tail.merge(states[-2], number - 1, batch) if number else self._map("stage1.in", batch)
         return states[-1] - start
+
+    def _map(self, state: str, batch: Batch) -> Tensor:
+        return self.backbone.widened(state, batch.states[state])
 
 
 def _adapter(config: E3vaConfig, width: int, reads: int) -> nn.Module:

@@ -21,6 +21,7 @@ class Fixed(Tuner):
     description = "the head alone on the frozen backbone's feature pyramid: the floor of dense tasks"
     shapes = ("pyramid",)
     needs = (Levels,)
+    widens = True
     lr_pooled = 3e-3
 
     def __init__(self, config: FixedConfig, backbone: Backbone, tail: Tail, wants: Want) -> None:
@@ -34,7 +35,8 @@ class Fixed(Tuner):
         return [f"{s}.{backbone.depth(s) - 1}" for s in levels(backbone)]
 
     def forward(self, batch: Batch) -> Features:
-        return {s: self.norms[s](batch.states[n].float()) for s, n in zip(self.features, self.names, strict=True)}
+        named = zip(self.features, self.names, strict=True)
+        return {s: self.norms[s](self.backbone.widened(n, batch.states[n])) for s, n in named}
 
 
 @form("fixed", "sequence")
@@ -43,6 +45,7 @@ class FixedPatches(Tuner):
 
     description = Fixed.description
     needs = (Patches,)
+    widens = True
     lr_pooled = Fixed.lr_pooled
 
     def __init__(self, config: FixedConfig, backbone: Backbone, tail: Tail, wants: Want) -> None:
@@ -57,7 +60,7 @@ class FixedPatches(Tuner):
 
     def forward(self, batch: Batch) -> Features:
         stream = self.backbone.streams[-1]
-        return {stream: self.tail.final_norm(batch.states[self.state].float(), stream)}
+        return {stream: self.tail.final_norm(self.backbone.widened(self.state, batch.states[self.state]), stream)}
 
 
 def levels(backbone: Backbone) -> tuple[str, ...]:
