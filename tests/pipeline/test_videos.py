@@ -62,13 +62,17 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     options = ["--model", f"video={folder / 'vision'},text={folder / 'text'}", "--frames", 3]
     options += ["--task", write(folder / "clips.csv", rows), "--image", "video", "--text", "caption"]
     options += ["--data", folder / "data", "--store", folder / "store"]
-    done = run("extract", *options, "--for", "sherl-clip,unipt-clip,probe", "--format", "float32")
+    done = run("extract", *options, "--for", "sherl-clip,unipt-clip,lst,probe", "--format", "float32")
     return {"options": options, "folder": folder, "rows": rows, "done": done}
 
 
 @pytest.mark.parametrize(
     ("tuner", "more"),
-    [("sherl-clip", ["--base-gate"]), pytest.param("unipt-clip", [], marks=pytest.mark.matrix)],
+    [
+        ("sherl-clip", ["--base-gate"]),
+        ("lst", ["--reduction", 4]),
+        pytest.param("unipt-clip", [], marks=pytest.mark.matrix),
+    ],
 )
 def test_cached_is_live(made: dict[str, Any], tmp_path: Path, tuner: str, more: list[Any]) -> None:
     assert made["done"]["computed"] == 20 + 40 and made["done"]["rows"] == {"train": 32, "validation": 4, "test": 4}
