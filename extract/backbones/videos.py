@@ -95,7 +95,8 @@ def frames_of(batch: Batch, streams: int) -> Frames | None:
         for stream in (name for name in of.lengths if name != "grid"):
             own = maps[:, place_of(stream)]
             lengths[stream] = own + (int(of.lengths[stream].sum()) - int(own.sum())) // max(1, len(own))
-        return Frames(Batch(of.states, of.columns, lengths), Layout.of(counts, of.device))
+        pictures = None if of.pictures is None else [frame for video in of.pictures for frame in video.frames]
+        return Frames(Batch(of.states, of.columns, lengths, pictures=pictures), Layout.of(counts, of.device))
 
     return batch.derive(f"frames of {streams}", make)
 

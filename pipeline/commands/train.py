@@ -29,6 +29,7 @@ from pipeline.terminal import counted
 from pipeline.train.fit.log import write_bytes
 from pipeline.train.fit.loop import FitOptions, fit
 from pipeline.train.fit.ranks import Ranks
+from pipeline.train.model import Model
 
 Say = Callable[[str], None]
 AnyJob = Job | Joint | Mixture
@@ -58,6 +59,12 @@ def fit_options(recipe: Recipe, spec: TaskSpec, paper: bool, lr: float) -> FitOp
         tensorboard=recipe.tensorboard,
         report_to=recipe.report_to,
     )
+
+
+def usual_lr(job: AnyJob, model: Model) -> float:
+    """The learning rate where none is given: the tuner's own, or what the objective starts from at most."""
+    known = [part.objective.usual_lr for part in job.each if part.objective.usual_lr is not None]
+    return min([model.tuner.default_lr(), *known])
 
 
 def run_folder(job: AnyJob) -> Path:
@@ -117,8 +124,7 @@ def run_train(recipe: Recipe, say: Say, quiet: bool = False) -> dict[str, Any]:
     if (folder / "metrics.json").exists() and not recipe.overwrite:
         raise UserError(f"{folder} holds a finished run; give another --out, or --overwrite to replace it")
     model = job.model(recipe.seed)
-    known = [part.objective.usual_lr for part in job.each if part.objective.usual_lr is not None]
-    options = fit_options(recipe, job.spec, job.paper, min([model.tuner.default_lr(), *known]))
+    options = fit_options(recipe, job.spec, job.paper, usual_lr(job, model))
     parts = job.sources(recipe.live)
     tables = [part.tables["train"] for part in job.each]
     rows, total = sum(map(len, tables)), sum(table.header.get("total", len(table)) for table in tables)
