@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,29 @@ def test_search_gives_what_predict_says(made: dict[str, Any], trained: Path) -> 
     (told,) = run("predict", trained, "--input", new)["predictions"]
     (here,) = [r for r in first if r["image"] == name]
     assert here["similarity"] == pytest.approx(told["similarity"], abs=1e-5)
+
+
+def test_a_table_of_pairs_lies_anywhere(made: dict[str, Any], trained: Path, tmp_path: Path) -> None:
+    """Its images are named from --data."""
+    new = write(tmp_path / "pair.csv", made["rows"][:2])
+    there = write(made["folder"] / "images" / "same.csv", made["rows"][:2])
+    told = run("predict", trained, "--input", new, "--data", made["folder"] / "images")["predictions"]
+    assert told == run("predict", trained, "--input", there)["predictions"]
+    refused(invoke("predict", trained, "--input", new, "--data", tmp_path / "gone"), "--data", "no such folder")
+    refused(invoke("predict", trained, "--input", there.parent, "--data", tmp_path), "--data", "a table names")
+
+
+def test_changed_images_are_noticed_without_the_files_of_the_extraction(made: dict[str, Any], tmp_path: Path) -> None:
+    """Which images there were the stored rows say."""
+    shutil.copytree(made["folder"] / "images", tmp_path / "images")
+    parts = {"train": made["rows"][:60], "validation": made["rows"][60:75], "test": made["rows"][75:]}
+    train, validation, test = (write(tmp_path / f"{name}.csv", rows) for name, rows in parts.items())
+    options = [*made["options"], "--data", tmp_path / "images", "--store", tmp_path / "store", "--task", train]
+    run("extract", *options, "--validation", validation, "--test", test, "--for", "probe")
+    how = [*options, "--tuner", "probe", "--objective", "hinge", *FAST, "--epochs", 1]
+    assert run("train", *how, "--out", tmp_path / "one")["stopped"] == "done"
+    Image.new("RGB", (32, 32)).save(tmp_path / "images" / "29.png")  # of the test split
+    refused(invoke("train", *how, "--out", tmp_path / "two"), "slot image", "have changed")
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,9 @@ def test_without_a_store_both_train_live(made: dict[str, Any], tmp_path: Path) -
     how = [*made["options"], *FAST, "--store", tmp_path / "none", "--out", tmp_path / "runs"]
     (row,) = run("compare", *how, "--tuners", "image=norm-tuning+text=prompt")["rows"]
     assert row["live"] and not (tmp_path / "none").exists()
-    refused(invoke("compare", *how, "--tuners", "image=probe+text=lora"), "pipeline extract", "--for image=probe,text=probe")
+    refused(
+        invoke("compare", *how, "--tuners", "image=probe+text=lora"), "pipeline extract", "--for image=probe,text=probe"
+    )
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def test_biases_of_bitfit_are_where_they_should_be(checkpoints, pictures):
         part.bias.data += shift
         torch.testing.assert_close(part(x), before + shift)
     tokens, head = torch.tensor([5, 2, 9]), torch.randn(module.lm_head.bias.shape)
-    before, some = model.tuner.logits(x), model.logits(x, tokens)
+    before, some = model.tuner.logits(x), model.tuner.logits(x, tokens)
     module.lm_head.bias.data += head
     torch.testing.assert_close(model.tuner.logits(x), before + head)
     torch.testing.assert_close(model.tuner.logits(x, tokens), some + head[tokens])
