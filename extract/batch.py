@@ -111,7 +111,8 @@ class Batch:
     Of a task with several slots: names are `<slot>/<stream>.<what>`, and states, columns and lengths are of the
     distinct samples of each slot, gathered once however many samples of the batch share them. `ids`: slot → (B,) int64
     on the host, which of them each sample has; `of` is the part of one slot, `spread` goes back to B rows. A meta is
-    then slot → what is known of that slot's sample; `shown`: slot → its `pictures`. {} for one backbone.
+    then slot → what is known of that slot's sample; `shown`: slot → its `pictures`; `numbers`: slot → (B,)
+    int64 on the host, which of the split's distinct samples each has. {} for one backbone.
     """
 
     states: dict[str, Tensor]
@@ -125,6 +126,7 @@ class Batch:
     past: Past | None = None
     ids: dict[str, np.ndarray] = field(default_factory=dict)
     shown: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    numbers: dict[str, np.ndarray] = field(default_factory=dict)
     task: str = ""
     _derived: dict[str, Any] = field(default_factory=dict, repr=False)
 

@@ -94,7 +94,13 @@ def refuse_parts(job: AnyJob) -> None:
     """UserError where a step over several batches or processes would not be the step of one large batch."""
     ranks, several = Ranks.from_environment().world, job.recipe.accumulate > 1
     for part in job.each:
-        if part.objective.coupled and (several or ranks > 1):
+        rows, size = len(part.tables.get("train", ())), job.batch_size
+        if part.objective.gathers and (size < ranks or 0 < rows % size < ranks):
+            raise UserError(
+                f"--batch-size {size}: of {rows:,} pairs the last batch has {rows % size or size}, and each of {ranks} "
+                "processes needs one of every batch; give another size"
+            )
+        if part.objective.coupled and (several or (ranks > 1 and not part.objective.gathers)):
             what = "--accumulate" if several else f"{ranks} processes"
             raise UserError(
                 f"{what}: objective {part.objective.name} compares the samples of a batch with each other, so a batch "

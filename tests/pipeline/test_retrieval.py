@@ -21,10 +21,12 @@ from pipeline.extract.tasks.captions import Paired
 from pipeline.runs import load_run
 from pipeline.store.errors import UserError
 from pipeline.train.fit import loop
+from tests import forks
 from tests.pipeline.test_errors import refused
 from tests.pipeline.test_errors import run as invoke
 from tests.pipeline.test_objectives import run
 from tests.pipeline.test_slots import losses
+from tests.train.test_ranks import forked
 
 COLOURS = {"red": (220, 30, 30), "blue": (30, 30, 220), "old": (30, 200, 30), "young": (200, 200, 40)}
 CAPTIONS = 3
@@ -297,11 +299,34 @@ def test_an_image_is_encoded_once_in_evaluation(made: dict[str, Any], trained: P
     assert seen == {"image": 24, "text": 72}
 
 
-def test_several_ranks_are_refused(made: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_that_not_every_rank_has_a_part_of(
+    made: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
-    how = ["--tuner", "probe", "--objective", "hinge", *FAST, "--epochs", 1, "--out", tmp_path / "run"]
-    refused(invoke("train", *made["options"], *how), "2 processes", "hinge")
+    how = ["--tuner", "probe", "--objective", "hinge", *FAST, "--batch-size", 71, "--out", tmp_path / "run"]
+    refused(invoke("train", *made["options"], *how), "--batch-size 71", "72 pairs", "2 processes")
+
+
+@forks.needed
+@pytest.mark.parametrize("more", [["--objective", "hinge"], ["--objective", "contrastive", "--pooling", "gpo"]])
+def test_two_ranks_take_the_steps_of_one(
+    made: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[Any]
+) -> None:
+    """Unequal shares of 17, captions of one image on both: the loss is of all pairs, gradients are of one process."""
+    how = [*made["options"], "--tuner", "probe", *more, *FAST, "--batch-size", 17, "--epochs", 2, "--lr", 1e-2]
+    with monkeypatch.context() as patch:
+        assert forked(patch, lambda rank: invoke("train", *how, "--out", tmp_path / "two").exit_code) == [0, 0]
+    run("train", *how, "--out", tmp_path / "one")
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert len(one) == 10 and two == pytest.approx(one, rel=1e-4)
+    for entry, other in zip(*(norms(tmp_path / name) for name in ("one", "two")), strict=True):
+        assert entry == pytest.approx(other, rel=1e-3)
+
+
+def norms(folder: Path) -> list[float]:
+    """Of the gradient of each step."""
+    return [e["grad_norm"] for e in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if "loss" in e]
 
 
 def test_images_on_both_sides_of_a_split_are_said(made: dict[str, Any], tmp_path: Path) -> None:
