@@ -5,8 +5,8 @@
 
 Split of the first: of `torch.randperm(1000)` (seed 0) over sorted names the first 800 images train, the last 100 test,
 the 100 between choose the epoch. Of the second: 5 times 200 images in that order test, of the others 100 choose; each
-side has the learning rate and the number of epochs that were best on the 100 of the first fold. What is printed is a
-table for RESULTS.md. `--work` keeps the store, so that a second call extracts nothing.
+side has the options that were best on the 100 of the first fold, of those tried (RESULTS.md names them). What is
+printed is a table for RESULTS.md. `--work` keeps the store, so that a second call extracts nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ import torch
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 POOLED = ["--tuner", "probe", "--pooling", "mean"]
 SIDE = ["--tuner", "image=probe,text=unipt-vse", "--pooling", "gpo", "--cells", 2, "--drop-cells", 0.2]
-SIDES = {"pooled": [*POOLED, "--lr", 1e-3, "--epochs", 4], "side": [*SIDE, "--lr", 1e-3, "--epochs", 3]}  # of --folds
+SIDES = {  # of --folds
+    "pooled": [*POOLED, "--lr", 1e-3, "--epochs", 4],
+    "side": [*SIDE, "--joint-width", 512, "--lr", 6e-4, "--epochs", 4],
+}
 
 
 def pipeline(*words: object) -> dict[str, Any]:
