@@ -111,7 +111,7 @@ def bench(as_json: bool, recipe_file: str | None, **options: Any) -> tuple[Any, 
     "methods",
     default="probe,sherl,lst,unipt,lora,full",
     show_default=True,
-    help=f"Tuners, and live baselines: {', '.join(BASELINES)}.",
+    help=f"Tuners, and live baselines: {', '.join(BASELINES)}. Of several backbones also SLOT=NAME+SLOT=NAME.",
     metavar="NAMES",
 )
 @click.option("--seeds", default=None, help="Seeds of each, with commas between. Default: 0.", metavar="NUMBERS")
