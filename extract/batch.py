@@ -111,7 +111,8 @@ class Batch:
     Of a task with several slots: names are `<slot>/<stream>.<what>`, and states, columns and lengths are of the
     distinct samples of each slot, gathered once however many samples of the batch share them. `ids`: slot → (B,) int64
     on the host, which of them each sample has; `of` is the part of one slot, `spread` goes back to B rows. A meta is
-    then slot → what is known of that slot's sample. {} for one backbone.
+    then slot → what is known of that slot's sample; `shown`: slot → its `pictures`; `numbers`: slot → (B,)
+    int64 on the host, which of the split's distinct samples each has. {} for one backbone.
     """
 
     states: dict[str, Tensor]
@@ -124,6 +125,8 @@ class Batch:
     pictures: Sequence[Any] | None = None
     past: Past | None = None
     ids: dict[str, np.ndarray] = field(default_factory=dict)
+    shown: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    numbers: dict[str, np.ndarray] = field(default_factory=dict)
     task: str = ""
     _derived: dict[str, Any] = field(default_factory=dict, repr=False)
 
@@ -134,7 +137,9 @@ class Batch:
         def named(of: Callable[[Batch], Mapping[str, T]]) -> dict[str, T]:
             return {f"{slot}/{name}": value for slot, part in parts.items() for name, value in of(part).items()}
 
-        return cls(named(lambda b: b.states), named(lambda b: b.columns), named(lambda b: b.lengths), ids=dict(ids))
+        shown = {slot: part.pictures for slot, part in parts.items() if part.pictures is not None}
+        states, columns, lengths = named(lambda b: b.states), named(lambda b: b.columns), named(lambda b: b.lengths)
+        return cls(states, columns, lengths, ids=dict(ids), shown=shown)
 
     def of(self, slot: str) -> Batch:
         """The distinct samples of one slot, as a batch of one backbone; the batch itself for ""."""
@@ -146,7 +151,8 @@ class Batch:
 
         firsts = np.unique(self.ids[slot], return_index=True)[1].tolist() if self.metas else []
         metas = [self.metas[i].get(slot, {}) for i in firsts]
-        return Batch(cut(self.states), cut(self.columns), cut(self.lengths), metas=metas)
+        shown = self.shown.get(slot)
+        return Batch(cut(self.states), cut(self.columns), cut(self.lengths), metas=metas, pictures=shown)
 
     def spread(self, feature: str, rows: Tensor) -> Tensor:
         """Rows of the distinct samples of the slot that the feature `<slot>/<name>` is of → (B, …), one for each sample

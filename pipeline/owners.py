@@ -217,6 +217,7 @@ def config_of(recipe: Recipe, name: str, several: bool = False) -> TunerConfig:
 
 
 def for_tuner(recipe: Recipe, name: str) -> Recipe:
-    """`recipe` for one tuner of several: the options of the others left out."""
-    own = {k: v for k, v in recipe.tuner_options.items() if k in options_of("tuner", name)}
-    return replace(recipe, tuner=name, tuner_options=own)
+    """`recipe` for one tuner of several, or for SLOT=NAME,…: the options of the others left out."""
+    chosen = replace(recipe, tuner=name)
+    own = {k: v for k, v in recipe.tuner_options.items() if having("tuner", k, tuners_in(chosen))}
+    return replace(chosen, tuner_options=own)

@@ -209,8 +209,8 @@ class Recipe:
     )
     frames: int | None = _option(
         None,
-        "Images of one slot of several: names are of videos, folders of frames; at most so many are seen of each, "
-        "evenly spread (CLIP4Clip: 12).",
+        "Images of one slot of several: names are of videos, files or folders of frames; at most so many are seen of "
+        "each, evenly spread (CLIP4Clip: 12).",
         "extract train",
         metavar="N",
     )

@@ -248,6 +248,17 @@ def file_names(images: Sequence[str]) -> list[str]:
     return [named[path] for path in paths]
 
 
+def refuse_data(data: str | None, given: Path, job: Job | Joint | Mixture) -> None:
+    """UserError where `data` is no folder, or nothing is named from it: no backbone reads images, or `given` is an
+    image or a folder of them."""
+    if data is None:
+        return
+    if not Path(data).is_dir():
+        raise UserError(f"--data {data}: no such folder")
+    if not any(b.modality == "image" for b in job.backbones) or given.is_dir() or given.suffix.lower() in PICTURES:
+        raise UserError("--data: it is the folder of images that a table names, and there are none here")
+
+
 def read_rows(
     path: Path, job: Job | Joint | Mixture, text: str | None = None, text_pair: str | None = None
 ) -> tuple[list[Any], Any]:

@@ -198,7 +198,7 @@ class Picture:
 
     def pixels(self) -> Tensor:
         """(3, height, width) float32. Raises UserError for a file that cannot be read any more."""
-        image = open_image(self.path, self.upright)
+        image = self.image()
         if self.view:
             image = self._view(image.size).apply(image)
         shown = self.preprocess.pixels(self.preprocess.frame(image))
@@ -207,6 +207,10 @@ class Picture:
         out = shown.new_zeros(3, *self.extent)
         out[:, : shown.shape[1], : shown.shape[2]] = shown
         return out
+
+    def image(self) -> Image.Image:
+        """What the file shows, in RGB."""
+        return open_image(self.path, self.upright)
 
     def _view(self, size: tuple[int, int]) -> View:
         if self.augment == "flip":

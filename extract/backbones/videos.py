@@ -1,4 +1,4 @@
-"""Videos: a folder of frames as one sample, of which a backbone of images sees a few frames, evenly spread.
+"""Videos: a folder of frames, or a file, as one sample, of which a backbone of images sees a few frames, evenly spread.
 
 A video's rows are those of its frames, one frame after the other; `grid.sizes` has the map sizes of each frame. What
 works on images works on the frames of a batch of videos: `frames_of`.
@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
+from pipeline.extract.backbones.films import film_frames, is_film, spread
 from pipeline.extract.backbones.grids import COLUMN
 from pipeline.extract.backbones.images import LEFT_OUT, Picture, Preprocess, look
 from pipeline.extract.batch import Batch, Layout
@@ -26,7 +27,7 @@ FRAMES = 12  # of a video, as in CLIP4Clip
 
 @dataclass(frozen=True)
 class Video:
-    """The frames that are shown of a folder, in order. `key`: of their keys."""
+    """The frames that are shown of a folder or file, in order. `key`: of their keys."""
 
     frames: tuple[Picture, ...]
 
@@ -35,16 +36,10 @@ class Video:
         return xxhash.xxh3_128_hexdigest("".join(frame.key for frame in self.frames).encode() + b":video")
 
 
-def spread(count: int, most: int) -> np.ndarray:
-    """Which of `count` frames are shown: all where there are no more than `most`, else so many, the first and the last
-    among them (as CLIP4Clip takes them)."""
-    return np.arange(count) if count <= most else np.linspace(0, count - 1, most, dtype=np.int64)
-
-
 def look_at_videos(
     paths: Sequence[Path], preprocess: Preprocess, most: int, upright: bool = True
 ) -> list[Video | UserError]:
-    """The videos at `paths`, a folder of frames each, each frame decoded once; or what is wrong with one."""
+    """The videos at `paths`, a folder of frames or a file each, each frame decoded once; or what is wrong with one."""
     distinct = list(dict.fromkeys(paths))
     with ThreadPoolExecutor(4) as pool:
         found = dict(zip(distinct, pool.map(lambda p: _look(p, preprocess, most, upright), distinct), strict=True))
@@ -62,8 +57,13 @@ def _numbers(text: str) -> list[str]:
 
 
 def _look(path: Path, preprocess: Preprocess, most: int, upright: bool) -> Video | UserError:
+    if is_film(path):
+        try:
+            return Video(tuple(film_frames(path, preprocess, most)))
+        except UserError as error:
+            return error
     if not path.is_dir():
-        what = "a file, not a folder of frames" if path.exists() else "no such folder of frames"
+        what = "no video and no folder of frames" if path.exists() else "no such folder of frames, and no such file"
         return UserError(f"{path}: {what}; make one image a frame (one a second, say), {LEFT_OUT}")
     frames = frames_in(path)
     if not frames:
@@ -95,7 +95,8 @@ def frames_of(batch: Batch, streams: int) -> Frames | None:
         for stream in (name for name in of.lengths if name != "grid"):
             own = maps[:, place_of(stream)]
             lengths[stream] = own + (int(of.lengths[stream].sum()) - int(own.sum())) // max(1, len(own))
-        return Frames(Batch(of.states, of.columns, lengths), Layout.of(counts, of.device))
+        pictures = None if of.pictures is None else [frame for video in of.pictures for frame in video.frames]
+        return Frames(Batch(of.states, of.columns, lengths, pictures=pictures), Layout.of(counts, of.device))
 
     return batch.derive(f"frames of {streams}", make)
 

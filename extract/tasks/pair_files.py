@@ -11,6 +11,7 @@ Nothing is read from pickle files (MSVD's `raw-captions.pkl`).
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,26 +23,40 @@ DESCRIPTIONS = "AllVideoDescriptions.txt"
 _LISTS = {"train": "train_list.txt", "val": "val_list.txt", "test": "test_list.txt"}
 
 
-def public_rows(text: str) -> list[dict[str, Any]] | None:
-    """The rows of a JSON object of a public layout; None for any other text."""
+def public_rows(path: Path, text: str) -> list[dict[str, Any]] | None:
+    """The rows of a JSON object of a public layout; None for any other text. `TaskError` naming the first entry of such
+    a layout that lacks something."""
     if not text.lstrip().startswith("{"):
         return None
     try:
         whole = json.loads(text)
     except (ValueError, RecursionError):
         return None  # JSON lines, perhaps
-    try:
-        if isinstance(whole.get("images"), list) and all("sentences" in image for image in whole["images"]):
-            return [
-                {"image": _file(image), "caption": sentence["raw"], "split": image["split"]}
-                for image in whole["images"]
-                for sentence in image["sentences"]
-            ]
-        if isinstance(whole.get("sentences"), list) and isinstance(whole.get("videos"), list):
-            return [{"video_id": said["video_id"], "sentence": said["caption"]} for said in whole["sentences"]]
-    except (KeyError, TypeError, AttributeError):
+    if not isinstance(whole, dict):
         return None
+    images, said = whole.get("images"), whole.get("sentences")
+    if isinstance(images, list) and images and isinstance(images[0], dict) and "sentences" in images[0]:
+        return [row for n, image in enumerate(images) for row in _entry(f"{path}, images[{n}]", _captioned, image)]
+    if isinstance(said, list) and isinstance(whole.get("videos"), list):
+        return [row for n, entry in enumerate(said) for row in _entry(f"{path}, sentences[{n}]", _told, entry)]
     return None
+
+
+def _entry(where: str, rows: Callable[[Any], list[dict[str, Any]]], entry: Any) -> list[dict[str, Any]]:
+    try:
+        return rows(entry)
+    except KeyError as error:
+        raise TaskError(f"{where}: there is no {error.args[0]!r}, which every entry of this layout has") from None
+    except (TypeError, AttributeError):
+        raise TaskError(f"{where}: it is not what an entry of this layout is") from None
+
+
+def _captioned(image: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{"image": _file(image), "caption": s["raw"], "split": image["split"]} for s in image["sentences"]]
+
+
+def _told(said: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{"video_id": said["video_id"], "sentence": said["caption"]}]
 
 
 def _file(image: dict[str, Any]) -> str:

@@ -234,7 +234,7 @@ def _sentences(path: Path, text: str) -> tuple[list[str], list[list[Any]], list[
 
 def _json_rows(path: Path, text: str) -> tuple[list[str], list[list[Any]], list[int]]:
     objects: list[tuple[int, Any]] = []
-    if path.suffix.lower() == ".json" and (pairs := public_rows(text)) is not None:
+    if path.suffix.lower() == ".json" and (pairs := public_rows(path, text)) is not None:
         objects = list(enumerate(pairs, 1))
     elif path.suffix.lower() == ".json" and text.lstrip().startswith("["):
         try:

@@ -111,7 +111,7 @@ def bench(as_json: bool, recipe_file: str | None, **options: Any) -> tuple[Any, 
     "methods",
     default="probe,sherl,lst,unipt,lora,full",
     show_default=True,
-    help=f"Tuners, and live baselines: {', '.join(BASELINES)}.",
+    help=f"Tuners, and live baselines: {', '.join(BASELINES)}. Of several backbones also SLOT=NAME+SLOT=NAME.",
     metavar="NAMES",
 )
 @click.option("--seeds", default=None, help="Seeds of each, with commas between. Default: 0.", metavar="NUMBERS")
@@ -207,6 +207,7 @@ def report(as_json: bool, given: tuple[str, ...], output: str, **elsewhere: Any)
 @TASK
 @click.option("--text", default=None, help="Column with the text. Default: the task's own.", metavar="COLUMN")
 @click.option("--text-pair", default=None, help="Column with the second text.", metavar="COLUMN")
+@click.option("--data", default=None, help="Folder of a table's images. Default: the table's own.", metavar="FOLDER")
 @click.option(
     "--output",
     default=None,
@@ -231,20 +232,22 @@ def predict(
     task: str | None,
     text: str | None,
     text_pair: str | None,
+    data: str | None,
     output: str | None,
     out_dir: str | None,
     **over: Any,
 ) -> tuple[Any, str]:
     """Predict on inputs never seen: the backbone runs live, the tuner cannot tell."""
     with imports():
-        from pipeline.runs import load_run, read_rows
+        from pipeline.runs import load_run, read_rows, refuse_data
         from pipeline.store.errors import UserError
         from pipeline.terminal import entries_text, write_entries
 
     loaded = load_run(run, **over)
     loaded = loaded.of(task) if task else loaded
     given = Path(input_file)
-    root = given if given.is_dir() else given.parent
+    refuse_data(data, given, loaded.job)
+    root = Path(data) if data else given if given.is_dir() else given.parent
     ids, rows = read_rows(given, loaded.job, text, text_pair)
     if loaded.objective.files and out_dir is None:
         raise UserError(f"--out-dir is missing: objective {loaded.objective.name} writes files, name a folder for them")

@@ -15,7 +15,7 @@ from click.shell_completion import CompletionItem
 from pipeline.cli.command import tell
 from pipeline.extract.options import about
 from pipeline.extract.short_names import SHORT_NAMES
-from pipeline.jobs.slots import tuners_in
+from pipeline.jobs.slots import names_in, tuners_in
 from pipeline.option_names import option_name
 from pipeline.owners import Owned, names_of, owned, recipe_of, refusal
 from pipeline.recipe import Recipe, read_recipe
@@ -202,7 +202,7 @@ def _click_option(of: Owned) -> click.Option:
 def tuners_among(methods: str) -> list[str]:
     """The tuners among the methods of `compare`, written with commas; others are looked at there."""
     known = names_of("tuner")
-    return [m for m in split_names(methods) if m in known]
+    return [name for method in split_names(methods) for name in names_in(method) if name in known]
 
 
 def split_names(text: str) -> list[str]:

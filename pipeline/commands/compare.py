@@ -7,7 +7,7 @@ import csv
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,23 +20,27 @@ from pipeline.checks.unused_options import refuse_for_training
 from pipeline.command_lines import NotExtracted
 from pipeline.commands.extract import Say
 from pipeline.commands.prepare import load_backbone
-from pipeline.commands.train import fit_options, job_doubts, make_folder, refuse_parts, run_train
+from pipeline.commands.train import fit_options, job_doubts, make_folder, refuse_parts, run_train, usual_lr
 from pipeline.cost.flops import backbone_model, kept_bytes
 from pipeline.extract.backbones import Backbone, Batch
 from pipeline.jobs.job import Job, load_job, stated
-from pipeline.jobs.slots import refuse_slots
-from pipeline.jobs.sources import live_backbone, live_source, sources
+from pipeline.jobs.joint import Joint, load_joint
+from pipeline.jobs.mixture import Mixture, open_job
+from pipeline.jobs.slots import by_slot, names_in, refuse_tasks, slots_of
+from pipeline.jobs.sources import live_backbone, live_source
 from pipeline.lookup.objective import make_objective
 from pipeline.owners import for_tuner
 from pipeline.recipe import Recipe
 from pipeline.store.errors import UserError
 from pipeline.terminal import layout_text, size_text, table_text
-from pipeline.train.baselines.methods import BASELINES, BaselineModel, baseline, input_source
+from pipeline.train.baselines.methods import BASELINES, BaselineModel, Inside, baseline, input_source
 from pipeline.train.data.source import Source
+from pipeline.train.features import Want
 from pipeline.train.fit.log import finite
 from pipeline.train.fit.loop import FitOptions, fit
-from pipeline.train.metrics import ERRORS
-from pipeline.train.tuners import tuner_names
+from pipeline.train.metrics import is_share, smaller_is_better
+from pipeline.train.model import Model
+from pipeline.train.tuners import Tuner, tuner_names
 
 HEAD = ("method", "trainable", "share", "memory", "s/epoch", "metric", "spread", "seeds")
 
@@ -50,7 +54,8 @@ def run_compare(
     say: Say,
     preset: str = "ours",
 ) -> tuple[dict[str, Any], str]:
-    """Train each of `methods` once for each of `seeds` and tabulate. Runs go to `folder`/METHOD-sSEED.
+    """Train each of `methods` once for each of `seeds` and tabulate. Runs go to `folder`/METHOD-sSEED. With several
+    backbones a method is for every slot, or names one for each: "image=probe+text=lora".
 
     `preset`: whose settings the baselines have, see `train.baselines.methods`; the table says which.
 
@@ -60,22 +65,22 @@ def run_compare(
     Adam's two moments, the batch, and what the backward pass keeps. The layout says which blocks the order of samples
     followed: a seed gives the same run on the same layout only.
     """
-    refuse_slots(recipe, "compare")
-    unknown = [m for m in methods if not is_baseline(m) and m not in tuner_names()]
+    refuse_tasks(recipe, "compare")
+    unknown = [n for m in methods for n in names_in(m) if not is_baseline(n) and n not in tuner_names()]
     if not methods or unknown:
         known = ", ".join([*tuner_names(), *BASELINES])
         raise UserError(
             f"--tuners: {'name at least one' if not unknown else f'unknown {unknown[0]!r}'}; there are: {known}"
         )
-    if preset != "ours" and not any(map(is_baseline, methods)):
+    if preset != "ours" and not any(map(_live, methods)):
         raise UserError(f"--preset {preset}: it is for {', '.join(BASELINES)}, and --tuners names none of them")
     if csv_file and not Path(csv_file).parent.is_dir():
         raise UserError(f"--csv {csv_file}: no such folder: {Path(csv_file).parent}")
     try:
         jobs = [_refuse(recipe, method, preset) for method in methods]
     except NotExtracted as error:
-        names = dict.fromkeys("probe" if is_baseline(method) else method for method in methods)
-        raise error.for_all(tuple(names), recipe.tuner_options) from None
+        names = [name for method in methods for name in _read(recipe, method).split(",")]
+        raise error.for_all(tuple(dict.fromkeys(names)), recipe.tuner_options) from None
     for sentence in job_doubts(jobs[0]):
         say(f"warning: {sentence}")
     make_folder(folder)
@@ -83,9 +88,9 @@ def run_compare(
     for method in methods:
         runs = []
         for seed in seeds:
-            own = recipe if is_baseline(method) else for_tuner(recipe, method)
-            one = replace(own, seed=seed, out=str(folder / f"{method}-s{seed}"), overwrite=True)
-            runs.append(_baseline(one, method, preset) if is_baseline(method) else _tuner(one))
+            one = replace(recipe, seed=seed, out=str(folder / f"{method}-s{seed}"), overwrite=True)
+            own = for_tuner(one, _read(recipe, method))
+            runs.append(_baseline(one, method, preset) if _live(method) else _tuner(own))
             say(f"{method}, seed {seed}: {runs[-1]['metric']:.4f}, {runs[-1]['seconds_per_epoch']:.2f} s an epoch")
         total = total or runs[0]["backbone"]
         metrics = [r["metric"] for r in runs]
@@ -100,7 +105,7 @@ def run_compare(
                 "figure": runs[0]["figure"],
                 "spread": statistics.stdev(metrics) if len(metrics) > 1 else None,
                 "seeds": len(metrics),
-                "live": is_baseline(method) or recipe.live,
+                "live": _live(method) or recipe.live,
                 "layout": " ".join(dict.fromkeys(layout_text(r["layout"]) for r in runs)),
                 "settings": runs[0]["settings"],
             }
@@ -117,18 +122,31 @@ def run_compare(
     return finite(result), _text(rows, preset)
 
 
-def _refuse(recipe: Recipe, method: str, preset: str) -> Job:
+def _live(method: str) -> bool:
+    """Whether something of it trains inside a backbone."""
+    return any(map(is_baseline, names_in(method)))
+
+
+def _read(recipe: Recipe, method: str) -> str:
+    """`--tuner` of what a method reads of the store: with a probe where it trains inside the backbone."""
+    if "=" not in method:
+        return "probe" if is_baseline(method) else method
+    named = by_slot(recipe, method).items()
+    return ",".join(f"{slot}={'probe' if is_baseline(name) else name}" for slot, name in named)
+
+
+def _refuse(recipe: Recipe, method: str, preset: str) -> Job | Joint:
     """The job of `method`. Raises before hours are spent what it would end in: a tuner without a form for the backbone
     or with states that are not stored, a baseline that the backbone has no place for or whose package is missing."""
-    if not is_baseline(method):
-        job = load_job(for_tuner(recipe, method))
+    if not _live(method):
+        job = _opened(for_tuner(recipe, _read(recipe, method)))
         refuse_for_training(job.recipe, job.backbones)
         refuse_parts(job)
         job.model(recipe.seed)
         if not recipe.live:
-            sources(job, None)
+            job.sources(False)
         return job
-    return refuse_baseline(recipe, method, preset)
+    return (_refuse_joint if slots_of(recipe) else refuse_baseline)(recipe, method, preset)
 
 
 def refuse_baseline(recipe: Recipe, name: str, preset: str) -> Job:
@@ -136,6 +154,17 @@ def refuse_baseline(recipe: Recipe, name: str, preset: str) -> Job:
     job = _probe(recipe)
     refuse_parts(job)
     baseline(name, preset).prepare(job.found.backbone, copy.deepcopy(_shape(job.found.backbone)))
+    return job
+
+
+def _refuse_joint(recipe: Recipe, name: str, preset: str) -> Joint:
+    """`refuse_baseline` of several backbones."""
+    job, inside = _beside(recipe, name), _inside(recipe, name)
+    refuse_parts(job)
+    shapes = {slot: copy.deepcopy(_shape(job.jobs[slot].found.backbone)) for slot in inside}
+    _joint_model(job, inside, preset, shapes)
+    if not job.recipe.live:
+        job.sources(False)
     return job
 
 
@@ -158,16 +187,16 @@ def _text(rows: Sequence[dict[str, Any]], preset: str) -> str:
     same = set(layouts.values())
     laid = same.pop() if len(same) == 1 else "; ".join(f"{method} {layout}" for method, layout in layouts.items())
     made = [f"  {r['method']}: {r['settings']}" for r in rows]
-    shown = [f"{name}, smaller is better" if name in ERRORS else name for name in figures if name != "average"]
+    shown = [f"{n}, smaller is better" if smaller_is_better(n) else n for n in figures if n != "average"]
     lines = [table_text(HEAD, cells), *(f"metric: {name}" for name in shown), f"layout of the samples: {laid}", ""]
     return "\n".join([*lines, f"settings, baselines by --preset {preset}:", *made])
 
 
 def _figure(value: float | None, name: str) -> str:
-    """In percent, but for errors, which are in the target's unit, or nats."""
+    """Shares in percent; errors in the target's unit, or nats; figures of retrieval as they are."""
     if value is None or math.isnan(value):
         return "undefined"
-    return f"{value:.4g}" if name in ERRORS else f"{100 * value:.1f}"
+    return f"{100 * value:.1f}" if is_share(name) else f"{value:.4g}"
 
 
 def settings(what: str, options: FitOptions, batch_size: int) -> str:
@@ -183,13 +212,12 @@ def settings(what: str, options: FitOptions, batch_size: int) -> str:
 
 def _tuner(recipe: Recipe) -> dict[str, Any]:
     metrics = run_train(recipe, lambda text: None, quiet=True)
-    job = load_job(recipe)
+    job = _opened(recipe)
     model = job.model(recipe.seed).to(job.device)
-    live, checkpoint = live_backbone(job) if recipe.live else (None, None)
-    batch = next(iter(sources(job, live, checkpoint)["train"].epochs(0, 1)))
-    what = ", ".join(f"{k} {v}" for k, v in stated(job.config).items()) or "no options"
-    what += _weighing(job)
-    options = fit_options(recipe, job.spec, job.paper, model.tuner.default_lr())
+    batch = next(iter(job.sources(recipe.live)["train"].epochs(0, 1)))
+    said = {slot: ", ".join(f"{k} {v}" for k, v in stated(own).items()) for slot, own in job.configs.items()}
+    what = (_by_slot(said) or "no options") + _weighing(job)
+    options = fit_options(recipe, job.spec, job.paper, usual_lr(job, model))
     made = settings(what, options, job.batch_size)
     return _summary(job, model, batch, metrics, [model.tuner.tail]) | {"settings": made}
 
@@ -198,51 +226,97 @@ def _tuner(recipe: Recipe) -> dict[str, Any]:
 class Fitted:
     """A baseline that was trained, and what it was trained with."""
 
-    job: Job
-    model: BaselineModel
+    job: Job | Joint
+    model: Model
     train: Source
     options: FitOptions
     metrics: dict[str, Any]
 
 
 def fit_baseline(recipe: Recipe, name: str, preset: str) -> Fitted:
-    """Train a baseline with the splits, the order and the options of a probe's run on the same store."""
-    method = baseline(name, preset)
-    job = _probe(recipe)
-    live, checkpoint = live_backbone(job)
-    identity = job.found.space.identity
-    module = load_backbone(checkpoint, identity["precision"], identity["attention"], job.device).model
-    model = BaselineModel(method, job.found.backbone, module, job.objective, recipe.seed).to(job.device)
-    size = job.batch_size
-    parts = {
-        split: input_source(live_source(job, split, live, checkpoint, size), live)
-        for split in job.tables
-        if split == "train" or job.targets(split) is not None
-    }
-    rate = method.lr_text if job.objective.wants.text_head else method.lr
-    options = fit_options(recipe, job.spec, job.paper, rate)
+    """Train a baseline with the splits, the order and the options of a probe's run on the same store. Of several
+    backbones those that it leaves frozen are read from the store, but in a live run."""
+    job: Job | Joint
+    parts: Mapping[str, Source]
+    if slots_of(recipe):
+        joint, inside = _beside(recipe, name), _inside(recipe, name)
+        modules = {slot: _loaded(joint.jobs[slot]) for slot in inside}
+        model: Model = _joint_model(joint, inside, preset, modules).to(joint.device)
+        job, parts = joint, joint.sources(recipe.live, inside)
+    else:
+        job = _probe(recipe)
+        live, checkpoint = live_backbone(job)
+        method, size = baseline(name, preset), job.batch_size
+        model = BaselineModel(method, job.found.backbone, _loaded(job), job.objective, recipe.seed).to(job.device)
+        parts = {
+            split: input_source(live_source(job, split, live, checkpoint, size), live)
+            for split in job.tables
+            if split == "train" or job.targets(split) is not None
+        }
+    options = fit_options(recipe, job.spec, job.paper, usual_lr(job, model))
     folder = Path(recipe.out or f"runs/{name}")
     metrics = fit(
         model, parts["train"], parts.get("validation"), parts.get("test"), options, folder, job.objective.scorer,
         job.device, progress=False, resume=False,
-        info={"baseline": name, "preset": preset, "space": job.found.space.id},
+        info={"baseline": name, "preset": preset, "space": job.spaces},
     )  # fmt: skip
     return Fitted(job, model, parts["train"], options, metrics)
+
+
+def _loaded(job: Job) -> nn.Module:
+    """The backbone of a job with its weights, nobody else's."""
+    identity = job.found.space.identity
+    made = load_backbone(live_backbone(job)[1], identity["precision"], identity["attention"], job.device)
+    model: nn.Module = made.model
+    return model
+
+
+def _inside(recipe: Recipe, name: str) -> dict[str, str]:
+    """Slot → the baseline that it has."""
+    return {slot: part for slot, part in by_slot(recipe, name).items() if is_baseline(part)}
+
+
+def _joint_model(job: Joint, inside: Mapping[str, str], preset: str, modules: Mapping[str, nn.Module]) -> Model:
+    """The model of a method that trains `inside` the backbones `modules` of some slots."""
+
+    def tower(slot: str) -> Callable[[Want], Tuner]:
+        method, backbone = baseline(inside[slot], preset), job.jobs[slot].found.backbone
+        return lambda wants: Inside(method, backbone, modules[slot], wants)
+
+    return job.model(job.recipe.seed, {slot: tower(slot) for slot in inside})
 
 
 def _baseline(recipe: Recipe, name: str, preset: str) -> dict[str, Any]:
     made = fit_baseline(recipe, name, preset)
     batch = next(iter(made.train.epochs(0, 1)))
-    described = baseline(name, preset).description + _weighing(made.job)
-    told = settings(described, made.options, made.job.batch_size)
-    return _summary(made.job, made.model, batch, made.metrics, []) | {"settings": told}
+    slots = by_slot(recipe, name).items()
+    what = {slot: baseline(n, preset).description if is_baseline(n) else n for slot, n in slots}
+    told = settings(_by_slot(what) + _weighing(made.job), made.options, made.job.batch_size)
+    return _summary(made.job, made.model, batch, made.metrics, [made.model.tuner.tail]) | {"settings": told}
 
 
-def _weighing(job: Job) -> str:
+def _by_slot(said: Mapping[str, str]) -> str:
+    """What is said of each slot; of a single backbone without its name."""
+    return "; ".join(f"{slot}: {text}" if slot else text for slot, text in said.items() if text)
+
+
+def _weighing(job: Job | Joint) -> str:
     """What the objective was set to beside its defaults, as it ends a list; what is scored stands in the table."""
     config = job.objective.config
     set_to = {k: v for k, v in stated(config).items() if k != "metric" and v != getattr(type(config)(), k)}
     return "".join(f", {k} {' '.join(v) if isinstance(v, tuple) else v}" for k, v in set_to.items())
+
+
+def _opened(recipe: Recipe) -> Job | Joint:
+    job = open_job(recipe)
+    assert not isinstance(job, Mixture)  # refused before
+    return job
+
+
+def _beside(recipe: Recipe, name: str) -> Joint:
+    """What a method that trains inside some of several backbones reads; of those that it does not, stored states."""
+    whole = all(map(is_baseline, by_slot(recipe, name).values()))
+    return load_joint(replace(for_tuner(recipe, _read(recipe, name)), live=recipe.live or whole))
 
 
 def _probe(recipe: Recipe) -> Job:
@@ -256,7 +330,9 @@ def _probe(recipe: Recipe) -> Job:
     return job
 
 
-def _summary(job: Job, model: Any, batch: Batch, metrics: dict[str, Any], more: list[nn.Module]) -> dict[str, Any]:
+def _summary(
+    job: Job | Joint, model: Any, batch: Batch, metrics: dict[str, Any], more: list[nn.Module]
+) -> dict[str, Any]:
     scores = metrics["test"] or metrics["validation"]
     if scores is None:
         raise UserError(f"task {job.spec.name} has neither test nor validation labels: there is nothing to compare")
@@ -268,7 +344,7 @@ def _summary(job: Job, model: Any, batch: Batch, metrics: dict[str, Any], more: 
         "trainable": metrics["trainable_parameters"],
         "layout": metrics["layout"],
         "memory": step_memory(model, batch.to(job.device), more),
-        "backbone": backbone_parameters(job.found.backbone),
+        "backbone": sum(map(backbone_parameters, job.backbones)),
     }
 
 
@@ -292,8 +368,8 @@ def step_memory(model: Any, batch: Batch, more: Sequence[nn.Module] = ()) -> flo
         model.loss(batch).backward()
         torch.cuda.synchronize(batch.device)
         return float(torch.cuda.max_memory_allocated(batch.device)) + 8.0 * model.trainable_parameters()
-    given = [p for m in (model, *more) for p in (*m.parameters(), *m.buffers())]
-    given += [*batch.states.values(), *batch.columns.values()]
+    own = {id(p): p for m in (model, *more) for p in (*m.parameters(), *m.buffers())}
+    given = [*own.values(), *batch.states.values(), *batch.columns.values()]
     kept = kept_bytes(given, lambda: model.loss(batch))
     return float(sum(t.nbytes for t in given) + 12 * model.trainable_parameters() + kept)
 

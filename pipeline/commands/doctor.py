@@ -48,6 +48,7 @@ EXTRAS = {
     "wandb": (("wandb",), "--report-to wandb"),
     "mlflow": (("mlflow",), "--report-to mlflow"),
     "text-scores": (("sacrebleu", "rouge_score"), "evaluate --generate of completions"),
+    "video": (("av",), "--frames of video files"),
 }
 SIDE = 1024  # of the matrices whose product is timed
 

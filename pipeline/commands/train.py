@@ -29,6 +29,7 @@ from pipeline.terminal import counted
 from pipeline.train.fit.log import write_bytes
 from pipeline.train.fit.loop import FitOptions, fit
 from pipeline.train.fit.ranks import Ranks
+from pipeline.train.model import Model
 
 Say = Callable[[str], None]
 AnyJob = Job | Joint | Mixture
@@ -60,6 +61,12 @@ def fit_options(recipe: Recipe, spec: TaskSpec, paper: bool, lr: float) -> FitOp
     )
 
 
+def usual_lr(job: AnyJob, model: Model) -> float:
+    """The learning rate where none is given: the tuner's own, or what the objective starts from at most."""
+    known = [part.objective.usual_lr for part in job.each if part.objective.usual_lr is not None]
+    return min([model.tuner.default_lr(), *known])
+
+
 def run_folder(job: AnyJob) -> Path:
     """--out, or a folder named after the run: the task by its name where everybody means the same by it, else with the
     beginning of its id."""
@@ -87,7 +94,13 @@ def refuse_parts(job: AnyJob) -> None:
     """UserError where a step over several batches or processes would not be the step of one large batch."""
     ranks, several = Ranks.from_environment().world, job.recipe.accumulate > 1
     for part in job.each:
-        if part.objective.coupled and (several or ranks > 1):
+        rows, size = len(part.tables.get("train", ())), job.batch_size
+        if part.objective.gathers and (size < ranks or 0 < rows % size < ranks):
+            raise UserError(
+                f"--batch-size {size}: of {rows:,} pairs the last batch has {rows % size or size}, and each of {ranks} "
+                "processes needs one of every batch; give another size"
+            )
+        if part.objective.coupled and (several or (ranks > 1 and not part.objective.gathers)):
             what = "--accumulate" if several else f"{ranks} processes"
             raise UserError(
                 f"{what}: objective {part.objective.name} compares the samples of a batch with each other, so a batch "
@@ -117,8 +130,7 @@ def run_train(recipe: Recipe, say: Say, quiet: bool = False) -> dict[str, Any]:
     if (folder / "metrics.json").exists() and not recipe.overwrite:
         raise UserError(f"{folder} holds a finished run; give another --out, or --overwrite to replace it")
     model = job.model(recipe.seed)
-    known = [part.objective.usual_lr for part in job.each if part.objective.usual_lr is not None]
-    options = fit_options(recipe, job.spec, job.paper, min([model.tuner.default_lr(), *known]))
+    options = fit_options(recipe, job.spec, job.paper, usual_lr(job, model))
     parts = job.sources(recipe.live)
     tables = [part.tables["train"] for part in job.each]
     rows, total = sum(map(len, tables)), sum(table.header.get("total", len(table)) for table in tables)

@@ -5,7 +5,7 @@ Each slot is a `Job` of its own on its own feature space; here they meet: rows, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -40,11 +40,13 @@ from pipeline.recipe import Recipe
 from pipeline.store import Space, TaskTable
 from pipeline.store.errors import MissingStates, StoreError, UserError
 from pipeline.store.tables.table import version_of
+from pipeline.train.baselines.methods import InputSlot
 from pipeline.train.data.live_source import LiveSlot
 from pipeline.train.data.order import Order
 from pipeline.train.data.pairs import PairSource, distinct
-from pipeline.train.data.source import Source
+from pipeline.train.data.source import Slot, Source
 from pipeline.train.data.targets import Targets
+from pipeline.train.features import Want
 from pipeline.train.model import Model, drawn_from
 from pipeline.train.objectives import Objective, Scorer
 from pipeline.train.tuners import Towers, Tuner, TunerConfig, fitting_tuner, tuner_class
@@ -127,19 +129,22 @@ class Joint:
         known = {slot: job.tables[split].metas for slot, job in self.jobs.items()}
         return targets_of(self.objective, self.tables[split], by_row(known))
 
-    def model(self, seed: int | None = None) -> Model:
-        """A tuner a slot under one head, weights drawn from `seed`."""
+    def model(self, seed: int | None = None, own: Mapping[str, Callable[[Want], Tuner]] | None = None) -> Model:
+        """A tuner a slot under one head, weights drawn from `seed`. `own`: slot → what makes another in its place."""
         wants, tails = self.objective.wants, {slot: job.tail() for slot, job in self.jobs.items()}
 
         made: dict[str, Tuner] = {}
         with drawn_from(seed):
             for slot, job in self.jobs.items():
                 with of_slot(slot):
+                    if own and slot in own:
+                        made[slot] = own[slot](wants)
+                        continue
                     cls = fitting_tuner(job.recipe.tuner, job.config, job.found.backbone)
                     made[slot] = cls(job.config, job.found.backbone, tails[slot], wants)
             model = Model(Towers(made), self.objective)
         for slot, tuner in made.items():
-            if seed is not None and (first := self.jobs[slot].first) is not None:
+            if seed is not None and slot not in (own or ()) and (first := self.jobs[slot].first) is not None:
                 tuner.begin(first())
         return model
 
@@ -167,23 +172,28 @@ class Joint:
                 int(absent.sum()),
             )
 
-    def live_source(self, split: str) -> PairSource:
-        """Pairs computed now from the texts of the task tables, in the order of the store where it has them."""
+    def live_source(self, split: str, inside: Collection[str] = ()) -> PairSource:
+        """Pairs computed now from the texts of the task tables, in the order of the store where it has them. `inside`:
+        slots without states, whose backbone the model itself runs; those of the others then are the store's, but in a
+        live run."""
+        cached = bool(inside) and not self.recipe.live
         try:
             stored = None if isinstance(self.first.found.space, Unstored) else self.source(split)
         except MissingStates:
+            if cached:
+                raise
             stored = None
         parts = {}
-        for slot, job in self.jobs.items():
+        for slot in inside if cached else self.jobs:
             with of_slot(slot):
-                parts[slot] = checked_relive(job, split, self.live()[slot][1])
+                parts[slot] = checked_relive(self.jobs[slot], split, self.live()[slot][1])
         if stored is not None:
             order = stored.order
         else:
             options = stream_options(self.first, split, self.batch_size, self.grouped)
             lengths = np.sum([part.inputs.tokens() for part in parts.values()], axis=0)
             order = options.order(np.zeros(len(lengths), np.int64), lambda: lengths)
-        return self._live_pairs(parts, stored, order, self.targets(split))
+        return self._live_pairs(parts, stored, order, self.targets(split), inside)
 
     def fresh_source(self, texts: Any, root: str, say: Callable[[str], None]) -> PairSource:
         """New rows, see `Run.predict`, the backbones run live. UserError where slots have other numbers of rows."""
@@ -201,21 +211,28 @@ class Joint:
         return self._live_pairs(parts, None, order, Targets(self.objective, None, metas) if metas else None)
 
     def _live_pairs(
-        self, parts: Mapping[str, Split], stored: PairSource | None, order: Order, targets: Targets | None
+        self,
+        parts: Mapping[str, Split],
+        stored: PairSource | None,
+        order: Order,
+        targets: Targets | None,
+        inside: Collection[str] = (),
     ) -> PairSource:
-        """Pairs computed from prepared rows. `stored`: those of the store, where there are any."""
-        slots, places = {}, {}
+        """Pairs computed from prepared rows; of slots without such they are those `stored`."""
+        slots: dict[str, Slot] = {} if stored is None else dict(stored.slots)
+        places = {} if stored is None else dict(stored.places)
         for slot, part in parts.items():
             _, places[slot] = distinct(part.keys)
             inputs = part.inputs.take(np.unique(places[slot], return_index=True)[1])
-            slots[slot] = LiveSlot(self.live()[slot][0], inputs, self.jobs[slot].states)
+            make = InputSlot if slot in inside else LiveSlot
+            slots[slot] = make(self.live()[slot][0], inputs, self.jobs[slot].states)
         leading = next(iter(slots)) if stored is None else stored.leading
         return PairSource(slots, places, leading, targets, order)
 
-    def sources(self, live: bool) -> dict[str, Source]:
-        """A source for each split with targets, and for train."""
+    def sources(self, live: bool, inside: Collection[str] = ()) -> dict[str, Source]:
+        """A source for each split with targets, and for train. `inside`: see `live_source`."""
         splits = [split for split in self.tables if split == "train" or self.targets(split) is not None]
-        return {split: self.live_source(split) if live else self.source(split) for split in splits}
+        return {s: self.live_source(s, inside) if live or inside else self.source(s) for s in splits}
 
     def live(self) -> dict[str, Live]:
         """Slot → its backbone, loaded once."""

@@ -87,6 +87,18 @@ def tuners_in(recipe: Recipe, extraction: bool = False) -> list[str]:
     return list(dict.fromkeys(named_parts(recipe.tuner, "tuner", slots_of(recipe)).values())) or [recipe.tuner]
 
 
+def names_in(method: str) -> list[str]:
+    """What a method of `compare` is made of: "image=probe+text=lora" names a tuner or baseline a slot, with + between
+    for there are commas between methods; a plain name is for every slot."""
+    return [slot_and_name(part)[1] for part in method.split("+")]
+
+
+def by_slot(recipe: Recipe, method: str) -> dict[str, str]:
+    """Slot → its tuner or baseline in a method of `compare`; {"": `method`} for a single backbone."""
+    parts = parts_of(replace(recipe, tuner=method.replace("+", ","), tuners=()))
+    return {slot: part.tuner for slot, part in parts.items()}
+
+
 def parts_of(recipe: Recipe) -> dict[str, Recipe]:
     """Slot → its recipe; {"": recipe} for a single backbone. UserError for an option that names another slot."""
     slots = slots_of(recipe)
@@ -118,10 +130,15 @@ def tasks_of(recipe: Recipe) -> list[str]:
     return names if len(names) > 1 and all(names) and not Path(recipe.task).exists() else [recipe.task]
 
 
-def refuse_slots(recipe: Recipe, what: str) -> None:
-    """UserError where the recipe is of several backbones or tasks, which `what` does not take."""
+def refuse_tasks(recipe: Recipe, what: str) -> None:
+    """UserError where the recipe is of several tasks, which `what` does not take."""
     if len(tasks_of(recipe)) > 1:
         raise UserError(f"{what} takes one task a run: give one of {recipe.task} to --task")
+
+
+def refuse_slots(recipe: Recipe, what: str) -> None:
+    """UserError where the recipe is of several backbones or tasks, which `what` does not take."""
+    refuse_tasks(recipe, what)
     if slots := slots_of(recipe):
         raise UserError(
             f"{what} takes one backbone a run: give --model the one of slot {slots[0]}, or of another, alone"

@@ -6,7 +6,7 @@ training on a folder of images costs one reading of it, naming the stored task i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -64,9 +64,9 @@ class AtHand:
             return open_task(recipe) if Path(picture_root(recipe)).is_dir() else None
         return open_task(recipe) if is_named(recipe.task) and recipe.data and Path(recipe.data).is_dir() else None
 
-    def differs(self, header: Mapping[str, Any]) -> str:
+    def differs(self, header: Mapping[str, Any], names: Callable[[], tuple[str, ...]] = tuple) -> str:
         """In what the table with `header` was not made of the data at hand, "" where it was. What the header does not
-        say fits."""
+        say fits. `names`: those of the stored rows' images, where files that were read then are not named now."""
         made: Any = header.get("provenance")
         if not isinstance(made, dict):
             return ""
@@ -87,7 +87,7 @@ class AtHand:
         if self.task is not None and (other := _called_otherwise(header["spec"], self.task.spec.to_dict())):
             return f"class {other!r}, as it was {when}, is called otherwise in {where} now"
         held = made.get("contents")
-        if self.images and held is not None and held != self._held(header, held):
+        if self.images and held is not None and held != self._held(header, held, names):
             return f"images of {self.recipe.task} are not those that were {when}, or have changed"
         return ""
 
@@ -118,14 +118,14 @@ class AtHand:
             return ""
         return str(task.provenance.get("revision"))
 
-    def _held(self, header: Mapping[str, Any], unknown: str) -> str:
+    def _held(self, header: Mapping[str, Any], unknown: str, stored: Callable[[], tuple[str, ...]]) -> str:
         """What the images at hand hold; `unknown` where there are none."""
         if self.task is not None:
             names = tuple(t[0] for rows in self.task.splits.values() for t in rows.texts)
         elif self.files and set(self.files) == set(header["provenance"].get("files") or ()):
             names = tuple(n for path, _ in self.files.values() for n in self._names(path, header))
         else:
-            return unknown
+            names = stored() if self.files else ()
         root = Path(picture_root(self.recipe))
         if not any((root / name).exists() for name in names):
             return unknown

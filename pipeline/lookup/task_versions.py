@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pipeline.checks.stored import check_header, check_table
@@ -143,7 +144,8 @@ def stored_versions(space: Space, recipe: Recipe, images: bool = False, version:
         there = ", ".join(v.name for v in own)
         raise StoreError(f"there is no task {recipe.task} in this feature space, there is {there}")
     head = fitting[0].header
-    if not version and (differs := unlike(recipe, head) or AtHand(recipe, images).differs(head)):
+    data = AtHand(recipe, images)
+    if not version and (differs := unlike(recipe, head) or data.differs(head, lambda: _image_names(space, fitting[0]))):
         raise StoreError(f"task {recipe.task} is not as asked for: {differs}")
     return fitting
 
@@ -174,7 +176,8 @@ def _fitting(
     ids of all versions that have tables."""
     task, refused, found = canonical_name(recipe.task), "", []
     for version in known:
-        differs = unlike(recipe, version.header) or data.differs(version.header)
+        names = partial(_image_names, space, version)
+        differs = unlike(recipe, version.header) or data.differs(version.header, names)
         refused = refused or differs
         if not differs:
             found.append(version)
@@ -189,6 +192,15 @@ def _fitting(
             f"--task PATH, or --task {found[0].name}"
         )
     return [v for v in found if not any(v.replaced_by(other) for other in found)]
+
+
+def _image_names(space: Space, version: Version) -> tuple[str, ...]:
+    """The first text of every row that the version has, which of images is their name; () where its tables do not hold
+    all rows."""
+    totals = {info.split: header.get("total") for info, header in version.tables}
+    if version.rows != totals or totals.keys() != set(version.header.get("beside") or ()):
+        return ()
+    return tuple(texts[0] for table in _read(space, version).values() for texts in table.texts)
 
 
 def _read(space: Space, version: Version) -> dict[str, TaskTable]:

@@ -148,8 +148,8 @@ def inside(backbone: Backbone, name: str, lengths: dict[str, np.ndarray]) -> tup
         (rows,) = model(batch).values()
         tokens = torch.zeros(len(rows), dtype=torch.long, device="meta")
         if backbone.continues_text:
-            return summed_entropy(rows, tokens, model.logits, backbone.config.vocab_size, name != "full")
-        return F.cross_entropy(model.logits(rows).float(), tokens)
+            return summed_entropy(rows, tokens, model.tuner.logits, backbone.config.vocab_size, name != "full")
+        return F.cross_entropy(model.tuner.logits(rows).float(), tokens)
 
     return peak([model], step_of(model, loss)), model.trainable_parameters()
 

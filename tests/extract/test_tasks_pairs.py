@@ -44,6 +44,25 @@ def test_karpathys_splits(tmp_path: Path) -> None:
     assert images.version != texts.version
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda images: images[3]["sentences"][2].pop("raw"), ["images[3]", "'raw'"]),
+        (lambda images: images[4].pop("split"), ["images[4]", "'split'"]),
+        (lambda images: images[1].pop("sentences"), ["images[1]", "'sentences'"]),
+        (lambda images: images.__setitem__(2, "2.jpg"), ["images[2]", "not what an entry"]),
+    ],
+)
+def test_an_entry_of_karpathys_that_lacks_something(tmp_path: Path, change: Any, words: list[str]) -> None:
+    path = karpathy(tmp_path / "dataset_coco.json")
+    whole = json.loads(path.read_text())
+    change(whole["images"])
+    path.write_text(json.dumps(whole))
+    with pytest.raises(TaskError) as refused:
+        both(path)
+    assert all(word in str(refused.value) for word in ("dataset_coco.json", *words))
+
+
 def test_rows_stay_with_their_image_where_the_text_alone_is_named(tmp_path: Path) -> None:
     path = tmp_path / "pairs.csv"
     path.write_text("image,caption\n" + "".join(f"{i}.png,it {i} {k}\n" for i in range(30) for k in range(3)))

@@ -49,7 +49,7 @@ def test_a_baseline_trains_what_it_says_and_starts_at_the_backbone(checkpoints, 
 
 
 def trains_only_its_own(model: BaselineModel, batch) -> None:
-    frozen = {k: p.detach().clone() for k, p in model.backbone.named_parameters() if not p.requires_grad}
+    frozen = {k: p.detach().clone() for k, p in model.tuner.model.named_parameters() if not p.requires_grad}
     before = {k: v.clone() for k, v in model.trainable_state().items()}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     for _ in range(2):  # a factor that starts at zero hides its partner's gradient in the first step
@@ -57,8 +57,8 @@ def trains_only_its_own(model: BaselineModel, batch) -> None:
         model.train().loss(batch).backward()
         optimizer.step()
     after = model.trainable_state()
-    assert any(not torch.equal(before[k], after[k]) for k in before if k.startswith("backbone."))
-    now = dict(model.backbone.named_parameters())
+    assert any(not torch.equal(before[k], after[k]) for k in before if k.startswith("tuner.model."))
+    now = dict(model.tuner.model.named_parameters())
     assert all(torch.equal(now[k], v) for k, v in frozen.items())
     model.load_trainable(before)
     assert all(torch.equal(v, model.trainable_state()[k]) for k, v in before.items())
@@ -105,8 +105,8 @@ def test_on_a_t5_they_start_at_its_own_loss(checkpoints, pictures, name):
 
 def test_prompt_tuning_is_tokens_before_the_text(checkpoints, pictures):
     case, model = made(checkpoints, pictures, "bert", "prompt")
-    batch, virtual = case.inputs.batch(), model.virtual
-    table = model.backbone.get_input_embeddings()
+    batch, virtual = case.inputs.batch(), model.tuner.virtual
+    table = model.tuner.model.get_input_embeddings()
     assert table.prompt.shape == (virtual, 32)
     # With the prompt's vectors those of real tokens, the same as a text that begins with these tokens.
     picks = torch.arange(5, 5 + virtual)

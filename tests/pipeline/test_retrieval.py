@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,12 @@ from pipeline.extract.tasks.captions import Paired
 from pipeline.runs import load_run
 from pipeline.store.errors import UserError
 from pipeline.train.fit import loop
+from tests import forks
 from tests.pipeline.test_errors import refused
 from tests.pipeline.test_errors import run as invoke
 from tests.pipeline.test_objectives import run
 from tests.pipeline.test_slots import losses
+from tests.train.test_ranks import forked
 
 COLOURS = {"red": (220, 30, 30), "blue": (30, 30, 220), "old": (30, 200, 30), "young": (200, 200, 40)}
 CAPTIONS = 3
@@ -146,6 +149,29 @@ def test_search_gives_what_predict_says(made: dict[str, Any], trained: Path) -> 
     (told,) = run("predict", trained, "--input", new)["predictions"]
     (here,) = [r for r in first if r["image"] == name]
     assert here["similarity"] == pytest.approx(told["similarity"], abs=1e-5)
+
+
+def test_a_table_of_pairs_lies_anywhere(made: dict[str, Any], trained: Path, tmp_path: Path) -> None:
+    """Its images are named from --data."""
+    new = write(tmp_path / "pair.csv", made["rows"][:2])
+    there = write(made["folder"] / "images" / "same.csv", made["rows"][:2])
+    told = run("predict", trained, "--input", new, "--data", made["folder"] / "images")["predictions"]
+    assert told == run("predict", trained, "--input", there)["predictions"]
+    refused(invoke("predict", trained, "--input", new, "--data", tmp_path / "gone"), "--data", "no such folder")
+    refused(invoke("predict", trained, "--input", there.parent, "--data", tmp_path), "--data", "a table names")
+
+
+def test_changed_images_are_noticed_without_the_files_of_the_extraction(made: dict[str, Any], tmp_path: Path) -> None:
+    """Which images there were the stored rows say."""
+    shutil.copytree(made["folder"] / "images", tmp_path / "images")
+    parts = {"train": made["rows"][:60], "validation": made["rows"][60:75], "test": made["rows"][75:]}
+    train, validation, test = (write(tmp_path / f"{name}.csv", rows) for name, rows in parts.items())
+    options = [*made["options"], "--data", tmp_path / "images", "--store", tmp_path / "store", "--task", train]
+    run("extract", *options, "--validation", validation, "--test", test, "--for", "probe")
+    how = [*options, "--tuner", "probe", "--objective", "hinge", *FAST, "--epochs", 1]
+    assert run("train", *how, "--out", tmp_path / "one")["stopped"] == "done"
+    Image.new("RGB", (32, 32)).save(tmp_path / "images" / "29.png")  # of the test split
+    refused(invoke("train", *how, "--out", tmp_path / "two"), "slot image", "have changed")
 
 
 @pytest.mark.parametrize(
@@ -272,11 +298,34 @@ def test_an_image_is_encoded_once_in_evaluation(made: dict[str, Any], trained: P
     assert seen == {"image": 24, "text": 72}
 
 
-def test_several_ranks_are_refused(made: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_that_not_every_rank_has_a_part_of(
+    made: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
-    how = ["--tuner", "probe", "--objective", "hinge", *FAST, "--epochs", 1, "--out", tmp_path / "run"]
-    refused(invoke("train", *made["options"], *how), "2 processes", "hinge")
+    how = ["--tuner", "probe", "--objective", "hinge", *FAST, "--batch-size", 71, "--out", tmp_path / "run"]
+    refused(invoke("train", *made["options"], *how), "--batch-size 71", "72 pairs", "2 processes")
+
+
+@forks.needed
+@pytest.mark.parametrize("more", [["--objective", "hinge"], ["--objective", "contrastive", "--pooling", "gpo"]])
+def test_two_ranks_take_the_steps_of_one(
+    made: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[Any]
+) -> None:
+    """Unequal shares of 17, captions of one image on both: the loss is of all pairs, gradients are of one process."""
+    how = [*made["options"], "--tuner", "probe", *more, *FAST, "--batch-size", 17, "--epochs", 2, "--lr", 1e-2]
+    with monkeypatch.context() as patch:
+        assert forked(patch, lambda rank: invoke("train", *how, "--out", tmp_path / "two").exit_code) == [0, 0]
+    run("train", *how, "--out", tmp_path / "one")
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert len(one) == 10 and two == pytest.approx(one, rel=1e-4)
+    for entry, other in zip(*(norms(tmp_path / name) for name in ("one", "two")), strict=True):
+        assert entry == pytest.approx(other, rel=1e-3)
+
+
+def norms(folder: Path) -> list[float]:
+    """Of the gradient of each step."""
+    return [e["grad_norm"] for e in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if "loss" in e]
 
 
 def test_images_on_both_sides_of_a_split_are_said(made: dict[str, Any], tmp_path: Path) -> None:

@@ -264,7 +264,6 @@ def test_spaces_that_contradict(glue: dict[str, Any], tmp_path: Path) -> None:
         ("extract", ["--for", "lst", "--init", "fisher"], ["--init magnitude"]),
         ("plan", ["--tuner", "unipt", "--budget", "1GB"], ["--budget", "bytes"]),
         ("bench", [], ["bench takes one backbone"]),
-        ("compare", ["--tuners", "probe"], ["compare takes one backbone"]),
     ],
 )  # fmt: skip
 def test_what_slots_do_not_take(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -62,13 +63,17 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     options = ["--model", f"video={folder / 'vision'},text={folder / 'text'}", "--frames", 3]
     options += ["--task", write(folder / "clips.csv", rows), "--image", "video", "--text", "caption"]
     options += ["--data", folder / "data", "--store", folder / "store"]
-    done = run("extract", *options, "--for", "sherl-clip,unipt-clip,probe", "--format", "float32")
+    done = run("extract", *options, "--for", "sherl-clip,unipt-clip,lst,probe", "--format", "float32")
     return {"options": options, "folder": folder, "rows": rows, "done": done}
 
 
 @pytest.mark.parametrize(
     ("tuner", "more"),
-    [("sherl-clip", ["--base-gate"]), pytest.param("unipt-clip", [], marks=pytest.mark.matrix)],
+    [
+        ("sherl-clip", ["--base-gate"]),
+        ("lst", ["--reduction", 4]),
+        pytest.param("unipt-clip", [], marks=pytest.mark.matrix),
+    ],
 )
 def test_cached_is_live(made: dict[str, Any], tmp_path: Path, tuner: str, more: list[Any]) -> None:
     assert made["done"]["computed"] == 20 + 40 and made["done"]["rows"] == {"train": 32, "validation": 4, "test": 4}
@@ -141,3 +146,55 @@ def test_frames_stand_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     for name in names:
         (tmp_path / name).touch()
     assert [p.name for p in frames_in(tmp_path)] == [names[2], names[1], names[0]]
+
+
+def filmed(path: Path, frames: list[np.ndarray]) -> None:
+    """A video of the frames, which loses nothing of them."""
+    av = pytest.importorskip("av", reason="the extra `video` is not installed: video files not tested")
+    with av.open(str(path), "w") as film:
+        stream = film.add_stream("ffv1", rate=5)
+        stream.height, stream.width, stream.pix_fmt = *frames[0].shape[:2], "bgr0"
+        for frame in frames:
+            film.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        film.mux(stream.encode())
+
+
+def test_a_file_is_the_folder_of_its_frames(made: dict[str, Any], tmp_path: Path) -> None:
+    """Of 7 frames 3 are shown; what both are stored as is equal, and the file is found by its name in a search."""
+    rng, data = np.random.default_rng(3), tmp_path / "data"
+    frames = [rng.integers(0, 255, (40, 48, 3)).astype(np.uint8) for _ in range(7)]
+    (data / "folder").mkdir(parents=True)
+    filmed(data / "film.mkv", frames)
+    for i, frame in enumerate(frames):
+        Image.fromarray(frame).save(data / "folder" / f"{i}.png")
+    others = [(f"v{i}", text) for i in range(4) for text in ("a cat", "a dog")]
+    for name, _ in others:
+        shutil.copytree(made["folder"] / "data" / name, data / name, dirs_exist_ok=True)
+    rows = [*others, ("folder", "the dog sleeps"), ("film.mkv", "the dog sleeps")]
+    options = [*made["options"], "--data", data, "--store", tmp_path / "store"]
+    options[options.index("--task") + 1] = write(tmp_path / "clips.csv", rows)
+    run("extract", *options, "--for", "probe", "--format", "float32")
+    run("train", *options, "--tuner", "probe", *TRAIN, "--epochs", 1, "--out", tmp_path / "run")
+    found = run("search", tmp_path / "run", "--query", "the dog", "--top", 6)["results"]
+    told = {r["video"]: r["similarity"] for r in found}
+    assert len(told) == 6 and told["film.mkv"] == told["folder"]
+    back = run("search", tmp_path / "run", "--image", data / "film.mkv", "--top", 1)["results"]
+    assert back == run("search", tmp_path / "run", "--image", data / "folder", "--top", 1)["results"]
+
+
+@pytest.mark.parametrize(("content", "words"), [(b"", ["damaged video"]), (b"no film at all", ["damaged video"])])
+def test_a_file_that_is_no_video(made: dict[str, Any], tmp_path: Path, content: bytes, words: list[str]) -> None:
+    pytest.importorskip("av", reason="the extra `video` is not installed: video files not tested")
+    shutil.copytree(made["folder"] / "data", tmp_path / "data")
+    (tmp_path / "data" / "broken.mp4").write_bytes(content)
+    table = write(tmp_path / "clips.csv", [*made["rows"], ("broken.mp4", "a cat")])
+    options = [*made["options"], "--data", tmp_path / "data", "--store", tmp_path / "store", "--task", table]
+    refused(invoke("extract", *options, "--for", "probe"), "slot video", "broken.mp4", *words)
+
+
+def test_without_pyav_a_file_is_refused(made: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "av", None)
+    (tmp_path / "film.mp4").touch()
+    table = write(tmp_path / "clips.csv", [("film.mp4", "a cat")] * 3)
+    options = [*made["options"], "--data", tmp_path, "--store", tmp_path / "store", "--task", table]
+    refused(invoke("extract", *options, "--for", "probe", "--validation", table), "film.mp4", "PyAV", "pip install")

@@ -54,7 +54,7 @@ def test_baselines_of_e3va_have_their_published_parameters(name, size):
     backbone = swin(size)
     with torch.device("meta"):
         model = BaselineModel(baseline(name), backbone, copy.deepcopy(backbone.skeleton), LINEAR)
-    trained = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and n.startswith("backbone."))
+    trained = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and n.startswith("tuner.model."))
     assert trained == PUBLISHED[name][size == "large"]
 
 
@@ -125,7 +125,7 @@ def test_baselines_start_at_the_frozen_pyramid_and_reach_all_they_train(checkpoi
         torch.testing.assert_close(found[stream], rows, rtol=1e-3, atol=1e-3)
     generator = torch.Generator().manual_seed(0)
     sum((rows * torch.randn(rows.shape, generator=generator)).sum() for rows in found.values()).backward()
-    trained = {n: p for n, p in model.backbone.named_parameters() if p.requires_grad}
+    trained = {n: p for n, p in model.tuner.model.named_parameters() if p.requires_grad}
     assert trained and not [n for n, p in trained.items() if p.grad is None]
 
 

@@ -74,11 +74,11 @@ def test_biases_of_bitfit_are_where_they_should_be(checkpoints, pictures):
         part.bias.data += shift
         torch.testing.assert_close(part(x), before + shift)
     tokens, head = torch.tensor([5, 2, 9]), torch.randn(module.lm_head.bias.shape)
-    before, some = model.logits(x), model.logits(x, tokens)
+    before, some = model.tuner.logits(x), model.tuner.logits(x, tokens)
     module.lm_head.bias.data += head
-    torch.testing.assert_close(model.logits(x), before + head)
-    torch.testing.assert_close(model.logits(x, tokens), some + head[tokens])
-    torch.testing.assert_close(model.logits(x), module.lm_head(x * 32**-0.5))
+    torch.testing.assert_close(model.tuner.logits(x), before + head)
+    torch.testing.assert_close(model.tuner.logits(x, tokens), some + head[tokens])
+    torch.testing.assert_close(model.tuner.logits(x), module.lm_head(x * 32**-0.5))
 
 
 def test_what_the_papers_do_not_have_is_refused(checkpoints, pictures):

@@ -13,7 +13,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from transformers.models.t5.modeling_t5 import T5LayerNorm
 from pipeline.extract.backbones.base import Backbone
 from pipeline.extract.backbones.capabilities import Blocks, Branches, LanguageHead, Levels
 from pipeline.extract.backbones.live import LiveBackbone
+from pipeline.extract.backbones.tail import Tail
 from pipeline.extract.batch import Batch, stream_of
 from pipeline.extract.kernels.dropout import use_fast_dropout
 from pipeline.store.errors import UserError
@@ -34,11 +35,12 @@ from pipeline.train.baselines.adapters import (
     add_lora,
     free_biases,
 )
-from pipeline.train.data.live_source import LiveSource
-from pipeline.train.features import Features
-from pipeline.train.model import Reader, refuse_kinds
+from pipeline.train.configs import TunerConfig
+from pipeline.train.data.live_source import LiveSlot, LiveSource
+from pipeline.train.features import Features, Want
+from pipeline.train.model import Model, drawn_from
 from pipeline.train.objectives.base import Objective
-from pipeline.train.tuners.base import rows_of
+from pipeline.train.tuners.base import Tuner, rows_of
 from pipeline.train.tuners.fixed import before_neck
 
 _NORMS = (nn.LayerNorm, nn.BatchNorm2d, nn.GroupNorm, T5LayerNorm)
@@ -280,86 +282,82 @@ def baseline(name: str, preset: str = "ours") -> Baseline:
     raise UserError(f"unknown baseline {name!r}; did you mean {' or '.join(near)}?")
 
 
-class BaselineModel(Reader):
-    """A backbone with something trainable in it and an objective's head on its last state, or on its feature pyramid
-    where the head reads maps."""
+class Inside(Tuner):
+    """A backbone with something trainable in it, `model`, as what hands out features of batches without states: its
+    last state, or its feature pyramid where the head reads maps. It is its own tail, and so read by its own head."""
 
-    def __init__(
-        self, method: Baseline, backbone: Backbone, model: nn.Module, objective: Objective, seed: int = 0
-    ) -> None:
-        super().__init__()
-        self.architecture, self.backbone, self.objective, self.virtual = backbone, model, objective, method.virtual
-        levels = backbone if objective.wants.kinds == ("map",) and isinstance(backbone, Levels) else None
+    text_head = continues_text = True
+
+    def __init__(self, method: Baseline, backbone: Backbone, model: nn.Module, wants: Want) -> None:
+        super().__init__(TunerConfig(), backbone, cast(Tail, self), wants)
+        self.name = method.name  # type: ignore[misc]
+        self.method, self.model, self.virtual = method, model, method.virtual
+        levels = backbone if wants.kinds == ("map",) and isinstance(backbone, Levels) else None
         self.streams = levels.levels if levels else backbone.streams[-1:]
         model.requires_grad_(False)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            if levels:
-                norms = nn.ModuleDict({s: before_neck(backbone, s) for s in self.streams})
-                model.add_module(BEFORE_NECK, norms.to(next(model.parameters())).requires_grad_(False))
-            method.prepare(backbone, model)
-            for module in levels.after_levels(model) if levels else ():  # nothing reads it
-                module.requires_grad_(False)
-            use_fast_dropout(model)
-            features = {s: rows_of(backbone, s) for s in self.streams}
-            refuse_kinds(f"a live baseline on {backbone.name} backbones", features, objective)
-            self.head = objective.head(features, self)
+        if levels:
+            norms = nn.ModuleDict({s: before_neck(backbone, s) for s in self.streams})
+            model.add_module(BEFORE_NECK, norms.to(next(model.parameters())).requires_grad_(False))
+        method.prepare(backbone, model)
+        for module in levels.after_levels(model) if levels else ():  # nothing reads it
+            module.requires_grad_(False)
+        use_fast_dropout(model)
+        self.features = {s: rows_of(backbone, s) for s in self.streams}
 
-    def train(self, mode: bool = True) -> BaselineModel:
-        super().train(mode)
-        for module in self.backbone.modules():
+    @classmethod
+    def states(cls, config: TunerConfig, backbone: Backbone) -> list[str]:
+        return []
+
+    def default_lr(self) -> float:
+        return self.method.lr_text if self.wants.text_head else self.method.lr
+
+    def train(self, mode: bool = True) -> Inside:
+        nn.Module.train(self, mode)
+        for module in self.model.modules():
             if isinstance(module, nn.BatchNorm2d):  # small batches would spoil the statistics
                 module.train(False)
         return self
 
     def forward(self, batch: Batch) -> Features:
         """The last state, behind the backbone's final norm; or its feature pyramid, each level behind its own norm."""
-        states = {s: f"{s}.{self.architecture.depth(s) - 1}" for s in self.streams}
-        last, first = self.streams[-1], self.architecture.streams[0]
+        states = {s: f"{s}.{self.backbone.depth(s) - 1}" for s in self.streams}
+        last, first = self.streams[-1], self.backbone.streams[0]
         seen = self._prompted(batch, first) if self.virtual else batch
-        found = self.architecture.run(self.backbone, seen, list(states.values()))
-        if norms := getattr(self.backbone, BEFORE_NECK, None):
+        found = self.backbone.run(self.model, seen, list(states.values()))
+        if norms := getattr(self.model, BEFORE_NECK, None):
             return {s: norms[s](found[state]) for s, state in states.items()}
         rows = found[states[last]]
         if self.virtual and last == first:
             rows = rows[text_rows(batch.lengths[first], self.virtual)]
-        if isinstance(self.architecture, Blocks):
-            rows = self.architecture.finish(self.backbone, rows)
+        if isinstance(self.backbone, Blocks):
+            rows = self.backbone.finish(self.model, rows)
         return {last: rows}
 
     def _prompted(self, batch: Batch, stream: str) -> Batch:
         longest = int(batch.lengths[stream].max()) + self.virtual
-        most = getattr(self.architecture.config, "max_position_embeddings", None) or longest
+        most = getattr(self.backbone.config, "max_position_embeddings", None) or longest
         if longest > most:
             raise UserError(
                 f"prompt: a text and {self.virtual} virtual tokens need {longest} positions, the backbone has {most}; "
                 "extract with a smaller --max-length"
             )
-        table: Any = self.backbone.get_input_embeddings()  # type: ignore[operator]
+        table: Any = self.model.get_input_embeddings()  # type: ignore[operator]
         return with_virtual(batch, stream, self.virtual, table.size)
 
     def logits(self, rows: Tensor, tokens: Tensor | None = None) -> Tensor:
         """(rows, width) → (rows, vocabulary), or only the columns `tokens`."""
-        assert isinstance(self.architecture, LanguageHead)
-        return self.architecture.logits(self.backbone, rows, tokens)
+        assert isinstance(self.backbone, LanguageHead)
+        return self.backbone.logits(self.model, rows, tokens)
 
-    def trainable_state(self) -> dict[str, Tensor]:
-        """Name → tensor of everything that training changes, on the host."""
-        return {k: v.detach().cpu().contiguous() for k, v in self._trained().items()}
 
-    def _trained(self) -> dict[str, Tensor]:
-        """The parameters that are trained, and all of the head: running statistics too."""
-        own = {k: p for k, p in self.named_parameters() if p.requires_grad}
-        return own | {f"head.{k}": v for k, v in self.head.state_dict().items()}
+class BaselineModel(Model):
+    """A baseline in one backbone, `model`, and an objective's head, weights drawn from `seed`."""
 
-    def load_trainable(self, state: dict[str, Tensor]) -> None:
-        """Put a saved state back. Raises UserError where it does not fit."""
-        own = self._trained()
-        if own.keys() != state.keys():
-            raise UserError(f"saved weights do not fit this model: {min(own.keys() ^ state.keys())}")
-        with torch.no_grad():
-            for name, tensor in own.items():
-                tensor.copy_(state[name])
+    def __init__(
+        self, method: Baseline, backbone: Backbone, model: nn.Module, objective: Objective, seed: int = 0
+    ) -> None:
+        with drawn_from(seed):
+            super().__init__(Inside(method, backbone, model, objective.wants), objective)
 
 
 def text_rows(lengths: np.ndarray, virtual: int) -> Tensor:
@@ -384,11 +382,15 @@ def with_virtual(batch: Batch, stream: str, virtual: int, size: int) -> Batch:
     return replace(batch, columns=columns, lengths={**batch.lengths, stream: lengths}, _derived={})
 
 
-class InputSource(LiveSource):
-    """The batches of a `LiveSource` without any states: the model computes its own."""
+class InputSlot(LiveSlot):
+    """The samples of a `LiveSlot` without any states: the model computes its own."""
 
     def compute(self, index: np.ndarray) -> Batch:
         return self.inputs.take(index).batch(self.live.device)
+
+
+class InputSource(InputSlot, LiveSource):
+    """The batches of a `LiveSource`, likewise."""
 
 
 def input_source(source: LiveSource, live: LiveBackbone) -> InputSource:

@@ -170,7 +170,7 @@ class PairSource(Ordered):
         device = next((part.device for part in parts.values() if part.device.type != "cpu"), torch.device("cpu"))
         parts = {name: part.to(device) for name, part in parts.items()}
         batch = Batch.joined(parts, {name: self._numbers(name, pairs)[1] for name in parts})
-        batch.index = pairs
+        batch.index, batch.numbers = pairs, {name: place[pairs] for name, place in self.places.items()}
         batch.wait_seconds = sum(part.wait_seconds for part in parts.values())
         if self.targets is not None:
             self.targets.fill(batch, pairs, device)

@@ -46,6 +46,7 @@ class Gpo(nn.Module):
     def forward(self, rows: Tensor, layout: Layout) -> Tensor:
         """`rows` (rows, D), packed as `layout` says → (B, D), float32."""
         lengths = layout.lengths.cpu().numpy()
-        ranked = layout.pad(rows.float(), OUTSIDE).sort(1, descending=True).values
-        ranked = ranked.masked_fill(~layout.mask[..., None], 0.0)
-        return torch.einsum("bld,bl->bd", ranked, self.weights(lengths, rows.device))
+        # Three times as fast on a CPU as along a dimension that is not the last.
+        by_channel = layout.pad(rows.float(), OUTSIDE).transpose(1, 2).contiguous()
+        ranked = by_channel.sort(2, descending=True).values.masked_fill(~layout.mask[:, None], 0.0)
+        return torch.einsum("bdl,bl->bd", ranked, self.weights(lengths, rows.device))

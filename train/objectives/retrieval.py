@@ -21,6 +21,7 @@ from pipeline.extract.batch import Batch, Layout
 from pipeline.store.errors import UserError
 from pipeline.train.features import Feature, Features, Want
 from pipeline.train.fit.finite import refuse_nan
+from pipeline.train.gathered import counts_of, gathered, gathered_numbers, several_ranks
 from pipeline.train.objective_configs import RetrievalConfig
 from pipeline.train.objectives.base import Answers, Head, Objective, Outputs, Scorer
 from pipeline.train.objectives.gpo import Gpo
@@ -92,12 +93,21 @@ class RetrievalHead(Head):
 
     def paired(self, features: Features, batch: Batch) -> tuple[Tensor, Tensor]:
         """(B, B) similarity of each pair's sample of the first slot to each pair's of the second; and (B, B) bool,
-        which are no negatives of each other, the diagonal among them."""
+        which are no negatives of each other, the diagonal among them. With several ranks the pairs are those of all."""
         first, second = (batch.spread(f"{slot}/", self.embed(slot, features, batch)) for slot in self.slots)
-        alike = np.zeros((len(batch), len(batch)), bool)
-        for slot in self.slots:
-            alike |= batch.ids[slot][:, None] == batch.ids[slot][None]
+        numbers = [batch.numbers.get(slot, batch.ids[slot]) for slot in self.slots]
+        if several_ranks():
+            counts = counts_of(len(batch), first.device)
+            first, second = gathered(first, counts), gathered(second, counts)
+            numbers = [gathered_numbers(own, counts, first.device) for own in numbers]
+        alike = np.zeros((len(first), len(first)), bool)
+        for own in numbers:
+            alike |= own[:, None] == own[None]
         return first @ second.t(), torch.from_numpy(alike).to(first.device)
+
+    def weight(self, batch: Batch) -> float:
+        """With several ranks each has the loss of all pairs, whatever its share of them."""
+        return 1.0 if several_ranks() else super().weight(batch)
 
     def predict(self, features: Features, batch: Batch) -> Outputs:
         """`similarity` (B,) of what each pair is made of, from -1 to 1."""
@@ -143,7 +153,7 @@ class Retrieval(Objective):
     targets = ("pair",)
     unlabelled = True
     slots = True
-    coupled = True
+    coupled = gathers = True
     usual_lr = 5e-4  # VSE∞'s
 
     def __init__(self, config: Any, answers: Answers) -> None:

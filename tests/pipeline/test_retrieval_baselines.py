@@ -1,0 +1,76 @@
+"""Baselines in two towers: what trains inside one backbone or both, beside tuners in one table; what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.pipeline.test_errors import refused
+from tests.pipeline.test_errors import run as invoke
+from tests.pipeline.test_objectives import run
+from tests.pipeline.test_retrieval import captioned, write
+from tests.pipeline.test_slots import losses
+
+FAST = ["--objective", "hinge", "--batch-size", 8, "--joint-width", 16, "--device", "cpu", "--epochs", 2]
+
+
+@pytest.fixture(scope="module")
+def made(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Pairs through a vision transformer and a text encoder."""
+    folder = tmp_path_factory.mktemp("towers")
+    table = write(folder / "captions.csv", captioned(folder / "images", 12))
+    options = ["--model", f"image={checkpoints['vit']},text={checkpoints['bert']}", "--task", table]
+    options += ["--image", "image", "--text", "caption", "--data", folder / "images"]
+    stored = [*options, "--store", folder / "store"]
+    run("extract", *stored, "--for", "probe,unipt-vse", "--format", "float32")
+    return {"options": options, "stored": stored, "folder": folder}
+
+
+def test_tuners_and_baselines_in_one_table(made: dict[str, Any], tmp_path: Path) -> None:
+    methods = ["probe", "full", "image=probe+text=lora", "image=partial-1+text=unipt-vse"]
+    told = run("compare", *made["stored"], *FAST, "--tuners", ",".join(methods), "--out", tmp_path / "runs")
+    rows = {row["method"]: row for row in told["rows"]}
+    assert list(rows) == methods and [row["live"] for row in rows.values()] == [False, True, True, True]
+    heads = rows["probe"]["trainable"]
+    assert rows["full"]["trainable"] == heads + told["backbone_parameters"]
+    assert heads < rows["image=probe+text=lora"]["trainable"] < rows["full"]["trainable"]
+    assert all(row["figure"] == "rsum" and 0 < row["metric"] <= 600 for row in rows.values())
+    assert "image: the last block; text: unipt-vse" in rows[methods[-1]]["settings"]
+    whole = {row["method"]: row["memory_bytes"] for row in told["rows"]}
+    assert whole["probe"] < whole["image=probe+text=lora"] < whole["full"]
+
+
+@pytest.mark.parametrize("method", ["image=probe+text=adapter", "image=bitfit+text=unipt-vse"])
+def test_the_frozen_tower_is_read_from_the_store(made: dict[str, Any], tmp_path: Path, method: str) -> None:
+    """And gives the losses of a run with both backbones in the loop, in the same order of samples."""
+    how = [*made["stored"], *FAST, "--tuners", method]
+    run("compare", *how, "--out", tmp_path / "cached")
+    run("compare", *how, "--live", "--out", tmp_path / "live")
+    one, other = (losses(tmp_path / name / f"{method}-s0") for name in ("cached", "live"))
+    assert len(one) == 8 and one == pytest.approx(other, abs=1e-4)
+
+
+def test_without_a_store_both_train_live(made: dict[str, Any], tmp_path: Path) -> None:
+    how = [*made["options"], *FAST, "--store", tmp_path / "none", "--out", tmp_path / "runs"]
+    (row,) = run("compare", *how, "--tuners", "image=norm-tuning+text=prompt")["rows"]
+    assert row["live"] and not (tmp_path / "none").exists()
+    refused(
+        invoke("compare", *how, "--tuners", "image=probe+text=lora"), "pipeline extract", "--for image=probe,text=probe"
+    )
+
+
+@pytest.mark.parametrize(
+    ("methods", "words"),
+    [
+        ("image=lora", ["image=lora", "name the tuner of slot text too"]),
+        ("picture=lora+text=lora", ["no slot picture", "image, text"]),
+        ("image=lorra+text=lora", ["unknown 'lorra'"]),
+        ("image=prompt+text=lora", ["slot image", "prompt", "read no tokens"]),
+    ],
+)
+def test_methods_that_are_refused(made: dict[str, Any], tmp_path: Path, methods: str, words: list[str]) -> None:
+    how = [*made["stored"], *FAST, "--tuners", methods, "--out", tmp_path / "runs"]
+    refused(invoke("compare", *how), *words)
+    assert not (tmp_path / "runs").exists()
