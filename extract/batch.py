@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pipeline.extract.past import Past
+from pipeline.extract.stackable import Stackable
 from pipeline.store.errors import UserError
 from pipeline.store.format.names import stream_of as stream_of
 from pipeline.store.format.samples import offsets_of
@@ -57,7 +58,7 @@ class Layout:
     def pad(self, rows: Tensor, value: float = 0.0) -> Tensor:
         """(rows, …) → (B, L, …), the gaps filled with `value`."""
         batch, longest = self.mask.shape
-        grid = _Spread.apply(rows, self.flat, batch * longest, value)
+        grid = _Spread.run(rows, self.flat, batch * longest, value)
         return grid.view(batch, longest, *rows.shape[1:])
 
     def mean(self, rows: Tensor) -> Tensor:
@@ -70,7 +71,7 @@ class Layout:
         return grid.flatten(0, 1).index_select(0, self.flat)
 
 
-class _Spread(torch.autograd.Function):
+class _Spread(Stackable):
     """Rows to the places `at` of `count`, which keeps no row for the backward pass, as `index_copy` would."""
 
     @staticmethod
@@ -86,7 +87,7 @@ class _Spread(torch.autograd.Function):
         """Of several models the rows of each go to places of its own."""
         n, rows = info.batch_size, rows.movedim(in_dims[0], 0)
         places = at + count * torch.arange(n, device=at.device)[:, None]
-        grid = _Spread.apply(rows.flatten(0, 1), places.flatten(), n * count, value)
+        grid = _Spread.run(rows.flatten(0, 1), places.flatten(), n * count, value)
         return grid.view(n, count, *rows.shape[2:]), 0
 
     @staticmethod

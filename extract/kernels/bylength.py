@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pipeline.extract.batch import Batch, stream_of
 from pipeline.extract.kernels import enabled
+from pipeline.extract.stackable import Stackable
 from pipeline.store.format.samples import offsets_of, rows_of
 
 PARTS = 4  # more would cut little more padding, and each costs the same kernel calls again
@@ -70,12 +71,12 @@ def by_length(batch: Batch, stream: str, rows: Tensor, run: Callable[[Tensor, Ba
     parts = batch.derive(f"parts by {stream}", lambda whole: Parts.of(whole, stream)) if enabled() else None
     if parts is None:
         return run(rows, batch)
-    cut = _Reorder.apply(rows, parts.order, parts.back).split(parts.sizes)
+    cut = _Reorder.run(rows, parts.order, parts.back).split(parts.sizes)
     out = [run(own, part) for own, part in zip(cut, parts.batches, strict=True)]
-    return _Reorder.apply(torch.cat(out), parts.back, parts.order)
+    return _Reorder.run(torch.cat(out), parts.back, parts.order)
 
 
-class _Reorder(torch.autograd.Function):
+class _Reorder(Stackable):
     """`rows[to]`, whose gradient is gathered by the inverse `back`: faster than adding into zeros."""
 
     generate_vmap_rule = True

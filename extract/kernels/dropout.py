@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 
 from pipeline.extract.kernels import enabled
+from pipeline.extract.stackable import Stackable
 
 _LEVELS = 1 << 16
 SIDE = "side"  # the name of `side_attention` in a transformers configuration
@@ -41,7 +42,7 @@ def masked(x: Tensor, mask: Tensor, factor: float) -> Tensor:
     return mask.to(x.dtype).mul_(x).mul_(factor)
 
 
-class _Drop(torch.autograd.Function):
+class _Drop(Stackable):
     """Keeps the mask alone for the backward pass, a byte a value."""
 
     @staticmethod
@@ -56,7 +57,7 @@ class _Drop(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: Any, x: Tensor, mask: Tensor, factor: float) -> tuple[Tensor, int]:
         x = x if in_dims[0] is None else x.movedim(in_dims[0], 0)
-        return _Drop.apply(x.expand(mask.shape), mask, factor), 0
+        return _Drop.run(x.expand(mask.shape), mask, factor), 0
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
@@ -105,9 +106,9 @@ def drop(x: Tensor, p: float, training: bool) -> Tensor:
         return F.dropout(x, p, training)
     if (runs := _RUNS.get()) is not None:
         mask, factor = _Masks.apply(runs[1], x.shape, p, runs[0]), _LEVELS / (_LEVELS - round(p * _LEVELS))
-        return _Drop.apply(x, mask, factor)
+        return _Drop.run(x, mask, factor)
     mask, factor = kept(x.shape, p, x.device)
-    return _Drop.apply(x, mask, factor)
+    return _Drop.run(x, mask, factor)
 
 
 class Dropout(nn.Dropout):

@@ -23,6 +23,7 @@ from pipeline.extract.backbones.tail import Tail
 from pipeline.extract.batch import Batch
 from pipeline.extract.plugins import load_installed
 from pipeline.extract.projection import MAPS
+from pipeline.extract.stackable import Stackable
 from pipeline.store.errors import UserError
 from pipeline.train.configs import SideConfig, TunerConfig
 from pipeline.train.features import Feature, Features, Kind, Want
@@ -298,10 +299,10 @@ def state_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
         return F.linear(x, weight, bias)
     if x.dtype == weight.dtype or x.requires_grad:
         return F.linear(x.to(weight.dtype), weight, bias)
-    return _Widened.apply(x, weight, bias)
+    return _Widened.run(x, weight, bias)
 
 
-class _Widened(torch.autograd.Function):
+class _Widened(Stackable):
     """`x` has no gradient, so that all its backward pass needs is `x`."""
 
     @staticmethod
@@ -321,7 +322,7 @@ class _Widened(torch.autograd.Function):
         n, outputs, inputs = weight.shape
         if bias is not None:
             bias = bias.expand(n, outputs).flatten() if in_dims[2] is None else bias.flatten()
-        joint = _Widened.apply(x, weight.reshape(n * outputs, inputs), bias)
+        joint = _Widened.run(x, weight.reshape(n * outputs, inputs), bias)
         return joint.unflatten(-1, (n, outputs)).movedim(-2, 0).contiguous(), 0
 
     @staticmethod

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from pipeline.extract.stackable import Stackable
 from pipeline.store.errors import UserError
 from pipeline.train.tuners.base import full_precision, linear
 
@@ -33,12 +34,12 @@ def redundancy(features: Tensor, epsilon: float = EPSILON) -> Tensor:
     `features`: (rows, layers, width) float32. Returns (rows, layers), each ≥ 1. A zero row counts as redundancy 1.
     """
     # Scaling the products, not the features, keeps nothing of the features' size for the backward pass.
-    products = _Gram.apply(features)
+    products = _Gram.run(features)
     scale = (products.diagonal(dim1=1, dim2=2).clamp(min=SMALLEST).sqrt() + epsilon).reciprocal()
     return (products * scale.unsqueeze(1) * scale.unsqueeze(2)).relu_().sum(-1).clamp(min=1.0)
 
 
-class _Gram(torch.autograd.Function):
+class _Gram(Stackable):
     """X Xᵀ of each matrix, with one product in the backward pass: (G + Gᵀ) X."""
 
     generate_vmap_rule = True
