@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -27,15 +28,15 @@ def spread(count: int, most: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class FilmFrame(Picture):
-    """The frame `place` of those that are shown, `most`, of a video's file."""
+    """The frame `place` of those of a video's file that are shown, whose numbers are `shown`."""
 
     place: int = 0
-    most: int = 0
+    shown: tuple[int, ...] = ()
 
     def image(self) -> Image.Image:
         about = self.path.stat()
         with _ONE_BY_ONE:
-            return _kept(self.path, self.most, about.st_size, about.st_mtime_ns)[self.place]
+            return _kept(self.path, self.shown, about.st_size, about.st_mtime_ns)[self.place]
 
 
 def is_film(path: Path) -> bool:
@@ -44,22 +45,30 @@ def is_film(path: Path) -> bool:
 
 
 def film_frames(path: Path, preprocess: Preprocess, most: int) -> list[FilmFrame]:
-    """The frames that are shown of a video's file, `spread`. UserError for one that cannot be decoded to its end."""
+    """The frames that are shown of a video's file, `spread`. UserError for one that cannot be decoded to its end. All
+    are decoded, for no container can be trusted to know how many it holds."""
     content = xxhash.xxh3_128()
     with path.open("rb") as file:
         while part := file.read(1 << 20):
             content.update(part)
-    found = []
-    for place, image in enumerate(decoded(path, most)):
+    sizes = [(frame.width, frame.height) for frame in _frames(path)]
+    if not sizes:
+        raise UserError(f"{path}: there are no frames in this file; replace it, {LEFT_OUT}")
+    if any(width * height > MOST_PIXELS for width, height in sizes):
+        raise UserError(f"{path}: frames of more than {MOST_PIXELS:,} pixels; make them smaller, {LEFT_OUT}")
+    shown, found = tuple(spread(len(sizes), most).tolist()), []
+    for place, number in enumerate(shown):
         key = xxhash.xxh3_128(f"{content.hexdigest()}:{preprocess.digest}:frame {place} of {most}".encode())
-        size, extent = (image.height, image.width), preprocess.extent(*image.size)
-        found.append(FilmFrame(path, preprocess, 0, 0, key.hexdigest(), extent, size=size, place=place, most=most))
+        (width, height), extent = sizes[number], preprocess.extent(*sizes[number])
+        frame = FilmFrame(
+            path, preprocess, 0, 0, key.hexdigest(), extent, size=(height, width), place=place, shown=shown
+        )
+        found.append(frame)
     return found
 
 
-def decoded(path: Path, most: int) -> list[Image.Image]:
-    """The frames themselves, as RGB images; all are decoded, for no container can be trusted to know how many it
-    holds."""
+def _frames(path: Path) -> Iterator[Any]:
+    """PyAV's frames of a video's file, in order."""
     try:
         import av
     except ImportError:
@@ -70,25 +79,15 @@ def decoded(path: Path, most: int) -> list[Image.Image]:
         with av.open(str(path)) as film:
             if not film.streams.video:
                 raise UserError(f"{path}: there are no pictures in this file; replace it, {LEFT_OUT}")
-            count = sum(1 for _ in film.decode(video=0))
-        shown = set(spread(count, most).tolist())
-        with av.open(str(path)) as film:
-            found = [_image(path, frame) for i, frame in enumerate(film.decode(video=0)) if i in shown]
+            yield from film.decode(video=0)
     except av.FFmpegError as error:
         raise UserError(f"{path}: damaged video ({str(error)[:80]}); repair it, {LEFT_OUT}") from None
-    if not found:
-        raise UserError(f"{path}: there are no frames in this file; replace it, {LEFT_OUT}")
-    return found
-
-
-def _image(path: Path, frame: Any) -> Image.Image:
-    if frame.width * frame.height > MOST_PIXELS:
-        raise UserError(f"{path}: frames of more than {MOST_PIXELS:,} pixels; make them smaller, {LEFT_OUT}")
-    image: Image.Image = frame.to_image()
-    return image.convert("RGB")
 
 
 @lru_cache(2)
-def _kept(path: Path, most: int, size: int, changed: int) -> list[Image.Image]:
-    """Of a file that has not changed, while its frames are asked for one by one."""
-    return decoded(path, most)
+def _kept(path: Path, shown: tuple[int, ...], size: int, changed: int) -> list[Image.Image]:
+    """The frames `shown` in RGB, of a file that has not changed, while they are asked for one by one."""
+    found = [frame.to_image().convert("RGB") for number, frame in enumerate(_frames(path)) if number in shown]
+    if len(found) < len(shown):
+        raise UserError(f"{path}: the file has fewer frames than when it was looked at; extract again")
+    return found

@@ -15,6 +15,8 @@ from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 import pipeline
+from pipeline.extract.backbones import films
+from pipeline.extract.backbones.images import Preprocess
 from pipeline.extract.backbones.videos import frames_in
 from tests import tiny
 from tests.pipeline.test_errors import refused
@@ -180,6 +182,16 @@ def test_a_file_is_the_folder_of_its_frames(made: dict[str, Any], tmp_path: Path
     assert len(told) == 6 and told["film.mkv"] == told["folder"]
     back = run("search", tmp_path / "run", "--image", data / "film.mkv", "--top", 1)["results"]
     assert back == run("search", tmp_path / "run", "--image", data / "folder", "--top", 1)["results"]
+
+
+def test_a_file_is_decoded_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once to be looked at, once for all the frames that are shown of it."""
+    filmed(tmp_path / "film.mkv", [np.full((16, 24, 3), 30 * i, np.uint8) for i in range(5)])
+    passes, frames = [], films._frames
+    monkeypatch.setattr(films, "_frames", lambda path: passes.append(path) or frames(path))
+    found = films.film_frames(tmp_path / "film.mkv", Preprocess(size=()), 3)
+    assert [np.unique(frame.image()).tolist() for frame in found] == [[0], [60], [120]]
+    assert [frame.size for frame in found] == [(16, 24)] * 3 and len(passes) == 2
 
 
 @pytest.mark.parametrize(("content", "words"), [(b"", ["damaged video"]), (b"no film at all", ["damaged video"])])

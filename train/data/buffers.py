@@ -8,6 +8,7 @@ process of somebody else's must not, so it keeps the few buffers of its own batc
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from threading import Lock
 
 import numpy as np
@@ -15,7 +16,14 @@ import torch
 from torch import Tensor
 
 SMALL = 1 << 16  # bytes below which the allocator has memory at hand
-_UNUSED = 3  # references to a buffer that only the pool holds: its list, a local name, getrefcount's argument
+
+
+def _references(buffers: Sequence[np.ndarray], place: int) -> int:
+    """How many references there are to a buffer, in one and the same count whoever asks."""
+    return sys.getrefcount(buffers[place])
+
+
+_UNUSED = _references([np.empty(0)], 0)  # of a buffer that its list alone holds; versions of Python count differently
 
 
 class Buffers:
@@ -44,9 +52,9 @@ class Buffers:
         there are `most` already."""
         found, outgrown = -1, -1
         for place in range(len(self._buffers)):
-            buffer = self._buffers[place]
-            if sys.getrefcount(buffer) > _UNUSED:
+            if _references(self._buffers, place) > _UNUSED:
                 continue
+            buffer = self._buffers[place]
             if buffer.nbytes < nbytes:
                 outgrown = place
             elif found < 0 or buffer.nbytes < self._buffers[found].nbytes:
