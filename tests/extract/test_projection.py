@@ -30,7 +30,9 @@ def test_pca_rebuilds_what_lies_in_few_directions():
     found = moments.pca(3)
     mean, basis = found.mean["encoder.0"], found.basis["encoder.0"]
     z = found.apply({"encoder.0": x})["encoder.0"]
-    torch.testing.assert_close(z @ basis.T + mean, x, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(z, (x - mean) @ basis, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.widened("encoder.0", z), x, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.widened("encoder.1", z), z)  # which is not projected
     torch.testing.assert_close(basis.T @ basis, torch.eye(3), rtol=0, atol=1e-5)
     assert (z.var(0).diff() < 0).all()  # the largest variance first
     again = Moments()

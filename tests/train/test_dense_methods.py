@@ -14,7 +14,7 @@ from transformers import TimmWrapperConfig
 from pipeline.cli.main import main
 from pipeline.extract.backbones import backbone_for
 from pipeline.extract.pretrained import Checkpoint
-from pipeline.extract.projection import orthogonal
+from pipeline.extract.projection import Projection, orthogonal
 from pipeline.store.errors import UserError
 from pipeline.train.baselines.methods import BaselineModel, baseline
 from pipeline.train.features import Want
@@ -99,6 +99,22 @@ def test_projected_branches_start_as_the_head_alone(checkpoints, pictures):
     tuner = tuner_class("e3va")(case.config, backbone, case.tail, Want())
     batch.states = backbone.projection.apply(batch.states)
     assert batch.states["stage3.0.msa"].shape[1] == 12 and batch.states["stage1.0.msa"].shape[1] == 8
+    for stream, rows in tuner(batch).items():
+        torch.testing.assert_close(rows, start[stream], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["fixed", "e3va"])
+def test_maps_whose_directions_are_all_kept_are_read_as_they_are(checkpoints, pictures, name):
+    """With a mean, which heads must get back: e3va's corrections begin at zero."""
+    checkpoint = Checkpoint(checkpoints["swin"], "swin")
+    fixed, case = Case(checkpoint, "fixed", pictures), Case(checkpoint, name, pictures)
+    start, batch = fixed.model().tuner(fixed.batch()), case.batch()
+    widths = {s: checkpoint.backbone.full_width(s) for s in checkpoint.backbone.full_states() if s in batch.states}
+    basis = {s: orthogonal({s: width}, width, 0).basis[s] for s, width in widths.items()}
+    backbone = checkpoint.backbone.projected(Projection({s: torch.arange(w) / w for s, w in widths.items()}, basis))
+    tuner = tuner_class(name)(case.config, backbone, case.tail, Want())
+    batch.states = backbone.projection.apply(batch.states)
+    assert len(widths) == 4 + (name == "e3va")
     for stream, rows in tuner(batch).items():
         torch.testing.assert_close(rows, start[stream], rtol=1e-3, atol=1e-3)
 
