@@ -3,6 +3,7 @@ those."""
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 
 from pipeline import catalog
 from pipeline.catalog import FAMILIES, TUNERS
+from pipeline.cli.command import imports
 from pipeline.extract.backbones import backbone_classes
 from pipeline.train import configs, objective_configs
 from pipeline.train.objectives import objective_class
@@ -67,3 +69,17 @@ def test_a_tuner_of_the_users_own_is_listed(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setitem(base._TUNERS, "mine", Mine)
     assert catalog.tuners()["mine"] == "mine" and catalog.tuners()["lst"] == TUNERS["lst"]
+
+
+def test_what_a_command_imports_is_not_collected_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But the collector of a process that has torch already, a user's, is left as it is."""
+    with imports():
+        assert not gc.isenabled()
+    assert gc.isenabled() and not gc.get_freeze_count()
+    monkeypatch.delitem(sys.modules, "torch")
+    try:
+        with imports():
+            pass
+        assert gc.isenabled() and gc.get_freeze_count() > 10_000
+    finally:
+        gc.unfreeze()
