@@ -3,6 +3,7 @@ those."""
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 
 from pipeline import catalog
 from pipeline.catalog import FAMILIES, TUNERS
+from pipeline.cli.command import imports
 from pipeline.extract.backbones import backbone_classes
 from pipeline.train import configs, objective_configs
 from pipeline.train.objectives import objective_class
@@ -46,11 +48,21 @@ def test_light_modules_stay_light(module: str) -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
+RUN = """
+import sys, pipeline.runs, pyarrow as pa
+from pipeline.store.tables.texts import Texts
+child = pa.Array.from_buffers(pa.string(), 3, [None, pa.py_buffer(bytes(16)), pa.py_buffer(b"")])
+offsets = pa.py_buffer(b"".join(n.to_bytes(4, "little") for n in (0, 2, 2, 3)))
+column = pa.Array.from_buffers(pa.list_(pa.string()), 3, [None, offsets], children=[child])
+print(Texts(pa.chunked_array([column[:1], column[1:]]), False).counts())
+print([m for m in ("zarr", "datasets", "scipy.stats", "timm", "pandas") if m in sys.modules])
+"""
+
+
 def test_reading_a_run_imports_no_library_that_only_training_needs() -> None:
     """`predict` and `evaluate` begin here; what torch and transformers import themselves is theirs."""
-    loaded = "import sys, pipeline.runs; print([m for m in ('zarr', 'datasets', 'scipy.stats') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True, check=True, timeout=120)
-    assert done.stdout == "[]\n"
+    done = subprocess.run([sys.executable, "-c", RUN], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout == "[2 0 1]\n[]\n"
 
 
 def test_lists_say_what_the_classes_say() -> None:
@@ -67,3 +79,17 @@ def test_a_tuner_of_the_users_own_is_listed(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setitem(base._TUNERS, "mine", Mine)
     assert catalog.tuners()["mine"] == "mine" and catalog.tuners()["lst"] == TUNERS["lst"]
+
+
+def test_what_a_command_imports_is_not_collected_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But the collector of a process that has torch already, a user's, is left as it is."""
+    with imports():
+        assert not gc.isenabled()
+    assert gc.isenabled() and not gc.get_freeze_count()
+    monkeypatch.delitem(sys.modules, "torch")
+    try:
+        with imports():
+            pass
+        assert gc.isenabled() and gc.get_freeze_count() > 10_000
+    finally:
+        gc.unfreeze()
