@@ -154,7 +154,7 @@ class Objective(ABC):
     slots: ClassVar[bool] = False  # its head reads features of several slots (see `Batch.spread`)
     usual_lr: ClassVar[float | None] = None  # the largest learning rate that training starts from where none is given
     counts: ClassVar[str] = "samples"  # what its head's loss is a mean over, see `Head.weight`
-    coupled: ClassVar[bool] = False  # a batch's samples stand in one loss: no accumulation, one rank
+    coupled: ClassVar[bool] = False  # a batch's samples stand in one loss: no accumulation; one rank, or it `gathers`
     gathers: ClassVar[bool] = False  # of such: its head puts the batches of all ranks into one loss
     files: ClassVar[bool] = False  # entries hold more than JSON does, and `save` writes it
     writes: ClassVar[tuple[str, ...]] = ()  # the files of `save`, {} being the name it is given
