@@ -85,7 +85,8 @@ def _image(path: Path, frame: Any) -> Image.Image:
     if frame.width * frame.height > MOST_PIXELS:
         raise UserError(f"{path}: frames of more than {MOST_PIXELS:,} pixels; make them smaller, {LEFT_OUT}")
     image: Image.Image = frame.to_image()
-    return image.convert("RGB")
+    # A telephone held upright writes its frames lying, and beside them by how far a player is to turn them.
+    return image.convert("RGB").rotate(90 * round(frame.rotation / 90), expand=True)
 
 
 @lru_cache(2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import shutil
+import struct
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 import pipeline
+from pipeline.extract.backbones.films import decoded
 from pipeline.extract.backbones.videos import frames_in
 from tests import tiny
 from tests.pipeline.test_errors import refused
@@ -157,6 +159,19 @@ def filmed(path: Path, frames: list[np.ndarray]) -> None:
         for frame in frames:
             film.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         film.mux(stream.encode())
+
+
+def test_a_film_that_was_taken_upright_is_turned(tmp_path: Path) -> None:
+    frame = np.zeros((32, 64, 3), np.uint8)
+    frame[:16, :, 0] = 250  # red above: at the right, once it is turned clockwise
+    filmed(tmp_path / "lying.mp4", [frame] * 3)
+    content = (tmp_path / "lying.mp4").read_bytes()
+    place, one = content.index(b"tkhd") + 44, 1 << 16
+    matrix = struct.pack(">9i", 0, one, 0, -one, 0, 0, 0, 0, 1 << 30)  # a quarter clockwise, as of a telephone
+    (tmp_path / "upright.mp4").write_bytes(content[:place] + matrix + content[place + 36 :])
+    lying, upright = (decoded(tmp_path / f"{name}.mp4", 2)[0] for name in ("lying", "upright"))
+    assert upright.size == (32, 64)
+    assert np.array_equal(np.asarray(upright), np.rot90(np.asarray(lying), -1))
 
 
 def test_a_file_is_the_folder_of_its_frames(made: dict[str, Any], tmp_path: Path) -> None:
