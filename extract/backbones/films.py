@@ -16,6 +16,7 @@ from pipeline.extract.backbones.images import LEFT_OUT, MOST_PIXELS, Picture, Pr
 from pipeline.store.errors import UserError
 
 SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp")
+NEARLY = 0.9  # of the length that a file states: less was cut off
 _ONE_BY_ONE = Lock()  # the frames of a video are asked for at once: it is decoded by one thread for all
 
 
@@ -70,7 +71,7 @@ def decoded(path: Path, most: int) -> list[Image.Image]:
         with av.open(str(path)) as film:
             if not film.streams.video:
                 raise UserError(f"{path}: there are no pictures in this file; replace it, {LEFT_OUT}")
-            count = sum(1 for _ in film.decode(video=0))
+            count = _whole(path, film)
         shown = set(spread(count, most).tolist())
         with av.open(str(path)) as film:
             found = [_image(path, frame) for i, frame in enumerate(film.decode(video=0)) if i in shown]
@@ -81,7 +82,24 @@ def decoded(path: Path, most: int) -> list[Image.Image]:
     return found
 
 
+def _whole(path: Path, film: Any) -> int:
+    """How many frames there are. UserError for a file that ends long before it says that it does: of Matroska (WebM
+    too) reading on for what was cut off is no error."""
+    shown, count, end = film.streams.video[0].index, 0, 0.0
+    for packet in film.demux():
+        if packet.stream.index == shown:
+            count += len(packet.decode())
+        if packet.pts is not None:
+            end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+    said = (film.duration or 0) / 1e6 if "matroska" in film.format.name else 0.0
+    if end < NEARLY * said:
+        raise UserError(f"{path}: the file ends after {end:.1f} of {said:.1f} seconds; copy it again, {LEFT_OUT}")
+    return count
+
+
 def _image(path: Path, frame: Any) -> Image.Image:
+    if frame.is_corrupt:
+        raise UserError(f"{path}: damaged video (a frame is not whole); repair it, {LEFT_OUT}")
     if frame.width * frame.height > MOST_PIXELS:
         raise UserError(f"{path}: frames of more than {MOST_PIXELS:,} pixels; make them smaller, {LEFT_OUT}")
     image: Image.Image = frame.to_image()

@@ -18,6 +18,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPVision
 import pipeline
 from pipeline.extract.backbones.films import decoded
 from pipeline.extract.backbones.videos import frames_in
+from pipeline.store.errors import UserError
 from tests import tiny
 from tests.pipeline.test_errors import refused
 from tests.pipeline.test_errors import run as invoke
@@ -150,15 +151,31 @@ def test_frames_stand_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     assert [p.name for p in frames_in(tmp_path)] == [names[2], names[1], names[0]]
 
 
-def filmed(path: Path, frames: list[np.ndarray]) -> None:
-    """A video of the frames, which loses nothing of them."""
+def filmed(path: Path, frames: list[np.ndarray], codec: str = "ffv1", form: str = "bgr0") -> None:
+    """A video of the frames, which by itself loses nothing of them."""
     av = pytest.importorskip("av", reason="the extra `video` is not installed: video files not tested")
     with av.open(str(path), "w") as film:
-        stream = film.add_stream("ffv1", rate=5)
-        stream.height, stream.width, stream.pix_fmt = *frames[0].shape[:2], "bgr0"
+        stream = film.add_stream(codec, rate=5)
+        stream.height, stream.width, stream.pix_fmt = *frames[0].shape[:2], form
         for frame in frames:
             film.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         film.mux(stream.encode())
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "words"),
+    [("a.mkv", ("ffv1", "bgr0"), r"ends after \d\.\d of 4\.0 seconds"), ("a.avi", ("mpeg4", "yuv420p"), "damaged")],
+)
+def test_a_film_that_was_cut_off_is_no_shorter_one(
+    tmp_path: Path, name: str, codec: tuple[str, str], words: str
+) -> None:
+    rng = np.random.default_rng(0)
+    filmed(tmp_path / name, [rng.integers(0, 255, (32, 48, 3)).astype(np.uint8) for _ in range(20)], *codec)
+    assert len(decoded(tmp_path / name, 30)) == 20
+    content = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(content[: len(content) * 3 // 5])
+    with pytest.raises(UserError, match=words):
+        decoded(tmp_path / name, 30)
 
 
 def test_a_film_that_was_taken_upright_is_turned(tmp_path: Path) -> None:
