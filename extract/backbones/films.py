@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,6 +16,7 @@ from pipeline.extract.backbones.images import LEFT_OUT, MOST_PIXELS, Picture, Pr
 from pipeline.store.errors import UserError
 
 SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp")
+NEARLY = 0.9  # of the length that a file states: less was cut off
 _ONE_BY_ONE = Lock()  # the frames of a video are asked for at once: it is decoded by one thread for all
 
 
@@ -28,15 +28,15 @@ def spread(count: int, most: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class FilmFrame(Picture):
-    """The frame `place` of those of a video's file that are shown, whose numbers are `shown`."""
+    """The frame `place` of those that are shown, `most`, of a video's file."""
 
     place: int = 0
-    shown: tuple[int, ...] = ()
+    most: int = 0
 
     def image(self) -> Image.Image:
         about = self.path.stat()
         with _ONE_BY_ONE:
-            return _kept(self.path, self.shown, about.st_size, about.st_mtime_ns)[self.place]
+            return _kept(self.path, self.most, about.st_size, about.st_mtime_ns)[self.place]
 
 
 def is_film(path: Path) -> bool:
@@ -45,30 +45,22 @@ def is_film(path: Path) -> bool:
 
 
 def film_frames(path: Path, preprocess: Preprocess, most: int) -> list[FilmFrame]:
-    """The frames that are shown of a video's file, `spread`. UserError for one that cannot be decoded to its end. All
-    are decoded, for no container can be trusted to know how many it holds."""
+    """The frames that are shown of a video's file, `spread`. UserError for one that cannot be decoded to its end."""
     content = xxhash.xxh3_128()
     with path.open("rb") as file:
         while part := file.read(1 << 20):
             content.update(part)
-    sizes = [(frame.width, frame.height) for frame in _frames(path)]
-    if not sizes:
-        raise UserError(f"{path}: there are no frames in this file; replace it, {LEFT_OUT}")
-    if any(width * height > MOST_PIXELS for width, height in sizes):
-        raise UserError(f"{path}: frames of more than {MOST_PIXELS:,} pixels; make them smaller, {LEFT_OUT}")
-    shown, found = tuple(spread(len(sizes), most).tolist()), []
-    for place, number in enumerate(shown):
+    found = []
+    for place, image in enumerate(decoded(path, most)):
         key = xxhash.xxh3_128(f"{content.hexdigest()}:{preprocess.digest}:frame {place} of {most}".encode())
-        (width, height), extent = sizes[number], preprocess.extent(*sizes[number])
-        frame = FilmFrame(
-            path, preprocess, 0, 0, key.hexdigest(), extent, size=(height, width), place=place, shown=shown
-        )
-        found.append(frame)
+        size, extent = (image.height, image.width), preprocess.extent(*image.size)
+        found.append(FilmFrame(path, preprocess, 0, 0, key.hexdigest(), extent, size=size, place=place, most=most))
     return found
 
 
-def _frames(path: Path) -> Iterator[Any]:
-    """PyAV's frames of a video's file, in order."""
+def decoded(path: Path, most: int) -> list[Image.Image]:
+    """The frames themselves, as RGB images; all are decoded, for no container can be trusted to know how many it
+    holds."""
     try:
         import av
     except ImportError:
@@ -79,15 +71,43 @@ def _frames(path: Path) -> Iterator[Any]:
         with av.open(str(path)) as film:
             if not film.streams.video:
                 raise UserError(f"{path}: there are no pictures in this file; replace it, {LEFT_OUT}")
-            yield from film.decode(video=0)
+            count = _whole(path, film)
+        shown = set(spread(count, most).tolist())
+        with av.open(str(path)) as film:
+            found = [_image(path, frame) for i, frame in enumerate(film.decode(video=0)) if i in shown]
     except av.FFmpegError as error:
         raise UserError(f"{path}: damaged video ({str(error)[:80]}); repair it, {LEFT_OUT}") from None
+    if not found:
+        raise UserError(f"{path}: there are no frames in this file; replace it, {LEFT_OUT}")
+    return found
+
+
+def _whole(path: Path, film: Any) -> int:
+    """How many frames there are. UserError for a file that ends long before it says that it does: of Matroska (WebM
+    too) reading on for what was cut off is no error."""
+    shown, count, end = film.streams.video[0].index, 0, 0.0
+    for packet in film.demux():
+        if packet.stream.index == shown:
+            count += len(packet.decode())
+        if packet.pts is not None:
+            end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+    said = (film.duration or 0) / 1e6 if "matroska" in film.format.name else 0.0
+    if end < NEARLY * said:
+        raise UserError(f"{path}: the file ends after {end:.1f} of {said:.1f} seconds; copy it again, {LEFT_OUT}")
+    return count
+
+
+def _image(path: Path, frame: Any) -> Image.Image:
+    if frame.is_corrupt:
+        raise UserError(f"{path}: damaged video (a frame is not whole); repair it, {LEFT_OUT}")
+    if frame.width * frame.height > MOST_PIXELS:
+        raise UserError(f"{path}: frames of more than {MOST_PIXELS:,} pixels; make them smaller, {LEFT_OUT}")
+    image: Image.Image = frame.to_image()
+    # A telephone held upright writes its frames lying, and beside them by how far a player is to turn them.
+    return image.convert("RGB").rotate(90 * round(frame.rotation / 90), expand=True)
 
 
 @lru_cache(2)
-def _kept(path: Path, shown: tuple[int, ...], size: int, changed: int) -> list[Image.Image]:
-    """The frames `shown` in RGB, of a file that has not changed, while they are asked for one by one."""
-    found = [frame.to_image().convert("RGB") for number, frame in enumerate(_frames(path)) if number in shown]
-    if len(found) < len(shown):
-        raise UserError(f"{path}: the file has fewer frames than when it was looked at; extract again")
-    return found
+def _kept(path: Path, most: int, size: int, changed: int) -> list[Image.Image]:
+    """Of a file that has not changed, while its frames are asked for one by one."""
+    return decoded(path, most)

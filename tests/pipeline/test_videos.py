@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import shutil
+import struct
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,9 @@ from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 import pipeline
-from pipeline.extract.backbones import films
-from pipeline.extract.backbones.images import Preprocess
+from pipeline.extract.backbones.films import decoded
 from pipeline.extract.backbones.videos import frames_in
+from pipeline.store.errors import UserError
 from tests import tiny
 from tests.pipeline.test_errors import refused
 from tests.pipeline.test_errors import run as invoke
@@ -150,15 +151,44 @@ def test_frames_stand_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     assert [p.name for p in frames_in(tmp_path)] == [names[2], names[1], names[0]]
 
 
-def filmed(path: Path, frames: list[np.ndarray]) -> None:
-    """A video of the frames, which loses nothing of them."""
+def filmed(path: Path, frames: list[np.ndarray], codec: str = "ffv1", form: str = "bgr0") -> None:
+    """A video of the frames, which by itself loses nothing of them."""
     av = pytest.importorskip("av", reason="the extra `video` is not installed: video files not tested")
     with av.open(str(path), "w") as film:
-        stream = film.add_stream("ffv1", rate=5)
-        stream.height, stream.width, stream.pix_fmt = *frames[0].shape[:2], "bgr0"
+        stream = film.add_stream(codec, rate=5)
+        stream.height, stream.width, stream.pix_fmt = *frames[0].shape[:2], form
         for frame in frames:
             film.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         film.mux(stream.encode())
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "words"),
+    [("a.mkv", ("ffv1", "bgr0"), r"ends after \d\.\d of 4\.0 seconds"), ("a.avi", ("mpeg4", "yuv420p"), "damaged")],
+)
+def test_a_film_that_was_cut_off_is_no_shorter_one(
+    tmp_path: Path, name: str, codec: tuple[str, str], words: str
+) -> None:
+    rng = np.random.default_rng(0)
+    filmed(tmp_path / name, [rng.integers(0, 255, (32, 48, 3)).astype(np.uint8) for _ in range(20)], *codec)
+    assert len(decoded(tmp_path / name, 30)) == 20
+    content = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(content[: len(content) * 3 // 5])
+    with pytest.raises(UserError, match=words):
+        decoded(tmp_path / name, 30)
+
+
+def test_a_film_that_was_taken_upright_is_turned(tmp_path: Path) -> None:
+    frame = np.zeros((32, 64, 3), np.uint8)
+    frame[:16, :, 0] = 250  # red above: at the right, once it is turned clockwise
+    filmed(tmp_path / "lying.mp4", [frame] * 3)
+    content = (tmp_path / "lying.mp4").read_bytes()
+    place, one = content.index(b"tkhd") + 44, 1 << 16
+    matrix = struct.pack(">9i", 0, one, 0, -one, 0, 0, 0, 0, 1 << 30)  # a quarter clockwise, as of a telephone
+    (tmp_path / "upright.mp4").write_bytes(content[:place] + matrix + content[place + 36 :])
+    lying, upright = (decoded(tmp_path / f"{name}.mp4", 2)[0] for name in ("lying", "upright"))
+    assert upright.size == (32, 64)
+    assert np.array_equal(np.asarray(upright), np.rot90(np.asarray(lying), -1))
 
 
 def test_a_file_is_the_folder_of_its_frames(made: dict[str, Any], tmp_path: Path) -> None:
@@ -182,16 +212,6 @@ def test_a_file_is_the_folder_of_its_frames(made: dict[str, Any], tmp_path: Path
     assert len(told) == 6 and told["film.mkv"] == told["folder"]
     back = run("search", tmp_path / "run", "--image", data / "film.mkv", "--top", 1)["results"]
     assert back == run("search", tmp_path / "run", "--image", data / "folder", "--top", 1)["results"]
-
-
-def test_a_file_is_decoded_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once to be looked at, once for all the frames that are shown of it."""
-    filmed(tmp_path / "film.mkv", [np.full((16, 24, 3), 30 * i, np.uint8) for i in range(5)])
-    passes, frames = [], films._frames
-    monkeypatch.setattr(films, "_frames", lambda path: passes.append(path) or frames(path))
-    found = films.film_frames(tmp_path / "film.mkv", Preprocess(size=()), 3)
-    assert [np.unique(frame.image()).tolist() for frame in found] == [[0], [60], [120]]
-    assert [frame.size for frame in found] == [(16, 24)] * 3 and len(passes) == 2
 
 
 @pytest.mark.parametrize(("content", "words"), [(b"", ["damaged video"]), (b"no film at all", ["damaged video"])])

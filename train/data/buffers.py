@@ -7,23 +7,15 @@ process of somebody else's must not, so it keeps the few buffers of its own batc
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
 from threading import Lock
+from typing import Any
+from weakref import ReferenceType, ref
 
 import numpy as np
 import torch
 from torch import Tensor
 
 SMALL = 1 << 16  # bytes below which the allocator has memory at hand
-
-
-def _references(buffers: Sequence[np.ndarray], place: int) -> int:
-    """How many references there are to a buffer, in one and the same count whoever asks."""
-    return sys.getrefcount(buffers[place])
-
-
-_UNUSED = _references([np.empty(0)], 0)  # of a buffer that its list alone holds; versions of Python count differently
 
 
 class Buffers:
@@ -33,6 +25,7 @@ class Buffers:
     def __init__(self, most: int) -> None:
         self.most = most
         self._buffers: list[np.ndarray] = []
+        self._views: list[ReferenceType[Any] | None] = []  # of each buffer the part that was handed out last
         self._lock = Lock()
 
     def empty(self, rows: int, width: int, dtype: torch.dtype) -> Tensor:
@@ -41,31 +34,34 @@ class Buffers:
         if nbytes < SMALL:
             return torch.empty(rows, width, dtype=dtype)
         with self._lock:
-            # A tensor holds the array that it was made of, and that one `buffer`, whose references tell who is left.
-            buffer = self._unused(nbytes)
-            if buffer is None:
+            place = self._unused(nbytes)
+            if place is None:
                 return torch.empty(rows, width, dtype=dtype)
-            return torch.from_numpy(buffer[:nbytes]).view(dtype).view(rows, width)
+            # The memory of a tensor holds the array that it was made of, and nobody else does: while that lives, so
+            # does a tensor. Counts of references would not tell, for from Python 3.14 on a local name may not count.
+            part = self._buffers[place][:nbytes]
+            self._views[place] = ref(part)
+            return torch.from_numpy(part).view(dtype).view(rows, width)
 
-    def _unused(self, nbytes: int) -> np.ndarray | None:
-        """The smallest unused buffer that is large enough; else a new one, in the place of an unused smaller one where
-        there are `most` already."""
+    def _unused(self, nbytes: int) -> int | None:
+        """The place of the smallest unused buffer that is large enough; else of a new one, that of an unused smaller
+        one if there is such."""
         found, outgrown = -1, -1
-        for place in range(len(self._buffers)):
-            if _references(self._buffers, place) > _UNUSED:
+        for place, (buffer, view) in enumerate(zip(self._buffers, self._views, strict=True)):
+            if view is not None and view() is not None:
                 continue
-            buffer = self._buffers[place]
             if buffer.nbytes < nbytes:
                 outgrown = place
             elif found < 0 or buffer.nbytes < self._buffers[found].nbytes:
                 found = place
         if found >= 0:
-            return self._buffers[found]
-        made = torch.empty(nbytes + nbytes // 8, dtype=torch.uint8).numpy()  # torch aligns as its kernels like it
-        if outgrown >= 0:
-            self._buffers[outgrown] = made
-        elif len(self._buffers) < self.most:
-            self._buffers.append(made)
-        else:
+            return found
+        if outgrown < 0 and len(self._buffers) == self.most:
             return None
-        return made
+        made = torch.empty(nbytes + nbytes // 8, dtype=torch.uint8).numpy()  # torch aligns as its kernels like it
+        if outgrown < 0:
+            self._buffers.append(made)
+            self._views.append(None)
+            return len(self._buffers) - 1
+        self._buffers[outgrown], self._views[outgrown] = made, None
+        return outgrown
