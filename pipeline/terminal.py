@@ -83,6 +83,7 @@ def metrics_text(result: dict[str, Any]) -> str:
     )
 
 
+BEST = 3  # objects of an image that a table names; all are in --json, --output and the files of --out-dir
 SHOWN = 20  # classes whose confusion matrix is shown whole; of more, so many of the most frequent confusions
 
 
@@ -147,6 +148,9 @@ def _cell(value: Any) -> str:
         return "–"
     if isinstance(value, Mapping):  # of classes, say, the share of each
         return ", ".join(f"{name} {_cell(of)}" for name, of in value.items())
+    if isinstance(value, list) and value and all(isinstance(one, Mapping) and "score" in one for one in value):
+        best = ", ".join(f"{one['label']} {_cell(one['score'])}" for one in value[:BEST])
+        return f"{len(value)}: {best}{', …' if len(value) > BEST else ''}"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 

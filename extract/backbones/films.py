@@ -15,7 +15,6 @@ from PIL import Image
 from pipeline.extract.backbones.images import LEFT_OUT, MOST_PIXELS, Picture, Preprocess
 from pipeline.store.errors import UserError
 
-SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp")
 NEARLY = 0.9  # of the length that a file states: less was cut off
 _ONE_BY_ONE = Lock()  # the frames of a video are asked for at once: it is decoded by one thread for all
 
@@ -37,11 +36,6 @@ class FilmFrame(Picture):
         about = self.path.stat()
         with _ONE_BY_ONE:
             return _kept(self.path, self.most, about.st_size, about.st_mtime_ns)[self.place]
-
-
-def is_film(path: Path) -> bool:
-    """Whether it is a video's file, by its name."""
-    return path.suffix.lower() in SUFFIXES and path.is_file()
 
 
 def film_frames(path: Path, preprocess: Preprocess, most: int) -> list[FilmFrame]:

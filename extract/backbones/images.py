@@ -36,6 +36,7 @@ INTERPOLATIONS = {
 _PIL_NAMES = {int(v): k for k, v in INTERPOLATIONS.items()}
 _SHORT = "short:"
 LEFT_OUT = "or leave it out: --skip-bad of `pipeline extract`"  # what to do about a file that cannot be read
+FILMS = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp")
 # EXIF 2.3, tag 0x0112: how the stored pixels are to be turned for a viewer.
 ORIENTATION = 0x0112
 TURNS = {
@@ -265,9 +266,17 @@ def open_image(path: Path, upright: bool = True) -> Image.Image:
         most = f"more than {MOST_PIXELS:,} pixels"
         raise UserError(f"{path}: {most}; make it smaller, {LEFT_OUT}") from None
     except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
-        absent = isinstance(error, FileNotFoundError)
-        why = "no such file; add" if absent else f"damaged image ({_short(error)}); repair"
-        raise UserError(f"{path}: {why} it, {LEFT_OUT}") from None
+        why = f"damaged image ({_short(error)}); repair it"
+        if isinstance(error, FileNotFoundError):
+            why = "no such file; add it, name its folder by --data"
+        elif is_film(path):
+            why = "a video, not an image; of one slot of several backbones, --frames N reads it"
+        raise UserError(f"{path}: {why}, {LEFT_OUT}") from None
+
+
+def is_film(path: Path) -> bool:
+    """Whether it is a video's file, by its name."""
+    return path.suffix.lower() in FILMS and path.is_file()
 
 
 def filled_up(extent: Sequence[int] | np.ndarray, stride: int) -> np.ndarray:

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from pipeline.extract.backbones.films import film_frames, is_film, spread
+from pipeline.extract.backbones.films import film_frames, spread
 from pipeline.extract.backbones.grids import COLUMN
-from pipeline.extract.backbones.images import LEFT_OUT, Picture, Preprocess, look
+from pipeline.extract.backbones.images import LEFT_OUT, Picture, Preprocess, is_film, look
 from pipeline.extract.batch import Batch, Layout
 from pipeline.extract.geometry import SUFFIXES
 from pipeline.store.errors import UserError

@@ -93,4 +93,6 @@ def widths_text(states: Sequence[str], backbone: Backbone) -> str:
     text = f"{counted(len(full), 'state')} of width {width}"
     if projection is None or len(full) == len(states):
         return text
-    return f"{text} and {len(states) - len(full)} of {projection.width}"
+    if not full:
+        return f"{counted(len(states), 'state')} projected to {projection.width}"
+    return f"{text} and {len(states) - len(full)} projected to {projection.width}"

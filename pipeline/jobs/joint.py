@@ -35,7 +35,7 @@ from pipeline.jobs.sources import (
 from pipeline.lookup.objective import joint_objective
 from pipeline.lookup.recipe import Found, Unstored, find_space
 from pipeline.lookup.task import need
-from pipeline.lookup.task_versions import AmbiguousTask, chosen_tables, stored_versions
+from pipeline.lookup.task_versions import AmbiguousTask, chosen_tables, stored_versions, written_beside
 from pipeline.recipe import Recipe
 from pipeline.store import Space, TaskTable
 from pipeline.store.errors import MissingStates, StoreError, UserError
@@ -308,13 +308,18 @@ def _stored(recipe: Recipe, version: str | None, spaces: Mapping[str, str]) -> d
             f"the slots {', '.join(parts)} have no rows of {recipe.task}, as asked for, that were extracted together",
             recipe,
         )
-    jobs: dict[str, Job] = {}
+    tables: dict[str, dict[str, TaskTable]] = {}
     for slot, part in parts.items():
         with of_slot(slot):
             fitting = [v for v in versions[slot] if v.id in common]
-            tables = chosen_tables(_space(found[slot]), part, fitting)
-            common = {version_of(next(iter(tables.values())).header)}
-            jobs[slot] = stored_job(part, found[slot], tables, bool(spaces))
+            tables[slot] = chosen_tables(_space(found[slot]), part, fitting)
+            common = {version_of(next(iter(tables[slot].values())).header)}
+    jobs: dict[str, Job] = {}
+    for slot, part in parts.items():
+        with of_slot(slot):
+            others = {other: of for other, of in tables.items() if other != slot}
+            own = written_beside(_space(found[slot]), tables[slot], others)
+            jobs[slot] = stored_job(part, found[slot], own, bool(spaces))
     return jobs
 
 

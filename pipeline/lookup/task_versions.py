@@ -212,6 +212,26 @@ def _read(space: Space, version: Version) -> dict[str, TaskTable]:
     return dict(sorted(out.items()))
 
 
+def written_beside(
+    space: Space, tables: Mapping[str, TaskTable], others: Mapping[str, Mapping[str, TaskTable]]
+) -> dict[str, TaskTable]:
+    """`tables` of a slot, each by the one of its version and size that was written beside the rows of `others`, slot →
+    split → table, where there is one: a space that was extracted with several others has one for each, as one of texts
+    has that stood beside two backbones which see images of other sizes."""
+    out = dict(tables)
+    for split, table in tables.items():
+        keys = {slot: of[split].keys for slot, of in others.items() if split in of}
+        if table.joined == keys:
+            continue
+        for info in space.tables():
+            if (info.task, info.split, info.rows) == (table.task, split, len(table)):
+                other = check_table(space.read_table(info), space.files.where(info.path))
+                same = all(other.header.get(k) == table.header.get(k) for k in ("version", "slot"))
+                if same and other.joined == keys:
+                    out[split] = other
+    return out
+
+
 def _whole(version: Version, tables: dict[str, TaskTable]) -> dict[str, TaskTable]:
     """`tables`, if all is there that was written beside them. Raises StoreError."""
     gone: dict[str, int] = {}

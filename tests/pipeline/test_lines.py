@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from click.testing import CliRunner
 
 from pipeline.catalog import BASELINES
 from pipeline.cli.main import main
+from pipeline.commands.projection import widths_text
 from pipeline.commands.sweep_table import _shown
-from pipeline.terminal import inputs_text, models_text
+from pipeline.extract.backbones.images import open_image
+from pipeline.store.errors import UserError
+from pipeline.terminal import entries_text, inputs_text, models_text
 from tests.pipeline.test_errors import refused, run
 
 
@@ -62,4 +67,23 @@ def test_a_missing_image_says_which_command_leaves_it_out(tmp_path, checkpoints)
     (tmp_path / "a.csv").write_text("image,label\n" + "".join(f"{i}.png,{'ab'[i % 2]}\n" for i in range(20)))
     rows = ["--task", tmp_path / "a.csv", "--image", "image", "--label", "label"]
     told = run("extract", "--model", checkpoints["resnet"], *rows, "--store", tmp_path / "s")
-    refused(told, "no such file; add it, or leave it out: --skip-bad of `pipeline extract`")
+    refused(told, "no such file; add it, name its folder by --data, or leave it out: --skip-bad of `pipeline extract`")
+
+
+def test_a_video_is_no_damaged_image(tmp_path):
+    (tmp_path / "film.MP4").write_bytes(b"film")
+    with pytest.raises(UserError, match=r"a video, not an image; .*--frames N"):
+        open_image(tmp_path / "film.MP4")
+
+
+def test_a_table_names_the_best_objects_and_how_many_there_are():
+    found = [{"label": "tree", "category_id": 1, "score": 0.9 - 0.1 * i, "bbox": [0, 0, 1, 1]} for i in range(40)]
+    told = entries_text([{"id": "a.png", "objects": found}, {"id": "b.png", "objects": []}])
+    assert "40: tree 0.9000, tree 0.8000, tree 0.7000, …" in told and max(map(len, told.splitlines())) < 80
+
+
+def test_widths_say_what_is_projected():
+    basis = dict.fromkeys(("a", "b"))
+    backbone = SimpleNamespace(projection=SimpleNamespace(basis=basis, width=6), state_width=lambda _: 8, width=1280)
+    assert widths_text(["a", "b"], backbone) == "2 states projected to 6"
+    assert widths_text(["a", "b", "c"], backbone) == "1 state of width 8 and 2 projected to 6"

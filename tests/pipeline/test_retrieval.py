@@ -375,3 +375,17 @@ def test_tuners_that_one_slot_alone_can_have(
     assert invoke("report", tmp_path / "run", "-o", written).exit_code == 0 and written.stat().st_size > 1000
     refused(invoke("evaluate", tmp_path / "run", "--report"), "--report", "hinge")
     assert invoke("store", "verify", "--deep", "--store", tmp_path / "store").exit_code == 0
+
+
+def test_texts_beside_a_second_backbone_of_images_stand_beside_the_first_too(
+    checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    """One space of texts, two of images whose samples are others because they are seen at other sizes."""
+    table = write(tmp_path / "captions.csv", captioned(tmp_path / "images"))
+    rows = ["--task", table, "--data", tmp_path / "images", "--store", tmp_path / "store"]
+    models = [f"text={checkpoints['bert']},image={checkpoints[name]}" for name in ("resnet", "vit")]
+    for model in models:
+        run("extract", "--model", model, *rows, "--for", "probe")
+    for model in (*models, ",".join(reversed(models[0].split(",")))):
+        how = ["--model", model, *rows, "--tuner", "probe", "--epochs", 1, "--out", tmp_path / "run", "--overwrite"]
+        assert "rsum" in run("train", *how)["test"]

@@ -7,6 +7,7 @@ from its own (seed, step) before each of its steps. A run whose loss is not fini
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -243,6 +244,7 @@ def _told(scores: dict[Training, dict[str, float]]) -> str:
     """One line of the best of these."""
     run = max(scores, key=lambda run: run.scorer().value(scores[run]))
     metrics = scores[run]
-    shown = "  ".join(f"{k} {v:.4f}" for k, v in metrics.items() if k != "average" or len(metrics) != 2)
+    kept = {k: v for k, v in metrics.items() if k != "average" or len(metrics) != 2}
+    shown = "  ".join(f"{k} {'undefined' if math.isnan(v) else f'{v:.4f}'}" for k, v in kept.items())
     best = "" if len(scores) == 1 else f"best of {len(scores)} runs, {run.run_dir.name}: "
     return f"epoch {run.state.epoch}/{run.options.epochs}  {best}{shown}"
