@@ -14,6 +14,7 @@ from PIL import Image
 
 from pipeline.extract.backbones.images import LEFT_OUT, MOST_PIXELS, Picture, Preprocess
 from pipeline.store.errors import UserError
+from pipeline.store.format.digest import digest_file
 
 NEARLY = 0.9  # of the length that a file states: less was cut off
 _ONE_BY_ONE = Lock()  # the frames of a video are asked for at once: it is decoded by one thread for all
@@ -40,13 +41,9 @@ class FilmFrame(Picture):
 
 def film_frames(path: Path, preprocess: Preprocess, most: int) -> list[FilmFrame]:
     """The frames that are shown of a video's file, `spread`. UserError for one that cannot be decoded to its end."""
-    content = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while part := file.read(1 << 20):
-            content.update(part)
-    found = []
+    content, found = digest_file(path), []
     for place, image in enumerate(decoded(path, most)):
-        key = xxhash.xxh3_128(f"{content.hexdigest()}:{preprocess.digest}:frame {place} of {most}".encode())
+        key = xxhash.xxh3_128(f"{content}:{preprocess.digest}:frame {place} of {most}".encode())
         size, extent = (image.height, image.width), preprocess.extent(*image.size)
         found.append(FilmFrame(path, preprocess, 0, 0, key.hexdigest(), extent, size=size, place=place, most=most))
     return found

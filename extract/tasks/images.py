@@ -19,7 +19,7 @@ from pipeline.extract.geometry import SUFFIXES as SUFFIXES
 from pipeline.extract.tasks.base import SPLITS, Rows, Task, TaskError, TaskSpec, by_split, fixed_order
 from pipeline.extract.tasks.names import table_name
 from pipeline.extract.tasks.splits import HELD_OUT
-from pipeline.store.format.digest import digest_json
+from pipeline.store.format.digest import digest_file, digest_json
 
 
 def pictures(folder: Path) -> list[Path]:
@@ -48,7 +48,7 @@ def contents(root: Path, names: Iterable[str]) -> str:
 @lru_cache(1 << 16)
 def _digest(path: Path, size: int, changed: int, inode: int) -> str:
     """Of a file's bytes; one that has not changed is read once in a process."""
-    return xxhash.xxh3_128_hexdigest(path.read_bytes())
+    return digest_file(path)
 
 
 def load_folder(folder: Path, name: str | None = None) -> Task:

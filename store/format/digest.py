@@ -6,6 +6,7 @@ xxh3-128 is not cryptographic: it finds damage and names content, it does not au
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import xxhash
@@ -27,6 +28,15 @@ def digest_bytes(*parts: Any) -> str:
     state = Digest()
     for part in parts:
         state.update(part)
+    return str(state.hexdigest())
+
+
+def digest_file(path: Path) -> str:
+    """`digest_bytes` of a file, a piece at a time: videos are larger than what is to stand in memory."""
+    state = Digest()
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            state.update(part)
     return str(state.hexdigest())
 
 
