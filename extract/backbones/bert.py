@@ -11,11 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers.models.bert.modeling_bert import BertEmbeddings, BertLayer, BertModel
-from transformers.models.camembert.modeling_camembert import CamembertModel
-from transformers.models.roberta.modeling_roberta import RobertaEmbeddings, RobertaLayer, RobertaModel
-from transformers.models.xlm_roberta.modeling_xlm_roberta import XLMRobertaModel
+from transformers.models import bert, roberta  # each imports its modules when they are asked for
 
 from pipeline.extract.backbones.base import Backbone, TextOptions
 from pipeline.extract.backbones.capabilities import LateBlocks
@@ -29,12 +27,26 @@ from pipeline.extract.batch import Batch
 from pipeline.extract.inputs import Inputs
 from pipeline.extract.kernels.dropout import SIDE, use_fast_dropout
 
-_MODELS: dict[str, Any] = {
-    "bert": BertModel,
-    "roberta": RobertaModel,
-    "xlm-roberta": XLMRobertaModel,
-    "camembert": CamembertModel,
+# model type → its class in transformers
+_MODELS = {
+    "bert": "BertModel",
+    "roberta": "RobertaModel",
+    "xlm-roberta": "XLMRobertaModel",
+    "camembert": "CamembertModel",
 }
+
+
+def bert_layer(config: Any) -> type[nn.Module]:
+    """The class of a block of a model of `config`; BERT's, or RoBERTa's, which its kin share."""
+    found: type[nn.Module] = _of(config)[1]
+    return found
+
+
+def _of(config: Any) -> tuple[Any, Any]:
+    """The classes of the embeddings and of a block."""
+    if config.model_type == "bert":
+        return bert.modeling_bert.BertEmbeddings, bert.modeling_bert.BertLayer
+    return roberta.modeling_roberta.RobertaEmbeddings, roberta.modeling_roberta.RobertaLayer
 
 
 class BertTail(LiveTail):
@@ -44,9 +56,9 @@ class BertTail(LiveTail):
         super().__init__()
         self.config = copy.deepcopy(config)
         self.attention = self.config._attn_implementation = attention
-        bert = config.model_type == "bert"
-        self.embeddings: nn.Module = (BertEmbeddings if bert else RobertaEmbeddings)(self.config)
-        self.layer: nn.Module = (BertLayer if bert else RobertaLayer)(self.config)
+        embeddings, layer = _of(config)
+        self.embeddings: nn.Module = embeddings(self.config)
+        self.layer: nn.Module = layer(self.config)
         use_fast_dropout(freeze(self))
 
     def embed(self, batch: Batch, stream: str = "encoder") -> Tensor:
@@ -118,10 +130,10 @@ class Bert(LateBlocks, Backbone):
     def bare_block(self, attention: str) -> nn.Module:
         config = copy.deepcopy(self.config)
         config._attn_implementation = attention
-        return use_fast_dropout((BertLayer if config.model_type == "bert" else RobertaLayer)(config))
+        return use_fast_dropout(bert_layer(config)(config))
 
     def load(self, folder: Path, dtype: torch.dtype, attention: str, device: torch.device | str) -> nn.Module:
-        return load_frozen(_MODELS[self.config.model_type], folder, dtype, attention, device)
+        return load_frozen(getattr(transformers, _MODELS[self.config.model_type]), folder, dtype, attention, device)
 
     def run(self, model: Any, batch: Batch, states: Sequence[str]) -> dict[str, Tensor]:
         layout = batch.layout("encoder")

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import CLIPTextModel
 
 from pipeline.extract.backbones.base import Backbone, TextOptions
 from pipeline.extract.backbones.capabilities import ClassToken, LateBlocks
@@ -94,7 +94,7 @@ class ClipText(LateBlocks, ClassToken, Backbone):
         return encoder_inputs(tokenizer, texts, options, self.config.max_position_embeddings)
 
     def load(self, folder: Path, dtype: torch.dtype, attention: str, device: torch.device | str) -> nn.Module:
-        model = load_frozen(CLIPTextModel, folder, dtype, attention, device)
+        model = load_frozen(transformers.CLIPTextModel, folder, dtype, attention, device)
         return with_projection(model, folder, self.config, "text_projection.weight")
 
     @property
@@ -124,7 +124,7 @@ class ClipText(LateBlocks, ClassToken, Backbone):
 
     def bare_block(self, attention: str) -> nn.Module:
         with torch.device("meta"):
-            model = CLIPTextModel._from_config(copy.deepcopy(self.config), attn_implementation=attention)
+            model = transformers.CLIPTextModel._from_config(copy.deepcopy(self.config), attn_implementation=attention)
         return model.encoder.layers[0].eval()
 
     def finish(self, model: Any, rows: Tensor) -> Tensor:
@@ -135,7 +135,9 @@ class ClipText(LateBlocks, ClassToken, Backbone):
 
     def tail(self, weights: dict[str, Tensor] | None, attention: str) -> ClipTextTail:
         with torch.device("meta"):
-            model = CLIPTextModel._from_config(copy.deepcopy(self.config), attn_implementation=attention).eval()
+            model = transformers.CLIPTextModel._from_config(
+                copy.deepcopy(self.config), attn_implementation=attention
+            ).eval()
         parts = {**_parts(model), **joint_part(self.config, weights)}
         fill(parts, weights)
         return ClipTextTail(parts["embeddings"], parts["block"], parts["norm"], attention, parts.get(JOINT))

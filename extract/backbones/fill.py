@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from transformers.initialization import no_init_weights
 
 from pipeline.store.errors import UserError
 
@@ -34,7 +35,9 @@ def filled(make: Callable[[], M], weights: Mapping[str, Tensor] | None) -> M:
         check_fit(shapes, weights)
         if unknown := sorted(weights.keys() - shapes.keys()):
             raise UserError(f"the weights kept of the live layer hold {unknown[0]}, which it has not: extract again")
-    module = make()
-    if weights is not None:
-        module.load_state_dict(weights)
+    if weights is None:
+        return make()
+    with no_init_weights():  # drawing a table of embeddings that is then overwritten takes longer than reading it
+        module = make()
+    module.load_state_dict(weights)
     return module

@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
-from transformers import ResNetModel
 
 from pipeline.extract.backbones.cifar import CifarResNetModel
 from pipeline.extract.backbones.pyramid import Pyramid
@@ -25,7 +24,7 @@ class ResNet(Pyramid):
     description = "convolutional networks: ResNet, ResNeXt and kin (timm), ResNet (transformers), CIFAR ResNets"
     attentions = ("sdpa",)  # there is none to choose; "sdpa" is what recipes say by default
     hf_attention = "eager"
-    hf_classes: ClassVar[dict[str, Any]] = {"resnet": ResNetModel, "cifar_resnet": CifarResNetModel}
+    hf_classes: ClassVar[dict[str, Any]] = {"resnet": "ResNetModel", "cifar_resnet": CifarResNetModel}
 
     def stem(self, model: Any, pixels: Tensor) -> Tensor:
         if self.config.model_type == "timm_wrapper":

@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import SwinModel
-from transformers.models.swin.modeling_swin import SwinLayer, SwinPatchMerging
+from transformers.models import swin  # it imports its modules when they are asked for
 
 from pipeline.extract.backbones.capabilities import Branches
 from pipeline.extract.backbones.pyramid import Pyramid, PyramidTail
@@ -47,7 +46,7 @@ class Swin(Branches, Pyramid):
     timm_names = ("swin_",)
     description = "Swin transformers (timm, transformers): stages, attention and MLP branches, patch mergings"
     channels_last = True
-    hf_classes = {"swin": SwinModel}  # noqa: RUF012
+    hf_classes = {"swin": "SwinModel"}  # noqa: RUF012
     timm_options = {"strict_img_size": False}  # noqa: RUF012
 
     @property
@@ -62,10 +61,13 @@ class Swin(Branches, Pyramid):
 
     def through(self, module: Any, grid: Tensor) -> Tensor:
         """transformers' modules take maps as rows and their extent beside them."""
-        if not isinstance(module, SwinLayer | SwinPatchMerging):
+        if self.is_timm:
+            return module(grid)
+        kinds = swin.modeling_swin
+        if not isinstance(module, kinds.SwinLayer | kinds.SwinPatchMerging):
             return module(grid)
         tall, wide = int(grid.shape[1]), int(grid.shape[2])
-        if isinstance(module, SwinPatchMerging):
+        if isinstance(module, kinds.SwinPatchMerging):
             return module(grid.flatten(1, 2), (tall, wide)).unflatten(1, (-(-tall // 2), -(-wide // 2)))
         # A map no larger than a window changes the layer's window and shift for good, which later images would see; one
         # that is smaller fits the position table only when it is filled up to a window.

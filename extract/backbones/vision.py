@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
+import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -37,7 +38,7 @@ class Vision(Backbone):
     """A family whose samples are images. Subclasses say how large each stream's map is and how to run."""
 
     modality: ClassVar[Literal["text", "image"]] = "image"
-    hf_classes: ClassVar[dict[str, Any]] = {}  # model type → class of transformers
+    hf_classes: ClassVar[dict[str, Any]] = {}  # model type → class, one of transformers by its name
     timm_options: ClassVar[dict[str, Any]] = {}
     hf_attention: ClassVar[str] = ""  # where transformers takes one attention only
 
@@ -138,9 +139,12 @@ class Vision(Backbone):
             model = timm.create_model(self.config.architecture, pretrained=False, num_classes=0, **options)
             return with_attention(model, attention)
         config = copy.deepcopy(self.config)
-        return self.hf_classes[config.model_type]._from_config(
-            config, attn_implementation=self.hf_attention or attention
-        )
+        return self._hf_class._from_config(config, attn_implementation=self.hf_attention or attention)
+
+    @property
+    def _hf_class(self) -> Any:
+        found = self.hf_classes[self.config.model_type]
+        return getattr(transformers, found) if isinstance(found, str) else found
 
     @cached_property
     def skeleton(self) -> Any:
@@ -150,8 +154,7 @@ class Vision(Backbone):
 
     def load(self, folder: Path, dtype: torch.dtype, attention: str, device: torch.device | str) -> nn.Module:
         if self.config.model_type != "timm_wrapper":
-            cls = self.hf_classes[self.config.model_type]
-            return load_frozen(cls, folder, dtype, self.hf_attention or attention, device)
+            return load_frozen(self._hf_class, folder, dtype, self.hf_attention or attention, device)
         model = self.make(attention)
         load_timm(model, folder)
         return model.to(device, dtype).eval().requires_grad_(False)

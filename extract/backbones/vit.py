@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import CLIPVisionModel, Dinov2Model, Dinov2WithRegistersModel, DINOv3ViTModel, ViTModel
 
 from pipeline.extract.backbones.capabilities import ClassToken, LateBlocks, Patches
 from pipeline.extract.backbones.loading import JOINT, collect, freeze, joint_part, joint_width, with_projection
@@ -116,11 +115,11 @@ class Vit(LateBlocks, ClassToken, Patches, Vision):
     )
     streams = ("encoder",)
     hf_classes = {  # noqa: RUF012
-        "vit": ViTModel,
-        "clip_vision_model": CLIPVisionModel,
-        "dinov2": Dinov2Model,
-        "dinov2_with_registers": Dinov2WithRegistersModel,
-        "dinov3_vit": DINOv3ViTModel,
+        "vit": "ViTModel",
+        "clip_vision_model": "CLIPVisionModel",
+        "dinov2": "Dinov2Model",
+        "dinov2_with_registers": "Dinov2WithRegistersModel",
+        "dinov3_vit": "DINOv3ViTModel",
     }
     timm_options = {"dynamic_img_size": True}  # noqa: RUF012
 

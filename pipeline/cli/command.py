@@ -140,9 +140,14 @@ def command(function: Callable[..., Any]) -> Callable[..., Any]:
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(141)
-        if as_json:
-            click.echo(printable(json.dumps(result, ensure_ascii=False, default=str)))
-        elif text:
-            click.echo(printable(text))
+        shown = json.dumps(result, ensure_ascii=False, default=str) if as_json else text
+        try:
+            if shown:
+                click.echo(printable(shown))
+        except BrokenPipeError:
+            raise  # click's own: whoever read it has seen enough
+        except OSError as error:
+            click.echo(f"error: the result could not be written: {error.strerror}", err=True)
+            sys.exit(2)
 
     return wrapper

@@ -9,6 +9,7 @@ import click
 
 from pipeline.cli.command import command, imports, printable
 from pipeline.cli.run_options import DEVICE, IMPORT, MODEL, STORE, TASK
+from pipeline.extract.kernels.memory import keep_freed_memory
 
 
 @click.command(short_help="Go on with a text, the backbone live.")
@@ -62,6 +63,7 @@ def generate(
         from pipeline.train.continuation import Choice
 
     how = Writing(max_new_tokens, stops, Choice(temperature, top_k, top_p, seed), batch_size)
+    keep_freed_memory()
     loaded = load_run(run, **over)
     loaded = loaded.of(task) if task else loaded
     asked = [*prompts, *(read_prompts(Path(input_file), loaded) if input_file else [])]

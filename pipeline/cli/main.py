@@ -17,6 +17,7 @@ from pipeline.cli.search import search
 from pipeline.cli.store import store
 from pipeline.cli.sweep import sweep
 from pipeline.extract.kernels import spin_briefly
+from pipeline.extract.kernels.memory import keep_freed_memory
 
 EPILOG = """\b
 Start here (no network needed after installation):
@@ -170,6 +171,7 @@ def evaluate(
 
     if (most := overrides.pop("max_new_tokens")) and not generate:
         raise UserError("--max-new-tokens: it is for --generate")
+    keep_freed_memory()
     loaded = load_run(run, **overrides)
     loaded = loaded.of(task) if task else loaded
     split = split or ("test" if "test" in loaded.job.tables else "validation")
@@ -243,6 +245,7 @@ def predict(
         from pipeline.store.errors import UserError
         from pipeline.terminal import entries_text, write_entries
 
+    keep_freed_memory()
     loaded = load_run(run, **over)
     loaded = loaded.of(task) if task else loaded
     given = Path(input_file)

@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from dask.utils import parse_bytes
 
 from pipeline.checks.rows import checked_rows, token_doubts
 from pipeline.checks.stored import check_columns, check_states
@@ -186,6 +185,8 @@ def live_backbone(job: Job) -> Live:
 
 def parse_size(text: str) -> int:
     """ "4GB", "500 MB", "0" → bytes (decimal units). UserError otherwise, below zero too."""
+    from dask.utils import parse_bytes  # late: predict and evaluate read no size, and need no Dask
+
     try:
         size = int(parse_bytes(text))
     except ValueError:

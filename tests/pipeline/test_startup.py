@@ -7,6 +7,7 @@ import gc
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -93,3 +94,46 @@ def test_what_a_command_imports_is_not_collected_again(monkeypatch: pytest.Monke
         assert gc.isenabled() and gc.get_freeze_count() > 10_000
     finally:
         gc.unfreeze()
+
+
+ENDING = """
+import atexit, os, sys, weakref
+from pipeline.__main__ import run
+
+class Held:
+    def __del__(self):
+        print("taken apart", flush=True)
+
+held = Held()
+keep = Held()
+sys.argv = ["pipeline", *sys.argv[1:]]
+from pipeline.cli import main
+
+def prepare():
+    weakref.finalize(keep, print, "finalized")
+    atexit.register(print, "at exit")
+    sys.stdout.write("unflushed\\n")
+
+main._quiet_libraries = prepare
+run()
+"""
+
+
+@pytest.mark.parametrize("words", [["tuners", "--json"], ["evaluate", "nowhere"]])
+def test_a_process_ends_in_order_and_at_once(words: list[str]) -> None:
+    """Exit functions run, output is written, the status is the command's; nothing is taken apart after that."""
+    done = subprocess.run([sys.executable, "-c", ENDING, *words], capture_output=True, text=True, timeout=120)
+    assert done.returncode == (0 if words[0] == "tuners" else 2)
+    lines = done.stdout.splitlines()
+    assert {"unflushed", "finalized", "at exit"} <= {*lines} and "taken apart" not in lines
+
+
+def test_a_result_that_cannot_be_written_is_one_line() -> None:
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("no /dev/full here")
+    with full.open("w") as out:
+        done = subprocess.run(
+            [sys.executable, "-m", "pipeline", "tuners", "--json"], stdout=out, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 2 and done.stderr == "error: the result could not be written: No space left on device\n"

@@ -10,8 +10,6 @@ import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
-import dask
-
 from pipeline import store
 from pipeline.store.errors import UserError
 
@@ -64,6 +62,8 @@ class ClusterReader:
 
 
 def _task(block: Any) -> Any:
+    import dask  # late: predict and evaluate of a live backbone read no block
+
     return dask.delayed(store.read_block, pure=False, traverse=False)(block)
 
 
@@ -75,4 +75,6 @@ def make_reader(scheduler: str | None, workers: int | None = None) -> BlockReade
     """A reader on the cluster at `scheduler`, else in `workers` threads (Dask's `num_workers`, else up to 4)."""
     if scheduler is not None:
         return ClusterReader(scheduler)
+    import dask
+
     return ThreadReader(workers or dask.config.get("num_workers", None) or min(4, os.cpu_count() or 1))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import UperNetConfig
-from transformers.models.upernet.modeling_upernet import UperNetConvModule, UperNetFCNHead, UperNetHead
+from transformers.models import upernet  # it imports its modules when they are asked for
 
 from pipeline.train.objective_configs import SegmentationConfig
 
@@ -44,7 +44,7 @@ def finished(head: Any, dropout: float) -> nn.Module:
     larger weight turns by less in a step, and after six epochs on CamVid no rare class was told yet (validation 0.43
     against 0.52)."""
     for module in list(head.modules()):
-        if isinstance(module, UperNetConvModule):
+        if isinstance(module, upernet.modeling_upernet.UperNetConvModule):
             module.batch_norm = SteadyNorm(module.batch_norm.num_features)
     head.classifier = nn.Sequential(nn.Dropout2d(dropout), head.classifier)
     whole: nn.Module = head
@@ -54,7 +54,8 @@ def finished(head: Any, dropout: float) -> nn.Module:
 def fcn(widths: Sequence[int], classes: int, width: int, dropout: float, convolutions: int) -> nn.Module:
     """`convolutions` of 3 × 3 on the last map but one (the only one where there is but one), then the classifier."""
     config = _config(classes, auxiliary_channels=width, auxiliary_num_convs=convolutions, auxiliary_in_channels=None)
-    return finished(UperNetFCNHead(config, list(widths), in_index=max(0, len(widths) - 2)), dropout)
+    head = upernet.modeling_upernet.UperNetFCNHead(config, list(widths), in_index=max(0, len(widths) - 2))
+    return finished(head, dropout)
 
 
 def map_head(widths: Sequence[int], classes: int, config: SegmentationConfig) -> nn.Module:
@@ -63,8 +64,8 @@ def map_head(widths: Sequence[int], classes: int, config: SegmentationConfig) ->
         return LinearHead(widths, classes)
     if config.head == "fcn":
         return fcn(widths, classes, config.width, config.dropout, 2)
-    upernet = _config(classes, hidden_size=config.width, pool_scales=[1, 2, 3, 6])
-    return finished(UperNetHead(upernet, list(widths)), config.dropout)
+    pyramid = _config(classes, hidden_size=config.width, pool_scales=[1, 2, 3, 6])
+    return finished(upernet.modeling_upernet.UperNetHead(pyramid, list(widths)), config.dropout)
 
 
 def auxiliary_head(widths: Sequence[int], classes: int, config: SegmentationConfig) -> nn.Module:

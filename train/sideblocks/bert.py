@@ -8,10 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.models.bert.modeling_bert import BertLayer
-from transformers.models.roberta.modeling_roberta import RobertaLayer
 
-from pipeline.extract.backbones.bert import Bert
+from pipeline.extract.backbones.bert import Bert, bert_layer
 from pipeline.extract.backbones.masks import key_mask
 from pipeline.extract.batch import Batch
 from pipeline.extract.kernels.dropout import SIDE, use_fast_dropout
@@ -30,7 +28,7 @@ class BertSideStack(SideStack):
         side.hidden_size = self.width
         side.intermediate_size = config.intermediate_size // reduction
         side._attn_implementation = SIDE
-        block = BertLayer if config.model_type == "bert" else RobertaLayer
+        block = bert_layer(config)
         self.blocks = nn.ModuleList(use_fast_dropout(block(side)) for _ in layers)
         self.norm = nn.LayerNorm(self.width, eps=config.layer_norm_eps)
         for module in self.blocks.modules():
