@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import pipeline
 from pipeline import catalog
 from pipeline.catalog import FAMILIES, TUNERS
 from pipeline.cli.command import imports
@@ -64,6 +65,30 @@ def test_reading_a_run_imports_no_library_that_only_training_needs() -> None:
     """`predict` and `evaluate` begin here; what torch and transformers import themselves is theirs."""
     done = subprocess.run([sys.executable, "-c", RUN], capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout == "[2 0 1]\n[]\n"
+
+
+TRAINED = """
+import sys
+from click.testing import CliRunner
+from pipeline.cli.main import main
+model, table, store, run = sys.argv[1:]
+rows = "--task", table, "--text", "first", "--text-pair", "second", "--label", "label"
+train = ["train", "--model", model, *rows, "--store", store, "--tuner", "probe", "--epochs", "1", "--out", run]
+for words in (train, ["evaluate", run]):
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 0, done.output
+print([m for m in ("sklearn", "scipy.stats", "datasets", "timm", "pandas", "distributed") if m in sys.modules])
+"""
+
+
+def test_a_small_run_imports_no_library_that_it_has_no_use_for(
+    checkpoints: dict[str, Path], table: Path, tmp_path: Path
+) -> None:
+    rows = {"task": str(table), "text": "first", "text_pair": "second", "label": "label"}
+    pipeline.open_store(tmp_path / "store", create=True).extract(model=str(checkpoints["bert"]), **rows)
+    words = [str(checkpoints["bert"]), str(table), str(tmp_path / "store"), str(tmp_path / "run")]
+    done = subprocess.run([sys.executable, "-c", TRAINED, *words], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "[]\n", done.stderr
 
 
 def test_lists_say_what_the_classes_say() -> None:

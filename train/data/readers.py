@@ -68,7 +68,10 @@ def _task(block: Any) -> Any:
 
 
 def _read(block: Any) -> Any:
-    return _task(block).compute(scheduler="synchronous")
+    import dask
+
+    # The function: by the name "synchronous" Dask would first import `distributed`, where it is installed.
+    return _task(block).compute(scheduler=dask.get)
 
 
 def make_reader(scheduler: str | None, workers: int | None = None) -> BlockReader:
