@@ -9,9 +9,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Hashable, Mapping, Sequence
+from itertools import chain
+
+import numpy as np
 
 from pipeline.extract.tasks.base import SPLITS, Label, TaskSpec
 from pipeline.store import TaskTable
+from pipeline.store.format.keys import Keys
+from pipeline.store.tables.texts import Texts, numbered
 
 LOOKED_AT = 2000  # images whose boxes are held against their outlines
 UNLIKE = 0.05  # share of boxes; single ones are wrong in public data sets too
@@ -29,7 +34,7 @@ def doubts(tables: Mapping[str, TaskTable], images: bool = False) -> list[str]:
     """A sentence for each oddity in the rows of `tables` (split → table). `images`: compare them by what they show, the
     sample key, rather than by the names of their files."""
     tables = {name: tables[name] for name in SPLITS if name in tables}
-    rows = {name: _contents(table, images) for name, table in tables.items()}
+    rows = dict(zip(tables, _numbered([_contents(table, images) for table in tables.values()]), strict=True))
     found = [] if images else [_blank(name, table) for name, table in tables.items()]
     found += _labels(tables)
     found += [_constant(table) for table in tables.values()]
@@ -54,7 +59,7 @@ def _labels(tables: Mapping[str, TaskTable]) -> list[str]:
         found += [
             f"all {len(table):,} {table.split} rows have one and the same {slot}: nothing is told from anything else"
             for slot, keys in {own: table.keys, **table.joined}.items()
-            if len(table) > 1 and len(set(keys)) == 1
+            if len(table) > 1 and Keys.of(keys).distinct() == 1
         ]
     for name in names:
         alike.setdefault(_plain(name), []).append(name)
@@ -73,11 +78,14 @@ def _labels(tables: Mapping[str, TaskTable]) -> list[str]:
 
 def _constant(table: TaskTable) -> str:
     """Whether all classes or numbers of a split are one and the same."""
-    spec, known = table.header["spec"], [label for label in table.labels if label is not None]
-    if spec["target"] not in ("class", "number") or len(known) < 2 or any(label != known[0] for label in known):
+    spec, known = table.header["spec"], len(table.labels) - table.labels.count(None)
+    if spec["target"] not in ("class", "number") or known < 2:
+        return ""
+    first = next(label for label in table.labels if label is not None)
+    if table.labels.count(first) < known:
         return ""
     advice = "; --stratify holds rows of each class out" if _ours(table) and spec["target"] == "class" else ""
-    said = f"all {len(known):,} {table.split} rows are labelled {TaskSpec.from_dict(spec).named(known[0])}"
+    said = f"all {known:,} {table.split} rows are labelled {TaskSpec.from_dict(spec).named(first)}"
     if table.split == "train":
         return f"{said}: there is nothing to tell apart"
     return f"{said}: no score on them tells a model from one that always says so{advice}"
@@ -138,16 +146,36 @@ def limit_doubt(limit: int | None, table: TaskTable, views: int = 1) -> str:
     return f"--limit {limit:,}: there are {there:,} {table.split} rows, all of them are used"
 
 
-def _contents(table: TaskTable, images: bool) -> Sequence[Hashable]:
+def _contents(table: TaskTable, images: bool) -> Sequence[Hashable] | Texts:
     """What each row is known by: its texts, where the table has them and they are not names of files; of pairs, what
     keeps rows in one split."""
     if table.header["spec"]["target"] == "pair":
         return _together(table)
-    return [key if images else tuple(texts) or key for key, texts in zip(table.keys, table.texts, strict=True)]
+    if images:
+        return table.keys
+    if isinstance(table.texts, Texts) and table.texts.counts().min(initial=1):
+        return table.texts
+    return [tuple(texts) or key for key, texts in zip(table.keys, table.texts, strict=True)]
+
+
+def _numbered(contents: Sequence[Sequence[Hashable] | Texts]) -> list[np.ndarray]:
+    """(n,) int64 for each of `contents`: a number a row, the same for rows of equal contents, in any of them."""
+    if all(isinstance(own, Texts) for own in contents):
+        return numbered([own for own in contents if isinstance(own, Texts)])
+    if all(isinstance(own, Keys) for own in contents):
+        joined = Keys.joined(own for own in contents if isinstance(own, Keys))
+        numbers = joined.numbers()
+        return np.split(numbers, np.cumsum([len(own) for own in contents])[:-1])
+    known: dict[Hashable, int] = {}
+    plain = [map(tuple, own) if isinstance(own, Texts) else own for own in contents]
+    return [np.fromiter((known.setdefault(c, len(known)) for c in own), np.int64) for own in plain]
 
 
 def _blank(name: str, table: TaskTable) -> str:
-    blank = sum(any(not text.strip() for text in texts) for texts in table.texts)
+    if isinstance(table.texts, Texts):
+        blank = int(np.count_nonzero(table.texts.blank()))
+    else:
+        blank = sum(any(not text.strip() for text in texts) for texts in table.texts)
     return f"{blank:,} of {len(table):,} {name} rows have a blank text" if blank else ""
 
 
@@ -158,47 +186,58 @@ def _together(table: TaskTable) -> Sequence[Hashable]:
     return table.joined.get(slot, table.keys)
 
 
-def _contradictions(tables: Mapping[str, TaskTable], rows: Mapping[str, Sequence[Hashable]], images: bool) -> str:
+def _contradictions(tables: Mapping[str, TaskTable], rows: Mapping[str, np.ndarray], images: bool) -> str:
     """Rows that are alike and have another label than the first of them."""
-    first: dict[Hashable, Label] = {}
-    unlike: dict[Hashable, str] = {}
-    for name, table in tables.items():
-        for place, (content, label) in enumerate(zip(rows[name], table.labels, strict=True)):
-            if label is None:
-                continue
-            other = first.setdefault(content, label)
-            if other != label and content not in unlike:
-                spec = TaskSpec.from_dict(table.header["spec"])
-                unlike[content] = f"{shown(table, place)} as {spec.named(other)} and {spec.named(label)}"
-    if not unlike:
+    labels: list[Label] = [*chain.from_iterable(table.labels for table in tables.values())]
+    numbers = np.concatenate([np.zeros(0, np.int64), *rows.values()])
+    known = np.arange(len(labels))
+    if None in labels:
+        known = np.flatnonzero([label is not None for label in labels])
+    counts = np.bincount(numbers[known])
+    places = known[counts[numbers[known]] > 1]  # the others have none to be unlike
+    first = np.zeros(len(counts), np.int64)
+    first[numbers[places][::-1]] = places[::-1]  # the last that is written stays: the first place of each
+    others = first[numbers[places]]
+    if all(table.header["spec"]["target"] in ("class", "number") for table in tables.values()):
+        values = np.array(labels, np.float64)
+        unlike = places[values[places] != values[others]]
+    else:
+        pairs = zip(places.tolist(), others.tolist(), strict=True)
+        unlike = np.array([place for place, other in pairs if labels[place] != labels[other]], np.int64)
+    if not len(unlike):
         return ""
-    what = "image" if images else "text"
-    return f"{len(unlike):,} of {len(first):,} {what}s stand with two labels, first: {next(iter(unlike.values()))}"
+    starts = np.cumsum([0, *map(len, tables.values())])
+    which = int(np.searchsorted(starts, unlike[0], side="right")) - 1
+    table, place = list(tables.values())[which], int(unlike[0] - starts[which])
+    spec = TaskSpec.from_dict(table.header["spec"])
+    one, other = spec.named(labels[first[numbers[unlike[0]]]]), spec.named(labels[unlike[0]])
+    return (
+        f"{len(np.unique(numbers[unlike])):,} of {np.count_nonzero(counts):,} {'image' if images else 'text'}s stand "
+        f"with two labels, first: {shown(table, place)} as {one} and {other}"
+    )
 
 
 def _shared(
-    name: str,
-    before: Sequence[str],
-    tables: Mapping[str, TaskTable],
-    rows: Mapping[str, Sequence[Hashable]],
-    images: bool,
+    name: str, before: Sequence[str], tables: Mapping[str, TaskTable], rows: Mapping[str, np.ndarray], images: bool
 ) -> str:
     """Rows of the split `name` that stand in one of the splits `before` too."""
-    seen = set().union(*(rows[other] for other in before))
-    shared = [place for place, content in enumerate(rows[name]) if content in seen]
-    if not shared:
+    own = rows[name]
+    seen = np.zeros(1 + max(int(numbers.max(initial=0)) for numbers in rows.values()), bool)
+    for other in before:
+        seen[rows[other]] = True
+    shared = np.flatnonzero(seen[own])
+    if not len(shared):
         return ""
     origin = tables[name].header.get("provenance", {})
     if tables[name].header["spec"]["target"] == "pair":
-        what, twice = origin.get("together", "sample"), {rows[name][place] for place in shared}
         return (
-            f"{len(twice):,} of the {len(set(rows[name])):,} {what}s of {name} stand in {' or '.join(before)} too, "
-            f"first: {shown(tables[name], shared[0])}"
+            f"{len(np.unique(own[shared])):,} of the {len(np.unique(own)):,} {origin.get('together', 'sample')}s of "
+            f"{name} stand in {' or '.join(before)} too, first: {shown(tables[name], int(shared[0]))}"
         )
     advice = "give each image once" if images else "remove what stands twice, or give --validation and --test"
     return (
         f"{len(shared):,} of {len(tables[name]):,} {name} rows stand in {' or '.join(before)} too, first: "
-        f"{shown(tables[name], shared[0])}"
+        f"{shown(tables[name], int(shared[0]))}"
         + (f"; the split is drawn from the rows: {advice}" if _ours(tables[name]) else "")
     )
 

@@ -13,6 +13,7 @@ from pipeline.lookup.recipe import SPACE_FIELDS, Found
 from pipeline.recipe import Recipe
 from pipeline.store import Space, TaskTable
 from pipeline.store.errors import UserError
+from pipeline.store.tables.texts import Texts
 
 
 def limited(table: TaskTable, limit: int | None) -> TaskTable:
@@ -27,6 +28,8 @@ def views_of(table: TaskTable) -> int:
     """How many views of each image a table has; 1 of a table of texts."""
     # A pair of texts, or fields of several slots, not an image and the number of its view.
     if len(table.header["spec"]["fields"]) > 1 or "slots" in table.header:
+        return 1
+    if isinstance(table.texts, Texts) and table.texts.counts().max(initial=0) < 2:
         return 1
     return 1 + max((int(t[1]) for t in table.texts if len(t) > 1), default=0)
 

@@ -169,7 +169,7 @@ class Job:
 
 def targets_of(objective: Objective, table: TaskTable, metas: Sequence[Mapping[str, Any]]) -> Targets | None:
     """Targets of a table's rows, with what is known of each; None where a row has none."""
-    labelled = objective.unlabelled or all(label is not None for label in table.labels)
+    labelled = objective.unlabelled or None not in table.labels
     return Targets(objective, table.labels, metas or None) if labelled else None
 
 

@@ -94,7 +94,7 @@ def _of_split(tables: Mapping[str, TaskTable], split: str, recipe: Recipe) -> Ta
 
 def _targets(table: TaskTable, split: str, metas: list[dict[str, Any]]) -> Targets | None:
     """What a batch has to learn; None where not every row has a label."""
-    unlabelled = sum(label is None for label in table.labels)
+    unlabelled = table.labels.count(None)
     if 0 < unlabelled < len(table.labels):
         sentence = f"{unlabelled} of {len(table.labels)} {split} rows have no label: the batches have no targets"
         warnings.warn(sentence, Notice, stacklevel=4)

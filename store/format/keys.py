@@ -92,3 +92,11 @@ class Keys(Sequence[str]):
         order = np.lexsort((self.low, self.high))
         high, low = self.high[order], self.low[order]
         return 1 + int(np.count_nonzero((high[1:] != high[:-1]) | (low[1:] != low[:-1])))
+
+    def numbers(self) -> np.ndarray:
+        """(n,) int64: a number each, the same for equal keys."""
+        order = np.lexsort((self.low, self.high))
+        high, low = self.high[order], self.low[order]
+        numbers = np.zeros(len(self), np.int64)
+        numbers[order[1:]] = np.cumsum((high[1:] != high[:-1]) | (low[1:] != low[:-1]))
+        return numbers

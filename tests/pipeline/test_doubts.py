@@ -7,10 +7,17 @@ import json
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import pipeline
 from pipeline import api
+from pipeline.checks.doubtful_rows import doubts
+from pipeline.extract.tasks.base import TaskSpec
+from pipeline.store import TaskTable
 from pipeline.store.errors import Notice
+from pipeline.store.format.digest import digest_json
+from pipeline.store.tables.parquet import dump, read_rows
 from tests import vision
 from tests.pipeline.test_errors import run
 
@@ -118,3 +125,41 @@ def test_a_split_of_one_class_or_number_is_said(checkpoints, tmp_path):
     still = write(tmp_path / "still.csv", [(f"new film {i}", "2.5") for i in range(6)])
     (line,) = extracted(checkpoints["bert"], numbers, tmp_path / "store", "--validation", still, "--test", numbers)[:1]
     assert line.startswith("all 6 validation rows are labelled 2.5: no score on them")
+
+
+WORDS = st.sampled_from(["a film", "a film ", "  ", "", "a\\film", "one", "two", "\u3000", "\ud800"])
+SPLITS = st.lists(st.tuples(WORDS, WORDS, st.sampled_from([0, 1, None])), max_size=8)
+
+
+@settings(deadline=None)
+@given(st.tuples(SPLITS, SPLITS, SPLITS), st.booleans(), st.sampled_from(["class", "number", "classes", "none"]))
+def test_columns_of_texts_and_of_keys_are_doubted_as_lists_are(splits, images, target):
+    """What a store's tables say of themselves, in Arrow's memory, and the same rows in lists."""
+    names = ("x", "y") if target in ("class", "classes") else ()
+    values, answers = ((0.0, 1.0), ("0", "1")) if target == "number" else ((), names if target == "class" else ())
+    spec = TaskSpec("t", target, names, (), ("a", "b"), "{0} {1}", answers, values).to_dict()
+    listed, stored = {}, {}
+    for name, rows in zip(("train", "validation", "test"), splits, strict=True):
+        header = {"task": "t", "split": name, "spec": spec}
+        labels = [None if n is None or target == "none" else [n] if target == "classes" else n for _, _, n in rows]
+        texts = [[a, b] for a, b, _ in rows]
+        keys = [digest_json([a, n]) for a, _, n in rows]
+        listed[name] = TaskTable(header, keys, labels, texts)
+        data = dump(header, keys, labels, texts, [], [], {})
+        read, (own, targets, column, *_) = read_rows(data, len(rows), "here")
+        stored[name] = TaskTable(read, own, targets, column)
+    told = doubts(listed, images)
+    assert doubts(stored, images) == told
+    if not images:
+        blank = [sum(not a.strip() or not b.strip() for a, b, _ in rows) for rows in splits]
+        assert [int(s.split()[0]) for s in told if "blank" in s] == [n for n in blank if n]
+        seen, both = [{(a, b) for a, b, _ in rows} for rows in splits], 0
+        shared = [sum((a, b) in seen[0] for a, b, _ in splits[1])]
+        shared += [sum((a, b) in seen[0] | seen[1] for a, b, _ in splits[2])]
+        assert [int(s.split()[0]) for s in told if "too, first" in s] == [n for n in shared if n]
+        if target != "none":
+            given = {}
+            for a, b, n in (row for rows in splits for row in rows):
+                given.setdefault((a, b), set()).add(n)
+            both = sum(len(labels - {None}) > 1 for labels in given.values())
+        assert [int(s.split()[0]) for s in told if "two labels" in s] == [both] * (both > 0)
