@@ -28,7 +28,7 @@ from pipeline.lookup.task_versions import versions_of
 from pipeline.owners import config_of
 from pipeline.recipe import Recipe
 from pipeline.store import Space, Store
-from pipeline.store.errors import NoStore, StoreError, UserError
+from pipeline.store.errors import NoStore, SeveralSpaces, StoreError, UserError
 from pipeline.store.near import near
 from pipeline.store.select import choose_space
 from pipeline.train.model import union_states
@@ -156,8 +156,8 @@ def find_space(recipe: Recipe, exactly: str | None = None) -> Found:
     is `exactly`, of which nothing else is asked.
 
     When the checkpoint is at hand its digests must match, so that a changed checkpoint is noticed; when it is not, the
-    name it was extracted under decides. Raises StoreError saying which command to run, or SpaceMismatch naming the
-    fields in which what is there differs from what was asked.
+    name it was extracted under decides. Raises StoreError saying which command to run, SpaceMismatch naming the fields
+    in which what is there differs from what was asked, or SeveralSpaces.
     """
     need(recipe, "task")
     try:
@@ -183,7 +183,8 @@ def find_space(recipe: Recipe, exactly: str | None = None) -> Found:
     if recipe.space:
         spaces = [s for s in spaces if s.id.startswith(recipe.space)]
         if len(spaces) != 1:
-            raise StoreError(f"--space {recipe.space}: fits {len(spaces)} spaces with task {task!r}, must fit one")
+            what = f"--space {recipe.space}: fits {len(spaces)} spaces with task {task!r}, must fit one"
+            raise SeveralSpaces(what) if spaces else StoreError(what)
     wanted = wanted_fields(recipe)
     if slot:  # what is said of images is not for a slot of texts, and the other way round
         kinds = {"image_size" in space.identity for space in spaces}
