@@ -36,6 +36,7 @@ from pipeline.terminal import layout_text, size_text, table_text
 from pipeline.train.baselines.methods import BASELINES, BaselineModel, Inside, baseline, input_source
 from pipeline.train.data.source import Source
 from pipeline.train.features import Want
+from pipeline.train.fit.at_work import at_work
 from pipeline.train.fit.log import finite
 from pipeline.train.fit.loop import FitOptions, fit
 from pipeline.train.metrics import is_share, smaller_is_better
@@ -84,6 +85,19 @@ def run_compare(
     for sentence in job_doubts(jobs[0]):
         say(f"warning: {sentence}")
     make_folder(folder)
+    with at_work(folder):
+        return _compared(recipe, methods, seeds, folder, csv_file, say, preset)
+
+
+def _compared(
+    recipe: Recipe,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    folder: Path,
+    csv_file: str | None,
+    say: Say,
+    preset: str,
+) -> tuple[dict[str, Any], str]:
     rows, total = [], None
     for method in methods:
         runs = []
