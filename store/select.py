@@ -37,7 +37,7 @@ def choose_space(spaces: Sequence[Space], wanted: Mapping[str, Any]) -> Space:
     others = f" ({len(spaces) - 1} more differ as much or more)" if len(spaces) > 1 else ""
     raise SpaceMismatch(
         f"no feature space fits; the nearest, {nearest.id[:8]}, differs: {said}{others}: "
-        "extract with what you ask for, or ask for what is there"
+        "ask for what is there, or extract with what you ask for"
     )
 
 

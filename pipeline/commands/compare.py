@@ -80,7 +80,8 @@ def run_compare(
     try:
         jobs = [_refuse(recipe, method, preset) for method in methods]
     except NotExtracted as error:
-        names = [name for method in methods for name in _read(recipe, method).split(",")]
+        reading = [m for m in methods if slots_of(recipe) or not _live(m)]  # alone a baseline reads no states
+        names = [name for method in reading for name in _read(recipe, method).split(",")]
         raise error.for_all(tuple(dict.fromkeys(names)), recipe.tuner_options) from None
     for sentence in job_doubts(jobs[0]):
         say(f"warning: {sentence}")
