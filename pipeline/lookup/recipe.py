@@ -19,7 +19,7 @@ from pipeline.extract.encoding import tensors_of
 from pipeline.extract.feature_space import SpaceOptions, space_identity, views_text
 from pipeline.extract.pretrained import Checkpoint, local
 from pipeline.extract.projection import MAPS, parse_projection
-from pipeline.extract.tasks import canonical_name
+from pipeline.extract.tasks import canonical_name, refuse_grid
 from pipeline.extract.tasks.base import DENSE, TaskSpec
 from pipeline.jobs.slots import slot_of
 from pipeline.lookup.objective import answers_in_text
@@ -161,6 +161,8 @@ def find_space(recipe: Recipe, exactly: str | None = None) -> Found:
     in which what is there differs from what was asked, or SeveralSpaces.
     """
     need(recipe, "task")
+    if exactly is None and recipe.grid is not None:
+        refuse_grid(recipe.task, recipe.grid)
     try:
         store = Store.open(store_path(recipe))
     except NoStore as error:
