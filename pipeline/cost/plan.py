@@ -58,6 +58,7 @@ from pipeline.train.tuners import tuner_class, tuner_config, tuner_names
 TIERS = {"device": "device memory", "host": "host memory", "disk": "disk"}  # of --tier
 GPUS = (11, 16, 24, 32)  # GB of memory that the largest batch is told for
 REMOTE = 125e6  # bytes a second of a remote store: 1 Gbit/s, assumed
+GAIN = 1.05  # of live ÷ cached: less is no gain, shown as 1.0
 
 
 @dataclass
@@ -85,6 +86,7 @@ class Plan:
     format: str
     projection: str
     tier: str
+    as_fast: bool  # live epochs are no slower, nor faster, than this can tell
     pays: bool
     recommendation: str = ""
     commands: list[str] = field(default_factory=list)
@@ -176,7 +178,8 @@ def predict(
     gains = {tier: None if s is None or s >= live else extraction / (live - s) for tier, s in cached.items()}
     order = [TIERS[recipe.tier]] if recipe.tier != "auto" else list(TIERS.values())
     tier = next((t for t in order if cached[t] is not None), "disk")
-    even = gains[tier]
+    even, ratio = gains[tier], live / (cached[tier] or live)
+    as_fast = 1 / GAIN < ratio < GAIN
     held = epoch_bytes if tier == "host memory" else min(epoch_bytes, 12 * SEGMENT_BYTES)
     shape = tuner_model(*model, work.classes)
     needed = training_memory(work, shape, batch, dtype, held)
@@ -202,7 +205,8 @@ def predict(
         format=fmt,
         projection=recipe.projection or "none",
         tier=tier,
-        pays=even is not None and even <= work.epochs,
+        as_fast=as_fast,
+        pays=even is not None and even <= work.epochs and not as_fast,
     )
     recommend(plan, work, recipe, budget, memory)
     return plan
