@@ -177,10 +177,26 @@ def _refuse_joint(recipe: Recipe, name: str, preset: str) -> Joint:
     job, inside = _beside(recipe, name), _inside(recipe, name)
     refuse_parts(job)
     shapes = {slot: copy.deepcopy(_shape(job.jobs[slot].found.backbone)) for slot in inside}
-    _joint_model(job, inside, preset, shapes)
+    try:
+        _joint_model(job, inside, preset, shapes)
+    except UserError as error:
+        fits = {slot: _has_place(job.jobs[slot].found.backbone, inside[slot], preset) for slot in inside}
+        if "=" in name or not any(fits.values()) or all(fits.values()):
+            raise
+        offered = "+".join(f"{slot}={name if fit else 'probe'}" for slot, fit in fits.items())
+        raise UserError(f"{error}; {offered} has it where it has a place") from None
     if not job.recipe.live:
         job.sources(False)
     return job
+
+
+def _has_place(backbone: Backbone, name: str, preset: str) -> bool:
+    """Whether a backbone has one for a baseline."""
+    try:
+        baseline(name, preset).prepare(backbone, copy.deepcopy(_shape(backbone)))
+    except UserError:
+        return False
+    return True
 
 
 def _tuner(recipe: Recipe) -> dict[str, Any]:

@@ -74,3 +74,17 @@ def test_methods_that_are_refused(made: dict[str, Any], tmp_path: Path, methods:
     how = [*made["stored"], *FAST, "--tuners", methods, "--out", tmp_path / "runs"]
     refused(invoke("compare", *how), *words)
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_baseline_that_one_tower_has_no_place_for_is_offered_on_the_other(
+    checkpoints: dict[str, Path], made: dict[str, Any], tmp_path: Path
+) -> None:
+    how = [*made["options"], "--store", tmp_path / "none", *FAST, "--out", tmp_path / "runs"]
+    how[1] = f"image={checkpoints['cifar']},text={checkpoints['bert']}"
+    for method, offered in (("lora", "image=probe+text=lora"), ("prompt", "image=probe+text=prompt")):
+        line = refused(invoke("compare", *how, "--tuners", f"full,{method}"), "slot image", offered)
+        assert line.count("slot image") == 1
+    line = refused(invoke("compare", *how, "--tuners", "image=lora+text=lora"), "slot image", "no attention")
+    assert "=probe" not in line and not (tmp_path / "runs").exists()
+    how[1] = f"image={checkpoints['cifar']},text={checkpoints['cifar']}"
+    assert "=probe" not in refused(invoke("compare", *how, "--tuners", "lora"))
