@@ -125,7 +125,7 @@ def load_task(
         return replace(load_msvd(Path(name), text, paired, task_name), origin=_origin(Path(name)))
     if is_folder(name):
         return replace(_in_folder(Path(name), targets, task_name, void, skip_bad), origin=_origin(Path(name)))
-    known = _resolve(name)
+    known = _registered(name)
     origin = digest_json(["hub", known]) if data is None else _origin(data)
     return replace(_TASKS[known][1](data, grid), origin=origin)
 
@@ -215,7 +215,7 @@ def _known(name: str) -> str | None:
     return found
 
 
-def _resolve(name: str) -> str:
+def _registered(name: str) -> str:
     if known := _known(name):
         return known
     if split_id(name)[1]:
