@@ -128,9 +128,9 @@ def load_glue(name: str, data: Path | None = None, grid: float = USUAL_GRID) -> 
 def refuse_step(task: GlueTask, grid: float) -> None:
     """TaskError where `grid` is no spacing of the task's targets."""
     if grid != USUAL_GRID and task.labels:
-        raise TaskError(f"task {task.name}: --grid is for regression, and its labels are classes")
+        raise TaskError(f"task {task.name}: --target-step is for regression, and its labels are classes")
     if grid not in (0.1, 0.2):
-        raise TaskError(f"task {task.name}: --grid must be 0.1 or 0.2, not {grid:g}")
+        raise TaskError(f"task {task.name}: --target-step must be 0.1 or 0.2, not {grid:g}")
 
 
 def _spec(task: GlueTask, grid: float) -> TaskSpec:

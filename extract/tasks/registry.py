@@ -138,7 +138,7 @@ def refuse_grid(name: str, grid: float) -> None:
         refuse_step(GLUE[known], grid)
     elif known is None and grid != USUAL_GRID and (name.startswith(PREFIX) or is_folder(name) or is_table(name)):
         raise TaskError(
-            f"--grid {grid:g}: task {name} has no such step, as STS-B has: targets of a table follow its range; "
+            f"--target-step {grid:g}: task {name} has no such step, as STS-B has: targets of a table follow its range; "
             "leave it out"
         )
 

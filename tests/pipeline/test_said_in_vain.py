@@ -62,7 +62,7 @@ def test_a_grid_where_there_is_none(stored, tmp_path):
         with pytest.raises(TaskError, match="no such step, as STS-B has"):
             load_task(task, grid=0.2)
     for task in (str(folder / "rows.tsv"), named):
-        with pytest.raises(UserError, match=r"--grid 0\.2: task .* leave it out"):
+        with pytest.raises(UserError, match=r"--target-step 0\.2: task .* leave it out"):
             load_job(Recipe(task=task, grid=0.2, **options))
 
 
