@@ -117,6 +117,7 @@ def test_a_config_alone_is_enough(checkpoints, table, tmp_path, no_measuring):
         plan, text = run_plan(recipe_for(given, table, tmp_path), None, None)
         assert plan["estimated_lengths"]
         assert "estimated from words" in text
+        assert "tail" not in text and "frozen live end" in text  # --tail is an option of SHERL's, and another thing
         json.dumps(plan)
 
 
