@@ -81,7 +81,9 @@ def run_compare(
     except NotExtracted as error:
         reading = [m for m in methods if slots_of(recipe) or not _live(m)]  # alone a baseline reads no states
         names = [name for method in reading for name in _read(recipe, method).split(",")]
-        raise error.for_all(tuple(dict.fromkeys(names)), recipe.tuner_options) from None
+        plain = {name for name in names if "=" not in name}  # what every slot has is not named for one
+        names = [name for name in dict.fromkeys(names) if name in plain or name.partition("=")[2] not in plain]
+        raise error.for_all(tuple(names), recipe.tuner_options) from None
     for sentence in job_doubts(jobs[0]):
         say(f"warning: {sentence}")
     make_folder(folder)
