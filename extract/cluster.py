@@ -72,7 +72,7 @@ def compute_on(
 ) -> Report:
     """Like `extract.extraction.compute`, by the workers of the scheduler at `address`.
 
-    `model`: as `extract.pretrained.resolve` takes it, on the workers too. `device`: "auto", "cpu" or "cuda".
+    `model`: as `extract.pretrained.checkpoint_for` takes it, on the workers too. `device`: "auto", "cpu" or "cuda".
     `imports`: modules that register what is not ours. `sample_bytes`: of a sample's states, on average. Raises
     UserError where no scheduler or worker answers, and what a worker raised; what was sealed until then stays.
     """
@@ -173,11 +173,11 @@ def run_piece(piece: Piece) -> dict[str, int]:
 @lru_cache(maxsize=1)
 def _live(model: str, device: str, store: str, space: str) -> LiveBackbone:
     """The backbone of a space, loaded once a worker. Raises StoreError if the checkpoint here is another one."""
-    from pipeline.extract.pretrained import resolve
+    from pipeline.extract.pretrained import checkpoint_for
 
     opened = Store.open(store)
     identity = opened.space(space).identity
-    checkpoint = resolve(model)
+    checkpoint = checkpoint_for(model)
     if differing := [name for name, *_ in differences_of(checkpoint, identity)]:
         named = ", ".join(differing)
         raise StoreError(f"{model} on this worker has other {named} than the feature space: give all the same")

@@ -127,7 +127,7 @@ class Checkpoint:
         return _digest([(f.name, xxhash.xxh3_128_hexdigest(f.read_bytes())) for f in present])
 
 
-def resolve(model: str) -> Checkpoint:
+def checkpoint_for(model: str) -> Checkpoint:
     """A folder, short name or hub id → checkpoint on disk, downloading it if need be.
 
     Raises UserError for an unknown name (offering the nearest), and where there is no network (saying how to use a
@@ -150,10 +150,10 @@ def resolve(model: str) -> Checkpoint:
 
 
 def local(model: str) -> Checkpoint | None:
-    """Like `resolve`, but only what is on this machine already; None otherwise. Never uses the network."""
+    """Like `checkpoint_for`, but only what is on this machine already; None otherwise. Never uses the network."""
     folder = Path(model).expanduser()
     if (folder / "config.json").is_file() or (model == "minilm" and _minilm_folder()):
-        return resolve(model)
+        return checkpoint_for(model)
     if folder.exists() or ("/" in model and model.count("/") > 1):
         return None
     try:

@@ -11,7 +11,7 @@ from pipeline.jobs.slots import SlotRecipe, tuners_in
 from pipeline.option_names import option_name
 from pipeline.owners import owned
 from pipeline.recipe import Recipe
-from pipeline.store.errors import MissingStates
+from pipeline.store.errors import MissingStates, SpaceMismatch
 
 # Options that mean something else to `extract` than to `train`: its batches are of tokens, its seed orders the visits.
 TRAINING_SENSE = ("batch_size", "seed")
@@ -78,7 +78,11 @@ class NotExtracted(MissingStates):
     def for_all(self, tuners: Sequence[str], options: Mapping[str, Any]) -> NotExtracted:
         """The same where training by several `tuners` with `options` between them was asked for."""
         recipe = replace(self.recipe, tuner_options=dict(options))
-        return NotExtracted(self.what, recipe, self.samples, self.states, tuners=tuple(tuners))
+        return type(self)(self.what, recipe, self.samples, self.states, tuners=tuple(tuners))
+
+
+class NoneFits(NotExtracted, SpaceMismatch):
+    """There are feature spaces of the task, and none is the one that was asked for."""
 
 
 def store_command(command: str, store: str, *words: str) -> str:

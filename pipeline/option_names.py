@@ -7,18 +7,19 @@ from typing import Any
 
 from pipeline.store.errors import UserError
 
-_ALIASES = {"for": "tuners", "import": "imports"}
+_ALIASES = {"for": "tuners", "import": "imports", "target_step": "grid"}
 
 
 def option_name(name: str) -> str:
-    """The spelling on the command line: max_length → --max-length; `tuners` is spelled --for, `imports` --import."""
+    """The spelling on the command line: max_length → --max-length; `tuners` is spelled --for, `imports` --import,
+    `grid` --target-step, since --grid is a sweep's."""
     spelled = next((alias for alias, own in _ALIASES.items() if own == name), name)
     return "--" + spelled.replace("_", "-")
 
 
 def named(values: Mapping[Any, Any], where: str) -> dict[str, Any]:
-    """`values` by the names of options: dashes as underscores, `for` as `tuners`, `import` as `imports`. UserError for
-    one that is given twice."""
+    """`values` by the names of options: dashes as underscores, `for` as `tuners`, `import` as `imports`, `target_step`
+    as `grid`. UserError for one that is given twice."""
     out: dict[str, Any] = {}
     for key, value in values.items():
         plain = str(key).replace("-", "_")

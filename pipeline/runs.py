@@ -23,7 +23,7 @@ from pipeline.extract.tasks.base import TaskSpec
 from pipeline.extract.tasks.completion import conversation_text, form_of
 from pipeline.extract.tasks.glue import GLUE
 from pipeline.extract.tasks.images import SUFFIXES as PICTURES
-from pipeline.extract.tasks.images import pictures
+from pipeline.extract.tasks.images import image_files
 from pipeline.extract.tasks.sheet import read_sheet
 from pipeline.extract.tasks.table import cell_text
 from pipeline.jobs.job import Job
@@ -285,7 +285,7 @@ def read_inputs(
     UserError for a missing column or text, a bad file or a folder without images.
     """
     if path.is_dir():
-        if not (found := pictures(path)):
+        if not (found := image_files(path)):
             raise UserError(f"{path}: there are no images in this folder")
         names = [p.relative_to(path).as_posix() for p in found]
         return names, [(name,) for name in names]

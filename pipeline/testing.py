@@ -26,7 +26,7 @@ import torch
 from pipeline.extract.backbones import Batch, Inputs, TextOptions, stream_of
 from pipeline.extract.backbones.capabilities import LiveLast
 from pipeline.extract.encoding import decode, encode
-from pipeline.extract.pretrained import Checkpoint, resolve
+from pipeline.extract.pretrained import Checkpoint, checkpoint_for
 from pipeline.extract.tasks import load_task
 from pipeline.lookup.objective import class_objective
 from pipeline.store import UserError
@@ -334,13 +334,13 @@ def conform(tuner: str, model: str, pictures: str | Path = "", **options: Any) -
     """Put the registered `tuner` with `options` through all checks on `model`: a name, or the folder of a checkpoint,
     the smaller the faster. `pictures`: a folder of images as a task, for backbones that see. Raises AssertionError
     naming the check."""
-    _put_through(Case(resolve(model), tuner, Path(pictures), options), CHECKS, f"{tuner} on {model}")
+    _put_through(Case(checkpoint_for(model), tuner, Path(pictures), options), CHECKS, f"{tuner} on {model}")
 
 
 def conform_backbone(model: str, pictures: str | Path = "", tuners: Sequence[str] | None = None) -> None:
     """Put the backbone of the checkpoint `model` through its own checks, then each of `tuners`, all that work on it by
     default, through `conform`'s. Raises AssertionError naming the check."""
-    point = resolve(model)
+    point = checkpoint_for(model)
     _put_through(Case(point, "probe", Path(pictures)), BACKBONE_CHECKS, model)
     for tuner in tuner_names(type(point.backbone)) if tuners is None else tuners:
         _put_through(Case(point, tuner, Path(pictures)), CHECKS, f"{tuner} on {model}")

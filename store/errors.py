@@ -28,6 +28,10 @@ class SpaceMismatch(StoreError):
     """A feature space was asked for and only others exist; the message names each differing field and both values."""
 
 
+class SeveralSpaces(SpaceMismatch):
+    """Several feature spaces fit what was asked for, and none may be taken unasked."""
+
+
 class MissingStates(StoreError):
     """Samples or hidden states that were asked for are not in the store.
 

@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pipeline.store.errors import SpaceMismatch, StoreError
+from pipeline.store.errors import SeveralSpaces, SpaceMismatch, StoreError
 from pipeline.store.format.digest import canonical_json
 
 if TYPE_CHECKING:
@@ -21,8 +21,8 @@ _ABSENT = object()
 def choose_space(spaces: Sequence[Space], wanted: Mapping[str, Any]) -> Space:
     """The one of `spaces` whose identity has every value of `wanted` (dotted field → value).
 
-    Raises SpaceMismatch if none has (naming each field in which the nearest differs, with both values) or several have
-    (naming the fields that tell them apart), StoreError if there is no feature space at all.
+    Raises SpaceMismatch if none has (naming each field in which the nearest differs, with both values), SeveralSpaces
+    if several have (naming the fields that tell them apart), StoreError if there is no feature space at all.
     """
     if not spaces:
         raise StoreError("the store holds no feature space yet: extract first")
@@ -31,13 +31,13 @@ def choose_space(spaces: Sequence[Space], wanted: Mapping[str, Any]) -> Space:
     if len(exact) == 1:
         return exact[0]
     if exact:
-        raise SpaceMismatch(f"{len(exact)} feature spaces fit, say which one, --space ID: {_apart(exact)}")
+        raise SeveralSpaces(f"{len(exact)} feature spaces fit, say which one, --space ID: {_apart(exact)}")
     nearest = min(spaces, key=lambda space: (len(differing[space.id]), space.id))
     said = "; ".join(f"{name} is {_show(has)}, asked for {_show(want)}" for name, has, want in differing[nearest.id])
     others = f" ({len(spaces) - 1} more differ as much or more)" if len(spaces) > 1 else ""
     raise SpaceMismatch(
         f"no feature space fits; the nearest, {nearest.id[:8]}, differs: {said}{others}: "
-        "extract with what you ask for, or ask for what is there"
+        "ask for what is there, or extract with what you ask for"
     )
 
 

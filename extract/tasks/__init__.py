@@ -6,7 +6,15 @@ task.rows("train").head(1000)
 """
 
 from pipeline.extract.tasks.base import SPLIT_SEED, SPLITS, Rows, Task, TaskError, TaskSpec, fixed_order
-from pipeline.extract.tasks.registry import canonical_name, is_named, load_task, register_task, split_id, task_names
+from pipeline.extract.tasks.registry import (
+    canonical_name,
+    is_named,
+    load_task,
+    refuse_grid,
+    register_task,
+    split_id,
+    task_names,
+)
 
 __all__ = [
     "SPLITS",
@@ -19,6 +27,7 @@ __all__ = [
     "fixed_order",
     "is_named",
     "load_task",
+    "refuse_grid",
     "register_task",
     "split_id",
     "task_names",

@@ -93,7 +93,7 @@ def _said(table: Sheet, rows_of: Callable[[Sheet, str], Rows], together: str) ->
     """The splits that the column `split` says. TaskError naming a row that says another word, or what is left out."""
     places: dict[str, list[int]] = {}
     for row, value in enumerate(table.column("split")):
-        if value not in SAID:
+        if not isinstance(value, str) or value not in SAID:
             raise TaskError(f"{table.where(row)}: split {value!r} is none of {', '.join(SAID)}")
         places.setdefault(SAID[value], []).append(row)
     if "train" not in places:

@@ -106,9 +106,8 @@ def load_glue(name: str, data: Path | None = None, grid: float = USUAL_GRID) -> 
     Raises `TaskError` for a missing folder or no network, and for anything wrong in a file.
     """
     task = GLUE[name]
+    refuse_step(task, grid)
     spec = _spec(task, grid)
-    if grid != USUAL_GRID and spec.target != "number":
-        raise TaskError(f"task {name}: --grid is for regression, and its labels are classes")
     if data is None:
         raw, revision = read_hub(HUB_NAME, name, task.fields)
         absent: dict[str, str] = {}
@@ -126,14 +125,20 @@ def load_glue(name: str, data: Path | None = None, grid: float = USUAL_GRID) -> 
     return Task(spec, splits, provenance, missing)
 
 
+def refuse_step(task: GlueTask, grid: float) -> None:
+    """TaskError where `grid` is no spacing of the task's targets."""
+    if grid != USUAL_GRID and task.labels:
+        raise TaskError(f"task {task.name}: --target-step is for regression, and its labels are classes")
+    if grid not in (0.1, 0.2):
+        raise TaskError(f"task {task.name}: --target-step must be 0.1 or 0.2, not {grid:g}")
+
+
 def _spec(task: GlueTask, grid: float) -> TaskSpec:
     if task.labels:
         targets = tuple(str(i) for i in range(len(task.labels)))
         return TaskSpec(
             task.name, "class", task.labels, task.metrics, task.fields, task.prompt, targets
         )  # fmt: skip
-    if grid not in (0.1, 0.2):
-        raise TaskError(f"task {task.name}: grid must be 0.1 or 0.2, not {grid}")
     values = tuple(float(v) for v in np.round(np.arange(round(5 / grid) + 1) * grid, 1))
     targets = tuple(f"{v:.1f}" for v in values)
     return TaskSpec(task.name, "number", (), task.metrics, task.fields, task.prompt, targets, values)

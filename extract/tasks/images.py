@@ -22,7 +22,7 @@ from pipeline.extract.tasks.splits import HELD_OUT
 from pipeline.store.format.digest import digest_file, digest_json
 
 
-def pictures(folder: Path) -> list[Path]:
+def image_files(folder: Path) -> list[Path]:
     """Every image below `folder` by its suffix, sorted; hidden ones are left out."""
     found = (p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
     return sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts))
@@ -94,7 +94,7 @@ def load_folder(folder: Path, name: str | None = None) -> Task:
 
 
 def _classes(folder: Path) -> tuple[str, ...]:
-    names = [p.name for p in sorted(folder.iterdir()) if p.is_dir() and not p.name.startswith(".") and pictures(p)]
+    names = [p.name for p in sorted(folder.iterdir()) if p.is_dir() and not p.name.startswith(".") and image_files(p)]
     if len(names) < 2:
         raise TaskError(f"{folder}: expected a folder of images for each of at least two classes, found {len(names)}")
     return tuple(names)
@@ -102,7 +102,7 @@ def _classes(folder: Path) -> tuple[str, ...]:
 
 def _rows(root: Path, folder: Path, classes: tuple[str, ...]) -> Rows:
     rows = Rows([], [])
-    for path in pictures(folder):
+    for path in image_files(folder):
         name = path.relative_to(folder).parts[0]
         if name not in classes:
             raise TaskError(f"{path}: no class folder of the training images is called {name!r}")

@@ -31,7 +31,7 @@ from pipeline.extract.geometry import MOST_PIXELS
 from pipeline.extract.tasks.ade20k import ade20k_classes, is_ade20k
 from pipeline.extract.tasks.base import SPLIT_NAMES, SPLITS, Rows, Task, TaskError, TaskSpec, by_split, fixed_order
 from pipeline.extract.tasks.files import file_lines
-from pipeline.extract.tasks.images import pictures
+from pipeline.extract.tasks.images import image_files
 from pipeline.extract.tasks.names import table_name
 from pipeline.extract.tasks.splits import HELD_OUT
 
@@ -84,7 +84,7 @@ def _first(folders: dict[str, Path]) -> str | None:
 
 def _stems(folder: Path) -> dict[str, Path]:
     found: dict[str, Path] = {}
-    for path in pictures(folder) if folder.is_dir() else ():
+    for path in image_files(folder) if folder.is_dir() else ():
         stem = path.relative_to(folder).with_suffix("").as_posix()
         if stem in found:
             raise TaskError(

@@ -44,11 +44,17 @@ def public_rows(path: Path, text: str) -> list[dict[str, Any]] | None:
 
 def _entry(where: str, rows: Callable[[Any], list[dict[str, Any]]], entry: Any) -> list[dict[str, Any]]:
     try:
-        return rows(entry)
+        found = rows(entry)
     except KeyError as error:
         raise TaskError(f"{where}: there is no {error.args[0]!r}, which every entry of this layout has") from None
     except (TypeError, AttributeError):
         raise TaskError(f"{where}: it is not what an entry of this layout is") from None
+    for number, row in enumerate(found):
+        for name, value in row.items():
+            if not isinstance(value, str | int | float) or not str(value).strip():
+                some = f", caption {number + 1}" if len(found) > 1 else ""
+                raise TaskError(f"{where}{some}: {name} must be text, not {repr(value)[:80]}")
+    return found
 
 
 def _captioned(image: dict[str, Any]) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from pipeline.extract.tasks.base import Task, TaskError
 from pipeline.extract.tasks.captions import Paired, load_msvd
 from pipeline.extract.tasks.coco import is_coco, load_coco
 from pipeline.extract.tasks.completion import load_hub_texts
-from pipeline.extract.tasks.glue import GLUE, USUAL_GRID, load_glue
+from pipeline.extract.tasks.glue import GLUE, USUAL_GRID, load_glue, refuse_step
 from pipeline.extract.tasks.hub_images import PREFIX, has_images, hub_name, load_hub_images
 from pipeline.extract.tasks.hub_table import load_hub_table
 from pipeline.extract.tasks.images import load_folder
@@ -80,6 +80,7 @@ def load_task(
     see `load_table`. All other options are for a table; see `load_table`. Raises `TaskError` with one line for anything
     wrong with the name, the options or the files.
     """
+    refuse_grid(name, grid)
     options = {"text": text, "text-pair": text_pair, "label": label, "separator": separator,
                "validation": validation, "test": test, "stratify": stratify, "metrics": metrics,
                "columns": columns, "task-name": task_name}  # fmt: skip
@@ -101,8 +102,6 @@ def load_task(
     if given and (pictures or is_named(name)):
         what = "of COCO's annotations" if coco else "images in folders" if pictures else "a public task"
         raise TaskError(f"task {name} is {what}; {', '.join(given)} is for a table of your own (--task my.csv)")
-    if grid != USUAL_GRID and (pictures or is_table(name)):
-        raise TaskError(f"task {name}: --grid is the step of STS-B's targets, those of a table follow its range")
     if texts:
         return replace(load_hub_texts(name.removeprefix(PREFIX), text), origin=digest_json(["hub", name]))
     if name.startswith(PREFIX):
@@ -126,9 +125,22 @@ def load_task(
         return replace(load_msvd(Path(name), text, paired, task_name), origin=_origin(Path(name)))
     if is_folder(name):
         return replace(_in_folder(Path(name), targets, task_name, void, skip_bad), origin=_origin(Path(name)))
-    known = _resolve(name)
+    known = _registered(name)
     origin = digest_json(["hub", known]) if data is None else _origin(data)
     return replace(_TASKS[known][1](data, grid), origin=origin)
+
+
+def refuse_grid(name: str, grid: float) -> None:
+    """TaskError where the targets of the task called `name` have no such step; nothing is read. A task of others knows
+    its own."""
+    known = _known(split_id(name)[0])
+    if known in GLUE:
+        refuse_step(GLUE[known], grid)
+    elif known is None and grid != USUAL_GRID and (name.startswith(PREFIX) or is_folder(name) or is_table(name)):
+        raise TaskError(
+            f"--target-step {grid:g}: task {name} has no such step, as STS-B has: targets of a table follow its range; "
+            "leave it out"
+        )
 
 
 def _in_folder(folder: Path, targets: Sequence[str], name: str | None, void: int | None, skip_bad: bool) -> Task:
@@ -203,7 +215,7 @@ def _known(name: str) -> str | None:
     return found
 
 
-def _resolve(name: str) -> str:
+def _registered(name: str) -> str:
     if known := _known(name):
         return known
     if split_id(name)[1]:

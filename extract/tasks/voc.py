@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 
 from pipeline.extract.tasks.base import SPLIT_NAMES, Rows, Task, TaskError, by_split
 from pipeline.extract.tasks.files import file_lines
-from pipeline.extract.tasks.images import pictures
+from pipeline.extract.tasks.images import image_files
 from pipeline.extract.tasks.names import table_name
 from pipeline.extract.tasks.objects import Bad, Read, object_task, sizes_of, wrong_box
 
@@ -44,7 +44,7 @@ def load_voc(folder: Path, name: str | None = None, skip_bad: bool = False) -> T
         )
     bad = Bad(skip_bad)
     images: dict[str, list[Path]] = {}
-    for path in pictures(folder / "JPEGImages"):
+    for path in image_files(folder / "JPEGImages"):
         images.setdefault(path.stem, []).append(path)
     lists = _lists(folder / "ImageSets" / "Main") or {
         "": sorted(p.stem for p in (folder / "Annotations").glob("*.xml"))

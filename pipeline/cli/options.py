@@ -141,6 +141,9 @@ class OwnerCommand(click.Command):
             names = [w.removeprefix("--").replace("-", "_") for w in unknown if w not in flags]
             if said := refusal(names, [*tuners, *([objective] if objective else [])]):
                 ctx.exit(tell(UserError(said)))
+            if "grid" in names:
+                said = "--grid: it is of `pipeline sweep`; the step of STS-B's targets is --target-step"
+                ctx.exit(tell(UserError(said)))
             raise
 
     def _chosen(self, args: Sequence[str]) -> tuple[list[str], str | None]:

@@ -36,7 +36,7 @@ def asked_for(
     return replace(sweep, grid=grid, tuners=tuners, seeds=parse_seeds(seeds) if seeds else sweep.seeds), common
 
 
-class SweepCommand(takes("train", "tuner", "seed", "grid", "out", "overwrite", "tensorboard")):  # type: ignore[misc]
+class SweepCommand(takes("train", "tuner", "seed", "out", "overwrite", "tensorboard")):  # type: ignore[misc]
     """Its tuners are those of --tuner, of the grid and of the sweep file."""
 
     looks_at = ("methods", "words", "sweep_file")

@@ -20,7 +20,7 @@ from pipeline.commands.extract import run_extract
 from pipeline.cost.flops import fresh_backbone
 from pipeline.cost.plan import Plan, predict
 from pipeline.cost.workload import backbone_and_tokenizer, workload
-from pipeline.extract.pretrained import Checkpoint, resolve
+from pipeline.extract.pretrained import Checkpoint, checkpoint_for
 from pipeline.jobs.job import load_job
 from pipeline.jobs.slots import refuse_slots
 from pipeline.jobs.sources import live_backbone, sources
@@ -43,7 +43,7 @@ def run_bench(recipe: Recipe, say: Callable[[str], None]) -> tuple[dict[str, Any
     near = Path(store_path(recipe)).resolve().parent
     folder = Path(tempfile.mkdtemp(prefix=".pipeline-bench-", dir=near if near.is_dir() else None))
     try:
-        point = with_weights(resolve(recipe.model), folder)
+        point = with_weights(checkpoint_for(recipe.model), folder)
         recipe = replace(recipe, model=str(point.folder), store=str(folder / "store"))
         plan = predict(workload(recipe, task), recipe)
         say("predicted; now extracting and training")

@@ -18,6 +18,7 @@ from torch import nn
 from pipeline.catalog import is_baseline
 from pipeline.checks.unused_options import refuse_for_training
 from pipeline.command_lines import NotExtracted
+from pipeline.commands.compare_table import compared_text, settings
 from pipeline.commands.extract import Say
 from pipeline.commands.prepare import load_backbone
 from pipeline.commands.train import fit_options, job_doubts, make_folder, refuse_parts, run_train, usual_lr
@@ -32,17 +33,15 @@ from pipeline.lookup.objective import make_objective
 from pipeline.owners import for_tuner
 from pipeline.recipe import Recipe
 from pipeline.store.errors import UserError
-from pipeline.terminal import layout_text, size_text, table_text
+from pipeline.terminal import layout_text
 from pipeline.train.baselines.methods import BASELINES, BaselineModel, Inside, baseline, input_source
 from pipeline.train.data.source import Source
 from pipeline.train.features import Want
+from pipeline.train.fit.at_work import at_work
 from pipeline.train.fit.log import finite
 from pipeline.train.fit.loop import FitOptions, fit
-from pipeline.train.metrics import is_share, smaller_is_better
 from pipeline.train.model import Model
 from pipeline.train.tuners import Tuner, tuner_names
-
-HEAD = ("method", "trainable", "share", "memory", "s/epoch", "metric", "spread", "seeds")
 
 
 def run_compare(
@@ -61,9 +60,10 @@ def run_compare(
 
     The metric is what selects the best epoch, of the test split, else of validation; the spread is the standard
     deviation over seeds; seconds an epoch are the fastest seed's, which other work on the machine disturbed least.
-    Memory of one training step: on a GPU the measured peak; on a CPU the tensors counted, that is weights, gradients,
-    Adam's two moments, the batch, and what the backward pass keeps. The layout says which blocks the order of samples
-    followed: a seed gives the same run on the same layout only.
+    The share is that of the papers: trainable parameters but those of the task's head, which every method trains, of
+    the backbone's. Memory of one training step: on a GPU the measured peak; on a CPU the tensors counted, that is
+    weights, gradients, Adam's two moments, the batch, and what the backward pass keeps. The layout says which blocks
+    the order of samples followed: a seed gives the same run on the same layout only.
     """
     refuse_tasks(recipe, "compare")
     unknown = [n for m in methods for n in names_in(m) if not is_baseline(n) and n not in tuner_names()]
@@ -79,12 +79,28 @@ def run_compare(
     try:
         jobs = [_refuse(recipe, method, preset) for method in methods]
     except NotExtracted as error:
-        names = [name for method in methods for name in _read(recipe, method).split(",")]
-        raise error.for_all(tuple(dict.fromkeys(names)), recipe.tuner_options) from None
+        reading = [m for m in methods if slots_of(recipe) or not _live(m)]  # alone a baseline reads no states
+        names = [name for method in reading for name in _read(recipe, method).split(",")]
+        plain = {name for name in names if "=" not in name}  # what every slot has is not named for one
+        names = [name for name in dict.fromkeys(names) if name in plain or name.partition("=")[2] not in plain]
+        raise error.for_all(tuple(names), recipe.tuner_options) from None
     for sentence in job_doubts(jobs[0]):
         say(f"warning: {sentence}")
     make_folder(folder)
-    rows, total = [], None
+    with at_work(folder):
+        return _compared(recipe, methods, seeds, folder, csv_file, say, preset)
+
+
+def _compared(
+    recipe: Recipe,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    folder: Path,
+    csv_file: str | None,
+    say: Say,
+    preset: str,
+) -> tuple[dict[str, Any], str]:
+    rows, total = [], 0
     for method in methods:
         runs = []
         for seed in seeds:
@@ -98,7 +114,8 @@ def run_compare(
             {
                 "method": method,
                 "trainable": runs[0]["trainable"],
-                "share": runs[0]["trainable"] / total,
+                "head": runs[0]["trainable"] - runs[0]["beside"],
+                "share": runs[0]["beside"] / total,
                 "memory_bytes": max(r["memory"] for r in runs),
                 "seconds_per_epoch": min(r["seconds_per_epoch"] for r in runs),
                 "metric": statistics.mean(metrics),
@@ -119,7 +136,7 @@ def run_compare(
         except OSError as error:  # what was measured is not lost
             say(f"warning: --csv {csv_file}: cannot be written: {error.strerror or error}")
     result = {"task": recipe.task, "preset": preset, "backbone_parameters": total, "rows": rows}
-    return finite(result), _text(rows, preset)
+    return finite(result), compared_text(rows, preset, total)
 
 
 def _live(method: str) -> bool:
@@ -162,52 +179,26 @@ def _refuse_joint(recipe: Recipe, name: str, preset: str) -> Joint:
     job, inside = _beside(recipe, name), _inside(recipe, name)
     refuse_parts(job)
     shapes = {slot: copy.deepcopy(_shape(job.jobs[slot].found.backbone)) for slot in inside}
-    _joint_model(job, inside, preset, shapes)
+    try:
+        _joint_model(job, inside, preset, shapes)
+    except UserError as error:
+        fits = {slot: _has_place(job.jobs[slot].found.backbone, inside[slot], preset) for slot in inside}
+        if "=" in name or not any(fits.values()) or all(fits.values()):
+            raise
+        offered = "+".join(f"{slot}={name if fit else 'probe'}" for slot, fit in fits.items())
+        raise UserError(f"{error}; {offered} has it where it has a place") from None
     if not job.recipe.live:
         job.sources(False)
     return job
 
 
-def _text(rows: Sequence[dict[str, Any]], preset: str) -> str:
-    cells = [
-        (
-            r["method"] + (" (live)" if r["live"] else ""),
-            f"{r['trainable']:,}",
-            f"{100 * r['share']:.2f} %",
-            size_text(r["memory_bytes"]),
-            f"{r['seconds_per_epoch']:.2f}",
-            _figure(r["metric"], r["figure"]),
-            "" if r["spread"] is None else f"± {_figure(r['spread'], r['figure'])}",
-            str(r["seeds"]),
-        )
-        for r in rows
-    ]
-    figures = list(dict.fromkeys(r["figure"] for r in rows))
-    layouts = {r["method"]: r["layout"] for r in rows}
-    same = set(layouts.values())
-    laid = same.pop() if len(same) == 1 else "; ".join(f"{method} {layout}" for method, layout in layouts.items())
-    made = [f"  {r['method']}: {r['settings']}" for r in rows]
-    shown = [f"{n}, smaller is better" if smaller_is_better(n) else n for n in figures if n != "average"]
-    lines = [table_text(HEAD, cells), *(f"metric: {name}" for name in shown), f"layout of the samples: {laid}", ""]
-    return "\n".join([*lines, f"settings, baselines by --preset {preset}:", *made])
-
-
-def _figure(value: float | None, name: str) -> str:
-    """Shares in percent; errors in the target's unit, or nats; figures of retrieval as they are."""
-    if value is None or math.isnan(value):
-        return "undefined"
-    return f"{100 * value:.1f}" if is_share(name) else f"{value:.4g}"
-
-
-def settings(what: str, options: FitOptions, batch_size: int) -> str:
-    """What a row of the table was made with, in words: the method's own settings and those of training."""
-    warm = f"{options.warmup_steps} steps" if options.warmup_ratio is None else f"{options.warmup_ratio:g} of all steps"
-    long = f"{options.epochs} epochs" if options.max_steps is None else f"{options.max_steps} steps"
-    size = f"{batch_size}" + (f" × {options.accumulate}" if options.accumulate > 1 else "")
-    return (
-        f"{what}; lr {options.lr:g}, {options.schedule} after a warm-up of {warm}, batch {size}, {long}, "
-        f"clip {options.clip:g}, weight decay {options.weight_decay:g}, {options.precision}"
-    )
+def _has_place(backbone: Backbone, name: str, preset: str) -> bool:
+    """Whether a backbone has one for a baseline."""
+    try:
+        baseline(name, preset).prepare(backbone, copy.deepcopy(_shape(backbone)))
+    except UserError:
+        return False
+    return True
 
 
 def _tuner(recipe: Recipe) -> dict[str, Any]:
@@ -342,6 +333,7 @@ def _summary(
         "figure": next((n for n in scores if n != first), first) if first == "average" and len(scores) == 2 else first,
         "seconds_per_epoch": metrics["seconds_per_epoch"],
         "trainable": metrics["trainable_parameters"],
+        "beside": sum(p.numel() for p in model.tuner.parameters() if p.requires_grad),
         "layout": metrics["layout"],
         "memory": step_memory(model, batch.to(job.device), more),
         "backbone": sum(map(backbone_parameters, job.backbones)),

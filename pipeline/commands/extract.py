@@ -27,7 +27,7 @@ from pipeline.extract.plugins import lasting
 from pipeline.extract.pretrained import CONFIG_NOISE, Checkpoint
 from pipeline.extract.tasks.base import Task, TaskSpec
 from pipeline.extract.tasks.completion import form_of
-from pipeline.jobs.slots import tasks_of
+from pipeline.jobs.slots import parts_of, tasks_of
 from pipeline.lookup.recipe import store_path
 from pipeline.lookup.task import need
 from pipeline.lookup.task_versions import save_tables, task_id
@@ -79,14 +79,16 @@ def _extract_task(recipe: Recipe, say: Say, quiet: bool, task: Task | None = Non
 
 
 def train_command(recipe: Recipe, done: Mapping[str, Any]) -> str:
-    """The command that trains from what was extracted, by the first of the tuners that it was extracted for; "" where
-    there is nothing to train on."""
+    """The command that trains from what was extracted, by the first of the tuners that it was extracted for, of each
+    slot; "" where there is nothing to train on."""
     parts = done.get("tasks", [done])
     if any("train" not in part["rows"] or part.get("targets") == "none" for part in parts):
         return ""
-    several = any("=" in name for name in recipe.tuners)
-    tuner = ",".join(recipe.tuners) if several else recipe.tuners[0]
-    own = {k: v for k, v in recipe.tuner_options.items() if several or k in options_of("tuner", tuner)}
+    first = {slot: part.tuners[0] for slot, part in parts_of(recipe).items()}
+    alike = len(set(first.values())) == 1
+    tuner = next(iter(first.values())) if alike else ",".join(f"{slot}={name}" for slot, name in first.items())
+    known = {option for name in first.values() for option in options_of("tuner", name)}
+    own = {k: v for k, v in recipe.tuner_options.items() if k in known}
     left: dict[str, Any] = {f.name: f.default for f in fields(recipe) if f.name in TRAINING_SENSE}
     line = command_line("train", replace(recipe, tuner=tuner, tuner_options=own, **left))
     return line if " --tuner " in line else f"{line} --tuner {quoted(tuner)}"  # the default, too, is to be seen

@@ -19,7 +19,7 @@ from pipeline.extract.backbones.capabilities import Answers, WritesText
 from pipeline.extract.backbones.live import LiveBackbone
 from pipeline.extract.completion import RowError
 from pipeline.extract.feature_space import PRECISIONS, SpaceOptions, space_identity
-from pipeline.extract.pretrained import Checkpoint, resolve
+from pipeline.extract.pretrained import Checkpoint, checkpoint_for
 from pipeline.extract.projection import Projection
 from pipeline.extract.tasks.base import SPLITS, Rows, Task, TaskSpec
 from pipeline.extract.tasks.completion import form_of
@@ -189,7 +189,7 @@ def prepare(recipe: Recipe, task: Task | None = None, upright: bool = True) -> d
     """Slot → what is extracted there, the rows being the same in all. `task`: rows at hand, instead of those the recipe
     names; `upright`: images are turned as their EXIF orientation says."""
     parts = parts_of(recipe)
-    checkpoints = {slot: resolve(part.model) for slot, part in parts.items()}
+    checkpoints = {slot: checkpoint_for(part.model) for slot, part in parts.items()}
     if slots_of(recipe):
         refuse_for_slots(recipe, [point.backbone for point in checkpoints.values()])
     made = {}

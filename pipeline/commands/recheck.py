@@ -52,10 +52,10 @@ def recheck(
 def _checkpoint_of(store: Store, space: Space, model: str) -> Checkpoint:
     """What `space` was extracted with: `model`, of several (image=FOLDER,text=FOLDER) the one that it is; else by the
     name it had then. Raises UserError where it is another one."""
-    from pipeline.extract.pretrained import resolve
+    from pipeline.extract.pretrained import checkpoint_for
 
     names = list(named_parts(model, "model").values()) or [model or source_of(store, space)["names"][0]]
-    given = [resolve(name) for name in names]
+    given = [checkpoint_for(name) for name in names]
     checkpoint = next((point for point in given if not differences_of(point, space.identity)), given[0])
     refuse_other(checkpoint, space.identity)
     return checkpoint

@@ -31,6 +31,7 @@ from pipeline.store.errors import UserError
 from pipeline.store.format.digest import digest_json
 from pipeline.terminal import counted
 from pipeline.train.data.store_source import StoreSource
+from pipeline.train.fit.at_work import Note
 from pipeline.train.fit.finite import NotFinite
 from pipeline.train.fit.log import finite, write_json
 from pipeline.train.fit.loop import Training
@@ -70,7 +71,15 @@ def run_sweep(
     extras = extras or Extras()
     if Ranks.from_environment().world > 1:
         raise UserError("a sweep is one process: start it without torchrun, or train its runs one by one")
-    sweep = _Sweep(folder, say, quiet, extras)
+    note = Note(folder)
+    try:
+        return _swept(asked, _Sweep(folder, say, quiet, extras, note))
+    finally:
+        note.drop()
+
+
+def _swept(asked: Sequence[Trial], sweep: _Sweep) -> tuple[dict[str, Any], str]:
+    extras = sweep.extras
     if (search := extras.search) is None:
         sweep.train(asked)
     else:
@@ -87,7 +96,7 @@ def run_sweep(
         return result, f"{summary_text(result)}\n\n{lr_range.told_text(result['lr_range'])}"
     if extras.refit:
         if result["best"] is None:
-            say("nothing is refitted: no setting is the best")
+            sweep.say("nothing is refitted: no setting is the best")
         else:
             result = sweep.refit(result)
     return result, summary_text(result)
@@ -95,10 +104,11 @@ def run_sweep(
 
 class _Sweep:
     """A sweep in `folder`. `asked`: its runs so far; `done`: what those that have ended did with. `tabulated`: whether
-    its table is the folder's."""
+    its table is the folder's. `note`: of this process, taken before anything is written."""
 
-    def __init__(self, folder: Path, say: Say, quiet: bool, extras: Extras, tabulated: bool = True) -> None:
+    def __init__(self, folder: Path, say: Say, quiet: bool, extras: Extras, note: Note, tabulated: bool = True) -> None:
         self.folder, self.say, self.quiet, self.extras, self.tabulated = folder, say, quiet, extras, tabulated
+        self.note = note
         self.asked: list[Trial] = []
         self.jobs: dict[str, Job] = {}
         self.done: dict[str, dict[str, Any]] = {}
@@ -120,6 +130,7 @@ class _Sweep:
         self.say(f"{counted(len(new), 'run')}: {counted(settings, 'setting')}, {counted(seeds, 'seed')}")
         prepared = self.look_up(new)
         make_folder(self.folder)
+        self.note.take()
         self.take_done(new, prepared)
         own = [trial for trial in new if not trial.baseline]
         for sentence in job_doubts(prepared[own[0].name].job) if own else []:
@@ -222,7 +233,7 @@ class _Sweep:
         name = f"refit-e{recipe.epochs}-{trial.name}"
         again = replace(trial, name=name, label=f"refit {trial.label}", recipe=recipe)
         self.say(f"the best, {row['label']}, once more, on training and validation rows, for {recipe.epochs} epochs")
-        other = _Sweep(self.folder, self.say, self.quiet, Extras(), tabulated=False)
+        other = _Sweep(self.folder, self.say, self.quiet, Extras(), self.note, tabulated=False)
         other.train([again])
         return self.write(refit=other.rows()[0])
 

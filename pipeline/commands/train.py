@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from pipeline.recipe import Recipe
 from pipeline.store.errors import UserError
 from pipeline.store.files.places import absolute
 from pipeline.terminal import counted
+from pipeline.train.fit.at_work import at_work
 from pipeline.train.fit.log import write_bytes
 from pipeline.train.fit.loop import FitOptions, fit
 from pipeline.train.fit.ranks import Ranks
@@ -90,6 +92,12 @@ def make_folder(folder: Path) -> None:
         raise UserError(f"--out {folder}: the folder cannot be made ({why}); choose another") from None
 
 
+def refuse_finished(folder: Path, recipe: Recipe) -> None:
+    """UserError where a finished run stands in `folder` that is not to be replaced."""
+    if (folder / "metrics.json").exists() and not recipe.overwrite:
+        raise UserError(f"{folder} holds a finished run; give another --out, or --overwrite to replace it")
+
+
 def refuse_parts(job: AnyJob) -> None:
     """UserError where a step over several batches or processes would not be the step of one large batch."""
     ranks, several = Ranks.from_environment().world, job.recipe.accumulate > 1
@@ -127,8 +135,7 @@ def run_train(recipe: Recipe, say: Say, quiet: bool = False) -> dict[str, Any]:
             what = f"the store has no train rows of {part.spec.name}"
             raise NotExtracted(what, part.as_extracted(), split=("train",))
     folder = run_folder(job)
-    if (folder / "metrics.json").exists() and not recipe.overwrite:
-        raise UserError(f"{folder} holds a finished run; give another --out, or --overwrite to replace it")
+    refuse_finished(folder, recipe)
     model = job.model(recipe.seed)
     options = fit_options(recipe, job.spec, job.paper, usual_lr(job, model))
     parts = job.sources(recipe.live)
@@ -149,27 +156,30 @@ def run_train(recipe: Recipe, say: Say, quiet: bool = False) -> dict[str, Any]:
     for sentence in odd:
         say(f"warning: {sentence}")
     make_folder(folder)
-    if Ranks.from_environment().rank == 0:
-        write_recipe(folder, job, options)
-    metrics = fit(
-        model,
-        parts["train"],
-        parts.get("validation"),
-        parts.get("test"),
-        options,
-        folder,
-        job.scorer,
-        job.device,
-        progress=not quiet,
-        info={
-            "space": job.spaces,
-            "tuner": recipe.tuner,
-            "rows": job.version,
-            "fold": recipe.fold,
-            "chosen": own_options(job),
-            **({"tasks": name} if len(job.each) > 1 else {}),  # their order is that of a mixture's draws
-        },
-    )
+    first = Ranks.from_environment().rank == 0
+    with at_work(folder) if first else nullcontext():
+        if first:
+            refuse_finished(folder, recipe)  # another process may just have ended
+            write_recipe(folder, job, options)
+        metrics = fit(
+            model,
+            parts["train"],
+            parts.get("validation"),
+            parts.get("test"),
+            options,
+            folder,
+            job.scorer,
+            job.device,
+            progress=not quiet,
+            info={
+                "space": job.spaces,
+                "tuner": recipe.tuner,
+                "rows": job.version,
+                "fold": recipe.fold,
+                "chosen": own_options(job),
+                **({"tasks": name} if len(job.each) > 1 else {}),  # their order is that of a mixture's draws
+            },
+        )
     if remark := model.tuner.remark():
         say(f"{recipe.tuner}: {remark}")
     about = {"run": str(folder), "space": job.spaces, "tuner": recipe.tuner, "task": name}

@@ -75,17 +75,19 @@ def recommend(plan: Plan, work: Workload, recipe: Recipe, budget: float | None, 
             f"further epoch, seed or tuner is {plan.live_epoch / (plan.cached_epoch[plan.tier] or 1):.1f} times faster"
         )
     else:
-        cached = plan.cached_epoch[plan.tier] or 0.0
-        even = plan.break_even[plan.tier]
-        why = (
-            f"an epoch from {plan.tier} takes {cached:.3g} s, with the backbone live {plan.live_epoch:.3g} s"
-            if even is None
-            else f"extraction is paid back only after {even:.0f} epochs, you plan {plan.epochs}"
-        )
-        plan.recommendation = (
-            f"caching does not pay in time here: {why}. It still saves the backbone's memory, and pays "
-            "when several seeds or tuners share the states"
-        )
+        cached, even = plan.cached_epoch[plan.tier] or 0.0, plan.break_even[plan.tier]
+        took = f"an epoch from {plan.tier} takes {cached:.3g} s, with the backbone live {plan.live_epoch:.3g} s"
+        if plan.as_fast:
+            plan.recommendation = (
+                f"live is as fast: {took}. A store ({size_text(total)}) would be good for machines that cannot hold "
+                "the backbone, and for sweeps, whose seeds and settings share each batch"
+            )
+        else:
+            late = f"extraction is paid back only after {even or 0:.0f} epochs, you plan {plan.epochs}"
+            plan.recommendation = (
+                f"caching does not pay in time here: {took if even is None else late}. It still saves the backbone's "
+                "memory, and pays when several seeds or tuners share the states"
+            )
         plan.commands = both(replace(recipe, live=True))
         if f"{plan.format}, {PYRAMID}" in plan.formats:
             small = plan.formats[f"{plan.format}, {PYRAMID}"]["total"]

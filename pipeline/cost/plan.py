@@ -9,8 +9,9 @@ The model, in full. A sample has n positions in each stream; S states of width D
     cached epoch        batches · step + bytes ÷ decoding rate        host memory (on a CPU both take the same cores)
                         the same, or bytes ÷ rate of the tier         disk, remote: whichever is longer
     break-even          extraction ÷ (live epoch − cached epoch)
-    training memory     tail + 16 bytes a trainable value + what a step keeps + two batches + a state widened + blocks
-    largest batch       what fits beside tail and trainable values, a sample counted as the mean of the batch
+    training memory     live end + 16 bytes a trainable value + what a step keeps + two batches + a state widened +
+                        blocks
+    largest batch       what fits beside live end and trainable values, a sample counted as the mean of the batch
 
 Operations are counted on the meta device, so a `config.json` is enough: no weights are loaded.
 """
@@ -58,6 +59,8 @@ from pipeline.train.tuners import tuner_class, tuner_config, tuner_names
 TIERS = {"device": "device memory", "host": "host memory", "disk": "disk"}  # of --tier
 GPUS = (11, 16, 24, 32)  # GB of memory that the largest batch is told for
 REMOTE = 125e6  # bytes a second of a remote store: 1 Gbit/s, assumed
+LIVE_END = "frozen live end"  # the backbone's last layer, what embeds and what reads it, as far as the tuner needs them
+GAIN = 1.05  # of live ÷ cached: less is no gain, shown as 1.0
 
 
 @dataclass
@@ -85,6 +88,7 @@ class Plan:
     format: str
     projection: str
     tier: str
+    as_fast: bool  # live epochs are no slower, nor faster, than this can tell
     pays: bool
     recommendation: str = ""
     commands: list[str] = field(default_factory=list)
@@ -115,7 +119,7 @@ def training_memory(
     rows = {s: int(n.sum()) for s, n in batch.items()}
     values = [rows[stream_of(s)] * work.backbone.state_width(s) for s in work.states]
     parts = {
-        "tail": sum(p.numel() * 4 for p in model.tuner.tail.parameters()),
+        LIVE_END: sum(p.numel() * 4 for p in model.tuner.tail.parameters()),
         "trainable, gradients, Adam": model.trainable_parameters() * 16,
         "kept for the backward pass": saved_bytes(work.backbone, work.tuner, work.config, batch, work.classes, dtype),
         "two batches": 2 * sum(values) * dtype.itemsize,
@@ -137,7 +141,7 @@ def trainable(model: Model) -> dict[str, int]:
 def largest_batches(memory: dict[str, float], size: int) -> dict[str, int]:
     """How many samples a batch can have on a device of so many GB, trained from stored states; `memory`: of a batch of
     `size`. Blocks lie in the host's memory."""
-    fixed = memory["tail"] + memory["trainable, gradients, Adam"]
+    fixed = memory[LIVE_END] + memory["trainable, gradients, Adam"]
     each = (memory["total"] - fixed - memory["blocks"]) / size
     return {f"{gb} GB": max(0, int((gb * 1e9 - fixed) / each)) for gb in GPUS}
 
@@ -176,7 +180,8 @@ def predict(
     gains = {tier: None if s is None or s >= live else extraction / (live - s) for tier, s in cached.items()}
     order = [TIERS[recipe.tier]] if recipe.tier != "auto" else list(TIERS.values())
     tier = next((t for t in order if cached[t] is not None), "disk")
-    even = gains[tier]
+    even, ratio = gains[tier], live / (cached[tier] or live)
+    as_fast = 1 / GAIN < ratio < GAIN
     held = epoch_bytes if tier == "host memory" else min(epoch_bytes, 12 * SEGMENT_BYTES)
     shape = tuner_model(*model, work.classes)
     needed = training_memory(work, shape, batch, dtype, held)
@@ -202,7 +207,8 @@ def predict(
         format=fmt,
         projection=recipe.projection or "none",
         tier=tier,
-        pays=even is not None and even <= work.epochs,
+        as_fast=as_fast,
+        pays=even is not None and even <= work.epochs and not as_fast,
     )
     recommend(plan, work, recipe, budget, memory)
     return plan

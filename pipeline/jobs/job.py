@@ -27,7 +27,7 @@ from pipeline.lookup.task_versions import AmbiguousTask, stored_tables
 from pipeline.owners import config_of
 from pipeline.recipe import Recipe
 from pipeline.store import Space, Store, TaskTable, digest_json
-from pipeline.store.errors import StoreError, UserError
+from pipeline.store.errors import SeveralSpaces, StoreError, UserError
 from pipeline.store.tables.table import version_of
 from pipeline.terminal import counted, inputs_text
 from pipeline.train.configs import ObjectiveConfig
@@ -205,7 +205,7 @@ def load_job(recipe: Recipe, version: str | None = None, space: str | None = Non
         found = find_space(recipe, space)
         assert isinstance(found.space, Space)
         tables = found_tables(recipe, found, version)
-    except AmbiguousTask:
+    except (AmbiguousTask, SeveralSpaces):
         raise
     except StoreError as error:
         if not recipe.live:

@@ -38,7 +38,7 @@ from pipeline.lookup.task import need
 from pipeline.lookup.task_versions import AmbiguousTask, chosen_tables, stored_versions, written_beside
 from pipeline.recipe import Recipe
 from pipeline.store import Space, TaskTable
-from pipeline.store.errors import MissingStates, StoreError, UserError
+from pipeline.store.errors import MissingStates, SeveralSpaces, StoreError, UserError
 from pipeline.store.tables.table import version_of
 from pipeline.train.baselines.methods import InputSlot
 from pipeline.train.data.live_source import LiveSlot
@@ -278,7 +278,7 @@ def load_joint(recipe: Recipe, version: str | None = None, spaces: Any = None) -
     asked = spaces if isinstance(spaces, dict) else {}
     try:
         jobs = _stored(recipe, version, asked)
-    except AmbiguousTask:
+    except (AmbiguousTask, SeveralSpaces):
         raise
     except StoreError as error:
         if not recipe.live:

@@ -16,7 +16,7 @@ from pipeline.commands.prepare import Split, load_backbone, prepare_split
 from pipeline.extract.backbones import TextOptions
 from pipeline.extract.backbones.live import LiveBackbone
 from pipeline.extract.feature_space import options_of, refuse_other
-from pipeline.extract.pretrained import Checkpoint, resolve
+from pipeline.extract.pretrained import Checkpoint, checkpoint_for
 from pipeline.extract.tasks.base import DENSE, Rows
 from pipeline.jobs.extracted import as_extracted
 from pipeline.lookup.recipe import Found, Unstored
@@ -177,7 +177,7 @@ def live_backbone(job: Job) -> Live:
     if job.live is not None:
         return job.live
     identity = job.found.space.identity
-    checkpoint = resolve(job.recipe.model or job.found.source["names"][0])
+    checkpoint = checkpoint_for(job.recipe.model or job.found.source["names"][0])
     refuse_other(checkpoint, identity)
     projection = job.found.backbone.projection
     return load_backbone(checkpoint, identity["precision"], identity["attention"], job.device, projection), checkpoint

@@ -11,14 +11,15 @@ from typing import Any
 import torch
 
 from pipeline.checks.stored import backbone_from, kept_name, kept_of, source_of
-from pipeline.command_lines import NotExtracted
+from pipeline.checks.unused_options import for_kind, refuse_for_kind
+from pipeline.command_lines import NoneFits, NotExtracted
 from pipeline.extract.backbones import Backbone, TextOptions
 from pipeline.extract.backbones.images import Preprocess
 from pipeline.extract.encoding import tensors_of
 from pipeline.extract.feature_space import SpaceOptions, space_identity, views_text
 from pipeline.extract.pretrained import Checkpoint, local
 from pipeline.extract.projection import MAPS, parse_projection
-from pipeline.extract.tasks import canonical_name
+from pipeline.extract.tasks import canonical_name, refuse_grid
 from pipeline.extract.tasks.base import DENSE, TaskSpec
 from pipeline.jobs.slots import slot_of
 from pipeline.lookup.objective import answers_in_text
@@ -28,11 +29,11 @@ from pipeline.lookup.task_versions import versions_of
 from pipeline.owners import config_of
 from pipeline.recipe import Recipe
 from pipeline.store import Space, Store
-from pipeline.store.errors import NoStore, StoreError, UserError
+from pipeline.store.errors import NoStore, SeveralSpaces, SpaceMismatch, StoreError, UserError
 from pipeline.store.near import near
 from pipeline.store.select import choose_space
 from pipeline.train.model import union_states
-from pipeline.train.tuners import tuner_class, tuner_names
+from pipeline.train.tuners import fitting_tuner, tuner_class, tuner_names
 
 # Options of a recipe that are fields of a feature space.
 SPACE_FIELDS = ("format", "projection", "precision", "attention", "prompt", "max_length", "truncation_side", "stride")
@@ -156,10 +157,12 @@ def find_space(recipe: Recipe, exactly: str | None = None) -> Found:
     is `exactly`, of which nothing else is asked.
 
     When the checkpoint is at hand its digests must match, so that a changed checkpoint is noticed; when it is not, the
-    name it was extracted under decides. Raises StoreError saying which command to run, or SpaceMismatch naming the
-    fields in which what is there differs from what was asked.
+    name it was extracted under decides. Raises StoreError saying which command to run, SpaceMismatch naming the fields
+    in which what is there differs from what was asked, or SeveralSpaces.
     """
     need(recipe, "task")
+    if exactly is None and recipe.grid is not None:
+        refuse_grid(recipe.task, recipe.grid)
     try:
         store = Store.open(store_path(recipe))
     except NoStore as error:
@@ -183,8 +186,9 @@ def find_space(recipe: Recipe, exactly: str | None = None) -> Found:
     if recipe.space:
         spaces = [s for s in spaces if s.id.startswith(recipe.space)]
         if len(spaces) != 1:
-            raise StoreError(f"--space {recipe.space}: fits {len(spaces)} spaces with task {task!r}, must fit one")
-    wanted = wanted_fields(recipe)
+            what = f"--space {recipe.space}: fits {len(spaces)} spaces with task {task!r}, must fit one"
+            raise SeveralSpaces(what) if spaces else StoreError(what)
+    wanted, checkpoint = wanted_fields(recipe), None
     if slot:  # what is said of images is not for a slot of texts, and the other way round
         kinds = {"image_size" in space.identity for space in spaces}
         foreign = {*(OF_TEXTS if True in kinds else ()), *(OF_IMAGES if False in kinds else ())}
@@ -207,7 +211,27 @@ def find_space(recipe: Recipe, exactly: str | None = None) -> Found:
                     f"no states of task {task!r} by model {name!r} in {store.where}; there are some by: {there}", recipe
                 )
             spaces = named
-    return _found(store, choose_space(spaces, wanted))
+    try:
+        return _found(store, choose_space(spaces, wanted))
+    except SeveralSpaces:
+        raise
+    except SpaceMismatch as error:
+        backbone = None if checkpoint is None else checkpoint.backbone
+        if recipe.space or not _can_extract(recipe, backbone or backbone_from(store, spaces[0])):
+            raise
+        raise NoneFits(str(error), recipe) from None
+
+
+def _can_extract(recipe: Recipe, backbone: Backbone) -> bool:
+    """Whether an extraction with the options of `recipe` would be done, for all that can be said without the rows."""
+    try:
+        own = for_kind(recipe, backbone)
+        refuse_for_kind(own, backbone)
+        fitting_tuner(own.tuner, config_of(own, own.tuner), backbone)
+        refuse_full_readers(own, [own.tuner], backbone)
+    except UserError:
+        return False
+    return True
 
 
 def _found(store: Store, space: Space) -> Found:

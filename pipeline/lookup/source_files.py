@@ -16,7 +16,7 @@ from pipeline.extract.tasks import TaskError, is_named
 from pipeline.extract.tasks.base import Task
 from pipeline.extract.tasks.coco import image_names, is_coco
 from pipeline.extract.tasks.hub_images import PREFIX
-from pipeline.extract.tasks.images import contents, pictures
+from pipeline.extract.tasks.images import contents, image_files
 from pipeline.extract.tasks.registry import is_folder, is_table, table_path
 from pipeline.extract.tasks.sheet import read_sheet, sheet_digest
 from pipeline.lookup.task import open_task, picture_root
@@ -57,7 +57,7 @@ class AtHand:
             try:
                 return open_task(recipe)
             except TaskError:
-                if pictures(Path(recipe.task)):
+                if image_files(Path(recipe.task)):
                     raise
                 return None  # a folder that happens to be called as a stored task is
         if recipe.task.startswith(PREFIX):

@@ -331,9 +331,11 @@ def unlike(recipe: Recipe, header: Mapping[str, Any]) -> str:
     # Recipes of earlier versions all state the usual grid, also of tasks that have none of the kind.
     fixed = not step or made.get("source") == "table"
     if recipe.grid is not None and fixed and recipe.grid != USUAL_GRID:
-        raise UserError(f"--grid {recipe.grid:g}: task {recipe.task} has no such step, as STS-B has; leave it out")
+        raise UserError(
+            f"--target-step {recipe.grid:g}: task {recipe.task} has no such step, as STS-B has; leave it out"
+        )
     if recipe.grid is not None and not fixed and not math.isclose(step, recipe.grid):
-        return f"--grid was {step:g}, now {recipe.grid:g}"
+        return f"--target-step was {step:g}, now {recipe.grid:g}"
     from pipeline.lookup.objective import target_types  # objectives load torch, which `pipeline store` does without
 
     learned, there = target_types(recipe), spec.get("target")

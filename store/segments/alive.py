@@ -1,4 +1,4 @@
-"""Who writes an unsealed segment, and whether that process still lives; no locks, nothing kept open.
+"""Who writes an unsealed segment, or a run, and whether that process still lives; no locks, nothing kept open.
 
 A process id means something only on one machine, within one boot and one pid namespace (containers), so all three are
 recorded. A writer is called dead only when all three are ours and no process has its id and start time.
@@ -32,6 +32,11 @@ def is_dead(writer: dict[str, Any]) -> bool:
             return False
         return False
     return _started(pid) != started
+
+
+def can_tell(writer: dict[str, Any]) -> bool:
+    """Whether the process that `writer` describes surely runs where `is_dead` is False of it."""
+    return sys.platform == "linux" and writer.get("host") == _host() and writer.get("started") is not None
 
 
 def _host() -> str:

@@ -12,12 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from pipeline.commands.extract import run_extract
 from pipeline.commands.train import run_train
-from pipeline.recipe import Recipe
+from pipeline.recipe import Recipe, read_recipe
 from pipeline.runs import load_run
 from pipeline.train.fit.optimizer import adamw
 from pipeline.train.fit.options import FitOptions
@@ -34,6 +35,7 @@ SHOWN = {
     "box_ap50": "box AP50", "box_map": "box AP", "box_map_small": "small", "box_map_medium": "medium",
     "box_map_large": "large", "mask_ap50": "mask AP50", "mask_map": "mask AP",
 }  # fmt: skip
+ELSEWHERE = ("store", "data", "validation", "out", "overwrite")  # where something lies
 
 
 def first_images(file: Path, count: int, folder: Path) -> Path:
@@ -45,6 +47,22 @@ def first_images(file: Path, count: int, folder: Path) -> Path:
     made = folder / f"first-{count}_train2017.json"
     made.write_text(json.dumps(raw))
     return made
+
+
+def finished(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
+    """The metrics of the run in `folder`, None where none has ended. SystemExit where it was trained otherwise than
+    `recipe` says: its weights would stand below settings that are not theirs."""
+    if not (folder / "metrics.json").is_file():
+        return None
+    kept, asked, plain = read_recipe(folder / "recipe.yaml", record=True), recipe.to_mapping(), Recipe().to_mapping()
+    own = {name: value for name, value in asked.items() if value != plain[name] and name not in ELSEWHERE}
+    options = own.pop("objective_options", {})
+    pairs = [(name, kept.get(name), value) for name, value in own.items()]
+    pairs += [(name, kept["objective_options"].get(name), value) for name, value in options.items()]
+    if other := [f"{name} {was}, not {now}" for name, was, now in pairs if was != now]:
+        raise SystemExit(f"{folder} holds a run of {', '.join(other)}: give its settings, or another --out")
+    found: dict[str, Any] = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    return found
 
 
 def further(folder: Path, epochs: int, rate: float) -> dict[str, float]:
@@ -106,11 +124,8 @@ def main() -> None:
             schedule="cosine", out=str(args.out / "runs" / head), overwrite=True,
         )  # fmt: skip
         folder = args.out / "runs" / head
-        done = folder / "metrics.json"  # with --further a finished run is not trained anew
-        if args.further and done.is_file():
-            found = json.loads(done.read_text(encoding="utf-8"))
-        else:
-            found = run_train(recipe, lambda text: None, quiet=True)
+        # With --further a finished run is not trained anew.
+        found = (finished(folder, recipe) if args.further else None) or run_train(recipe, lambda _: None, quiet=True)
         more = f"{epochs} + {args.further} at {args.further_lr:g}"
         figures = {str(epochs): load_run(folder).evaluate("train")}
         if args.further:

@@ -27,7 +27,7 @@ from pipeline.extract.batching import extraction_batches
 from pipeline.extract.extraction import compute
 from pipeline.extract.feature_space import SpaceOptions, space_identity
 from pipeline.extract.kernels.memory import keep_freed_memory
-from pipeline.extract.pretrained import resolve
+from pipeline.extract.pretrained import checkpoint_for
 from pipeline.extract.tasks import load_task
 from pipeline.lookup.recipe import wanted_states
 from pipeline.recipe import Recipe
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--dry", action="store_true", help="do not write RESULTS.md")
     args = parser.parse_args()
     keep_freed_memory()
-    checkpoint = resolve(args.model)
+    checkpoint = checkpoint_for(args.model)
     backbone = checkpoint.backbone
     task = load_task("sst2", args.data)
     options = SpaceOptions()

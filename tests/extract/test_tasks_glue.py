@@ -107,7 +107,7 @@ def test_stsb_grid_rounds_as_the_official_code(tmp_path: Path) -> None:
         assert task.spec.texts[task.spec.target_index(score)] == str(np.round(score * 5 / 5, decimals=1))
     wide = load_task("stsb", tmp_path, grid=0.2).spec
     assert len(wide.texts) == 26 and wide.texts[wide.target_index(2.5)] == str(np.round(2.5 * 5) / 5)
-    with pytest.raises(UserError, match=r"grid must be 0\.1 or 0\.2, not 0\.5"):
+    with pytest.raises(UserError, match=r"--target-step must be 0\.1 or 0\.2, not 0\.5"):
         load_task("stsb", tmp_path, grid=0.5)
 
 

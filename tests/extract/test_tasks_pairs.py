@@ -51,6 +51,9 @@ def test_karpathys_splits(tmp_path: Path) -> None:
         (lambda images: images[4].pop("split"), ["images[4]", "'split'"]),
         (lambda images: images[1].pop("sentences"), ["images[1]", "'sentences'"]),
         (lambda images: images.__setitem__(2, "2.jpg"), ["images[2]", "not what an entry"]),
+        (lambda images: images[3]["sentences"][2].update(raw=None), ["images[3], caption 3", "text, not None"]),
+        (lambda images: images[3]["sentences"][2].update(raw=" "), ["images[3], caption 3", "text, not ' '"]),
+        (lambda images: images[3].update(split=["train"]), ["images[3]", "split must be text"]),
     ],
 )
 def test_an_entry_of_karpathys_that_lacks_something(tmp_path: Path, change: Any, words: list[str]) -> None:
@@ -117,6 +120,13 @@ def test_tables_that_are_refused(tmp_path: Path, text: str, words: str) -> None:
     path = tmp_path / "t.csv"
     path.write_text(text)
     with pytest.raises(TaskError, match=words):
+        both(path)
+
+
+def test_a_split_that_is_no_word(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"image": "a.jpg", "caption": "a cat", "split": ["train"]}\n')
+    with pytest.raises(TaskError, match=r"row 1 .*split \['train'\] is none of train"):
         both(path)
 
 

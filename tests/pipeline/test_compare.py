@@ -11,6 +11,7 @@ import torch
 from click.testing import CliRunner
 
 from pipeline.cli.main import main
+from pipeline.commands.compare import backbone_parameters
 from pipeline.extract.backbones.bert import Bert
 from pipeline.extract.pretrained import Checkpoint
 from pipeline.lookup.objective import class_objective
@@ -46,6 +47,19 @@ def test_a_baseline_trains_what_it_says_and_starts_at_the_backbone(checkpoints, 
     trains_only_its_own(model, batch)
     if name != "full":
         assert model.trainable_parameters() < sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("backbone", ["bert", "roberta", "clip_text", "vit", "clip", "cifar", "swin", "t5"])
+def test_full_fine_tuning_trains_what_the_backbone_has(checkpoints, pictures, backbone):
+    """Numerator and denominator of a share are of the same things."""
+    if backbone == "t5":
+        case = Case(Checkpoint(checkpoints["t5"], "t5"), "sherl", pictures)
+        module = case.backbone.load(case.checkpoint.folder, torch.float32, "sdpa", "cpu")
+        model = BaselineModel(baseline("full"), case.backbone, module, case.objective)
+    else:
+        case, model = made(checkpoints, pictures, backbone, "full")
+    trained = sum(p.numel() for p in model.tuner.parameters() if p.requires_grad)
+    assert trained == backbone_parameters(case.backbone)
 
 
 def trains_only_its_own(model: BaselineModel, batch) -> None:
@@ -138,13 +152,18 @@ def test_compare_prints_one_table(checkpoints, table, tmp_path):
     rows = json.loads(result.stdout)["rows"]
     assert [r["method"] for r in rows] == ["probe", "sherl", "unipt", "lora", "full"]
     by = {r["method"]: r for r in rows}
-    assert by["full"]["share"] > 0.9 and by["full"]["live"] and not by["sherl"]["live"]
+    total = json.loads(result.stdout)["backbone_parameters"]
+    for row in rows:  # every head of classes is this linear map, which is no part of a backbone
+        assert row["head"] == 32 * 2 + 2 and row["share"] == (row["trainable"] - row["head"]) / total
+    assert by["full"]["share"] == 1 and by["probe"]["share"] == 0 < by["sherl"]["share"]
+    assert by["full"]["live"] and not by["sherl"]["live"]
     assert all(r["memory_bytes"] > 0 and r["seconds_per_epoch"] > 0 and r["seeds"] == 2 for r in rows)
     assert by["probe"]["memory_bytes"] < by["full"]["memory_bytes"]
     with (tmp_path / "table.csv").open() as file:
         assert [r["method"] for r in csv.DictReader(file)] == list(by)
     shown = invoke(main, ["compare", *common, "--tuners", "probe", "--epochs", "1", "--out", str(tmp_path / "more")])
     assert "method" in shown.stdout and "probe" in shown.stdout and shown.exit_code == 0
+    assert f"but those of the task's head, of the {total:,} of the backbone" in shown.stdout
     refused = invoke(main, ["compare", *common, "--tuners", "probe,sherrl"])
     assert refused.exit_code != 0 and "unknown 'sherrl'" in refused.stderr
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +88,24 @@ def test_a_replaced_picture_of_a_table_of_names(checkpoints, tmp_path, folder):
     changes(folder)["replaced"]()
     with pytest.raises(StoreError, match=r"labels.csv.*changed"):
         load_job(Recipe(task=str(folder / "labels.csv"), **options, **given))
+
+
+@pytest.mark.parametrize("limit", [None, 5])
+def test_a_replaced_picture_of_the_validation_file_that_training_does_not_name(checkpoints, tmp_path, folder, limit):
+    """The stored rows name it. Where a limit left rows out, the digest of all images needs the file that names all."""
+    options = options_of(checkpoints["cifar"], tmp_path)
+    names = [p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*.png"))]
+    changed = next(name for name in names if name.startswith("left"))
+    for file, own in (("train.csv", [n for n in names if n != changed][::2]), ("val.csv", [changed, *names[1::2]])):
+        rows = "\n".join(f"{name},{name.split('/')[0]}" for name in own)
+        (folder / file).write_text(f"file,label\n{rows}\n", encoding="utf-8")
+    beside = {"validation": str(folder / "val.csv")}
+    extract(options, folder / "train.csv", text="file", **beside, **({"limit": limit} if limit else {}))
+    asked = Recipe(task=str(folder / "train.csv"), **options)
+    assert load_job(asked).tables
+    shutil.copyfile(next((folder / "upper").iterdir()), folder / changed)
+    with pytest.raises(StoreError, match=r"train.csv.*changed"):
+        load_job(asked if limit is None else replace(asked, **beside))
 
 
 def test_without_the_files_nothing_is_compared(checkpoints, tmp_path, folder):

@@ -49,8 +49,8 @@ def test_train_says_what_it_learns(mine):
     run("extract", *mine)
     said = run("train", *mine[:4], "--tuner", "probe", "--epochs", 1)
     assert "probe on my (classification): " in said.stderr
-    said = run("train", *mine[:4], "--tuner", "probe", "--epochs", 1, "--grid", 2)
-    assert "pipeline extract" not in refused(said, "--grid 2", "leave it out")
+    said = run("train", *mine[:4], "--tuner", "probe", "--epochs", 1, "--target-step", 2)
+    assert "pipeline extract" not in refused(said, "--target-step 2", "leave it out")
 
 
 def test_progress_is_plain_lines_where_nobody_watches(mine, monkeypatch):

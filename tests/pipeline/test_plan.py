@@ -117,6 +117,7 @@ def test_a_config_alone_is_enough(checkpoints, table, tmp_path, no_measuring):
         plan, text = run_plan(recipe_for(given, table, tmp_path), None, None)
         assert plan["estimated_lengths"]
         assert "estimated from words" in text
+        assert "tail" not in text and "frozen live end" in text  # --tail is an option of SHERL's, and another thing
         json.dumps(plan)
 
 
@@ -132,6 +133,34 @@ def test_it_says_whether_caching_pays(rates, pays, checkpoints, table, tmp_path,
     assert plan["pays"] is pays
     assert ("caching does not pay" in text) is not pays
     assert ("--live" in plan["commands"][-1]) is not pays
+
+
+@pytest.mark.parametrize("gain", [0.97, 1.03, 1.08])
+def test_a_cache_that_is_no_faster_is_not_recommended(gain, checkpoints, table, tmp_path, no_measuring):
+    """However soon its extraction would be paid back."""
+    recipe = recipe_for(checkpoints["bert"], table, tmp_path, epochs=1000)
+    work = workload(recipe)
+    at_once = replace(
+        FAST, backbone=1e18, extraction=1e18, decode=1e15, disk_write=1e15, disk_warm=1e15, disk_cold=1e15
+    )
+    no_measuring(at_once)
+    bare = predict(work, recipe)
+    steps, rows = bare.live_epoch, work.rows["train"]
+    if gain > 1:
+        operations = bare.operations["backbone a step"] * rows / work.batch_size
+        no_measuring(replace(at_once, backbone=operations / (gain - 1) / steps))
+    else:
+        no_measuring(
+            replace(at_once, decode=rows * work.sample_bytes("float16", "train", None) / (1 / gain - 1) / steps)
+        )
+    plan, text = run_plan(recipe, None, None)
+    tier = plan["tier"]
+    assert plan["live_epoch"] / plan["cached_epoch"][tier] == pytest.approx(gain, abs=0.005)
+    assert plan["pays"] is (gain > 1.05) and ("live is as fast" in text) is (gain < 1.05)
+    assert ("times faster" in text) is (gain > 1.05) and "1.0 times faster" not in text
+    assert ("--live" in plan["commands"][-1]) is (gain < 1.05)
+    if gain < 1.05:
+        assert "sweeps" in plan["recommendation"]
 
 
 def test_a_budget_chooses_the_format_or_fewer_rows(checkpoints, table, tmp_path, no_measuring):

@@ -199,6 +199,30 @@ def test_the_commands_of_errors_lead_to_the_run_that_was_asked_for(options, tmp_
     assert "30 train rows" in done.stderr  # nothing was held out: the other two files are validation and test
 
 
+@pytest.mark.parametrize("differing", [{"max_length": 12}, {"format": "bfloat16", "attention": "sdpa"}])
+def test_where_no_space_fits_the_extraction_that_makes_one_is_told(options, tmp_path, differing):
+    """By `train`, and by `compare` that of all its methods, tuners alone among them."""
+    there = Recipe(**options, tuners=("probe",))
+    assert run(*argv(there, "extract")).exit_code == 0
+    asked = Recipe(**{**options, **differing}, tuner="lst", tuner_options={"reduction": 4}, epochs=1)
+    line = line_of(refused(run(*argv(replace(asked, out=str(tmp_path / "run")), "train")), "no feature space fits"))
+    assert parsed(line)[1] == taken(extraction(asked), "extract")
+    common = [*argv(replace(asked, tuner="sherl"), "train")[1:], "--out", tmp_path / "runs"]
+    compare = ["compare", *common, "--tuners", "bitfit,unipt,lst"]
+    line = line_of(refused(run(*compare), "no feature space fits", *map(str, differing)))
+    told = replace(extraction(asked), tuners=("unipt", "lst"), tuner_options={"reduction": 4})
+    assert parsed(line)[1] == taken(told, "extract")
+    assert run(*words(line)[1:]).exit_code == 0
+    assert run(*compare).exit_code == 0
+
+
+def test_an_extraction_that_would_be_refused_is_not_told(options, tmp_path):
+    assert run(*argv(Recipe(**options, tuners=("probe",)), "extract")).exit_code == 0
+    train = argv(Recipe(**options, tuner="sherl", epochs=1, out=str(tmp_path / "run")), "train")
+    for more in (["--image-size", 64], ["--prompt", "say {0}"], ["--max-length", 12, "--tuner", "fixed"]):
+        assert "pipeline extract" not in refused(run(*train, *more), "no feature space fits", "extract")
+
+
 def test_a_run_that_was_not_finished_says_how_to_go_on(options, tmp_path):
     folder = tmp_path / "half a run"
     folder.mkdir()

@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.store import Store
 from tests import tiny
-from tests.pipeline.test_errors import run
+from tests.pipeline.test_errors import refused, run
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +50,36 @@ def test_stsb_on_t5_scores_the_whole_grid(checkpoints, shared_data, tmp_path):
     result = run("train", *options, *train, "--out", tmp_path / "run", "--json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["test"].keys() == {"pearson", "spearman", "average"}
+
+
+def test_a_step_that_the_task_has_not_is_refused_before_a_command_with_it_is_told(checkpoints, numbers, tmp_path):
+    """Extraction and training say the same, whether or not anything is stored."""
+    words = ["--model", checkpoints["t5"], "--store", tmp_path / "store"]
+    cases = [(numbers, 2, "leave it out"), ("stsb", 2, "0.1 or 0.2"), ("rte", 0.2, "labels are classes")]
+    told = {}
+    for task, grid, why in cases:
+        own = [*words, "--task", task, "--target-step", grid]
+        lines = [refused(run("extract", *own, "--for", "lst"), "--target-step", why)]
+        lines += [
+            refused(run("train", *own, "--tuner", "lst", *live), "--target-step", why) for live in ((), ("--live",))
+        ]
+        assert len(set(lines)) == 1 and "pipeline extract" not in lines[0]
+        told[task] = lines[0]
+    assert (
+        run("extract", *words, "--task", numbers, "--text", "words", "--label", "score", "--for", "probe").exit_code
+        == 0
+    )
+    assert refused(run("train", *words, "--task", numbers, "--tuner", "lst", "--target-step", 2)) == told[numbers]
+
+
+def test_the_grid_of_a_sweep_is_no_step_of_targets(checkpoints, table, tmp_path):
+    """Of two options only one is called so, and a sweep takes both."""
+    words = ["--model", checkpoints["t5"], "--task", table, "--store", tmp_path / "store"]
+    refused(run("train", *words, "--grid", 0.2), "--grid", "sweep", "--target-step")
+    refused(run("extract", *words, "--grid", "lr=1e-3,3e-3"), "--grid", "sweep", "--target-step")
+    refused(
+        run("sweep", *words, "--tuner", "probe", "--grid", "lr=1e-3", "--target-step", 2), "--target-step 2", "leave it"
+    )
 
 
 def test_real_glue_folders_run_on_a_real_encoder(shared_data, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,28 @@ def test_without_a_store_both_train_live(made: dict[str, Any], tmp_path: Path) -
     refused(
         invoke("compare", *how, "--tuners", "image=probe+text=lora"), "pipeline extract", "--for image=probe,text=probe"
     )
+    several = "image=probe+text=lora,probe,image=lora+text=unipt-vse"
+    refused(invoke("compare", *how, "--tuners", several), "pipeline extract", " --for probe,text=unipt-vse --device")
+
+
+@pytest.mark.parametrize(
+    ("tuners", "next_one"),
+    [
+        ("probe,unipt-vse,image=probe,text=probe", "--tuner probe"),  # as a refused comparison prints it
+        ("image=probe,image=unipt-vse,text=unipt-vse", "--tuner image=probe,text=unipt-vse"),
+        ("text=probe,unipt-vse", "--tuner image=unipt-vse,text=probe"),
+    ],
+)
+def test_an_extraction_for_some_slots_tells_a_training_that_works(
+    made: dict[str, Any], tmp_path: Path, tuners: str, next_one: str
+) -> None:
+    options = [*made["options"], "--store", tmp_path / "store"]
+    done = invoke("extract", *options, "--for", tuners)
+    assert done.exit_code == 0, done.output
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("next: pipeline train")]
+    assert f" {next_one}" in line and line.count("--tuner") == 1
+    trained = invoke(*shlex.split(line.removeprefix("next: pipeline ")), *FAST, "--out", tmp_path / "run")
+    assert trained.exit_code == 0, trained.output
 
 
 @pytest.mark.parametrize(
@@ -74,3 +97,17 @@ def test_methods_that_are_refused(made: dict[str, Any], tmp_path: Path, methods:
     how = [*made["stored"], *FAST, "--tuners", methods, "--out", tmp_path / "runs"]
     refused(invoke("compare", *how), *words)
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_baseline_that_one_tower_has_no_place_for_is_offered_on_the_other(
+    checkpoints: dict[str, Path], made: dict[str, Any], tmp_path: Path
+) -> None:
+    how = [*made["options"], "--store", tmp_path / "none", *FAST, "--out", tmp_path / "runs"]
+    how[1] = f"image={checkpoints['cifar']},text={checkpoints['bert']}"
+    for method, offered in (("lora", "image=probe+text=lora"), ("prompt", "image=probe+text=prompt")):
+        line = refused(invoke("compare", *how, "--tuners", f"full,{method}"), "slot image", offered)
+        assert line.count("slot image") == 1
+    line = refused(invoke("compare", *how, "--tuners", "image=lora+text=lora"), "slot image", "no attention")
+    assert "=probe" not in line and not (tmp_path / "runs").exists()
+    how[1] = f"image={checkpoints['cifar']},text={checkpoints['cifar']}"
+    assert "=probe" not in refused(invoke("compare", *how, "--tuners", "lora"))

@@ -59,10 +59,10 @@ def test_a_grid_where_there_is_none(stored, tmp_path):
     numbers = tmp_path / "numbers.tsv"
     numbers.write_text("text\tscore\n" + "".join(f"{t}\t{i / 10}\n" for i, t in enumerate(tiny.sentences(20))))
     for task in (str(folder / "rows.tsv"), str(numbers)):
-        with pytest.raises(TaskError, match="--grid is the step of STS-B"):
+        with pytest.raises(TaskError, match="no such step, as STS-B has"):
             load_task(task, grid=0.2)
     for task in (str(folder / "rows.tsv"), named):
-        with pytest.raises(UserError, match=r"--grid 0\.2: task .* leave it out"):
+        with pytest.raises(UserError, match=r"--target-step 0\.2: task .* leave it out"):
             load_job(Recipe(task=task, grid=0.2, **options))
 
 

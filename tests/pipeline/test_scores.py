@@ -296,8 +296,8 @@ def test_a_task_at_hand_is_read_from_no_file(made: Path, tmp_path: Path) -> None
 
 def test_an_explicit_grid_is_compared_with_the_stored_one(made: Path, tmp_path: Path, shared_data: Path) -> None:
     options = ["--model", made / "bert", "--task", "stsb", "--store", tmp_path / "store"]
-    run("extract", *options, "--data", shared_data / "glue", "--limit", 24, "--for", "probe", "--grid", 0.2)
+    run("extract", *options, "--data", shared_data / "glue", "--limit", 24, "--for", "probe", "--target-step", 0.2)
     train = ["train", *options, *TRAIN, "--out", tmp_path / "run"]
-    refused(invoke(*train, "--grid", 0.1), "--grid was 0.2, now 0.1")
+    refused(invoke(*train, "--target-step", 0.1), "--target-step was 0.2, now 0.1")
     assert run(*train)["test"]
     assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["grid"] == 0.2

@@ -7,9 +7,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.train.fit import stack
-from pipeline.train.fit.loop import Training
-from pipeline.train.fit.stack import Stacked, Stacks, told
+from pipeline.train.fit.stack import told
 from tests.pipeline.test_errors import run
 
 TEXT = ("--text", "first", "--text-pair", "second", "--label", "label")
@@ -53,17 +51,5 @@ def test_what_steps_in_turn_says_why(swept, caplog):
     assert all(row["stacked"] == 2 and row["in_turn"] is None for row in rows if row not in apart)
 
 
-def test_an_error_of_a_model_is_not_taken_for_a_reason(monkeypatch):
-    def wrong(*_: Any) -> None:
-        raise KeyError("no such state")
-
-    monkeypatch.setattr(stack.Stack, "__init__", wrong)
-    with pytest.raises(KeyError):
-        Stacks().step([Training.__new__(Training)])
-    monkeypatch.setattr(Stacked, "__init__", lambda self, models: setattr(self, "models", models))
-    monkeypatch.setattr(Stacked, "measure", wrong)
-    one = Stacked([object()])
-    one.apart, one.latest = False, None
-    with pytest.raises(KeyError):
-        one.measured(one.models[0], None)
+def test_why_is_the_first_sentence():
     assert told(RuntimeError("vmap: no nonzero. Please file\nan issue")) == "RuntimeError: vmap: no nonzero"

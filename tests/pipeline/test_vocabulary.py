@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline.commands.prepare import load_backbone
-from pipeline.extract.pretrained import resolve
+from pipeline.extract.pretrained import checkpoint_for
 from pipeline.store import Store, UserError
 from tests import tiny
 from tests.pipeline.test_errors import run
@@ -34,7 +34,7 @@ def spared(folder: Path, source: Path) -> Path:
 
 
 def loaded(folder: Path):
-    return load_backbone(resolve(str(folder)), "float32", "sdpa", torch.device("cpu"))
+    return load_backbone(checkpoint_for(str(folder)), "float32", "sdpa", torch.device("cpu"))
 
 
 @pytest.fixture(scope="module", params=["tied", "untied"])
@@ -58,9 +58,9 @@ def test_rows_that_no_token_names_take_no_part_in_the_loss(pair, table, tmp_path
             assert result.exit_code == 0, result.output
             found.append(losses(out / name))
         store = Store.open(out / "store")
-        tail = store.load_tensors(resolve(str(folder)).weights_digest, "tail.safetensors")
+        tail = store.load_tensors(checkpoint_for(str(folder)).weights_digest, "tail.safetensors")
         stored.append(len(tail["shared.weight"]))
-    assert stored == [resolve(str(pair[0])).tokens] * 2
+    assert stored == [checkpoint_for(str(pair[0])).tokens] * 2
     for other in found[1:]:
         assert other == pytest.approx(found[0], rel=1e-5)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipeline.extract.pretrained import resolve
+from pipeline.extract.pretrained import checkpoint_for
 from pipeline.lookup.objective import class_objective
 from pipeline.train.model import Model, state_names, tail_for
 from pipeline.train.tuners import tuner_class, tuner_config
@@ -17,7 +17,7 @@ P = 0.1
 @pytest.mark.parametrize("backbone", ["t5", "bert", "roberta"])
 @pytest.mark.parametrize("tuner", ["lst", "sherl", "unipt"])
 def test_the_embedding_is_dropped_once(checkpoints, backbone, tuner):
-    checkpoint = resolve(str(checkpoints[backbone]))
+    checkpoint = checkpoint_for(str(checkpoints[backbone]))
     made, config = checkpoint.backbone, tuner_config(tuner, {"reduction": 4})
     module = made.load(checkpoint.folder, torch.float32, "sdpa", "cpu")
     tail = tail_for(tuner, config, made, "sdpa", made.tail_weights(module))

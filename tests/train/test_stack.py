@@ -148,7 +148,52 @@ class Branching(Model):
         return loss if loss.item() > 0.5 else 2 * loss
 
 
-@pytest.mark.parametrize("model", [Drawing, Remembering, Counting, Branching])
+class Tying(Model):
+    """Says again whose weights are whose: in a stack they are no parameters, and that a TypeError."""
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        self.body[1].weight = self.body[1].weight
+        return super().loss(batch)
+
+    def measure(self, batch: Any) -> dict[str, torch.Tensor]:
+        self.body[1].weight = self.body[1].weight
+        return super().measure(batch)
+
+
+class Looking(Model):
+    """Knows its parameters by what they are, which in a stack they are not: a KeyError there alone."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__(seed)
+        self.shares = {id(p): 1.0 for p in self.parameters()}
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        return super().loss(batch) * self.shares[id(self.body[1].weight)]
+
+
+@pytest.mark.parametrize("model", [Drawing, Remembering, Counting, Branching, Tying, Looking])
 def test_what_cannot_step_as_one_steps_in_turn(tmp_path, monkeypatch, model):
-    stacked, *_ = both(tmp_path, model, monkeypatch, seed=[0, 1])
+    stacked, ended, _ = both(tmp_path, model, monkeypatch, seed=[0, 1])
     assert len(stacked) <= 1  # tried once at most
+    assert all(end["in_turn"] and end["stacked"] == 1 for end in ended)
+
+
+def test_why_they_step_in_turn_names_the_place(tmp_path, monkeypatch):
+    (first, second), _ = trained(tmp_path, [Tying(0), Tying(1)], "same", [], monkeypatch)
+    assert first["in_turn"] == second["in_turn"]
+    line = Tying.loss.__code__.co_firstlineno + 1
+    assert first["in_turn"].startswith("TypeError: ") and first["in_turn"].endswith(f"(test_stack.py, line {line})")
+
+
+@pytest.mark.parametrize("method", ["loss", "measure"])
+def test_an_error_of_a_model_itself_is_raised_where_it_stands(tmp_path, monkeypatch, method):
+    class Wrong(Model):
+        pass
+
+    def wrong(self: Any, batch: Any) -> Any:
+        return len(3)  # type: ignore[arg-type]
+
+    setattr(Wrong, method, wrong)
+    with pytest.raises(TypeError, match="has no len") as caught:
+        trained(tmp_path, [Wrong(0), Wrong(1)], "same", [], monkeypatch)
+    assert caught.traceback[-1].name == "wrong" and "during handling" not in str(caught.getrepr()).lower()

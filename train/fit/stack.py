@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import logging
 import math
+import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -37,21 +39,21 @@ _log = logging.getLogger(__name__)
 # more side networks than this are slower again, since nothing of them stays in its caches.
 LARGEST, NARROW = {True: 16, False: 4}, 1 << 16
 TOLERANCE = 1e-5  # of a loss, relative: of a stack's first step, beside the losses that its runs have in turn
+NOT_A_MODEL = (__file__, str(Path(torch.__file__).parent))  # code that no model is written in
 
 
 class Unstackable(Exception):
     """Why these runs cannot step as one."""
 
 
-# What says that several models cannot be computed at once: ours, `torch.func`'s (ValueError: what a function returns is
-# no tensor), and a run's own numbers, which are met again in turn. Anything else is an error of a model, and is raised.
-CANNOT = (Unstackable, NotFinite, RuntimeError, ValueError)
-
-
 def told(error: Exception) -> str:
-    """The first sentence of why runs step in turn."""
+    """The first sentence of why runs step in turn, and the line of a model's that cannot be computed for several."""
     text = " ".join(str(error).split()).partition(". ")[0].rstrip(".")
-    return text if isinstance(error, Unstackable) else f"{type(error).__name__}: {text}"
+    if isinstance(error, Unstackable):
+        return text
+    lines = [line for line in traceback.extract_tb(error.__traceback__) if not line.filename.startswith(NOT_A_MODEL)]
+    place = f" ({Path(lines[-1].filename).name}, line {lines[-1].lineno})" if lines else ""
+    return f"{type(error).__name__}: {text}{place}"
 
 
 def alike(run: Training) -> Any:
@@ -252,7 +254,7 @@ class Stacked:
             try:
                 with _quietly():
                     self.latest = batch, self.measure(batch)
-            except CANNOT as error:
+            except Exception as error:  # see `Stacks.step`
                 _log.info("%d models measure in turn: %s", len(self.models), told(error))
                 self.apart = True
                 return None
@@ -331,8 +333,8 @@ class Stacks:
         return groups
 
     def step(self, group: Sequence[Training]) -> list[dict[str, Any] | NotFinite] | None:
-        """What the step of each of `group` gave; None where they are to step in turn. What keeps them from stepping as
-        one is no error: what is wrong in itself is met again in turn."""
+        """What the step of each of `group` gave; None where they are to step in turn. Whatever keeps them from stepping
+        as one is no error, be it of any type: an error of a model itself is met again in turn, and raised there."""
         stack = next((s for s in self.known if s.runs == group), None)
         try:
             if stack is None:
@@ -340,7 +342,7 @@ class Stacks:
                 self.known.append(stack)
             with _quietly():
                 return stack.step_all(group[0].group)
-        except CANNOT as error:
+        except Exception as error:
             why = self.apart[group[0].alike] = told(error)
             _log.info("%s and %d more step in turn: %s", group[0].run_dir.name, len(group) - 1, why)
             if stack is not None:
