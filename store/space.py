@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -127,7 +127,7 @@ class Space:
         opened = {}
         names = self._segment_names()
         fresh = [name for name in names if name not in self._opened]
-        with ThreadPoolExecutor(16) as pool:
+        with ThreadPoolExecutor(self.files.at_once) as pool:
             found = list(pool.map(self._open, fresh))
         new = dict(zip(fresh, found, strict=True))
         for name in names:
@@ -237,8 +237,10 @@ class Space:
         that something names is there."""
         names = self._segment_names()
         if not deep:
-            with ThreadPoolExecutor(16) as pool:  # many small questions, that a bucket or a network disk takes time for
-                return [problem for some in pool.map(self._verify_segment, names) for problem in some]
+            listed = self.files.listed(f"{space_path(self.id)}/segments")
+            with ThreadPoolExecutor(self.files.at_once) as pool:
+                doubtful = names if listed is None else self._doubtful(names, listed, pool)
+                return [problem for some in pool.map(self._verify_segment, doubtful) for problem in some]
         found = [problem for name in names for problem in self._verify_segment(name, deep)]
         for name in self.superseded():
             try:
@@ -248,6 +250,21 @@ class Space:
         named = read_named(self.files, self._tasks)
         tables = [*named.damaged, *missing_tables(self.files, self._tasks, named)]
         return found + [Problem("", path, what) for path, what in tables] + unfound(self, named)
+
+    def _doubtful(self, names: Sequence[str], listed: Mapping[str, int], pool: Executor) -> list[str]:
+        """The segments `names` but those that are sealed and whole by what is `listed`."""
+
+        def whole(name: str) -> bool:
+            try:
+                segment = self._segment(name)
+            except StoreError:
+                return False
+            files = {"manifest.json": segment.seal[0]} | {n: size for n, (size, _) in segment.manifest.files.items()}
+            return all(listed.get(f"{name}/{n}") == size for n, size in files.items())
+
+        sealed = [name for name in names if f"{name}/manifest.json" in listed]
+        good = {name for name, fine in zip(sealed, pool.map(whole, sealed), strict=True) if fine}
+        return [name for name in names if name not in good]
 
     def _verify_segment(self, name: str, deep: bool = False) -> list[Problem]:
         folder = segment_path(self.id, name)
