@@ -259,7 +259,7 @@ class Space:
                 segment = self._segment(name)
             except StoreError:
                 return False
-            files = {"manifest.json": segment.seal[0]} | {n: size for n, (size, _) in segment.manifest.files.items()}
+            files = {"manifest.json": segment.seal[0]} | {n: size for n, (size, _) in segment.contents.items()}
             return all(listed.get(f"{name}/{n}") == size for n, size in files.items())
 
         sealed = [name for name in names if f"{name}/manifest.json" in listed]

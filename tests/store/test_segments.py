@@ -359,7 +359,7 @@ def test_all_is_on_the_disk_before_the_seal(tmp_path: Path, monkeypatch: pytest.
     segment = sealed(home, [1, 2])
     seal = done.index(("renamed", segment.path / "manifest.json"))
     before = {path for what, path in done[:seal] if what == "synced"}
-    files = {segment.path / name for name in segment.manifest.files}
+    files = {segment.path / name for name in segment.contents}
     assert files | {path.parent for path in files} | {segment.path} <= before
     assert [path.name.startswith(".manifest.json") for _, path in done[seal - 1 : seal]] == [True]
     assert ("synced", segment.path) in done[seal:]

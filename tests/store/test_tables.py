@@ -9,14 +9,17 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from pipeline.store import Space, Store, StoreError, TaskTable
 from pipeline.store.format.digest import digest_bytes, digest_json
+from pipeline.store.format.keys import Keys
+from pipeline.store.tables.parquet import _keys_of, dump, read_rows
 from pipeline.store.tables.table import version_of
-from tests.store.helpers import key, space
+from tests.store.helpers import key, most_memory, space
 
 OLD_SPEC = {
     "name": "t", "kind": "classification", "labels": ["no", "yes"], "metrics": ["accuracy"], "fields": ["text"],
@@ -196,3 +199,20 @@ def test_a_table_of_several_slots_knows_the_keys_of_the_others(tmp_path: Path) -
             home.load_table("t", "s", path=next(t.path for t in home.tables() if not str(path).endswith(t.path)))
         for extra in [t for t in home.tables() if not str(path).endswith(t.path)]:
             Path(home.files.where(extra.path)).unlink()
+
+
+def test_keys_of_a_large_table_stand_in_memory_once() -> None:
+    n = 200_000
+    keys = Keys(*np.random.default_rng(0).integers(0, 1 << 64, (2, n), np.uint64))
+    data = dump({}, keys, [1] * n, [[]] * n, [], [], {"text": keys})
+    (_, columns), peak = most_memory(lambda: read_rows(data, n, "here"))
+    assert columns[0] == keys and columns[5]["text"] == keys and columns[1] == [1] * n
+    assert peak < 48 * n  # 40 of them given; 70 with the bytes of all keys beside
+
+
+def test_keys_within_a_longer_column() -> None:
+    many = [bytes([i]) * 16 for i in range(9)]
+    column = pa.chunked_array(
+        [pa.array(many[:5], pa.binary(16))[2:], pa.array([], pa.binary(16)), pa.array(many[5:], pa.binary(16))]
+    )
+    assert _keys_of(column) == Keys.of_bytes(b"".join(many[2:]))
