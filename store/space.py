@@ -70,7 +70,8 @@ def lost_identity(files: Files, space: str) -> bool:
 
 def still_sealed(files: Files, space: str, segment: str, problems: list[Problem]) -> list[Problem]:
     """`problems`; none if the segment has lost its seal since, to a `gc` or `repair` that runs at this moment."""
-    return problems if files.size(f"{segment_path(space, segment)}/manifest.json") is not None else []
+    there = not problems or files.size(f"{segment_path(space, segment)}/manifest.json") is not None
+    return problems if there else []
 
 
 def _reopened(root: str, space: str) -> Space:
@@ -268,12 +269,13 @@ class Space:
 
     def _verify_segment(self, name: str, deep: bool = False) -> list[Problem]:
         folder = segment_path(self.id, name)
-        if self.files.size(f"{folder}/manifest.json") is None:
-            return [Problem(name, "manifest.json", LOST)] if lost_manifest(self.files, folder) else []
         try:
+            # Far away it may be gone, and a copy of it be here.
+            if not self.files.local and self.files.size(f"{folder}/manifest.json") is None:
+                raise NotSealed
             return still_sealed(self.files, self.id, name, self._segment(name).verify(deep))
         except NotSealed:
-            return []
+            return [Problem(name, "manifest.json", LOST)] if lost_manifest(self.files, folder) else []
         except StoreError as error:
             return [Problem(name, "manifest.json", str(error))]
 
