@@ -129,7 +129,8 @@ def read_rows(data: bytes, rows: int, where: str) -> tuple[dict[str, Any], Colum
 def _column(file: pq.ParquetFile, name: str, rows: int) -> pa.ChunkedArray:
     """One column of `rows` rows. Raises ValueError for one that cannot be read."""
     try:
-        table = file.read(columns=[name])
+        # Nothing to share out, and a thread of Arrow's may abort the process when it ends (apache/arrow#34314).
+        table = file.read(columns=[name], use_threads=False)
         table.validate(full=True)  # that texts are UTF-8, before one is looked at
     except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
         raise ValueError(_line(error)) from error

@@ -6,6 +6,8 @@ import gzip
 import io
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -216,3 +218,23 @@ def test_keys_within_a_longer_column() -> None:
         [pa.array(many[:5], pa.binary(16))[2:], pa.array([], pa.binary(16)), pa.array(many[5:], pa.binary(16))]
     )
     assert _keys_of(column) == Keys.of_bytes(b"".join(many[2:]))
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted by /proc")
+def test_reading_leaves_no_thread_of_arrows_behind(tmp_path: Path) -> None:
+    """Such a thread may abort the process when it ends, with all done: apache/arrow#34314."""
+    home = space(tmp_path)
+    home.save_table(TaskTable({"task": "t", "split": "s"}, [key(n) for n in range(9)], [0] * 9, [["x"]] * 9))
+    pq.write_table(pa.table({"text": ["a", "b"], "label": [0, 1]}), tmp_path / "mine.parquet")
+    code = (
+        "import sys; from pathlib import Path; from pipeline.store import Store\n"
+        "from pipeline.extract.tasks.sheet import read_sheet\n"
+        "threads = lambda: [p for p in Path('/proc/self/task').iterdir() if 'alloc' not in (p / 'comm').read_text()]\n"
+        "before = len(threads())\n"
+        "(space,) = Store.open(sys.argv[1]).spaces()\n"
+        "table, sheet = space.load_table('t', 's'), read_sheet(Path(sys.argv[2]))\n"
+        "print(before, len(threads()))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "store"), str(tmp_path / "mine.parquet")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)
+    assert len(set(done.stdout.split())) == 1, done.stdout
