@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -70,7 +70,8 @@ def lost_identity(files: Files, space: str) -> bool:
 
 def still_sealed(files: Files, space: str, segment: str, problems: list[Problem]) -> list[Problem]:
     """`problems`; none if the segment has lost its seal since, to a `gc` or `repair` that runs at this moment."""
-    return problems if files.size(f"{segment_path(space, segment)}/manifest.json") is not None else []
+    there = not problems or files.size(f"{segment_path(space, segment)}/manifest.json") is not None
+    return problems if there else []
 
 
 def _reopened(root: str, space: str) -> Space:
@@ -127,7 +128,7 @@ class Space:
         opened = {}
         names = self._segment_names()
         fresh = [name for name in names if name not in self._opened]
-        with ThreadPoolExecutor(16) as pool:
+        with ThreadPoolExecutor(self.files.at_once) as pool:
             found = list(pool.map(self._open, fresh))
         new = dict(zip(fresh, found, strict=True))
         for name in names:
@@ -237,8 +238,10 @@ class Space:
         that something names is there."""
         names = self._segment_names()
         if not deep:
-            with ThreadPoolExecutor(16) as pool:  # many small questions, that a bucket or a network disk takes time for
-                return [problem for some in pool.map(self._verify_segment, names) for problem in some]
+            listed = self.files.listed(f"{space_path(self.id)}/segments")
+            with ThreadPoolExecutor(self.files.at_once) as pool:
+                doubtful = names if listed is None else self._doubtful(names, listed, pool)
+                return [problem for some in pool.map(self._verify_segment, doubtful) for problem in some]
         found = [problem for name in names for problem in self._verify_segment(name, deep)]
         for name in self.superseded():
             try:
@@ -249,14 +252,30 @@ class Space:
         tables = [*named.damaged, *missing_tables(self.files, self._tasks, named)]
         return found + [Problem("", path, what) for path, what in tables] + unfound(self, named)
 
+    def _doubtful(self, names: Sequence[str], listed: Mapping[str, int], pool: Executor) -> list[str]:
+        """The segments `names` but those that are sealed and whole by what is `listed`."""
+
+        def whole(name: str) -> bool:
+            try:
+                segment = self._segment(name)
+            except StoreError:
+                return False
+            files = {"manifest.json": segment.seal[0]} | {n: size for n, (size, _) in segment.contents.items()}
+            return all(listed.get(f"{name}/{n}") == size for n, size in files.items())
+
+        sealed = [name for name in names if f"{name}/manifest.json" in listed]
+        good = {name for name, fine in zip(sealed, pool.map(whole, sealed), strict=True) if fine}
+        return [name for name in names if name not in good]
+
     def _verify_segment(self, name: str, deep: bool = False) -> list[Problem]:
         folder = segment_path(self.id, name)
-        if self.files.size(f"{folder}/manifest.json") is None:
-            return [Problem(name, "manifest.json", LOST)] if lost_manifest(self.files, folder) else []
         try:
+            # Far away it may be gone, and a copy of it be here.
+            if not self.files.local and self.files.size(f"{folder}/manifest.json") is None:
+                raise NotSealed
             return still_sealed(self.files, self.id, name, self._segment(name).verify(deep))
         except NotSealed:
-            return []
+            return [Problem(name, "manifest.json", LOST)] if lost_manifest(self.files, folder) else []
         except StoreError as error:
             return [Problem(name, "manifest.json", str(error))]
 

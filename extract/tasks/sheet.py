@@ -111,7 +111,7 @@ def _parquet_rows(path: Path, raw: bytes) -> tuple[list[str], list[list[Any]]]:
     if not raw:
         raise TaskError(f"{path} is empty; a table needs rows")
     try:
-        table = parquet.read_table(pa.BufferReader(raw))
+        table = parquet.ParquetFile(pa.BufferReader(raw)).read(use_threads=False)  # see store.tables.parquet
     except (pa.ArrowException, OSError) as error:
         what = " ".join(str(error).split())[:200]
         raise TaskError(f"{path} cannot be read as Parquet: {what}") from None

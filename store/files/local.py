@@ -30,6 +30,7 @@ class Files:
 
     local = True
     searchable = True  # whether `walk` works
+    at_once = 16  # questions that are asked side by side: a network disk takes time for each
 
     def __init__(self, root: str | Path) -> None:
         self.root = os.path.realpath(root)
@@ -63,7 +64,31 @@ class Files:
 
     def sizes(self, folder: str, names: Iterable[str]) -> dict[str, int | None]:
         """`size` of many files below `folder` at once."""
-        return {name: self.size(f"{folder}/{name}") for name in names}
+        homes: dict[str, str] = {}
+
+        def home(parent: str) -> str:
+            """A folder below `folder`; that it is no link is seen once for all files in it."""
+            if parent not in homes:
+                upper, _, last = parent.rpartition("/")
+                full = f"{home(upper)}/{last}" if parent else ""
+                whole = f"{folder}/{parent}".rstrip("/")
+                homes[parent] = str(self.path(whole)) if not parent or Path(full).is_symlink() else full
+            return homes[parent]
+
+        def size(name: str) -> int | None:
+            parent, _, last = name.rpartition("/")
+            with self._reading(f"{folder}/{name}"):
+                try:
+                    found = os.lstat(f"{home(parent)}/{last}")
+                except (FileNotFoundError, NotADirectoryError):
+                    return None
+            return self.size(f"{folder}/{name}") if stat.S_ISLNK(found.st_mode) else found.st_size
+
+        return {name: size(name) for name in names}
+
+    def listed(self, folder: str) -> dict[str, int] | None:
+        """Every file below `folder` → its bytes, where one question tells them all, else None."""
+        return None
 
     def forget(self, name: str) -> bool:
         """Drop any copy of `name` kept elsewhere; whether reading it again may give other bytes."""

@@ -27,7 +27,7 @@ class HttpFiles(RemoteFiles):
         import fsspec
 
         patience = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=ANSWER_SECONDS)
-        self.fs: Any = fsspec.filesystem("http", client_kwargs={"trust_env": True, "timeout": patience})
+        self.fs = fsspec.filesystem("http", client_kwargs={"trust_env": True, "timeout": patience})
 
     def size(self, name: str) -> int | None:
         head = self._head(name)
@@ -37,7 +37,7 @@ class HttpFiles(RemoteFiles):
         from concurrent.futures import ThreadPoolExecutor
 
         names = list(names)
-        with ThreadPoolExecutor(16) as pool:
+        with ThreadPoolExecutor(self.at_once) as pool:
             return dict(zip(names, pool.map(lambda n: self.size(f"{folder}/{n}"), names), strict=True))
 
     def modified(self, name: str) -> float:

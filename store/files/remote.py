@@ -11,7 +11,6 @@ import hashlib
 import logging
 import os
 import re
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -28,6 +27,7 @@ T = TypeVar("T")
 _TRIES = 6
 CONNECT_SECONDS, ANSWER_SECONDS = 4.0, 20.0  # what one try waits for a server at most
 STRANGER_SECONDS = 10.0  # after that a server that has never answered is not asked again
+AT_ONCE = 32  # requests under way at most: an answer takes tens of milliseconds, and ten thousand are asked for
 QUIET_SECONDS, REPEAT_SECONDS = 2.0, 10.0  # when a line first says what is waited for, and how often it is said again
 _LOG = logging.getLogger(__name__)  # warnings reach stderr unless the program that uses us says otherwise
 _SECRET = re.compile(r"(?i)((?:signature|credential|security-token|password|secret\w*)\W{1,3})[^\s&\"',]+")
@@ -59,6 +59,8 @@ class RemoteFiles(Files):
     """What an S3 bucket and an HTTP mirror share; `name` is relative to the store as everywhere."""
 
     local = False
+    at_once = AT_ONCE
+    fs: Any  # of fsspec
 
     def __init__(self, url: str, cache: Cache | None = None) -> None:
         self.root = check_url(url)
@@ -141,21 +143,24 @@ class RemoteFiles(Files):
     @contextmanager
     def _saying(self, doing: str, name: str) -> Iterator[None]:
         """Says what is waited for, as a warning on the log, as long as the body takes."""
-        done = threading.Event()
+        waits = True
 
         def say() -> None:
-            wait = QUIET_SECONDS
-            while not done.wait(wait):
-                now, wait = time.monotonic(), REPEAT_SECONDS
-                if now - self._said >= REPEAT_SECONDS - 1:  # many requests wait at once
-                    self._said = now
-                    _LOG.warning("waiting for %s, %s %s", self.server, doing, self.where(name))
+            if not waits:
+                return
+            now = time.monotonic()
+            if now - self._said >= REPEAT_SECONDS - 1:  # many requests wait at once
+                self._said = now
+                _LOG.warning("waiting for %s, %s %s", self.server, doing, self.where(name))
+            loop.call_later(REPEAT_SECONDS, say)
 
-        threading.Thread(target=say, daemon=True).start()
+        # On the loop that waits for the answers; a thread for each request took a fifth of this side's time.
+        loop = self.fs.loop
+        loop.call_soon_threadsafe(loop.call_later, QUIET_SECONDS, say)
         try:
             yield
         finally:
-            done.set()
+            waits = False
 
     @property
     def server(self) -> str:
@@ -188,6 +193,7 @@ class S3Files(RemoteFiles):
             "connect_timeout": CONNECT_SECONDS,
             "read_timeout": ANSWER_SECONDS,
             "retries": {"total_max_attempts": 1},  # `_ask` tries again, and says so
+            "max_pool_connections": AT_ONCE,
         }
         self.fs = s3fs.S3FileSystem(
             use_listings_cache=False, default_fill_cache=False, skip_instance_cache=True, config_kwargs=config
@@ -206,8 +212,11 @@ class S3Files(RemoteFiles):
         return int(info["size"]) if info["type"] == "file" else None
 
     def sizes(self, folder: str, names: Iterable[str]) -> dict[str, int | None]:
-        found = self._find(folder)
-        return {name: found[name]["size"] if name in found else None for name in names}
+        found = self.listed(folder)
+        return {name: found.get(name) for name in names}
+
+    def listed(self, folder: str) -> dict[str, int]:
+        return {name: int(entry["Size"]) for name, entry in self._listing(folder)}
 
     def modified(self, name: str) -> float:
         try:
@@ -216,22 +225,33 @@ class S3Files(RemoteFiles):
             info = {"type": "directory"}
         if info["type"] == "file":
             return float(info["LastModified"].timestamp())
-        return max((e["LastModified"].timestamp() for e in self._find(name).values()), default=0.0)
+        return max((entry["LastModified"].timestamp() for _, entry in self._listing(name)), default=0.0)
 
     def names(self, folder: str) -> list[str]:
-        try:
-            found = self._ask("listing", folder, lambda: self.fs.ls(self.where(folder), detail=False, refresh=True))
-        except FileNotFoundError:
-            return []
-        return sorted({path.rstrip("/").rsplit("/", 1)[-1] for path in found})
+        return sorted({name.rstrip("/") for name, _ in self._listing(folder, "/")} - {""})
 
     def walk(self, folder: str) -> list[str]:
-        return sorted(self._find(folder))
+        return sorted(name for name, _ in self._listing(folder))
 
-    def _find(self, folder: str) -> dict[str, dict[str, Any]]:
-        found = self._ask("listing", folder, lambda: self.fs.find(self.where(folder), detail=True))
-        top = self.where(folder).split("://", 1)[1] + "/"
-        return {path[len(top) :]: info for path, info in found.items() if path.startswith(top)}
+    def _listing(self, folder: str, delimiter: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+        """Every file below `folder`, with what the server says of it; with a `delimiter`, names up to that. A page is
+        a request of its own: a thousand files, of which no more than that is kept."""
+        bucket, _, top = self.where(f"{folder}/").split("://", 1)[1].partition("/")
+        top = f"{top}/" if top else ""
+        token: dict[str, str] = {}
+        while True:
+            ask = partial(self.fs.call_s3, "list_objects_v2", Bucket=bucket, Prefix=top, Delimiter=delimiter, **token)
+            try:
+                page = self._ask("listing", folder, ask)
+            except FileNotFoundError:
+                return  # there is no such bucket
+            found = [(entry["Key"], entry) for entry in page.get("Contents", ())]
+            found += [(entry["Prefix"], entry) for entry in page.get("CommonPrefixes", ())]
+            # Consoles make folders as files without content, whose names end so.
+            yield from ((key[len(top) :], e) for key, e in found if key != top and (delimiter or key[-1] != "/"))
+            if not page.get("IsTruncated"):
+                return
+            token = {"ContinuationToken": page["NextContinuationToken"]}
 
     def _get(self, name: str, most: int) -> bytes:
         try:

@@ -80,17 +80,19 @@ def plan_blocks(
     bundle, position = index.locate(keys, names)
     _refuse_missing(index, bundle, names)
     streams = [*dict.fromkeys(stream_of(name) for name in names)]
-    plan = BlockPlan([], np.zeros(len(keys), np.int64), np.zeros(len(keys), np.int64), {}, 0)
-    plan.lengths = {stream: np.zeros(len(keys), np.int64) for stream in streams}
     apart = bundle
     if groups is not None:
         apart = np.unique(np.stack([bundle, groups], 1), axis=0, return_inverse=True)[1].ravel()
     ordered, order = sorted_places(apart)
     starts_anew = ordered[1:] != ordered[:-1]
     borders = [0, *(np.flatnonzero(starts_anew) + 1).tolist(), len(ordered)] if len(ordered) else []
-    for low, high in pairwise(borders):
+    members = bundle[order[borders[:-1]]].tolist()
+    del bundle, apart, ordered, starts_anew  # of a sample each, as is what follows
+    plan = BlockPlan([], np.zeros(len(keys), np.int64), np.zeros(len(keys), np.int64), {}, 0)
+    plan.lengths = {stream: np.zeros(len(keys), np.int64) for stream in streams}
+    for number, (low, high) in zip(members, pairwise(borders), strict=True):
         where = order[low:high]
-        member = index.bundles[bundle[where[0]]]
+        member = index.bundles[number]
         wanted, place = np.unique(position[where], return_inverse=True)
         sizes = np.zeros(len(wanted), np.int64)
         for stream in streams:

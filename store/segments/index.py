@@ -10,7 +10,7 @@ import numpy as np
 from pipeline.store.errors import StoreError
 from pipeline.store.format.keys import Keys
 from pipeline.store.format.samples import offsets_of
-from pipeline.store.format.sorting import sorted_places
+from pipeline.store.format.sorting import AT_ONCE, sorted_places
 from pipeline.store.segments.segment import Segment
 
 
@@ -105,6 +105,15 @@ class KeyIndex:
         found = np.full(len(wanted), -1, np.int64)
         # In ascending order each search begins where the last one ended, in memory that is at hand.
         heads, left = sorted_places(_heads(wanted))
+        for start in range(0, len(left), AT_ONCE):
+            some = slice(start, start + AT_ONCE)
+            self._search(heads[some], left[some], wanted, preferred, found)
+        return found
+
+    def _search(
+        self, heads: np.ndarray, left: np.ndarray, wanted: Keys, preferred: np.ndarray | None, found: np.ndarray
+    ) -> None:
+        """Fill in `found` of the `wanted` keys at `left` (k,), whose first bytes are `heads`, ascending."""
         at = np.searchsorted(self._heads, heads)
         while len(left):
             inside = at < len(self._heads)
@@ -117,16 +126,18 @@ class KeyIndex:
             taken = last if preferred is None else last | (same & (found[left] < 0))
             found[left[taken]] = place[taken]
             left, at, heads = left[~last], at[~last] + 1, heads[~last]
-        return found
 
     def lists(self, places: np.ndarray) -> np.ndarray:
         """The list that each of `places` (n,) int64 is in."""
-        return np.searchsorted(self.starts, places, "right") - 1
+        after = np.searchsorted(self.starts, places, "right")
+        after -= 1
+        return after
 
 
 def _heads(keys: Keys) -> np.ndarray:
     """The first four bytes of each key, (n,) uint32."""
-    return (keys.high >> np.uint64(32)).astype(np.uint32)
+    heads = np.empty(len(keys), np.uint32)
+    return np.right_shift(keys.high, np.uint64(32), out=heads, casting="unsafe")
 
 
 class Index:
@@ -163,7 +174,9 @@ class Index:
         complete = np.array([not bundle.missing(names) for bundle in self.bundles], bool)
         place = self._keys.first(keys, complete)
         bundle = self._keys.lists(place)  # -1 for -1: no list begins before place 0
-        return bundle, np.where(place < 0, -1, place - self._keys.starts[bundle])
+        place -= self._keys.starts[bundle]
+        place[bundle < 0] = -1
+        return bundle, place
 
     def lookup(self, keys: Sequence[str], names: Sequence[str]) -> Lookup:
         """What is stored of `keys` and `names` (states and columns)."""

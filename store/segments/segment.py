@@ -43,8 +43,8 @@ class Segment:
     """A sealed segment of a feature space. Raises StoreError if its manifest is damaged, foreign or newer.
 
     `keys`: n sample keys. `lengths`: stream → (n,) int64. `states`: name → StateInfo. `columns`: names. `base`: id of
-    the segment that this one supplements, or None. `nbytes`: bytes of all its files. `seal`: size and xxh3-128 of the
-    manifest.json that was read.
+    the segment that this one supplements, or None. `contents`: path below it → (size, xxh3-128) of each file.
+    `nbytes`: bytes of all of them. `seal`: size and xxh3-128 of the manifest.json that was read.
     """
 
     def __init__(self, files: Files, space: str, segment: str) -> None:
@@ -65,7 +65,7 @@ class Segment:
                 manifest = manifest_of(data, digest, where, space, segment)
         except FileNotFoundError:
             raise NotSealed(f"segment {segment} is not there or not sealed: {where} is missing") from None
-        self.manifest = manifest
+        self.contents = manifest.files
         self.seal = len(data), digest
         self.base, self.keys, self.lengths = manifest.base, manifest.keys, manifest.lengths
         self.states: dict[str, StateInfo] = manifest.states
@@ -104,9 +104,9 @@ class Segment:
         found = self._wrong_sizes() if self.files.local else []
         if found:
             raise damaged(self.folder, found[0].file, found[0].what)
-        if "zarr.json" not in self.manifest.files:
+        if "zarr.json" not in self.contents:
             raise damaged(self.folder, "zarr.json", "is not in the manifest")
-        check_file(self.files, self.folder, "zarr.json", self.manifest.files)
+        check_file(self.files, self.folder, "zarr.json", self.contents)
         where = f"{self.folder}/zarr.json"
         arrays = parse_group(parse_json(self.files.read(where, MAX_SMALL_JSON), where), where)
         for name, shape, dtype in self.expected():
@@ -118,7 +118,7 @@ class Segment:
             for index in range(0 if array.foreign_grid else array.chunks):
                 # Ends at the first absent chunk, so an absurd shape costs nothing.
                 file = array.chunk_file(index)
-                if self.manifest.files.get(file, (0, ""))[0] != array.chunk_size:
+                if self.contents.get(file, (0, ""))[0] != array.chunk_size:
                     raise damaged(self.folder, file, "is not in the manifest with the size its shape demands")
         return arrays
 
@@ -160,15 +160,15 @@ class Segment:
         if not deep:
             return found
         known = {p.file for p in found}
-        for name in self.manifest.files:
+        for name in self.contents:
             if name not in known:
                 try:
-                    check_file(self.files, self.folder, name, self.manifest.files)
+                    check_file(self.files, self.folder, name, self.contents)
                 except (StoreError, OSError) as error:
                     found.append(Problem(self.id, name, str(error)))
         # A web server lists no folder of any depth; what it has beyond the manifest is never read.
         there = set(self.files.walk(self.folder)) if self.files.searchable else set()
-        extra = {n for n in there - set(self.manifest.files) - {"manifest.json", "writer.json"} if not is_temporary(n)}
+        extra = {n for n in there - set(self.contents) - {"manifest.json", "writer.json"} if not is_temporary(n)}
         found += [Problem(self.id, name, "is not in the manifest") for name in sorted(extra)]
         if not found:
             try:
@@ -182,8 +182,8 @@ class Segment:
 
     def _wrong_sizes(self) -> list[Problem]:
         found = []
-        sizes = self.files.sizes(self.folder, self.manifest.files)
-        for name, (size, _) in self.manifest.files.items():
+        sizes = self.files.sizes(self.folder, self.contents)
+        for name, (size, _) in self.contents.items():
             actual = sizes[name]
             if actual is None:
                 found.append(Problem(self.id, name, "is missing"))
@@ -205,7 +205,7 @@ class Segment:
         return out
 
     def _rows(self, name: str, runs: Runs) -> np.ndarray:
-        return read_rows(self.files, self.folder, self.arrays[name], runs, self.manifest.files)
+        return read_rows(self.files, self.folder, self.arrays[name], runs, self.contents)
 
     def _state(self, name: str, runs: Runs) -> Encoded:
         info = self.states[name]

@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -41,6 +42,7 @@ TARGETS: dict[str, pa.DataType] = {
 _KEY, _TEXTS, _TEXT = pa.binary(16), pa.list_(pa.string()), pa.string()
 _LONE = re.compile("[\ud800-\udfff]")
 
+_MISMATCH, _MALFORMED = "its header does not match its rows", "a row is malformed"
 _NAMES, _JOINED = ["key", "target", "inputs", "id", "meta"], "key/"
 
 Columns = tuple[Keys, list[Any], Texts, list[str], list[dict[str, Any]], dict[str, Keys]]
@@ -102,25 +104,39 @@ def read_rows(data: bytes, rows: int, where: str) -> tuple[dict[str, Any], Colum
     file = _opened(data)
     header = _header(file, where)
     _bound(file, len(data), rows)
+    # One column after the other: of millions of rows all of them together would fill a gigabyte.
+    keys = _keys_of(_column(file, "key", rows))
+    target = _column(file, "target", rows)
+    if not _are_targets(target):
+        raise ValueError(_MALFORMED)
+    targets = target.to_pylist()
+    del target
+    texts, ids = _column(file, "inputs", rows), _column(file, "id", rows)
+    if texts.null_count or pc.list_flatten(texts).null_count:
+        raise ValueError(_MALFORMED)
+    named = [] if ids.null_count == rows else [i or "" for i in ids.to_pylist()]
+    del ids
+    meta = _column(file, "meta", rows)
+    metas: list[dict[str, Any]] = []
+    if meta.null_count < rows:
+        metas = [{} if text is None else parse_json(text.encode(), where) for text in meta.to_pylist()]
+    others = [name for name in file.schema_arrow.names if name.startswith(_JOINED)]
+    joined = {name.removeprefix(_JOINED): _keys_of(_column(file, name, rows)) for name in others}
+    read = Texts(texts, bool(header.pop("escaped", False)))
+    return header, (keys, targets, read, named, metas, joined)
+
+
+def _column(file: pq.ParquetFile, name: str, rows: int) -> pa.ChunkedArray:
+    """One column of `rows` rows. Raises ValueError for one that cannot be read."""
     try:
-        table = file.read()
+        # Nothing to share out, and a thread of Arrow's may abort the process when it ends (apache/arrow#34314).
+        table = file.read(columns=[name], use_threads=False)
         table.validate(full=True)  # that texts are UTF-8, before one is looked at
     except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
         raise ValueError(_line(error)) from error
-    others = [name for name in table.column_names if name.startswith(_JOINED)]
-    if len(table) != rows or any(table[name].null_count for name in ("key", *others)):
-        raise ValueError("its header does not match its rows")
-    target, texts = table["target"], table["inputs"]
-    if not _are_targets(target) or texts.null_count or pc.list_flatten(texts).null_count:
-        raise ValueError("a row is malformed")
-    keys = _keys_of(table["key"])
-    ids = [] if table["id"].null_count == rows else [i or "" for i in table["id"].to_pylist()]
-    metas: list[dict[str, Any]] = []
-    if table["meta"].null_count < rows:
-        metas = [{} if text is None else parse_json(text.encode(), where) for text in table["meta"].to_pylist()]
-    joined = {name.removeprefix(_JOINED): _keys_of(table[name]) for name in others}
-    read = Texts(texts, bool(header.pop("escaped", False)))
-    return header, (keys, target.to_pylist(), read, ids, metas, joined)
+    if len(table) != rows:
+        raise ValueError(_MISMATCH)
+    return table[name]
 
 
 def _opened(data: bytes) -> pq.ParquetFile:
@@ -146,7 +162,7 @@ def _bound(file: pq.ParquetFile, size: int, rows: int) -> None:
     if target not in TARGETS.values() or not all(a.equals(b) for a, b in zip(schema.types, types, strict=True)):
         raise ValueError("its columns are not those of a task table")
     if about.num_rows != rows:
-        raise ValueError("its header does not match its rows")
+        raise ValueError(_MISMATCH)
     parts = [about.row_group(g).column(c) for g in range(about.num_row_groups) for c in range(about.num_columns)]
     if any(part.has_dictionary_page or "DICTIONARY" in " ".join(part.encodings) for part in parts):
         raise ValueError("a column has a dictionary")
@@ -198,13 +214,15 @@ def _are_finite(column: pa.ChunkedArray | pa.Array) -> bool:
 
 
 def _keys_of(column: pa.ChunkedArray) -> Keys:
-    return Keys.of_bytes(b"".join(_bytes_of(chunk) for chunk in column.chunks))
-
-
-def _bytes_of(keys: pa.FixedSizeBinaryArray) -> bytes:
-    """What lies in the array; it has no nulls."""
-    size = keys.type.byte_width
-    return bytes(memoryview(keys.buffers()[1])[keys.offset * size : (keys.offset + len(keys)) * size])
+    """What a column of 16 bytes a row holds. Raises ValueError for a null in it."""
+    if column.null_count:
+        raise ValueError(_MISMATCH)
+    keys, start = Keys(*np.empty((2, len(column)), np.uint64)), 0
+    for chunk in filter(len, column.chunks):
+        words = np.frombuffer(chunk.buffers()[1], ">u8", 2 * len(chunk), 16 * chunk.offset).reshape(-1, 2)
+        keys.high[start : start + len(chunk)], keys.low[start : start + len(chunk)] = words.T
+        start += len(chunk)
+    return keys
 
 
 def _escaped(text: str) -> str:

@@ -52,7 +52,7 @@ def sound(bundle: Bundle) -> np.ndarray:
             spec = specs[array]
             for index in range(spec.chunks):
                 try:
-                    check_file(segment.files, segment.folder, spec.chunk_file(index), segment.manifest.files)
+                    check_file(segment.files, segment.folder, spec.chunk_file(index), segment.contents)
                 except (StoreError, OSError, KeyError):
                     low, high = index * spec.chunk_rows, (index + 1) * spec.chunk_rows
                     out[(offsets[:-1] < high) & (offsets[1:] > low), place] = False
@@ -67,7 +67,7 @@ def _specs(segment: Segment) -> dict[str, ArraySpec]:
         specs = {}
         for name, shape, dtype in segment.expected():
             spec = ArraySpec.new(name, shape, dtype)
-            listed = segment.manifest.files
+            listed = segment.contents
             if all(listed.get(spec.chunk_file(i), (0, ""))[0] == spec.chunk_size for i in range(spec.chunks)):
                 specs[name] = spec
         segment.__dict__["arrays"] = specs

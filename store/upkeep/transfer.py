@@ -140,9 +140,9 @@ class Damaged(StoreError):
 def _copy_segment(segment: Segment, target: Files, done: Copied, progress: Callable[[str, int], None]) -> None:
     folder = _claim(target, segment) if target.local else segment.folder
     sign(target, f"{folder}/writer.json")
-    there = target.sizes(folder, segment.manifest.files)
+    there = target.sizes(folder, segment.contents)
     made: set[str] = set()
-    for name, (size, digest) in segment.manifest.files.items():
+    for name, (size, digest) in segment.contents.items():
         if there[name] == size and _digest(target, f"{folder}/{name}", size) == digest:
             done.resumed_bytes += size
             progress(f"{segment.id}/{name}", size)
@@ -157,7 +157,7 @@ def _copy_segment(segment: Segment, target: Files, done: Copied, progress: Calla
             raise StoreError(f"{target.where(f'{folder}/{name}')} was not written as it was read")
         done.bytes += size
         progress(f"{segment.id}/{name}", size)
-    names = [f"{folder}/{name}" for name in segment.manifest.files]
+    names = [f"{folder}/{name}" for name in segment.contents]
     target.sync(names)
     target.sync(sorted({name.rsplit("/", 1)[0] for name in names}))
     # The very manifest that was checked when the segment was opened, not whatever stands there now.
@@ -165,7 +165,7 @@ def _copy_segment(segment: Segment, target: Files, done: Copied, progress: Calla
     if target.local:
         # As the disk gives them back; a bucket has said so for each object already.
         target.publish(f"{folder}/manifest.json", seal)
-        for name, (size, digest) in {**segment.manifest.files, "manifest.json": segment.seal}.items():
+        for name, (size, digest) in {**segment.contents, "manifest.json": segment.seal}.items():
             if _digest(target, f"{folder}/{name}", size) != digest:
                 raise StoreError(f"{target.where(f'{folder}/{name}')} is not what was written there: check the disk")
         _place(target, folder, segment.folder)
@@ -189,7 +189,7 @@ def _claim(target: Files, segment: Segment) -> str:
                 continue
             # What it was about to rename when it died would be a stranger in the sealed segment.
             for file in target.walk(mine):
-                if file not in segment.manifest.files and file != "writer.json":
+                if file not in segment.contents and file != "writer.json":
                     target.remove(f"{mine}/{file}")
             break
     target.make(mine)

@@ -234,7 +234,7 @@ def usage(store: Store) -> dict[str, Any]:
         states: dict[str, int] = {}
         segments = space.segments()
         for segment in segments:
-            for name, (size, _) in segment.manifest.files.items():
+            for name, (size, _) in segment.contents.items():
                 array = name.split("/", 1)[0].removesuffix(".scale")
                 if array not in segment.states:
                     array = "other"

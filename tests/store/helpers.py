@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -11,6 +14,17 @@ from pipeline.extract.encoding import encode
 from pipeline.store import Samples, Segment, Space, Store, digest_bytes
 
 IDENTITY = {"format": "float16", "format_version": 1, "backbone": {"family": "t5", "name": "tiny"}, "max_length": 128}
+
+T = TypeVar("T")
+
+
+def most_memory(make: Callable[[], T]) -> tuple[T, int]:
+    """What `make` gives, and the most bytes that Python and NumPy held for it at a time."""
+    tracemalloc.start()
+    try:
+        return make(), tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
 
 
 def key(number: int) -> str:

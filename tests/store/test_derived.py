@@ -36,7 +36,7 @@ def opened(home: Space) -> Space:
 
 def facts(home: Space) -> list[object]:
     (segment,) = opened(home).segments()
-    told = {name: value for name, value in vars(segment.manifest).items() if name != "lengths"}
+    told = {name: value for name, value in vars(segment).items() if name not in ("files", "lengths", "seal")}
     return [told, {s: n.tolist() for s, n in segment.lengths.items()}, segment.seal]
 
 

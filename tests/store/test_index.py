@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import pickle
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 
 from pipeline.store.format.keys import Keys
 from pipeline.store.segments.index import Index, KeyIndex
-from tests.store.helpers import key, sealed, space
+from tests.store.helpers import key, most_memory, sealed, space
 
 # Few first bytes and trailing zeros, so that heads collide and equal keys stand in several lists.
 TEXT = st.builds(
@@ -63,10 +65,21 @@ def test_every_key_stands_in_memory_once(tmp_path: Path) -> None:
     base = sealed(home, [1, 2, 3])
     sealed(home, [1, 2, 3], base, states=("encoder.5",))
     sealed(home, [4])
+    before = [weakref.ref(s.keys.high) for s in home.segments()]
     index = home.index()
+    gc.collect()
+    assert len(before) == 3 and not any(keys() is not None for keys in before)
     kept = [s.keys for s in home.segments()]
     assert all(k.high.base is kept[0].high.base and k.low.base is kept[0].low.base for k in kept)
     assert list(kept[0]) == [key(i) for i in (1, 2, 3)] and len(index) == 4
+
+
+def test_looking_up_takes_little_beside_what_it_gives() -> None:
+    draws = np.random.default_rng(0)
+    index = KeyIndex([Keys(*draws.integers(0, 1 << 64, (2, 2_000_000), np.uint64))])
+    asked = index.keys.take(draws.permutation(len(index)))
+    places, peak = most_memory(lambda: index.first(asked))
+    assert index.keys.take(places) == asked and peak < 34 * len(index)  # 8 of them given, 47 when searched at once
 
 
 def test_an_index_takes_24_bytes_a_sample() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.store import MissingStates, Store, StoreError, TaskTable, UserError, read_block
+from pipeline.store import MissingStates, Space, Store, StoreError, TaskTable, UserError, read_block
 from pipeline.store.files.cache import Cache
 from pipeline.store.files.places import _remote, cache_bytes, open_files
 from pipeline.store.files.remote import redact
 from pipeline.store.segments.blocks import _segment
 from pipeline.store.upkeep.transfer import transfer
+from tests.benchmarks.scale import counted_requests
 from tests.store import servers
 from tests.store.helpers import assert_equal, key, samples, sealed, snapshot, space
 
@@ -130,9 +131,58 @@ def test_damage_is_never_data(place: Place, file: str, damage: str) -> None:
     with pytest.raises(StoreError):
         read_all(place.url)
     assert Store.open(place.url).verify(deep=True)
+    assert damage == "flip" or Store.open(place.url).verify()
     victim.write_bytes(data)
     settle(place)
     assert_equal(read_all(place.url)[0], samples(NUMBERS[:8]))
+
+
+def test_requests_to_a_bucket(
+    bucket: tuple[Path, dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Manifests are asked for once, side by side; all else is in the listings of folders, however many segments."""
+    for variable, value in bucket[1].items():
+        monkeypatch.setenv(variable, value)
+    use_cache(monkeypatch, tmp_path, "1GB")
+    home = space(bucket[0] / tmp_path.name)
+    for number in range(6):
+        sealed(home, [number])
+    url = f"s3://team/{tmp_path.name}/store"
+    sent = counted_requests(url)
+
+    def asked(what: Callable[[Space], Any]) -> dict[str, int]:
+        (opened,) = Store.open(url).spaces()
+        sent.clear()
+        what(opened)
+        return dict(sent)
+
+    assert asked(Space.segments) == {"LIST": 2, "GET": 6}
+    assert asked(Space.segments) == {"LIST": 2}
+    assert asked(Space.verify) == {"LIST": 2}
+    next(home.path.glob("segments/*/zarr.json")).unlink()
+    time.sleep(0.3)
+    (opened,) = Store.open(url).spaces()
+    assert [(p.file, p.what) for p in opened.verify()] == [("zarr.json", "is missing")]
+
+
+def test_many_files_are_listed_by_pages(
+    bucket: tuple[Path, dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable, value in bucket[1].items():
+        monkeypatch.setenv(variable, value)
+    use_cache(monkeypatch, tmp_path, "0")
+    names = [f"{number:04d}/file" for number in range(1005)]
+    for name in names:
+        path = bucket[0] / tmp_path.name / "many" / name
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"x" * int(name[:4]))
+    files = open_files(f"s3://team/{tmp_path.name}")
+    sent = counted_requests(files.root)
+    assert files.walk("many") == names
+    assert files.names("many") == [name[:4] for name in names]
+    assert files.listed("many") == {name: int(name[:4]) for name in names}
+    assert files.names("none") == files.walk("none") == files.names("many/0007/file") == []
+    assert sent["LIST"] == 9 and not sent["HEAD"]
 
 
 def test_writing(place: Place) -> None:

@@ -6,17 +6,22 @@ import gzip
 import io
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from pipeline.store import Space, Store, StoreError, TaskTable
 from pipeline.store.format.digest import digest_bytes, digest_json
+from pipeline.store.format.keys import Keys
+from pipeline.store.tables.parquet import _keys_of, dump, read_rows
 from pipeline.store.tables.table import version_of
-from tests.store.helpers import key, space
+from tests.store.helpers import key, most_memory, space
 
 OLD_SPEC = {
     "name": "t", "kind": "classification", "labels": ["no", "yes"], "metrics": ["accuracy"], "fields": ["text"],
@@ -196,3 +201,40 @@ def test_a_table_of_several_slots_knows_the_keys_of_the_others(tmp_path: Path) -
             home.load_table("t", "s", path=next(t.path for t in home.tables() if not str(path).endswith(t.path)))
         for extra in [t for t in home.tables() if not str(path).endswith(t.path)]:
             Path(home.files.where(extra.path)).unlink()
+
+
+def test_keys_of_a_large_table_stand_in_memory_once() -> None:
+    n = 200_000
+    keys = Keys(*np.random.default_rng(0).integers(0, 1 << 64, (2, n), np.uint64))
+    data = dump({}, keys, [1] * n, [[]] * n, [], [], {"text": keys})
+    (_, columns), peak = most_memory(lambda: read_rows(data, n, "here"))
+    assert columns[0] == keys and columns[5]["text"] == keys and columns[1] == [1] * n
+    assert peak < 48 * n  # 40 of them given; 70 with the bytes of all keys beside
+
+
+def test_keys_within_a_longer_column() -> None:
+    many = [bytes([i]) * 16 for i in range(9)]
+    column = pa.chunked_array(
+        [pa.array(many[:5], pa.binary(16))[2:], pa.array([], pa.binary(16)), pa.array(many[5:], pa.binary(16))]
+    )
+    assert _keys_of(column) == Keys.of_bytes(b"".join(many[2:]))
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted by /proc")
+def test_reading_leaves_no_thread_of_arrows_behind(tmp_path: Path) -> None:
+    """Such a thread may abort the process when it ends, with all done: apache/arrow#34314."""
+    home = space(tmp_path)
+    home.save_table(TaskTable({"task": "t", "split": "s"}, [key(n) for n in range(9)], [0] * 9, [["x"]] * 9))
+    pq.write_table(pa.table({"text": ["a", "b"], "label": [0, 1]}), tmp_path / "mine.parquet")
+    code = (
+        "import sys; from pathlib import Path; from pipeline.store import Store\n"
+        "from pipeline.extract.tasks.sheet import read_sheet\n"
+        "threads = lambda: [p for p in Path('/proc/self/task').iterdir() if 'alloc' not in (p / 'comm').read_text()]\n"
+        "before = len(threads())\n"
+        "(space,) = Store.open(sys.argv[1]).spaces()\n"
+        "table, sheet = space.load_table('t', 's'), read_sheet(Path(sys.argv[2]))\n"
+        "print(before, len(threads()))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "store"), str(tmp_path / "mine.parquet")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)
+    assert len(set(done.stdout.split())) == 1, done.stdout

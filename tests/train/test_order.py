@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.train.data.order import Order, epoch_order, rank_slice
+from tests.store.helpers import most_memory
 
 
 @st.composite
@@ -108,3 +109,9 @@ def test_grouping_by_length_loses_the_padding() -> None:
         return sum(len(b) * int(lengths[b].max()) for b in order.epoch(0))
 
     assert padded(grouped) < 1.06 * lengths.sum() < 1.7 * lengths.sum() < padded(plain)
+
+
+def test_an_order_takes_little_beside_what_it_gives() -> None:
+    order = Order(np.random.default_rng(0).integers(0, 50, 1_000_000), 64)
+    batches, peak = most_memory(lambda: order.epoch(0))
+    assert len(batches) == len(order) and peak < 30 * order.n  # 8 of them given; 40 with a copy for each step

@@ -41,7 +41,10 @@ def epoch_order(block: np.ndarray, seed: int, epoch: int, window: int) -> np.nda
     place[np.argsort(draws.random(count), kind="stable")] = np.arange(count)
     width = min(window, count)
     low = np.clip(np.arange(count) + 0.5 - window / 2, 0, count - width)
-    key = low[place[block]] + width * draws.random(len(block))
+    key = draws.random(len(block))
+    key *= width
+    key += low[place][block]
+    del block  # of a sample each, as is what follows
     return stable_order(key)
 
 
@@ -116,8 +119,13 @@ class Order:
         size, n = self.batch_size, len(order)
         whole = n // size * size
         # One number for block and sample, so that all batches are sorted at once: a tenth of the time of a lexsort.
-        joined = self._ranks[order] * n + order
-        parts = [np.sort(joined[:whole].reshape(-1, size), axis=1) % n, np.sort(joined[whole:])[None] % n]
+        joined = self._ranks[order]
+        joined *= n
+        joined += order
+        parts = joined[:whole].reshape(-1, size), joined[whole:][None]
+        for part in parts:
+            part.sort(axis=1)
+        joined %= n
         return [batch for part in parts for batch in part if len(batch)]
 
     @cached_property

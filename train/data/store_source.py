@@ -40,6 +40,8 @@ from pipeline.train.data.source import Ordered, Share
 from pipeline.train.data.targets import Targets
 from pipeline.train.data.tiers import choose
 
+_SOON = 4096  # batches whose blocks are looked up side by side
+
 
 @dataclass(frozen=True)
 class StreamOptions:
@@ -191,7 +193,9 @@ class StoreSlot:
         """For each epoch the blocks of each batch; the samples of its share are added to `numbers`."""
         for shares in epochs:
             numbers.extend(share.numbers for share in shares)
-            yield distinct([self.plan.block[share.touched] for share in shares])
+            touched = [share.touched for share in shares]
+            pieces = (touched[start : start + _SOON] for start in range(0, len(touched), _SOON))
+            yield [uses for some in pieces for uses in distinct([self.plan.block[numbers] for numbers in some])]
 
     def _make_next(
         self,
