@@ -159,6 +159,16 @@ def test_a_state_of_another_stream_is_refused(features):
         features.stream(**OPTIONS, epochs=0)
 
 
+def test_a_stream_of_states_reads_no_weights(features, monkeypatch):
+    def refuse(self, digest, name):
+        raise AssertionError(f"{name} was read")
+
+    monkeypatch.setattr(pipeline.Store, "load_tensors", refuse)
+    assert each_once(indices(features.stream(**OPTIONS)))
+    with pytest.raises(AssertionError, match="tail"):
+        features.train(task="pairs", tuner="probe")
+
+
 def test_workers_that_live_on_hear_of_the_epoch(features):
     alone, stream = features.stream(**OPTIONS), features.stream(**OPTIONS)
     loader = DataLoader(stream, batch_size=None, num_workers=2, persistent_workers=True)
