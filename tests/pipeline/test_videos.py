@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import re
 import shutil
 import struct
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 import pipeline
+from pipeline.extract.backbones import films
 from pipeline.extract.backbones.films import decoded
 from pipeline.extract.backbones.videos import frames_in
 from pipeline.store.errors import UserError
@@ -176,6 +179,68 @@ def test_a_film_that_was_cut_off_is_no_shorter_one(
     (tmp_path / name).write_bytes(content[: len(content) * 3 // 5])
     with pytest.raises(UserError, match=words):
         decoded(tmp_path / name, 30)
+
+
+@pytest.mark.parametrize("codec", [("ffv1", "bgr0"), ("mpeg4", "yuv420p")])
+def test_damage_in_the_middle_of_a_film_loses_no_frame_in_silence(tmp_path: Path, codec: tuple[str, str]) -> None:
+    """Sixteen bytes at each of 40 places; of Matroska, whose reader goes on behind what it does not understand."""
+    rng, film = np.random.default_rng(0), tmp_path / "a.mkv"
+    filmed(film, [rng.integers(0, 255, (32, 48, 3)).astype(np.uint8) for _ in range(20)], *codec)
+    content, found = film.read_bytes(), []
+    for place in np.linspace(len(content) * 0.1, len(content) * 0.9, 40).astype(int).tolist():
+        film.write_bytes(content[:place] + b"\0" * 16 + content[place + 16 :])
+        try:
+            assert len(decoded(film, 30)) == 20, place
+        except UserError as error:
+            found.append(str(error))
+    assert len(found) > 30 and all("a.mkv: " in line and "--skip-bad" in line for line in found)
+    assert any(re.search(r"damaged video at \d\.\d seconds \(", line) for line in found)
+
+
+def test_what_is_heard_of_a_film_is_its_own_and_pyav_is_set_as_before(tmp_path: Path) -> None:
+    av = pytest.importorskip("av", reason="the extra `video` is not installed: video files not tested")
+    rng = np.random.default_rng(0)
+    good, bad = ([tmp_path / f"{kind}{i}.mkv" for i in range(4)] for kind in ("good", "bad"))
+    for path in good:
+        filmed(path, [rng.integers(0, 255, (32, 48, 3)).astype(np.uint8) for _ in range(20)])
+    for path in bad:  # alike, so that the same is logged of each
+        path.write_bytes(hurt(good[0].read_bytes()))
+    before = (av.logging.get_level(), av.logging.get_skip_repeated())
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(outcome, [p for pair in zip(good, bad, strict=True) for p in pair]))
+    assert found == ["20 frames", "damaged"] * 4
+    assert (av.logging.get_level(), av.logging.get_skip_repeated()) == before
+
+
+def hurt(content: bytes) -> bytes:
+    """With a hole in the middle."""
+    return content[: len(content) // 2] + b"\0" * 16 + content[len(content) // 2 + 16 :]
+
+
+def outcome(path: Path) -> str:
+    try:
+        return f"{len(decoded(path, 30))} frames"
+    except UserError as error:
+        return "damaged" if "damaged video" in str(error) else str(error)
+
+
+def test_a_film_is_decoded_once_where_it_is_looked_at_and_once_for_its_rows(
+    made: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng, names = np.random.default_rng(1), [f"film{i}.mkv" for i in range(10)]
+    for name in names:
+        filmed(tmp_path / name, [rng.integers(0, 255, (40, 48, 3)).astype(np.uint8) for _ in range(5)])
+    (tmp_path / "bad.mkv").write_bytes(hurt((tmp_path / names[0]).read_bytes()))
+    table = write(tmp_path / "clips.csv", [(name, f"the cat {i}") for i, name in enumerate([*names, "bad.mkv"])])
+    options = [*made["options"], "--data", tmp_path, "--store", tmp_path / "store", "--task", table]
+    refused(invoke("extract", *options, "--for", "probe"), "slot video", "bad.mkv: damaged video")
+    decodes, shown = [], films._shown
+    monkeypatch.setattr(films, "_shown", lambda path, places: (decodes.append(path.name), shown(path, places))[1])
+    films._kept.cache_clear()
+    done = run("extract", *options, "--for", "probe", "--skip-bad")
+    assert done["skipped"] == 1 and sum(done["rows"].values()) == 10
+    counts = {name: decodes.count(name) for name in names}
+    assert max(counts.values()) == 2 and min(counts.values()) >= 1, counts
 
 
 def test_a_film_that_was_taken_upright_is_turned(tmp_path: Path) -> None:
