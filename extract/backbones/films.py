@@ -77,19 +77,29 @@ def decoded(path: Path, most: int) -> list[Image.Image]:
 
 def _packets(path: Path) -> int:
     """How many packets of pictures there are; nothing is decoded. UserError for a file that ends long before it says
-    that it does: of Matroska (WebM too) reading on for what was cut off is no error."""
+    that it does: of some containers reading on for what was cut off is no error."""
     with _opened(path) as (film, _):
         if not film.streams.video:
             raise UserError(f"{path}: there are no pictures in this file; replace it, {LEFT_OUT}")
+        if film.streams.video[0].codec_context is None:
+            raise UserError(f"{path}: its pictures are of a codec that PyAV cannot decode; convert it, {LEFT_OUT}")
         shown, count, end = film.streams.video[0].index, 0, 0.0
         for packet in film.demux():
             count += packet.stream.index == shown and packet.size > 0
             if packet.pts is not None:
                 end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
-        said = (film.duration or 0) / 1e6 if "matroska" in film.format.name else 0.0
+        said = _stated(film)
         if end < NEARLY * said:
             raise UserError(f"{path}: the file ends after {end:.1f} of {said:.1f} seconds; copy it again, {LEFT_OUT}")
         return count
+
+
+def _stated(film: Any) -> float:
+    """How many seconds the head of the file says there are; 0 where it does not, or FFmpeg tells what it found."""
+    stream = film.streams.video[0]
+    if film.format.name == "avi":
+        return float(stream.frames / stream.average_rate) if stream.average_rate else 0.0
+    return (film.duration or 0) / 1e6 if film.format.name.startswith(("matroska", "flv", "mov")) else 0.0
 
 
 def _shown(path: Path, places: np.ndarray) -> tuple[list[Image.Image], int]:
@@ -114,8 +124,8 @@ def _opened(path: Path) -> Iterator[tuple[Any, Callable[..., None]]]:
 
     with _LOG.heard() as lines, av.open(str(path)) as film:
         names = {film.format.name}
-        if film.streams.video:
-            codec = film.streams.video[0].codec_context
+        codec = film.streams.video[0].codec_context if film.streams.video else None
+        if codec is not None:
             codec.thread_count = 1  # what it says is heard in this thread alone
             names |= {codec.name, codec.codec.name}
 

@@ -166,18 +166,15 @@ def filmed(path: Path, frames: list[np.ndarray], codec: str = "ffv1", form: str 
 
 
 @pytest.mark.parametrize(
-    ("name", "codec", "words"),
-    [("a.mkv", ("ffv1", "bgr0"), r"ends after \d\.\d of 4\.0 seconds"), ("a.avi", ("mpeg4", "yuv420p"), "damaged")],
+    ("name", "codec"), [("a.mkv", ("ffv1", "bgr0")), ("a.avi", ("mpeg4", "yuv420p")), ("a.flv", ("flv1", "yuv420p"))]
 )
-def test_a_film_that_was_cut_off_is_no_shorter_one(
-    tmp_path: Path, name: str, codec: tuple[str, str], words: str
-) -> None:
+def test_a_film_that_was_cut_off_is_no_shorter_one(tmp_path: Path, name: str, codec: tuple[str, str]) -> None:
     rng = np.random.default_rng(0)
     filmed(tmp_path / name, [rng.integers(0, 255, (32, 48, 3)).astype(np.uint8) for _ in range(20)], *codec)
     assert len(decoded(tmp_path / name, 30)) == 20
     content = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(content[: len(content) * 3 // 5])
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=r"ends after \d\.\d of 4\.0 seconds"):
         decoded(tmp_path / name, 30)
 
 
@@ -210,6 +207,31 @@ def test_what_is_heard_of_a_film_is_its_own_and_pyav_is_set_as_before(tmp_path: 
         found = list(pool.map(outcome, [p for pair in zip(good, bad, strict=True) for p in pair]))
     assert found == ["20 frames", "damaged"] * 4
     assert (av.logging.get_level(), av.logging.get_skip_repeated()) == before
+
+
+@pytest.mark.parametrize("name", ["a.avi", "a.flv", "a.mp4", "a.mkv", "a.mov"])
+def test_no_end_of_a_film_is_missed_in_silence(tmp_path: Path, name: str) -> None:
+    """Cut off anywhere, the index of an .mp4 at its end included: refused, or all but the last tenth is there."""
+    rng, film = np.random.default_rng(0), tmp_path / name
+    codec = ("flv1" if name == "a.flv" else "mpeg4", "yuv420p")
+    filmed(film, [rng.integers(0, 255, (32, 48, 3)).astype(np.uint8) for _ in range(40)], *codec)
+    content = film.read_bytes()
+    assert len(decoded(film, 60)) == 40
+    begin = content.rindex(b"moov") if b"moov" in content else len(content) // 2
+    for share in np.linspace(0, 0.999, 40):
+        film.write_bytes(content[: begin + int((len(content) - begin) * share)])
+        try:
+            assert len(decoded(film, 60)) >= 36, share
+        except UserError as error:
+            assert "a." in str(error)
+
+
+def test_a_codec_that_nothing_reads_is_said(tmp_path: Path) -> None:
+    filmed(tmp_path / "a.avi", [np.zeros((32, 48, 3), np.uint8)] * 3, "mpeg4", "yuv420p")
+    content = (tmp_path / "a.avi").read_bytes()
+    (tmp_path / "a.avi").write_bytes(content.replace(b"FMP4", b"QZQZ"))
+    with pytest.raises(UserError, match=r"a\.avi: its pictures are of a codec"):
+        decoded(tmp_path / "a.avi", 30)
 
 
 def hurt(content: bytes) -> bytes:
