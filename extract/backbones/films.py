@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -23,7 +22,7 @@ from pipeline.store.errors import UserError
 from pipeline.store.format.digest import digest_file
 
 NEARLY = 0.9  # of the length that a file states: less was cut off
-_ONE_BY_ONE = Lock()  # the frames of a video are asked for at once: it is decoded by one thread for all
+MOST_OPEN = 8  # videos of which some frames wait to be asked for
 
 
 def spread(count: int, most: int) -> np.ndarray:
@@ -40,14 +39,39 @@ class FilmFrame(Picture):
     most: int = 0
 
     def image(self) -> Image.Image:
-        with _ONE_BY_ONE:
-            return _kept(*_state(self.path), self.most)[self.place]
+        """It is decoded when the first of its video's frames is asked for; then the others wait for who asks."""
+        about = self.path.stat()
+        key = (self.path, about.st_size, about.st_mtime_ns, self.most)
+        with _OPENING:
+            film = _open.setdefault(key, _Film(Lock(), {}))
+            while len(_open) > MOST_OPEN:  # of those who were interrupted
+                del _open[next(iter(_open))]
+        with film.lock:
+            if self.place not in film.waiting:
+                film.waiting = dict(enumerate(decoded(self.path, self.most)))
+            if self.place not in film.waiting:
+                raise UserError(f"{self.path}: it has fewer frames than when it was looked at; leave it as it is")
+            image = film.waiting.pop(self.place)
+            if not film.waiting:
+                _open.pop(key, None)
+        return image
+
+
+@dataclass
+class _Film:
+    """The frames of a video that were decoded and not asked for yet."""
+
+    lock: Lock
+    waiting: dict[int, Image.Image]
+
+
+_OPENING, _open = Lock(), dict[tuple[Path, int, int, int], _Film]()
 
 
 def film_frames(path: Path, preprocess: Preprocess, most: int) -> list[FilmFrame]:
     """The frames that are shown of a video's file, `spread`. UserError for one that cannot be decoded to its end."""
     content, found = digest_file(path), []
-    for place, image in enumerate(_kept(*_state(path), most)):
+    for place, image in enumerate(decoded(path, most)):
         key = xxhash.xxh3_128(f"{content}:{preprocess.digest}:frame {place} of {most}".encode())
         size, extent = (image.height, image.width), preprocess.extent(*image.size)
         found.append(FilmFrame(path, preprocess, 0, 0, key.hexdigest(), extent, size=size, place=place, most=most))
@@ -183,14 +207,3 @@ def _image(path: Path, frame: Any) -> Image.Image:
     image: Image.Image = frame.to_image()
     # A telephone held upright writes its frames lying, and beside them by how far a player is to turn them.
     return image.convert("RGB").rotate(90 * round(frame.rotation / 90), expand=True)
-
-
-def _state(path: Path) -> tuple[Path, int, int]:
-    about = path.stat()
-    return path, about.st_size, about.st_mtime_ns
-
-
-@lru_cache(4)  # `load_pixels` asks with so many threads
-def _kept(path: Path, size: int, changed: int, most: int) -> list[Image.Image]:
-    """Of a file that has not changed, while its frames are asked for one by one."""
-    return decoded(path, most)

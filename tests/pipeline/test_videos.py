@@ -20,6 +20,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPVision
 import pipeline
 from pipeline.extract.backbones import films
 from pipeline.extract.backbones.films import decoded
+from pipeline.extract.backbones.images import Preprocess
 from pipeline.extract.backbones.videos import frames_in
 from pipeline.store.errors import UserError
 from tests import tiny
@@ -258,11 +259,20 @@ def test_a_film_is_decoded_once_where_it_is_looked_at_and_once_for_its_rows(
     refused(invoke("extract", *options, "--for", "probe"), "slot video", "bad.mkv: damaged video")
     decodes, shown = [], films._shown
     monkeypatch.setattr(films, "_shown", lambda path, places: (decodes.append(path.name), shown(path, places))[1])
-    films._kept.cache_clear()
     done = run("extract", *options, "--for", "probe", "--skip-bad")
     assert done["skipped"] == 1 and sum(done["rows"].values()) == 10
-    counts = {name: decodes.count(name) for name in names}
-    assert max(counts.values()) == 2 and min(counts.values()) >= 1, counts
+    assert {name: decodes.count(name) for name in names} == dict.fromkeys(names, 2)
+    assert not films._open, "no frame waits"
+
+
+def test_a_film_that_became_shorter_is_said(tmp_path: Path) -> None:
+    frames = [np.full((32, 48, 3), 9 * i, np.uint8) for i in range(5)]
+    filmed(tmp_path / "a.mkv", frames)
+    looked = films.film_frames(tmp_path / "a.mkv", Preprocess(), 4)
+    assert [int(np.asarray(f.image()).mean()) for f in looked[::-1]] == [36, 18, 9, 0]
+    filmed(tmp_path / "a.mkv", frames[:2])
+    with pytest.raises(UserError, match=r"a\.mkv: it has fewer frames"):
+        looked[3].image()
 
 
 def test_a_film_that_was_taken_upright_is_turned(tmp_path: Path) -> None:
