@@ -138,7 +138,7 @@ def _images(space: Space, backbone: Backbone, checkpoint: Checkpoint, data: Sequ
         table = space.read_table(info)
         for key, fields in zip(table.keys, table.texts, strict=True):
             names.setdefault(key, set()).add(tuple(fields))
-    options = text_options(Found(space, backbone, {}, {}))
+    options = text_options(Found(space, backbone, dict, {}))
 
     def inputs(key: str, read: Samples | None) -> Inputs | None:
         for fields in sorted(names.get(key, ())):

@@ -220,6 +220,8 @@ def load_job(recipe: Recipe, version: str | None = None, space: str | None = Non
 def stored_job(recipe: Recipe, found: Found, tables: dict[str, TaskTable], finished: bool) -> Job:
     """A job on what was found in the store. `finished`: of a run that was trained on all the views that its table has,
     whatever an earlier version wrote in its recipe."""
+    if recipe.live:
+        _ = found.tail  # now, since what is not there such a run makes
     job = make_job(replace(recipe, views=None) if finished else recipe, found, tables)
     store, digest = Store.open(store_path(recipe)), found.space.identity["weights"]
     named = replace(recipe, model=recipe.model or found.source["names"][0])
@@ -300,7 +302,9 @@ def _unstored(recipe: Recipe, making: Making, tables: dict[str, TaskTable]) -> J
     checkpoint, live, backbone = making.checkpoint, making.live, making.backbone
     tail = backbone.tail_weights(live.model)
     space = Unstored(digest_json(making.identity), making.identity)
-    job = make_job(recipe, Found(space, backbone, tail, {"names": [checkpoint.name]}), tables, (live, checkpoint))
+    job = make_job(
+        recipe, Found(space, backbone, lambda: tail, {"names": [checkpoint.name]}), tables, (live, checkpoint)
+    )
     job.late = late_weights(recipe.tuner, job.config, backbone, live.model)
     if start := tuner_class(recipe.tuner, backbone).start(job.config, backbone):
         train = relive(job, "train", checkpoint) if start.fisher else None

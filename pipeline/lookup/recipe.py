@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -128,12 +129,18 @@ class Unstored:
 @dataclass
 class Found:
     """A feature space and the backbone that made it, rebuilt from what the store keeps (or, unstored, from the
-    checkpoint)."""
+    checkpoint). `read_tail`: gives the weights of the live end."""
 
     space: Space | Unstored
     backbone: Backbone
-    tail: dict[str, torch.Tensor]
+    read_tail: Callable[[], dict[str, torch.Tensor]]
     source: dict[str, Any]
+
+    @cached_property
+    def tail(self) -> dict[str, torch.Tensor]:
+        """Weights of the live end, read when they are first asked for: a stream of states needs none. StoreError where
+        they are missing or damaged."""
+        return self.read_tail()
 
 
 OF_TEXTS, OF_IMAGES = ("max_length", "truncation_side", "prompt"), ("image_size", "views", "frames")  # of identities
@@ -237,8 +244,8 @@ def _can_extract(recipe: Recipe, backbone: Backbone) -> bool:
 def _found(store: Store, space: Space) -> Found:
     digest = space.identity["weights"]
     backbone = backbone_from(store, space)
-    tail = tensors_of(store.load_tensors(digest, kept_name("tail.safetensors", kept_of(store, space.identity))))
-    return Found(space, backbone, tail, source_of(store, space))
+    name = kept_name("tail.safetensors", kept_of(store, space.identity))
+    return Found(space, backbone, lambda: tensors_of(store.load_tensors(digest, name)), source_of(store, space))
 
 
 def names_of(store: Store, space: Space) -> list[str]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import re
 import shutil
 import struct
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,9 @@ from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 import pipeline
+from pipeline.extract.backbones import films
 from pipeline.extract.backbones.films import decoded
+from pipeline.extract.backbones.images import Preprocess
 from pipeline.extract.backbones.videos import frames_in
 from pipeline.store.errors import UserError
 from tests import tiny
@@ -152,10 +156,10 @@ def test_frames_stand_in_the_order_of_their_numbers(tmp_path: Path) -> None:
 
 
 def filmed(path: Path, frames: list[np.ndarray], codec: str = "ffv1", form: str = "bgr0") -> None:
-    """A video of the frames, which by itself loses nothing of them."""
+    """A video of the frames, which by itself loses nothing of them and has a checksum of each slice."""
     av = pytest.importorskip("av", reason="the extra `video` is not installed: video files not tested")
     with av.open(str(path), "w") as film:
-        stream = film.add_stream(codec, rate=5)
+        stream = film.add_stream(codec, rate=5, options={"level": "3", "slicecrc": "1"} if codec == "ffv1" else {})
         stream.height, stream.width, stream.pix_fmt = *frames[0].shape[:2], form
         for frame in frames:
             film.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
@@ -163,25 +167,118 @@ def filmed(path: Path, frames: list[np.ndarray], codec: str = "ffv1", form: str 
 
 
 @pytest.mark.parametrize(
-    ("name", "codec", "words"),
-    [("a.mkv", ("ffv1", "bgr0"), r"ends after \d\.\d of 4\.0 seconds"), ("a.avi", ("mpeg4", "yuv420p"), "damaged")],
+    ("name", "codec"), [("a.mkv", ("ffv1", "bgr0")), ("a.avi", ("mpeg4", "yuv420p")), ("a.flv", ("flv1", "yuv420p"))]
 )
-def test_a_film_that_was_cut_off_is_no_shorter_one(
-    tmp_path: Path, name: str, codec: tuple[str, str], words: str
-) -> None:
+def test_a_film_that_was_cut_off_is_no_shorter_one(tmp_path: Path, name: str, codec: tuple[str, str]) -> None:
     rng = np.random.default_rng(0)
     filmed(tmp_path / name, [rng.integers(0, 255, (32, 48, 3)).astype(np.uint8) for _ in range(20)], *codec)
     assert len(decoded(tmp_path / name, 30)) == 20
     content = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(content[: len(content) * 3 // 5])
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=r"ends after \d\.\d of 4\.0 seconds"):
         decoded(tmp_path / name, 30)
+
+
+@pytest.mark.parametrize("codec", [("ffv1", "bgr0"), ("mpeg4", "yuv420p")])
+def test_damage_in_the_middle_of_a_film_loses_no_frame_in_silence(tmp_path: Path, codec: tuple[str, str]) -> None:
+    """Sixteen bytes at each of 40 places; of Matroska, whose reader goes on behind what it does not understand."""
+    rng, film = np.random.default_rng(0), tmp_path / "a.mkv"
+    filmed(film, [rng.integers(0, 255, (32, 48, 3)).astype(np.uint8) for _ in range(20)], *codec)
+    content, found = film.read_bytes(), []
+    for place in np.linspace(len(content) * 0.1, len(content) * 0.9, 40).astype(int).tolist():
+        film.write_bytes(content[:place] + b"\0" * 16 + content[place + 16 :])
+        try:
+            assert len(decoded(film, 30)) == 20, place
+        except UserError as error:
+            found.append(str(error))
+    assert len(found) > 30 and all("a.mkv: " in line and "--skip-bad" in line for line in found)
+    assert any(re.search(r"damaged video at \d\.\d seconds \(", line) for line in found)
+
+
+def test_what_is_heard_of_a_film_is_its_own_and_pyav_is_set_as_before(tmp_path: Path) -> None:
+    av = pytest.importorskip("av", reason="the extra `video` is not installed: video files not tested")
+    rng = np.random.default_rng(0)
+    good, bad = ([tmp_path / f"{kind}{i}.mkv" for i in range(4)] for kind in ("good", "bad"))
+    for path in good:
+        filmed(path, [rng.integers(0, 255, (32, 48, 3)).astype(np.uint8) for _ in range(20)])
+    for path in bad:  # alike, so that the same is logged of each
+        path.write_bytes(hurt(good[0].read_bytes()))
+    before = (av.logging.get_level(), av.logging.get_skip_repeated())
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(outcome, [p for pair in zip(good, bad, strict=True) for p in pair]))
+    assert found == ["20 frames", "damaged"] * 4
+    assert (av.logging.get_level(), av.logging.get_skip_repeated()) == before
+
+
+@pytest.mark.parametrize("name", ["a.avi", "a.flv", "a.mp4", "a.mkv", "a.mov"])
+def test_no_end_of_a_film_is_missed_in_silence(tmp_path: Path, name: str) -> None:
+    """Cut off anywhere, the index of an .mp4 at its end included: refused, or all but the last tenth is there."""
+    rng, film = np.random.default_rng(0), tmp_path / name
+    codec = ("flv1" if name == "a.flv" else "mpeg4", "yuv420p")
+    filmed(film, [rng.integers(0, 255, (32, 48, 3)).astype(np.uint8) for _ in range(40)], *codec)
+    content = film.read_bytes()
+    assert len(decoded(film, 60)) == 40
+    begin = content.rindex(b"moov") if b"moov" in content else len(content) // 2
+    for share in np.linspace(0, 0.999, 40):
+        film.write_bytes(content[: begin + int((len(content) - begin) * share)])
+        try:
+            assert len(decoded(film, 60)) >= 36, share
+        except UserError as error:
+            assert "a." in str(error)
+
+
+def test_a_codec_that_nothing_reads_is_said(tmp_path: Path) -> None:
+    filmed(tmp_path / "a.avi", [np.zeros((32, 48, 3), np.uint8)] * 3, "mpeg4", "yuv420p")
+    content = (tmp_path / "a.avi").read_bytes()
+    (tmp_path / "a.avi").write_bytes(content.replace(b"FMP4", b"QZQZ"))
+    with pytest.raises(UserError, match=r"a\.avi: its pictures are of a codec"):
+        decoded(tmp_path / "a.avi", 30)
+
+
+def hurt(content: bytes) -> bytes:
+    """With a hole in the middle."""
+    return content[: len(content) // 2] + b"\0" * 16 + content[len(content) // 2 + 16 :]
+
+
+def outcome(path: Path) -> str:
+    try:
+        return f"{len(decoded(path, 30))} frames"
+    except UserError as error:
+        return "damaged" if "damaged video" in str(error) else str(error)
+
+
+def test_a_film_is_decoded_once_where_it_is_looked_at_and_once_for_its_rows(
+    made: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng, names = np.random.default_rng(1), [f"film{i}.mkv" for i in range(10)]
+    for name in names:
+        filmed(tmp_path / name, [rng.integers(0, 255, (40, 48, 3)).astype(np.uint8) for _ in range(5)])
+    (tmp_path / "bad.mkv").write_bytes(hurt((tmp_path / names[0]).read_bytes()))
+    table = write(tmp_path / "clips.csv", [(name, f"the cat {i}") for i, name in enumerate([*names, "bad.mkv"])])
+    options = [*made["options"], "--data", tmp_path, "--store", tmp_path / "store", "--task", table]
+    refused(invoke("extract", *options, "--for", "probe"), "slot video", "bad.mkv: damaged video")
+    decodes, shown = [], films._shown
+    monkeypatch.setattr(films, "_shown", lambda path, places: (decodes.append(path.name), shown(path, places))[1])
+    done = run("extract", *options, "--for", "probe", "--skip-bad")
+    assert done["skipped"] == 1 and sum(done["rows"].values()) == 10
+    assert {name: decodes.count(name) for name in names} == dict.fromkeys(names, 2)
+    assert not films._open, "no frame waits"
+
+
+def test_a_film_that_became_shorter_is_said(tmp_path: Path) -> None:
+    frames = [np.full((32, 48, 3), 9 * i, np.uint8) for i in range(5)]
+    filmed(tmp_path / "a.mkv", frames)
+    looked = films.film_frames(tmp_path / "a.mkv", Preprocess(), 4)
+    assert [int(np.asarray(f.image()).mean()) for f in looked[::-1]] == [36, 18, 9, 0]
+    filmed(tmp_path / "a.mkv", frames[:2])
+    with pytest.raises(UserError, match=r"a\.mkv: it has fewer frames"):
+        looked[3].image()
 
 
 def test_a_film_that_was_taken_upright_is_turned(tmp_path: Path) -> None:
     frame = np.zeros((32, 64, 3), np.uint8)
     frame[:16, :, 0] = 250  # red above: at the right, once it is turned clockwise
-    filmed(tmp_path / "lying.mp4", [frame] * 3)
+    filmed(tmp_path / "lying.mp4", [frame] * 3, "mpeg4", "yuv420p")
     content = (tmp_path / "lying.mp4").read_bytes()
     place, one = content.index(b"tkhd") + 44, 1 << 16
     matrix = struct.pack(">9i", 0, one, 0, -one, 0, 0, 0, 0, 1 << 30)  # a quarter clockwise, as of a telephone

@@ -14,6 +14,7 @@ import torch
 from pipeline.extract.encoding import encode
 from pipeline.store import Space, StoreError
 from pipeline.store.errors import MissingStates
+from pipeline.store.segments.analysis import rows_of_state
 from tests.store.helpers import key, samples, sealed, space
 
 STATE = "encoder.3"
@@ -81,6 +82,21 @@ def test_slices_are_those_of_numpy_and_read_only_their_blocks(home, monkeypatch)
         np.testing.assert_array_equal(array[index].compute(scheduler="synchronous"), whole[index])
         if index == (7,):
             assert len(read) == 1
+
+
+def test_what_dask_is_given_is_sliced_as_an_array_is(home):
+    """Within a block and across blocks: Dask itself asks for one whole block at a time."""
+    rows = rows_of_state(home, STATE, None, 200, "float32")
+    whole = rows[:]
+    np.testing.assert_array_equal(whole, home.to_dask(STATE).compute())
+    inner = rows.ends[1:-1].tolist()
+    assert len(inner) > 3
+    for low in (0, 1, inner[0] - 1, inner[0], inner[1] + 1):
+        for high in (low + 1, inner[2], inner[2] + 1, len(whole)):
+            np.testing.assert_array_equal(rows[low:high], whole[low:high])
+            np.testing.assert_array_equal(rows[low:high:3, 1], whole[low:high:3, 1])
+    for index in (5, -1, np.s_[-2, 3], np.s_[9:2:-2], np.s_[4:4], np.s_[:, 2:4]):
+        np.testing.assert_array_equal(rows[index], whole[index])
 
 
 def test_some_samples(home):

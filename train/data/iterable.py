@@ -42,6 +42,7 @@ class Stream(IterableDataset[Batch]):
         # present one. In shared memory, since the workers of a loader may live through several epochs.
         self._next = torch.tensor([0, 0, epochs, 0]).share_memory_()
         self._stands = (0, 0, epochs)  # the same of the latest iteration in this process
+        self._own: tuple[int, int, int] | None = None  # of the next one of this worker, which has loaded a state
 
     def __len__(self) -> int:
         return self._epochs * len(self._source)
@@ -60,8 +61,8 @@ class Stream(IterableDataset[Batch]):
                 "a stream on a GPU cannot be read by the workers of a DataLoader: leave device out and move the "
                 "batches with .to(), or use num_workers=0 (batches are made ahead in threads anyway)"
             )
-        epoch, batch, end, _ = self._next.tolist()
-        self._next[3] = worker is not None
+        epoch, batch, end = self._own or self._next[:3].tolist()
+        self._own, self._next[3] = None, worker is not None
         self._stands = (epoch, batch, end)
         return self._batches(epoch, batch, end, (worker.id, worker.num_workers) if worker else (0, 1))
 
@@ -109,8 +110,8 @@ class Stream(IterableDataset[Batch]):
         return {"epoch": epoch, "batch": taken, "end": end, "order": self._order}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Begin the next iteration where `state` stood. UserError for the state of another stream: its samples, batch
-        size, seed, window or blocks differ."""
+        """Begin the next iteration where `state` stood; in a worker of a loader that keeps states, that of the worker.
+        UserError for the state of another stream: its samples, batch size, seed, window or blocks differ."""
         epoch, batch, end = (n if type(n := state.get(name)) is int else -1 for name in ("epoch", "batch", "end"))
         if min(epoch, batch, end) < 0:
             raise UserError("this is not the state of a stream: give what state_dict() returned")
@@ -121,7 +122,10 @@ class Stream(IterableDataset[Batch]):
             )
         if batch >= len(self._source):
             raise UserError(f"the state stands at batch {batch}, an epoch has {len(self._source)}")
-        self._begin(epoch, batch, end if epoch < end else None)
+        if get_worker_info() is None:
+            self._begin(epoch, batch, end if epoch < end else None)
+        else:  # the others may stand a turn before or after this one, and still have batches where it has none left
+            self._own = (epoch, batch, end)
 
     @cached_property
     def _order(self) -> str:
