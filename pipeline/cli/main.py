@@ -87,7 +87,7 @@ def plan(
     """Bytes, seconds, memory and break-even of caching, from a config.json and rates measured on this machine."""
     with imports():
         from pipeline.cost.plan import run_plan
-        from pipeline.jobs.sources import parse_size
+        from pipeline.store.sizes import parse_size
 
     disk, room = (None if size is None else float(parse_size(size)) for size in (budget, memory))
     return run_plan(build_recipe("train", options, recipe_file), disk, room, measure)

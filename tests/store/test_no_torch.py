@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -36,10 +37,9 @@ for words in lines:
 """
 
 
-def run(code: str, *words: object) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", code, *map(json.dumps, words)], capture_output=True, text=True, timeout=120
-    )
+def run(code: str, *words: object, **environment: str) -> None:
+    command = [sys.executable, "-c", code, *map(json.dumps, words)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, **environment})
     assert done.returncode == 0, done.stderr[-2000:]
 
 
@@ -75,6 +75,17 @@ def test_every_store_command(store: str, tmp_path: Path) -> None:
         ["store", "du", "--store", store],
         ["store", "rm", Store.open(store).spaces()[0].id, "--yes", "--store", third],
     )
+
+
+def test_the_size_of_the_cache_is_read_there(tmp_path: Path) -> None:
+    """It bounds the copies of a remote store, which need no Dask."""
+    code = """
+import json, sys
+sys.modules |= dict.fromkeys(json.loads(sys.argv[1]))
+from pipeline.store.files.places import cache_bytes
+assert cache_bytes() == 50 * 10**9
+"""
+    run(code, HEAVY, PIPELINE_CACHE_SIZE="50GB")
 
 
 def test_reading_and_writing_states(store: str) -> None:
