@@ -39,8 +39,18 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
+def _version(context: click.Context, option: click.Parameter, given: bool) -> None:
+    if given and not context.resilient_parsing:
+        from pipeline.store.version import project_version
+
+        click.echo(f"pipeline, version {project_version()}")
+        context.exit()
+
+
 @click.group(epilog=EPILOG, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="activation-pipeline", prog_name="pipeline")
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Show the version and exit."
+)
 @click.pass_context
 def main(context: click.Context) -> None:
     """Extract once on the big GPU, train anywhere.

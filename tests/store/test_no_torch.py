@@ -88,6 +88,19 @@ assert cache_bytes() == 50 * 10**9
     run(code, HEAVY, PIPELINE_CACHE_SIZE="50GB")
 
 
+def test_a_store_is_opened_and_looked_at_in_python(store: str) -> None:
+    code = """
+import json, sys
+store, heavy = map(json.loads, sys.argv[1:])
+sys.modules |= dict.fromkeys(heavy)
+import pipeline
+features = pipeline.open_store(store)
+(space,) = features.spaces()
+assert len(space.stored()) == 3 and [t.task for t in space.tables()] == ["t"] and not features.store.verify()
+"""
+    run(code, store, HEAVY)
+
+
 def test_reading_and_writing_states(store: str) -> None:
     """Not only commands: who reads states with NumPy needs no torch, bfloat16 included."""
     code = """
