@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from pipeline.catalog import BASELINES
-from pipeline.cli.command import command, imports, voice
+from pipeline.cli.command import Commands, command, imports, voice
 from pipeline.cli.generate import generate
 from pipeline.cli.options import build_recipe, split_names, takes, tuners_among
 from pipeline.cli.run_options import DEVICE, IMPORT, MODEL, STORE, TASK
@@ -47,7 +47,12 @@ def _version(context: click.Context, option: click.Parameter, given: bool) -> No
         context.exit()
 
 
-@click.group(epilog=EPILOG, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=Commands,
+    epilog=EPILOG,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.option(
     "--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Show the version and exit."
 )
