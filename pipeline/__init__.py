@@ -16,6 +16,7 @@ Options are the fields of `Recipe`, with the names of the command line.
 from __future__ import annotations
 
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -37,6 +38,12 @@ if TYPE_CHECKING:
     from pipeline.train.tuners.base import Tuner as Tuner
     from pipeline.train.tuners.base import TunerConfig as TunerConfig
     from pipeline.train.tuners.base import register_tuner as register_tuner
+
+if not Path(__file__).with_name("store").is_dir():
+    raise ImportError(
+        f"{__file__}: symbolic links were checked out as text files; clone again with `git clone -c "
+        "core.symlinks=true` (on Windows with Developer Mode on), or install a wheel that was built elsewhere"
+    )
 
 # Imported when first used: the command line starts at once, torch is loaded when something needs it.
 _HOMES = {

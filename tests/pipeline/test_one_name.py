@@ -175,6 +175,25 @@ def test_a_wheel_of_the_source_distribution(tmp_path: Path, mixed: Path) -> None
     assert "sherl" in ran(mixed, str(python.with_name("pipeline")), "tuners")
 
 
+def test_links_that_are_text_files_are_a_line(tmp_path: Path) -> None:
+    """As git checks them out where the system has none: nothing must be installed as if all were well."""
+    links = [".src/pipeline", "pipeline/extract", "pipeline/store", "pipeline/train"]
+    shutil.copytree(ROOT / "pipeline", tmp_path / "pipeline", symlinks=True, ignore=shutil.ignore_patterns("*.pyc"))
+    (tmp_path / ".src").mkdir()
+    for name in links:
+        (tmp_path / name).unlink(missing_ok=True)
+        (tmp_path / name).write_text(str((ROOT / name).readlink()))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    told = "symbolic links were checked out as text files; clone again with `git clone -c core.symlinks=true`"
+    for words in (["-c", "import pipeline"], ["-m", "pipeline", "--version"], ["setup.py", "--version"]):
+        done = subprocess.run(
+            [sys.executable, *words], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)},
+            capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert done.returncode and told in done.stderr.splitlines()[-1], done.stderr
+
+
 @pytest.mark.matrix
 @pytest.mark.parametrize("how", ["wheel", "editable"])
 def test_installed(tmp_path: Path, mixed: Path, how: str) -> None:
