@@ -173,6 +173,8 @@ def _text(found: dict[str, Any]) -> str:
     versions, store, rates = found["versions"], found["store"], found["rates"]
     rows = [("project", f"{versions['activation-pipeline']}, Python {versions['python']}, {versions['system']}")]
     rows.append(("libraries", ", ".join(f"{name} {versions[name] or 'missing'}" for name in LIBRARIES)))
+    if found["missing"]:
+        rows.append(("missing", ", ".join(found["missing"])))
     for device in found["devices"]:
         if device["device"] == "cpu":
             threads = f", {counted(device['threads'], 'thread')}" if device["threads"] else ""
@@ -198,7 +200,7 @@ def _text(found: dict[str, Any]) -> str:
     lines = [pairs_text(rows)]
     absent = [(f"  {e['for']}", e["install"]) for e in found["extras"] if not e["there"]]
     if found["missing"]:
-        absent.insert(0, (f"  all but `pipeline store` ({', '.join(found['missing'])} missing)", INSTALL))
+        absent.insert(0, ("  all but `pipeline store`", INSTALL))
     if absent:
         lines += ["", "not installed:", pairs_text(absent)]
     if found["problems"]:

@@ -117,7 +117,8 @@ doctor.disk_rates = lambda place: (1e8, 2e9, None)
 told = json.loads(CliRunner().invoke(main, ["doctor", "--store", store, "--json"]).stdout)
 assert {"torch", "dask", "psutil"} <= set(told["missing"]) <= set(heavy) and told["store"]["samples"] == 5, told
 text = CliRunner().invoke(main, ["doctor", "--store", store]).stdout
-assert "all but `pipeline store` (PIL, " in text and "pip install activation-pipeline\\n" in text, text
+assert "\\nmissing    PIL, " in text and "  all but `pipeline store`  " in text, text
+assert "pip install activation-pipeline\\n" in text, text
 """
     run(code, store, HEAVY)
 
