@@ -28,6 +28,7 @@ from pipeline.extract.kernels.memory import keep_freed_memory, return_freed_memo
 from pipeline.store import SEGMENT_BYTES, SEGMENT_SECONDS, Encoded, Samples, Segment, SegmentWriter, Space
 from pipeline.store.errors import NonFinite, UserError
 from pipeline.store.progress import Bar
+from pipeline.store.version import project_version
 
 
 class Interrupted(UserError):
@@ -258,7 +259,7 @@ def provenance_of(
         "dataset": dataset,
         "device": {"type": device.type, "name": name},
         "libraries": libraries,
-        "project": version("activation-pipeline"),
+        "project": project_version(),
         # Who extracts is recorded only for those who say so.
         **({"user": user} if (user := os.environ.get("PIPELINE_USER")) else {}),
     }

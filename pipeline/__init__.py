@@ -16,12 +16,12 @@ Options are the fields of `Recipe`, with the names of the command line.
 from __future__ import annotations
 
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     __version__: str
     from pipeline.api import FeatureStore as FeatureStore
-    from pipeline.api import load_run as load_run
     from pipeline.api import open_store as open_store
     from pipeline.extract.backbones.base import Backbone as Backbone
     from pipeline.extract.backbones.registry import register_backbone as register_backbone
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from pipeline.extract.tasks.registry import register_task as register_task
     from pipeline.recipe import Recipe as Recipe
     from pipeline.runs import Run as Run
+    from pipeline.runs import load_run as load_run
     from pipeline.store.errors import UserError as UserError
     from pipeline.store.space import Space as Space
     from pipeline.store.store import Store as Store
@@ -37,6 +38,12 @@ if TYPE_CHECKING:
     from pipeline.train.tuners.base import Tuner as Tuner
     from pipeline.train.tuners.base import TunerConfig as TunerConfig
     from pipeline.train.tuners.base import register_tuner as register_tuner
+
+if not Path(__file__).with_name("store").is_dir():
+    raise ImportError(
+        f"{__file__}: symbolic links were checked out as text files; clone again with `git clone -c "
+        "core.symlinks=true` (on Windows with Developer Mode on), or install a wheel that was built elsewhere"
+    )
 
 # Imported when first used: the command line starts at once, torch is loaded when something needs it.
 _HOMES = {
@@ -51,7 +58,7 @@ _HOMES = {
     "Tuner": "pipeline.train.tuners.base",
     "TunerConfig": "pipeline.train.tuners.base",
     "UserError": "pipeline.store.errors",
-    "load_run": "pipeline.api",
+    "load_run": "pipeline.runs",
     "open_store": "pipeline.api",
     "register_backbone": "pipeline.extract.backbones.registry",
     "register_objective": "pipeline.train.objectives.base",
@@ -64,9 +71,13 @@ __all__ = sorted([*_HOMES, "__version__"])
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        from importlib.metadata import version
+        from pipeline.store.version import project_version
 
-        return version("activation-pipeline")
+        return project_version()
     if name not in _HOMES:
         raise AttributeError(f"module 'pipeline' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

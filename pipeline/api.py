@@ -5,22 +5,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pipeline.checks.unused_options import TABLE_OPTIONS, refuse_for_command, refuse_for_stream, refuse_host_memory
-from pipeline.commands.extract import run_extract
-from pipeline.commands.train import run_train
 from pipeline.extract.tasks.base import Task
-from pipeline.jobs.streams import stream_source
-from pipeline.lookup.recipe import device_of, store_path
+from pipeline.lookup.store_folder import store_place
 from pipeline.option_names import named
 from pipeline.owners import recipe_of
-from pipeline.recipe import Recipe
-from pipeline.runs import Run, load_run
 from pipeline.store import Space, Store
 from pipeline.store.errors import UserError
-from pipeline.train.data.iterable import Stream
 
+if TYPE_CHECKING:
+    from pipeline.runs import Run
+    from pipeline.train.data.iterable import Stream
+
+# What imports torch is imported by those who need it: a store is opened and looked at without.
 Say = Callable[[str], None]
 
 
@@ -31,6 +29,9 @@ def _silent(text: str) -> None:
 def extract(task: str | Task = "", *, say: Say = _silent, **options: Any) -> dict[str, Any]:
     """Run the backbone once over a task's rows and store the states. `task`: a name, a table's path, or a `Task` with
     rows made in Python. Returns what was done (space, rows, samples computed, bytes)."""
+    from pipeline.checks.unused_options import TABLE_OPTIONS, refuse_for_command
+    from pipeline.commands.extract import run_extract
+
     options = named(options, "extract()")
     refuse_for_command("extract", options)
     if isinstance(task, Task) and (vain := [option for option in TABLE_OPTIONS if option in options]):
@@ -42,6 +43,9 @@ def extract(task: str | Task = "", *, say: Say = _silent, **options: Any) -> dic
 
 def train(*, say: Say = _silent, **options: Any) -> dict[str, Any]:
     """Train a tuner from the store. Returns the metrics and the run's folder."""
+    from pipeline.checks.unused_options import refuse_for_command
+    from pipeline.commands.train import run_train
+
     options = named(options, "train()")
     refuse_for_command("train", options)
     return run_train(recipe_of("train", ("train()", options)), say, quiet=say is _silent)
@@ -69,6 +73,11 @@ def stream(
     position (-100 where no word begins); None where rows have none. Raises MissingStates for states that were not
     extracted, UserError for options that are wrong or would do nothing.
     """
+    from pipeline.checks.unused_options import refuse_for_stream, refuse_host_memory
+    from pipeline.jobs.streams import stream_source
+    from pipeline.lookup.recipe import device_of
+    from pipeline.train.data.iterable import Stream
+
     options = named(options, "stream()")
     refuse_for_stream(options)
     recipe = recipe_of("train", ("stream()", {"device": "cpu", **options, "batch_size": batch_size, "seed": seed}))
@@ -97,6 +106,8 @@ class FeatureStore:
 
     def train(self, *, say: Say = _silent, **options: Any) -> Run:
         """Train a tuner from the store. Returns the finished run; `Run.metrics` are its scores."""
+        from pipeline.runs import load_run
+
         return load_run(train(say=say, store=self.store.where, **options)["run"])
 
     def stream(self, **options: Any) -> Stream:
@@ -107,4 +118,4 @@ class FeatureStore:
 def open_store(path: str | Path = "", create: bool = False) -> FeatureStore:
     """The store at `path` (default: $PIPELINE_STORE, else ./activations); with `create` it is made where there is none.
     StoreError when there is none, or something else."""
-    return FeatureStore(Store.open(store_path(Recipe(store=str(path))), create=create))
+    return FeatureStore(Store.open(store_place(str(path)), create=create))

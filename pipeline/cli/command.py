@@ -19,6 +19,7 @@ from typing import Any
 
 import click
 
+from pipeline.installation import full_install
 from pipeline.store import progress
 from pipeline.store.errors import Notice, UserError
 
@@ -113,6 +114,22 @@ def imports() -> Iterator[None]:
             gc.freeze()
         if collecting:
             gc.enable()
+
+
+class Commands(click.Group):
+    """Commands of which one that needs what a small install lacks says so in one line, and with which install it has
+    it; a missing module of anybody else's is that module's error."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ModuleNotFoundError as error:
+            lacking = full_install(error)
+            if lacking is None:
+                raise
+            if _manner.verbose:
+                click.echo(traceback.format_exc().rstrip(), err=True)
+            sys.exit(tell(lacking))
 
 
 def command(function: Callable[..., Any]) -> Callable[..., Any]:

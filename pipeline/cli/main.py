@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from pipeline.catalog import BASELINES
-from pipeline.cli.command import command, imports, voice
+from pipeline.cli.command import Commands, command, imports, voice
 from pipeline.cli.generate import generate
 from pipeline.cli.options import build_recipe, split_names, takes, tuners_among
 from pipeline.cli.run_options import DEVICE, IMPORT, MODEL, STORE, TASK
@@ -39,8 +39,23 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
-@click.group(epilog=EPILOG, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="activation-pipeline", prog_name="pipeline")
+def _version(context: click.Context, option: click.Parameter, given: bool) -> None:
+    if given and not context.resilient_parsing:
+        from pipeline.store.version import project_version
+
+        click.echo(f"pipeline, version {project_version()}")
+        context.exit()
+
+
+@click.group(
+    cls=Commands,
+    epilog=EPILOG,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Show the version and exit."
+)
 @click.pass_context
 def main(context: click.Context) -> None:
     """Extract once on the big GPU, train anywhere.
@@ -87,7 +102,7 @@ def plan(
     """Bytes, seconds, memory and break-even of caching, from a config.json and rates measured on this machine."""
     with imports():
         from pipeline.cost.plan import run_plan
-        from pipeline.jobs.sources import parse_size
+        from pipeline.store.sizes import parse_size
 
     disk, room = (None if size is None else float(parse_size(size)) for size in (budget, memory))
     return run_plan(build_recipe("train", options, recipe_file), disk, room, measure)

@@ -11,16 +11,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pipeline.command_lines import store_command
-from pipeline.cost.rates import DISK_SAMPLE, disk_rates
-from pipeline.lookup.recipe import store_path
-from pipeline.recipe import Recipe
+from pipeline.cost.disk import DISK_SAMPLE, disk_rates
+from pipeline.installation import INSTALL, missing
+from pipeline.lookup.store_folder import store_place
 from pipeline.store import Store
 from pipeline.store.errors import UserError
+from pipeline.store.version import project_version
 from pipeline.terminal import counted, pairs_text, size_text
-from pipeline.train.data.tiers import available_memory
 
 LIBRARIES = (
     "torch",
@@ -56,15 +54,18 @@ SIDE = 1024  # of the matrices whose product is timed
 def run_doctor(where: str) -> tuple[dict[str, Any], str]:
     """The facts and `problems`, a sentence each; and the same as text."""
     problems: list[str] = []
+    absent = missing()
     found: dict[str, Any] = {
         "versions": _versions(),
-        "devices": _devices(),
-        "memory": {"available": available_memory()},
+        "missing": absent,
+        "devices": _devices("torch" not in absent),
+        "memory": {"available": None if "psutil" in absent else _memory()},
         "store": _store(where, problems),
         "rates": {},
         "extras": _extras(),
     }
-    found["rates"] = _rates(Path(found["store"]["place"]), problems)
+    found["rates"] = {} if "torch" in absent else _compute()
+    found["rates"] |= _disk(Path(found["store"]["place"]), problems)
     found["problems"] = problems
     return found, _text(found)
 
@@ -77,12 +78,23 @@ def _version(name: str) -> str | None:
 
 
 def _versions() -> dict[str, Any]:
-    known = {name: _version(name) for name in ("activation-pipeline", *LIBRARIES)}
-    return {**known, "python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
+    known = {name: _version(name) for name in LIBRARIES}
+    here = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
+    return {"activation-pipeline": project_version(), **known, **here}
 
 
-def _devices() -> list[dict[str, Any]]:
+def _memory() -> int:
+    from pipeline.train.data.memory import available_memory
+
+    return available_memory()
+
+
+def _devices(torch_there: bool) -> list[dict[str, Any]]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if not torch_there:
+        return [{"device": "cpu", "cores": cores, "threads": None}]
+    import torch
+
     out: list[dict[str, Any]] = [{"device": "cpu", "cores": cores, "threads": torch.get_num_threads()}]
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
@@ -94,7 +106,7 @@ def _devices() -> list[dict[str, Any]]:
 
 def _store(where: str, problems: list[str]) -> dict[str, Any]:
     """The store that a command without --store would use, or the one at `where`."""
-    place = store_path(Recipe(store=where))
+    place = store_place(where)
     try:
         store = Store.open(place)
         wrong = store.verify()
@@ -116,8 +128,10 @@ def _store(where: str, problems: list[str]) -> dict[str, Any]:
     }
 
 
-def _rates(place: Path, problems: list[str]) -> dict[str, Any]:
-    """Floating-point operations a second of one large product, and bytes a second of the store's disk."""
+def _compute() -> dict[str, Any]:
+    """Floating-point operations a second of one large product."""
+    import torch
+
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     matrix = torch.randn(SIDE, SIDE, device=device)
     best = float("inf")
@@ -125,10 +139,15 @@ def _rates(place: Path, problems: list[str]) -> dict[str, Any]:
         begun = time.perf_counter()
         (matrix @ matrix)[0, 0].item()
         best = min(best, time.perf_counter() - begun)
-    rates: dict[str, Any] = {"device": device.type, "float32 FLOP/s": 2 * SIDE**3 / best}
+    return {"device": device.type, "float32 FLOP/s": 2 * SIDE**3 / best}
+
+
+def _disk(place: Path, problems: list[str]) -> dict[str, Any]:
+    """What is free of the store's disk, and bytes a second."""
     while not place.exists():
         place = place.resolve().parent
-    rates["disk free"] = free = shutil.disk_usage(place).free
+    free = shutil.disk_usage(place).free
+    rates = {"disk free": free}
     if free < 4 * DISK_SAMPLE:
         problems.append(f"the disk of {place} has {size_text(free)} left")
         return rates
@@ -154,14 +173,19 @@ def _text(found: dict[str, Any]) -> str:
     versions, store, rates = found["versions"], found["store"], found["rates"]
     rows = [("project", f"{versions['activation-pipeline']}, Python {versions['python']}, {versions['system']}")]
     rows.append(("libraries", ", ".join(f"{name} {versions[name] or 'missing'}" for name in LIBRARIES)))
+    if found["missing"]:
+        rows.append(("missing", ", ".join(found["missing"])))
     for device in found["devices"]:
         if device["device"] == "cpu":
-            rows.append(("cpu", f"{counted(device['cores'], 'core')}, {counted(device['threads'], 'thread')}"))
+            threads = f", {counted(device['threads'], 'thread')}" if device["threads"] else ""
+            rows.append(("cpu", f"{counted(device['cores'], 'core')}{threads}"))
         else:
             rows.append((device["device"], f"{device['name']}, {size_text(device['free'])} of "
                          f"{size_text(device['memory'])} free"))  # fmt: skip
-    rows.append(("memory", f"{size_text(found['memory']['available'])} available"))
-    rows.append(("compute", f"{rates['float32 FLOP/s'] / 1e9:,.0f} GFLOP/s in float32 on the {rates['device']}"))
+    if free := found["memory"]["available"]:
+        rows.append(("memory", f"{size_text(free)} available"))
+    if "float32 FLOP/s" in rates:
+        rows.append(("compute", f"{rates['float32 FLOP/s'] / 1e9:,.0f} GFLOP/s in float32 on the {rates['device']}"))
     disk = f"{size_text(rates['disk free'])} free"
     for name in ("write", "warm", "cold"):
         if rates.get(f"disk {name} B/s"):
@@ -174,8 +198,11 @@ def _text(found: dict[str, Any]) -> str:
     else:
         rows.append(("store", f"none at {store['place']}; `pipeline extract` makes one"))
     lines = [pairs_text(rows)]
-    if missing := [e for e in found["extras"] if not e["there"]]:
-        lines += ["", "not installed:", pairs_text([(f"  {e['for']}", e["install"]) for e in missing])]
+    absent = [(f"  {e['for']}", e["install"]) for e in found["extras"] if not e["there"]]
+    if found["missing"]:
+        absent.insert(0, ("  all but `pipeline store`", INSTALL))
+    if absent:
+        lines += ["", "not installed:", pairs_text(absent)]
     if found["problems"]:
         lines += ["", "problems:", *(f"  {problem}" for problem in found["problems"])]
     return "\n".join([*lines, "", "no problem found" if not found["problems"] else ""]).rstrip()

@@ -52,7 +52,7 @@ from pipeline.lookup.recipe import device_of, store_path
 from pipeline.recipe import Recipe
 from pipeline.store import FORMATS, SEGMENT_BYTES
 from pipeline.store.errors import UserError
-from pipeline.train.data.tiers import available_memory
+from pipeline.train.data.memory import available_memory
 from pipeline.train.model import Model
 from pipeline.train.tuners import tuner_class, tuner_config, tuner_names
 

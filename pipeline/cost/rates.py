@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -20,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pipeline.cost.disk import disk_rates
 from pipeline.cost.flops import Learned, backbone_operations, fresh_backbone, learned_objective
 from pipeline.cost.remembered import Figures, Remembered
 from pipeline.extract.backbones.base import Backbone
@@ -34,7 +33,6 @@ from pipeline.train.model import Model, late_weights, tail_for
 from pipeline.train.objectives import Objective
 from pipeline.train.tuners import TunerConfig, tuner_class
 
-DISK_SAMPLE = 256 << 20
 RATE_TOKENS = 2048  # positions of a batch that the backbone's rate is measured on, at most
 
 
@@ -285,30 +283,3 @@ def decode_rate(width: int, fmt: str) -> float:
     encoded = encode(torch.randn(rows, width), fmt)
     order = torch.randperm(rows)
     return encoded.nbytes / best(lambda: decode(encoded.take(order), None), torch.device("cpu"), 0.3)
-
-
-def disk_rates(folder: Path) -> tuple[float, float, float | None]:
-    """Bytes a second written with fsync, read from the page cache, and read past it, in `folder`'s file system."""
-    while not folder.exists():
-        folder = folder.resolve().parent
-    data = np.random.default_rng(0).integers(0, 256, DISK_SAMPLE, np.uint8)
-    out = np.empty_like(data)
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=".pipeline-plan-") as file:
-        begun = time.perf_counter()
-        file.write(data.data)
-        file.flush()
-        os.fsync(file.fileno())
-        written = time.perf_counter() - begun
-
-        def read() -> None:
-            file.seek(0)
-            file.readinto(out.data)
-
-        warm = best(read, torch.device("cpu"), 0.3)
-        cold = None
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            begun = time.perf_counter()
-            read()
-            cold = max(time.perf_counter() - begun, warm)
-    return DISK_SAMPLE / written, DISK_SAMPLE / warm, None if cold is None else DISK_SAMPLE / cold

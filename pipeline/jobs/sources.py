@@ -23,7 +23,8 @@ from pipeline.lookup.recipe import Found, Unstored
 from pipeline.lookup.task import picture_root
 from pipeline.recipe import Recipe
 from pipeline.store import Space
-from pipeline.store.errors import MissingStates, StoreError, UserError
+from pipeline.store.errors import MissingStates, StoreError
+from pipeline.store.sizes import parse_size
 from pipeline.train.data.live_source import LiveSource
 from pipeline.train.data.order import Order
 from pipeline.train.data.source import Source
@@ -181,16 +182,3 @@ def live_backbone(job: Job) -> Live:
     refuse_other(checkpoint, identity)
     projection = job.found.backbone.projection
     return load_backbone(checkpoint, identity["precision"], identity["attention"], job.device, projection), checkpoint
-
-
-def parse_size(text: str) -> int:
-    """ "4GB", "500 MB", "0" → bytes (decimal units). UserError otherwise, below zero too."""
-    from dask.utils import parse_bytes  # late: predict and evaluate read no size, and need no Dask
-
-    try:
-        size = int(parse_bytes(text))
-    except ValueError:
-        size = -1
-    if size < 0:
-        raise UserError(f"size {text!r}: expected something like 4GB or 500MB")
-    return size

@@ -16,12 +16,12 @@ from pipeline.jobs.extracted import first_views, limited, views_of
 from pipeline.jobs.job import found_tables
 from pipeline.jobs.joint import by_row, load_joint
 from pipeline.jobs.slots import refuse_slots, slots_of
-from pipeline.jobs.sources import parse_size
 from pipeline.lookup.objective import plain_objective
 from pipeline.lookup.recipe import find_space
 from pipeline.recipe import Recipe
 from pipeline.store import Space, TaskTable
 from pipeline.store.errors import Notice, UserError
+from pipeline.store.sizes import parse_size
 from pipeline.train.data.pairs import PairSource, distinct
 from pipeline.train.data.store_source import StoreSlot, StoreSource, StreamOptions
 from pipeline.train.data.targets import Targets

@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 
 from pipeline.store.errors import UserError
 from pipeline.store.files.local import Files
+from pipeline.store.sizes import parse_size
 
 CACHE_BYTES = 20 * 10**9
 
@@ -43,14 +44,7 @@ def cache_folder() -> Path:
 def cache_bytes() -> int:
     """$PIPELINE_CACHE_SIZE ("50GB"; 0 is off), else 20 GB."""
     text = os.environ.get("PIPELINE_CACHE_SIZE", "")
-    if not text:
-        return CACHE_BYTES
-    from dask.utils import parse_bytes
-
-    try:
-        return int(parse_bytes(text))
-    except ValueError:
-        raise UserError(f"PIPELINE_CACHE_SIZE={text}: expected a size such as 50GB, or 0 for no cache") from None
+    return parse_size(text, "PIPELINE_CACHE_SIZE") if text else CACHE_BYTES
 
 
 @lru_cache(maxsize=64)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
+import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
 import torch
 
+from pipeline import installation
 from pipeline.commands import doctor
 from pipeline.store import Store
 from tests.pipeline.test_errors import run
@@ -64,8 +68,10 @@ def test_what_is_missing_is_named_with_its_command(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_every_extra_is_known():
-    import tomllib
-
+def test_every_extra_and_every_dependency_is_known():
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    wanted = {re.split("[^a-z0-9-]", line)[0] for line in project["dependencies"]}
+    brought = packages_distributions()
+    known = {name: {package.lower() for package in brought[name]} for name in installation.MODULES}
+    assert known.pop("aiohttp") and {p.replace("_", "-") for ps in known.values() for p in ps} == wanted
     assert doctor.EXTRAS.keys() == project["optional-dependencies"].keys() - {"test"}

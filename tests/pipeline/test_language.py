@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -14,8 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pipeline.cli.main import main
 from pipeline.commands.extract import run_extract
 from pipeline.commands.train import run_train
+from pipeline.jobs.sources import store_source
 from pipeline.recipe import Recipe
+from pipeline.runs import load_run
 from pipeline.store import Store, TaskTable
+from pipeline.train.evaluate import predict
 from tests import decoders, tiny
 from tests.extract.test_completion import CHAT, PLAIN
 from tests.pipeline.test_parity import losses, silent, worst_of
@@ -80,8 +84,10 @@ def test_the_whole_way(llama, texts, tmp_path):
         .stdout
     )
     assert shown.rstrip("\n") == told["text"].rstrip("\n")  # as it was written, piece by piece
-    found = run("predict", tmp_path / "R", "--input", write(tmp_path / "new.jsonl", [{"text": "the cat sleeps"}]))
-    assert found["predictions"][0]["tokens"] >= 4 and found["predictions"][0]["loss"] > 0
+    rows = [{"text": text} for (text,) in load_run(tmp_path / "R").job.tables["test"].texts]
+    found = run("predict", tmp_path / "R", "--input", write(tmp_path / "new.jsonl", rows))["predictions"]
+    mean = np.average([f["loss"] for f in found], weights=[f["tokens"] for f in found])
+    assert mean == pytest.approx(metrics["test"]["loss"], rel=1e-3)
 
 
 def test_writing_stops_where_it_is_told_and_reads_files(llama, texts, tmp_path):
@@ -123,10 +129,14 @@ def test_conversations_train_on_the_assistants_tokens(tmp_path):
     assert len(set(table.keys)) == 2  # states of a text are stored once
     metrics = run("train", "--model", folder, "--task", chats, "--store", store, "--tuner", "probe", "--epochs", 2,
                   "--out", tmp_path / "R")  # fmt: skip
-    assert metrics["validation"]["loss"] > 0
     assert run("generate", tmp_path / "R", "--prompt", "a bird?", "--max-new-tokens", 3)["rows"] == 1
     told = run("predict", tmp_path / "R", "--input", chats)["predictions"]
     assert {t["tokens"] for t in told} == {sum(b - a for a, b in m["learn"]) for m in table.metas}
+    each = {t["tokens"]: t["loss"] for t in told}  # of the two conversations; stored rows repeat them
+    held = next(space.read_table(t) for t in space.tables() if t.split == "validation")
+    counts = [sum(b - a for a, b in m["learn"]) for m in held.metas]
+    mean = np.average([each[n] for n in counts], weights=counts)
+    assert metrics["validation"]["loss"] == pytest.approx(mean, rel=1e-3)
     wrong = write(tmp_path / "wrong.jsonl", [{"messages": "hello"}])
     assert "is no list of messages" in refused("predict", tmp_path / "R", "--input", wrong)
     file = folder / "chat_template.jinja"  # other prompts than the run has learned from
@@ -277,5 +287,12 @@ def test_a_class_can_be_read_off_the_last_token(llama, tmp_path, table):
     common = ("--model", folder, "--task", table, "--text", "first", "--label", "label", "--store", tmp_path / "S")
     run("extract", *common, "--for", "probe")
     found = run("train", *common, "--tuner", "probe", "--pooling", "last", "--epochs", 1, "--out", tmp_path / "R")
-    assert 0 <= found["test"]["accuracy"] <= 1
+    loaded = load_run(tmp_path / "R")
+    rows = loaded.job.tables["test"]
+    new = write(tmp_path / "new.jsonl", [{"first": text} for (text,) in rows.texts])
+    told = run("predict", tmp_path / "R", "--input", new)["predictions"]
+    stored = predict(loaded.model, store_source(loaded.job, "test", 16))
+    assert [t["probability"] for t in told] == pytest.approx([s["probability"] for s in stored], abs=1e-3)
+    right = [entry["label"] == loaded.job.spec.labels[label] for entry, label in zip(told, rows.labels, strict=True)]
+    assert found["test"]["accuracy"] == pytest.approx(np.mean(right))
     assert "this one's is classification" in refused("generate", tmp_path / "R", "--prompt", "a")

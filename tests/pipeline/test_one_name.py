@@ -121,17 +121,86 @@ def test_nothing_imports_the_folders_by_their_own_names() -> None:
     assert not wrong
 
 
+# What needs no torch, in the process itself and in a Dask worker.
+WORKED = """
+import sys
+from distributed import Client, LocalCluster
+def place():
+    import pipeline.store.store
+    return pipeline.store.store.__file__
+if __name__ == "__main__":
+    exec(open("light.py").read())
+    with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster, Client(cluster) as client:
+        print(client.submit(place).result())
+"""
+
+
+def environment_beside(folder: Path) -> tuple[Path, Path]:
+    """A fresh environment that sees the packages of this one: its Python, and where it keeps its own."""
+    venv.create(folder, with_pip=False)
+    (site,) = folder.glob("lib/python*/site-packages")
+    (site / "others.pth").write_text("\n".join(p for p in sys.path if p.endswith("site-packages")))
+    return folder / "bin" / "python", site
+
+
+def test_a_wheel_of_the_source_distribution(tmp_path: Path, mixed: Path) -> None:
+    """Built by the setuptools that is here, without network; a Dask worker finds it as the process does."""
+    pytest.importorskip("distributed")
+    pytest.importorskip("pip", reason="pip is not there: no wheel built")
+    pytest.importorskip("setuptools", "77", reason="setuptools 77 is not there: no wheel built")
+    source, dist = tmp_path / "source", tmp_path / "dist"
+    left_out = shutil.ignore_patterns(".git", "__pycache__", ".*_cache", "tests", "docs", "configs", "*.egg-info")
+    shutil.copytree(ROOT, source, symlinks=True, ignore=left_out)
+    dist.mkdir()
+    build = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
+    ran(source, sys.executable, "-c", build, str(dist))
+    (archive,) = dist.iterdir()
+    pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]
+    offline = ["--no-deps", "--no-index"]
+    ran(dist, *pip, "wheel", *offline, "--no-build-isolation", str(archive))
+    (wheel,) = dist.glob("*.whl")
+    python, site = environment_beside(tmp_path / "env")
+    ran(dist, *pip, "--python", str(python), "install", *offline, "--force-reinstall", str(wheel))
+
+    def files(top: Path) -> set[Path]:
+        """Those below `top`, through links."""
+        walked = os.walk(top, followlinks=True)
+        return {Path(folder, n).relative_to(top) for folder, _, names in walked for n in names if n[-4:] != ".pyc"}
+
+    assert files(site / "pipeline") == files(source / "pipeline")
+    (mixed / "light.py").write_text(LIGHT)
+    (mixed / "use.py").write_text(WORKED)
+    home = site / "pipeline"
+    assert ran(mixed, str(python), "use.py", str(home)) == f"fine\n{home / 'store' / 'store.py'}\n"
+    assert "sherl" in ran(mixed, str(python.with_name("pipeline")), "tuners")
+
+
+def test_links_that_are_text_files_are_a_line(tmp_path: Path) -> None:
+    """As git checks them out where the system has none: nothing must be installed as if all were well."""
+    links = [".src/pipeline", "pipeline/extract", "pipeline/store", "pipeline/train"]
+    shutil.copytree(ROOT / "pipeline", tmp_path / "pipeline", symlinks=True, ignore=shutil.ignore_patterns("*.pyc"))
+    (tmp_path / ".src").mkdir()
+    for name in links:
+        (tmp_path / name).unlink(missing_ok=True)
+        (tmp_path / name).write_text(str((ROOT / name).readlink()))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    told = "symbolic links were checked out as text files; clone again with `git clone -c core.symlinks=true`"
+    for words in (["-c", "import pipeline"], ["-m", "pipeline", "--version"], ["setup.py", "--version"]):
+        done = subprocess.run(
+            [sys.executable, *words], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)},
+            capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert done.returncode and told in done.stderr.splitlines()[-1], done.stderr
+
+
 @pytest.mark.matrix
 @pytest.mark.parametrize("how", ["wheel", "editable"])
 def test_installed(tmp_path: Path, mixed: Path, how: str) -> None:
     """Built and installed into an environment of its own, beside the packages of this one."""
     source = tmp_path / "source"
     shutil.copytree(ROOT, source, symlinks=True, ignore=shutil.ignore_patterns(".git", "__pycache__", ".*_cache"))
-    venv.create(tmp_path / "env", with_pip=False)
-    python = tmp_path / "env" / "bin" / "python"
-    (site,) = (tmp_path / "env" / "lib").glob("python*/site-packages")
-    others = [p for p in sys.path if p.endswith("site-packages")]
-    (site / "others.pth").write_text("\n".join(others))
+    python, site = environment_beside(tmp_path / "env")
     target = [str(source)] if how == "wheel" else ["-e", str(source)]
     pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "--no-deps", "--force-reinstall"]
     ran(tmp_path, *pip, *target)

@@ -159,7 +159,7 @@ def test_plan_prints_what_it_planned(options, more, no_measuring):
 
 
 def planning_size(text: str) -> float:
-    from pipeline.jobs.sources import parse_size
+    from pipeline.store.sizes import parse_size
 
     return float(parse_size(text))
 

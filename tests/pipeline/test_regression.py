@@ -7,7 +7,10 @@ import json
 import numpy as np
 import pytest
 
+from pipeline.jobs.sources import store_source
+from pipeline.runs import load_run
 from pipeline.store import Store
+from pipeline.train.evaluate import predict
 from tests import tiny
 from tests.pipeline.test_errors import refused, run
 
@@ -28,10 +31,14 @@ def test_a_table_of_numbers(checkpoints, numbers, tmp_path, backbone):
     result = run("train", *options, *train, "--json")
     assert result.exit_code == 0, result.output
     assert {"pearson", "spearman", "average"} == set(json.loads(result.stdout)["test"])
-    (tmp_path / "new.jsonl").write_text('{"words": "the cat"}\n{"words": "a dog"}\n')
+    loaded = load_run(tmp_path / "run")
+    texts = [{"words": text} for (text,) in loaded.job.tables["test"].texts]
+    (tmp_path / "new.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
     found = run("predict", tmp_path / "run", "--input", tmp_path / "new.jsonl", "--json")
     assert found.exit_code == 0, found.output
-    assert all(np.isfinite(p["label"]) for p in json.loads(found.stdout)["predictions"])
+    stored = predict(loaded.model, store_source(loaded.job, "test", 16))
+    told = json.loads(found.stdout)["predictions"]
+    assert [p["label"] for p in told] == pytest.approx([p["label"] for p in stored], abs=1e-2)
 
 
 def test_stsb_on_t5_scores_the_whole_grid(checkpoints, shared_data, tmp_path):
@@ -92,4 +99,11 @@ def test_real_glue_folders_run_on_a_real_encoder(shared_data, tmp_path):
     assert run("extract", *options, "--data", shared_data / "glue", "--limit", 48, "--for", "probe,lst").exit_code == 0
     result = run("train", *options, "--tuner", "lst", "--epochs", 1, "--out", tmp_path / "run", "--json")
     assert result.exit_code == 0, result.output
-    assert 0 <= json.loads(result.stdout)["test"]["accuracy"] <= 1
+    job = load_run(tmp_path / "run").job
+    table = job.tables["test"]
+    rows = [dict(zip(job.spec.fields, texts, strict=True)) for texts in table.texts]
+    (tmp_path / "new.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = run("predict", tmp_path / "run", "--input", tmp_path / "new.jsonl", "--json")
+    told = json.loads(found.stdout)["predictions"]
+    right = [entry["label"] == job.spec.labels[label] for entry, label in zip(told, table.labels, strict=True)]
+    assert json.loads(result.stdout)["test"]["accuracy"] == pytest.approx(np.mean(right), abs=1.5 / len(right))

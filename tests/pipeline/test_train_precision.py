@@ -23,10 +23,16 @@ def test_a_table_of_numbers_trains_in_bfloat16(checkpoints, tmp_path, tuner):
               "--store", tmp_path / "store"]  # fmt: skip
     assert run("extract", *common, "--for", tuner).exit_code == 0
     small = [] if tuner == "probe" else ["--reduction", 4]
-    options = ["--tuner", tuner, *small, "--epochs", 1, "--batch-size", 8, "--out", tmp_path / "run"]
-    result = run("train", *common, *options, "--train-precision", "bfloat16", "--json")
-    assert result.exit_code == 0, result.output
-    assert np.isfinite(json.loads(result.stdout)["test"]["pearson"])
+    options = ["--tuner", tuner, *small, "--epochs", 1, "--batch-size", 8]
+    losses = {}
+    for precision in ("bfloat16", "float32"):
+        how = ["--train-precision", precision, "--out", tmp_path / precision]
+        result = run("train", *common, *options, *how)
+        assert result.exit_code == 0, result.output
+        log = map(json.loads, (tmp_path / precision / "log.jsonl").read_text().splitlines())
+        losses[precision] = [line["loss"] for line in log if "loss" in line]
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.05)
+    assert losses["bfloat16"] != losses["float32"]
 
 
 def test_values_are_not_rounded_to_the_precision_of_the_products():

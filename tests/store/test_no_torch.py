@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -23,23 +24,30 @@ import json, sys
 from click.testing import CliRunner
 from pipeline.cli.main import main
 heavy, *lines = map(json.loads, sys.argv[1:])
-
-class Missing:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in heavy:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-sys.meta_path.insert(0, Missing())
+sys.modules |= dict.fromkeys(heavy)
 for words in lines:
     done = CliRunner().invoke(main, words)
     assert done.exit_code == 0, f"{words}: {done.output} {done.exception!r}"
 """
 
+# The same, of command lines that need what is missing.
+REFUSED = """
+import json, sys
+from click.testing import CliRunner
+from pipeline.cli.main import main
+heavy, *lines = map(json.loads, sys.argv[1:])
+sys.modules |= dict.fromkeys(heavy)
+line = "error: this command needs the full install, {} is missing here: pip install activation-pipeline\\n"
+for words in lines:
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 2 and done.stderr in {line.format(name) for name in heavy}, f"{words}: {done.output}"
+    assert not done.stdout
+"""
 
-def run(code: str, *words: object) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", code, *map(json.dumps, words)], capture_output=True, text=True, timeout=120
-    )
+
+def run(code: str, *words: object, **environment: str) -> None:
+    command = [sys.executable, "-c", code, *map(json.dumps, words)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, **environment})
     assert done.returncode == 0, done.stderr[-2000:]
 
 
@@ -73,8 +81,89 @@ def test_every_store_command(store: str, tmp_path: Path) -> None:
         ["store", "gc", "--older-than", "0s", "--store", store],
         ["store", "repair", "--dry-run", "--store", store],
         ["store", "du", "--store", store],
+        *([name] for name in ("models", "tasks", "tuners", "--version")),
         ["store", "rm", Store.open(store).spaces()[0].id, "--yes", "--store", third],
     )
+
+
+def test_what_needs_more_says_so_in_a_line(store: str, tmp_path: Path) -> None:
+    task = ["--task", "rte", "--store", store]
+    run(
+        REFUSED,
+        HEAVY,
+        ["extract", "--model", "minilm", *task],
+        ["train", "--tuner", "lst", *task],
+        ["train", "--tuner", "somebody's", *task],
+        *([name, *task] for name in ("plan", "bench", "compare")),
+        ["sweep", "--tuner", "lst", "--out", str(tmp_path / "sweep"), *task],
+        *([name, "runs/none"] for name in ("evaluate", "report")),
+        ["predict", "runs/none", "--input", "rows.csv"],
+        ["generate", "runs/none", "--prompt", "Once"],
+        ["search", "runs/none", "--query", "a dog"],
+        ["store", "verify", "--recompute", "2", "--store", store],
+        ["demo", "--out", str(tmp_path / "demo")],
+    )
+
+
+def test_doctor_works_there_and_says_what_is_missing(store: str) -> None:
+    code = """
+import json, sys
+from click.testing import CliRunner
+from pipeline.cli.main import main
+store, heavy = map(json.loads, sys.argv[1:])
+sys.modules |= dict.fromkeys(heavy)
+from pipeline.commands import doctor
+doctor.disk_rates = lambda place: (1e8, 2e9, None)
+told = json.loads(CliRunner().invoke(main, ["doctor", "--store", store, "--json"]).stdout)
+assert {"torch", "dask", "psutil"} <= set(told["missing"]) <= set(heavy) and told["store"]["samples"] == 5, told
+text = CliRunner().invoke(main, ["doctor", "--store", store]).stdout
+assert "\\nmissing    PIL, " in text and "  all but `pipeline store`  " in text, text
+assert "pip install activation-pipeline\\n" in text, text
+"""
+    run(code, store, HEAVY)
+
+
+def test_a_module_of_somebody_else_is_not_ours() -> None:
+    code = """
+import click, pytest
+from pipeline.cli.command import Commands
+
+@click.group(cls=Commands)
+def main(): pass
+
+@main.command()
+@click.argument("name")
+def load(name): __import__(name)
+
+for name in ("nobody_has_this", "torch.nobody_has_this"):
+    with pytest.raises(ModuleNotFoundError, match=name):
+        main(["load", name], standalone_mode=False)
+"""
+    run(code)
+
+
+def test_the_size_of_the_cache_is_read_there(tmp_path: Path) -> None:
+    """It bounds the copies of a remote store, which need no Dask."""
+    code = """
+import json, sys
+sys.modules |= dict.fromkeys(json.loads(sys.argv[1]))
+from pipeline.store.files.places import cache_bytes
+assert cache_bytes() == 50 * 10**9
+"""
+    run(code, HEAVY, PIPELINE_CACHE_SIZE="50GB")
+
+
+def test_a_store_is_opened_and_looked_at_in_python(store: str) -> None:
+    code = """
+import json, sys
+store, heavy = map(json.loads, sys.argv[1:])
+sys.modules |= dict.fromkeys(heavy)
+import pipeline
+features = pipeline.open_store(store)
+(space,) = features.spaces()
+assert len(space.stored()) == 3 and [t.task for t in space.tables()] == ["t"] and not features.store.verify()
+"""
+    run(code, store, HEAVY)
 
 
 def test_reading_and_writing_states(store: str) -> None:

@@ -160,7 +160,9 @@ def test_compare_sets_baselines_beside_tuners_on_masks(checkpoints, tmp_path):
                "--head", "linear", "--out", tmp_path / "compare")  # fmt: skip
     rows = {row["method"]: row for row in made["rows"]}
     assert rows.keys() == {"fixed", "e3va", "norm-tuning", "adapter"}
-    assert all(0 <= row["metric"] <= 1 and row["figure"] == "miou" for row in rows.values())
+    for name, row in rows.items():
+        kept = json.loads((tmp_path / "compare" / f"{name}-s0" / "metrics.json").read_text())
+        assert (row["metric"], row["figure"]) == (kept["test"]["miou"], "miou")
     head = rows["fixed"]["trainable"]
     width = sum(8 * 2**i for i in range(4))
     assert head == width * 4 + 4

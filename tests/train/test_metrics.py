@@ -55,11 +55,11 @@ def test_invalid_answers_count_as_wrong() -> None:
     assert got["pearson"] == pytest.approx(stats.pearsonr([1, 2, 3], [1, -1, 3])[0])
 
 
-@pytest.mark.parametrize("guess", [[1, 1, 1, 1], [0, 0, 0, 0], [None] * 4])
-def test_constant_predictions_are_defined(guess: list[int | None]) -> None:
+@pytest.mark.parametrize(("guess", "f1"), [([1] * 4, 2 / 3), ([0] * 4, 0.0), ([None] * 4, 0.0)])
+def test_constant_predictions_are_defined(guess: list[int | None], f1: float) -> None:
     got = score(("matthews", "pearson", "spearman"), guess, [1, 0, 0, 1])
     assert set(got.values()) == {0.0}
-    assert 0 <= score(("f1",), guess, [1, 0, 0, 1])["f1"] < 1
+    assert score(("f1",), guess, [1, 0, 0, 1])["f1"] == pytest.approx(f1)
 
 
 def test_constant_labels_and_single_rows_are_defined() -> None:
