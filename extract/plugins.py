@@ -19,12 +19,14 @@ from pipeline.store.errors import Notice, UserError
 from pipeline.store.format.digest import digest_bytes
 
 GROUP = "pipeline.plugins"
+_imported: list[str] = []  # what was asked for, whether it could be imported or not
 
 
 def import_modules(names: Iterable[str]) -> None:
     """Import each of `names`, once: a module, a .py file, or the folder of a package. UserError where one cannot be."""
     for name in names:
         path = Path(name).expanduser()
+        _imported.append(name)
         try:
             if path.suffix == ".py" or (path / "__init__.py").is_file():
                 _import_file(path.resolve())
@@ -34,6 +36,11 @@ def import_modules(names: Iterable[str]) -> None:
             raise
         except Exception as error:
             raise UserError(f"--import {name}: {_said(error)}") from error
+
+
+def imported() -> bool:
+    """Whether code of others was run in this process."""
+    return bool(_imported)
 
 
 def lasting(names: Iterable[str]) -> tuple[str, ...]:
@@ -81,6 +88,7 @@ def load_installed() -> None:
     """Import the modules of all installed plug-ins, once in a process. One that cannot be imported is a Notice: those
     who do not need it are not stopped."""
     for point in entry_points(group=GROUP):
+        _imported.append(point.name)
         try:
             point.load()
         except Exception as error:

@@ -11,21 +11,24 @@ def run() -> None:
     """Runs the command line and ends the process with its status.
 
     Once all is done that an interpreter does in order (threads joined, exit functions run, output flushed), the process
-    ends at once: taking apart module by module what torch and transformers made takes a quarter of a second.
+    ends at once: taking apart module by module what torch and transformers made takes a quarter of a second. Not where
+    others have a part in it: modules of the user's, which may leave a file open, or exit functions of before.
     """
     here, status = os.getpid(), None
 
     def leave() -> None:
-        if status is None or os.getpid() != here:
+        plugins = sys.modules.get("pipeline.extract.plugins")
+        if status is None or os.getpid() != here or (plugins is not None and plugins.imported()):
             return
         try:
-            sys.stdout.flush()
-            sys.stderr.flush()
+            for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed by who started us
+                stream.flush()
         except (OSError, ValueError):
             return  # the interpreter tries again, and says so
         os._exit(status)
 
-    atexit.register(leave)  # before anything else is imported: what is registered first is run last
+    if not atexit._ncallbacks():
+        atexit.register(leave)  # before anything else is imported: what is registered first is run last
     from pipeline.cli.main import main
 
     try:

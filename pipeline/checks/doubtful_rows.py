@@ -34,6 +34,8 @@ def doubts(tables: Mapping[str, TaskTable], images: bool = False) -> list[str]:
     """A sentence for each oddity in the rows of `tables` (split → table). `images`: compare them by what they show, the
     sample key, rather than by the names of their files."""
     tables = {name: tables[name] for name in SPLITS if name in tables}
+    if not tables:
+        return []
     rows = dict(zip(tables, _numbered([_contents(table, images) for table in tables.values()]), strict=True))
     found = [] if images else [_blank(name, table) for name, table in tables.items()]
     found += _labels(tables)

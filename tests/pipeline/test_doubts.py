@@ -131,6 +131,11 @@ WORDS = st.sampled_from(["a film", "a film ", "  ", "", "a\\film", "one", "two",
 SPLITS = st.lists(st.tuples(WORDS, WORDS, st.sampled_from([0, 1, None])), max_size=8)
 
 
+def test_rows_of_another_split_alone_give_no_word():
+    header = {"task": "t", "split": "pool", "spec": TaskSpec("t", "none", (), (), ("a",), "{0}").to_dict()}
+    assert doubts({"pool": TaskTable(header, ["0" * 32], [None], [["  "]])}) == []
+
+
 @settings(deadline=None)
 @given(st.tuples(SPLITS, SPLITS, SPLITS), st.booleans(), st.sampled_from(["class", "number", "classes", "none"]))
 def test_columns_of_texts_and_of_keys_are_doubted_as_lists_are(splits, images, target):

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import gc
 import json
+import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -122,24 +124,25 @@ def test_what_a_command_imports_is_not_collected_again(monkeypatch: pytest.Monke
 
 
 ENDING = """
-import atexit, os, sys, weakref
+import atexit, sys, types, weakref
 from pipeline.__main__ import run
 
 class Held:
     def __del__(self):
         print("taken apart", flush=True)
 
-held = Held()
-keep = Held()
+held, keep = Held(), Held()
 sys.argv = ["pipeline", *sys.argv[1:]]
-from pipeline.cli import main
 
-def prepare():
+def main():
     weakref.finalize(keep, print, "finalized")
     atexit.register(print, "at exit")
     sys.stdout.write("unflushed\\n")
+    del sys.modules["pipeline.cli.main"]
+    from pipeline.cli.main import main
+    main()
 
-main._quiet_libraries = prepare
+sys.modules["pipeline.cli.main"] = types.SimpleNamespace(main=main)
 run()
 """
 
@@ -151,6 +154,26 @@ def test_a_process_ends_in_order_and_at_once(words: list[str]) -> None:
     assert done.returncode == (0 if words[0] == "tuners" else 2)
     lines = done.stdout.splitlines()
     assert {"unflushed", "finalized", "at exit"} <= {*lines} and "taken apart" not in lines
+
+
+def test_code_of_others_is_taken_apart_in_order(tmp_path: Path) -> None:
+    """A file that a module of the user's leaves open is written, exit functions of before are run."""
+    (tmp_path / "plug.py").write_text("log = open('plug.log', 'w')\nlog.write('hello')\n")
+    (tmp_path / "sitecustomize.py").write_text("import atexit\natexit.register(print, 'from before')\n")
+    words = [sys.executable, "-m", "pipeline"]
+    done = subprocess.run(
+        [*words, "train", "--import", "plug.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2 and (tmp_path / "plug.log").read_text() == "hello", done.stderr
+    before = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([*words, "tuners"], env=before, capture_output=True, text=True, timeout=120)
+    assert done.stdout.endswith("from before\n")
+
+
+def test_a_closed_output_is_no_error() -> None:
+    line = f"{shlex.quote(sys.executable)} -m pipeline tuners >&-"
+    done = subprocess.run(["sh", "-c", line], stderr=subprocess.PIPE, text=True, timeout=120)
+    assert done.returncode == 0 and done.stderr == ""
 
 
 def test_a_result_that_cannot_be_written_is_one_line() -> None:
