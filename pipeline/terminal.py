@@ -175,9 +175,9 @@ def write_entries(path: Path, entries: Sequence[Mapping[str, Any]]) -> None:
             writer.writerow(
                 {k: v if isinstance(v, plain) else json.dumps(v, ensure_ascii=False) for k, v in entry.items()}
             )
-    part = path.with_name(path.name + ".part")
+    from pipeline.train.fit.log import write_bytes  # late: lists wait for no torch
+
     try:
-        part.write_text(text.getvalue(), encoding="utf-8")
-        part.replace(path)
+        write_bytes(path, text.getvalue().encode())
     except OSError as error:
         raise UserError(f"--output {path}: cannot be written: {error.strerror or error}") from None
