@@ -244,7 +244,7 @@ def figures(python: Path, folder: Path, bucket: bool, options: Any) -> list[Figu
     known: dict[str, Figures] = json.loads(kept.read_text()) if python == options.before and kept.exists() else {}
     steps = options.steps.split(",")
     if not known.keys() >= set(steps):
-        cache = folder.with_name("cache")
+        cache = folder.with_name(f"{folder.name}-cache")
         shutil.rmtree(cache, ignore_errors=True)
         with served(folder) if bucket else plain(folder) as (place, environment):
             for step in steps:
