@@ -22,7 +22,7 @@ from pipeline.store.format.names import temporary_name
 
 S = TypeVar("S")
 T = TypeVar("T")
-WAITED, TRIED = 5e-4, 64  # seconds of waiting for each of so many, from which on more are asked side by side
+WAITED, TRIED = 5e-4, 64  # seconds that half of so many are waited for, from which on more are asked side by side
 _PIECE = 512 << 10  # read and digested at a time: the digest finds it in the processor's cache
 
 
@@ -97,10 +97,12 @@ class Files:
         found: list[T] = []
         waited = 0.0 if self.local else 1.0
         while len(found) < len(of) and waited < WAITED:
-            some = of[len(found) : len(found) + TRIED]
-            begun = time.perf_counter() - time.thread_time()
-            found += [ask(one) for one in some]
-            waited = (time.perf_counter() - time.thread_time() - begun) / len(some)
+            waits = []
+            for one in of[len(found) : len(found) + TRIED]:
+                begun = time.perf_counter() - time.thread_time()
+                found.append(ask(one))
+                waits.append(time.perf_counter() - time.thread_time() - begun)
+            waited = sorted(waits)[len(waits) // 2]  # a busy machine lets a few of them wait for long
         if len(found) < len(of):
             with ThreadPoolExecutor(self.at_once) as pool:
                 found += pool.map(ask, of[len(found) :])
