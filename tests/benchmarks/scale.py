@@ -145,7 +145,7 @@ def measure(place: str, step: str, gigabytes: float) -> Figures:
         wall, cpu = time.perf_counter(), time.process_time()
         made = run()
     except MemoryError:
-        return {"over": f"over {gigabytes:.0f} GB"}
+        return {"over": f"over {gigabytes:g} GB"}
     out: Figures = {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall}
     if step == "index" and hasattr(made, "nbytes"):
         out["bytes"] = round(made.nbytes / len(made), 1)
@@ -253,7 +253,7 @@ def figures(python: Path, folder: Path, bucket: bool, options: Any) -> list[Figu
                 try:
                     known[step] = json.loads(child(python, words, environment, options.limit))
                 except subprocess.TimeoutExpired:
-                    known[step] = {"over": f"over {options.limit:.0f} s"}
+                    known[step] = {"over": f"over {options.limit:g} s"}
                 except subprocess.CalledProcessError as error:
                     known[step] = {"over": f"ended with {error.returncode}"}
                 if python == options.before:
