@@ -244,12 +244,14 @@ def figures(python: Path, folder: Path, bucket: bool, options: Any) -> list[Figu
     known: dict[str, Figures] = json.loads(kept.read_text()) if python == options.before and kept.exists() else {}
     steps = options.steps.split(",")
     if not known.keys() >= set(steps):
-        cache = folder.with_name(f"{folder.name}-cache")
-        shutil.rmtree(cache, ignore_errors=True)
-        with served(folder) if bucket else plain(folder) as (place, environment):
+        # Far from the stores: where tens of thousands of files lie near, a file system takes longer to make another.
+        with (
+            tempfile.TemporaryDirectory() as cache,
+            served(folder) if bucket else plain(folder) as (place, environment),
+        ):
             for step in steps:
                 words = ["--step", step, "--place", place, "--memory", str(options.memory)]
-                environment["PIPELINE_CACHE"] = str(cache)
+                environment["PIPELINE_CACHE"] = cache
                 try:
                     known[step] = json.loads(child(python, words, environment, options.limit))
                 except subprocess.TimeoutExpired:
@@ -258,7 +260,6 @@ def figures(python: Path, folder: Path, bucket: bool, options: Any) -> list[Figu
                     known[step] = {"over": f"ended with {error.returncode}"}
                 if python == options.before:
                     kept.write_text(json.dumps(known))
-        shutil.rmtree(cache, ignore_errors=True)
     return [known[step] for step in steps]
 
 
