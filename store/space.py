@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -128,9 +127,7 @@ class Space:
         opened = {}
         names = self._segment_names()
         fresh = [name for name in names if name not in self._opened]
-        with ThreadPoolExecutor(self.files.at_once) as pool:
-            found = list(pool.map(self._open, fresh))
-        new = dict(zip(fresh, found, strict=True))
+        new = dict(zip(fresh, self.files.each(self._open, fresh), strict=True))
         for name in names:
             segment = self._opened.get(name) or new[name]
             if segment is not None:
@@ -239,9 +236,8 @@ class Space:
         names = self._segment_names()
         if not deep:
             listed = self.files.listed(f"{space_path(self.id)}/segments")
-            with ThreadPoolExecutor(self.files.at_once) as pool:
-                doubtful = names if listed is None else self._doubtful(names, listed, pool)
-                return [problem for some in pool.map(self._verify_segment, doubtful) for problem in some]
+            doubtful = names if listed is None else self._doubtful(names, listed)
+            return [problem for some in self.files.each(self._verify_segment, doubtful) for problem in some]
         found = [problem for name in names for problem in self._verify_segment(name, deep)]
         for name in self.superseded():
             try:
@@ -252,7 +248,7 @@ class Space:
         tables = [*named.damaged, *missing_tables(self.files, self._tasks, named)]
         return found + [Problem("", path, what) for path, what in tables] + unfound(self, named)
 
-    def _doubtful(self, names: Sequence[str], listed: Mapping[str, int], pool: Executor) -> list[str]:
+    def _doubtful(self, names: Sequence[str], listed: Mapping[str, int]) -> list[str]:
         """The segments `names` but those that are sealed and whole by what is `listed`."""
 
         def whole(name: str) -> bool:
@@ -264,7 +260,7 @@ class Space:
             return all(listed.get(f"{name}/{n}") == size for n, size in files.items())
 
         sealed = [name for name in names if f"{name}/manifest.json" in listed]
-        good = {name for name, fine in zip(sealed, pool.map(whole, sealed), strict=True) if fine}
+        good = {name for name, fine in zip(sealed, self.files.each(whole, sealed), strict=True) if fine}
         return [name for name in names if name not in good]
 
     def _verify_segment(self, name: str, deep: bool = False) -> list[Problem]:

@@ -9,15 +9,20 @@ import errno
 import os
 import shutil
 import stat
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pipeline.store.errors import StoreError, TooLarge
 from pipeline.store.format.digest import Digest, digest_bytes
 from pipeline.store.format.names import temporary_name
 
+S = TypeVar("S")
+T = TypeVar("T")
+WAITED, TRIED = 5e-4, 64  # seconds that half of so many are waited for, from which on more are asked side by side
 _PIECE = 512 << 10  # read and digested at a time: the digest finds it in the processor's cache
 
 
@@ -85,6 +90,23 @@ class Files:
             return self.size(f"{folder}/{name}") if stat.S_ISLNK(found.st_mode) else found.st_size
 
         return {name: size(name) for name in names}
+
+    def each(self, ask: Callable[[S], T], of: Sequence[S]) -> list[T]:
+        """`ask` of each, in order; side by side as soon as answers are waited for, as from a network disk. Where they
+        are at hand, threads would wait for each other instead, at two to three times the processor time."""
+        found: list[T] = []
+        waited = 0.0 if self.local else 1.0
+        while len(found) < len(of) and waited < WAITED:
+            waits = []
+            for one in of[len(found) : len(found) + TRIED]:
+                begun = time.perf_counter() - time.thread_time()
+                found.append(ask(one))
+                waits.append(time.perf_counter() - time.thread_time() - begun)
+            waited = sorted(waits)[len(waits) // 2]  # a busy machine lets a few of them wait for long
+        if len(found) < len(of):
+            with ThreadPoolExecutor(self.at_once) as pool:
+                found += pool.map(ask, of[len(found) :])
+        return found
 
     def listed(self, folder: str) -> dict[str, int] | None:
         """Every file below `folder` → its bytes, where one question tells them all, else None."""

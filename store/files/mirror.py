@@ -34,11 +34,8 @@ class HttpFiles(RemoteFiles):
         return None if head is None else int(head.get("Content-Length", 0))
 
     def sizes(self, folder: str, names: Iterable[str]) -> dict[str, int | None]:
-        from concurrent.futures import ThreadPoolExecutor
-
         names = list(names)
-        with ThreadPoolExecutor(self.at_once) as pool:
-            return dict(zip(names, pool.map(lambda n: self.size(f"{folder}/{n}"), names), strict=True))
+        return dict(zip(names, self.each(lambda name: self.size(f"{folder}/{name}"), names), strict=True))
 
     def modified(self, name: str) -> float:
         head = self._head(name) or {}

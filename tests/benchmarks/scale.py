@@ -145,7 +145,7 @@ def measure(place: str, step: str, gigabytes: float) -> Figures:
         wall, cpu = time.perf_counter(), time.process_time()
         made = run()
     except MemoryError:
-        return {"over": f"over {gigabytes:.0f} GB"}
+        return {"over": f"over {gigabytes:g} GB"}
     out: Figures = {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall}
     if step == "index" and hasattr(made, "nbytes"):
         out["bytes"] = round(made.nbytes / len(made), 1)
@@ -244,21 +244,22 @@ def figures(python: Path, folder: Path, bucket: bool, options: Any) -> list[Figu
     known: dict[str, Figures] = json.loads(kept.read_text()) if python == options.before and kept.exists() else {}
     steps = options.steps.split(",")
     if not known.keys() >= set(steps):
-        cache = folder.with_name("cache")
-        shutil.rmtree(cache, ignore_errors=True)
-        with served(folder) if bucket else plain(folder) as (place, environment):
+        # Far from the stores: where tens of thousands of files lie near, a file system takes longer to make another.
+        with (
+            tempfile.TemporaryDirectory() as cache,
+            served(folder) if bucket else plain(folder) as (place, environment),
+        ):
             for step in steps:
                 words = ["--step", step, "--place", place, "--memory", str(options.memory)]
-                environment["PIPELINE_CACHE"] = str(cache)
+                environment["PIPELINE_CACHE"] = cache
                 try:
                     known[step] = json.loads(child(python, words, environment, options.limit))
                 except subprocess.TimeoutExpired:
-                    known[step] = {"over": f"over {options.limit:.0f} s"}
+                    known[step] = {"over": f"over {options.limit:g} s"}
                 except subprocess.CalledProcessError as error:
                     known[step] = {"over": f"ended with {error.returncode}"}
                 if python == options.before:
                     kept.write_text(json.dumps(known))
-        shutil.rmtree(cache, ignore_errors=True)
     return [known[step] for step in steps]
 
 

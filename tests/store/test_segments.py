@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -386,3 +387,23 @@ def test_sizes_of_many_files_are_those_of_each(tmp_path: Path, monkeypatch: pyte
     for name in ("out", "away/5"):
         with pytest.raises(StoreError, match="symbolic link out of the store"):
             files.sizes("a", [name])
+
+
+@pytest.mark.parametrize(("waited", "threads"), [(0.0, 2), (1e9, 1)])
+def test_files_are_asked_side_by_side_where_answers_are_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waited: float, threads: int
+) -> None:
+    monkeypatch.setattr("pipeline.store.files.local.WAITED", waited)
+    asked: list[int] = []
+    together = threading.Barrier(threads)
+
+    def ask(number: int) -> int:
+        asked.append(threading.get_ident())
+        together.wait(20)
+        return number * 2
+
+    assert Files(tmp_path).each(ask, range(200)) == [number * 2 for number in range(200)]
+    assert (threading.get_ident() in asked) == (threads == 1) and (len(set(asked)) > 1) == (threads > 1)
+    with pytest.raises(ZeroDivisionError):
+        Files(tmp_path).each(lambda number: 1 // number, [1, 0])
+    assert Files(tmp_path).each(ask, []) == []
