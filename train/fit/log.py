@@ -33,8 +33,8 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write `data` to `path`: to a file atomically, to the one that a link names; straight to what is none (/dev/stdout,
-    a pipe), which a new file would take the place of."""
+    """Write `data` to `path`: to a file atomically, to the one that a link names; straight to what is none
+    (/dev/stdout, a pipe), which a new file would take the place of."""
     if path.exists() and not path.is_file():
         path.write_bytes(data)
         return
