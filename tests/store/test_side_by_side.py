@@ -12,15 +12,18 @@ from tests.store.helpers import sealed, space
 
 
 class Together(Files):
-    """Answers when `at_once` manifests are asked for at the same time; otherwise reading fails after a while."""
+    """Far away: it answers when `asked` manifests are asked for at the same time; otherwise reading fails after a
+    while."""
 
-    def __init__(self, root: str, at_once: int) -> None:
+    local = False
+
+    def __init__(self, root: str, asked: int) -> None:
         super().__init__(root)
-        self.at_once, self.answered = at_once, 0
-        self._all_here = Barrier(at_once, self._count, timeout=30)
+        self.asked, self.at_once, self.answered = asked, asked, 0
+        self._all_here = Barrier(asked, self._count, timeout=30)
 
     def _count(self) -> None:
-        self.answered += self.at_once
+        self.answered += self.asked
 
     def read(self, name: str, limit: int) -> bytes:
         if name.endswith("/manifest.json"):
@@ -36,11 +39,9 @@ def many_segments(tmp_path_factory: pytest.TempPathFactory) -> Space:
     return home
 
 
-@pytest.mark.parametrize("at_once", [16, 32])
+@pytest.mark.parametrize("asked", [16, 32])
 @pytest.mark.parametrize("ask", [lambda s: len(s.segments()) == 32, lambda s: s.verify() == []], ids=["open", "verify"])
-def test_manifests_are_read_side_by_side(many_segments: Space, at_once: int, ask) -> None:
-    if at_once != 16 and not hasattr(Files, "at_once"):
-        pytest.skip("files do not say how many questions they take at once: 16 are asked")
-    files = Together(many_segments.files.root, at_once)
+def test_manifests_are_read_side_by_side(many_segments: Space, asked: int, ask) -> None:
+    files = Together(many_segments.files.root, asked)
     assert ask(Space(files, many_segments.id))
     assert files.answered == 32
