@@ -19,6 +19,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.importing import uncollected
+
 if TYPE_CHECKING:
     __version__: str
     from pipeline.api import FeatureStore as FeatureStore
@@ -76,7 +78,8 @@ def __getattr__(name: str) -> Any:
         return project_version()
     if name not in _HOMES:
         raise AttributeError(f"module 'pipeline' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    with uncollected():
+        return getattr(import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:

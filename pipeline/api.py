@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.extract.tasks.base import Task
+from pipeline.importing import uncollected
 from pipeline.lookup.store_folder import store_place
 from pipeline.option_names import named
 from pipeline.owners import recipe_of
@@ -29,8 +30,9 @@ def _silent(text: str) -> None:
 def extract(task: str | Task = "", *, say: Say = _silent, **options: Any) -> dict[str, Any]:
     """Run the backbone once over a task's rows and store the states. `task`: a name, a table's path, or a `Task` with
     rows made in Python. Returns what was done (space, rows, samples computed, bytes)."""
-    from pipeline.checks.unused_options import TABLE_OPTIONS, refuse_for_command
-    from pipeline.commands.extract import run_extract
+    with uncollected():
+        from pipeline.checks.unused_options import TABLE_OPTIONS, refuse_for_command
+        from pipeline.commands.extract import run_extract
 
     options = named(options, "extract()")
     refuse_for_command("extract", options)
@@ -43,8 +45,9 @@ def extract(task: str | Task = "", *, say: Say = _silent, **options: Any) -> dic
 
 def train(*, say: Say = _silent, **options: Any) -> dict[str, Any]:
     """Train a tuner from the store. Returns the metrics and the run's folder."""
-    from pipeline.checks.unused_options import refuse_for_command
-    from pipeline.commands.train import run_train
+    with uncollected():
+        from pipeline.checks.unused_options import refuse_for_command
+        from pipeline.commands.train import run_train
 
     options = named(options, "train()")
     refuse_for_command("train", options)
@@ -73,10 +76,11 @@ def stream(
     position (-100 where no word begins); None where rows have none. Raises MissingStates for states that were not
     extracted, UserError for options that are wrong or would do nothing.
     """
-    from pipeline.checks.unused_options import refuse_for_stream, refuse_host_memory
-    from pipeline.jobs.streams import stream_source
-    from pipeline.lookup.recipe import device_of
-    from pipeline.train.data.iterable import Stream
+    with uncollected():
+        from pipeline.checks.unused_options import refuse_for_stream, refuse_host_memory
+        from pipeline.jobs.streams import stream_source
+        from pipeline.lookup.recipe import device_of
+        from pipeline.train.data.iterable import Stream
 
     options = named(options, "stream()")
     refuse_for_stream(options)

@@ -19,6 +19,7 @@ from typing import Any
 
 import click
 
+from pipeline.importing import uncollected
 from pipeline.installation import full_install
 from pipeline.store import progress
 from pipeline.store.errors import Notice, UserError
@@ -103,17 +104,14 @@ def notices() -> Iterator[None]:
 
 @contextmanager
 def imports() -> Iterator[None]:
-    """Within it nothing is collected: while torch and transformers are imported, hundreds of thousands of objects are
-    made that stay, and the collector would go through them again and again, a tenth of the time. Nor does it later."""
-    collecting, fresh = gc.isenabled(), "torch" not in sys.modules
-    gc.disable()
-    try:
-        yield
-    finally:
-        if fresh:
-            gc.freeze()
-        if collecting:
-            gc.enable()
+    """Within it nothing is collected, and what it leaves is not gone through later either: the process is ours."""
+    fresh = "torch" not in sys.modules
+    with uncollected():
+        try:
+            yield
+        finally:
+            if fresh:
+                gc.freeze()
 
 
 class Commands(click.Group):
