@@ -87,7 +87,7 @@ def run_compare(
     for sentence in job_doubts(jobs[0]):
         say(f"warning: {sentence}")
     make_folder(folder)
-    with at_work(folder):
+    with at_work(folder, [_run_folder(folder, method, seed) for method in methods for seed in seeds]):
         return _compared(recipe, methods, seeds, folder, csv_file, say, preset)
 
 
@@ -104,7 +104,7 @@ def _compared(
     for method in methods:
         runs = []
         for seed in seeds:
-            one = replace(recipe, seed=seed, out=str(folder / f"{method}-s{seed}"), overwrite=True)
+            one = replace(recipe, seed=seed, out=str(_run_folder(folder, method, seed)), overwrite=True)
             own = for_tuner(one, _read(recipe, method))
             runs.append(_baseline(one, method, preset) if _live(method) else _tuner(own))
             say(f"{method}, seed {seed}: {runs[-1]['metric']:.4f}, {runs[-1]['seconds_per_epoch']:.2f} s an epoch")
@@ -137,6 +137,10 @@ def _compared(
             say(f"warning: --csv {csv_file}: cannot be written: {error.strerror or error}")
     result = {"task": recipe.task, "preset": preset, "backbone_parameters": total, "rows": rows}
     return finite(result), compared_text(rows, preset, total)
+
+
+def _run_folder(folder: Path, method: str, seed: int) -> Path:
+    return folder / f"{method}-s{seed}"
 
 
 def _live(method: str) -> bool:

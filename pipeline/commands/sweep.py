@@ -71,7 +71,7 @@ def run_sweep(
     extras = extras or Extras()
     if Ranks.from_environment().world > 1:
         raise UserError("a sweep is one process: start it without torchrun, or train its runs one by one")
-    note = Note(folder)
+    note = Note(folder, runs=True)
     try:
         return _swept(asked, _Sweep(folder, say, quiet, extras, note))
     finally:
@@ -130,7 +130,7 @@ class _Sweep:
         self.say(f"{counted(len(new), 'run')}: {counted(settings, 'setting')}, {counted(seeds, 'seed')}")
         prepared = self.look_up(new)
         make_folder(self.folder)
-        self.note.take()
+        self.note.take([self.folder / trial.name for trial in new])
         self.take_done(new, prepared)
         own = [trial for trial in new if not trial.baseline]
         for sentence in job_doubts(prepared[own[0].name].job) if own else []:

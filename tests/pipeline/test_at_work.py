@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +30,24 @@ def options(checkpoints, table, tmp_path_factory) -> list[Any]:
     return [*found, "--tuner", "probe", "--max-steps", 2]
 
 
-def other(folder: Path) -> int:
-    """A process at work in `folder`, until it is killed."""
+def stay(writing: int) -> None:
+    os.write(writing, b"!")
+    time.sleep(90)
+
+
+def other(folder: Path, begin: Callable[[int], object] | None = None) -> int:
+    """A process at work in `folder`, or in what `begin` does, until it is killed. It is there once it calls `stay`."""
     reading, writing = os.pipe()
 
     def work() -> int:
+        if begin:
+            begin(writing)
+            return 1
         with at_work.at_work(folder):
-            os.write(writing, b"!")
-            time.sleep(90)
+            stay(writing)
         return 0
 
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     child = forks.begun(work)
     os.close(writing)
     assert os.read(reading, 1) == b"!"
@@ -83,6 +91,44 @@ def test_what_another_has_finished_meanwhile_is_not_trained_again(options, tmp_p
     refused(run(*command("train", options, tmp_path / "run")), "holds a finished run", "--overwrite")
 
 
+@pytest.mark.parametrize(("name", "where"), [("sweep", "_train"), ("compare", "_compared")])
+def test_what_trains_many_runs_is_at_work_in_their_folders(options, tmp_path, monkeypatch, name, where):
+    """Another process trains one of them; and one that does already bars the whole."""
+    from pipeline.commands import compare, sweep
+
+    words, run_folder = command(name, options, tmp_path / "out"), tmp_path / "out" / "probe-s0"
+
+    def begin(writing: int) -> None:
+        monkeypatch.setattr({"sweep": sweep, "compare": compare}[name], where, lambda *given: stay(writing))
+        run(*words)
+
+    child = other(tmp_path / "out", begin)
+    try:
+        line = refused(run(*command("train", options, run_folder)), f"process {child}", str(run_folder), "--out")
+        assert f"in {tmp_path / 'out'}, where" in line and not list(run_folder.iterdir())
+        monkeypatch.chdir(run_folder)
+        refused(run(*command("train", options, Path())), f"process {child}")
+    finally:
+        killed(child)
+
+    child = other(run_folder)
+    try:
+        refused(run(*words), f"process {child}", f"in {run_folder}", "--out")
+        assert [p.name for p in (tmp_path / "out").iterdir()] == ["probe-s0"]
+    finally:
+        killed(child)
+    done = run(*words)
+    assert done.exit_code == 0 and (run_folder / "metrics.json").is_file(), done.output
+
+
+def test_a_run_bars_no_run_in_a_folder_of_its_own(options, tmp_path):
+    child = other(tmp_path / "out")
+    try:
+        assert run(*command("train", options, tmp_path / "out" / "probe-s0")).exit_code == 0
+    finally:
+        killed(child)
+
+
 def note_of(folder: Path, writer: dict[str, Any], age: float) -> None:
     folder.mkdir()
     (folder / NOTE).write_bytes(dump_document({"kind": "activation-writer", **writer}))
@@ -104,6 +150,18 @@ def test_one_of_another_machine_is_known_by_its_beat(options, tmp_path, writer, 
         refused(found, "process 7 on elsewhere", f"{LOST:.0f} s")
     else:
         assert found.exit_code == 0 and (tmp_path / "out" / "metrics.json").is_file(), found.output
+
+
+def test_a_note_from_the_future_says_what_to_delete(options, tmp_path):
+    """Of a machine, or a disk, whose clock is a year ahead."""
+    note_of(tmp_path / "out", {"host": "elsewhere", "pid": 7, "started": 1}, -365 * 86400.0)
+    words = command("train", options, tmp_path / "out")
+    line = refused(run(*words), "process 7 on elsewhere", "future", f"delete {tmp_path / 'out' / NOTE}", "--out")
+    assert "0 s ago" not in line
+    os.utime(tmp_path / "out" / NOTE, (time.time() + LOST / 2,) * 2)  # a clock that is a little ahead
+    refused(run(*words), "is at work", f"after {LOST:.0f} s it is given up")
+    (tmp_path / "out" / NOTE).unlink()
+    assert run(*words).exit_code == 0
 
 
 @pytest.mark.parametrize("torn", [b"", b"{", b'{"pid": 3}'])
