@@ -67,8 +67,8 @@ def swept(*words: Any) -> dict[str, Any]:
 def test_each_run_is_what_it_is_alone(options, tmp_path, monkeypatch):
     made: list[int] = []
     stacked: list[int] = []
-    together = Stack.step_all
-    monkeypatch.setattr(Stack, "step_all", lambda self, *g: stacked.append(len(self.runs)) or together(self, *g))
+    together = Stack.gradients
+    monkeypatch.setattr(Stack, "gradients", lambda self, *g: stacked.append(len(self.runs)) or together(self, *g))
     real = StoreSource._make
     monkeypatch.setattr(StoreSource, "_make", lambda self, *given: made.append(1) or real(self, *given))
     more = ["--tuner", "sherl,lst,probe", "--grid", "reduction=4", "--epochs", 4]

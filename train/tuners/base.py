@@ -127,7 +127,8 @@ class Tuner(nn.Module):
         """Called before optimizer step `step`, from 0, of `steps`."""
 
     def stepped(self, head: nn.Module) -> None:
-        """Called after each optimizer step, on every rank, when all ranks have the same weights."""
+        """Called after each optimizer step, on every rank, when all ranks have the same weights. Parameters of runs
+        that step as one have no `grad`."""
 
     def needs_one_head(self) -> str:
         """Why it cannot share a head with other tuners, or have several, as a sentence; "" where it can."""
