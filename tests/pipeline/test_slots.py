@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 import pipeline
 from pipeline.lookup.task_versions import versions_of
 from pipeline.store import Store
-from pipeline.store.errors import UserError
+from pipeline.store.errors import SpaceMismatch, UserError
 from pipeline.train.fit import loop
 from tests import tiny
 from tests.pipeline.test_errors import refused
@@ -318,6 +318,9 @@ def test_a_stream_of_slots(glue: dict[str, Any]) -> None:
         store.stream(**{**options, "states": "encoder.3"})
     with pytest.raises(UserError, match="slot b"):
         store.stream(**{**options, "states": {**states, "b": "encoder.99"}})
+    with pytest.raises(SpaceMismatch, match=r"^slot a: no feature space fits.*float16") as caught:
+        store.stream(**options, format="float16")
+    assert "--for" not in str(caught.value)
 
 
 def test_real_rows(shared_data: Path, checkpoints: dict[str, Path], tmp_path: Path) -> None:
