@@ -72,8 +72,16 @@ class NotExtracted(MissingStates):
     are options that are not those of the `recipe` to train by."""
 
     def __init__(self, what: str, recipe: Recipe, samples: int = 0, states: tuple[str, ...] = (), **changed: Any):
-        super().__init__(f"{what}; run: {extract_command(recipe, **changed)}", samples, states)
-        self.what, self.recipe = what, recipe
+        self.what, self.recipe, self._told = what, recipe, f"; run: {extract_command(recipe, **changed)}"
+        super().__init__(what + self._told, samples, states)
+
+    def for_states(self) -> MissingStates | SpaceMismatch:
+        """The same where states were asked for by name: whose extraction stores them is not known."""
+        said = str(self).removesuffix(self._told)  # with what `within` has put before it
+        if isinstance(self, SpaceMismatch):
+            return SpaceMismatch(said)
+        how = "`pipeline extract --for TUNER` with a tuner that reads these states"
+        return MissingStates(f"{said}; extract first: {how}", self.samples, self.states)
 
     def for_all(self, tuners: Sequence[str], options: Mapping[str, Any]) -> NotExtracted:
         """The same where training by several `tuners` with `options` between them was asked for."""

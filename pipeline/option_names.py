@@ -17,13 +17,18 @@ def option_name(name: str) -> str:
     return "--" + spelled.replace("_", "-")
 
 
+def field_name(spelled: str) -> str:
+    """The name in a recipe of an option as it is `spelled` on a command line or in a file: dashes as underscores, `for`
+    as `tuners`, `import` as `imports`, `target_step` as `grid`."""
+    plain = spelled.replace("-", "_")
+    return _ALIASES.get(plain, plain)
+
+
 def named(values: Mapping[Any, Any], where: str) -> dict[str, Any]:
-    """`values` by the names of options: dashes as underscores, `for` as `tuners`, `import` as `imports`, `target_step`
-    as `grid`. UserError for one that is given twice."""
+    """`values` by the names of options (`field_name`). UserError for one that is given twice."""
     out: dict[str, Any] = {}
     for key, value in values.items():
-        plain = str(key).replace("-", "_")
-        name = _ALIASES.get(plain, plain)
+        name = field_name(str(key))
         if name in out:
             raise UserError(f"{where}: {option_name(name)} is given twice, once as {key!r}: keep one of them")
         out[name] = value

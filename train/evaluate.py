@@ -36,7 +36,7 @@ class Trainable(Protocol):
         ...
 
     def stepped(self) -> None:
-        """Called after each optimizer step."""
+        """Called after each optimizer step. Parameters of runs that step as one have no `grad`."""
         ...
 
     def measure(self, batch: Batch) -> Outputs:

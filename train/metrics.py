@@ -58,10 +58,7 @@ def score(
     if unknown:
         raise UserError(f"unknown metric {unknown[0]!r}; metrics: {', '.join(METRICS)}")
     guess, truth = _numbers(predictions), _numbers(labels)
-    if len(guess) != len(truth):
-        raise ValueError(f"{len(guess)} predictions for {len(truth)} labels")
-    if not len(truth):
-        raise ValueError("no rows to score")
+    _refuse_lengths(guess, truth)
     if not np.isfinite(truth).all():
         row = int(np.flatnonzero(~np.isfinite(truth))[0])
         raise UserError(f"row {row + 1} has no label, so predictions cannot be scored; score a labelled split")
@@ -79,7 +76,15 @@ def _numbers(values: Any) -> Numbers:
     return np.asarray([np.nan if v is None else v for v in values], dtype=np.float64)
 
 
+def _refuse_lengths(guess: Numbers, truth: Numbers) -> None:
+    if len(guess) != len(truth):
+        raise ValueError(f"{len(guess)} predictions for {len(truth)} labels")
+    if not len(truth):
+        raise ValueError("no rows to score")
+
+
 def _classes(guess: Numbers, truth: Numbers) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    _refuse_lengths(guess, truth)
     valid = np.isfinite(guess) & (guess >= 0) & (guess == np.floor(guess))
     return np.where(valid, guess, INVALID_CLASS).astype(np.int64), truth.astype(np.int64)
 

@@ -170,7 +170,7 @@ class MixedModel(Model):
 
     def __init__(self, tuner: Tuner, objectives: Mapping[str, Objective]) -> None:
         Reader.__init__(self)
-        if reason := tuner.needs_one_head():
+        if reason := tuner.needs_one_head(tuner.config):
             raise UserError(reason)
         self.tuner, self.objectives = tuner, dict(objectives)
         heads = {}

@@ -19,8 +19,9 @@ KEEP_BYTES = (1 << 31) - 1  # at the end of the heap; the largest that mallopt t
 def keep_freed_memory() -> bool:
     """Let this process keep the memory it frees for its next buffers; returns whether it does.
 
-    Asked for by extraction and training, once: it is a setting of the whole process. `return_freed_memory` gives back
-    what is free. glibc only: elsewhere, and where kernels are switched off, nothing changes.
+    Asked for by whatever computes, once: extraction, training, plan, evaluate, predict and generate. It is a setting
+    of the whole process. `return_freed_memory` gives back what is free. glibc only: elsewhere, and where kernels are
+    switched off, nothing changes.
     """
     if not enabled():
         return False

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.extract.tasks.base import SPLIT_NAMES, SPLITS, Rows, Task, TaskError, TaskSpec
+from pipeline.extract.tasks.files import field_text
 from pipeline.extract.tasks.names import table_name
 from pipeline.extract.tasks.pair_files import DESCRIPTIONS, MSRVTT, msvd_rows
 from pipeline.extract.tasks.sheet import Sheet, read_sheet
@@ -118,7 +119,7 @@ def _texts(sheet: Sheet, column: str) -> list[str]:
     """A column as text. Raises TaskError for a value that is missing, blank, or no text."""
 
     def text(row: int, value: Any) -> str:
-        found = str(value) if isinstance(value, str | int | float) else ""
+        found = field_text(value)
         if not found.strip():
             what = (
                 "is empty" if value in (None, "") or isinstance(value, str) else f"is {type(value).__name__}, not text"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import stat
 from pathlib import Path
+from typing import Any
 
 from pipeline.extract.tasks.base import TaskError
 
@@ -38,3 +39,11 @@ def decoded(path: Path, raw: bytes) -> str:
 def file_lines(path: Path) -> list[str]:
     """The lines of a file that are not blank, without the blanks around them."""
     return [line.strip() for line in decoded(path, file_bytes(path)).splitlines() if line.strip()]
+
+
+def field_text(value: Any) -> str:
+    """A value of a table or of JSON as text: text itself, or a number (an id, say); "" for all else, also for NaN,
+    which is how some write what is missing."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float) or value != value:
+        return ""
+    return str(value)

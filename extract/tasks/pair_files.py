@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.extract.tasks.base import TaskError
-from pipeline.extract.tasks.files import decoded, file_bytes, file_lines
+from pipeline.extract.tasks.files import decoded, field_text, file_bytes, file_lines
 
 MSRVTT = ["video_id", "sentence"]
 DESCRIPTIONS = "AllVideoDescriptions.txt"
@@ -51,7 +51,7 @@ def _entry(where: str, rows: Callable[[Any], list[dict[str, Any]]], entry: Any) 
         raise TaskError(f"{where}: it is not what an entry of this layout is") from None
     for number, row in enumerate(found):
         for name, value in row.items():
-            if not isinstance(value, str | int | float) or not str(value).strip():
+            if not field_text(value).strip():
                 some = f", caption {number + 1}" if len(found) > 1 else ""
                 raise TaskError(f"{where}{some}: {name} must be text, not {repr(value)[:80]}")
     return found

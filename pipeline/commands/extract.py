@@ -27,14 +27,15 @@ from pipeline.extract.plugins import lasting
 from pipeline.extract.pretrained import CONFIG_NOISE, Checkpoint
 from pipeline.extract.tasks.base import Task, TaskSpec
 from pipeline.extract.tasks.completion import form_of
-from pipeline.jobs.slots import parts_of, tasks_of
-from pipeline.lookup.recipe import store_path
+from pipeline.jobs.slots import tasks_of
+from pipeline.lookup.recipe import store_path, wanted_tuners
 from pipeline.lookup.task import need
 from pipeline.lookup.task_versions import save_tables, task_id
-from pipeline.owners import options_of
+from pipeline.owners import config_of, options_of
 from pipeline.recipe import Recipe
 from pipeline.store import Space, Store, bytes_per_value
 from pipeline.terminal import counted, size_text
+from pipeline.train.tuners import tuner_class
 
 Say = Callable[[str], None]
 
@@ -44,15 +45,20 @@ def run_extract(recipe: Recipe, say: Say, quiet: bool = False, task: Task | None
     recipe names. Returns what was done, for `--json`."""
     need(recipe, "model", "task")
     if task is None and len(names := tasks_of(recipe)) > 1:
-        done = {"tasks": [_extract_task(replace(recipe, task=name), say, quiet) for name in names]}
+        each = [_extract_task(replace(recipe, task=name), say, quiet, several=True) for name in names]
+        done: dict[str, Any] = {"tasks": [told for told, _ in each]}
+        first = each[0][1]
     else:
-        done = _extract_task(recipe, say, quiet, task)
-    if task is None and (command := train_command(recipe, done)):
+        done, first = _extract_task(recipe, say, quiet, task)
+    if task is None and (command := train_command(recipe, done, first)):
         say(f"next: {command}")
     return done
 
 
-def _extract_task(recipe: Recipe, say: Say, quiet: bool, task: Task | None = None) -> dict[str, Any]:
+def _extract_task(
+    recipe: Recipe, say: Say, quiet: bool, task: Task | None = None, several: bool = False
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """What was done, and `_first_tuner` of each slot. `several`: it is one of several tasks."""
     started = time.perf_counter()
     made = prepare(recipe, task)
     where = store_path(recipe)
@@ -75,16 +81,28 @@ def _extract_task(recipe: Recipe, say: Say, quiet: bool, task: Task | None = Non
         save_tables(space, tables[slot], made[slot].states)
     report = _finish(say, store, made, done, time.perf_counter() - started)
     some = next(iter(next(iter(tables.values())).values()))
-    return {**report, "task id": task_id(some.header), "warnings": warnings}
+    several = several or len(made) > 1
+    first_tuners = {slot: _first_tuner(making, several) for slot, making in made.items()}
+    return {**report, "task id": task_id(some.header), "warnings": warnings}, first_tuners
 
 
-def train_command(recipe: Recipe, done: Mapping[str, Any]) -> str:
-    """The command that trains from what was extracted, by the first of the tuners that it was extracted for, of each
-    slot; "" where there is nothing to train on."""
+def _first_tuner(making: Making, several: bool) -> str:
+    """The first tuner that the slot was extracted for; of `several` slots or tasks, that can share a head; "" for
+    none."""
+    recipe, backbone = making.recipe, making.backbone
+    for name in wanted_tuners(recipe, backbone):
+        config = config_of(recipe, name, len(recipe.tuners) > 1)
+        if not (several and tuner_class(name, backbone).needs_one_head(config)):
+            return name
+    return ""
+
+
+def train_command(recipe: Recipe, done: Mapping[str, Any], first: Mapping[str, str]) -> str:
+    """The command that trains from what was extracted, by the `first` tuner that each slot was extracted for; "" where
+    there is nothing to train on, or nothing to train."""
     parts = done.get("tasks", [done])
-    if any("train" not in part["rows"] or part.get("targets") == "none" for part in parts):
+    if not all(first.values()) or any("train" not in part["rows"] or part.get("targets") == "none" for part in parts):
         return ""
-    first = {slot: part.tuners[0] for slot, part in parts_of(recipe).items()}
     alike = len(set(first.values())) == 1
     tuner = next(iter(first.values())) if alike else ",".join(f"{slot}={name}" for slot, name in first.items())
     known = {option for name in first.values() for option in options_of("tuner", name)}

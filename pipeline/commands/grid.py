@@ -17,7 +17,7 @@ from typing import Any, get_args, get_type_hints
 import yaml
 
 from pipeline.catalog import BASELINES, is_baseline
-from pipeline.option_names import named, option_name
+from pipeline.option_names import field_name, named, option_name
 from pipeline.owners import KINDS, for_tuner, having, nearest, options_of, recipe_of
 from pipeline.recipe import Recipe, field_names
 from pipeline.recipe_file import recipe_values
@@ -32,6 +32,7 @@ _FIXED = (
     "test", "stratify", "grid", "metric", "out", "overwrite", "device", "tier", "host_memory", "scheduler", "imports",
     "tuners", "split", "skip_bad", "batch_tokens", "tensorboard", "report_to", "live", "objective", "fold",
 )  # fmt: skip
+_OWN_WORD = {"seed": "--seeds", "tuners": "--tuner"}  # what a sweep has an option of its own for
 _LONGEST = 80  # characters of a run folder's name
 _HINTS = get_type_hints(Recipe)
 
@@ -127,12 +128,12 @@ def parse_grid(words: Sequence[str]) -> dict[str, list[Any] | Range]:
     found: dict[str, list[Any] | Range] = {}
     for word in words:
         name, mark, text = word.partition("=")
-        name = name.strip().removeprefix("--").replace("-", "_")
+        name = field_name(name.strip().removeprefix("--"))
         values = [part.strip() for part in text.split(",") if part.strip()]
         if not mark or not name or not values:
             raise UserError(f"--grid {word}: expected OPTION=VALUE,VALUE, such as lr=1e-3,3e-3")
         if name in found:
-            raise UserError(f"--grid: {name} is given twice: put all its values in one")
+            raise UserError(f"--grid: {option_name(name).removeprefix('--')} is given twice: put all its values in one")
         found[name] = _range(name, text) if _is_range(text) else [_value(name, value) for value in values]
     return found
 
@@ -207,8 +208,9 @@ def _refuse(sweep: Sweep) -> None:
         raise UserError("a sweep needs --tuner NAME, or tuner=NAME,NAME in its grid")
     for name in dict.fromkeys([*sweep.grid, *(k for v in sweep.variants for k in v if k != "name")]):
         if name in _FIXED or name == "seed":
-            how = "give --seeds" if name == "seed" else f"all runs of a sweep have one: give {option_name(name)}"
-            raise UserError(f"a sweep does not vary {name}; {how}")
+            flag = option_name(name)
+            how = f"give {_OWN_WORD[name]}" if name in _OWN_WORD else f"all runs of a sweep have one: give {flag}"
+            raise UserError(f"a sweep does not vary {flag.removeprefix('--')}; {how}")
         _hint(name)
         if name not in field_names() and not any(_has(t, name) for t in sweep.methods()):
             owners = ", ".join(n for kind in KINDS for n in having(kind, name))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from pipeline.checks.doubtful_rows import limit_doubt
+from pipeline.command_lines import NotExtracted
 from pipeline.commands.prepare import of_slot
 from pipeline.extract.tasks.base import TaskSpec
 from pipeline.jobs.extracted import first_views, limited, views_of
@@ -33,14 +34,22 @@ def stream_source(
     recipe: Recipe, split: str, states: States | Mapping[str, States], batch_size: int, device: torch.device
 ) -> tuple[StoreSource | PairSource, str]:
     """Shuffled batches of `states`, of each slot where the recipe has several, and what to call them. Raises
-    MissingStates for states that were not extracted, UserError for what does not fit the recipe."""
+    MissingStates for states that were not extracted, SpaceMismatch where no feature space is as asked for, UserError
+    for what does not fit the recipe otherwise."""
     options = StreamOptions(
         batch_size, recipe.ordering, recipe.window, bool(recipe.group_by_length), tier=recipe.tier, device=device,
         host_bytes=None if recipe.host_memory is None else parse_size(recipe.host_memory),
         scheduler=recipe.scheduler, pin=device.type == "cuda",
     )  # fmt: skip
-    if slots_of(recipe):
-        return _pairs(recipe, split, states, options)
+    try:
+        return (_pairs if slots_of(recipe) else _single)(recipe, split, states, options)
+    except NotExtracted as error:
+        raise error.for_states() from None
+
+
+def _single(
+    recipe: Recipe, split: str, states: States | Mapping[str, States], options: StreamOptions
+) -> tuple[StoreSource, str]:
     refuse_slots(recipe, "stream()")
     if isinstance(states, Mapping):
         raise UserError(
@@ -53,7 +62,7 @@ def stream_source(
     chosen = first_views(chosen, recipe.views) if split == "train" else chosen
     table = limited(chosen, recipe.limit)
     if sentence := limit_doubt(recipe.limit, chosen, views_of(chosen)):
-        warnings.warn(sentence, Notice, stacklevel=3)
+        warnings.warn(sentence, Notice, stacklevel=4)
     targets = _targets(table, split, table.metas)
     source = StoreSource(found.space, table.keys, targets, _names(states), found.backbone.columns, options)
     return source, f"{table.header['spec']['name']} {split}"
@@ -97,6 +106,6 @@ def _targets(table: TaskTable, split: str, metas: list[dict[str, Any]]) -> Targe
     unlabelled = table.labels.count(None)
     if 0 < unlabelled < len(table.labels):
         sentence = f"{unlabelled} of {len(table.labels)} {split} rows have no label: the batches have no targets"
-        warnings.warn(sentence, Notice, stacklevel=4)
+        warnings.warn(sentence, Notice, stacklevel=5)
     spec = TaskSpec.from_dict(table.header["spec"])
     return None if unlabelled else Targets(plain_objective(spec), table.labels, metas or None)

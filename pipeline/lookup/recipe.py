@@ -91,13 +91,18 @@ def size_text(size: str | None) -> str:
     return f"{size}x{size}" if size and size.isdigit() else size or ""
 
 
-def wanted_states(recipe: Recipe, backbone: Backbone) -> list[str]:
-    """The states that the tuners of `--for` read between them."""
+def wanted_tuners(recipe: Recipe, backbone: Backbone) -> tuple[str, ...]:
+    """The tuners of `--for`; where nobody asked for them by name, those of them that `backbone` has a form for."""
     if not recipe.tuners:
         raise UserError("--for: name at least one tuner; `pipeline tuners` lists them")
-    names = recipe.tuners
-    if names == Recipe().tuners:  # nobody asked for these by name: those of them that there are
-        names = tuple(n for n in names if n in tuner_names(type(backbone)))
+    if recipe.tuners != Recipe().tuners:
+        return recipe.tuners
+    return tuple(name for name in recipe.tuners if name in tuner_names(type(backbone)))
+
+
+def wanted_states(recipe: Recipe, backbone: Backbone) -> list[str]:
+    """The states that `wanted_tuners` read between them."""
+    names = wanted_tuners(recipe, backbone)
     return union_states([(name, config_of(recipe, name, len(recipe.tuners) > 1)) for name in names], backbone)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,8 @@ def test_karpathys_splits(tmp_path: Path) -> None:
         (lambda images: images.__setitem__(2, "2.jpg"), ["images[2]", "not what an entry"]),
         (lambda images: images[3]["sentences"][2].update(raw=None), ["images[3], caption 3", "text, not None"]),
         (lambda images: images[3]["sentences"][2].update(raw=" "), ["images[3], caption 3", "text, not ' '"]),
+        (lambda images: images[3]["sentences"][2].update(raw=True), ["images[3], caption 3", "text, not True"]),
+        (lambda images: images[3]["sentences"][2].update(raw=math.nan), ["images[3], caption 3", "text, not nan"]),
         (lambda images: images[3].update(split=["train"]), ["images[3]", "split must be text"]),
     ],
 )
@@ -127,6 +130,14 @@ def test_a_split_that_is_no_word(tmp_path: Path) -> None:
     path = tmp_path / "t.jsonl"
     path.write_text('{"image": "a.jpg", "caption": "a cat", "split": ["train"]}\n')
     with pytest.raises(TaskError, match=r"row 1 .*split \['train'\] is none of train"):
+        both(path)
+
+
+@pytest.mark.parametrize(("caption", "kind"), [("true", "bool"), ("NaN", "float")])
+def test_a_caption_that_is_no_text(tmp_path: Path, caption: str, kind: str) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_text("".join(f'{{"image": "{i}.jpg", "caption": {caption}, "split": "train"}}\n' for i in range(3)))
+    with pytest.raises(TaskError, match=rf"row 1 .*'caption' is {kind}, not text"):
         both(path)
 
 

@@ -4,6 +4,7 @@ encoder, and everything about slots that is refused."""
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch.utils.data import DataLoader
 import pipeline
 from pipeline.lookup.task_versions import versions_of
 from pipeline.store import Store
-from pipeline.store.errors import UserError
+from pipeline.store.errors import SpaceMismatch, UserError
 from pipeline.train.fit import loop
 from tests import tiny
 from tests.pipeline.test_errors import refused
@@ -317,6 +318,9 @@ def test_a_stream_of_slots(glue: dict[str, Any]) -> None:
         store.stream(**{**options, "states": "encoder.3"})
     with pytest.raises(UserError, match="slot b"):
         store.stream(**{**options, "states": {**states, "b": "encoder.99"}})
+    with pytest.raises(SpaceMismatch, match=r"^slot a: no feature space fits.*float16") as caught:
+        store.stream(**options, format="float16")
+    assert "--for" not in str(caught.value)
 
 
 def test_real_rows(shared_data: Path, checkpoints: dict[str, Path], tmp_path: Path) -> None:
@@ -330,3 +334,23 @@ def test_real_rows(shared_data: Path, checkpoints: dict[str, Path], tmp_path: Pa
     live = run("train", *options, *how, "--live", "--out", tmp_path / "live")
     assert losses(tmp_path / "cached") == pytest.approx(losses(tmp_path / "live"), abs=1e-5)
     assert (cached["validation"], cached["test"]) == (live["validation"], live["test"])
+
+
+@pytest.mark.parametrize(
+    ("tuners", "next_one"),
+    [
+        ("fixed,probe", "--tuner probe"),  # fixed has no form on backbones of texts
+        ("a=fixed,a=probe,unipt", "--tuner a=probe,b=unipt"),
+        ("head2toe,unipt", "--tuner unipt"),  # head2toe has a head of its own
+        ("head2toe", None),
+    ],
+)
+def test_what_comes_next_is_a_tuner_that_each_slot_was_made_for(glue, tmp_path, tuners, next_one):
+    done = invoke("extract", *glue["options"][:-1], tmp_path / "store", "--limit", 20, "--for", tuners)
+    assert done.exit_code == 0, done.output
+    lines = [line for line in done.stderr.splitlines() if line.startswith("next: pipeline train")]
+    assert len(lines) == (next_one is not None)
+    for line in lines:
+        assert f" {next_one} " in line and line.count("--tuner") == 1
+        trained = invoke(*shlex.split(line.removeprefix("next: pipeline ")), *TRAIN, "--out", tmp_path / "run")
+        assert trained.exit_code == 0, trained.output

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 import pipeline
-from pipeline.store.errors import Notice, UserError
+from pipeline.store.errors import MissingStates, Notice, SpaceMismatch, StoreError, UserError
 
 ROWS = 40
 OPTIONS = {"task": "pairs", "states": "encoder.3", "batch_size": 7}
@@ -157,6 +157,30 @@ def test_a_state_of_another_stream_is_refused(features):
         stream.set_epoch(-1)
     with pytest.raises(UserError, match="epochs"):
         features.stream(**OPTIONS, epochs=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "said"),
+    [
+        ({"format": "float32"}, SpaceMismatch, 'format is "float16", asked for "float32"'),
+        ({"task": "pears"}, MissingStates, "no states of task 'pears'; did you mean pairs?; extract first"),
+        ({"model": "gpt9"}, MissingStates, "no states of task 'pairs' by model 'gpt9'"),
+        ({"label": "second"}, MissingStates, "--label was 'label', now 'second'; extract first"),
+    ],
+)
+def test_what_is_not_stored_is_told_without_a_tuner_that_nobody_named(features, options, kind, said):
+    """The extraction for the default tuner would store other states than those that are asked for."""
+    with pytest.raises(StoreError) as caught:
+        features.stream(**{**OPTIONS, **options})
+    line = str(caught.value)
+    assert type(caught.value) is kind and said in line and "sherl" not in line and "\n" not in line
+    assert ("`pipeline extract --for TUNER`" in line) == (kind is MissingStates)
+
+
+def test_a_warning_names_the_line_that_asked_for_the_stream(features):
+    with pytest.warns(Notice, match="--limit 999") as said:
+        pipeline.api.stream(**OPTIONS, store=features.store.where, limit=999)
+    assert said[0].filename == __file__
 
 
 def test_a_stream_of_states_reads_no_weights(features, monkeypatch):

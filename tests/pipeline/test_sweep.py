@@ -67,8 +67,8 @@ def swept(*words: Any) -> dict[str, Any]:
 def test_each_run_is_what_it_is_alone(options, tmp_path, monkeypatch):
     made: list[int] = []
     stacked: list[int] = []
-    together = Stack.step_all
-    monkeypatch.setattr(Stack, "step_all", lambda self, *g: stacked.append(len(self.runs)) or together(self, *g))
+    together = Stack.gradients
+    monkeypatch.setattr(Stack, "gradients", lambda self, *g: stacked.append(len(self.runs)) or together(self, *g))
     real = StoreSource._make
     monkeypatch.setattr(StoreSource, "_make", lambda self, *given: made.append(1) or real(self, *given))
     more = ["--tuner", "sherl,lst,probe", "--grid", "reduction=4", "--epochs", 4]
@@ -194,6 +194,14 @@ def test_a_baseline_of_other_rows_is_not_taken_for_this_one(checkpoints, tmp_pat
         (["--tuner", "probe", "--grid", "reduction=4,8"], "would do nothing"),
         (["--tuner", "lst", "--grid", "seed=1,2"], "--seeds"),
         (["--tuner", "lst", "--grid", "store=a,b"], "does not vary store"),
+        (
+            ["--tuner", "lst", "--grid", "target_step=0.1,0.2"],
+            "does not vary target-step; all runs of a sweep have one:",
+        ),
+        (["--tuner", "lst", "--grid", "target-step=0.1,0.2"], "give --target-step"),
+        (["--tuner", "lst", "--grid", "grid=0.1,0.2"], "give --target-step"),
+        (["--tuner", "lst", "--grid", "grid=0.1", "--grid", "target_step=0.2"], "target-step is given twice"),
+        (["--tuner", "lst", "--grid", "for=lst,probe"], "does not vary for; give --tuner"),
         (["--tuner", "lst", "--grid", "lr=fast"], "lr"),
         (["--tuner", "lst", "--grid", "metric=mcc,f1"], "does not vary metric"),
         (["--tuner", "lst", "--task", "rte,cola"], "sweep takes one task a run"),

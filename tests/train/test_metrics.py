@@ -13,7 +13,7 @@ from scipy import stats
 from sklearn import metrics as sk
 
 from pipeline.store.errors import UserError
-from pipeline.train.metrics import ERRORS, METRICS, score
+from pipeline.train.metrics import CLASSES, ERRORS, METRICS, score
 
 
 @pytest.fixture(autouse=True)
@@ -85,6 +85,12 @@ def test_bad_calls() -> None:
         score(("accuracy",), [], [])
     with pytest.raises(ValueError, match="no metric"):
         score((), [1], [1])
+    one, three = np.ones(1), np.ones(3)
+    for measure in CLASSES.values():  # arrays that numpy would broadcast, or take the mean of nothing
+        with pytest.raises(ValueError, match="1 predictions for 3 labels"):
+            measure(one, three)
+        with pytest.raises(ValueError, match="no rows to score"):
+            measure(one[:0], three[:0])
 
 
 @settings(max_examples=25, deadline=None)

@@ -34,8 +34,8 @@ class Model(ToyModel):
 def trained(folder: Path, models: list[Any], alike: str, stacked: list[int], monkeypatch: Any, **given: Any) -> Any:
     """(what each ended with, their logs without times); `stacked`: how many runs stood in each step that was tried."""
     with monkeypatch.context() as patched:
-        real = Stack.step_all
-        patched.setattr(Stack, "step_all", lambda self, *g: stacked.append(len(self.runs)) or real(self, *g))
+        real = Stack.gradients
+        patched.setattr(Stack, "gradients", lambda self, *g: stacked.append(len(self.runs)) or real(self, *g))
         train, dev, runs = source(), source(range(80, 95)), []
         for number, model in enumerate(models):
             own = {name: values[number] for name, values in given.items()}
@@ -197,3 +197,33 @@ def test_an_error_of_a_model_itself_is_raised_where_it_stands(tmp_path, monkeypa
     with pytest.raises(TypeError, match="has no len") as caught:
         trained(tmp_path, [Wrong(0), Wrong(1)], "same", [], monkeypatch)
     assert caught.traceback[-1].name == "wrong" and "during handling" not in str(caught.getrepr()).lower()
+
+
+class Ending(Model):
+    """Has something to do after each step, which fails in a stack alone: there no parameter has a `grad`."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__(seed)
+        self.ended = 0
+
+    def stepped(self) -> None:
+        self.ended += 1
+        self.norm = self.body[1].weight.grad.norm()
+
+
+class Failing(Ending):
+    """Fails in turn, too."""
+
+    def stepped(self) -> None:
+        self.ended += 1
+        raise ValueError("after the step")
+
+
+@pytest.mark.parametrize(("model", "error"), [(Ending, AttributeError), (Failing, ValueError)])
+def test_no_step_is_made_twice(tmp_path, monkeypatch, model, error):
+    """What is raised once the weights of a stack have moved is raised, not tried again in turn on the same batch."""
+    models, stacked = [model(0), model(1)], []
+    with pytest.raises(error) as caught:
+        trained(tmp_path, models, "same", stacked, monkeypatch)
+    assert caught.traceback[-1].name == "stepped" and stacked == [2]
+    assert [m.ended for m in models] == [1, 0]

@@ -41,6 +41,9 @@ LARGEST, NARROW = {True: 16, False: 4}, 1 << 16
 TOLERANCE = 1e-5  # of a loss, relative: of a stack's first step, beside the losses that its runs have in turn
 NOT_A_MODEL = (__file__, str(Path(torch.__file__).parent))  # code that no model is written in
 
+# Of a step: (runs, parameters) gradients, and for each run its loss and, where it is not finite, what is wrong.
+Gradients = tuple[Tensor, list[float], list[str]]
+
 
 class Unstackable(Exception):
     """Why these runs cannot step as one."""
@@ -128,8 +131,9 @@ class Stack:
             for state in run.optimizer.state.values():
                 state["step"] = self.step.clone()
 
-    def step_all(self, group: Sequence[Batch]) -> list[dict[str, Any] | NotFinite]:
-        """What `Training.step` gives, or raises, for each run. Whatever else is raised: no run has made its step."""
+    def gradients(self, group: Sequence[Batch]) -> Gradients:
+        """Those of the mean loss over all of `group`. Whatever is raised: no run has made its step, and none its part
+        of one."""
         runs, first = self.runs, self.runs[0]
         for run in runs:
             run.model.begin_step(run.state.step, run.total, run.steps_an_epoch)
@@ -155,7 +159,7 @@ class Stack:
             flat = torch.cat([part.reshape(len(runs), -1) for part in parts], 1)  # a parameter may be one number
             gradient = flat if gradient is None else gradient.add_(flat)
         assert gradient is not None
-        return self._update(gradient, mean, trouble)
+        return gradient, mean, trouble
 
     def _generator(self, run: Training) -> torch.Generator:
         return torch.Generator(run.device).manual_seed(seed_of(run.options.seed, run.state.step))
@@ -187,9 +191,9 @@ class Stack:
         self.checked = True
 
     @torch.no_grad()
-    def _update(
-        self, gradient: Tensor, losses: Sequence[float], trouble: list[str]
-    ) -> list[dict[str, Any] | NotFinite]:
+    def update(self, gradient: Tensor, losses: Sequence[float], trouble: list[str]) -> list[dict[str, Any] | NotFinite]:
+        """The step by what `gradients` gave: what `Training.step` gives, or raises, for each run. What a model's
+        `stepped` raises is its own error: all weights have moved, and no run can make this step again."""
         runs, device = self.runs, gradient.device
         norms = torch.linalg.vector_norm(gradient, dim=1).tolist()
         shares, lrs = [], [float(run.optimizer.param_groups[0]["lr"]) for run in runs]
@@ -333,15 +337,16 @@ class Stacks:
         return groups
 
     def step(self, group: Sequence[Training]) -> list[dict[str, Any] | NotFinite] | None:
-        """What the step of each of `group` gave; None where they are to step in turn. Whatever keeps them from stepping
-        as one is no error, be it of any type: an error of a model itself is met again in turn, and raised there."""
+        """What the step of each of `group` gave; None where they are to step in turn. Whatever keeps their gradients
+        from being computed as one is no error, be it of any type: an error of a model itself is met again in turn, and
+        raised there. Once weights have moved, what is raised goes through."""
         stack = next((s for s in self.known if s.runs == group), None)
         try:
             if stack is None:
                 stack = Stack(group)
                 self.known.append(stack)
             with _quietly():
-                return stack.step_all(group[0].group)
+                found = stack.gradients(group[0].group)
         except Exception as error:
             why = self.apart[group[0].alike] = told(error)
             _log.info("%s and %d more step in turn: %s", group[0].run_dir.name, len(group) - 1, why)
@@ -349,6 +354,7 @@ class Stacks:
                 stack.release()
                 self.known.remove(stack)
             return None
+        return stack.update(*found)
 
 
 def measuring(runs: Mapping[Any, str]) -> dict[Any, Stacked | None]:

@@ -127,14 +127,15 @@ class Tuner(nn.Module):
         """Called before optimizer step `step`, from 0, of `steps`."""
 
     def stepped(self, head: nn.Module) -> None:
-        """Called after each optimizer step, on every rank, when all ranks have the same weights."""
+        """Called after each optimizer step, on every rank, when all ranks have the same weights. Parameters of runs
+        that step as one have no `grad`."""
 
-    def needs_one_head(self) -> str:
+    @classmethod
+    def needs_one_head(cls, config: Any) -> str:
         """Why it cannot share a head with other tuners, or have several, as a sentence; "" where it can."""
-        cls = type(self)
         if cls.penalty is Tuner.penalty and cls.stepped is Tuner.stepped:
             return ""
-        return f"tuner {self.name} works on the weights of a head of its own: choose another, or one backbone and task"
+        return f"tuner {cls.name} works on the weights of a head of its own: choose another, or one backbone and task"
 
     def remark(self) -> str:
         """What a person should know of the trained tuner; nothing by default."""

@@ -154,9 +154,10 @@ class Lst(Tuner):
             self.distance = nn.functional.mse_loss(told, batch.states[self.told].float())
         return {self.stream: rows if self.up is None else self.up(rows)}
 
-    def needs_one_head(self) -> str:
+    @classmethod
+    def needs_one_head(cls, config: Any) -> str:
         what = "choose one backbone and one task, or leave --distil out"
-        return f"a distilled start adds to the loss of one head: {what}" if self.config.distil else ""
+        return f"a distilled start adds to the loss of one head: {what}" if config.distil else ""
 
     def begin_step(self, step: int, steps: int) -> None:
         self.distilling = step < self.config.distil

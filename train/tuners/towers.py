@@ -25,7 +25,7 @@ class Towers(Tuner):
     def __init__(self, parts: Mapping[str, Tuner]) -> None:
         nn.Module.__init__(self)  # of no single backbone
         for slot, tuner in parts.items():
-            if reason := tuner.needs_one_head():
+            if reason := tuner.needs_one_head(tuner.config):
                 raise UserError(f"slot {slot}: {reason}")
         # With a prefix, for a slot may be called as a method is.
         self.parts = nn.ModuleDict({f"of_{slot}": tuner for slot, tuner in parts.items()})
