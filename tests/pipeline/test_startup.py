@@ -18,6 +18,7 @@ from pipeline import catalog
 from pipeline.catalog import FAMILIES, TUNERS
 from pipeline.cli.command import imports
 from pipeline.extract.backbones import backbone_classes
+from pipeline.importing import uncollected
 from pipeline.train import configs, objective_configs
 from pipeline.train.objectives import objective_class
 from pipeline.train.tuners import base, tuner_class, tuner_names
@@ -107,6 +108,20 @@ def test_a_tuner_of_the_users_own_is_listed(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setitem(base._TUNERS, "mine", Mine)
     assert catalog.tuners()["mine"] == "mine" and catalog.tuners()["lst"] == TUNERS["lst"]
+
+
+def test_what_python_imports_is_collected_as_before() -> None:
+    gc.disable()
+    try:
+        with uncollected():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+    with pytest.raises(ImportError), uncollected():
+        assert not gc.isenabled()
+        raise ImportError
+    assert gc.isenabled() and not gc.get_freeze_count()
 
 
 def test_what_a_command_imports_is_not_collected_again(monkeypatch: pytest.MonkeyPatch) -> None:
