@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from pipeline.extract.backbones.base import TextOptions
+from pipeline.extract.backbones.base import Backbone, TextOptions
 from pipeline.extract.backbones.capabilities import Branches, Levels, Patches
 from pipeline.extract.backbones.views import POLICIES
 from pipeline.extract.pretrained import Checkpoint
@@ -73,6 +73,15 @@ def space_identity(checkpoint: Checkpoint, options: SpaceOptions) -> dict[str, A
         "weights": checkpoint.weights_digest,
         "config": checkpoint.config_digest,
         "tokenizer": checkpoint.tokenizer_digest,
+        **chosen_fields(backbone, options),
+        "projection_fit": options.projection_fit,
+        "mode": "eval",
+    }
+
+
+def chosen_fields(backbone: Backbone, options: SpaceOptions) -> dict[str, Any]:
+    """The fields of an identity that the user's choices alone decide, but for those of images."""
+    return {
         "prompt": options.text.prompt if backbone.writes_text or backbone.continues_text else "",
         "max_length": options.text.max_length,
         "truncation_side": options.text.truncation_side,
@@ -80,10 +89,8 @@ def space_identity(checkpoint: Checkpoint, options: SpaceOptions) -> dict[str, A
         **({"stride": options.text.stride} if options.text.stride is not None else {}),
         "format": options.format,
         "projection": options.projection,
-        "projection_fit": options.projection_fit,
         "precision": options.precision,
         "attention": options.attention,
-        "mode": "eval",
         "views": views_text(options.text.views, options.text.view_seed, options.text.augment),
     }
 

@@ -27,8 +27,8 @@ from pipeline.extract.plugins import lasting
 from pipeline.extract.pretrained import CONFIG_NOISE, Checkpoint
 from pipeline.extract.tasks.base import Task, TaskSpec
 from pipeline.extract.tasks.completion import form_of
-from pipeline.jobs.slots import tasks_of
-from pipeline.lookup.recipe import store_path, wanted_tuners
+from pipeline.jobs.slots import parts_of, tasks_of
+from pipeline.lookup.recipe import store_path, told_apart, wanted_tuners
 from pipeline.lookup.task import need
 from pipeline.lookup.task_versions import save_tables, task_id
 from pipeline.owners import config_of, options_of
@@ -108,8 +108,23 @@ def train_command(recipe: Recipe, done: Mapping[str, Any], first: Mapping[str, s
     known = {option for name in first.values() for option in options_of("tuner", name)}
     own = {k: v for k, v in recipe.tuner_options.items() if k in known}
     left: dict[str, Any] = {f.name: f.default for f in fields(recipe) if f.name in TRAINING_SENSE}
-    line = command_line("train", replace(recipe, tuner=tuner, tuner_options=own, **left))
+    trained = replace(recipe, tuner=tuner, tuner_options=own, **left)
+    line = command_line("train", replace(trained, **_apart(trained, parts)))
     return line if " --tuner " in line else f"{line} --tuner {quoted(tuner)}"  # the default, too, is to be seen
+
+
+def _apart(recipe: Recipe, parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The options that training needs beside its own to find the spaces of `parts`, of which each is a task."""
+    store, found, ids = Store.open(store_path(recipe)), dict[str, Any](), dict[str, str]()
+    for task, part in zip(tasks_of(recipe), parts, strict=True):
+        for slot, own in parts_of(replace(recipe, task=task)).items():
+            space = store.space(part["space"][slot] if slot else part["space"])
+            options = told_apart(own, space.identity, space.id)
+            ids |= {slot: options.pop("space")} if "space" in options else {}
+            found |= options
+    if ids:
+        found["space"] = ids[""] if "" in ids else ",".join(f"{slot}={id}" for slot, id in ids.items())
+    return found
 
 
 Done = tuple[Space, Report]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.command_lines import command_line, extract_command
 from pipeline.commands.projection import widths_text
+from pipeline.lookup.recipe import told_apart
 from pipeline.recipe import Recipe
 from pipeline.terminal import size_text, table_text
 
@@ -32,9 +34,9 @@ def split_limit(rows: dict[str, int], fits: int, views: int = 1) -> int:
     return max(n // times[split] for split, n in rows.items())
 
 
-def both(recipe: Recipe) -> list[str]:
-    """The command that extracts and the one that trains."""
-    return [extract_command(recipe), command_line("train", recipe)]
+def both(recipe: Recipe, apart: Mapping[str, Any]) -> list[str]:
+    """The command that extracts and the one that trains, with the options `apart` that only the latter lacks."""
+    return [extract_command(recipe), command_line("train", replace(recipe, **apart))]
 
 
 def recommend(plan: Plan, work: Workload, recipe: Recipe, budget: float | None, memory: float | None) -> None:
@@ -42,7 +44,8 @@ def recommend(plan: Plan, work: Workload, recipe: Recipe, budget: float | None, 
     stored = plan.format if plan.projection == "none" else f"{plan.format}, {plan.projection}"
     total = plan.formats[stored]["total"]
     recipe = replace(recipe, tuner=work.tuner, format=plan.format)
-    plan.commands, live = both(recipe), command_line("train", replace(recipe, live=True))
+    apart = told_apart(recipe, {**work.space, "format": plan.format})
+    plan.commands, live = both(recipe, apart), command_line("train", replace(recipe, live=True, **apart))
     if budget is not None and total > budget:
         rows = int(work.samples * budget / total)
         limit = split_limit(plan.rows, rows, recipe.views or 1)
@@ -53,10 +56,10 @@ def recommend(plan: Plan, work: Workload, recipe: Recipe, budget: float | None, 
                 f"{over}; {PYRAMID} takes {size_text(small)}: cache that for --tuner fixed, or run {work.tuner} with "
                 "--live"
             )
-            plan.commands = [*both(replace(recipe, tuner="fixed", tuner_options={})), live]
+            plan.commands = [*both(replace(recipe, tuner="fixed", tuner_options={}), apart), live]
         elif limit:
             plan.recommendation = f"{over}: it holds about {rows:,} rows; keep fewer --layers or set --limit"
-            plan.commands = both(replace(recipe, limit=limit))
+            plan.commands = both(replace(recipe, limit=limit), apart)
         else:
             plan.recommendation = f"{over}, which does not hold a row of each split: give more"
             plan.commands = []
@@ -68,7 +71,8 @@ def recommend(plan: Plan, work: Workload, recipe: Recipe, budget: float | None, 
             f"--accumulate {accumulate} do the same with less"
         )
         smaller = replace(recipe, batch_size=size, accumulate=accumulate, tier="auto", host_memory="0")
-        plan.commands = both(smaller if recipe.tier == "auto" else replace(smaller, tier="disk", host_memory=None))
+        smaller = smaller if recipe.tier == "auto" else replace(smaller, tier="disk", host_memory=None)
+        plan.commands = both(smaller, apart)
     elif plan.pays:
         plan.recommendation = (
             f"cache: extraction is paid back after {plan.break_even[plan.tier]:.1f} of {plan.epochs} epochs, and every "
@@ -88,7 +92,7 @@ def recommend(plan: Plan, work: Workload, recipe: Recipe, budget: float | None, 
                 f"caching does not pay in time here: {took if even is None else late}. It still saves the backbone's "
                 "memory, and pays when several seeds or tuners share the states"
             )
-        plan.commands = both(replace(recipe, live=True))
+        plan.commands = both(replace(recipe, live=True), apart)
         if f"{plan.format}, {PYRAMID}" in plan.formats:
             small = plan.formats[f"{plan.format}, {PYRAMID}"]["total"]
             plan.recommendation += f". {PYRAMID.capitalize()}, for --tuner fixed, is {total / small:.1f} times smaller"

@@ -22,6 +22,7 @@ from pipeline.extract.backbones.vision import Vision
 from pipeline.extract.batch import stream_of
 from pipeline.extract.batching import extraction_batches
 from pipeline.extract.completion import windows
+from pipeline.extract.feature_space import chosen_fields
 from pipeline.extract.pretrained import Checkpoint, local
 from pipeline.extract.projection import MAPS, orthogonal, parse_projection
 from pipeline.extract.tasks import Task
@@ -50,7 +51,7 @@ class Workload:
     gives them; `rows`: split → rows in all. `classes`: what a step is counted with. `pictures`: a few of the images, to
     time reading them. `views`: of each training image, counted in `rows`. `learned`: of the positions that training
     samples have, the share that are targets, where these are tokens (`classes` is then 0). `maps`: a projection keeps
-    maps that heads read in few channels, too."""
+    maps that heads read in few channels, too. `space`: what the recipe decides of the feature space's identity."""
 
     backbone: Backbone
     tuner: str
@@ -67,6 +68,7 @@ class Workload:
     views: int = 1
     learned: float = 1.0
     maps: bool = False
+    space: dict[str, Any] = field(default_factory=dict)
 
     @property
     def dense(self) -> Objective | None:
@@ -223,10 +225,13 @@ def workload(recipe: Recipe, task: Task | None = None) -> Workload:
         rows = {s: round(rows[s] * samples / sampled) for s, (samples, sampled) in counts.items()}
     answered = backbone.continues_text and answers_in_text(recipe.objective, task.spec, backbone)
     pictures: list[Picture] = []
+    chosen = space_options(recipe, task.spec, backbone)
+    space = chosen_fields(backbone, chosen)
     if isinstance(backbone, Vision):
         assert isinstance(tokenizer, Preprocess)
+        space["image_size"] = tokenizer.sized(chosen.text.image_size, chosen.text.dense).extent_text
         first = task.rows("train" if "train" in splits else splits[0])
-        pictures = some_pictures(tokenizer, first, space_options(recipe, task.spec, backbone).text)
+        pictures = some_pictures(tokenizer, first, chosen.text)
         if "train" in rows:
             rows["train"] *= recipe.views or 1
     return Workload(
@@ -245,4 +250,5 @@ def workload(recipe: Recipe, task: Task | None = None) -> Workload:
         recipe.views or 1,
         found["train" if "train" in splits else splits[0]][1],
         kept is not None and kept[0] == MAPS,
+        space,
     )

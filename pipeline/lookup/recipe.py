@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,12 +32,13 @@ from pipeline.recipe import Recipe
 from pipeline.store import Space, Store
 from pipeline.store.errors import NoStore, SeveralSpaces, SpaceMismatch, StoreError, UserError
 from pipeline.store.near import near
-from pipeline.store.select import choose_space
+from pipeline.store.select import choose_space, differences
 from pipeline.train.model import union_states
 from pipeline.train.tuners import fitting_tuner, tuner_class, tuner_names
 
 # Options of a recipe that are fields of a feature space.
 SPACE_FIELDS = ("format", "projection", "precision", "attention", "prompt", "max_length", "truncation_side", "stride")
+TELLING = (*SPACE_FIELDS, "image_size", "views")  # that may be all in which two spaces of a model differ
 PICTURES = ("image_size", "views", "augment", "view_seed")  # and those that say how images are made
 
 
@@ -182,10 +183,7 @@ def find_space(recipe: Recipe, exactly: str | None = None) -> Found:
             raise NotExtracted(str(error).split(", or ")[0], recipe) from None
         raise  # a run knows its store, which has moved
     task, slot = canonical_name(recipe.task), slot_of(recipe)
-    spaces = [s for s in store.spaces() if any(t.task == task for t in s.tables())]
-    if slot or len(spaces) > 1:  # a task of several slots has tables of the same name
-        own = [s for s in spaces if any(v.slot == slot for v in versions_of(s, task, damaged=[]))]
-        spaces = own if slot or own else spaces
+    spaces = _of_task(store, task, slot)
     if not spaces:
         what = f"task {task!r} for slot {slot}" if slot else f"task {task!r}"
         hint = near(task, {t.task for s in store.spaces() for t in s.tables()})
@@ -200,8 +198,32 @@ def find_space(recipe: Recipe, exactly: str | None = None) -> Found:
         if len(spaces) != 1:
             what = f"--space {recipe.space}: fits {len(spaces)} spaces with task {task!r}, must fit one"
             raise SeveralSpaces(what) if spaces else StoreError(what)
+    spaces, wanted, checkpoint = _asked(recipe, store, spaces)
+    try:
+        return _found(store, choose_space(spaces, wanted))
+    except SeveralSpaces:
+        raise
+    except SpaceMismatch as error:
+        backbone = None if checkpoint is None else checkpoint.backbone
+        if recipe.space or not _can_extract(recipe, backbone or backbone_from(store, spaces[0])):
+            raise
+        raise NoneFits(str(error), recipe) from None
+
+
+def _of_task(store: Store, task: str, slot: str) -> list[Space]:
+    """The feature spaces with tables of `task`, for `slot`."""
+    spaces = [s for s in store.spaces() if any(t.task == task for t in s.tables())]
+    if slot or len(spaces) > 1:  # a task of several slots has tables of the same name
+        own = [s for s in spaces if any(v.slot == slot for v in versions_of(s, task, damaged=[]))]
+        spaces = own if slot or own else spaces
+    return spaces
+
+
+def _asked(recipe: Recipe, store: Store, spaces: list[Space]) -> tuple[list[Space], dict[str, Any], Checkpoint | None]:
+    """Of `spaces` those of the recipe's model by name, the fields of an identity that it asks for, and the checkpoint
+    where it is at hand. Raises NotExtracted where none is of the model."""
     wanted, checkpoint = wanted_fields(recipe), None
-    if slot:  # what is said of images is not for a slot of texts, and the other way round
+    if slot_of(recipe):  # what is said of images is not for a slot of texts, and the other way round
         kinds = {"image_size" in space.identity for space in spaces}
         foreign = {*(OF_TEXTS if True in kinds else ()), *(OF_IMAGES if False in kinds else ())}
         wanted = {field: value for field, value in wanted.items() if field not in foreign}
@@ -219,19 +241,30 @@ def find_space(recipe: Recipe, exactly: str | None = None) -> Found:
             if not named:
                 known = sorted({n for s in spaces for n in names_of(store, s)})
                 there = f"{', '.join(known)}{near(name, known)}"
-                raise NotExtracted(
-                    f"no states of task {task!r} by model {name!r} in {store.where}; there are some by: {there}", recipe
-                )
+                what = f"no states of task {canonical_name(recipe.task)!r} by model {name!r} in {store.where}"
+                raise NotExtracted(f"{what}; there are some by: {there}", recipe)
             spaces = named
+    return spaces, wanted, checkpoint
+
+
+def told_apart(recipe: Recipe, known: Mapping[str, Any], id: str = "") -> dict[str, Any]:
+    """The options that training by `recipe` needs beside its own to find one feature space, where others of the store
+    fit, too; {} where none does. `known`: fields of its identity; `id`: its own, where it is stored already."""
+    if recipe.space:
+        return {}
     try:
-        return _found(store, choose_space(spaces, wanted))
-    except SeveralSpaces:
-        raise
-    except SpaceMismatch as error:
-        backbone = None if checkpoint is None else checkpoint.backbone
-        if recipe.space or not _can_extract(recipe, backbone or backbone_from(store, spaces[0])):
-            raise
-        raise NoneFits(str(error), recipe) from None
+        store = Store.open(store_path(recipe))
+        spaces = [s for s in _of_task(store, canonical_name(recipe.task), slot_of(recipe)) if s.id != id]
+        if not spaces:
+            return {}
+        spaces, wanted, _ = _asked(recipe, store, spaces)
+    except UserError:  # there is no store, or nothing of the model
+        return {}
+    others = [s.identity for s in spaces if not differences(s.identity, wanted)]
+    said = [n for n in TELLING if n in known and any(o.get(n) != known[n] for o in others)]
+    if id and any(all(o.get(n) == known[n] for n in said) for o in others):
+        return {"space": id[:12]}  # no option says it
+    return {n: 1 if n == "views" else known[n] for n in said}
 
 
 def _can_extract(recipe: Recipe, backbone: Backbone) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 from dataclasses import fields, replace
@@ -230,6 +231,45 @@ def test_a_run_that_was_not_finished_says_how_to_go_on(options, tmp_path):
     (folder / "recipe.yaml").write_text(asked.to_yaml())
     line = line_of(refused(run("evaluate", folder)))
     assert parsed(line) == ("train", replace(asked, out=str(folder)))
+
+
+def extracted(command: list[str]) -> tuple[str, str]:
+    """The feature space that an extraction names, by its first characters, and the command that it ends with."""
+    result = run(*command)
+    assert result.exit_code == 0, result.output
+    (space,), (line,) = (re.findall(p, result.stderr, re.M) for p in (r"^space ([0-9a-f]+):", r"^next: (.*)$"))
+    return space, line
+
+
+@pytest.mark.parametrize("differing", [{"max_length": 12}, {"format": "bfloat16", "truncation_side": "left"}])
+def test_where_two_spaces_fit_training_is_told_which(options, tmp_path, differing, no_measuring):
+    """Pasted, what `plan` and `extract` print trains from the space that they are about."""
+    usual = dict.fromkeys(("max_length", "truncation_side", "precision", "attention"))
+    lst: dict[str, Any] = {"tuner": "lst", "tuners": ("lst",), "tuner_options": {"reduction": 4}, "epochs": 1}
+    asked = Recipe(**options | usual | lst)
+    other = argv(replace(asked, **differing), "extract")
+    _, alone = extracted(other)
+    assert parsed(alone)[1] == replace(asked, **differing, tuners=Recipe().tuners, epochs=None)  # no more than it takes
+    plan, _ = planning.run_plan(asked, None, None)
+    extract, train = plan["commands"]
+    space, line = extracted(words(extract)[1:])
+    for number, (where, told) in enumerate(((space, train), (space, line), extracted(other))):
+        done = run(*words(told)[1:], "--epochs", 1, "--out", tmp_path / f"run {number}", "--json")
+        assert done.exit_code == 0, done.output
+        assert json.loads(done.stdout)["space"].startswith(where)
+
+
+def test_where_no_option_tells_spaces_apart_the_space_is_named(checkpoints, tmp_path):
+    texts = tmp_path / "texts.csv"
+    texts.write_text("text\n" + "\n".join(" ".join(tiny.WORDS[i % 5 :][:20]) for i in range(30)) + "\n")
+    options = {"model": str(checkpoints["decoder"]), "task": str(texts), "store": str(tmp_path / "store")}
+    asked = Recipe(**options, text="text", max_length=8, tuners=("qst",))
+    extracted(argv(replace(asked, stride=4), "extract"))
+    space, line = extracted(argv(asked, "extract"))
+    assert parsed(line)[1].space == space
+    done = run(*words(line)[1:], "--epochs", 1, "--out", tmp_path / "run", "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["space"].startswith(space)
 
 
 def test_a_prompt_that_the_store_has_is_said(checkpoints, table, tmp_path):
