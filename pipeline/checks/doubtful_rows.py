@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 
 import numpy as np
 
 from pipeline.extract.tasks.base import SPLITS, Label, TaskSpec
+from pipeline.jobs.extracted import first_views, views_of
 from pipeline.store import TaskTable
 from pipeline.store.format.keys import Keys
 from pipeline.store.tables.texts import Texts, numbered
@@ -32,8 +34,8 @@ OWN = (
 
 def doubts(tables: Mapping[str, TaskTable], images: bool = False) -> list[str]:
     """A sentence for each oddity in the rows of `tables` (split → table). `images`: compare them by what they show, the
-    sample key, rather than by the names of their files."""
-    tables = {name: tables[name] for name in SPLITS if name in tables}
+    sample key, rather than by the names of their files; views that were made of an image are no images of their own."""
+    tables = {name: _plain_views(tables[name]) if images else tables[name] for name in SPLITS if name in tables}
     if not tables:
         return []
     rows = dict(zip(tables, _numbered([_contents(table, images) for table in tables.values()]), strict=True))
@@ -45,6 +47,14 @@ def doubts(tables: Mapping[str, TaskTable], images: bool = False) -> list[str]:
         before = list(tables)[:place]
         found.append(_shared(name, before, tables, rows, images))
     return [sentence for sentence in found if sentence]
+
+
+def _plain_views(table: TaskTable) -> TaskTable:
+    """Each image of `table` once, as it is."""
+    if views_of(table) == 1:
+        return table
+    plain = first_views(table, 1)
+    return replace(plain, texts=[texts[:1] for texts in plain.texts])  # without the number of the view
 
 
 def _labels(tables: Mapping[str, TaskTable]) -> list[str]:
