@@ -52,18 +52,21 @@ def fit(
     progress: bool = True,
     resume: bool = True,
     info: Mapping[str, Any] | None = None,
+    record: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Train `model` (see `Trainable`) and return what also goes to `run_dir/metrics.json`.
 
     The epoch with the best validation figures (`Scorer.value`) is restored at the end and scored on `test_source`;
     without a validation source that is the last epoch. `scorer()` gives a fresh scorer. With `resume`, a
     `resume.safetensors` in `run_dir` is continued; it is removed when training is done. `info` goes into the header of
-    `tuner.safetensors`. Raises NotFinite, Interrupted (the run can be resumed), UserError for options or files that
-    do not fit.
+    `tuner.safetensors`. `record` is called when nothing more is refused and what stood in `run_dir` of another run is
+    gone: it may write there what the run is made with. Raises NotFinite, Interrupted (the run can be resumed),
+    UserError for options or files that do not fit.
     """
     training = Training(
-        model, train_source, validation_source, test_source, options, Path(run_dir), scorer, torch.device(device), info
-    )
+        model, train_source, validation_source, test_source, options, Path(run_dir), scorer, torch.device(device),
+        info, record,
+    )  # fmt: skip
     (result,) = fit_all([training], progress, resume)
     if isinstance(result, NotFinite):
         raise result
@@ -94,6 +97,7 @@ class Training:
         scorer: Callable[[], Scorer],
         device: torch.device,
         info: Mapping[str, Any] | None = None,
+        record: Callable[[], None] = lambda: None,
     ) -> None:
         self.ranks = Ranks.from_environment()
         self.saved = run_dir / checkpoint.RESUME
@@ -104,7 +108,7 @@ class Training:
         self.model: Any = model.to(device)
         self.train, self.validation, self.test = train, validation, test
         self.options, self.run_dir, self.scorer, self.device = options, run_dir, scorer, device
-        self.info = dict(info or {})
+        self.info, self.record = dict(info or {}), record
         if not len(train):
             raise UserError("the training split has no samples: give another split or a larger limit")
         self.optimizer, self.names = adamw(model, options)
@@ -128,6 +132,7 @@ class Training:
         if not found:
             for name in (checkpoint.RESUME, checkpoint.TUNER, "metrics.json"):
                 (self.run_dir / name).unlink(missing_ok=True)
+        self.record()
         state, options = self.state, self.options
         self.schedule = scheduler(
             self.optimizer, options.schedule, options.warmup(self.total), self.total, step=state.step
@@ -289,13 +294,8 @@ class Training:
         """`tuner.safetensors` as of the best epoch so far."""
         state, epoch = self.state, self.state.best_epoch
         step = min(state.step, (epoch or 0) * self.steps_an_epoch)
-        about = {
-            **self.info,
-            "layout": self.train.order.layout(),
-            "epoch": epoch,
-            "step": step,
-            "validation": finite(state.best),
-        }
+        about = {**self.info, "layout": self.train.order.layout(), "epoch": epoch, "step": step}
+        about["validation"] = finite(state.best)
         checkpoint.save_tuner(self.run_dir / checkpoint.TUNER, self.best, about)
 
     def restore_best(self) -> None:
