@@ -232,7 +232,9 @@ class Space:
 
     def verify(self, deep: bool = False) -> list[Problem]:
         """What is wrong with any sealed segment or table: names and sizes, with `deep` every digest, and whether all
-        that something names is there."""
+        that something names is there. Nothing is believed of a copy in the cache: all is read where the store is."""
+        if (files := self.files.fresh()) is not self.files:
+            return Space(files, self.id).verify(deep)
         names = self._segment_names()
         if not deep:
             listed = self.files.listed(f"{space_path(self.id)}/segments")

@@ -140,7 +140,10 @@ class Store:
         return weights.load_json(self.files, digest, name)
 
     def verify(self, deep: bool = False) -> list[Problem]:
-        """What is wrong with any feature space or kept weights: names and sizes, with `deep` every digest."""
+        """What is wrong with any feature space or kept weights: names and sizes, with `deep` every digest. All is read
+        where the store is, nothing from the cache of this machine."""
+        if (files := self.files.fresh()) is not self.files:
+            return Store(files).verify(deep)
         found: list[Problem] = []
         needed: dict[Any, str] = {}
         for name in self.files.names("spaces"):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pipeline.cli.command import command, say
-from pipeline.command_lines import store_command
+from pipeline.command_lines import quoted, store_command
 from pipeline.lookup.store_folder import store_place as place
 from pipeline.store.errors import StoreError, UserError
 
@@ -66,7 +66,9 @@ def status(as_json: bool, where: str) -> tuple[Any, str]:
 @command
 def verify(as_json: bool, where: str, deep: bool, recompute: int, model: str, data: tuple[str, ...]) -> tuple[Any, str]:
     """Check a store; changes nothing. Exit status 1 if something is wrong."""
-    opened = _open(where)
+    from pipeline.store import Store
+
+    opened = Store(_open(where).files.fresh())  # what is computed again, too, is compared with what is there
     found = [asdict(p) for p in opened.verify(deep)]
     compared: list[dict[str, Any]] = []
     if recompute:
@@ -77,13 +79,23 @@ def verify(as_json: bool, where: str, deep: bool, recompute: int, model: str, da
     if found:
         for problem in found[:50]:
             say("  ".join(str(v) for v in problem.values() if v not in ("", None)))
-        mend = store_command("repair", where)
-        raise Problems(f"{len(found)} problems in {opened.where}: `{mend}` puts aside what is damaged")
+        raise Problems(f"{len(found)} problems in {opened.where}: {_mending(opened, where)}")
     depth = "every digest" if deep else "names and sizes"
     more = f"; {sum(c['samples'] for c in compared)} samples computed again agree" if compared else ""
     if absent := sum(c["absent"] for c in compared):
         more += f", {absent} passed over: their image is not in --data as it was extracted"
     return {"store": opened.where, "problems": [], "recomputed": compared}, f"{opened.where}: {depth} checked{more}"
+
+
+def _mending(store: Store, where: str) -> str:
+    """What to do about a damaged store. A push alone leaves what is there as it is."""
+    mend = f"`{store_command('repair', where)}` puts aside what is damaged"
+    if store.files.local:
+        return mend
+    if place(where).startswith("s3://"):
+        bring = f"pipeline store push {quoted(store.where)} --store COPY"
+        return f"{mend}, then extract, or push a sound COPY again: `{bring}`"
+    return "a mirror is only read: repair the store that it is a mirror of, or pull a sound copy"
 
 
 class Problems(StoreError):
@@ -153,6 +165,9 @@ def _transfer(source: str, target: str, space: str, quiet: bool) -> tuple[Any, s
             say(problem)
         raise Problems(f"{len(done.problems)} damaged files were left out, all else was copied; repair {source} first")
     text = f"{done.segments} segments copied, {done.skipped} were there; {size_text(done.bytes)} to {target}"
+    if done.skipped:
+        check = store_command("verify", target, "--deep")
+        text += f"\nwhat was there was not read: `{check}` tells whether it is sound"
     return {"from": source, "to": target, **vars(done)}, text
 
 

@@ -112,6 +112,10 @@ class Files:
         """Every file below `folder` → its bytes, where one question tells them all, else None."""
         return None
 
+    def fresh(self) -> Files:
+        """The same files, each byte of which is read where the store is, from no cache."""
+        return self
+
     def forget(self, name: str) -> bool:
         """Drop any copy of `name` kept elsewhere; whether reading it again may give other bytes."""
         return False

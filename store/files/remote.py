@@ -14,6 +14,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from copy import copy
 from functools import partial
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -67,6 +68,15 @@ class RemoteFiles(Files):
         self.cache = cache
         self.fetched = 0  # bytes that came from the other side
         self._answered, self._said = False, -REPEAT_SECONDS
+
+    def fresh(self) -> Files:
+        # A copy here says nothing of what has become of the file there. It is neither looked at nor written: it may be
+        # the sound one, and a look at every byte would push out what is worth keeping.
+        if self.cache is None:
+            return self
+        same = copy(self)  # with its connections
+        same.cache = None
+        return same
 
     def where(self, name: str) -> str:
         return f"{self.root}/{name}".rstrip("/")

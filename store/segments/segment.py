@@ -156,6 +156,11 @@ class Segment:
     def verify(self, deep: bool = False) -> list[Problem]:
         """What is wrong: names and sizes, and with `deep` every digest and the agreement of metadata. Never raises
         for damage."""
+        if (files := self.files.fresh()) is not self.files:
+            try:
+                return Segment(files, self.space, self.id).verify(deep)
+            except StoreError as error:
+                return [Problem(self.id, "manifest.json", str(error))]
         found = self._wrong_sizes()
         if not deep:
             return found

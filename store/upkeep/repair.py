@@ -39,7 +39,7 @@ class Repaired:
 
 def repair(where: str, dry_run: bool = False) -> Repaired:
     """Look at every byte of the store at `where` and put aside what is damaged; with `dry_run` only say what is."""
-    files = open_files(where)
+    files = open_files(where).fresh()
     done = Repaired()
     if not _store_file(files, done, dry_run):
         return done

@@ -86,6 +86,24 @@ def test_images_are_compared_by_what_they_show(checkpoints, tmp_path):
     assert line.startswith("1 of 59 images") and one.parent.name in line and other.parent.name in line
 
 
+@pytest.mark.parametrize("augment", ["flip", "random"])
+def test_views_are_no_images_of_their_own(checkpoints, tmp_path, augment):
+    """What is odd is told of the images that were given, with and without views."""
+    folder = vision.write_folder(tmp_path / "halves", 40)
+    one, other = (sorted(c.iterdir())[0] for c in sorted(folder.iterdir())[:2])
+    other.write_bytes(one.read_bytes())
+    store = tmp_path / "store"
+    plain = extracted(checkpoints["resnet"], folder, store, "--limit", 40)
+    several = extracted(checkpoints["resnet"], folder, store, "--limit", 40, "--augment", augment, "--views", 2)
+    (line,) = [x for x in several if "two labels" in x]
+    assert line.startswith("1 of 39 images") and ".png' as " in line
+    assert several == plain
+    train = ["train", "--task", folder, "--store", store, "--tuner", "probe", "--epochs", 1, "--views", 2]
+    done = run(*train, "--augment", augment, "--out", tmp_path / "run", "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["warnings"] == plain
+
+
 @pytest.fixture(scope="module")
 def stored(checkpoints, table, tmp_path_factory) -> list[object]:
     """40 of 96 training rows."""

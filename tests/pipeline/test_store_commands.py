@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -271,3 +272,29 @@ def test_a_shared_group_may_write(whole: tuple[Path, list[Any]], tmp_path: Path)
     for path in store.rglob("*"):
         wanted = 0o2070 if path.is_dir() else 0o060
         assert path.stat().st_mode & wanted == wanted, path
+
+
+def test_a_bucket_is_mended_as_verify_says(
+    copied: tuple[Path, list[Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Damage behind a warm cache is found; a push alone leaves it; what `verify` prints, pasted, mends it."""
+    monkeypatch.setenv("PIPELINE_CACHE", str(tmp_path / "cache"))
+    with servers.s3(tmp_path / "s3") as environment:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        there = ["--store", "s3://team/features"]
+        push = ["store", "push", "s3://team/features", "--store", copied[0]]
+        ok(*push)
+        train = ["train", "--task", copied[1][4], "--tuner", "lst", "--reduction", 4, "--epochs", 1, *there]
+        assert run(*train, "--out", tmp_path / "run").exit_code == 0
+        (victim, *_) = sorted((tmp_path / "s3").rglob("segments/*/*/c.0.0"))
+        data = victim.read_bytes()
+        victim.write_bytes(data[:-8] + bytes(b ^ 1 for b in data[-8:]))
+        again = run(*push)
+        assert again.exit_code == 0 and "store verify --deep --store s3://team/features" in again.stdout
+        said = run("store", "verify", "--deep", *there)
+        assert said.exit_code == 1 and victim.parent.name in said.stderr
+        mend, bring = re.findall(r"`pipeline ([^`]*)`", said.stderr.splitlines()[-1])
+        assert run(*mend.split()).exit_code == 0
+        assert run(*bring.replace("COPY", str(copied[0])).split()).exit_code == 0
+        assert ok("store", "verify", "--deep", *there)["problems"] == []

@@ -17,6 +17,7 @@ from pipeline.store.files.cache import Cache
 from pipeline.store.files.places import _remote, cache_bytes, open_files
 from pipeline.store.files.remote import redact
 from pipeline.store.segments.blocks import _segment
+from pipeline.store.upkeep.repair import repair
 from pipeline.store.upkeep.transfer import transfer
 from tests.benchmarks.scale import counted_requests
 from tests.store import servers
@@ -137,6 +138,32 @@ def test_damage_is_never_data(place: Place, file: str, damage: str) -> None:
     assert_equal(read_all(place.url)[0], samples(NUMBERS[:8]))
 
 
+@pytest.mark.parametrize("file", ["c.0.0", "manifest.json", "rte/train-12-*", "tail.safetensors"])
+def test_verify_looks_at_what_is_there_not_at_its_copies(place: Place, file: str) -> None:
+    """Everything was read before it changed, so that a cache has it as it was."""
+    read_all(place.url)
+    store = Store.open(place.url)
+    (home,) = store.spaces()
+    home.load_table("rte", "train")
+    store.load_tensors(DIGEST, "tail.safetensors")
+    segments = home.segments()
+    parent = "weights" if file == "tail.safetensors" else "spaces"
+    victim = next(p for p in sorted((place.folder / parent).rglob(file)) if "decoder" not in str(p))
+    data = victim.read_bytes()
+    middle = len(data) // 2
+    victim.write_bytes(data[:middle] + bytes(b ^ 1 for b in data[middle : middle + 8]) + data[middle + 8 :])
+    settle(place)
+    for opened in (store, Store.open(place.url)):  # one that has all of it in memory, too
+        (problem,) = {(p.segment, p.file) for p in opened.verify(deep=True)}
+        assert victim.match(f"*/{problem[1]}") or problem[1] == str(victim.relative_to(place.folder))
+    assert bool(store.verify()) == (file == "manifest.json")
+    for segment in segments if file == "c.0.0" else ():  # `gc` asks each
+        assert bool(segment.verify(deep=True)) == (segment.id in str(victim))
+    assert repair(place.url, dry_run=True).problems
+    if "cached" in place.kind:
+        assert_equal(read_all(place.url)[0], samples(NUMBERS[:8]))
+
+
 def test_requests_to_a_bucket(
     bucket: tuple[Path, dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,7 +185,8 @@ def test_requests_to_a_bucket(
 
     assert asked(Space.segments) == {"LIST": 2, "GET": 6}
     assert asked(Space.segments) == {"LIST": 2}
-    assert asked(Space.verify) == {"LIST": 2}
+    # What it vouches for it has read, copies or not: the space's identity too, which takes the others.
+    assert asked(Space.verify) == {"LIST": 3, "HEAD": 2, "GET": 7}
     next(home.path.glob("segments/*/zarr.json")).unlink()
     time.sleep(0.3)
     (opened,) = Store.open(url).spaces()
