@@ -37,7 +37,7 @@ from pipeline.terminal import layout_text
 from pipeline.train.baselines.methods import BASELINES, BaselineModel, Inside, baseline, input_source
 from pipeline.train.data.source import Source
 from pipeline.train.features import Want
-from pipeline.train.fit.at_work import at_work
+from pipeline.train.fit.at_work import at_work, refuse_lost
 from pipeline.train.fit.log import finite
 from pipeline.train.fit.loop import FitOptions, fit
 from pipeline.train.model import Model
@@ -104,6 +104,7 @@ def _compared(
     for method in methods:
         runs = []
         for seed in seeds:
+            refuse_lost(folder)
             one = replace(recipe, seed=seed, out=str(_run_folder(folder, method, seed)), overwrite=True)
             own = for_tuner(one, _read(recipe, method))
             runs.append(_baseline(one, method, preset) if _live(method) else _tuner(own))

@@ -31,7 +31,7 @@ from pipeline.store.errors import UserError
 from pipeline.store.format.digest import digest_json
 from pipeline.terminal import counted
 from pipeline.train.data.store_source import StoreSource
-from pipeline.train.fit.at_work import Note
+from pipeline.train.fit.at_work import Note, refuse_lost
 from pipeline.train.fit.finite import NotFinite
 from pipeline.train.fit.log import finite, write_json
 from pipeline.train.fit.loop import Training
@@ -219,6 +219,7 @@ class _Sweep:
         rows, first = self.rows(), self.asked[0].recipe
         result = {"out": str(self.folder), "task": first.task, "model": first.model, **summary(rows), **more}
         if self.tabulated:
+            refuse_lost(self.folder)
             write_json(self.folder / SWEEP, result)
             write_csv(self.folder / SWEEP.replace(".json", ".csv"), rows)
         return result
@@ -242,6 +243,7 @@ def _train(
     members: Sequence[Prepared], folder: Path, progress: bool, judge: Callable[[Sequence[Training]], Judge | None]
 ) -> dict[str, dict[str, Any]]:
     """Train runs that see the same samples in the same batches: name → what it ended with."""
+    refuse_lost(folder)
     parts = shared(members)
     runs: list[Training] = []
     for member in members:
@@ -319,6 +321,7 @@ def _made_with(trial: Trial, job: Job) -> dict[str, Any]:
 
 def _baseline(trial: Trial, job: Job, folder: Path) -> dict[str, Any]:
     """Train a baseline in the live backbone; its folder has metrics and a log, and is no run that predicts."""
+    refuse_lost(folder)
     make_folder(folder)
     write_json(folder / BASELINE, _made_with(trial, job))
     try:

@@ -26,6 +26,7 @@ from pipeline.train.data.source import Source
 from pipeline.train.data.targets import Targets
 from pipeline.train.evaluate import Trainable, autocast, evaluate
 from pipeline.train.fit import run_files as checkpoint
+from pipeline.train.fit.at_work import refuse_lost
 from pipeline.train.fit.finite import NotFinite
 from pipeline.train.fit.log import RunLog, finite, write_json
 from pipeline.train.fit.optimizer import adamw, reseed
@@ -122,6 +123,7 @@ class Training:
     def begin(self, resume: bool, interrupt: Interrupt) -> None:
         """Make the folder ready, or take up what stands in it."""
         self.interrupt = interrupt
+        refuse_lost(self.run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         found = resume and self.saved.exists() and self.restore(self.saved)
         self.ranks.wait()  # Before rank 0 changes what the others read.
@@ -289,14 +291,8 @@ class Training:
         """`tuner.safetensors` as of the best epoch so far."""
         state, epoch = self.state, self.state.best_epoch
         step = min(state.step, (epoch or 0) * self.steps_an_epoch)
-        about = {
-            **self.info,
-            "layout": self.train.order.layout(),
-            "epoch": epoch,
-            "step": step,
-            "validation": finite(state.best),
-        }
-        checkpoint.save_tuner(self.run_dir / checkpoint.TUNER, self.best, about)
+        about = {"layout": self.train.order.layout(), "epoch": epoch, "step": step, "validation": finite(state.best)}
+        checkpoint.save_tuner(self.run_dir / checkpoint.TUNER, self.best, {**self.info, **about})
 
     def restore_best(self) -> None:
         """Back to the best epoch."""
@@ -322,12 +318,14 @@ class Training:
             "seconds_per_epoch": state.seconds / max(1, state.step) * self.steps_an_epoch,
             "wait_share": state.wait_seconds / state.seconds if state.seconds else 0.0,
         }
+        refuse_lost(self.run_dir)
         write_json(self.run_dir / "metrics.json", result)
         (self.run_dir / checkpoint.RESUME).unlink(missing_ok=True)
         return finite(result)
 
     def abandon(self) -> None:
         """Of a run that is not finite: resuming would end here again, and only stand in the way of other options."""
+        refuse_lost(self.run_dir)
         (self.run_dir / checkpoint.RESUME).unlink(missing_ok=True)
 
     def save(self, begun: bool = True) -> None:

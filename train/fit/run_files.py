@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 
 from pipeline.store.errors import Notice, UserError
 from pipeline.store.format.digest import Digest, canonical_json
+from pipeline.train.fit.at_work import refuse_lost
 
 TUNER = "tuner.safetensors"
 RESUME = "resume.safetensors"
@@ -30,7 +31,9 @@ _HEADER, _DIGEST = "pipeline", "xxh3"
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
-    """Write `tensors` and the JSON-able `info` to `path`, atomically. Raises UserError when the disk refuses."""
+    """Write `tensors` and the JSON-able `info` to `path`, atomically. Raises UserError when the disk refuses, or
+    where the folder is no longer this process's."""
+    refuse_lost(path.parent)
     kept = {name: t.detach().to("cpu").contiguous().clone() for name, t in tensors.items()}
     text = json.dumps(info)
     about = {_HEADER: text, _DIGEST: _digest(kept, text)}
@@ -47,7 +50,8 @@ def save(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> 
 
 
 def replace(partial: Path, path: Path) -> None:
-    """Move the finished file `partial` over `path` so that it survives a crash of the machine."""
+    """Move the finished file `partial` over `path` so that it survives a crash of the machine. UserError where the
+    folder is no longer this process's, see `at_work`; `partial` is then removed."""
     for folder_or_file, move in ((partial, True), (path.parent, False)):
         handle = os.open(folder_or_file, os.O_RDONLY)
         try:
@@ -55,6 +59,11 @@ def replace(partial: Path, path: Path) -> None:
         finally:
             os.close(handle)
         if move:
+            try:
+                refuse_lost(path.parent)  # after the sync, which may take long
+            except UserError:
+                partial.unlink(missing_ok=True)
+                raise
             partial.replace(path)
 
 

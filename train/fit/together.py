@@ -22,6 +22,7 @@ from pipeline.extract.batch import Batch
 from pipeline.extract.kernels.memory import keep_freed_memory, return_freed_memory
 from pipeline.store.progress import Bar as tqdm
 from pipeline.train.evaluate import Scoring, closing, evaluate_all
+from pipeline.train.fit.at_work import held, refuse_lost
 from pipeline.train.fit.finite import NotFinite
 from pipeline.train.fit.signals import Interrupt, Interrupted
 from pipeline.train.fit.stack import Stacks, measuring
@@ -195,7 +196,10 @@ class _Together:
         self.bar.total = (self.bar.total or 0) - (run.total - run.state.step)
 
     def check(self) -> None:
-        """Between two batches: stop here if asked to."""
+        """Between two batches: stop here if asked to, or if a beat found a folder taken over."""
+        if any(note.lost for note in held()):
+            for run in self.active:
+                refuse_lost(run.run_dir)
         if not self.interrupt.asked or not self.active:
             return
         at_once(self.active, lambda run: run.save())
