@@ -59,7 +59,13 @@ def claimed(folder: Path) -> None:
 
 def piped(folder: Path) -> None:
     (folder / NOTE).unlink()
-    os.mkfifo(folder / NOTE)
+    pipe(folder / NOTE)
+
+
+def pipe(path: Path) -> None:
+    if not hasattr(os, "mkfifo"):
+        pytest.skip("no named pipes here")
+    os.mkfifo(path)
 
 
 def standing(folder: Path) -> dict[str, Any]:
@@ -232,7 +238,7 @@ def linked(path: Path) -> None:
     path.symlink_to(path.with_name("file"))
 
 
-@pytest.mark.parametrize("make", [linked_nowhere, linked, os.mkfifo, Path.mkdir])
+@pytest.mark.parametrize("make", [linked_nowhere, linked, pipe, Path.mkdir])
 @pytest.mark.parametrize("name", ["train", "sweep", "compare"])
 def test_what_is_no_file_in_place_of_a_note_is_named(options, tmp_path, make, name):
     path = tmp_path / "out" / NOTE
@@ -244,7 +250,7 @@ def test_what_is_no_file_in_place_of_a_note_is_named(options, tmp_path, make, na
 
 def test_what_is_no_file_in_a_folder_of_its_runs_is_named(tmp_path):
     (tmp_path / "run").mkdir()
-    os.mkfifo(tmp_path / "run" / NOTE)
+    pipe(tmp_path / "run" / NOTE)
     note = Note(tmp_path, runs=True)
     with pytest.raises(UserError, match=f"{tmp_path / 'run' / NOTE} is no regular file"):
         note.take([tmp_path / "run"])
