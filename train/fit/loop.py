@@ -136,9 +136,8 @@ class Training:
                 (self.run_dir / name).unlink(missing_ok=True)
         self.record()
         state, options = self.state, self.options
-        self.schedule = scheduler(
-            self.optimizer, options.schedule, options.warmup(self.total), self.total, step=state.step
-        )
+        warmup = options.warmup(self.total)
+        self.schedule = scheduler(self.optimizer, options.schedule, warmup, self.total, step=state.step)
         self.log = RunLog(self.run_dir, state, () if self.ranks.rank else options.reporters, self.identity())
         if resume and not found:
             self.save(begun=False)  # the layout of the start, should the store be compacted before the next checkpoint
@@ -263,9 +262,8 @@ class Training:
         state, options, last = self.state, self.options, self.last_epoch
         if metrics is not None:
             state.evaluations += 1
-            self.log.evaluation(
-                {"step": state.step, "epoch": state.epoch + 1, "validation": metrics, "seconds": seconds}
-            )
+            told = {"step": state.step, "epoch": state.epoch + 1, "validation": metrics, "seconds": seconds}
+            self.log.evaluation(told)
             state.since_best += 1
             if state.best_epoch is None or self.better(metrics):
                 self.keep(metrics)
@@ -384,10 +382,8 @@ class Training:
         for name in dict.fromkeys((*sources, *layout)) if layout else ():
             now, then = sources[name].n if name in sources else 0, len(layout.get(name, ()))
             if now != then:
-                raise UserError(
-                    f"{self.run_dir} holds an unfinished run with {then:,} {name} samples, now {now:,}: "
-                    "choose another --out"
-                )
+                said = f"{self.run_dir} holds an unfinished run with {then:,} {name} samples, now {now:,}"
+                raise UserError(f"{said}: choose another --out")
         order = replace(self.train.order, block=layout.get("train", self.train.order.block))
         refuse_other_run(saved, {"order": order.digest()}, self.run_dir)
 
