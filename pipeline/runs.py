@@ -28,7 +28,7 @@ from pipeline.extract.tasks.sheet import read_sheet
 from pipeline.extract.tasks.table import cell_text
 from pipeline.jobs.job import Job
 from pipeline.jobs.joint import Joint
-from pipeline.jobs.mixture import Mixture, open_job
+from pipeline.jobs.mixture import Mixture, open_job, own_options
 from pipeline.jobs.slots import parts_of, slots_of
 from pipeline.jobs.sources import fresh_source, live_backbone, relive
 from pipeline.jobs.written import written_scores
@@ -41,6 +41,7 @@ from pipeline.train.data.source import Source
 from pipeline.train.evaluate import evaluate, predict
 from pipeline.train.fit.run_files import TUNER, check
 from pipeline.train.fit.run_files import load as load_checkpoint
+from pipeline.train.fit.state import other_options
 from pipeline.train.generate import generate
 from pipeline.train.metrics import score
 from pipeline.train.mixture import MixedModel
@@ -223,6 +224,11 @@ def load_run(folder: str | Path, **overrides: Any) -> Run:
         job = open_job(recipe, about.get("rows"), about.get("space"))
     except StoreError as error:
         raise StoreError(f"{folder}: {error}") from None
+    for name, trained, told in other_options(about.get("chosen") or {}, own_options(job)):
+        raise UserError(
+            f"{folder}: recipe.yaml says {name} {told!r}, {TUNER} was trained with {trained!r}: they are of two runs; "
+            "restore one of them, or train again"
+        )
     model = job.model()
     check(state, model.trainable_state(), folder / TUNER)
     model.load_trainable(state)

@@ -6,6 +6,7 @@ import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,11 @@ from pipeline.commands.sweep_table import SWEEP, summary, summary_text, table_of
 from pipeline.commands.train import (
     job_doubts,
     make_folder,
-    own_options,
     resolved_recipe,
     write_recipe,
 )
 from pipeline.jobs.job import Job, load_job
+from pipeline.jobs.mixture import own_options
 from pipeline.jobs.slots import refuse_slots
 from pipeline.recipe import Recipe, read_recipe
 from pipeline.store.errors import UserError
@@ -249,7 +250,6 @@ def _train(
     for member in members:
         job, recipe, own = member.job, member.trial.recipe, folder / member.trial.name
         make_folder(own)
-        write_recipe(own, job, member.options())
         run = Training(
             job.model(recipe.seed, member.tail), parts["train"], parts.get("validation"), parts.get("test"),
             member.options(), own, job.objective.scorer, job.device,
@@ -260,6 +260,7 @@ def _train(
                 "fold": recipe.fold,
                 "chosen": own_options(job),
             },
+            record=partial(write_recipe, own, job, member.options()),
         )  # fmt: skip
         # Equal options over one frozen end: the same function, but for the weights that are drawn from the seed.
         run.alike = digest_json([recipe.tuner, own_options(job), job.states, id(member.tail)])

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from pipeline.extract.tasks.registry import is_folder, is_table
 from pipeline.jobs.extracted import views_of
 from pipeline.jobs.job import Job, agreed
 from pipeline.jobs.joint import Joint
-from pipeline.jobs.mixture import Mixture, open_job
+from pipeline.jobs.mixture import Mixture, open_job, own_options
 from pipeline.lookup.recipe import store_path
 from pipeline.lookup.task_versions import columns_text, task_id
 from pipeline.recipe import Recipe
@@ -160,7 +161,6 @@ def run_train(recipe: Recipe, say: Say, quiet: bool = False) -> dict[str, Any]:
     with at_work(folder) if first else nullcontext():
         if first:
             refuse_finished(folder, recipe)  # another process may just have ended
-            write_recipe(folder, job, options)
         metrics = fit(
             model,
             parts["train"],
@@ -179,6 +179,7 @@ def run_train(recipe: Recipe, say: Say, quiet: bool = False) -> dict[str, Any]:
                 "chosen": own_options(job),
                 **({"tasks": name} if len(job.each) > 1 else {}),  # their order is that of a mixture's draws
             },
+            record=partial(write_recipe, folder, job, options) if first else lambda: None,
         )
     if remark := model.tuner.remark():
         say(f"{recipe.tuner}: {remark}")
@@ -212,22 +213,6 @@ def lasting_name(job: Job | Joint) -> str:
     task = job.recipe.task
     own = is_table(task) or is_folder(task) or is_named(task) or task.startswith(PREFIX)
     return task if own else task_id(next(iter(job.tables.values())).header)
-
-
-def own_options(job: AnyJob) -> dict[str, Any]:
-    """The options of the tuner and the objective as a recipe has them; of several by slot and by task."""
-    learned = {part.spec.name: part.objective for part in job.each}
-    own = Recipe(
-        tuner_options=_only({slot: asdict(config) for slot, config in job.configs.items()}),
-        objective_options=_only({task: asdict(objective.config) for task, objective in learned.items()}),
-    ).to_mapping()
-    names = _only({task: objective.name for task, objective in learned.items()})
-    return {"objective": names, **{k: own[k] for k in ("tuner_options", "objective_options")}}
-
-
-def _only(found: Mapping[str, Any]) -> Any:
-    """The value of the only key; of several the mapping."""
-    return dict(found) if len(found) > 1 else next(iter(found.values()))
 
 
 def resolved_recipe(job: AnyJob, options: FitOptions) -> Recipe:

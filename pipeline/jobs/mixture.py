@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -188,3 +188,19 @@ def _mixture(recipe: Recipe, tasks: list[str], versions: Mapping[str, str], spac
                     f"{theirs.get(field)!r}; extract both alike, or say which: --precision, --format and the like"
                 )
     return Mixture(recipe, jobs)
+
+
+def own_options(job: Job | Joint | Mixture) -> dict[str, Any]:
+    """The options of the tuner and the objective as a recipe has them; of several by slot and by task."""
+    learned = {part.spec.name: part.objective for part in job.each}
+    own = Recipe(
+        tuner_options=_only({slot: asdict(config) for slot, config in job.configs.items()}),
+        objective_options=_only({task: asdict(objective.config) for task, objective in learned.items()}),
+    ).to_mapping()
+    names = _only({task: objective.name for task, objective in learned.items()})
+    return {"objective": names, **{k: own[k] for k in ("tuner_options", "objective_options")}}
+
+
+def _only(found: Mapping[str, Any]) -> Any:
+    """The value of the only key; of several the mapping."""
+    return dict(found) if len(found) > 1 else next(iter(found.values()))

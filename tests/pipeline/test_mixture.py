@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -150,3 +151,11 @@ def test_the_order_of_the_tasks_is_part_of_an_unfinished_run(
         assert invoke(*train, one).exit_code
     refused(invoke(*train, other), "tasks 'one, two', now 'two, one'")
     assert run(*train, one)["epochs"] == 2
+
+
+def test_what_comes_next_is_a_tuner_that_several_heads_can_share(tables, checkpoints, tmp_path):
+    done = invoke("extract", *options(tables, checkpoints["bert"], tmp_path / "store"), "--for", "head2toe,probe")
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("next: pipeline train")]
+    assert "--tuner probe" in line and "head2toe" not in line
+    trained = invoke(*shlex.split(line.removeprefix("next: pipeline ")), *TRAIN, "--out", tmp_path / "run")
+    assert trained.exit_code == 0, trained.output

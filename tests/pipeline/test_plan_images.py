@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.cost import rates
+from pipeline.cost import disk, rates
 from pipeline.cost.flops import counts, saved_bytes, step_operations, tuner_model
 from pipeline.cost.rates import random_batch
 from pipeline.cost.workload import workload
@@ -61,7 +61,7 @@ def test_a_made_up_batch_has_the_shapes_of_a_real_one(name, checkpoints, picture
 @pytest.fixture
 def quick(monkeypatch):
     """Rates of everything real, each measured in a moment."""
-    monkeypatch.setattr(rates, "DISK_SAMPLE", 1 << 20)
+    monkeypatch.setattr(disk, "DISK_SAMPLE", 1 << 20)
     monkeypatch.setattr(rates, "runs", lambda run, device, seconds=1.0, least=2: [timeit(run, number=1)])
 
 

@@ -160,3 +160,53 @@ def test_every_flipped_bit_in_a_recipe_that_says_something_is_noticed(tmp_path):
             assert read_recipe(path, record=True) == whole, damaged[place - 20 : place + 20]
         except UserError as error:
             assert "\n" not in str(error)
+
+
+def more_of(trained: tuple[Path, dict]) -> list[object]:
+    """The options of `trained`, all but its folder."""
+    store = trained[0].parent / "store"
+    task = read_recipe(trained[0] / "recipe.yaml")["task"]
+    fixed = ["--tuner", "probe", "--epochs", 2, "--batch-size", 16, "--train-precision", "bfloat16"]
+    return ["train", "--task", task, "--store", store, *WORDS, *fixed]
+
+
+def test_a_refused_training_leaves_the_recipe_as_it_was(trained, tmp_path, monkeypatch):
+    """Of an unfinished run, which may hold a tuner already."""
+    from pipeline.train.fit.loop import Training
+
+    def stop(self, test) -> None:
+        raise UserError("stopped")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "finish", stop)
+        first = run(*more_of(trained), "--pooling", "mean", "--out", tmp_path / "run")
+    assert first.exit_code != 0 and (tmp_path / "run/resume.safetensors").exists(), first.output
+    before = (tmp_path / "run/recipe.yaml").read_bytes()
+    refused(run(*more_of(trained), "--pooling", "last", "--out", tmp_path / "run"), "unfinished run", "pooling")
+    assert (tmp_path / "run/recipe.yaml").read_bytes() == before
+    done = run(*more_of(trained), "--pooling", "mean", "--out", tmp_path / "run", "--json")
+    assert done.exit_code == 0 and json.loads(done.stdout)["validation"] == trained[1]["validation"]
+
+
+def test_a_recipe_never_stands_beside_the_tuner_of_another(trained, copy, monkeypatch):
+    """--overwrite that is killed at any moment: the old tuner goes before the new recipe comes."""
+    from pipeline.commands import train
+
+    seen = []
+    real = train.write_recipe
+
+    def looked(folder, *more):
+        seen.append(sorted(p.name for p in folder.iterdir() if p.name.endswith(("safetensors", "metrics.json"))))
+        real(folder, *more)
+
+    monkeypatch.setattr(train, "write_recipe", looked)
+    done = run(*more_of(trained), "--pooling", "last", "--overwrite", "--out", copy)
+    assert done.exit_code == 0 and seen == [[]], done.output
+
+
+def test_a_recipe_and_a_tuner_of_two_runs_are_refused(trained, copy, tmp_path):
+    """Each whole: restored from two copies of one folder, say."""
+    done = run(*more_of(trained), "--pooling", "last", "--out", tmp_path / "other")
+    assert done.exit_code == 0, done.output
+    shutil.copy(tmp_path / "other/recipe.yaml", copy / "recipe.yaml")
+    refused(run("evaluate", copy), "pooling", "'last'", "'mean'", "of two runs")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 from threading import Thread
 
@@ -45,3 +48,16 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(UserError, match=r"rows.csv: cannot be written: No space left on device"):
         write_entries(tmp_path / "rows.csv", ROWS)
     assert [p.name for p in tmp_path.iterdir()] == ["rows.csv"] and (tmp_path / "rows.csv").read_text() == "old"
+
+
+def test_standard_output_goes_on_where_it_stands(tmp_path: Path) -> None:
+    """Though it is a file: what stands there, and what follows, is kept."""
+    code = (
+        "import sys; from pathlib import Path; from pipeline.terminal import write_entries; "
+        f"write_entries(Path(sys.argv[1]), {ROWS})"
+    )
+    for name, path in (("out", "/dev/stdout"), ("three", "/dev/fd/3")):
+        line = f"(echo before; {sys.executable} -c {shlex.quote(code)} {path}; echo after) > {name} 3>&1"
+        subprocess.run(["sh", "-c", line], cwd=tmp_path, check=True, timeout=120)
+        assert (tmp_path / name).read_text() == "before\nid,label\n1,a\nafter\n"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "three"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,8 +35,13 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write `data` to `path`: to a file atomically, to the one that a link names; straight to what is none
-    (/dev/stdout, a pipe), which a new file would take the place of."""
+    """Write `data` to `path`: to a file atomically, to the one that a link names; straight to what is none (a pipe, a
+    device), which a new file would take the place of, and to what this process has open (/dev/stdout, /dev/fd/3)."""
+    if (number := _opened(path)) is not None:
+        sys.stdout.flush()
+        with os.fdopen(os.dup(number), "wb") as file:
+            file.write(data)
+        return
     if path.exists() and not path.is_file():
         path.write_bytes(data)
         return
@@ -46,6 +53,14 @@ def write_bytes(path: Path, data: bytes) -> None:
     except OSError:
         partial.unlink(missing_ok=True)
         raise
+
+
+def _opened(path: Path) -> int | None:
+    """The number under which this process has open what `path` names; None of an ordinary path."""
+    found = re.fullmatch(r"/dev/(stdin|stdout|stderr)|(?:/dev|/proc/self)/fd/(\d+)", str(path.absolute()))
+    if found is None:
+        return None
+    return int(found[2]) if found[2] else ("stdin", "stdout", "stderr").index(found[1])
 
 
 class RunLog:

@@ -53,18 +53,21 @@ def fit(
     progress: bool = True,
     resume: bool = True,
     info: Mapping[str, Any] | None = None,
+    record: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Train `model` (see `Trainable`) and return what also goes to `run_dir/metrics.json`.
 
     The epoch with the best validation figures (`Scorer.value`) is restored at the end and scored on `test_source`;
     without a validation source that is the last epoch. `scorer()` gives a fresh scorer. With `resume`, a
     `resume.safetensors` in `run_dir` is continued; it is removed when training is done. `info` goes into the header of
-    `tuner.safetensors`. Raises NotFinite, Interrupted (the run can be resumed), UserError for options or files that
-    do not fit.
+    `tuner.safetensors`. `record` is called when nothing more is refused and what stood in `run_dir` of another run is
+    gone: it may write there what the run is made with. Raises NotFinite, Interrupted (the run can be resumed),
+    UserError for options or files that do not fit.
     """
     training = Training(
-        model, train_source, validation_source, test_source, options, Path(run_dir), scorer, torch.device(device), info
-    )
+        model, train_source, validation_source, test_source, options, Path(run_dir), scorer, torch.device(device),
+        info, record,
+    )  # fmt: skip
     (result,) = fit_all([training], progress, resume)
     if isinstance(result, NotFinite):
         raise result
@@ -95,6 +98,7 @@ class Training:
         scorer: Callable[[], Scorer],
         device: torch.device,
         info: Mapping[str, Any] | None = None,
+        record: Callable[[], None] = lambda: None,
     ) -> None:
         self.ranks = Ranks.from_environment()
         self.saved = run_dir / checkpoint.RESUME
@@ -105,7 +109,7 @@ class Training:
         self.model: Any = model.to(device)
         self.train, self.validation, self.test = train, validation, test
         self.options, self.run_dir, self.scorer, self.device = options, run_dir, scorer, device
-        self.info = dict(info or {})
+        self.info, self.record = dict(info or {}), record
         if not len(train):
             raise UserError("the training split has no samples: give another split or a larger limit")
         self.optimizer, self.names = adamw(model, options)
@@ -130,10 +134,10 @@ class Training:
         if not found:
             for name in (checkpoint.RESUME, checkpoint.TUNER, "metrics.json"):
                 (self.run_dir / name).unlink(missing_ok=True)
+        self.record()
         state, options = self.state, self.options
-        self.schedule = scheduler(
-            self.optimizer, options.schedule, options.warmup(self.total), self.total, step=state.step
-        )
+        warmup = options.warmup(self.total)
+        self.schedule = scheduler(self.optimizer, options.schedule, warmup, self.total, step=state.step)
         self.log = RunLog(self.run_dir, state, () if self.ranks.rank else options.reporters, self.identity())
         if resume and not found:
             self.save(begun=False)  # the layout of the start, should the store be compacted before the next checkpoint
@@ -258,9 +262,8 @@ class Training:
         state, options, last = self.state, self.options, self.last_epoch
         if metrics is not None:
             state.evaluations += 1
-            self.log.evaluation(
-                {"step": state.step, "epoch": state.epoch + 1, "validation": metrics, "seconds": seconds}
-            )
+            told = {"step": state.step, "epoch": state.epoch + 1, "validation": metrics, "seconds": seconds}
+            self.log.evaluation(told)
             state.since_best += 1
             if state.best_epoch is None or self.better(metrics):
                 self.keep(metrics)
@@ -379,10 +382,8 @@ class Training:
         for name in dict.fromkeys((*sources, *layout)) if layout else ():
             now, then = sources[name].n if name in sources else 0, len(layout.get(name, ()))
             if now != then:
-                raise UserError(
-                    f"{self.run_dir} holds an unfinished run with {then:,} {name} samples, now {now:,}: "
-                    "choose another --out"
-                )
+                said = f"{self.run_dir} holds an unfinished run with {then:,} {name} samples, now {now:,}"
+                raise UserError(f"{said}: choose another --out")
         order = replace(self.train.order, block=layout.get("train", self.train.order.block))
         refuse_other_run(saved, {"order": order.digest()}, self.run_dir)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,8 @@ def refuse_other_run(saved: Mapping[str, Any], now: Mapping[str, Any], run_dir: 
     for name, value in now.items():
         before = saved.get(name)
         if name == "chosen":
-            _refuse_other_options(before or {}, value, run_dir)
+            for other, was, is_now in other_options(before or {}, value):
+                raise _other(other, was, is_now, run_dir)
         elif name in _CONTENT and before != value:
             raise UserError(
                 f"{run_dir} holds an unfinished run over {_CONTENT[name]} changed since; choose another --out"
@@ -53,13 +54,14 @@ def refuse_other_run(saved: Mapping[str, Any], now: Mapping[str, Any], run_dir: 
             raise _other(name, before, value, run_dir)
 
 
-def _refuse_other_options(saved: Mapping[str, Any], now: Mapping[str, Any], run_dir: Path) -> None:
+def other_options(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Options of tuners and objectives that are `now` others than those `saved`: the name, before and now."""
     for name, value in now.items():
         before = saved.get(name, value)  # what an earlier version did not write down is taken as it is now
         if isinstance(value, Mapping) and isinstance(before, Mapping):
-            _refuse_other_options(before, value, run_dir)
+            yield from other_options(before, value)
         elif before != value:
-            raise _other(name, before, value, run_dir)
+            yield name, before, value
 
 
 def _other(name: str, before: Any, now: Any, run_dir: Path) -> UserError:
