@@ -33,6 +33,10 @@ def run() -> None:
 
     try:
         main()
+    except KeyboardInterrupt:  # while modules were being imported, say; commands say more
+        status = 130
+        print("stopped", file=sys.stderr)
+        sys.exit(status)
     except SystemExit as end:
         if end.code is None or isinstance(end.code, int):
             status = end.code or 0

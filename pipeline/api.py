@@ -13,7 +13,7 @@ from pipeline.lookup.store_folder import store_place
 from pipeline.option_names import named
 from pipeline.owners import recipe_of
 from pipeline.store import Space, Store
-from pipeline.store.errors import UserError
+from pipeline.store.errors import NoStore, UserError
 
 if TYPE_CHECKING:
     from pipeline.runs import Run
@@ -122,4 +122,7 @@ class FeatureStore:
 def open_store(path: str | Path = "", create: bool = False) -> FeatureStore:
     """The store at `path` (default: $PIPELINE_STORE, else ./activations); with `create` it is made where there is none.
     StoreError when there is none, or something else."""
-    return FeatureStore(Store.open(store_place(str(path)), create=create))
+    try:
+        return FeatureStore(Store.open(store_place(str(path)), create=create))
+    except NoStore as error:
+        raise NoStore(f"{str(error).split(': ')[0]}: check the path, or make one: open_store(…, create=True)") from None

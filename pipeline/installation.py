@@ -7,7 +7,7 @@ import importlib.util
 from pipeline.store.errors import UserError
 
 INSTALL = "pip install activation-pipeline"  # where it was installed without its dependencies, it brings them
-# Modules that `INSTALL` brings, of its own dependencies and of datasets' (aiohttp).
+# Modules that `INSTALL` brings, of its own dependencies and of theirs (aiohttp, of fsspec[http]).
 MODULES = (
     *("PIL", "aiohttp", "click", "dask", "datasets", "fsspec", "google_crc32c", "huggingface_hub", "ml_dtypes"),
     *("numcodecs", "numpy", "psutil", "pyarrow", "safetensors", "scipy", "sentencepiece", "sklearn", "threadpoolctl"),

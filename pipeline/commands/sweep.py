@@ -141,7 +141,7 @@ class _Sweep:
             if trial.name not in self.done:
                 passes.setdefault(prepared[trial.name].meets(), []).append(prepared[trial.name])
         for number, members in enumerate(passes.values(), start=1):
-            job = members[0].job
+            job = max((member.job for member in members), key=lambda job: len(job.states))
             over = f"{counted(len(members), 'run')} over {len(job.tables['train'].keys):,} train rows"
             self.say(f"pass {number} of {len(passes)}: {over}; {', '.join(job.describe())}")
             self.done |= _train(members, self.folder, not self.quiet, self.judge(own, members))

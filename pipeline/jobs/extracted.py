@@ -68,6 +68,22 @@ def as_extracted(recipe: Recipe, found: Found) -> Recipe:
     return replace(recipe, model=name, **stated)
 
 
+def with_columns(recipe: Recipe, space: Space) -> Recipe:
+    """`recipe` with the columns that the stored rows of its task were read from, where it names none and they are
+    those of one table of texts: what is to be extracted again is read as before."""
+    task = canonical_name(recipe.task)
+    headers = [space.read_header(t) for t in space.tables() if t.task == task]
+    made = [header.get("provenance", {}) for header in headers]
+    read = {(*header["spec"]["fields"], about.get("label")) for header, about in zip(headers, made, strict=True)}
+    named = (recipe.text, recipe.text_pair, recipe.label, recipe.image)
+    if any(named) or len(read) != 1 or any(about.get("source") != "table" for about in made):
+        return recipe
+    if "image_size" in space.identity or any("slots" in header for header in headers):
+        return recipe
+    *fields, label = read.pop()
+    return replace(recipe, text=fields[0], text_pair=fields[1] if len(fields) > 1 else None, label=label)
+
+
 def picture_options(identity: Mapping[str, Any]) -> dict[str, Any]:
     """The recipe's options that say how the images of a space were made, nothing for texts. How many views there are
     is of the task's table."""

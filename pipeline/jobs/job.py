@@ -17,7 +17,7 @@ from pipeline.commands.prepare import Making, prepare, tables_of
 from pipeline.extract.backbones import Backbone
 from pipeline.extract.backbones.tail import Tail
 from pipeline.extract.tasks.base import TaskSpec
-from pipeline.jobs.extracted import as_extracted, first_views, limited, picture_options, views_of
+from pipeline.jobs.extracted import as_extracted, first_views, limited, picture_options, views_of, with_columns
 from pipeline.jobs.folds import folded
 from pipeline.jobs.sources import Live, batch_size_of, grouped, live_backbone, relive, sources, store_source
 from pipeline.lookup.objective import make_objective
@@ -245,7 +245,7 @@ def found_tables(recipe: Recipe, found: Found, version: str | None = None) -> di
     except AmbiguousTask:
         raise
     except StoreError as error:
-        raise NotExtracted(str(error), as_extracted(recipe, found)) from None
+        raise NotExtracted(str(error), with_columns(as_extracted(recipe, found), found.space)) from None
 
 
 def make_job(

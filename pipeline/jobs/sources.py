@@ -157,6 +157,9 @@ def fresh(job: Job, live: Live, texts: Any, root: str, say: Callable[[str], None
     part = prepare_split(backbone, checkpoint.tokenizer, job.spec, "predict", unlabelled, options, candidates)
     for line in token_doubts(checkpoint.tokenizer, backbone, [part]):
         say(f"warning: {line}")
+    blank = sum(any(not text.strip() for text in row) for row in rows) if backbone.modality == "text" else 0
+    if blank:
+        say(f"warning: {blank:,} of {len(rows):,} rows have a blank text")
     return part
 
 

@@ -186,3 +186,13 @@ def test_columns_of_texts_and_of_keys_are_doubted_as_lists_are(splits, images, t
                 given.setdefault((a, b), set()).add(n)
             both = sum(len(labels - {None}) > 1 for labels in given.values())
         assert [int(s.split()[0]) for s in told if "two labels" in s] == [both] * (both > 0)
+
+
+def test_a_blank_text_to_predict_is_said(checkpoints, tmp_path):
+    task, store = write(tmp_path / "plain.csv", PLAIN), tmp_path / "store"
+    extracted(checkpoints["bert"], task, store)
+    made = run("train", "--task", task, "--store", store, "--tuner", "probe", "--epochs", 1, "--out", tmp_path / "run",
+               "--model", checkpoints["bert"])  # fmt: skip
+    assert made.exit_code == 0, made.output
+    done = run("predict", tmp_path / "run", "--input", write(tmp_path / "new.csv", [("a film", "0"), (" ", "1")]))
+    assert done.exit_code == 0 and warnings_of(done.stderr) == ["1 of 2 rows have a blank text"]

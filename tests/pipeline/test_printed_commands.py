@@ -297,3 +297,17 @@ def test_a_damaged_store_is_named_in_the_command(options, tmp_path):
     assert said.exit_code == 1
     line = re.search(r"`(pipeline store [^`]*)`", said.stderr)[1]  # type: ignore[index]
     assert words(line) == ["pipeline", "store", "repair", "--store", str(tmp_path / "a store")]
+
+
+def test_a_changed_table_is_extracted_again_by_the_columns_that_were_read(checkpoints, tmp_path):
+    """They are in no name that the user gave this time."""
+    table, store = tmp_path / "names.csv", tmp_path / "store"
+    rows = [f"a film of number {i},{'good' if i % 2 else 'bad'}" for i in range(40)]
+    table.write_text("\n".join(["review,verdict", *rows]))
+    task = ["--model", checkpoints["bert"], "--task", table, "--store", store]
+    assert run("extract", *task, "--text", "review", "--label", "verdict", "--for", "probe").exit_code == 0
+    table.write_text("\n".join(["review,verdict", *rows[5:], *["another film,good"] * 5]))
+    train = ["train", *task, "--tuner", "probe", "--epochs", 1, "--out", tmp_path / "run"]
+    line = refused(run(*train), "has changed", "--text review", "--label verdict")
+    again = words(line[line.index("pipeline extract") :])
+    assert run(*again[1:]).exit_code == 0 and run(*train).exit_code == 0

@@ -200,3 +200,16 @@ def test_a_result_that_cannot_be_written_is_one_line() -> None:
             [sys.executable, "-m", "pipeline", "tuners", "--json"], stdout=out, stderr=subprocess.PIPE, text=True
         )
     assert done.returncode == 2 and done.stderr == "error: the result could not be written: No space left on device\n"
+
+
+def test_an_interrupt_during_imports_is_one_line() -> None:
+    code = """
+import sys, types
+from pipeline.__main__ import run
+def main():
+    raise KeyboardInterrupt
+sys.modules["pipeline.cli.main"] = types.SimpleNamespace(main=main)
+run()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped\n")
