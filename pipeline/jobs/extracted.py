@@ -10,6 +10,7 @@ from pipeline.extract.feature_space import options_of
 from pipeline.extract.pretrained import local
 from pipeline.extract.tasks import canonical_name
 from pipeline.lookup.recipe import SPACE_FIELDS, Found
+from pipeline.lookup.task_versions import columns_read
 from pipeline.recipe import Recipe
 from pipeline.store import Space, TaskTable
 from pipeline.store.errors import UserError
@@ -72,16 +73,13 @@ def with_columns(recipe: Recipe, space: Space) -> Recipe:
     """`recipe` with the columns that the stored rows of its task were read from, where it names none and they are
     those of one table of texts: what is to be extracted again is read as before."""
     task = canonical_name(recipe.task)
-    headers = [space.read_header(t) for t in space.tables() if t.task == task]
-    made = [header.get("provenance", {}) for header in headers]
-    read = {(*header["spec"]["fields"], about.get("label")) for header, about in zip(headers, made, strict=True)}
+    read = {columns_read(space.read_header(info)) for info in space.tables() if info.task == task}
     named = (recipe.text, recipe.text_pair, recipe.label, recipe.image)
-    if any(named) or len(read) != 1 or any(about.get("source") != "table" for about in made):
+    found = read.pop() if len(read) == 1 else None
+    if found is None or any(named) or "image_size" in space.identity:
         return recipe
-    if "image_size" in space.identity or any("slots" in header for header in headers):
-        return recipe
-    *fields, label = read.pop()
-    return replace(recipe, text=fields[0], text_pair=fields[1] if len(fields) > 1 else None, label=label)
+    (text, *pair), label = found
+    return replace(recipe, text=text, text_pair=pair[0] if pair else None, label=label)
 
 
 def picture_options(identity: Mapping[str, Any]) -> dict[str, Any]:

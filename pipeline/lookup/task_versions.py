@@ -295,6 +295,15 @@ def _columns(header: Mapping[str, Any]) -> list[Any]:
     return [_names(spec.get("fields")), made.get("label"), spec.get("target"), bool(made.get("stratified"))]
 
 
+def columns_read(header: Mapping[str, Any]) -> tuple[tuple[str, ...], str] | None:
+    """The columns of the texts and of the label that rows were read from; None where that was no file of texts."""
+    made, fields = _object(header, "provenance"), tuple(_names(_object(header, "spec").get("fields")))
+    label = made.get("label")
+    if made.get("source") != "table" or "slots" in header or not 1 <= len(fields) <= 2 or not isinstance(label, str):
+        return None
+    return fields, label
+
+
 def _object(header: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """A member of a header that is an object; {} where it is none."""
     value = header.get(name)
