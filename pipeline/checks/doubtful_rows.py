@@ -39,7 +39,7 @@ def doubts(tables: Mapping[str, TaskTable], images: bool = False) -> list[str]:
     if not tables:
         return []
     rows = dict(zip(tables, _numbered([_contents(table, images) for table in tables.values()]), strict=True))
-    found = [] if images else [_blank(name, table) for name, table in tables.items()]
+    found = [] if images else [blank_doubt(table.texts, f"{name} rows") for name, table in tables.items()]
     found += _labels(tables)
     found += [_constant(table) for table in tables.values()]
     found.append(_contradictions(tables, rows, images))
@@ -183,12 +183,13 @@ def _numbered(contents: Sequence[Sequence[Hashable] | Texts]) -> list[np.ndarray
     return [np.fromiter((known.setdefault(c, len(known)) for c in own), np.int64) for own in plain]
 
 
-def _blank(name: str, table: TaskTable) -> str:
-    if isinstance(table.texts, Texts):
-        blank = int(np.count_nonzero(table.texts.blank()))
+def blank_doubt(rows: Sequence[Sequence[str]], what: str) -> str:
+    """What to say of rows of which a text is blank; "" where none is."""
+    if isinstance(rows, Texts):
+        blank = int(np.count_nonzero(rows.blank()))
     else:
-        blank = sum(any(not text.strip() for text in texts) for texts in table.texts)
-    return f"{blank:,} of {len(table):,} {name} rows have a blank text" if blank else ""
+        blank = sum(any(not text.strip() for text in texts) for texts in rows)
+    return f"{blank:,} of {len(rows):,} {what} have a blank text" if blank else ""
 
 
 def _together(table: TaskTable) -> Sequence[Hashable]:

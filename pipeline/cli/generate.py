@@ -9,7 +9,6 @@ import click
 
 from pipeline.cli.command import command, imports, printable
 from pipeline.cli.run_options import DEVICE, IMPORT, MODEL, STORE, TASK
-from pipeline.extract.kernels.memory import keep_freed_memory
 
 
 @click.command(short_help="Go on with a text, the backbone live.")
@@ -58,6 +57,7 @@ def generate(
     written."""
     with imports():
         from pipeline.commands.generate import Writing, read_prompts, write
+        from pipeline.extract.kernels.memory import keep_freed_memory
         from pipeline.runs import load_run
         from pipeline.terminal import entries_text, write_entries
         from pipeline.train.continuation import Choice

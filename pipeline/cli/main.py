@@ -17,7 +17,6 @@ from pipeline.cli.search import search
 from pipeline.cli.store import store
 from pipeline.cli.sweep import sweep
 from pipeline.extract.kernels import spin_briefly
-from pipeline.extract.kernels.memory import keep_freed_memory
 
 EPILOG = """\b
 Start here (no network needed after installation):
@@ -179,6 +178,7 @@ def evaluate(
 ) -> tuple[Any, str]:
     """Score a finished run from the store."""
     with imports():
+        from pipeline.extract.kernels.memory import keep_freed_memory
         from pipeline.runs import load_run
         from pipeline.store.errors import UserError
         from pipeline.terminal import scores_text
@@ -256,6 +256,7 @@ def predict(
 ) -> tuple[Any, str]:
     """Predict on inputs never seen: the backbone runs live, the tuner cannot tell."""
     with imports():
+        from pipeline.extract.kernels.memory import keep_freed_memory
         from pipeline.runs import load_run, read_rows, refuse_data
         from pipeline.store.errors import UserError
         from pipeline.terminal import entries_text, write_entries

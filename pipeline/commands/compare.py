@@ -87,47 +87,12 @@ def run_compare(
     for sentence in job_doubts(jobs[0]):
         say(f"warning: {sentence}")
     make_folder(folder)
-    with at_work(folder, [_run_folder(folder, method, seed) for method in methods for seed in seeds]):
-        return _compared(recipe, methods, seeds, folder, csv_file, say, preset)
-
-
-def _compared(
-    recipe: Recipe,
-    methods: Sequence[str],
-    seeds: Sequence[int],
-    folder: Path,
-    csv_file: str | None,
-    say: Say,
-    preset: str,
-) -> tuple[dict[str, Any], str]:
     rows, total = [], 0
-    for method in methods:
-        runs = []
-        for seed in seeds:
-            refuse_lost(folder)
-            one = replace(recipe, seed=seed, out=str(_run_folder(folder, method, seed)), overwrite=True)
-            own = for_tuner(one, _read(recipe, method))
-            runs.append(_baseline(one, method, preset) if _live(method) else _tuner(own))
-            say(f"{method}, seed {seed}: {runs[-1]['metric']:.4f}, {runs[-1]['seconds_per_epoch']:.2f} s an epoch")
-        total = total or runs[0]["backbone"]
-        metrics = [r["metric"] for r in runs]
-        rows.append(
-            {
-                "method": method,
-                "trainable": runs[0]["trainable"],
-                "head": runs[0]["trainable"] - runs[0]["beside"],
-                "share": runs[0]["beside"] / total,
-                "memory_bytes": max(r["memory"] for r in runs),
-                "seconds_per_epoch": min(r["seconds_per_epoch"] for r in runs),
-                "metric": statistics.mean(metrics),
-                "figure": runs[0]["figure"],
-                "spread": statistics.stdev(metrics) if len(metrics) > 1 else None,
-                "seeds": len(metrics),
-                "live": _live(method) or recipe.live,
-                "layout": " ".join(dict.fromkeys(layout_text(r["layout"]) for r in runs)),
-                "settings": runs[0]["settings"],
-            }
-        )
+    with at_work(folder, [_run_folder(folder, method, seed) for method in methods for seed in seeds]):
+        for method in methods:
+            runs = _runs(recipe, method, seeds, folder, say, preset)
+            total = total or runs[0]["backbone"]
+            rows.append(_row(method, runs, total, _live(method) or recipe.live))
     if csv_file:
         try:
             with Path(csv_file).open("w", newline="", encoding="utf-8") as file:
@@ -138,6 +103,38 @@ def _compared(
             say(f"warning: --csv {csv_file}: cannot be written: {error.strerror or error}")
     result = {"task": recipe.task, "preset": preset, "backbone_parameters": total, "rows": rows}
     return finite(result), compared_text(rows, preset, total)
+
+
+def _runs(recipe: Recipe, method: str, seeds: Sequence[int], folder: Path, say: Say, preset: str) -> list[Any]:
+    """What the run of each seed ended with."""
+    runs: list[dict[str, Any]] = []
+    for seed in seeds:
+        refuse_lost(folder)
+        one = replace(recipe, seed=seed, out=str(_run_folder(folder, method, seed)), overwrite=True)
+        own = for_tuner(one, _read(recipe, method))
+        runs.append(_baseline(one, method, preset) if _live(method) else _tuner(own))
+        say(f"{method}, seed {seed}: {runs[-1]['metric']:.4f}, {runs[-1]['seconds_per_epoch']:.2f} s an epoch")
+    return runs
+
+
+def _row(method: str, runs: Sequence[dict[str, Any]], total: int, live: bool) -> dict[str, Any]:
+    """The row of the table that a method's `runs` make. `total`: parameters of the backbone."""
+    metrics = [r["metric"] for r in runs]
+    return {
+        "method": method,
+        "trainable": runs[0]["trainable"],
+        "head": runs[0]["trainable"] - runs[0]["beside"],
+        "share": runs[0]["beside"] / total,
+        "memory_bytes": max(r["memory"] for r in runs),
+        "seconds_per_epoch": min(r["seconds_per_epoch"] for r in runs),
+        "metric": statistics.mean(metrics),
+        "figure": runs[0]["figure"],
+        "spread": statistics.stdev(metrics) if len(metrics) > 1 else None,
+        "seeds": len(metrics),
+        "live": live,
+        "layout": " ".join(dict.fromkeys(layout_text(r["layout"]) for r in runs)),
+        "settings": runs[0]["settings"],
+    }
 
 
 def _run_folder(folder: Path, method: str, seed: int) -> Path:

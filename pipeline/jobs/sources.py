@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipeline.checks.doubtful_rows import blank_doubt
 from pipeline.checks.rows import checked_rows, token_doubts
 from pipeline.checks.stored import check_columns, check_states
 from pipeline.command_lines import NotExtracted
@@ -155,11 +156,9 @@ def fresh(job: Job, live: Live, texts: Any, root: str, say: Callable[[str], None
     candidates = next(iter(job.tables.values())).header.get("candidates", [])
     options, unlabelled = replace(text_options(job.found), root=root), Rows(rows, [None] * len(rows))
     part = prepare_split(backbone, checkpoint.tokenizer, job.spec, "predict", unlabelled, options, candidates)
-    for line in token_doubts(checkpoint.tokenizer, backbone, [part]):
+    blank = blank_doubt(rows, "rows") if backbone.modality == "text" else ""
+    for line in [*token_doubts(checkpoint.tokenizer, backbone, [part]), *([blank] if blank else [])]:
         say(f"warning: {line}")
-    blank = sum(any(not text.strip() for text in row) for row in rows) if backbone.modality == "text" else 0
-    if blank:
-        say(f"warning: {blank:,} of {len(rows):,} rows have a blank text")
     return part
 
 

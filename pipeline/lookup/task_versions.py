@@ -297,11 +297,9 @@ def _columns(header: Mapping[str, Any]) -> list[Any]:
 
 def columns_read(header: Mapping[str, Any]) -> tuple[tuple[str, ...], str] | None:
     """The columns of the texts and of the label that rows were read from; None where that was no file of texts."""
-    made, fields = _object(header, "provenance"), tuple(_names(_object(header, "spec").get("fields")))
-    label = made.get("label")
-    if made.get("source") != "table" or "slots" in header or not 1 <= len(fields) <= 2 or not isinstance(label, str):
-        return None
-    return fields, label
+    fields, label, *_ = _columns(header)
+    table = _object(header, "provenance").get("source") == "table" and "slots" not in header
+    return (tuple(fields), label) if table and 1 <= len(fields) <= 2 and isinstance(label, str) else None
 
 
 def _object(header: Mapping[str, Any], name: str) -> Mapping[str, Any]:

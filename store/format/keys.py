@@ -89,12 +89,10 @@ class Keys(Sequence[str]):
         high = np.sort(self.high)
         if not len(high) or not np.any(high[1:] == high[:-1]):
             return len(high)
-        order = np.lexsort((self.low, self.high))
-        high, low = self.high[order], self.low[order]
-        return 1 + int(np.count_nonzero((high[1:] != high[:-1]) | (low[1:] != low[:-1])))
+        return 1 + int(self.numbers().max())
 
     def numbers(self) -> np.ndarray:
-        """(n,) int64: a number each, the same for equal keys."""
+        """(n,) int64: a number each from 0, by their order; the same for equal keys."""
         order = np.lexsort((self.low, self.high))
         high, low = self.high[order], self.low[order]
         numbers = np.zeros(len(self), np.int64)

@@ -91,7 +91,7 @@ def test_what_another_has_finished_meanwhile_is_not_trained_again(options, tmp_p
     refused(run(*command("train", options, tmp_path / "run")), "holds a finished run", "--overwrite")
 
 
-@pytest.mark.parametrize(("name", "where"), [("sweep", "_train"), ("compare", "_compared")])
+@pytest.mark.parametrize(("name", "where"), [("sweep", "_train"), ("compare", "_runs")])
 def test_what_trains_many_runs_is_at_work_in_their_folders(options, tmp_path, monkeypatch, name, where):
     """Another process trains one of them; and one that does already bars the whole."""
     from pipeline.commands import compare, sweep

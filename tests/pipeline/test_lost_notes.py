@@ -175,7 +175,7 @@ def test_a_comparison_takes_all_its_folders_before_it_trains(options, tmp_path, 
     words[words.index("--tuners") + 1] = "probe,full"
 
     def begin(writing: int) -> None:
-        monkeypatch.setattr(compare, "_compared", lambda *given: stay(writing))
+        monkeypatch.setattr(compare, "_runs", lambda *given: stay(writing))
         run(*words)
 
     child = other(out, begin)

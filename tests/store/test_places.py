@@ -56,6 +56,14 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dic
         yield folder / "team", environment
 
 
+@pytest.fixture
+def team(bucket: tuple[Path, dict[str, str]], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of the bucket `team`, which this test has the keys of."""
+    for variable, value in bucket[1].items():
+        monkeypatch.setenv(variable, value)
+    return bucket[0]
+
+
 @pytest.fixture(scope="module")
 def web(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
     folder = tmp_path_factory.mktemp("web")
@@ -71,10 +79,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
     if kind == "local":
         folder, url = tmp_path / "store", str(tmp_path / "store")
     elif kind.startswith("s3"):
-        root, environment = request.getfixturevalue("bucket")
-        for variable, value in environment.items():
-            monkeypatch.setenv(variable, value)
-        folder, url = root / name / "store", f"s3://team/{name}/store"
+        folder, url = request.getfixturevalue("team") / name / "store", f"s3://team/{name}/store"
     else:
         root, base = request.getfixturevalue("web")
         folder, url = root / name / "store", f"{base}/{name}/store"
@@ -164,14 +169,10 @@ def test_verify_looks_at_what_is_there_not_at_its_copies(place: Place, file: str
         assert_equal(read_all(place.url)[0], samples(NUMBERS[:8]))
 
 
-def test_requests_to_a_bucket(
-    bucket: tuple[Path, dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_requests_to_a_bucket(team: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Manifests are asked for once, side by side; all else is in the listings of folders, however many segments."""
-    for variable, value in bucket[1].items():
-        monkeypatch.setenv(variable, value)
     use_cache(monkeypatch, tmp_path, "1GB")
-    home = space(bucket[0] / tmp_path.name)
+    home = space(team / tmp_path.name)
     for number in range(6):
         sealed(home, [number])
     url = f"s3://team/{tmp_path.name}/store"
@@ -193,15 +194,11 @@ def test_requests_to_a_bucket(
     assert [(p.file, p.what) for p in opened.verify()] == [("zarr.json", "is missing")]
 
 
-def test_many_files_are_listed_by_pages(
-    bucket: tuple[Path, dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for variable, value in bucket[1].items():
-        monkeypatch.setenv(variable, value)
+def test_many_files_are_listed_by_pages(team: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use_cache(monkeypatch, tmp_path, "0")
     names = [f"{number:04d}/file" for number in range(1005)]
     for name in names:
-        path = bucket[0] / tmp_path.name / "many" / name
+        path = team / tmp_path.name / "many" / name
         path.parent.mkdir(parents=True)
         path.write_bytes(b"x" * int(name[:4]))
     files = open_files(f"s3://team/{tmp_path.name}")
@@ -299,10 +296,8 @@ def test_urls_and_messages_hold_no_credentials(monkeypatch: pytest.MonkeyPatch, 
         cache_bytes()
 
 
-def test_wrong_keys_are_one_line(bucket: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_wrong_keys_are_one_line(bucket: Any, team: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     use_cache(monkeypatch, tmp_path, "0")
-    for variable, value in bucket[1].items():
-        monkeypatch.setenv(variable, value)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrongwrongwrong")
     with pytest.raises(StoreError) as caught:
         Store.open("s3://team/none")
