@@ -10,7 +10,7 @@ from pipeline.extract.feature_space import options_of
 from pipeline.extract.pretrained import local
 from pipeline.extract.tasks import canonical_name
 from pipeline.lookup.recipe import SPACE_FIELDS, Found
-from pipeline.lookup.task_versions import columns_read
+from pipeline.lookup.task_versions import read_by
 from pipeline.recipe import Recipe
 from pipeline.store import Space, TaskTable
 from pipeline.store.errors import UserError
@@ -70,16 +70,14 @@ def as_extracted(recipe: Recipe, found: Found) -> Recipe:
 
 
 def with_columns(recipe: Recipe, space: Space) -> Recipe:
-    """`recipe` with the columns that the stored rows of its task were read from, where it names none and they are
+    """`recipe` with the options by which the stored rows of its task were read, where it names no column and they are
     those of one table of texts: what is to be extracted again is read as before."""
-    task = canonical_name(recipe.task)
-    read = {columns_read(space.read_header(info)) for info in space.tables() if info.task == task}
+    task, first = canonical_name(recipe.task), {}
+    read = [read_by(space.read_header(info)) for info in space.tables() if info.task == task]
     named = (recipe.text, recipe.text_pair, recipe.label, recipe.image)
-    found = read.pop() if len(read) == 1 else None
-    if found is None or any(named) or "image_size" in space.identity:
-        return recipe
-    (text, *pair), label = found
-    return replace(recipe, text=text, text_pair=pair[0] if pair else None, label=label)
+    if read and not any(named) and "image_size" not in space.identity and all(by == read[0] for by in read):
+        first = read[0]
+    return replace(recipe, **{name: value for name, value in first.items() if not getattr(recipe, name)})
 
 
 def picture_options(identity: Mapping[str, Any]) -> dict[str, Any]:

@@ -295,11 +295,16 @@ def _columns(header: Mapping[str, Any]) -> list[Any]:
     return [_names(spec.get("fields")), made.get("label"), spec.get("target"), bool(made.get("stratified"))]
 
 
-def columns_read(header: Mapping[str, Any]) -> tuple[tuple[str, ...], str] | None:
-    """The columns of the texts and of the label that rows were read from; None where that was no file of texts."""
-    fields, label, *_ = _columns(header)
-    table = _object(header, "provenance").get("source") == "table" and "slots" not in header
-    return (tuple(fields), label) if table and 1 <= len(fields) <= 2 and isinstance(label, str) else None
+def read_by(header: Mapping[str, Any]) -> dict[str, Any]:
+    """The options by which rows were read of one table of texts; {} where they were read of something else, or of
+    several files, whose places nobody noted."""
+    fields, label, _, stratified = _columns(header)
+    made = _object(header, "provenance")
+    alone = made.get("source") == "table" and list(_object(made, "files")) == ["train"] and "slots" not in header
+    if not (alone and 1 <= len(fields) <= 2 and isinstance(label, str)):
+        return {}
+    said = {"separator": made.get("separator") or None, "columns": tuple(_names(made.get("columns")))}
+    return {"text": fields[0], "text_pair": (*fields, None)[1], "label": label, "stratify": stratified, **said}
 
 
 def _object(header: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -338,9 +343,8 @@ def unlike(recipe: Recipe, header: Mapping[str, Any]) -> str:
     # Recipes of earlier versions all state the usual grid, also of tasks that have none of the kind.
     fixed = not step or made.get("source") == "table"
     if recipe.grid is not None and fixed and recipe.grid != USUAL_GRID:
-        raise UserError(
-            f"--target-step {recipe.grid:g}: task {recipe.task} has no such step, as STS-B has; leave it out"
-        )
+        has = f"task {recipe.task} has no such step, as STS-B has"
+        raise UserError(f"--target-step {recipe.grid:g}: {has}; leave it out")
     if recipe.grid is not None and not fixed and not math.isclose(step, recipe.grid):
         return f"--target-step was {step:g}, now {recipe.grid:g}"
     from pipeline.lookup.objective import target_types  # objectives load torch, which `pipeline store` does without

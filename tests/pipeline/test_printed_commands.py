@@ -16,7 +16,7 @@ from pipeline.command_lines import command_line, extraction, quoted
 from pipeline.cost import plan as planning
 from pipeline.extract.options import about
 from pipeline.owners import owned
-from pipeline.recipe import Recipe
+from pipeline.recipe import Recipe, read_recipe
 from pipeline.train.tuners import tuner_names
 from tests import tiny
 from tests.pipeline.test_errors import refused, run
@@ -299,15 +299,34 @@ def test_a_damaged_store_is_named_in_the_command(options, tmp_path):
     assert words(line) == ["pipeline", "store", "repair", "--store", str(tmp_path / "a store")]
 
 
-def test_a_changed_table_is_extracted_again_by_the_columns_that_were_read(checkpoints, tmp_path):
-    """They are in no name that the user gave this time."""
+@pytest.mark.parametrize("more", [[], ["--stratify"], ["--separator", "|"], ["--columns", "review,verdict"]])
+def test_a_changed_table_is_extracted_again_as_it_was_read(checkpoints, tmp_path, more):
+    """Its columns, and what else says how, are in no name that the user gave this time."""
     table, store = tmp_path / "names.csv", tmp_path / "store"
     rows = [f"a film of number {i},{'good' if i % 2 else 'bad'}" for i in range(40)]
-    table.write_text("\n".join(["review,verdict", *rows]))
+    head = [] if "--columns" in more else ["review,verdict"]
+    table.write_text("\n".join([*head, *rows]))
     task = ["--model", checkpoints["bert"], "--task", table, "--store", store]
-    assert run("extract", *task, "--text", "review", "--label", "verdict", "--for", "probe").exit_code == 0
-    table.write_text("\n".join(["review,verdict", *rows[5:], *["another film,good"] * 5]))
+    assert run("extract", *task, "--text", "review", "--label", "verdict", "--for", "probe", *more).exit_code == 0
+    table.write_text("\n".join([*head, *rows[5:], *["another film,good"] * 5]))
     train = ["train", *task, "--tuner", "probe", "--epochs", 1, "--out", tmp_path / "run"]
-    line = refused(run(*train), "has changed", "--text review", "--label verdict")
+    line = refused(run(*train), "has changed", "--text review", "--label verdict", *more[:1])
     again = words(line[line.index("pipeline extract") :])
     assert run(*again[1:]).exit_code == 0 and run(*train).exit_code == 0
+    recipe = read_recipe(tmp_path / "run" / "recipe.yaml")
+    assert bool(recipe["stratify"]) == ("--stratify" in more)
+    assert recipe["objective"] == ("multilabel" if "--separator" in more else "classification")
+
+
+def test_a_table_beside_others_is_told_without_columns(checkpoints, tmp_path):
+    """Where its validation rows came from is not known: a command without them would draw some."""
+    table, held = tmp_path / "names.csv", tmp_path / "held.csv"
+    rows = [f"a film of number {i},{'good' if i % 2 else 'bad'}" for i in range(40)]
+    table.write_text("\n".join(["review,verdict", *rows]))
+    held.write_text("\n".join(["review,verdict", "a new film,good", "an old film,bad"]))
+    task = ["--model", checkpoints["bert"], "--task", table, "--store", tmp_path / "store"]
+    more = ["--text", "review", "--label", "verdict", "--validation", held, "--for", "probe"]
+    assert run("extract", *task, *more).exit_code == 0
+    table.write_text("\n".join(["review,verdict", *rows[5:]]))
+    line = refused(run("train", *task, "--tuner", "probe", "--out", tmp_path / "run"), "has changed")
+    assert "--text" not in line
