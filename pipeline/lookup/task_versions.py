@@ -303,7 +303,7 @@ def read_by(header: Mapping[str, Any]) -> dict[str, Any]:
     alone = made.get("source") == "table" and list(_object(made, "files")) == ["train"] and "slots" not in header
     if not (alone and 1 <= len(fields) <= 2 and isinstance(label, str)):
         return {}
-    said = {"separator": made.get("separator") or None, "columns": tuple(_names(made.get("columns")))}
+    said = {"separator": str(made.get("separator") or "") or None, "columns": tuple(_names(made.get("columns")))}
     return {"text": fields[0], "text_pair": (*fields, None)[1], "label": label, "stratify": stratified, **said}
 
 
